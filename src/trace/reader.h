@@ -1,0 +1,66 @@
+// Reads kvtrace files, one head at a time.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "trace/trace.h"
+
+namespace kvreplay {
+
+/// How a tensor is stored, for `inspect`.
+struct StoredTensor {
+  std::string path;          ///< such as /layers/0/keys
+  std::vector<Index> shape;
+  DType type = DType::float32;
+  Index stored_bytes = 0;    ///< on disk, after filters
+  std::string storage;       ///< "contiguous", "chunked", or "chunked, " and the filters' names
+  std::string xxh64;         ///< the stored digest, or empty
+};
+
+/// An open kvtrace file. All metadata is read and validated when it is opened; tensors are read on request.
+/// Every member may be called from several threads at once.
+class TraceReader {
+ public:
+  /// Throws Error, naming file, path inside it and reason, unless the file is a complete kvtrace of a version this
+  /// reader knows whose shapes agree with each other.
+  explicit TraceReader(const std::filesystem::path& path);
+  ~TraceReader();
+  TraceReader(TraceReader&&) noexcept;
+  TraceReader& operator=(TraceReader&&) noexcept;
+
+  const std::filesystem::path& path() const;
+  const TraceInfo& info() const;
+
+  /// Rows [first, first + count) of one head's tensor: [count, D]. `head` is a KV head for keys and values, a query
+  /// head for queries and outputs; a row is a position for keys and values, an index into query_positions otherwise.
+  /// Throws Error on damage, and on NaN or infinity, naming layer, head and position.
+  Matrix read(int layer, HeadTensor tensor, int head, Index first, Index count) const;
+
+  bool has_output_projection(int layer) const;
+
+  /// The columns of the layer's output projection that query head `head` is multiplied by: [C, D].
+  /// Throws Error as read() does, and if the trace has none.
+  Matrix read_output_projection(int layer, int head) const;
+
+  bool has_attention_mass(int layer) const;
+
+  /// For each prompt position, the attention that it received from all causal prompt queries of a query head: [P].
+  /// Throws Error as read() does, and if the trace has none.
+  std::vector<float> read_attention_mass(int layer, int head) const;
+
+  /// Every dataset under /layers, in layer order.
+  std::vector<StoredTensor> stored_tensors() const;
+
+  /// The XXH64 digest (16 hexadecimal digits) of a dataset's raw little-endian bytes as they are in the file now.
+  std::string compute_xxh64(const std::string& dataset_path) const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace kvreplay

@@ -60,8 +60,9 @@ class Pattern {
   /// True for methods that keep everything.
   virtual bool ignores_capacity() const { return false; }
 
-  /// The kept positions, ascending, for a head of this shape.
-  virtual std::vector<int> keep(const HeadShape& shape, int capacity) const = 0;
+  /// The kept positions, ascending, for a head of this shape. `member` is the query head of the group whose set is
+  /// asked for at granularity query, and 0 where the group shares one.
+  virtual std::vector<int> keep(const HeadShape& shape, int member, int capacity) const = 0;
 };
 
 /// Whose kept sets are the same.

@@ -189,7 +189,7 @@ class LayerSelection {
     const std::vector<int> capacities = allocate(s, {}, sets);
     for (int i = 0; i < sets; ++i) {
       kept_[setting][static_cast<std::size_t>(shape.kv_head * sets + i)] =
-          s.policy->pattern->keep(shape, capacities[static_cast<std::size_t>(i)]);
+          s.policy->pattern->keep(shape, i, capacities[static_cast<std::size_t>(i)]);
     }
   }
 

@@ -10,7 +10,7 @@ class Full : public Pattern {
  public:
   bool ignores_capacity() const override { return true; }
 
-  std::vector<int> keep(const HeadShape& shape, int /*capacity*/) const override {
+  std::vector<int> keep(const HeadShape& shape, int /*member*/, int /*capacity*/) const override {
     std::vector<int> kept(static_cast<std::size_t>(shape.prompt_length));
     std::iota(kept.begin(), kept.end(), 0);
     return kept;

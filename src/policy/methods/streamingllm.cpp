@@ -15,7 +15,7 @@ class StreamingLLM : public Pattern {
 
   int minimum_capacity() const override { return std::max(1, sinks_); }
 
-  std::vector<int> keep(const HeadShape& shape, int capacity) const override {
+  std::vector<int> keep(const HeadShape& shape, int /*member*/, int capacity) const override {
     std::vector<int> kept;
     const int first_recent = std::max(0, shape.prompt_length - (capacity - sinks_));
     for (int position = 0; position < std::min(sinks_, shape.prompt_length); ++position) kept.push_back(position);

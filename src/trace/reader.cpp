@@ -114,6 +114,7 @@ struct TraceReader::State {
 
   void read_tokens() {
     info.token_ids = read_positions("/tokens/ids");
+    if (info.token_ids.empty()) fail("/tokens/ids", "is empty");
     // The format's table has the attribute on the dataset; captures exist that have it on the group.
     const bool on_dataset = file.has_attribute("/tokens/ids", "prompt_length");
     const bool on_group = file.has_attribute("/tokens", "prompt_length");

@@ -488,7 +488,8 @@ File File::open(const std::filesystem::path& path) {
   return File(path, std::move(file), false);
 }
 
-File File::create(const std::filesystem::path& path) {
+File File::create(const std::filesystem::path& path, const std::filesystem::path& shown_as) {
+  const std::filesystem::path& shown = shown_as.empty() ? path : shown_as;
   const auto guard = lock();
   const Handle access(H5Pcreate(H5P_FILE_ACCESS));
   H5Pset_libver_bounds(access.id(), H5F_LIBVER_LATEST, H5F_LIBVER_LATEST);
@@ -498,8 +499,8 @@ File File::create(const std::filesystem::path& path) {
   // The same content makes the same bytes.
   H5Pset_obj_track_times(creation.id(), false);
   Handle file(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, creation.id(), access.id()));
-  if (!file) throw Error(fmt::format("{}: cannot be written: {}", path.string(), last_error()));
-  return File(path, std::move(file), true);
+  if (!file) throw Error(fmt::format("{}: cannot be written: {}", shown.string(), last_error()));
+  return File(shown, std::move(file), true);
 }
 
 void File::close() {

@@ -128,7 +128,8 @@ class File {
   static File open(const std::filesystem::path& path);
 
   /// Creates for writing in the newest file format, whose metadata carries checksums; replaces what is there.
-  static File create(const std::filesystem::path& path);
+  /// Errors call the file `shown_as`, where that is given: the name that an OutputFile will get.
+  static File create(const std::filesystem::path& path, const std::filesystem::path& shown_as = {});
 
   File(File&& other) noexcept;
   File& operator=(File&& other) noexcept;

@@ -1,0 +1,324 @@
+#include "trace/reader.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <utility>
+
+#include "base/error.h"
+#include "hdf5/hdf5.h"
+#include "trace/check.h"
+
+namespace kvreplay {
+
+namespace {
+
+constexpr std::int64_t kFormatVersion = 1;
+
+}  // namespace
+
+struct TraceReader::State {
+  struct Layer {
+    std::array<hdf5::Dataset, 4> head_tensors;  // in the order of HeadTensor
+    std::optional<hdf5::Dataset> output_projection;
+    std::optional<hdf5::Dataset> attention_mass;
+  };
+
+  explicit State(const std::filesystem::path& path) : file(hdf5::File::open(path)) {
+    check_format();
+    read_model();
+    read_tokens();
+    read_spans();
+    info.query_positions = read_positions("/query_positions");
+    read_layer_windows();
+    if (const auto found = find_contradiction(info)) fail(found->path, found->reason);
+    open_layers();
+  }
+
+  [[noreturn]] void fail(std::string_view where, std::string_view reason) const {
+    throw Error(fmt::format("{}: {}: {}", file.path().string(), where, reason));
+  }
+
+  void check_format() {
+    if (!file.has_attribute("/", "format") || file.read_string("/", "format") != "kvtrace") {
+      fail("/", "is not a kvtrace file: its attribute 'format' is not 'kvtrace'");
+    }
+    const std::int64_t version = file.read_int("/", "format_version");
+    if (version > kFormatVersion) {
+      fail("/", fmt::format("is a kvtrace of version {}, and this kvreplay reads up to version {}; update kvreplay",
+                            version, kFormatVersion));
+    }
+    if (version < 1) fail("/", fmt::format("attribute 'format_version' is {}, which does not exist", version));
+    if (!file.has_attribute("/", "complete") || file.read_int("/", "complete") != 1) {
+      fail("/", "is an unfinished capture: its attribute 'complete' is not 1; capture it again");
+    }
+    info.created_by = optional_string("/", "created_by");
+    info.created_at = optional_string("/", "created_at");
+    info.source = optional_string("/", "source");
+  }
+
+  std::string optional_string(const std::string& path, const std::string& name) const {
+    return file.has_attribute(path, name) ? file.read_string(path, name) : std::string();
+  }
+
+  int read_count(const std::string& path, const std::string& name) const {
+    const std::int64_t value = file.read_int(path, name);
+    if (value < std::numeric_limits<int>::min() || value > std::numeric_limits<int>::max()) {
+      fail(path, fmt::format("attribute '{}' is out of range: {}", name, value));
+    }
+    return static_cast<int>(value);
+  }
+
+  void read_model() {
+    if (!file.exists("/model")) fail("/model", "does not exist");
+    ModelInfo& model = info.model;
+    model.name = optional_string("/model", "name");
+    model.architecture = optional_string("/model", "architecture");
+    model.num_layers = read_count("/model", "num_layers");
+    model.num_attention_heads = read_count("/model", "num_attention_heads");
+    model.num_key_value_heads = read_count("/model", "num_key_value_heads");
+    model.head_dim = read_count("/model", "head_dim");
+    model.hidden_size = read_count("/model", "hidden_size");
+    model.softmax_scale = file.read_double("/model", "softmax_scale");
+    if (file.has_attribute("/model", "rope_theta")) model.rope_theta = file.read_double("/model", "rope_theta");
+    if (file.has_attribute("/model", "sliding_window")) model.sliding_window = read_count("/model", "sliding_window");
+    if (file.has_attribute("/model", "attn_logit_softcapping")) {
+      model.attn_logit_softcapping = file.read_double("/model", "attn_logit_softcapping");
+    }
+  }
+
+  // What is read when the file is opened is small, so its digest is compared each time.
+  void check_digest(const hdf5::Dataset& dataset) const {
+    const std::string expected = optional_string(dataset.path(), "xxh64");
+    if (!expected.empty() && expected != dataset.compute_xxh64()) {
+      fail(dataset.path(), "does not match its digest; the file is damaged, copy or capture it again");
+    }
+  }
+
+  hdf5::Dataset open_list(const std::string& path) const {
+    hdf5::Dataset dataset = file.dataset(path);
+    if (dataset.shape().size() != 1) fail(path, fmt::format("has {} axes instead of one", dataset.shape().size()));
+    if (dataset.shape()[0] > std::numeric_limits<int>::max()) {
+      fail(path, fmt::format("has {} elements, more than any context", dataset.shape()[0]));
+    }
+    check_digest(dataset);
+    return dataset;
+  }
+
+  std::vector<std::int32_t> read_positions(const std::string& path) const {
+    static_cast<void>(open_list(path));
+    return file.read_int32s(path);
+  }
+
+  void read_tokens() {
+    info.token_ids = read_positions("/tokens/ids");
+    // The format's table has the attribute on the dataset; captures exist that have it on the group.
+    const bool on_dataset = file.has_attribute("/tokens/ids", "prompt_length");
+    const bool on_group = file.has_attribute("/tokens", "prompt_length");
+    if (!on_dataset && !on_group) fail("/tokens/ids", "has no attribute 'prompt_length'");
+    info.prompt_length = read_count(on_dataset ? "/tokens/ids" : "/tokens", "prompt_length");
+    if (on_dataset && on_group && read_count("/tokens", "prompt_length") != info.prompt_length) {
+      fail("/tokens", "attribute 'prompt_length' differs from that of /tokens/ids");
+    }
+    if (file.exists("/tokens/pieces")) {
+      const hdf5::Dataset pieces = open_list("/tokens/pieces");
+      // Compared before anything is allocated for the strings.
+      if (pieces.shape()[0] != info.num_tokens()) {
+        fail("/tokens/pieces", fmt::format("has {} pieces for {} tokens", pieces.shape()[0], info.num_tokens()));
+      }
+      info.token_pieces = file.read_strings("/tokens/pieces");
+    }
+    if (file.exists("/tokens/turn_starts")) info.turn_starts = read_positions("/tokens/turn_starts");
+  }
+
+  void read_spans() {
+    if (!file.exists("/annotations/spans")) return;
+    static_cast<void>(open_list("/annotations/spans"));
+    const std::int64_t tokens = info.num_tokens();
+    for (const hdf5::LabelledRange& range : file.read_labelled_ranges("/annotations/spans")) {
+      if (range.start < 0 || range.end > tokens || range.start >= range.end) {
+        fail("/annotations/spans", fmt::format("span {} ('{}') is [{}, {}), not a range of the {} tokens",
+                                               info.spans.size(), range.label, range.start, range.end, tokens));
+      }
+      info.spans.push_back({static_cast<int>(range.start), static_cast<int>(range.end), range.label});
+    }
+  }
+
+  void read_layer_windows() {
+    for (int l = 0; l < info.model.num_layers; ++l) {
+      const std::string path = fmt::format("/layers/{}", l);
+      if (!file.is_group(path)) {
+        fail(path, fmt::format("is missing, although /model counts {} layers", info.model.num_layers));
+      }
+      info.layer_sliding_window.push_back(
+          file.has_attribute(path, "sliding_window") ? read_count(path, "sliding_window") : info.model.sliding_window);
+    }
+    const std::string next = fmt::format("/layers/{}", info.model.num_layers);
+    if (file.exists(next)) fail(next, fmt::format("exists, although /model counts {} layers", info.model.num_layers));
+  }
+
+  hdf5::Dataset open_tensor(const std::string& path, const hdf5::Shape& shape) const {
+    hdf5::Dataset dataset = file.dataset(path);
+    if (dataset.shape() != shape) {
+      fail(path, fmt::format("has the shape ({}), but /model and /tokens make it ({})",
+                             fmt::join(dataset.shape(), ", "), fmt::join(shape, ", ")));
+    }
+    if (!dataset.float_type()) {
+      fail(path, "is not of a type that traces have: float32, float16 or bfloat16, little-endian");
+    }
+    return dataset;
+  }
+
+  void open_layers() {
+    const ModelInfo& model = info.model;
+    const Index heads = model.num_attention_heads;
+    for (int l = 0; l < model.num_layers; ++l) {
+      const std::string group = fmt::format("/layers/{}/", l);
+      Layer layer;
+      for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
+        layer.head_tensors[static_cast<std::size_t>(tensor)] =
+            open_tensor(group + name_of(tensor), shape_of(info, tensor));
+      }
+      if (file.exists(group + "output_projection")) {
+        layer.output_projection = open_tensor(group + "output_projection", {model.hidden_size, heads * model.head_dim});
+      }
+      if (file.exists(group + "attention_mass")) {
+        // Captures exist with a column for every token; prompt queries give those after the prompt nothing.
+        const std::string path = group + "attention_mass";
+        const bool all_tokens = file.dataset(path).shape() == hdf5::Shape{heads, info.num_tokens()};
+        layer.attention_mass = open_tensor(path, {heads, all_tokens ? info.num_tokens() : info.prompt_length});
+      }
+      layers.push_back(std::move(layer));
+    }
+  }
+
+  const Layer& layer(int number) const {
+    if (number < 0 || number >= info.model.num_layers) {
+      fail("/layers", fmt::format("there is no layer {}; the trace has {}", number, info.model.num_layers));
+    }
+    return layers[static_cast<std::size_t>(number)];
+  }
+
+  // Reads a box of `dataset` as float32 into `out`, which has room for it.
+  static void read_box(const hdf5::Dataset& dataset, const hdf5::Shape& first, const hdf5::Shape& count,
+                       std::span<float> out) {
+    const DType type = *dataset.float_type();
+    if (type == DType::float32) {
+      dataset.read_raw(first, count, reinterpret_cast<std::byte*>(out.data()));
+      return;
+    }
+    const auto bytes = std::make_unique_for_overwrite<std::byte[]>(out.size() * size_of(type));
+    dataset.read_raw(first, count, bytes.get());
+    to_float32(type, bytes.get(), out);
+  }
+
+  // `place` names where an element stands, given its offset in `values`.
+  template <class Place>
+  void check_finite(const hdf5::Dataset& dataset, std::span<const float> values, Place place) const {
+    const auto found = find_non_finite(values);
+    if (!found) return;
+    const char* what = values[*found] != values[*found] ? "NaN" : "infinity";
+    fail(dataset.path(), fmt::format("{} at {}; capture it again, in bfloat16 or float32 if values overflow float16",
+                                     what, place(static_cast<Index>(*found))));
+  }
+
+  hdf5::File file;
+  TraceInfo info;
+  std::vector<Layer> layers;
+};
+
+TraceReader::TraceReader(const std::filesystem::path& path) : state_(std::make_unique<State>(path)) {}
+TraceReader::~TraceReader() = default;
+TraceReader::TraceReader(TraceReader&&) noexcept = default;
+TraceReader& TraceReader::operator=(TraceReader&&) noexcept = default;
+
+const std::filesystem::path& TraceReader::path() const { return state_->file.path(); }
+const TraceInfo& TraceReader::info() const { return state_->info; }
+
+Matrix TraceReader::read(int layer, HeadTensor tensor, int head, Index first, Index count) const {
+  const hdf5::Dataset& dataset = state_->layer(layer).head_tensors[static_cast<std::size_t>(tensor)];
+  const hdf5::Shape& shape = dataset.shape();
+  if (head < 0 || head >= shape[0] || first < 0 || count < 0 || first > shape[1] || count > shape[1] - first) {
+    state_->fail(dataset.path(), fmt::format("head {}, rows {} to {} are outside its {} heads and {} rows", head, first,
+                                             first + count, shape[0], shape[1]));
+  }
+  const Index width = shape[2];
+  Matrix rows(count, width);
+  const std::span<float> values(rows.data(), static_cast<std::size_t>(rows.size()));
+  State::read_box(dataset, {head, first, 0}, {1, count, width}, values);
+  state_->check_finite(dataset, values, [&](Index offset) {
+    const Index row = first + offset / width;
+    const bool by_position = tensor == HeadTensor::keys || tensor == HeadTensor::values;
+    const Index position = by_position ? row : state_->info.query_positions[static_cast<std::size_t>(row)];
+    return fmt::format("layer {}, head {}, position {}", layer, head, position);
+  });
+  return rows;
+}
+
+bool TraceReader::has_output_projection(int layer) const { return state_->layer(layer).output_projection.has_value(); }
+
+Matrix TraceReader::read_output_projection(int layer, int head) const {
+  const auto& dataset = state_->layer(layer).output_projection;
+  const ModelInfo& model = state_->info.model;
+  if (!dataset) {
+    state_->fail(fmt::format("/layers/{}", layer), "has no output_projection; capture the trace with it");
+  }
+  if (head < 0 || head >= model.num_attention_heads) {
+    state_->fail(dataset->path(), fmt::format("there is no query head {}", head));
+  }
+  Matrix weight(model.hidden_size, model.head_dim);
+  const std::span<float> values(weight.data(), static_cast<std::size_t>(weight.size()));
+  State::read_box(*dataset, {0, Index{head} * model.head_dim}, {model.hidden_size, model.head_dim}, values);
+  state_->check_finite(*dataset, values, [&](Index offset) {
+    return fmt::format("layer {}, head {}, row {}", layer, head, offset / model.head_dim);
+  });
+  return weight;
+}
+
+bool TraceReader::has_attention_mass(int layer) const { return state_->layer(layer).attention_mass.has_value(); }
+
+std::vector<float> TraceReader::read_attention_mass(int layer, int head) const {
+  const auto& dataset = state_->layer(layer).attention_mass;
+  if (!dataset) state_->fail(fmt::format("/layers/{}", layer), "has no attention_mass; capture the trace with it");
+  if (head < 0 || head >= state_->info.model.num_attention_heads) {
+    state_->fail(dataset->path(), fmt::format("there is no query head {}", head));
+  }
+  const auto prompt = static_cast<std::size_t>(state_->info.prompt_length);
+  const Index columns = dataset->shape()[1];
+  std::vector<float> mass(static_cast<std::size_t>(columns));
+  State::read_box(*dataset, {head, 0}, {1, columns}, mass);
+  state_->check_finite(
+      *dataset, mass, [&](Index offset) { return fmt::format("layer {}, head {}, position {}", layer, head, offset); });
+  const auto after = std::find_if(mass.begin() + static_cast<std::ptrdiff_t>(prompt), mass.end(),
+                                  [](float received) { return received != 0; });
+  if (after != mass.end()) {
+    state_->fail(
+        dataset->path(),
+        fmt::format("position {} is after the prompt, but received attention; only prompt queries may be counted",
+                    after - mass.begin()));
+  }
+  mass.resize(prompt);
+  return mass;
+}
+
+std::vector<StoredTensor> TraceReader::stored_tensors() const {
+  std::vector<StoredTensor> tensors;
+  const auto add = [&](const hdf5::Dataset& dataset) {
+    tensors.push_back({dataset.path(), dataset.shape(), *dataset.float_type(), dataset.stored_bytes(),
+                       dataset.storage(), state_->optional_string(dataset.path(), "xxh64")});
+  };
+  for (const State::Layer& layer : state_->layers) {
+    for (const hdf5::Dataset& dataset : layer.head_tensors) add(dataset);
+    if (layer.output_projection) add(*layer.output_projection);
+    if (layer.attention_mass) add(*layer.attention_mass);
+  }
+  return tensors;
+}
+
+std::string TraceReader::compute_xxh64(const std::string& dataset_path) const {
+  return state_->file.dataset(dataset_path).compute_xxh64();
+}
+
+}  // namespace kvreplay

@@ -1,4 +1,4 @@
-#include "attention.h"
+#include "tracer/attention.h"
 
 #include <algorithm>
 #include <cstddef>

@@ -3,8 +3,8 @@
 
 #include <span>
 
-#include "kv_cache.h"
-#include "linear.h"
+#include "tracer/kv_cache.h"
+#include "tracer/linear.h"
 
 namespace kvreplay::tracer {
 

@@ -1,4 +1,4 @@
-#include "capture.h"
+#include "tracer/capture.h"
 
 #include <fmt/chrono.h>
 #include <fmt/format.h>

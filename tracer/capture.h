@@ -9,9 +9,9 @@
 #include <string_view>
 #include <vector>
 
-#include "spans.h"
+#include "tracer/spans.h"
 #include "trace/trace.h"
-#include "transformer.h"
+#include "tracer/transformer.h"
 
 namespace kvreplay::tracer {
 

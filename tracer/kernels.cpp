@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "tracer/kernels.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-#include "kv_cache.h"
+#include "tracer/kv_cache.h"
 
 namespace kvreplay::tracer {
 

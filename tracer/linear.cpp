@@ -1,4 +1,4 @@
-#include "linear.h"
+#include "tracer/linear.h"
 
 #include <algorithm>
 

@@ -4,8 +4,8 @@
 #include <span>
 #include <vector>
 
-#include "kernels.h"
-#include "model.h"
+#include "tracer/kernels.h"
+#include "tracer/model.h"
 
 namespace kvreplay::tracer {
 

@@ -1,4 +1,4 @@
-#include "model.h"
+#include "tracer/model.h"
 
 #include <fmt/format.h>
 

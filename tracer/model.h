@@ -4,8 +4,8 @@
 #include <filesystem>
 #include <vector>
 
-#include "model_config.h"
-#include "safetensors.h"
+#include "tracer/model_config.h"
+#include "tracer/safetensors.h"
 
 namespace kvreplay::tracer {
 

@@ -1,4 +1,4 @@
-#include "model_config.h"
+#include "tracer/model_config.h"
 
 #include <fmt/format.h>
 

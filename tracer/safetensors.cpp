@@ -1,4 +1,4 @@
-#include "safetensors.h"
+#include "tracer/safetensors.h"
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -38,7 +38,7 @@ Index element_size(std::string_view dtype) {
 }
 
 // A name from a file, made safe to print on one line.
-std::string quoted(const std::string& text) {
+std::string in_quotes(const std::string& text) {
   constexpr std::size_t longest = 200;
   return json(text.substr(0, longest)).dump(-1, ' ', true, json::error_handler_t::replace);
 }
@@ -69,7 +69,7 @@ json parse_header(std::string_view text, std::string_view name) {
   } catch (const json::exception&) {
     throw Error(fmt::format("{}: the header is not valid JSON; the file is damaged or no safetensors file", name));
   }
-  if (!duplicate.empty()) throw Error(fmt::format("{}: the header names {} twice", name, quoted(duplicate)));
+  if (!duplicate.empty()) throw Error(fmt::format("{}: the header names {} twice", name, in_quotes(duplicate)));
   if (!header.is_object()) throw Error(fmt::format("{}: the header is not a JSON object", name));
   return header;
 }
@@ -100,7 +100,7 @@ std::map<std::string, TensorEntry> parse_safetensors(std::span<const std::byte> 
   for (const auto& [key, value] : header.items()) {
     if (key == "__metadata__") continue;
     const auto fail = [&, &tensor = key](const std::string& reason) {
-      return Error(fmt::format("{}: tensor {}: {}", name, quoted(tensor), reason));
+      return Error(fmt::format("{}: tensor {}: {}", name, in_quotes(tensor), reason));
     };
     if (!value.is_object() || !value.contains("dtype") || !value["dtype"].is_string() || !value.contains("shape") ||
         !value["shape"].is_array() || !value.contains("data_offsets") || !value["data_offsets"].is_array() ||
@@ -138,8 +138,8 @@ std::map<std::string, TensorEntry> parse_safetensors(std::span<const std::byte> 
   std::sort(places.begin(), places.end());
   for (std::size_t i = 1; i < places.size(); ++i) {
     if (places[i].first.first < places[i - 1].first.second) {
-      throw Error(fmt::format("{}: tensors {} and {} overlap", name, quoted(places[i - 1].second),
-                              quoted(places[i].second)));
+      throw Error(fmt::format("{}: tensors {} and {} overlap", name, in_quotes(places[i - 1].second),
+                              in_quotes(places[i].second)));
     }
   }
   return tensors;
@@ -206,7 +206,7 @@ void SafeTensors::add_file(const std::filesystem::path& path) {
   for (auto& [name, entry] : parse_safetensors(file->bytes(), path.string())) {
     const auto [place, is_new] = tensors_.try_emplace(name, Located{entry, path.filename().string()});
     if (!is_new) {
-      throw Error(fmt::format("{}: tensor {} is in {} as well", path.string(), quoted(name), place->second.file));
+      throw Error(fmt::format("{}: tensor {} is in {} as well", path.string(), in_quotes(name), place->second.file));
     }
   }
   files_.push_back(file);
@@ -221,13 +221,13 @@ void SafeTensors::add_shards(const std::filesystem::path& index) {
   std::map<std::string, std::set<std::string>> shards;
   for (const auto& [tensor, shard] : content["weight_map"].items()) {
     if (!shard.is_string()) {
-      throw Error(fmt::format("{}: tensor {} has no file name", index.string(), quoted(tensor)));
+      throw Error(fmt::format("{}: tensor {} has no file name", index.string(), in_quotes(tensor)));
     }
     const auto file = shard.get<std::string>();
     // A name, not a path: an index must not reach outside its folder.
     if (file.empty() || file == "." || file == ".." || file.find('/') != std::string::npos ||
         file.find('\0') != std::string::npos) {
-      throw Error(fmt::format("{}: {} is not a file name", index.string(), quoted(file)));
+      throw Error(fmt::format("{}: {} is not a file name", index.string(), in_quotes(file)));
     }
     shards[file].insert(tensor);
   }
@@ -241,7 +241,7 @@ void SafeTensors::add_shards(const std::filesystem::path& index) {
     for (const auto& name : names) {
       const auto entry = entries.find(name);
       if (entry == entries.end()) {
-        throw Error(fmt::format("{}: lacks tensor {}, which {} places there", path.string(), quoted(name),
+        throw Error(fmt::format("{}: lacks tensor {}, which {} places there", path.string(), in_quotes(name),
                                 index.filename().string()));
       }
       tensors_.insert_or_assign(name, Located{entry->second, shard});
@@ -273,7 +273,7 @@ Tensor SafeTensors::get(const std::string& name, std::initializer_list<Index> sh
     tensor.type = DType::bfloat16;
   } else {
     throw Error(fmt::format("{}: tensor {} is stored as {}; supported are F32, F16 and BF16", path, name,
-                            quoted(entry.dtype)));
+                            in_quotes(entry.dtype)));
   }
   tensor.shape = entry.shape;
   tensor.data = entry.data.data();

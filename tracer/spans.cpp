@@ -1,4 +1,4 @@
-#include "spans.h"
+#include "tracer/spans.h"
 
 #include <fmt/format.h>
 

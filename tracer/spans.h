@@ -7,7 +7,7 @@
 #include <string_view>
 #include <vector>
 
-#include "tokenizer.h"
+#include "tracer/tokenizer.h"
 #include "trace/trace.h"
 
 namespace kvreplay::tracer {

@@ -1,4 +1,4 @@
-#include "tokenizer.h"
+#include "tracer/tokenizer.h"
 
 #include <fmt/format.h>
 #include <sentencepiece_processor.h>
@@ -85,18 +85,22 @@ std::string Tokenizer::decode(std::span<const std::int32_t> ids) const {
 std::string Tokenizer::piece(std::int32_t id) const {
   const auto& processor = state_->processor;
   if (id < 0 || id >= processor.GetPieceSize()) return fmt::format("<{}>", id);
-  std::string text = processor.IdToPiece(id);
+  const std::string& text = processor.IdToPiece(id);
   if (processor.IsByte(id)) {
     // Such as <0x0A>.
     const auto byte = std::strtoul(text.substr(3, 2).c_str(), nullptr, 16);
     return byte > 0 && byte < 0x80 ? std::string(1, static_cast<char>(byte)) : text;
   }
   if (processor.IsControl(id) || processor.IsUnknown(id)) return text;
-  const std::string_view space = "\u2581";
-  for (std::size_t at = text.find(space); at != std::string::npos; at = text.find(space, at)) {
-    text.replace(at, space.size(), " ");
+  // SentencePiece writes spaces as U+2581.
+  constexpr std::string_view space = "\u2581";
+  std::string spaced;
+  std::size_t start = 0;
+  for (std::size_t at = text.find(space); at != std::string::npos; at = text.find(space, start)) {
+    spaced.append(text, start, at - start).push_back(' ');
+    start = at + space.size();
   }
-  return text;
+  return spaced.append(text, start);
 }
 
 }  // namespace kvreplay::tracer

@@ -1,4 +1,4 @@
-#include "transformer.h"
+#include "tracer/transformer.h"
 
 #include <fmt/format.h>
 

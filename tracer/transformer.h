@@ -8,10 +8,10 @@
 #include <span>
 #include <vector>
 
-#include "attention.h"
-#include "kv_cache.h"
-#include "linear.h"
-#include "model.h"
+#include "tracer/attention.h"
+#include "tracer/kv_cache.h"
+#include "tracer/linear.h"
+#include "tracer/model.h"
 
 namespace kvreplay::tracer {
 

@@ -1,6 +1,7 @@
 #include "cli/capture.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <omp.h>
 #include <unistd.h>
 
@@ -13,10 +14,8 @@
 #include <memory>
 #include <string>
 
-// In angle brackets: in quotes, this folder's header of the same name comes first.
-#include <capture.h>
-
 #include "base/error.h"
+#include "tracer/capture.h"
 
 namespace kvreplay::cli {
 

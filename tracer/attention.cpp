@@ -10,17 +10,17 @@ namespace kvreplay::tracer {
 namespace {
 
 // Keys whose weights (64 per key) stay in the first-level cache between the softmax and the sum over values.
-constexpr Index key_block = 128;
+constexpr Index kKeyBlock = 128;
 
 // Each query head's blocks of queries are dealt out to this many tasks, which sum their attention mass apart from
 // each other. The number is fixed, so that the order of summation is.
-constexpr Index tasks_per_head = 4;
+constexpr Index kTasksPerHead = 4;
 
 // A task's working memory.
 struct Workspace {
-  std::vector<float> queries;  // [D, query_block], scaled
-  std::vector<float> logits;   // [keys, query_block]
-  std::vector<float> outputs;  // [D, query_block]
+  std::vector<float> queries;  // [D, kQueryBlock], scaled
+  std::vector<float> logits;   // [keys, kQueryBlock]
+  std::vector<float> outputs;  // [D, kQueryBlock]
 };
 
 struct HeadView {
@@ -34,44 +34,44 @@ struct HeadView {
   float scale;
 };
 
-// Attends up to query_block queries, whose logits are kept key by key, a column per query, so that every step of the
+// Attends up to kQueryBlock queries, whose logits are kept key by key, a column per query, so that every step of the
 // softmax runs over whole vectors of queries.
 void attend_block(const Kernels& kernels, const HeadView& head, Index first, Index rows, Workspace& work,
                   double* mass) {
   const Index dim = head.head_dim;
   for (Index d = 0; d < dim; ++d) {
-    float* column = work.queries.data() + d * query_block;
+    float* column = work.queries.data() + d * kQueryBlock;
     for (Index q = 0; q < rows; ++q) column[q] = head.queries[(first + q) * head.query_width + d] * head.scale;
-    for (Index q = rows; q < query_block; ++q) column[q] = 0;
+    for (Index q = rows; q < kQueryBlock; ++q) column[q] = 0;
   }
   const Index keys = head.earlier + first + rows;
   float* logits = work.logits.data();
-  kernels.multiply(keys, query_block, dim, head.packed_keys, kernels.tile_rows * dim, kernels.tile_rows,
-                   work.queries.data(), kernels.tile_columns, query_block, logits, query_block, false);
+  kernels.multiply(keys, kQueryBlock, dim, head.packed_keys, kernels.tile_rows * dim, kernels.tile_rows,
+                   work.queries.data(), kernels.tile_columns, kQueryBlock, logits, kQueryBlock, false);
   for (Index j = head.earlier + first + 1; j < keys; ++j) {
     const Index before = j - head.earlier - first;
-    std::fill_n(logits + j * query_block, before, -std::numeric_limits<float>::infinity());
+    std::fill_n(logits + j * kQueryBlock, before, -std::numeric_limits<float>::infinity());
   }
 
-  float maxima[query_block];
-  std::fill_n(maxima, query_block, -std::numeric_limits<float>::infinity());
+  float maxima[kQueryBlock];
+  std::fill_n(maxima, kQueryBlock, -std::numeric_limits<float>::infinity());
   kernels.update_maxima(keys, logits, maxima);
-  double sums[query_block] = {};
+  double sums[kQueryBlock] = {};
   std::fill(work.outputs.begin(), work.outputs.end(), 0.0f);
-  for (Index start = 0; start < keys; start += key_block) {
-    const Index count = std::min(key_block, keys - start);
-    float* weights = logits + start * query_block;
+  for (Index start = 0; start < keys; start += kKeyBlock) {
+    const Index count = std::min(kKeyBlock, keys - start);
+    float* weights = logits + start * kQueryBlock;
     kernels.exponentiate(count, weights, maxima, sums);
-    kernels.multiply(dim, query_block, count, head.values + start * dim, kernels.tile_rows, dim, weights,
-                     kernels.tile_columns, query_block, work.outputs.data(), query_block, true);
+    kernels.multiply(dim, kQueryBlock, count, head.values + start * dim, kernels.tile_rows, dim, weights,
+                     kernels.tile_columns, kQueryBlock, work.outputs.data(), kQueryBlock, true);
   }
 
-  float factors[query_block] = {};
+  float factors[kQueryBlock] = {};
   for (Index q = 0; q < rows; ++q) factors[q] = static_cast<float>(1.0 / sums[q]);
   if (mass != nullptr) kernels.accumulate_mass(keys, logits, factors, mass);
   for (Index q = 0; q < rows; ++q) {
     float* out = head.outputs + (first + q) * head.query_width;
-    for (Index d = 0; d < dim; ++d) out[d] = work.outputs[static_cast<std::size_t>(d * query_block + q)] * factors[q];
+    for (Index d = 0; d < dim; ++d) out[d] = work.outputs[static_cast<std::size_t>(d * kQueryBlock + q)] * factors[q];
   }
 }
 
@@ -95,19 +95,19 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
                  kernels.tile_rows, packed.data());
   }
 
-  const Index blocks = (count + query_block - 1) / query_block;
-  const Index tasks = shape.num_attention_heads * tasks_per_head;
+  const Index blocks = (count + kQueryBlock - 1) / kQueryBlock;
+  const Index tasks = shape.num_attention_heads * kTasksPerHead;
   const Index mass_width = mass.empty() ? 0 : static_cast<Index>(mass.size()) / shape.num_attention_heads;
   std::vector<double> partial_mass(static_cast<std::size_t>(tasks * mass_width));
 #pragma omp parallel num_threads(execution.threads)
   {
     Workspace work;
-    work.queries.resize(static_cast<std::size_t>(dim * query_block));
-    work.outputs.resize(static_cast<std::size_t>(dim * query_block));
-    work.logits.resize(static_cast<std::size_t>(longest * query_block));
+    work.queries.resize(static_cast<std::size_t>(dim * kQueryBlock));
+    work.outputs.resize(static_cast<std::size_t>(dim * kQueryBlock));
+    work.logits.resize(static_cast<std::size_t>(longest * kQueryBlock));
 #pragma omp for schedule(dynamic)
     for (Index task = 0; task < tasks; ++task) {
-      const Index query_head = task / tasks_per_head;
+      const Index query_head = task / kTasksPerHead;
       const int kv_head = static_cast<int>(query_head / group);
       HeadView head;
       head.head_dim = dim;
@@ -119,15 +119,15 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
       head.outputs = outputs.data() + query_head * dim;
       head.scale = static_cast<float>(shape.softmax_scale);
       double* task_mass = mass.empty() ? nullptr : partial_mass.data() + task * mass_width;
-      for (Index block = task % tasks_per_head; block < blocks; block += tasks_per_head) {
-        const Index first = block * query_block;
-        attend_block(kernels, head, first, std::min(query_block, count - first), work, task_mass);
+      for (Index block = task % kTasksPerHead; block < blocks; block += kTasksPerHead) {
+        const Index first = block * kQueryBlock;
+        attend_block(kernels, head, first, std::min(kQueryBlock, count - first), work, task_mass);
       }
     }
   }
   for (Index task = 0; task < tasks && !mass.empty(); ++task) {
     for (Index j = 0; j < mass_width; ++j) {
-      mass[static_cast<std::size_t>(task / tasks_per_head * mass_width + j)] +=
+      mass[static_cast<std::size_t>(task / kTasksPerHead * mass_width + j)] +=
           partial_mass[static_cast<std::size_t>(task * mass_width + j)];
     }
   }
@@ -146,21 +146,21 @@ void attend_one(const Execution& execution, const AttentionShape& shape, const K
     const Index first_head = kv_head * group;
     std::vector<float> weights(static_cast<std::size_t>(group * keys));
     std::vector<float> query(static_cast<std::size_t>(dim));
-    for (Index start = 0; start < keys; start += key_block) {
+    for (Index start = 0; start < keys; start += kKeyBlock) {
       for (Index member = 0; member < group; ++member) {
         const float* from = queries.data() + (first_head + member) * dim;
         for (Index d = 0; d < dim; ++d) {
           query[static_cast<std::size_t>(d)] = from[d] * static_cast<float>(shape.softmax_scale);
         }
         kernels.multiply_vector(DType::float32, reinterpret_cast<const std::byte*>(head_keys + start * dim),
-                                std::min(key_block, keys - start), dim, query.data(),
+                                std::min(kKeyBlock, keys - start), dim, query.data(),
                                 weights.data() + member * keys + start);
       }
     }
     for (Index member = 0; member < group; ++member) kernels.softmax(keys, weights.data() + member * keys);
-    for (Index start = 0; start < keys; start += key_block) {
+    for (Index start = 0; start < keys; start += kKeyBlock) {
       for (Index member = 0; member < group; ++member) {
-        kernels.multiply(1, dim, std::min(key_block, keys - start), weights.data() + member * keys + start, 0, 1,
+        kernels.multiply(1, dim, std::min(kKeyBlock, keys - start), weights.data() + member * keys + start, 0, 1,
                          cache.values(layer, kv_head) + start * dim, kernels.tile_columns, dim,
                          outputs.data() + (first_head + member) * dim, 0, start > 0);
       }

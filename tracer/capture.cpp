@@ -22,16 +22,16 @@ using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 // Beyond this, rounding to half precision gives infinity.
-constexpr float largest_float16 = 65504.0f;
-constexpr float first_infinite_float16 = 65520.0f;
+constexpr float kLargestFloat16 = 65504.0f;
+constexpr float kFirstInfiniteFloat16 = 65520.0f;
 
 void check_fits_float16(std::span<const float> values, std::string_view what, int layer) {
   const auto found = std::find_if(values.begin(), values.end(),
-                                  [](float value) { return !(std::abs(value) < first_infinite_float16); });
+                                  [](float value) { return !(std::abs(value) < kFirstInfiniteFloat16); });
   if (found == values.end()) return;
   throw Error(fmt::format("the {} of layer {} hold {:g}, which float16 cannot (it ends at {}); use --dtype bfloat16 "
                           "or float32",
-                          what, layer, *found, largest_float16));
+                          what, layer, *found, kLargestFloat16));
 }
 
 // Keeps what attention saw and produced at the captured positions.
@@ -235,16 +235,16 @@ void write_trace(const CaptureOptions& options, const Model& model, TraceInfo in
 }  // namespace
 
 std::vector<std::int32_t> parse_token_ids(std::string_view text, std::string_view name) {
-  constexpr std::string_view spaces = " \t\r\n\v\f";
+  constexpr std::string_view kSpaces = " \t\r\n\v\f";
   std::vector<std::int32_t> ids;
-  for (std::size_t at = text.find_first_not_of(spaces); at != std::string_view::npos;
-       at = text.find_first_not_of(spaces, at)) {
-    const std::string_view word = text.substr(at, text.find_first_of(spaces, at) - at);
+  for (std::size_t at = text.find_first_not_of(kSpaces); at != std::string_view::npos;
+       at = text.find_first_not_of(kSpaces, at)) {
+    const std::string_view word = text.substr(at, text.find_first_of(kSpaces, at) - at);
     std::int32_t id = 0;
     const auto [end, failure] = std::from_chars(word.data(), word.data() + word.size(), id);
     if (failure != std::errc() || end != word.data() + word.size() || id < 0) {
-      constexpr std::size_t longest = 40;
-      throw Error(fmt::format("{}: {:?} is not a token id", name, word.substr(0, longest)));
+      constexpr std::size_t kLongest = 40;
+      throw Error(fmt::format("{}: {:?} is not a token id", name, word.substr(0, kLongest)));
     }
     ids.push_back(id);
     at += word.size();

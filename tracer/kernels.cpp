@@ -171,22 +171,22 @@ struct Generic {
   KVREPLAY_INLINE void pack_typed(const std::byte* data, Index row, Index count, Index depth, Index width,
                                   float* packed) {
     const Index element = type == DType::float32 ? 4 : 2;
-    // A strip of each row is widened into a place that stays in the first-level cache, then turned.
-    constexpr Index strip = 64;
-    float strips[columns * strip];
+    // A kStrip of each row is widened into a place that stays in the first-level cache, then turned.
+    constexpr Index kStrip = 64;
+    float strips[columns * kStrip];
     for (Index first = 0; first < count; first += width, packed += width * depth) {
       const Index valid = std::min(width, count - first);
-      for (Index start = 0; start < depth; start += strip) {
-        const Index length = std::min(strip, depth - start);
+      for (Index start = 0; start < depth; start += kStrip) {
+        const Index length = std::min(kStrip, depth - start);
         for (Index i = 0; i < valid; ++i) {
           const std::byte* from = data + ((first + i) * row + start) * element;
           Index k = 0;
-          for (; k + lanes <= length; k += lanes) store(strips + i * strip + k, widen<type>(from + k * element));
-          for (; k < length; ++k) strips[i * strip + k] = widen_one<type>(from + k * element);
+          for (; k + lanes <= length; k += lanes) store(strips + i * kStrip + k, widen<type>(from + k * element));
+          for (; k < length; ++k) strips[i * kStrip + k] = widen_one<type>(from + k * element);
         }
         for (Index k = 0; k < length; ++k) {
           float* to = packed + (start + k) * width;
-          for (Index i = 0; i < valid; ++i) to[i] = strips[i * strip + k];
+          for (Index i = 0; i < valid; ++i) to[i] = strips[i * kStrip + k];
           for (Index i = valid; i < width; ++i) to[i] = 0;
         }
       }
@@ -251,10 +251,10 @@ struct Generic {
   }
 
   KVREPLAY_INLINE void update_maxima(Index keys, const float* logits, float* maxima) {
-    for (Index q = 0; q < query_block; q += lanes) {
+    for (Index q = 0; q < kQueryBlock; q += lanes) {
       Floats highest = load(maxima + q);
       for (Index j = 0; j < keys; ++j) {
-        const Floats candidate = load(logits + j * query_block + q);
+        const Floats candidate = load(logits + j * kQueryBlock + q);
         highest = candidate > highest ? candidate : highest;
       }
       store(maxima + q, highest);
@@ -262,11 +262,11 @@ struct Generic {
   }
 
   KVREPLAY_INLINE void exponentiate(Index keys, float* logits, const float* maxima, double* sums) {
-    for (Index q = 0; q < query_block; q += lanes) {
+    for (Index q = 0; q < kQueryBlock; q += lanes) {
       const Floats highest = load(maxima + q);
       Floats totals = {};
       for (Index j = 0; j < keys; ++j) {
-        float* place = logits + j * query_block + q;
+        float* place = logits + j * kQueryBlock + q;
         const Floats weights = exponential(load(place) - highest);
         store(place, weights);
         totals += weights;
@@ -278,7 +278,7 @@ struct Generic {
   KVREPLAY_INLINE void accumulate_mass(Index keys, const float* weights, const float* factors, double* mass) {
     for (Index j = 0; j < keys; ++j) {
       Floats totals = {};
-      for (Index q = 0; q < query_block; q += lanes) totals += load(weights + j * query_block + q) * load(factors + q);
+      for (Index q = 0; q < kQueryBlock; q += lanes) totals += load(weights + j * kQueryBlock + q) * load(factors + q);
       mass[j] += static_cast<double>(sum(totals));
     }
   }
@@ -342,7 +342,7 @@ struct Generic {
   target void silu_multiply(Index n, float* gate, const float* up) { Body::silu_multiply(n, gate, up); }              \
   constexpr Kernels table = {label,           rows,          Body::columns, multiply,        pack,                    \
                              multiply_vector, update_maxima, exponentiate,  accumulate_mass, softmax, silu_multiply}; \
-  static_assert(query_block % Body::columns == 0);                                                                    \
+  static_assert(kQueryBlock % Body::columns == 0);                                                                    \
   }
 
 KVREPLAY_KERNELS(baseline, "baseline", , 4, 4)

@@ -20,7 +20,7 @@ struct Kernels {
   /// Rows of a panel of the left operand.
   Index tile_rows;
 
-  /// Columns of a panel of the right operand. Divides query_block.
+  /// Columns of a panel of the right operand. Divides kQueryBlock.
   Index tile_columns;
 
   /// c[m, n] = a·b, or c += a·b where `accumulate`: float32, each element summed over k in ascending order.
@@ -36,13 +36,13 @@ struct Kernels {
   /// y[i] = data[i, :]·x for `rows` rows of `depth` elements that follow each other.
   void (*multiply_vector)(DType type, const std::byte* data, Index rows, Index depth, const float* x, float* y);
 
-  /// maxima[q] = max(maxima[q], logits[j, q]) over `keys` rows of query_block logits.
+  /// maxima[q] = max(maxima[q], logits[j, q]) over `keys` rows of kQueryBlock logits.
   void (*update_maxima)(Index keys, const float* logits, float* maxima);
 
-  /// Replaces `keys` rows of query_block logits by exp(logit - maxima[q]) and adds their sums to sums[q].
+  /// Replaces `keys` rows of kQueryBlock logits by exp(logit - maxima[q]) and adds their sums to sums[q].
   void (*exponentiate)(Index keys, float* logits, const float* maxima, double* sums);
 
-  /// mass[j] += Σ_q weights[j, q] * factors[q] over `keys` rows of query_block weights.
+  /// mass[j] += Σ_q weights[j, q] * factors[q] over `keys` rows of kQueryBlock weights.
   void (*accumulate_mass)(Index keys, const float* weights, const float* factors, double* mass);
 
   /// Turns n logits into their softmax.
@@ -53,7 +53,7 @@ struct Kernels {
 };
 
 /// Queries that are attended together: the width of the softmax kernels' rows.
-inline constexpr Index query_block = 64;
+inline constexpr Index kQueryBlock = 64;
 
 /// The kernels that this processor can run, best last; the first runs everywhere.
 const std::vector<Kernels>& available_kernels();

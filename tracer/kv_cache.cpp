@@ -9,7 +9,7 @@ KvCache::KvCache(int num_layers, int num_key_value_heads, int head_dim, Index ca
       lengths_(static_cast<std::size_t>(num_layers) * static_cast<std::size_t>(num_key_value_heads)),
       keys_(static_cast<std::size_t>(num_layers)),
       values_(static_cast<std::size_t>(num_layers)) {
-  const auto floats = static_cast<std::size_t>(num_key_value_heads * capacity * head_dim + read_ahead);
+  const auto floats = static_cast<std::size_t>(num_key_value_heads * capacity * head_dim + kReadAhead);
   for (auto& layer : keys_) layer.resize(floats);
   for (auto& layer : values_) layer.resize(floats);
 }

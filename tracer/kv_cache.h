@@ -30,7 +30,7 @@ class KvCache {
   const float* values(int layer, int head) const { return values_[layer_of(layer)].data() + offset(head); }
 
   /// Rows are at least this many floats away from the end of the memory that may be read.
-  static constexpr Index read_ahead = 64;
+  static constexpr Index kReadAhead = 64;
 
   /// Makes room for `rows` more rows at the end of a head and gives the place of the first of them.
   /// Precondition: they fit the capacity.

@@ -8,11 +8,11 @@ namespace {
 
 // A block of weights is widened to float32 once for all tokens: 64 output rows by 512 inputs are 128 KiB, which stay
 // in the second-level cache while the tokens' activations stream past.
-constexpr Index block_rows = 64;
-constexpr Index block_depth = 512;
+constexpr Index kBlockRows = 64;
+constexpr Index kBlockDepth = 512;
 
 // Output rows of one task where a single token is multiplied.
-constexpr Index vector_rows = 32;
+constexpr Index kVectorRows = 32;
 
 void add_bias(const std::vector<float>& bias, Index first, Index count, float* out) {
   if (bias.empty()) return;
@@ -42,27 +42,27 @@ void LinearInput::multiply(const LinearWeights& linear, std::span<float> out) co
   const Index out_rows = weight.rows();
   const Index row_bytes = width_ * static_cast<Index>(size_of(weight.type));
   if (count_ == 1) {
-    const Index tasks = (out_rows + vector_rows - 1) / vector_rows;
+    const Index tasks = (out_rows + kVectorRows - 1) / kVectorRows;
 #pragma omp parallel for num_threads(execution_.threads) schedule(static)
     for (Index task = 0; task < tasks; ++task) {
-      const Index first = task * vector_rows;
-      const Index rows = std::min(vector_rows, out_rows - first);
+      const Index first = task * kVectorRows;
+      const Index rows = std::min(kVectorRows, out_rows - first);
       kernels.multiply_vector(weight.type, weight.data + first * row_bytes, rows, width_, rows_.data(),
                               out.data() + first);
       add_bias(linear.bias, first, rows, out.data() + first);
     }
     return;
   }
-  const Index tasks = (out_rows + block_rows - 1) / block_rows;
+  const Index tasks = (out_rows + kBlockRows - 1) / kBlockRows;
 #pragma omp parallel num_threads(execution_.threads)
   {
-    std::vector<float> block(static_cast<std::size_t>(block_rows * block_depth));
+    std::vector<float> block(static_cast<std::size_t>(kBlockRows * kBlockDepth));
 #pragma omp for schedule(dynamic)
     for (Index task = 0; task < tasks; ++task) {
-      const Index first = task * block_rows;
-      const Index rows = std::min(block_rows, out_rows - first);
-      for (Index start = 0; start < width_; start += block_depth) {
-        const Index depth = std::min(block_depth, width_ - start);
+      const Index first = task * kBlockRows;
+      const Index rows = std::min(kBlockRows, out_rows - first);
+      for (Index start = 0; start < width_; start += kBlockDepth) {
+        const Index depth = std::min(kBlockDepth, width_ - start);
         const std::byte* from =
             weight.data + first * row_bytes + start * static_cast<Index>(size_of(weight.type));
         kernels.pack(weight.type, from, width_, rows, depth, kernels.tile_columns, block.data());

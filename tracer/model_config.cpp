@@ -25,7 +25,7 @@ struct Architecture {
   std::string_view model_type;
 };
 
-constexpr std::array architectures = {Architecture{"LlamaForCausalLM", "llama"}};
+constexpr std::array kArchitectures = {Architecture{"LlamaForCausalLM", "llama"}};
 
 json read_json(const std::filesystem::path& path) {
   std::ifstream stream(path);
@@ -49,8 +49,8 @@ class Section {
 
   int size(const char* key) const {
     const json& value = at(key);
-    if (!value.is_number_integer() || value.get<double>() < 1 || value.get<double>() > largest_size) {
-      throw wrong(key, fmt::format("a whole number from 1 to {}", largest_size));
+    if (!value.is_number_integer() || value.get<double>() < 1 || value.get<double>() > kLargestSize) {
+      throw wrong(key, fmt::format("a whole number from 1 to {}", kLargestSize));
     }
     return value.get<int>();
   }
@@ -101,12 +101,12 @@ class Section {
   }
 
  private:
-  static constexpr int largest_size = 1 << 28;
+  static constexpr int kLargestSize = 1 << 28;
 
   std::string shortened(const char* key) const {
-    constexpr std::size_t longest = 120;
+    constexpr std::size_t kLongest = 120;
     std::string value = content_[key].dump(-1, ' ', true, json::error_handler_t::replace);
-    return value.size() > longest ? value.substr(0, longest) + "..." : value;
+    return value.size() > kLongest ? value.substr(0, kLongest) + "..." : value;
   }
 
   const json& content_;
@@ -115,18 +115,18 @@ class Section {
 
 std::string_view supported_architecture(const Section& config) {
   std::string supported;
-  for (const Architecture& candidate : architectures) {
+  for (const Architecture& candidate : kArchitectures) {
     supported += (supported.empty() ? "" : ", ") + std::string(candidate.class_name);
   }
   if (config.has("architectures")) {
     const json& names = config.at("architectures");
-    for (const Architecture& candidate : architectures) {
+    for (const Architecture& candidate : kArchitectures) {
       if (names == json::array({candidate.class_name})) return candidate.model_type;
     }
     throw config.unsupported("architectures", supported);
   }
   const std::string model_type = config.text("model_type");
-  for (const Architecture& candidate : architectures) {
+  for (const Architecture& candidate : kArchitectures) {
     if (model_type == candidate.model_type) return candidate.model_type;
   }
   throw config.unsupported("model_type", supported);

@@ -26,7 +26,7 @@ namespace {
 using nlohmann::json;
 
 // The limit of the format's own implementation: a longer header is an attack or damage.
-constexpr std::uint64_t longest_header = 100'000'000;
+constexpr std::uint64_t kLongestHeader = 100'000'000;
 
 // Bytes of an element, or 0 for a dtype that the format did not know when this was written.
 Index element_size(std::string_view dtype) {
@@ -39,8 +39,8 @@ Index element_size(std::string_view dtype) {
 
 // A name from a file, made safe to print on one line.
 std::string in_quotes(const std::string& text) {
-  constexpr std::size_t longest = 200;
-  return json(text.substr(0, longest)).dump(-1, ' ', true, json::error_handler_t::replace);
+  constexpr std::size_t kLongest = 200;
+  return json(text.substr(0, kLongest)).dump(-1, ' ', true, json::error_handler_t::replace);
 }
 
 std::optional<Index> as_size(const json& value) {
@@ -87,9 +87,9 @@ std::map<std::string, TensorEntry> parse_safetensors(std::span<const std::byte> 
                             "safetensors file",
                             name, header_length, file.size() - 8));
   }
-  if (header_length > longest_header) {
+  if (header_length > kLongestHeader) {
     throw Error(fmt::format("{}: the header claims {} bytes, more than the format's limit of {}", name, header_length,
-                            longest_header));
+                            kLongestHeader));
   }
   const auto data = file.subspan(8 + header_length);
   const json header =
@@ -135,12 +135,21 @@ std::map<std::string, TensorEntry> parse_safetensors(std::span<const std::byte> 
     if (*begin < *end) places.push_back({{*begin, *end}, key});
     tensors.emplace(key, std::move(entry));
   }
+  // The format leaves no byte without an owner, so a gap is as telling as an overlap.
   std::sort(places.begin(), places.end());
-  for (std::size_t i = 1; i < places.size(); ++i) {
-    if (places[i].first.first < places[i - 1].first.second) {
+  places.push_back({{static_cast<Index>(data.size()), static_cast<Index>(data.size())}, ""});
+  Index reached = 0;
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    const Index begin = places[i].first.first;
+    if (begin < reached) {
       throw Error(fmt::format("{}: tensors {} and {} overlap", name, in_quotes(places[i - 1].second),
                               in_quotes(places[i].second)));
     }
+    if (begin > reached) {
+      throw Error(fmt::format("{}: bytes [{}, {}) of the data belong to no tensor; the file is damaged", name, reached,
+                              begin));
+    }
+    reached = places[i].first.second;
   }
   return tensors;
 }

@@ -93,12 +93,12 @@ std::string Tokenizer::piece(std::int32_t id) const {
   }
   if (processor.IsControl(id) || processor.IsUnknown(id)) return text;
   // SentencePiece writes spaces as U+2581.
-  constexpr std::string_view space = "\u2581";
+  constexpr std::string_view kSpace = "\u2581";
   std::string spaced;
   std::size_t start = 0;
-  for (std::size_t at = text.find(space); at != std::string::npos; at = text.find(space, start)) {
+  for (std::size_t at = text.find(kSpace); at != std::string::npos; at = text.find(kSpace, start)) {
     spaced.append(text, start, at - start).push_back(' ');
-    start = at + space.size();
+    start = at + kSpace.size();
   }
   return spaced.append(text, start);
 }

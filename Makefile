@@ -1,0 +1,60 @@
+# A front for CMake's presets: make help
+# PRESET=release builds for any processor of this kind, PRESET=debug with assertions; JOBS=1 takes one core;
+# WERROR=ON treats warnings as errors.
+PRESET ?= release-native
+PREFIX ?= /usr/local
+JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+WERROR ?= OFF
+RUNS ?= 10000
+
+# Given on every run, so that a ccache which comes or goes is noticed; sccache and others through the environment.
+configure = cmake --preset $(1) --log-level=WARNING -DKVREPLAY_WERROR=$(WERROR) \
+  -DCMAKE_CXX_COMPILER_LAUNCHER="$${CMAKE_CXX_COMPILER_LAUNCHER-$$(command -v ccache)}"
+compile = cmake --build --preset $(1) --parallel $(JOBS)
+
+.PHONY: build test demo check-format format tidy fuzz sanitize install clean help setup setup-ci
+.DEFAULT_GOAL := build
+
+build: setup ## Install what is missing and build, tuned for this processor (the default)
+	@$(call configure,$(PRESET))
+	@$(call compile,$(PRESET))
+
+test: build ## Run the tests on all cores
+	@ctest --preset $(PRESET) --parallel $(JOBS)
+
+demo: build ## Capture the demo model on the bundled prompts and replay the policies: out/demo/
+	@scripts/demo.sh build/$(PRESET)/kvreplay
+
+check-format: setup-ci ## Name what clang-format would change
+	@scripts/sources.sh '*.h' '*.cpp' | xargs -0 clang-format --dry-run --Werror
+
+format: setup-ci ## Let clang-format change it
+	@scripts/sources.sh '*.h' '*.cpp' | xargs -0 clang-format -i
+
+tidy: setup-ci build ## Run clang-tidy on the sources
+	@scripts/tidy.sh build/$(PRESET) $(JOBS)
+
+fuzz: setup-ci ## Run every fuzz target 10,000 times on its corpus (RUNS=...)
+	@$(call configure,fuzz)
+	@$(call compile,fuzz) --target tests/fuzz/all
+	@scripts/fuzz.sh build/fuzz $(RUNS) $(JOBS)
+
+sanitize: setup ## Run the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(call configure,sanitize)
+	@$(call compile,sanitize)
+	@ctest --preset sanitize --parallel $(JOBS)
+
+install: build ## Install the program, the library and its headers (PREFIX=/usr/local)
+	@cmake --install build/$(PRESET) --prefix "$(abspath $(patsubst ~/%,$(HOME)/%,$(PREFIX)))"
+
+clean: ## Remove build/
+	@rm -rf build
+
+help: ## List these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-13s %s\n", $$1, $$2}'
+
+setup:
+	@scripts/install-dependencies.sh
+
+setup-ci:
+	@scripts/install-dependencies.sh --ci

@@ -1,0 +1,138 @@
+#include "analysis/summary.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <string_view>
+
+namespace kvreplay {
+namespace {
+
+struct Measure {
+  std::string_view name;
+  Table ReplayResult::*table;
+  bool lower_is_better;
+};
+
+constexpr Measure kMeasures[] = {
+    {"layer_error", &ReplayResult::layer_error, true},
+    {"head_error", &ReplayResult::head_error, true},
+    {"attention_recall", &ReplayResult::attention_recall, false},
+    {"cosine", &ReplayResult::cosine, false},
+    {"span_recall", &ReplayResult::span_recall, false},
+};
+
+double mean_of(const Table& table) {
+  if (table.numbers.empty()) return std::numeric_limits<double>::quiet_NaN();
+  return std::accumulate(table.numbers.begin(), table.numbers.end(), 0.0) / static_cast<double>(table.numbers.size());
+}
+
+double quantile(const std::vector<float>& ascending, double share) {
+  const double place = share * static_cast<double>(ascending.size() - 1);
+  const auto below = static_cast<std::size_t>(place);
+  const std::size_t above = std::min(below + 1, ascending.size() - 1);
+  const double weight = place - static_cast<double>(below);
+  return (1 - weight) * static_cast<double>(ascending[below]) + weight * static_cast<double>(ascending[above]);
+}
+
+}  // namespace
+
+Distribution distribution_of(std::vector<float> numbers, bool lower_is_better) {
+  std::ranges::sort(numbers);
+  return {.mean = std::accumulate(numbers.begin(), numbers.end(), 0.0) / static_cast<double>(numbers.size()),
+          .median = quantile(numbers, 0.5),
+          .p90 = quantile(numbers, lower_is_better ? 0.9 : 0.1),
+          .worst = static_cast<double>(lower_is_better ? numbers.back() : numbers.front())};
+}
+
+std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays) {
+  std::vector<MeasureSummary> rows;
+  for (const TraceReplay& replay : replays) {
+    for (const ReplayResult& result : replay.results) {
+      MeasureSummary row{.trace = result.trace,
+                         .policy = result.policy,
+                         .capacity_request = result.capacity_request,
+                         .capacity = result.capacity,
+                         .kept = result.kept.mean_size(),
+                         .eviction_position = result.eviction_position,
+                         .granularity = result.granularity,
+                         .share = result.share,
+                         .layer = -1,
+                         .measure = {},
+                         .distribution = {}};
+      for (const Measure& measure : kMeasures) {
+        const std::vector<float>& numbers = (result.*measure.table).numbers;
+        if (numbers.empty()) continue;
+        row.measure = measure.name;
+        row.layer = -1;
+        row.distribution = distribution_of(numbers, measure.lower_is_better);
+        rows.push_back(row);
+        const auto per_layer = static_cast<std::ptrdiff_t>(numbers.size()) / replay.model.num_layers;
+        for (row.layer = 0; row.layer < replay.model.num_layers; ++row.layer) {
+          const auto first = numbers.begin() + row.layer * per_layer;
+          row.distribution = distribution_of({first, first + per_layer}, measure.lower_is_better);
+          rows.push_back(row);
+        }
+      }
+    }
+  }
+  return rows;
+}
+
+std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays) {
+  struct Sum {
+    PolicyRow row;
+    int count = 0;
+    int with_spans = 0;
+  };
+  std::vector<Sum> sums;
+  std::vector<std::string> capacities = {"all"};
+  for (const TraceReplay& replay : replays) {
+    for (const ReplayResult& result : replay.results) {
+      if (std::ranges::find(capacities, result.capacity_request) == capacities.end()) {
+        capacities.push_back(result.capacity_request);
+      }
+      auto sum = std::ranges::find_if(sums, [&result](const Sum& s) {
+        return s.row.policy == result.policy && s.row.capacity_request == result.capacity_request;
+      });
+      if (sum == sums.end()) {
+        sum = sums.insert(sums.end(), Sum{});
+        sum->row.policy = result.policy;
+        sum->row.capacity_request = result.capacity_request;
+        sum->row.granularity = result.granularity;
+      }
+      ++sum->count;
+      PolicyRow& row = sum->row;
+      row.kept += result.kept.mean_size();
+      row.kept_share += result.kept.mean_size() / result.eviction_position;
+      row.layer_error += mean_of(result.layer_error);
+      row.head_error += mean_of(result.head_error);
+      row.attention_recall += mean_of(result.attention_recall);
+      row.cosine += mean_of(result.cosine);
+      if (!result.span_recall.numbers.empty()) {
+        row.span_recall += mean_of(result.span_recall);
+        ++sum->with_spans;
+      }
+    }
+  }
+  std::vector<PolicyRow> rows;
+  for (Sum& sum : sums) {
+    for (double PolicyRow::*number : {&PolicyRow::kept, &PolicyRow::kept_share, &PolicyRow::layer_error,
+                                      &PolicyRow::head_error, &PolicyRow::attention_recall, &PolicyRow::cosine}) {
+      sum.row.*number /= sum.count;
+    }
+    sum.row.span_recall /= sum.with_spans;  // 0/0 where no trace has spans: NaN, as promised
+    rows.push_back(sum.row);
+  }
+  const auto capacity_rank = [&capacities](const PolicyRow& row) {
+    return std::ranges::find(capacities, row.capacity_request) - capacities.begin();
+  };
+  std::ranges::stable_sort(rows, [&](const PolicyRow& a, const PolicyRow& b) {
+    const auto rank_a = capacity_rank(a);
+    const auto rank_b = capacity_rank(b);
+    return rank_a != rank_b ? rank_a < rank_b : a.layer_error < b.layer_error;
+  });
+  return rows;
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,59 @@
+// Result tables turned into the few numbers that a person compares.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "replay/replay.h"
+
+namespace kvreplay {
+
+/// The distribution of one measure.
+struct Distribution {
+  double mean = 0;
+  double median = 0;
+  double p90 = 0;    ///< the value that 90 % are not worse than
+  double worst = 0;  ///< largest error, smallest recall or cosine
+};
+
+/// Of `numbers`, at least one; `lower_is_better` says which end is the worst. Quantiles interpolate linearly.
+Distribution distribution_of(std::vector<float> numbers, bool lower_is_better);
+
+/// One measure of one replayed setting, over one layer or all of them.
+struct MeasureSummary {
+  std::string trace;
+  std::string policy;
+  std::string capacity_request;
+  int capacity = 0;
+  double kept = 0;  ///< mean positions per kept set that the capacity led to
+  int eviction_position = 0;
+  Granularity granularity = Granularity::kv;
+  Share share = Share::mean;
+  int layer = -1;  ///< −1: all layers
+  std::string measure;
+  Distribution distribution;
+};
+
+/// Every measure of every result, per layer and over all layers, in the order of the results. Head measures weigh every
+/// head and evaluation query alike; span recall weighs every head and span alike.
+std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays);
+
+/// A row of the table that a replay prints: a policy at a capacity, averaged over traces and eviction positions, each
+/// of them weighing the same.
+struct PolicyRow {
+  std::string policy;
+  std::string capacity_request;
+  Granularity granularity = Granularity::kv;
+  double kept = 0;
+  double kept_share = 0;  ///< of the prompt
+  double layer_error = 0;
+  double head_error = 0;
+  double attention_recall = 0;
+  double cosine = 0;
+  double span_recall = 0;  ///< NaN where no trace has spans
+};
+
+/// What is kept whole first, then by capacity in the order asked for; best (smallest mean layer error) first within.
+std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays);
+
+}  // namespace kvreplay

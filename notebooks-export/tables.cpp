@@ -1,0 +1,154 @@
+#include "notebooks-export/tables.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+namespace kvreplay {
+namespace {
+
+// Width on a terminal: UTF-8 continuation bytes take none.
+std::size_t display_width(const std::string& text) {
+  return static_cast<std::size_t>(
+      std::ranges::count_if(text, [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }));
+}
+
+std::string csv_field(const std::string& text) {
+  if (text.find_first_of(",\"\n\r") == std::string::npos) return text;
+  std::string quoted = "\"";
+  for (const char c : text) {
+    if (c == '"') quoted += '"';
+    quoted += c;
+  }
+  return quoted + '"';
+}
+
+double mean(std::span<const float> numbers) {
+  double sum = 0;
+  for (const float number : numbers) sum += static_cast<double>(number);
+  return sum / static_cast<double>(numbers.size());
+}
+
+}  // namespace
+
+std::string aligned_table(const std::vector<std::vector<std::string>>& rows) {
+  std::vector<std::size_t> widths;
+  for (const auto& row : rows) {
+    widths.resize(std::max(widths.size(), row.size()));
+    for (std::size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], display_width(row[i]));
+  }
+  std::string text;
+  const auto add_line = [&](const std::vector<std::string>& row) {
+    std::string line;
+    for (std::size_t i = 0; i < row.size(); ++i) {
+      const std::string padding(widths[i] - display_width(row[i]), ' ');
+      line += i == 0 ? row[i] + padding : "  " + padding + row[i];
+    }
+    line.erase(line.find_last_not_of(' ') + 1);
+    text += line + '\n';
+  };
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    add_line(rows[r]);
+    if (r > 0) continue;
+    std::vector<std::string> rule;
+    for (const std::size_t width : widths) {
+      std::string dashes;
+      for (std::size_t i = 0; i < width; ++i) dashes += "─";
+      rule.push_back(dashes);
+    }
+    add_line(rule);
+  }
+  return text;
+}
+
+std::string policy_table(const std::vector<PolicyRow>& rows) {
+  const bool spans = std::ranges::any_of(rows, [](const PolicyRow& row) { return !std::isnan(row.span_recall); });
+  std::vector<std::vector<std::string>> cells = {
+      {"policy", "capacity", "kept", "of prompt", "heads", "layer error", "head error", "recall", "cosine"}};
+  if (spans) cells[0].emplace_back("spans kept");
+  for (const PolicyRow& row : rows) {
+    auto& line = cells.emplace_back(std::vector<std::string>{
+        row.policy, row.capacity_request, fmt::format("{:.5g}", row.kept), fmt::format("{:.1f} %", 100 * row.kept_share),
+        std::string(name_of(row.granularity)), fmt::format("{:.4f}", row.layer_error),
+        fmt::format("{:.4f}", row.head_error), fmt::format("{:.4f}", row.attention_recall),
+        fmt::format("{:.4f}", row.cosine)});
+    if (spans) line.push_back(std::isnan(row.span_recall) ? "-" : fmt::format("{:.1f} %", 100 * row.span_recall));
+  }
+  return aligned_table(cells);
+}
+
+std::string summary_csv(const std::vector<MeasureSummary>& rows) {
+  std::string text =
+      "trace,policy,capacity_request,capacity,kept,evict_at,heads,share,layer,measure,mean,median,p90,worst\n";
+  for (const MeasureSummary& row : rows) {
+    text += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(row.trace), csv_field(row.policy),
+                        csv_field(row.capacity_request), row.capacity, row.kept, row.eviction_position,
+                        name_of(row.granularity), name_of(row.share),
+                        row.layer < 0 ? std::string("all") : fmt::format("{}", row.layer), row.measure,
+                        row.distribution.mean, row.distribution.median, row.distribution.p90, row.distribution.worst);
+  }
+  return text;
+}
+
+std::string summary_json(const std::vector<TraceReplay>& replays, const std::vector<MeasureSummary>& rows,
+                         const std::vector<OverlapTable>& overlaps) {
+  using Json = nlohmann::ordered_json;
+  Json document;
+  document["format"] = "kvreplay-summary";
+  document["format_version"] = 1;
+  for (const TraceReplay& replay : replays) {
+    Json spans = Json::array();
+    for (const Span& span : replay.spans) {
+      spans.push_back({{"label", span.label}, {"start", span.start}, {"end", span.end}});
+    }
+    document["traces"].push_back({{"trace", replay.trace},
+                                  {"model", replay.model.name},
+                                  {"num_layers", replay.model.num_layers},
+                                  {"num_attention_heads", replay.model.num_attention_heads},
+                                  {"num_key_value_heads", replay.model.num_key_value_heads},
+                                  {"prompt_length", replay.prompt_length},
+                                  {"evict_at", replay.eviction_position},
+                                  {"evaluation_queries", replay.evaluation_positions.size()},
+                                  {"spans", spans},
+                                  {"notes", replay.notes}});
+  }
+  for (const MeasureSummary& row : rows) {
+    Json layer = row.layer;
+    if (row.layer < 0) layer = "all";
+    document["summary"].push_back({{"trace", row.trace},
+                                   {"policy", row.policy},
+                                   {"capacity_request", row.capacity_request},
+                                   {"capacity", row.capacity},
+                                   {"kept", row.kept},
+                                   {"evict_at", row.eviction_position},
+                                   {"heads", name_of(row.granularity)},
+                                   {"share", name_of(row.share)},
+                                   {"layer", layer},
+                                   {"measure", row.measure},
+                                   {"mean", row.distribution.mean},
+                                   {"median", row.distribution.median},
+                                   {"p90", row.distribution.p90},
+                                   {"worst", row.distribution.worst}});
+  }
+  for (const OverlapTable& table : overlaps) {
+    const std::size_t policies = table.policies.size();
+    const std::size_t cells = table.jaccard.numbers.size() / (policies * policies);
+    for (std::size_t a = 0; a < policies; ++a) {
+      for (std::size_t b = 0; b < policies; ++b) {
+        const std::size_t at = (a * policies + b) * cells;
+        document["overlap"].push_back({{"trace", table.trace},
+                                       {"capacity_request", table.capacity_request},
+                                       {"evict_at", table.eviction_position},
+                                       {"policy", table.policies[a]},
+                                       {"other", table.policies[b]},
+                                       {"jaccard", mean(std::span(table.jaccard.numbers).subspan(at, cells))},
+                                       {"containment", mean(std::span(table.containment.numbers).subspan(at, cells))}});
+      }
+    }
+  }
+  return document.dump(1) + "\n";
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Installs what the build needs and this machine lacks. Where nothing is missing it changes nothing and needs no rights.
+#   scripts/install-dependencies.sh         the compiler, the build tools and the libraries
+#   scripts/install-dependencies.sh --ci    also clang and its tools, for `make tidy`, `make fuzz` and `make check-format`
+set -euo pipefail
+
+say() { printf 'install-dependencies: %s\n' "$*"; }
+die() {
+  say "$@" >&2
+  exit 1
+}
+
+packages=(
+  g++ cmake ninja-build make pkg-config ccache
+  libhdf5-dev libeigen3-dev libcli11-dev libfmt-dev nlohmann-json3-dev libxxhash-dev libsentencepiece-dev libgtest-dev
+)
+# ccache is a convenience: a build without it is only slower.
+commands=(cmake ninja make pkg-config)
+with_clang=0
+
+case "${1-}" in
+  '') ;;
+  --ci)
+    # clang brings neither libFuzzer's and the sanitizers' runtime (libclang-rt-dev) nor OpenMP's header (libomp-dev).
+    packages+=(clang clang-tidy clang-format libclang-rt-dev libomp-dev)
+    commands+=(clang++ clang-tidy clang-format)
+    with_clang=1
+    ;;
+  *)
+    echo "usage: $0 [--ci]" >&2
+    exit 2
+    ;;
+esac
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# Prints those of the packages that dpkg does not have.
+missing_packages() {
+  local installed
+  # shellcheck disable=SC2016 # the ${} are dpkg-query's
+  installed=$(dpkg-query -W -f='${db:Status-Abbrev} ${Package}\n' "${packages[@]}" 2>/dev/null |
+    sed -n 's/^.i *//p') || true
+  comm -23 <(printf '%s\n' "${packages[@]}" | sort) <(sort <<<"$installed")
+}
+
+# Whether the build would find everything, wherever it comes from (modules, conda, built by hand): asks CMake the
+# questions of the project's own CMakeLists.txt, in a folder of its own.
+probe() {
+  local command folder status=0
+  for command in "${commands[@]}"; do
+    command -v "$command" >/dev/null || {
+      echo "$command is not on the PATH"
+      return 1
+    }
+  done
+  folder=$(mktemp -d)
+  {
+    echo 'cmake_minimum_required(VERSION 3.25)'
+    echo 'project(probe LANGUAGES C CXX)'
+    grep -hE '^(find_package|pkg_check_modules|set\(HDF5_)' "$root/CMakeLists.txt" "$root/tests/CMakeLists.txt"
+  } >"$folder/CMakeLists.txt"
+  cmake -G Ninja -S "$folder" -B "$folder/build" >"$folder/log" 2>&1 || {
+    status=1
+    # CMake's own words for what it did not find.
+    grep -A3 -E 'Error at|By not providing' "$folder/log" | sed -nE '/Error at|^--/d; s/^ +//p' | head -n 4
+  }
+  if [ $status -eq 0 ] && [ $with_clang -eq 1 ]; then
+    echo '#include <omp.h>
+extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return omp_get_max_threads() < 0; }' \
+      >"$folder/probe.cpp"
+    clang++ -fopenmp -fsanitize=address,undefined,fuzzer "$folder/probe.cpp" -o "$folder/probe" 2>"$folder/log" || {
+      status=1
+      grep -E 'error|cannot find' "$folder/log" | sed "s|$folder/||" | head -n 2
+    }
+  fi
+  rm -rf "$folder"
+  return $status
+}
+
+list_of_needs() {
+  cat <<'EOF'
+kvreplay needs: a C++20 compiler with OpenMP (GCC 12 or Clang 14, or newer), CMake 3.25, Ninja, make, pkg-config, HDF5 1.10,
+  Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, xxHash, SentencePiece and GoogleTest 1.12, or newer. ccache is optional.
+  `make tidy`, `make fuzz` and `make check-format` need clang, clang-tidy, clang-format, compiler-rt and libomp as well.
+Installed on Debian 12, Ubuntu 24.04 and newer by this script; elsewhere by you, where CMake and pkg-config find them
+  (CMAKE_PREFIX_PATH, PKG_CONFIG_PATH).
+EOF
+}
+
+missing=()
+if command -v dpkg-query >/dev/null && command -v apt-get >/dev/null; then
+  mapfile -t missing < <(missing_packages)
+  [ ${#missing[@]} -gt 0 ] || exit 0
+  has_apt=1
+else
+  has_apt=0
+fi
+
+if reason=$(probe); then
+  say "everything is here${missing[*]:+, though not as the packages ${missing[*]}}"
+  exit 0
+fi
+
+if [ $has_apt -eq 0 ]; then
+  list_of_needs >&2
+  die "this system has no apt, so nothing was installed. First obstacle: $reason"
+fi
+
+# Older releases carry a CMake and libraries that the build would refuse.
+id=$(sed -n 's/^ID=//p' /etc/os-release 2>/dev/null | tr -d '"')
+release=$(sed -n 's/^VERSION_ID=//p' /etc/os-release 2>/dev/null | tr -d '"')
+case "$id" in
+  debian) oldest=12 ;;
+  ubuntu) oldest=24.04 ;;
+  *) oldest= ;; # a derivative: its apt says what it has
+esac
+if [ -n "$oldest" ] && [ -n "$release" ] && dpkg --compare-versions "$release" lt "$oldest"; then
+  list_of_needs >&2
+  die "$id $release is not supported: its packages are too old ($id $oldest or newer is). Nothing was installed."
+fi
+
+as_root=()
+if [ "$(id -u)" -ne 0 ]; then
+  command -v sudo >/dev/null || die "missing: ${missing[*]}
+Neither root nor sudo here. Ask an administrator for:
+  apt-get install --no-install-recommends ${missing[*]}"
+  as_root=(sudo)
+fi
+
+say "installing ${missing[*]}${as_root[*]:+ (with sudo)}"
+apt() {
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@" \
+    </dev/null
+}
+apt update || say "apt-get update failed; trying with the package lists at hand"
+apt install --no-install-recommends "${missing[@]}" || die "apt-get could not install: ${missing[*]}"

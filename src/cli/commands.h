@@ -1,0 +1,14 @@
+// The commands of kvreplay, one file each. A command adds itself to the application and runs when it is chosen; what
+// goes wrong it throws as Error or UsageError.
+#pragma once
+
+namespace CLI {
+class App;
+}
+
+namespace kvreplay::cli {
+
+void add_replay_command(CLI::App& app);
+void add_policies_command(CLI::App& app);
+
+}  // namespace kvreplay::cli

@@ -1,0 +1,98 @@
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <memory>
+
+#include "cli/commands.h"
+#include "notebooks-export/tables.h"
+#include "policy/policy.h"
+#include "policy/spec.h"
+
+namespace kvreplay::cli {
+namespace {
+
+std::string step_of(const Method& method) {
+  switch (method.step) {
+    case Method::Step::policy:
+      return "policy";
+    case Method::Step::budget:
+      return "budget";
+    case Method::Step::selection:
+      return "selection";
+  }
+  return "";
+}
+
+std::string written(const Method& method) {
+  return (method.step == Method::Step::policy ? "" : "+") + method.name;
+}
+
+void list_methods() {
+  std::vector<std::vector<std::string>> rows;
+  for (const Method* method : registered_methods()) {
+    std::string parameters;
+    for (const Parameter& parameter : method->parameters) {
+      parameters += (parameters.empty() ? "" : ", ") + parameter.name + "=" + parameter.default_value;
+    }
+    fmt::print("{}{}\n    {}\n    {}\n", written(*method), parameters.empty() ? "" : "(" + parameters + ")",
+               method->summary, method->source);
+  }
+  fmt::print("\nA spec names a policy and the parameters that differ from their defaults, as in restkv(alpha=0.5).\n"
+             "'kvreplay policies NAME' explains one, 'kvreplay policies SPEC' says what a spec means.\n");
+}
+
+void explain_method(const Method& method) {
+  fmt::print("{} ({})\n  {}\n  source: {}\n", written(method), step_of(method), method.summary, method.source);
+  if (method.parameters.empty()) {
+    fmt::print("  no parameters\n");
+    return;
+  }
+  fmt::print("\n");
+  std::vector<std::vector<std::string>> rows = {{"parameter", "default", "values"}};
+  for (const Parameter& parameter : method.parameters) {
+    rows.push_back({parameter.name + ": " + parameter.description, parameter.default_value, parameter.legal_values()});
+  }
+  fmt::print("{}", aligned_table(rows));
+}
+
+void explain_spec(const std::string& spec) {
+  const Policy policy = make_policy(spec);
+  fmt::print("canonical: {}\n", policy.canonical);
+  for (const SpecPart& part : parse_spec(spec)) {
+    const Method& method = *find_method(part.name);
+    const Arguments arguments(part, method.parameters);
+    fmt::print("\n");
+    explain_method(method);
+    if (method.parameters.empty()) continue;
+    fmt::print("\nhere:");
+    for (const Parameter& parameter : method.parameters) {
+      fmt::print(" {}={}", parameter.name, arguments.text(parameter.name));
+    }
+    fmt::print("\n");
+  }
+  fmt::print("\nkept sets: one per {}; scores shared by their {}; smallest capacity {}\n",
+             name_of(policy.granularity.value_or(Granularity::kv)) == "kv"
+                 ? "KV head"
+                 : std::string(name_of(policy.granularity.value_or(Granularity::kv))),
+             name_of(policy.share.value_or(Share::mean)), policy.minimum_capacity());
+}
+
+}  // namespace
+
+void add_policies_command(CLI::App& app) {
+  auto name = std::make_shared<std::string>();
+  CLI::App* command = app.add_subcommand("policies", "List the policies, or explain one or a spec");
+  command->add_option("spec", *name, "A policy's name, or a spec such as 'restkv(alpha=0.5)'")->type_name("NAME|SPEC");
+  command->callback([name]() {
+    if (name->empty()) {
+      list_methods();
+    } else if (const Method* method = find_method(*name)) {
+      explain_method(*method);
+    } else {
+      explain_spec(*name);
+    }
+  });
+}
+
+}  // namespace kvreplay::cli

@@ -1,0 +1,57 @@
+// H2O, heavy-hitter oracle (arXiv 2306.14048): a few positions collect most of the attention.
+//
+// Score of position n: the attention it received from all prompt queries, Σ_t A[t, n] (paper, section 4); the last
+// `window` positions are kept beside the heavy hitters. The paper splits the capacity evenly between the two; the
+// codes that people run fix the window, and so do we.
+//
+// mask=causal is the paper's sum. mask=window is what KVCache-Factory computes in the prefill: only the last `window`
+// queries are masked causally, so that earlier queries also look at later keys.
+#include "policy/policy.h"
+
+namespace kvreplay {
+namespace {
+
+class H2O : public Ranking {
+ public:
+  H2O(int window, bool causal, bool normalize) : window_(window), causal_(causal), normalize_(normalize) {}
+
+  Protection protection() const override { return {.window = window_}; }
+
+  Requirements requirements() const override {
+    return {.accumulated_attention = causal_, .all_queries = !causal_};
+  }
+
+  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
+    const std::vector<float> sums =
+        causal_ ? head.accumulated_attention(member) : head.unmasked_accumulated_attention(member, window_);
+    for (std::size_t position = 0; position < scores.size(); ++position) {
+      const auto observers = static_cast<float>(scores.size() - position);  // queries that can see this key
+      scores[position] = normalize_ ? sums[position] / observers : sums[position];
+    }
+  }
+
+ private:
+  int window_;
+  bool causal_;
+  bool normalize_;
+};
+
+const MethodRegistration h2o({
+    .name = "h2o",
+    .summary = "Keeps the positions that received most attention from all prompt queries, and the most recent ones.",
+    .source = "arXiv 2306.14048, section 4",
+    .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept; 0: none"),
+                   Parameter::choice("mask", {"causal", "window"},
+                                     "causal: as the paper; window: only the window's queries are masked, as "
+                                     "KVCache-Factory"),
+                   Parameter::flag("normalize", false,
+                                   "divide by the number of queries that can see the key, as kvpress does")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<H2O>(a.integer("window"), a.text("mask") == "causal",
+                                                              a.flag("normalize"))};
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

@@ -1,0 +1,155 @@
+// ReST-KV (arXiv 2605.08840): a position matters as much as the layer's output would change without it.
+//
+// Removing position n from a softmax attention with output o moves the output by a[n]/(1 − a[n]) · (o − v_n). With a
+// the attention of the observation window, smoothed in time, and the length taken after the output projection W, the
+// score is
+//   I[n] = a[n] / (1 − a[n]) · ‖W (o − v_n)‖^τ,   a = EMA_α of the window's attention,   o = Σ_n a[n] v_n   (1)
+// over the positions before the window, not renormalised ("metric=after", as in the authors' release), or the same for
+// every query of the window and then smoothed in time, o being that query's full output ("metric=before").
+//
+// Spatial smoothing averages I over a window that follows how the attention drifts: D_front and D_rear are the mean
+// positions of the capacity − window most attended keys in the window's first and second half, and the drift
+// D_front − D_rear sets width and shift in units of β positions (AdaptiveWindow).
+//
+// The authors' code applies τ only with metric=after and projection=true, and normalizes only with metric=before; here
+// both apply always. 1 − a is taken as at least 2^-24, float32's resolution below 1, so that a score is finite.
+// Without an output projection in the trace, lengths are taken before it, as with projection=false.
+#include <algorithm>
+#include <cmath>
+
+#include "policy/policy.h"
+#include "policy/smoothing.h"
+
+namespace kvreplay {
+namespace {
+
+struct RestKVParameters {
+  int window;
+  double alpha;
+  double beta;
+  int kernel;
+  Temporal temporal;
+  Spatial spatial;
+  bool before;
+  bool projection;
+  double tau;
+  bool normalize;
+};
+
+class RestKV : public Ranking {
+ public:
+  explicit RestKV(RestKVParameters parameters) : p_(parameters) {}
+
+  Protection protection() const override { return {.window = p_.window}; }
+  Requirements requirements() const override {
+    return {.window_queries = p_.window, .output_projection = p_.projection};
+  }
+  bool depends_on_capacity() const override { return p_.spatial == Spatial::adaptive; }
+
+  void score(const Head& head, int member, int capacity, std::span<float> scores) const override {
+    const auto past = scores.first(scores.size() - static_cast<std::size_t>(p_.window));
+    if (p_.before) {
+      score_then_smooth(head, member, past);
+    } else {
+      smooth_then_score(head, member, past);
+    }
+    if (p_.spatial == Spatial::adaptive) {
+      pool_adaptive(AdaptiveWindow::from_drift(drift(head, member, capacity), p_.beta, p_.kernel), past);
+    } else {
+      pool(p_.spatial, p_.kernel, past);
+    }
+  }
+
+ private:
+  // Equation (1).
+  void smooth_then_score(const Head& head, int member, std::span<float> past) const {
+    head.combine_attention(member, temporal_weights(p_.temporal, p_.alpha, p_.window), past);
+    const Eigen::Map<const Eigen::RowVectorXf> attention(past.data(), static_cast<Index>(past.size()));
+    const Eigen::RowVectorXf output = attention * head.values().topRows(attention.size());
+    reconstruction_error(head, member, past, output, past);
+  }
+
+  // Equation (1) for every query of the window, smoothed in time afterwards.
+  void score_then_smooth(const Head& head, int member, std::span<float> past) const {
+    const std::vector<float> weights = temporal_weights(p_.temporal, p_.alpha, p_.window);
+    std::vector<float> row(past.size());
+    std::ranges::fill(past, 0.0f);
+    for (int i = 0; i < p_.window; ++i) {
+      const int age = p_.window - 1 - i;
+      const auto output = head.attention_output(member, age);
+      reconstruction_error(head, member, head.attention(member, age).first(past.size()),
+                           Eigen::Map<const Eigen::RowVectorXf>(output.data(), static_cast<Index>(output.size())), row);
+      for (std::size_t n = 0; n < past.size(); ++n) past[n] += weights[static_cast<std::size_t>(i)] * row[n];
+    }
+  }
+
+  // a/(1 − a) · ‖W (o − v)‖^τ for every position of `attention`; `error` may be the same memory.
+  void reconstruction_error(const Head& head, int member, std::span<const float> attention,
+                            const Eigen::RowVectorXf& output, std::span<float> error) const {
+    const bool projected = p_.projection && head.has_output_projection();
+    const Matrix& values = projected ? head.projected_values(member) : head.values();
+    const Eigen::RowVectorXf reference =
+        projected ? Eigen::RowVectorXf(output * head.projection_factor(member).transpose()) : output;
+    const auto tau = static_cast<float>(p_.tau);
+    const float unit = p_.normalize ? std::max(reference.norm(), std::numeric_limits<float>::min()) : 1.0f;
+    for (std::size_t n = 0; n < attention.size(); ++n) {
+      const float a = attention[n];
+      const float distance = (values.row(static_cast<Index>(n)) - reference).norm();
+      const float odds = a / std::max(1 - a, 0x1p-24f);
+      error[n] = odds * (p_.tau == 1 ? distance : std::pow(distance, tau)) / unit;
+    }
+  }
+
+  // D_front − D_rear: how far the most attended positions move back from the window's first half to its second.
+  double drift(const Head& head, int member, int capacity) const {
+    const int front = p_.window / 2;
+    const int count = std::min(capacity - p_.window, head.prompt_length());
+    if (count <= 0 || front == 0) return 0;
+    const auto mean_position = [&](int first, int last) {
+      double sum = 0;
+      for (int i = first; i < last; ++i) {
+        const std::vector<int> top = select_top(head.attention(member, p_.window - 1 - i), {}, count);
+        for (const int position : top) sum += position;
+      }
+      return sum / (static_cast<double>(last - first) * count);
+    };
+    return mean_position(0, front) - mean_position(front, p_.window);
+  }
+
+  RestKVParameters p_;
+};
+
+const MethodRegistration restkv({
+    .name = "restkv",
+    .summary = "Keeps the positions whose removal would change the layer's output most, with the attention smoothed "
+               "over the observation window and the scores over an adaptive window of positions.",
+    .source = "arXiv 2605.08840",
+    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                   Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average"),
+                   Parameter::real("beta", 2000, 1e-6, 1e12, "drift, in positions, that widens the window by one step"),
+                   Parameter::odd_integer("kernel", 5, 1, "smallest width of the spatial window, in positions"),
+                   Parameter::choice("temporal", {"ema", "mean", "last", "reversed-ema"}, "how queries are combined"),
+                   Parameter::choice("spatial", {"adaptive", "avg", "max", "none"}, "how positions are combined"),
+                   Parameter::choice("metric", {"after", "before"}, "score after or before smoothing in time"),
+                   Parameter::flag("projection", true, "measure lengths after the output projection"),
+                   Parameter::real("tau", 1, 0, 100, "exponent of the length"),
+                   Parameter::flag("normalize", false, "divide the length by that of the output")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<RestKV>(RestKVParameters{
+                                 .window = a.integer("window"),
+                                 .alpha = a.real("alpha"),
+                                 .beta = a.real("beta"),
+                                 .kernel = a.integer("kernel"),
+                                 .temporal = temporal_named(a.text("temporal")),
+                                 .spatial = spatial_named(a.text("spatial")),
+                                 .before = a.text("metric") == "before",
+                                 .projection = a.flag("projection"),
+                                 .tau = a.real("tau"),
+                                 .normalize = a.flag("normalize"),
+                             })};
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

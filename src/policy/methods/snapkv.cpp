@@ -1,0 +1,47 @@
+// SnapKV (arXiv 2404.14469): the end of the prompt knows what the answer will need.
+//
+// Score of position n: the attention of the last `window` queries, averaged (the authors sum, which ranks alike), then
+// pooled over `kernel` neighbours so that what surrounds an important token stays with it (paper, section 4, listing 1).
+// Paper and code pool with an average or a maximum; beyond the edges the average counts zeros, as avg_pool1d does. The
+// window itself is always kept.
+#include "policy/policy.h"
+#include "policy/smoothing.h"
+
+namespace kvreplay {
+namespace {
+
+class SnapKV : public Ranking {
+ public:
+  SnapKV(int window, int kernel, Spatial pooling) : window_(window), kernel_(kernel), pooling_(pooling) {}
+
+  Protection protection() const override { return {.window = window_}; }
+  Requirements requirements() const override { return {.window_queries = window_}; }
+
+  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
+    const auto past = scores.first(scores.size() - static_cast<std::size_t>(window_));
+    head.combine_attention(member, temporal_weights(Temporal::mean, 0, window_), past);
+    pool(pooling_, kernel_, past);
+  }
+
+ private:
+  int window_;
+  int kernel_;
+  Spatial pooling_;
+};
+
+const MethodRegistration snapkv({
+    .name = "snapkv",
+    .summary = "Keeps what the observation window attends to on average, pooled over neighbouring positions.",
+    .source = "arXiv 2404.14469, section 4",
+    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                   Parameter::odd_integer("kernel", 5, 1, "positions that are pooled"),
+                   Parameter::choice("pooling", {"avg", "max"}, "how they are pooled")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"),
+                                                                 spatial_named(a.text("pooling")))};
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

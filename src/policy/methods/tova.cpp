@@ -1,0 +1,40 @@
+// TOVA, token omission via attention (arXiv 2401.06104): the cache as a bounded multi-state RNN.
+//
+// Score of position n: the attention of the last query, averaged over all heads of the layer, so that the layer has
+// one kept set (paper, section 4). The paper and its code do not force the last position to stay; kvpress does, and
+// last=true follows it.
+#include "policy/policy.h"
+
+namespace kvreplay {
+namespace {
+
+class Tova : public Ranking {
+ public:
+  explicit Tova(bool keep_last) : keep_last_(keep_last) {}
+
+  Protection protection() const override { return {.window = keep_last_ ? 1 : 0}; }
+  Requirements requirements() const override { return {.window_queries = 1}; }
+
+  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
+    std::ranges::copy(head.attention(member, 0), scores.begin());
+  }
+
+ private:
+  bool keep_last_;
+};
+
+const MethodRegistration tova({
+    .name = "tova",
+    .summary = "Keeps what the last query attends to, averaged over the heads: one set for the whole layer.",
+    .source = "arXiv 2401.06104, section 4",
+    .parameters = {Parameter::flag("last", false, "always keep the last position, as kvpress does")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<Tova>(a.flag("last")),
+                             .granularity = Granularity::layer,
+                             .share = Share::mean};
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

@@ -1,0 +1,169 @@
+#include "policy/policy.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <numeric>
+#include <stdexcept>
+
+#include "base/error.h"
+
+namespace kvreplay {
+namespace {
+
+std::map<std::string, Method, std::less<>>& registry() {
+  // Made on first use, since registrations run before main in no particular order.
+  static std::map<std::string, Method, std::less<>> methods;
+  return methods;
+}
+
+std::string_view step_name(Method::Step step) {
+  switch (step) {
+    case Method::Step::policy:
+      return "policy";
+    case Method::Step::budget:
+      return "budget";
+    case Method::Step::selection:
+      return "selection";
+  }
+  return "";
+}
+
+const Method& method_for(const SpecPart& part, bool first) {
+  const Method* method = find_method(part.name);
+  const bool fits = method != nullptr && (method->step == Method::Step::policy) == first;
+  if (fits) return *method;
+  if (method != nullptr) {
+    throw UsageError(first ? fmt::format("'{}' is a {}; write it after a policy, as in snapkv+{}", part.name,
+                                         step_name(method->step), part.name)
+                           : fmt::format("'{}' is a policy; after '+' stands a budget or a selection", part.name));
+  }
+  std::vector<std::string> names;
+  for (const auto& [name, candidate] : registry()) {
+    if ((candidate.step == Method::Step::policy) == first) names.push_back(name);
+  }
+  const std::string_view kind = first ? "policy" : "budget or selection";
+  throw UsageError(names.empty() ? fmt::format("unknown {} '{}'", kind, part.name)
+                                 : fmt::format("unknown {} '{}'.{} Known: {}", kind, part.name,
+                                               suggestion(part.name, names), fmt::join(names, ", ")));
+}
+
+void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
+  if (step.budget) {
+    if (policy.budget) throw UsageError(fmt::format("'{}' is a second budget; a policy has one", part.name));
+    if (step.budget->needs_scores() && !policy.ranking) {
+      throw UsageError(fmt::format("'{}' divides the capacity by scores, and '{}' has none", part.name,
+                                   policy.canonical));
+    }
+    policy.budget = std::move(step.budget);
+  }
+  if (step.selection) {
+    if (policy.selection) throw UsageError(fmt::format("'{}' is a second selection; a policy has one", part.name));
+    if (!policy.ranking) {
+      throw UsageError(fmt::format("'{}' selects by scores, and '{}' has none", part.name, policy.canonical));
+    }
+    policy.selection = std::move(step.selection);
+  }
+}
+
+}  // namespace
+
+std::string_view name_of(Granularity granularity) {
+  switch (granularity) {
+    case Granularity::query:
+      return "query";
+    case Granularity::kv:
+      return "kv";
+    case Granularity::layer:
+      return "layer";
+  }
+  return "";
+}
+
+std::string_view name_of(Share share) {
+  switch (share) {
+    case Share::mean:
+      return "mean";
+    case Share::max:
+      return "max";
+    case Share::sum:
+      return "sum";
+  }
+  return "";
+}
+
+int Policy::minimum_capacity() const {
+  return ranking ? std::max(1, ranking->protection().count()) : pattern->minimum_capacity();
+}
+
+MethodRegistration::MethodRegistration(Method method) {
+  std::string name = method.name;
+  if (!registry().emplace(name, std::move(method)).second) {
+    throw std::logic_error("two methods are registered under the name " + name);
+  }
+}
+
+std::vector<const Method*> registered_methods() {
+  std::vector<const Method*> methods;
+  for (const auto& [name, method] : registry()) methods.push_back(&method);
+  return methods;
+}
+
+const Method* find_method(std::string_view name) {
+  const auto found = registry().find(name);
+  return found == registry().end() ? nullptr : &found->second;
+}
+
+Policy make_policy(std::string_view spec) {
+  const std::vector<SpecPart> parts = parse_spec(spec);
+  Policy policy;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const Method& method = method_for(parts[i], i == 0);
+    const Arguments arguments(parts[i], method.parameters);
+    Composition step = method.compose(arguments);
+    if (i == 0) {
+      policy = std::move(step);
+      policy.canonical = arguments.canonical();
+    } else {
+      add_step(policy, parts[i], std::move(step));
+      policy.canonical += "+" + arguments.canonical();
+    }
+  }
+  return policy;
+}
+
+std::vector<int> select_top(std::span<const float> scores, Protection protection, int capacity) {
+  const int size = static_cast<int>(scores.size());
+  if (capacity >= size) {
+    std::vector<int> all(scores.size());
+    std::iota(all.begin(), all.end(), 0);
+    return all;
+  }
+  const int first = std::min(protection.sinks, size);
+  const int last = std::max(first, size - protection.window);
+  std::vector<int> ranked(static_cast<std::size_t>(last - first));
+  std::iota(ranked.begin(), ranked.end(), first);
+  for (const int position : ranked) {
+    if (std::isnan(scores[static_cast<std::size_t>(position)])) {
+      throw Error(fmt::format("the score of position {} is not a number", position));
+    }
+  }
+  const auto count = std::clamp<std::ptrdiff_t>(capacity - first - (size - last), 0, last - first);
+  const auto ahead = [&scores](int a, int b) {
+    const float score_a = scores[static_cast<std::size_t>(a)];
+    const float score_b = scores[static_cast<std::size_t>(b)];
+    return score_a != score_b ? score_a > score_b : a < b;
+  };
+  std::nth_element(ranked.begin(), ranked.begin() + count, ranked.end(), ahead);
+  std::vector<int> kept(static_cast<std::size_t>(first));
+  std::iota(kept.begin(), kept.end(), 0);
+  kept.insert(kept.end(), ranked.begin(), ranked.begin() + count);
+  std::sort(kept.begin() + first, kept.end());
+  for (int position = last; position < size; ++position) kept.push_back(position);
+  return kept;
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,54 @@
+// Step 2 of a policy: smoothing of scores in time (over the observation window) and in space (over positions).
+#pragma once
+
+#include <span>
+#include <string>
+#include <vector>
+
+namespace kvreplay {
+
+/// How the queries of the observation window are combined.
+enum class Temporal {
+  ema,           ///< exponential moving average, oldest first, started at the oldest (ReST-KV, arXiv 2605.08840)
+  mean,          ///< all alike
+  last,          ///< the last query alone
+  reversed_ema,  ///< the moving average from the newest to the oldest
+};
+
+/// "ema", "mean", "last" or "reversed-ema"; any other text is a std::invalid_argument.
+Temporal temporal_named(const std::string& name);
+
+/// The weight of every query of a window, oldest first; they sum to 1. Every temporal smoothing is this one linear
+/// combination: for ema, (1 − α)^(window−1) for the oldest and α(1 − α)^age for the others.
+std::vector<float> temporal_weights(Temporal temporal, double alpha, int window);
+
+/// How scores of neighbouring positions are combined.
+enum class Spatial {
+  none,
+  average,   ///< mean over `kernel` positions; beyond the edges count as 0, and in the divisor (PyTorch's avg_pool1d)
+  maximum,   ///< maximum over `kernel` positions
+  adaptive,  ///< ReST-KV's adaptive window; see AdaptiveWindow
+};
+
+/// "none", "avg", "max" or "adaptive"; any other text is a std::invalid_argument.
+Spatial spatial_named(const std::string& name);
+
+/// Pools `scores` in place, over an odd `kernel`. Not for Spatial::adaptive, which pool_adaptive does.
+void pool(Spatial spatial, int kernel, std::span<float> scores);
+
+/// Width and shift of the averaging window of ReST-KV's spatial smoothing.
+struct AdaptiveWindow {
+  int width = 1;
+  int shift = 0;
+
+  /// From the drift D_front − D_rear of the most attended positions between the first and the second half of the
+  /// observation window: width = max(kernel, 2⌊|drift|/β⌋ + 1), shift = ⌊drift/β⌋ for a positive drift and
+  /// ⌊drift/β⌋ + 1 otherwise (arXiv 2605.08840; the floor of a quotient as the authors' code takes it).
+  static AdaptiveWindow from_drift(double drift, double beta, int kernel);
+};
+
+/// Replaces each score by the mean over `window.width` positions centred at its own plus `window.shift`; positions
+/// beyond an edge take the edge's score.
+void pool_adaptive(AdaptiveWindow window, std::span<float> scores);
+
+}  // namespace kvreplay

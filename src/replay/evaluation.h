@@ -1,0 +1,49 @@
+// What eviction does to the output of one head: evicted attention against full attention for the evaluation queries.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "policy/head.h"
+#include "trace/reader.h"
+
+namespace kvreplay {
+
+/// The captured queries at or after an eviction position.
+struct EvaluationQueries {
+  Index first = 0;               ///< index of the first among the trace's query_positions
+  std::span<const int> positions;  ///< [E], ascending
+
+  int count() const { return static_cast<int>(positions.size()); }
+};
+
+EvaluationQueries evaluation_queries(const TraceInfo& info, int eviction_position);
+
+/// How one query head fares with one kept set, per evaluation query: [E] each.
+struct HeadMeasures {
+  std::vector<float> head_error;        ///< ‖ô − o‖ / ‖o‖; where o is 0: 0 if ô is 0 too, else 1
+  std::vector<float> attention_recall;  ///< full-cache attention mass on what is still cached
+  std::vector<float> cosine;            ///< of ô and o; where one is 0: 1 if both are, else 0
+};
+
+/// Measures kept sets of one KV head. The cache of an evaluation query at position t is the kept set and all positions
+/// from the eviction on, up to t. Arithmetic is float32; sums of attention mass are double.
+class HeadEvaluation {
+ public:
+  /// Reads keys and values up to the last evaluation query. Throws Error as TraceReader::read does.
+  HeadEvaluation(const TraceReader& trace, int layer, int kv_head, int eviction_position);
+
+  /// Measures `kept_sets` for the group's query head `member`. `outputs` [E, D] receives the full output, `differences`
+  /// (one [E, D] per kept set) what eviction adds to it: ô − o.
+  std::vector<HeadMeasures> measure(int member, std::span<const std::vector<int>* const> kept_sets,
+                                    Eigen::Ref<Matrix> outputs, std::span<Eigen::Ref<Matrix>> differences) const;
+
+ private:
+  const TraceReader& trace_;
+  HeadShape shape_;
+  EvaluationQueries queries_;
+  Matrix keys_;    // [last evaluation position + 1, D]
+  Matrix values_;
+};
+
+}  // namespace kvreplay

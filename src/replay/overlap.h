@@ -1,0 +1,33 @@
+// Retention overlap: how far two policies keep the same positions.
+#pragma once
+
+#include <vector>
+
+#include "replay/replay.h"
+
+namespace kvreplay {
+
+/// Overlap of two kept sets.
+struct SetOverlap {
+  float jaccard = 1;      ///< |a ∩ b| / |a ∪ b|; 1 for two empty sets
+  float containment = 1;  ///< |a ∩ b| / min(|a|, |b|): the share of the smaller one that the other also has
+};
+
+/// Both sets ascending.
+SetOverlap overlap(const std::vector<int>& a, const std::vector<int>& b);
+
+/// Overlap between all policies of a run at one capacity.
+struct OverlapTable {
+  std::string trace;
+  std::string capacity_request;
+  int eviction_position = 0;
+  std::vector<std::string> policies;  ///< N canonical specs
+  Table jaccard;                      ///< [N, N, L, H]
+  Table containment;                  ///< [N, N, L, H]
+};
+
+/// One table per capacity asked for, in the order of the results. Policies that keep everything are left out: what
+/// they share with another is that one's size.
+std::vector<OverlapTable> overlaps(const TraceReplay& replay);
+
+}  // namespace kvreplay

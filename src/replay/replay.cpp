@@ -1,0 +1,467 @@
+#include "replay/replay.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <memory>
+#include <numeric>
+#include <utility>
+
+#include "base/error.h"
+#include "base/parallel.h"
+#include "replay/evaluation.h"
+#include "replay/trace_head.h"
+
+namespace kvreplay {
+namespace {
+
+// A policy at a capacity: what one ReplayResult is about.
+struct Setting {
+  const Policy* policy;
+  std::string capacity_request;
+  int capacity;
+  Granularity granularity;
+  Share share;
+
+  bool keeps_all(int prompt_length) const {
+    return capacity >= prompt_length || (policy->pattern && policy->pattern->ignores_capacity());
+  }
+
+  // Whether a head's kept sets can be drawn without looking at the layer's other heads.
+  bool is_local() const {
+    return granularity != Granularity::layer && !(policy->budget && policy->budget->needs_scores());
+  }
+};
+
+int sets_per_kv_head(Granularity granularity, const ModelInfo& model) {
+  return granularity == Granularity::query ? model.group_size() : 1;
+}
+
+std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request, int eviction_position,
+                          std::vector<std::string>& notes) {
+  const std::string& file = trace.path().string();
+  std::vector<Setting> settings;
+  for (const Policy& policy : request.policies) {
+    for (const CapacityRequest& asked : request.capacities) {
+      const bool all = policy.pattern && policy.pattern->ignores_capacity();
+      const int capacity = all ? eviction_position : asked.resolve(eviction_position);
+      if (capacity < policy.minimum_capacity() && capacity < eviction_position) {
+        throw Error(fmt::format(
+            "{}: capacity {}{} is below the {} positions that {} always keeps; ask for a larger capacity or protect "
+            "fewer",
+            file, asked.text, asked.count == 0 ? fmt::format(" ({} of {} positions)", capacity, eviction_position) : "",
+            policy.minimum_capacity(), policy.canonical));
+      }
+      const Granularity granularity = request.granularity.value_or(policy.granularity.value_or(Granularity::kv));
+      const Share share = request.share.value_or(policy.share.value_or(Share::mean));
+      settings.push_back({&policy, all ? "all" : asked.text, std::min(capacity, eviction_position), granularity, share});
+      if (all) break;
+    }
+  }
+  for (const CapacityRequest& asked : request.capacities) {
+    if (asked.resolve(eviction_position) > eviction_position) {
+      notes.push_back(fmt::format("capacity {} exceeds the {} positions before the eviction: everything is kept",
+                                  asked.text, eviction_position));
+    }
+  }
+  return settings;
+}
+
+// Tells, before any work, what a policy would find missing.
+void check_requirements(const TraceReader& trace, const std::vector<Setting>& settings, int eviction_position,
+                        std::vector<std::string>& notes) {
+  const TraceInfo& info = trace.info();
+  const TraceHead head(trace, 0, 0, eviction_position);
+  const int window = contiguous_window(head.query_positions(), eviction_position);
+  const Policy* previous = nullptr;
+  for (const Setting& setting : settings) {
+    if (!setting.policy->ranking || setting.keeps_all(eviction_position) || setting.policy == previous) continue;
+    previous = setting.policy;
+    const Requirements needs = setting.policy->ranking->requirements();
+    const auto refuse = [&](const std::string& what) {
+      return Error(fmt::format("{}: {} needs {}, and the trace holds the last {} of them", trace.path().string(),
+                               setting.policy->canonical, what, window));
+    };
+    if (needs.window_queries > window) {
+      throw refuse(fmt::format("the last {0} queries before position {1}; capture with --queries window:{0} or all, or "
+                               "choose a smaller window",
+                               needs.window_queries, eviction_position));
+    }
+    const bool mass = eviction_position == info.prompt_length && trace.has_attention_mass(0);
+    if ((needs.all_queries || (needs.accumulated_attention && !mass)) && window < eviction_position) {
+      throw refuse(fmt::format("{}all {} queries before the eviction; capture with --queries all",
+                               needs.all_queries ? "" : "the recorded attention mass of the whole prompt, or ",
+                               eviction_position));
+    }
+    if (needs.output_projection && !trace.has_output_projection(0)) {
+      notes.push_back(fmt::format("{}: the trace has no output projection; lengths are taken before it",
+                                  setting.policy->canonical));
+    }
+  }
+  for (int layer = 0; layer < info.model.num_layers; ++layer) {
+    if (!trace.has_output_projection(layer)) {
+      notes.push_back("layer error: the trace has no output projection; the concatenated heads are compared instead");
+      break;
+    }
+  }
+}
+
+// The kept sets of a layer's settings, drawn head by head and then, where heads depend on each other, together.
+class LayerSelection {
+ public:
+  LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings, int layer, int eviction_position)
+      : trace_(trace), settings_(settings), layer_(layer), prompt_(eviction_position), model_(trace.info().model) {
+    const auto kv_heads = static_cast<std::size_t>(model_.num_key_value_heads);
+    deferred_.resize(settings.size(), std::vector<Matrix>(kv_heads));
+    for (const Setting& setting : settings) {
+      kept_.emplace_back(kv_heads * static_cast<std::size_t>(sets_per_kv_head(setting.granularity, model_)));
+    }
+  }
+
+  // One list of kept sets per setting: H of them at granularity query, K otherwise.
+  std::vector<std::vector<std::vector<int>>> run() {
+    parallel_for(model_.num_key_value_heads, [this](int kv_head) { rank_head(kv_head); });
+    parallel_for(static_cast<int>(settings_.size()), [this](int setting) { select_deferred(setting); });
+    return std::move(kept_);
+  }
+
+ private:
+  void rank_head(int kv_head) {
+    const TraceHead source(trace_, layer_, kv_head, prompt_);
+    const Head head(source);
+    // Scores are shared by the capacities of a policy, which follow each other.
+    const Setting* scored = nullptr;
+    Matrix scores;
+    for (std::size_t i = 0; i < settings_.size(); ++i) {
+      const Setting& setting = settings_[i];
+      const Policy& policy = *setting.policy;
+      if (setting.keeps_all(prompt_)) {
+        keep_all(i, kv_head);
+      } else if (policy.pattern) {
+        keep_pattern(i, head.shape());
+      } else {
+        const bool reusable =
+            scored != nullptr && scored->policy == setting.policy && !policy.ranking->depends_on_capacity();
+        if (!reusable) {
+          try {
+            scores = shared_scores(setting, head);
+          } catch (const Error& error) {
+            throw in_context(setting, kv_head, error);
+          }
+        }
+        scored = &setting;
+        if (setting.is_local()) {
+          select(i, kv_head, scores);
+        } else {
+          deferred_[i][static_cast<std::size_t>(kv_head)] = scores;
+        }
+      }
+    }
+  }
+
+  // Steps 1 to 3 for one KV head: a row of scores per kept set; at granularity layer, this head's part of the row.
+  Matrix shared_scores(const Setting& setting, const Head& head) const {
+    const int group = model_.group_size();
+    const Ranking& ranking = *setting.policy->ranking;
+    Matrix scores = Matrix::Zero(group, prompt_);
+    for (int member = 0; member < group; ++member) {
+      ranking.score(head, member, setting.capacity, {scores.row(member).data(), static_cast<std::size_t>(prompt_)});
+    }
+    if (setting.granularity == Granularity::query) return scores;
+    // A mean over the layer is the sum here, divided by the number of its heads when all are there.
+    Matrix shared = setting.share == Share::max ? Matrix(scores.colwise().maxCoeff()) : Matrix(scores.colwise().sum());
+    if (setting.share == Share::mean && setting.granularity == Granularity::kv) shared /= static_cast<float>(group);
+    return shared;
+  }
+
+  void keep_all(std::size_t setting, int kv_head) {
+    std::vector<int> all(static_cast<std::size_t>(prompt_));
+    std::iota(all.begin(), all.end(), 0);
+    const int sets = sets_per_kv_head(settings_[setting].granularity, model_);
+    for (int i = 0; i < sets; ++i) kept_[setting][static_cast<std::size_t>(kv_head * sets + i)] = all;
+  }
+
+  void keep_pattern(std::size_t setting, const HeadShape& shape) {
+    const Setting& s = settings_[setting];
+    const int sets = sets_per_kv_head(s.granularity, model_);
+    const std::vector<int> capacities = allocate(s, {}, sets);
+    for (int i = 0; i < sets; ++i) {
+      kept_[setting][static_cast<std::size_t>(shape.kv_head * sets + i)] =
+          s.policy->pattern->keep(shape, i, capacities[static_cast<std::size_t>(i)]);
+    }
+  }
+
+  // Steps 4 and 5 for the kept sets of one KV head.
+  void select(std::size_t setting, int kv_head, const Matrix& scores) {
+    const Setting& s = settings_[setting];
+    const int sets = static_cast<int>(scores.rows());
+    const std::vector<int> capacities = allocate(s, {}, sets);
+    for (int i = 0; i < sets; ++i) {
+      kept_[setting][static_cast<std::size_t>(kv_head * sets + i)] =
+          select_set(s, kv_head, row_of(scores, i), capacities[static_cast<std::size_t>(i)]);
+    }
+  }
+
+  // Steps 3 to 5 for settings whose heads depend on each other.
+  void select_deferred(int setting) {
+    const auto index = static_cast<std::size_t>(setting);
+    const Setting& s = settings_[index];
+    if (s.is_local() || s.policy->pattern || s.keeps_all(prompt_)) return;
+    std::vector<Matrix>& parts = deferred_[index];
+    if (s.granularity == Granularity::layer) {
+      Matrix scores = parts[0];
+      for (std::size_t i = 1; i < parts.size(); ++i) {
+        scores = s.share == Share::max ? Matrix(scores.cwiseMax(parts[i])) : Matrix(scores + parts[i]);
+      }
+      if (s.share == Share::mean) scores /= static_cast<float>(model_.num_attention_heads);
+      const int capacity = allocate(s, {row_of(scores, 0)}, 1)[0];
+      const std::vector<int> kept = select_set(s, 0, row_of(scores, 0), capacity);
+      std::ranges::fill(kept_[index], kept);
+      return;
+    }
+    std::vector<std::span<const float>> rows;
+    for (const Matrix& part : parts) {
+      for (Index i = 0; i < part.rows(); ++i) rows.push_back(row_of(part, i));
+    }
+    const std::vector<int> capacities = allocate(s, rows, static_cast<int>(rows.size()));
+    const int sets = sets_per_kv_head(s.granularity, model_);
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      kept_[index][i] = select_set(s, static_cast<int>(i) / sets, rows[i], capacities[i]);
+    }
+  }
+
+  std::vector<int> allocate(const Setting& setting, std::vector<std::span<const float>> scores, int sets) const {
+    if (!setting.policy->budget) return std::vector<int>(static_cast<std::size_t>(sets), setting.capacity);
+    const Protection protection = setting.policy->ranking ? setting.policy->ranking->protection() : Protection{};
+    return setting.policy->budget->allocate({.layer = layer_,
+                                             .num_layers = model_.num_layers,
+                                             .prompt_length = prompt_,
+                                             .capacity = setting.capacity,
+                                             .protection = protection,
+                                             .scores = std::move(scores)},
+                                            sets);
+  }
+
+  std::vector<int> select_set(const Setting& setting, int kv_head, std::span<const float> scores, int capacity) const {
+    const Protection protection = setting.policy->ranking->protection();
+    try {
+      return setting.policy->selection ? setting.policy->selection->select(scores, protection, capacity)
+                                       : select_top(scores, protection, capacity);
+    } catch (const Error& error) {
+      throw in_context(setting, kv_head, error);
+    }
+  }
+
+  Error in_context(const Setting& setting, int kv_head, const Error& error) const {
+    return Error(fmt::format("{}: {}, layer {}, KV head {}: {}", trace_.path().string(), setting.policy->canonical,
+                             layer_, kv_head, error.what()));
+  }
+
+  static std::span<const float> row_of(const Matrix& matrix, Index row) {
+    return {matrix.data() + row * matrix.cols(), static_cast<std::size_t>(matrix.cols())};
+  }
+
+  const TraceReader& trace_;
+  const std::vector<Setting>& settings_;
+  int layer_;
+  int prompt_;
+  const ModelInfo& model_;
+  std::vector<std::vector<Matrix>> deferred_;             // [setting][KV head]: rows that wait for the other heads
+  std::vector<std::vector<std::vector<int>>> kept_;  // [setting][set]
+};
+
+float span_recall(const std::vector<int>& kept, const Span& span, int eviction_position) {
+  const int end = std::min(span.end, eviction_position);
+  const auto first = std::ranges::lower_bound(kept, span.start);
+  const auto last = std::ranges::lower_bound(kept, end);
+  return static_cast<float>(last - first) / static_cast<float>(end - span.start);
+}
+
+std::span<float> table_row(Table& table, Index row) {
+  const Index width = table.shape.back();
+  return {table.numbers.data() + row * width, static_cast<std::size_t>(width)};
+}
+
+// Fills a layer's part of all measures.
+void measure_layer(const TraceReader& trace, int layer, TraceReplay& replay) {
+  const ModelInfo& model = replay.model;
+  const auto queries = static_cast<Index>(replay.evaluation_positions.size());
+  const Index width = static_cast<Index>(model.num_attention_heads) * model.head_dim;
+  Matrix outputs(queries, width);
+  std::vector<Matrix> differences(replay.results.size(), Matrix(queries, width));
+
+  parallel_for(model.num_key_value_heads, [&](int kv_head) {
+    const HeadEvaluation evaluation(trace, layer, kv_head, replay.eviction_position);
+    for (int member = 0; member < model.group_size(); ++member) {
+      const int query_head = kv_head * model.group_size() + member;
+      const Index column = static_cast<Index>(query_head) * model.head_dim;
+      std::vector<const std::vector<int>*> kept;
+      std::vector<Eigen::Ref<Matrix>> head_differences;
+      for (std::size_t i = 0; i < replay.results.size(); ++i) {
+        kept.push_back(&replay.results[i].kept.of_query_head(layer, query_head, model.group_size()));
+        head_differences.emplace_back(differences[i].middleCols(column, model.head_dim));
+      }
+      const std::vector<HeadMeasures> measures =
+          evaluation.measure(member, kept, outputs.middleCols(column, model.head_dim), head_differences);
+      const Index row = static_cast<Index>(layer) * model.num_attention_heads + query_head;
+      for (std::size_t i = 0; i < measures.size(); ++i) {
+        ReplayResult& result = replay.results[i];
+        std::ranges::copy(measures[i].head_error, table_row(result.head_error, row).begin());
+        std::ranges::copy(measures[i].attention_recall, table_row(result.attention_recall, row).begin());
+        std::ranges::copy(measures[i].cosine, table_row(result.cosine, row).begin());
+        for (std::size_t s = 0; s < replay.spans.size(); ++s) {
+          table_row(result.span_recall, row)[s] = span_recall(*kept[i], replay.spans[s], replay.eviction_position);
+        }
+      }
+    }
+  });
+
+  Matrix projection;  // [C, H·D]
+  if (trace.has_output_projection(layer)) {
+    projection.resize(model.hidden_size, width);
+    for (int head = 0; head < model.num_attention_heads; ++head) {
+      projection.middleCols(static_cast<Index>(head) * model.head_dim, model.head_dim) =
+          trace.read_output_projection(layer, head);
+    }
+  }
+  const auto lengths = [&projection](const Matrix& rows) -> Eigen::VectorXf {
+    if (projection.size() == 0) return rows.rowwise().norm();
+    return (rows * projection.transpose()).rowwise().norm();
+  };
+  const Eigen::VectorXf reference = lengths(outputs);
+  parallel_for(static_cast<int>(replay.results.size()), [&](int i) {
+    const Eigen::VectorXf error = lengths(differences[static_cast<std::size_t>(i)]);
+    const auto row = table_row(replay.results[static_cast<std::size_t>(i)].layer_error, layer);
+    for (Index e = 0; e < queries; ++e) {
+      row[static_cast<std::size_t>(e)] =
+          reference(e) > 0 ? error(e) / reference(e) : (error(e) > 0 ? 1.0f : 0.0f);
+    }
+  });
+}
+
+TraceReplay prepare(const TraceReader& trace, int eviction_position) {
+  const TraceInfo& info = trace.info();
+  TraceReplay replay;
+  replay.trace = trace.path().string();
+  replay.model = info.model;
+  replay.prompt_length = info.prompt_length;
+  replay.eviction_position = eviction_position;
+  if (eviction_position < 1 || eviction_position > info.num_tokens()) {
+    throw Error(fmt::format("{}: eviction position {} is outside the trace's {} tokens", replay.trace,
+                            eviction_position, info.num_tokens()));
+  }
+  const auto positions = evaluation_queries(info, eviction_position).positions;
+  replay.evaluation_positions.assign(positions.begin(), positions.end());
+  if (replay.evaluation_positions.empty()) {
+    throw Error(fmt::format(
+        "{}: no query at or after position {} was captured, so there is nothing to evaluate; capture with --generate "
+        "N, or evict earlier with --evict-at",
+        replay.trace, eviction_position));
+  }
+  for (const Span& span : info.spans) {
+    if (span.start < eviction_position && span.end > span.start) replay.spans.push_back(span);
+  }
+  return replay;
+}
+
+}  // namespace
+
+int CapacityRequest::resolve(int prompt_length) const {
+  if (count > 0) return count;
+  // A share such as 0.29 of 100 is 28.999… in binary; it means 29.
+  return std::max(1, static_cast<int>(std::floor(share * prompt_length + 1e-9)));
+}
+
+CapacityRequest CapacityRequest::parse(std::string_view text) {
+  const auto refuse = [text]() {
+    return UsageError(
+        fmt::format("capacity '{}' is neither a count of positions (128) nor a share of the prompt (25%)", text));
+  };
+  CapacityRequest request;
+  const bool is_share = text.ends_with('%');
+  const std::string_view digits = is_share ? text.substr(0, text.size() - 1) : text;
+  const char* end = digits.data() + digits.size();
+  if (is_share) {
+    double percent = 0;
+    const auto [stop, failure] = std::from_chars(digits.data(), end, percent);
+    if (failure != std::errc() || stop != end || !(percent > 0 && percent <= 100)) throw refuse();
+    request.share = percent / 100;
+    request.text = fmt::format("{}%", percent);
+  } else {
+    const auto [stop, failure] = std::from_chars(digits.data(), end, request.count);
+    if (failure != std::errc() || stop != end || request.count < 1) throw refuse();
+    request.text = fmt::format("{}", request.count);
+  }
+  return request;
+}
+
+Table Table::of_shape(std::vector<Index> shape) {
+  const Index size = std::accumulate(shape.begin(), shape.end(), Index{1}, std::multiplies<>());
+  return {std::move(shape), std::vector<float>(static_cast<std::size_t>(size), 0.0f)};
+}
+
+const std::vector<int>& KeptSets::of_query_head(int layer, int query_head, int group_size) const {
+  const int set = granularity == Granularity::query ? query_head : query_head / group_size;
+  return sets[static_cast<std::size_t>(layer * sets_per_layer + set)];
+}
+
+double KeptSets::mean_size() const {
+  double positions = 0;
+  for (const std::vector<int>& set : sets) positions += static_cast<double>(set.size());
+  return positions / static_cast<double>(sets.size());
+}
+
+std::vector<TraceReplay> replay(const TraceReader& trace, const ReplayRequest& request,
+                                const std::function<void(double)>& progress) {
+  const ModelInfo& model = trace.info().model;
+  std::vector<int> evictions = request.eviction_positions;
+  if (evictions.empty()) evictions.push_back(trace.info().prompt_length);
+
+  std::vector<TraceReplay> replays;
+  std::vector<std::vector<Setting>> plans;
+  for (const int eviction : evictions) {
+    replays.push_back(prepare(trace, eviction));
+    plans.push_back(plan(trace, request, eviction, replays.back().notes));
+    check_requirements(trace, plans.back(), eviction, replays.back().notes);
+  }
+
+  for (std::size_t e = 0; e < evictions.size(); ++e) {
+    TraceReplay& result = replays[e];
+    const auto layers = static_cast<Index>(model.num_layers);
+    const auto heads = static_cast<Index>(model.num_attention_heads);
+    const auto queries = static_cast<Index>(result.evaluation_positions.size());
+    for (const Setting& setting : plans[e]) {
+      ReplayResult& r = result.results.emplace_back();
+      r.trace = result.trace;
+      r.policy = setting.policy->canonical;
+      r.capacity_request = setting.capacity_request;
+      r.capacity = setting.capacity;
+      r.eviction_position = result.eviction_position;
+      r.granularity = setting.granularity;
+      r.share = setting.share;
+      r.kept.granularity = setting.granularity == Granularity::query ? Granularity::query : Granularity::kv;
+      r.kept.sets_per_layer = model.num_key_value_heads * sets_per_kv_head(setting.granularity, model);
+      r.head_error = Table::of_shape({layers, heads, queries});
+      r.layer_error = Table::of_shape({layers, queries});
+      r.attention_recall = Table::of_shape({layers, heads, queries});
+      r.cosine = Table::of_shape({layers, heads, queries});
+      r.span_recall = Table::of_shape({layers, heads, static_cast<Index>(result.spans.size())});
+    }
+    for (int layer = 0; layer < model.num_layers; ++layer) {
+      auto kept = LayerSelection(trace, plans[e], layer, result.eviction_position).run();
+      for (std::size_t i = 0; i < kept.size(); ++i) {
+        std::ranges::move(kept[i], std::back_inserter(result.results[i].kept.sets));
+      }
+      measure_layer(trace, layer, result);
+      if (progress) {
+        progress((static_cast<double>(e) + static_cast<double>(layer + 1) / static_cast<double>(layers)) /
+                 static_cast<double>(evictions.size()));
+      }
+    }
+  }
+  return replays;
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,93 @@
+// Replays policies over a trace: trace → head → policy → kept sets → measures.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "policy/policy.h"
+#include "trace/reader.h"
+
+namespace kvreplay {
+
+/// A capacity as it was asked for: a count of positions, or a share of the prompt.
+struct CapacityRequest {
+  std::string text;  ///< canonical: "128" or "25%"
+  int count = 0;     ///< positions; 0 where a share is asked for
+  double share = 0;  ///< in (0, 1]; 0 where a count is asked for
+
+  /// Positions for a prompt of this length: the count, or the share rounded down, at least 1.
+  int resolve(int prompt_length) const;
+
+  /// Reads "128" or "25%". Throws UsageError for anything else, 0 and more than 100 % included.
+  static CapacityRequest parse(std::string_view text);
+};
+
+/// What to replay. Every policy is replayed at every capacity and eviction position.
+struct ReplayRequest {
+  std::vector<Policy> policies;
+  std::vector<CapacityRequest> capacities;
+  std::vector<int> eviction_positions;     ///< empty: the end of the prompt
+  std::optional<Granularity> granularity;  ///< none: the policy's own, or kv
+  std::optional<Share> share;              ///< none: the policy's own, or mean
+};
+
+/// Numbers of a layer-major table, the last index running fastest.
+struct Table {
+  std::vector<Index> shape;
+  std::vector<float> numbers;
+
+  static Table of_shape(std::vector<Index> shape);
+};
+
+/// The positions that the heads of all layers keep.
+struct KeptSets {
+  Granularity granularity = Granularity::kv;  ///< query or kv: what one set is for
+  int sets_per_layer = 0;                     ///< H or K
+  std::vector<std::vector<int>> sets;         ///< layer-major, each ascending
+
+  const std::vector<int>& of_query_head(int layer, int query_head, int group_size) const;
+
+  /// Mean number of positions in a set.
+  double mean_size() const;
+};
+
+/// One policy at one capacity and eviction position of one trace.
+struct ReplayResult {
+  std::string trace;             ///< file name as given
+  std::string policy;            ///< canonical spec
+  std::string capacity_request;  ///< as asked for: "128", "25%"
+  int capacity = 0;              ///< positions per kept set that were granted on average; what was used is in `kept`
+  int eviction_position = 0;
+  Granularity granularity = Granularity::kv;
+  Share share = Share::mean;
+  KeptSets kept;
+  Table head_error;        ///< [L, H, E]
+  Table layer_error;       ///< [L, E]
+  Table attention_recall;  ///< [L, H, E]
+  Table cosine;            ///< [L, H, E]
+  Table span_recall;       ///< [L, H, S] share of each span's positions before the eviction that is kept
+};
+
+/// All results of one trace at one eviction position: comparable with each other, number by number.
+struct TraceReplay {
+  std::string trace;
+  ModelInfo model;
+  int prompt_length = 0;
+  int eviction_position = 0;
+  std::vector<int> evaluation_positions;  ///< [E]
+  std::vector<Span> spans;                ///< [S] those that begin before the eviction
+  std::vector<ReplayResult> results;      ///< policies in the order given, capacities within
+  std::vector<std::string> notes;         ///< what a reader of the numbers has to know
+};
+
+/// Replays every policy at every capacity, once per eviction position. Layer after layer is read, so memory does not
+/// grow with their number; heads of a layer are spread over OpenMP's threads, and results are the same bits for any
+/// number of them. `progress` is told the share of the work that is done, in [0, 1].
+/// Throws Error, before any work, where a capacity is below what a policy protects, a policy needs what the trace does
+/// not hold, or there is nothing to evaluate; during it, on damage and on NaN.
+std::vector<TraceReplay> replay(const TraceReader& trace, const ReplayRequest& request,
+                                const std::function<void(double)>& progress = {});
+
+}  // namespace kvreplay

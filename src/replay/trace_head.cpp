@@ -1,0 +1,56 @@
+#include "replay/trace_head.h"
+
+#include <algorithm>
+
+namespace kvreplay {
+
+HeadShape head_shape(const TraceInfo& info, int layer, int kv_head, int eviction_position) {
+  const ModelInfo& model = info.model;
+  return {
+      .layer = layer,
+      .num_layers = model.num_layers,
+      .kv_head = kv_head,
+      .num_kv_heads = model.num_key_value_heads,
+      .group_size = model.group_size(),
+      .head_dim = model.head_dim,
+      .prompt_length = eviction_position,
+      .softmax_scale = model.softmax_scale,
+      .sliding_window = info.layer_sliding_window[static_cast<std::size_t>(layer)],
+      .attn_logit_softcapping = model.attn_logit_softcapping,
+  };
+}
+
+TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, int eviction_position)
+    : trace_(trace), shape_(head_shape(trace.info(), layer, kv_head, eviction_position)) {
+  const std::span<const int> positions = trace.info().query_positions;
+  const auto before = std::ranges::lower_bound(positions, eviction_position) - positions.begin();
+  query_positions_ = positions.first(static_cast<std::size_t>(before));
+}
+
+Matrix TraceHead::keys() const {
+  return trace_.read(shape_.layer, HeadTensor::keys, shape_.kv_head, 0, shape_.prompt_length);
+}
+
+Matrix TraceHead::values() const {
+  return trace_.read(shape_.layer, HeadTensor::values, shape_.kv_head, 0, shape_.prompt_length);
+}
+
+Matrix TraceHead::queries(int member, Index first, Index count) const {
+  return trace_.read(shape_.layer, HeadTensor::queries, shape_.query_head(member), first, count);
+}
+
+bool TraceHead::has_output_projection() const { return trace_.has_output_projection(shape_.layer); }
+
+Matrix TraceHead::output_projection(int member) const {
+  return trace_.read_output_projection(shape_.layer, shape_.query_head(member));
+}
+
+std::optional<std::vector<float>> TraceHead::attention_mass(int member) const {
+  // The recorded mass sums over all prompt queries; it answers for no earlier eviction.
+  if (shape_.prompt_length != trace_.info().prompt_length || !trace_.has_attention_mass(shape_.layer)) {
+    return std::nullopt;
+  }
+  return trace_.read_attention_mass(shape_.layer, shape_.query_head(member));
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,34 @@
+// A head of a trace, as policies see it.
+#pragma once
+
+#include "policy/head.h"
+#include "trace/reader.h"
+
+namespace kvreplay {
+
+/// Reads one (layer, KV head) of a trace on request, cut off at the eviction position: what stands behind it cannot be
+/// seen. The reader must outlive it.
+class TraceHead : public HeadSource {
+ public:
+  /// `eviction_position` is in [1, T].
+  TraceHead(const TraceReader& trace, int layer, int kv_head, int eviction_position);
+
+  const HeadShape& shape() const override { return shape_; }
+  Matrix keys() const override;
+  Matrix values() const override;
+  std::span<const int> query_positions() const override { return query_positions_; }
+  Matrix queries(int member, Index first, Index count) const override;
+  bool has_output_projection() const override;
+  Matrix output_projection(int member) const override;
+  std::optional<std::vector<float>> attention_mass(int member) const override;
+
+ private:
+  const TraceReader& trace_;
+  HeadShape shape_;
+  std::span<const int> query_positions_;
+};
+
+/// The shape of a trace's head at an eviction position.
+HeadShape head_shape(const TraceInfo& info, int layer, int kv_head, int eviction_position);
+
+}  // namespace kvreplay

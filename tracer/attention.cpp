@@ -25,12 +25,12 @@ struct Workspace {
 
 struct HeadView {
   Index head_dim;
-  Index query_width;           // floats from one token's queries to the next's
-  Index earlier;               // keys in the cache before the new tokens
-  const float* packed_keys;    // panels of tile_rows keys
-  const float* values;         // [keys, D]
-  const float* queries;        // [count, query_width], at this head
-  float* outputs;              // the same
+  Index query_width;         // floats from one token's queries to the next's
+  Index earlier;             // keys in the cache before the new tokens
+  const float* packed_keys;  // panels of tile_rows keys
+  const float* values;       // [keys, D]
+  const float* queries;      // [count, query_width], at this head
+  float* outputs;            // the same
   float scale;
 };
 

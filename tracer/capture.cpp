@@ -29,9 +29,10 @@ void check_fits_float16(std::span<const float> values, std::string_view what, in
   const auto found = std::find_if(values.begin(), values.end(),
                                   [](float value) { return !(std::abs(value) < kFirstInfiniteFloat16); });
   if (found == values.end()) return;
-  throw Error(fmt::format("the {} of layer {} hold {:g}, which float16 cannot (it ends at {}); use --dtype bfloat16 "
-                          "or float32",
-                          what, layer, *found, kLargestFloat16));
+  throw Error(
+      fmt::format("the {} of layer {} hold {:g}, which float16 cannot (it ends at {}); use --dtype bfloat16 "
+                  "or float32",
+                  what, layer, *found, kLargestFloat16));
 }
 
 // Keeps what attention saw and produced at the captured positions.
@@ -183,8 +184,8 @@ TraceInfo describe(const CaptureOptions& options, const ModelConfig& config, con
   info.model.rope_theta = config.rotary.theta;
   info.model.softmax_scale = config.softmax_scale;
   info.created_by = "kvreplay " KVREPLAY_VERSION;
-  info.created_at = fmt::format(
-      "{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::chrono::system_clock::to_time_t(std::chrono::system_clock::now())));
+  info.created_at = fmt::format("{:%Y-%m-%dT%H:%M:%SZ}",
+                                fmt::gmtime(std::chrono::system_clock::to_time_t(std::chrono::system_clock::now())));
   info.source = fmt::format("model {}, prompt {}, greedy decoding in float32", config.name, options.prompt_name);
   info.token_ids.assign(token_ids.begin(), token_ids.end());
   info.prompt_length = static_cast<int>(prompt.ids.size());
@@ -269,8 +270,9 @@ CaptureSummary capture(const CaptureOptions& options) {
   const auto prompt_length = static_cast<Index>(prompt.ids.size());
   const Index capacity = prompt_length + std::max(0, options.generate - 1);
   if (config.max_position_embeddings > 0 && capacity > config.max_position_embeddings) {
-    warn(options, fmt::format("the run may take {} positions, but {} was made for {}; what lies beyond may be unlike it",
-                              capacity, config.name, config.max_position_embeddings));
+    warn(options,
+         fmt::format("the run may take {} positions, but {} was made for {}; what lies beyond may be unlike it",
+                     capacity, config.name, config.max_position_embeddings));
   }
   const Index first_captured =
       options.query_window ? std::max<Index>(0, prompt_length - *options.query_window) : Index{0};
@@ -299,8 +301,8 @@ CaptureSummary capture(const CaptureOptions& options) {
       options.on_progress({CaptureProgress::Stage::decode, done / options.generate,
                            done > 1 ? (done - 1) / summary.decode_seconds : 0});
     }
-    summary.ended = std::find(config.eos_token_ids.begin(), config.eos_token_ids.end(),
-                              summary.generated_ids.back()) != config.eos_token_ids.end();
+    summary.ended = std::find(config.eos_token_ids.begin(), config.eos_token_ids.end(), summary.generated_ids.back()) !=
+                    config.eos_token_ids.end();
     if (summary.ended) break;
   }
 

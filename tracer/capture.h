@@ -9,8 +9,8 @@
 #include <string_view>
 #include <vector>
 
-#include "tracer/spans.h"
 #include "trace/trace.h"
+#include "tracer/spans.h"
 #include "tracer/transformer.h"
 
 namespace kvreplay::tracer {
@@ -39,8 +39,8 @@ struct CaptureOptions {
   std::filesystem::path output;
   Transformer::Options execution;
 
-  std::function<void(const CaptureProgress&)> on_progress;     ///< may be empty
-  std::function<void(const std::string& line)> on_warning;     ///< may be empty
+  std::function<void(const CaptureProgress&)> on_progress;  ///< may be empty
+  std::function<void(const std::string& line)> on_warning;  ///< may be empty
 };
 
 struct CaptureSummary {

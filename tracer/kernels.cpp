@@ -171,7 +171,7 @@ struct Generic {
   KVREPLAY_INLINE void pack_typed(const std::byte* data, Index row, Index count, Index depth, Index width,
                                   float* packed) {
     const Index element = type == DType::float32 ? 4 : 2;
-    // A kStrip of each row is widened into a place that stays in the first-level cache, then turned.
+    // A strip of each row is widened into a place that stays in the first-level cache, then turned.
     constexpr Index kStrip = 64;
     float strips[columns * kStrip];
     for (Index first = 0; first < count; first += width, packed += width * depth) {
@@ -224,7 +224,8 @@ struct Generic {
 #pragma GCC unroll 4
     for (int i = 0; i < together; ++i) {
       float total = sum(even[i] + odd[i]);
-      for (Index rest = k; rest < depth; ++rest) total += widen_one<type>(data + (i * depth + rest) * element) * x[rest];
+      for (Index rest = k; rest < depth; ++rest)
+        total += widen_one<type>(data + (i * depth + rest) * element) * x[rest];
       y[i] = total;
     }
   }
@@ -314,35 +315,34 @@ struct Generic {
 
 // A namespace with one function per kernel, compiled for an instruction set, and the table of them. A macro, because
 // a function's target cannot be a template parameter.
-#define KVREPLAY_KERNELS(set, label, target, lanes, rows)                                                             \
-  namespace set {                                                                                                     \
-  using Body = Generic<lanes, rows>;                                                                                  \
-  target void multiply(Index m, Index n, Index depth, const float* a, Index a_panel, Index a_step, const float* b,    \
-                       Index b_panel, Index b_step, float* c, Index c_row, bool accumulate) {                         \
-    Body::multiply(m, n, depth, a, a_panel, a_step, b, b_panel, b_step, c, c_row, accumulate);                        \
-  }                                                                                                                   \
-  target void pack(DType type, const std::byte* data, Index row, Index count, Index depth, Index width,               \
-                   float* packed) {                                                                                   \
-    Body::pack(type, data, row, count, depth, width, packed);                                                         \
-  }                                                                                                                   \
-  target void multiply_vector(DType type, const std::byte* data, Index count, Index depth, const float* x,            \
-                              float* y) {                                                                             \
-    Body::multiply_vector(type, data, count, depth, x, y);                                                            \
-  }                                                                                                                   \
-  target void update_maxima(Index keys, const float* logits, float* maxima) {                                         \
-    Body::update_maxima(keys, logits, maxima);                                                                        \
-  }                                                                                                                   \
-  target void exponentiate(Index keys, float* logits, const float* maxima, double* sums) {                            \
-    Body::exponentiate(keys, logits, maxima, sums);                                                                   \
-  }                                                                                                                   \
-  target void accumulate_mass(Index keys, const float* weights, const float* factors, double* mass) {                 \
-    Body::accumulate_mass(keys, weights, factors, mass);                                                              \
-  }                                                                                                                   \
-  target void softmax(Index n, float* logits) { Body::softmax(n, logits); }                                           \
-  target void silu_multiply(Index n, float* gate, const float* up) { Body::silu_multiply(n, gate, up); }              \
-  constexpr Kernels table = {label,           rows,          Body::columns, multiply,        pack,                    \
-                             multiply_vector, update_maxima, exponentiate,  accumulate_mass, softmax, silu_multiply}; \
-  static_assert(kQueryBlock % Body::columns == 0);                                                                    \
+#define KVREPLAY_KERNELS(set, label, target, lanes, rows)                                                              \
+  namespace set {                                                                                                      \
+  using Body = Generic<lanes, rows>;                                                                                   \
+  target void multiply(Index m, Index n, Index depth, const float* a, Index a_panel, Index a_step, const float* b,     \
+                       Index b_panel, Index b_step, float* c, Index c_row, bool accumulate) {                          \
+    Body::multiply(m, n, depth, a, a_panel, a_step, b, b_panel, b_step, c, c_row, accumulate);                         \
+  }                                                                                                                    \
+  target void pack(DType type, const std::byte* data, Index row, Index count, Index depth, Index width,                \
+                   float* packed) {                                                                                    \
+    Body::pack(type, data, row, count, depth, width, packed);                                                          \
+  }                                                                                                                    \
+  target void multiply_vector(DType type, const std::byte* data, Index count, Index depth, const float* x, float* y) { \
+    Body::multiply_vector(type, data, count, depth, x, y);                                                             \
+  }                                                                                                                    \
+  target void update_maxima(Index keys, const float* logits, float* maxima) {                                          \
+    Body::update_maxima(keys, logits, maxima);                                                                         \
+  }                                                                                                                    \
+  target void exponentiate(Index keys, float* logits, const float* maxima, double* sums) {                             \
+    Body::exponentiate(keys, logits, maxima, sums);                                                                    \
+  }                                                                                                                    \
+  target void accumulate_mass(Index keys, const float* weights, const float* factors, double* mass) {                  \
+    Body::accumulate_mass(keys, weights, factors, mass);                                                               \
+  }                                                                                                                    \
+  target void softmax(Index n, float* logits) { Body::softmax(n, logits); }                                            \
+  target void silu_multiply(Index n, float* gate, const float* up) { Body::silu_multiply(n, gate, up); }               \
+  constexpr Kernels table = {label,         rows,         Body::columns,   multiply, pack,         multiply_vector,    \
+                             update_maxima, exponentiate, accumulate_mass, softmax,  silu_multiply};                   \
+  static_assert(kQueryBlock % Body::columns == 0);                                                                     \
   }
 
 KVREPLAY_KERNELS(baseline, "baseline", , 4, 4)

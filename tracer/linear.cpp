@@ -63,12 +63,11 @@ void LinearInput::multiply(const LinearWeights& linear, std::span<float> out) co
       const Index rows = std::min(kBlockRows, out_rows - first);
       for (Index start = 0; start < width_; start += kBlockDepth) {
         const Index depth = std::min(kBlockDepth, width_ - start);
-        const std::byte* from =
-            weight.data + first * row_bytes + start * static_cast<Index>(size_of(weight.type));
+        const std::byte* from = weight.data + first * row_bytes + start * static_cast<Index>(size_of(weight.type));
         kernels.pack(weight.type, from, width_, rows, depth, kernels.tile_columns, block.data());
-        kernels.multiply(count_, rows, depth, packed_.data() + start * kernels.tile_rows,
-                         kernels.tile_rows * width_, kernels.tile_rows, block.data(), kernels.tile_columns * depth,
-                         kernels.tile_columns, out.data() + first, out_rows, start > 0);
+        kernels.multiply(count_, rows, depth, packed_.data() + start * kernels.tile_rows, kernels.tile_rows * width_,
+                         kernels.tile_rows, block.data(), kernels.tile_columns * depth, kernels.tile_columns,
+                         out.data() + first, out_rows, start > 0);
       }
       if (linear.bias.empty()) continue;
       for (Index token = 0; token < count_; ++token) {

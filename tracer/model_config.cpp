@@ -193,8 +193,8 @@ ModelConfig read_model_config(const std::filesystem::path& folder) {
   }
   const auto path = folder / "config.json";
   if (!std::filesystem::exists(path)) {
-    throw Error(fmt::format("{}: holds no config.json; give the folder of a model in Hugging Face format",
-                            folder.string()));
+    throw Error(
+        fmt::format("{}: holds no config.json; give the folder of a model in Hugging Face format", folder.string()));
   }
   const json content = read_json(path);
   const Section config(content, path.string());
@@ -221,9 +221,8 @@ ModelConfig read_model_config(const std::filesystem::path& folder) {
   } else if (model.hidden_size % model.num_attention_heads == 0) {
     model.head_dim = model.hidden_size / model.num_attention_heads;
   } else {
-    throw config.wrong("hidden_size",
-                       fmt::format("a multiple of the {} attention heads, or head_dim be given",
-                                   model.num_attention_heads));
+    throw config.wrong("hidden_size", fmt::format("a multiple of the {} attention heads, or head_dim be given",
+                                                  model.num_attention_heads));
   }
   if (model.head_dim % 2 != 0) {
     throw Error(fmt::format("{}: head dimension {} must be even for rotary embedding", path.string(), model.head_dim));

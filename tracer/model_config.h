@@ -16,9 +16,9 @@ struct RotaryEmbedding {
 
   double theta = 10000;
   Scaling scaling = Scaling::none;
-  double factor = 1;                       ///< linear, llama3: how far the context was stretched
-  double low_freq_factor = 1;              ///< llama3
-  double high_freq_factor = 4;             ///< llama3
+  double factor = 1;                               ///< linear, llama3: how far the context was stretched
+  double low_freq_factor = 1;                      ///< llama3
+  double high_freq_factor = 4;                     ///< llama3
   double original_max_position_embeddings = 8192;  ///< llama3
 
   /// [head_dim / 2] in radians per position, in float32 as models are trained with.

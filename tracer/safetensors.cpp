@@ -9,8 +9,8 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <cstdint>
+#include <cstring>
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -83,9 +83,10 @@ std::map<std::string, TensorEntry> parse_safetensors(std::span<const std::byte> 
   std::uint64_t header_length;
   std::memcpy(&header_length, file.data(), 8);
   if (header_length > file.size() - 8) {
-    throw Error(fmt::format("{}: the header claims {} bytes, but only {} follow; the file is truncated or no "
-                            "safetensors file",
-                            name, header_length, file.size() - 8));
+    throw Error(
+        fmt::format("{}: the header claims {} bytes, but only {} follow; the file is truncated or no "
+                    "safetensors file",
+                    name, header_length, file.size() - 8));
   }
   if (header_length > kLongestHeader) {
     throw Error(fmt::format("{}: the header claims {} bytes, more than the format's limit of {}", name, header_length,
@@ -146,8 +147,8 @@ std::map<std::string, TensorEntry> parse_safetensors(std::span<const std::byte> 
                               in_quotes(places[i].second)));
     }
     if (begin > reached) {
-      throw Error(fmt::format("{}: bytes [{}, {}) of the data belong to no tensor; the file is damaged", name, reached,
-                              begin));
+      throw Error(
+          fmt::format("{}: bytes [{}, {}) of the data belong to no tensor; the file is damaged", name, reached, begin));
     }
     reached = places[i].first.second;
   }
@@ -201,9 +202,10 @@ SafeTensors::SafeTensors(const std::filesystem::path& folder) : folder_(folder) 
       if (entry.path().extension() == ".safetensors") found.push_back(entry.path());
     }
     if (found.empty()) {
-      throw Error(fmt::format("{}: holds no weights: no model.safetensors, model.safetensors.index.json or other "
-                              "*.safetensors file",
-                              folder.string()));
+      throw Error(
+          fmt::format("{}: holds no weights: no model.safetensors, model.safetensors.index.json or other "
+                      "*.safetensors file",
+                      folder.string()));
     }
     std::sort(found.begin(), found.end());
     for (const auto& path : found) add_file(path);
@@ -264,8 +266,8 @@ bool SafeTensors::contains(const std::string& name) const { return tensors_.cont
 Tensor SafeTensors::get(const std::string& name, std::initializer_list<Index> shape) const {
   const auto found = tensors_.find(name);
   if (found == tensors_.end()) {
-    throw Error(fmt::format("{}: tensor {} is missing; expected shape [{}]", folder_.string(), name,
-                            fmt::join(shape, ", ")));
+    throw Error(
+        fmt::format("{}: tensor {} is missing; expected shape [{}]", folder_.string(), name, fmt::join(shape, ", ")));
   }
   const auto& [entry, file] = found->second;
   const std::string path = (folder_ / file).string();

@@ -20,7 +20,7 @@ namespace kvreplay::tracer {
 
 /// One tensor as a header describes it.
 struct TensorEntry {
-  std::string dtype;               ///< as written, such as BF16
+  std::string dtype;  ///< as written, such as BF16
   std::vector<Index> shape;
   std::span<const std::byte> data;
 };

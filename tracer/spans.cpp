@@ -38,8 +38,8 @@ std::vector<SpanRequest> read_spans(const std::filesystem::path& path) {
   if (!stream) throw Error(fmt::format("{}: cannot be read", path.string()));
   const json content = json::parse(stream, nullptr, false);
   if (!content.is_array()) {
-    throw Error(fmt::format("{}: is not a JSON list such as [{{\"label\": \"needle\", \"text\": \"...\"}}]",
-                            path.string()));
+    throw Error(
+        fmt::format("{}: is not a JSON list such as [{{\"label\": \"needle\", \"text\": \"...\"}}]", path.string()));
   }
   std::vector<SpanRequest> requests;
   for (const json& entry : content) {
@@ -75,8 +75,8 @@ std::vector<SpanRequest> read_spans(const std::filesystem::path& path) {
   return requests;
 }
 
-std::vector<Span> locate_spans(std::span<const SpanRequest> requests, std::string_view prompt,
-                               const Encoding* encoding, int prompt_length) {
+std::vector<Span> locate_spans(std::span<const SpanRequest> requests, std::string_view prompt, const Encoding* encoding,
+                               int prompt_length) {
   std::vector<Span> spans;
   for (const SpanRequest& request : requests) {
     if (request.text.empty()) {
@@ -88,9 +88,10 @@ std::vector<Span> locate_spans(std::span<const SpanRequest> requests, std::strin
       continue;
     }
     if (encoding == nullptr) {
-      throw Error(fmt::format("span \"{}\": a text can only be found in a text prompt; give its \"start\" and \"end\" "
-                              "in token positions",
-                              request.label));
+      throw Error(
+          fmt::format("span \"{}\": a text can only be found in a text prompt; give its \"start\" and \"end\" "
+                      "in token positions",
+                      request.label));
     }
     std::size_t at = prompt.find(request.text);
     if (at == std::string_view::npos) {

@@ -7,8 +7,8 @@
 #include <string_view>
 #include <vector>
 
-#include "tracer/tokenizer.h"
 #include "trace/trace.h"
+#include "tracer/tokenizer.h"
 
 namespace kvreplay::tracer {
 
@@ -27,7 +27,7 @@ std::vector<SpanRequest> read_spans(const std::filesystem::path& path);
 /// occurrence becomes a span of that label, from the first to the last token that stands for a byte of it.
 /// `encoding` is the tokenized `prompt`, or null where the prompt was given as token ids.
 /// Throws Error if a text does not occur or a position is not in the prompt.
-std::vector<Span> locate_spans(std::span<const SpanRequest> requests, std::string_view prompt,
-                               const Encoding* encoding, int prompt_length);
+std::vector<Span> locate_spans(std::span<const SpanRequest> requests, std::string_view prompt, const Encoding* encoding,
+                               int prompt_length);
 
 }  // namespace kvreplay::tracer

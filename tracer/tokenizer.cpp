@@ -31,8 +31,8 @@ Tokenizer::Tokenizer(const std::filesystem::path& folder, std::optional<std::int
   std::ifstream stream(path, std::ios::binary);
   const std::string content((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
   if (!stream || !state_->processor.LoadFromSerializedProto(content).ok()) {
-    throw Error(fmt::format("{}: is not a SentencePiece model; give the prompt's token ids with --tokens",
-                            path.string()));
+    throw Error(
+        fmt::format("{}: is not a SentencePiece model; give the prompt's token ids with --tokens", path.string()));
   }
 
   bool add_bos = true;

@@ -28,14 +28,15 @@ Index first_not_finite(std::span<const float> values) {
 
 Error not_finite(std::string_view what, int layer, std::string_view head_kind, Index head, Index position,
                  float value) {
-  return Error(fmt::format("the model computed {} in the {} of layer {}, {} head {}, position {}: its weights or its "
-                           "config.json are damaged",
-                           std::isnan(value) ? "NaN" : "infinity", what, layer, head_kind, head, position));
+  return Error(
+      fmt::format("the model computed {} in the {} of layer {}, {} head {}, position {}: its weights or its "
+                  "config.json are damaged",
+                  std::isnan(value) ? "NaN" : "infinity", what, layer, head_kind, head, position));
 }
 
 // `rows` is [count, heads * dim].
-void check_rows(std::span<const float> rows, std::string_view what, int layer, std::string_view head_kind,
-                Index width, Index dim, Index first_position) {
+void check_rows(std::span<const float> rows, std::string_view what, int layer, std::string_view head_kind, Index width,
+                Index dim, Index first_position) {
   const Index at = first_not_finite(rows);
   if (at < 0) return;
   throw not_finite(what, layer, head_kind, at % width / dim, first_position + at / width,
@@ -50,8 +51,7 @@ Transformer::Transformer(const Model& model, const Options& options)
       block_tokens_(options.block_tokens),
       inverse_frequencies_(model.config.rotary.inverse_frequencies(model.config.head_dim)) {}
 
-std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCache& cache,
-                                        ForwardObserver* observer) {
+std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCache& cache, ForwardObserver* observer) {
   const ModelConfig& config = model_.config;
   const Index count = static_cast<Index>(ids.size());
   const Index width = config.hidden_size;
@@ -96,8 +96,7 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
     const Index first_needed = number + 1 < config.num_layers ? 0 : count - 1;
     for (Index first = first_needed; first < count; first += block_tokens_) {
       const Index block = std::min(block_tokens_, count - first);
-      feed_forward(layer, block_of(outputs, first, block, query_width), block,
-                   block_of(hidden, first, block, width));
+      feed_forward(layer, block_of(outputs, first, block, query_width), block, block_of(hidden, first, block, width));
       report(first + block, 1);
     }
   }
@@ -108,9 +107,10 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
   std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
   LinearInput(execution_, last, 1).multiply(model_.output_head, logits);
   if (first_not_finite(logits) >= 0) {
-    throw Error(fmt::format("the model computed NaN or infinity in the logits after position {}: its weights or its "
-                            "config.json are damaged",
-                            first_position + count - 1));
+    throw Error(
+        fmt::format("the model computed NaN or infinity in the logits after position {}: its weights or its "
+                    "config.json are damaged",
+                    first_position + count - 1));
   }
   return logits;
 }
@@ -174,8 +174,7 @@ void Transformer::feed_forward(const LayerWeights& layer, std::span<const float>
 }
 
 // RMSNorm of every row, whose width is the weight's.
-void Transformer::normalize(std::span<const float> hidden, std::span<const float> weight,
-                            std::span<float> out) const {
+void Transformer::normalize(std::span<const float> hidden, std::span<const float> weight, std::span<float> out) const {
   const Index width = static_cast<Index>(weight.size());
   const Index count = static_cast<Index>(hidden.size()) / width;
 #pragma omp parallel for num_threads(execution_.threads) schedule(static)

@@ -3,8 +3,8 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <omp.h>
-#include <unistd.h>
 
+#include <CLI/CLI.hpp>
 #include <charconv>
 #include <cstdio>
 #include <filesystem>
@@ -15,6 +15,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "cli/progress.h"
 #include "tracer/capture.h"
 
 namespace kvreplay::cli {
@@ -69,30 +70,17 @@ std::string readable_size(std::uintmax_t bytes) {
   return bytes < 1024 ? fmt::format("{} bytes", bytes) : fmt::format("{:.1f} {}", size, unit);
 }
 
-// One line that is drawn over itself.
-class ProgressLine {
- public:
-  void show(const tracer::CaptureProgress& progress) {
-    const char* stage = progress.stage == tracer::CaptureProgress::Stage::prefill  ? "prefill"
-                        : progress.stage == tracer::CaptureProgress::Stage::decode ? "decode"
-                                                                                   : "write";
-    const std::string rate =
-        progress.tokens_per_second > 0 ? fmt::format("  {:.1f} tokens/s", progress.tokens_per_second) : "";
-    fmt::print(stderr, "\r\033[K{:<8}{:3.0f} %{}", stage, 100 * progress.fraction, rate);
-    std::fflush(stderr);
-    shown_ = true;
+std::string describe(const tracer::CaptureProgress& progress) {
+  switch (progress.stage) {
+    case tracer::CaptureProgress::Stage::prefill:
+      return fmt::format("prefill, {:.1f} tokens/s", progress.tokens_per_second);
+    case tracer::CaptureProgress::Stage::decode:
+      return fmt::format("decode, {:.1f} tokens/s", progress.tokens_per_second);
+    case tracer::CaptureProgress::Stage::write:
+      return "write";
   }
-
-  void clear() {
-    if (shown_) fmt::print(stderr, "\r\033[K");
-    shown_ = false;
-  }
-
-  ~ProgressLine() { clear(); }
-
- private:
-  bool shown_ = false;
-};
+  return "";
+}
 
 void run_capture(const CaptureArguments& arguments) {
   if (arguments.prompt.empty() == arguments.tokens.empty()) {
@@ -124,16 +112,15 @@ void run_capture(const CaptureArguments& arguments) {
   options.output = arguments.output;
   options.execution.threads = arguments.threads > 0 ? arguments.threads : omp_get_num_procs();
 
-  ProgressLine line;
-  if (::isatty(STDERR_FILENO) != 0) {
-    options.on_progress = [&](const tracer::CaptureProgress& progress) { line.show(progress); };
+  options.on_warning = [](const std::string& warning) { fmt::print(stderr, "warning: {}\n", warning); };
+  tracer::CaptureSummary summary;
+  {
+    Progress line;
+    options.on_progress = [&](const tracer::CaptureProgress& progress) {
+      line.show(describe(progress), progress.fraction);
+    };
+    summary = tracer::capture(options);
   }
-  options.on_warning = [&](const std::string& warning) {
-    line.clear();
-    fmt::print(stderr, "warning: {}\n", warning);
-  };
-  const tracer::CaptureSummary summary = tracer::capture(options);
-  line.clear();
 
   std::string times = fmt::format("prefill: {} tokens in {:.2f} s ({:.1f} tokens/s)", summary.prompt_tokens,
                                   summary.prefill_seconds, summary.prompt_tokens / summary.prefill_seconds);
@@ -161,8 +148,7 @@ void run_capture(const CaptureArguments& arguments) {
 
 void add_capture_command(CLI::App& app) {
   const auto arguments = std::make_shared<CaptureArguments>();
-  CLI::App* command =
-      app.add_subcommand("capture", "Run a model once and record what its attention saw into a trace");
+  CLI::App* command = app.add_subcommand("capture", "Run a model once and record what its attention saw into a trace");
   command->add_option("-m,--model", arguments->model, "Folder of a model in Hugging Face format")
       ->required()
       ->type_name("DIR");

@@ -1,11 +1,13 @@
 // kvreplay capture: a real model's run into a trace.
 #pragma once
 
-#include <CLI/CLI.hpp>
+namespace CLI {
+class App;
+}
 
 namespace kvreplay::cli {
 
-/// Adds the `capture` subcommand. Its callback runs the capture; it throws UsageError or Error.
+/// Adds the `capture` subcommand, which throws Error or UsageError when it is run.
 void add_capture_command(CLI::App& app);
 
 }  // namespace kvreplay::cli

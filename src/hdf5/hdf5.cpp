@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/printable.h"
 
 namespace kvreplay::hdf5 {
 
@@ -229,7 +230,7 @@ std::string filter_name(H5Z_filter_t filter, const char* stored_name) {
     case H5Z_FILTER_SCALEOFFSET:
       return "scaleoffset";
     default:
-      return *stored_name != '\0' ? stored_name : fmt::format("filter {}", static_cast<int>(filter));
+      return *stored_name != '\0' ? printable(stored_name) : fmt::format("filter {}", static_cast<int>(filter));
   }
 }
 

@@ -6,6 +6,8 @@
 #include <bit>
 #include <cmath>
 
+#include "base/printable.h"
+
 namespace kvreplay {
 
 std::optional<Contradiction> find_contradiction(const TraceInfo& info) {
@@ -85,7 +87,7 @@ std::optional<Contradiction> find_contradiction(const TraceInfo& info) {
     const Span& span = info.spans[i];
     if (span.start < 0 || span.end > tokens || span.start >= span.end) {
       return Contradiction{"/annotations/spans", fmt::format("span {} ('{}') is [{}, {}), not a range of the {} tokens",
-                                                             i, span.label, span.start, span.end, tokens)};
+                                                             i, printable(span.label), span.start, span.end, tokens)};
     }
   }
   return std::nullopt;

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/printable.h"
 #include "hdf5/hdf5.h"
 #include "trace/check.h"
 
@@ -114,6 +115,7 @@ struct TraceReader::State {
 
   void read_tokens() {
     info.token_ids = read_positions("/tokens/ids");
+    if (info.token_ids.empty()) fail("/tokens/ids", "is empty");
     // The format's table has the attribute on the dataset; captures exist that have it on the group.
     const bool on_dataset = file.has_attribute("/tokens/ids", "prompt_length");
     const bool on_group = file.has_attribute("/tokens", "prompt_length");
@@ -139,8 +141,9 @@ struct TraceReader::State {
     const std::int64_t tokens = info.num_tokens();
     for (const hdf5::LabelledRange& range : file.read_labelled_ranges("/annotations/spans")) {
       if (range.start < 0 || range.end > tokens || range.start >= range.end) {
-        fail("/annotations/spans", fmt::format("span {} ('{}') is [{}, {}), not a range of the {} tokens",
-                                               info.spans.size(), range.label, range.start, range.end, tokens));
+        fail("/annotations/spans",
+             fmt::format("span {} ('{}') is [{}, {}), not a range of the {} tokens", info.spans.size(),
+                         printable(range.label), range.start, range.end, tokens));
       }
       info.spans.push_back({static_cast<int>(range.start), static_cast<int>(range.end), range.label});
     }

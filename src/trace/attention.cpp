@@ -1,0 +1,70 @@
+#include "trace/attention.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "base/error.h"
+
+namespace kvreplay {
+
+AttentionRule attention_rule(const TraceInfo& info, int layer) {
+  const auto& windows = info.layer_sliding_window;
+  return {info.model.softmax_scale,
+          windows.empty() ? info.model.sliding_window : windows[static_cast<std::size_t>(layer)],
+          info.model.attn_logit_softcapping};
+}
+
+Matrix attention_outputs(const Eigen::Ref<const Matrix>& queries, std::span<const std::int32_t> positions,
+                         const Eigen::Ref<const Matrix>& keys, const Eigen::Ref<const Matrix>& values,
+                         const AttentionRule& rule) {
+  constexpr Index kBlock = 4096;
+  const Index count = queries.rows();
+  if (static_cast<Index>(positions.size()) != count) {
+    throw Error(fmt::format("{} queries with {} positions", count, positions.size()));
+  }
+  if (count == 0) return Matrix(0, values.cols());
+
+  // Query i sees keys [first[i], end[i]).
+  std::vector<Index> first;
+  std::vector<Index> end;
+  for (const Index position : positions) {
+    if (position < 0 || position >= keys.rows() || position >= values.rows()) {
+      throw Error(fmt::format("the query at position {} has no key among {}", position, keys.rows()));
+    }
+    first.push_back(rule.sliding_window > 0 ? std::max<Index>(position - rule.sliding_window + 1, 0) : 0);
+    end.push_back(position + 1);
+  }
+  const Index low = *std::min_element(first.begin(), first.end());
+  const Index high = *std::max_element(end.begin(), end.end());
+
+  Matrix weights = queries * keys.middleRows(low, high - low).transpose();
+  Eigen::VectorXd sums(count);
+  for (Index i = 0; i < count; ++i) {
+    const auto at = static_cast<std::size_t>(i);
+    auto seen = weights.row(i).segment(first[at] - low, end[at] - first[at]).array();
+    seen *= static_cast<float>(rule.softmax_scale);
+    if (rule.attn_logit_softcapping > 0) {
+      const auto cap = static_cast<float>(rule.attn_logit_softcapping);
+      seen = (seen / cap).tanh() * cap;
+    }
+    const float largest = seen.maxCoeff();
+    seen = (seen - largest).exp();
+    sums[i] = seen.cast<double>().sum();
+    weights.row(i).head(first[at] - low).setZero();
+    weights.row(i).tail(high - end[at]).setZero();
+  }
+
+  Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> outputs;
+  outputs.setZero(count, values.cols());
+  for (Index start = low; start < high; start += kBlock) {
+    const Index size = std::min(kBlock, high - start);
+    const Matrix part = weights.middleCols(start - low, size) * values.middleRows(start, size);
+    outputs += part.cast<double>();
+  }
+  outputs.array().colwise() /= sums.array();
+  return outputs.cast<float>();
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,118 @@
+#include "base/dtype.h"
+
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace kvreplay {
+namespace {
+
+// What a 16-bit pattern means by the definition of the format, without any conversion instruction.
+double by_definition(unsigned bits, int exponent_bits, int mantissa_bits) {
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = static_cast<int>(bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
+  const double fraction = static_cast<double>(bits & ((1U << mantissa_bits) - 1)) / (1 << mantissa_bits);
+  const double sign = (bits >> 15) != 0 ? -1 : 1;
+  if (exponent == (1 << exponent_bits) - 1) {
+    return fraction == 0 ? sign * std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
+  }
+  if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias);
+  return sign * std::ldexp(1 + fraction, exponent - bias);
+}
+
+class SixteenBits : public testing::TestWithParam<DType> {
+ protected:
+  int exponent_bits() const { return GetParam() == DType::float16 ? 5 : 8; }
+  int mantissa_bits() const { return 15 - exponent_bits(); }
+
+  std::vector<std::uint16_t> all_patterns() const {
+    std::vector<std::uint16_t> patterns(65536);
+    for (std::size_t i = 0; i < patterns.size(); ++i) patterns[i] = static_cast<std::uint16_t>(i);
+    return patterns;
+  }
+
+  std::uint16_t rounded(float value) const {
+    std::uint16_t bits = 0;
+    from_float32(GetParam(), std::span(&value, 1), reinterpret_cast<std::byte*>(&bits));
+    return bits;
+  }
+};
+
+TEST_P(SixteenBits, EveryPatternIsReadAsItsDefinitionSays) {
+  const auto patterns = all_patterns();
+  std::vector<float> values(patterns.size());
+  to_float32(GetParam(), reinterpret_cast<const std::byte*>(patterns.data()), values);
+  for (std::size_t i = 0; i < patterns.size(); ++i) {
+    const double expected = by_definition(patterns[i], exponent_bits(), mantissa_bits());
+    if (std::isnan(expected)) {
+      EXPECT_TRUE(std::isnan(values[i])) << i;
+    } else {
+      EXPECT_EQ(static_cast<double>(values[i]), expected) << i;
+      EXPECT_EQ(std::signbit(values[i]), std::signbit(expected)) << i;
+    }
+  }
+}
+
+TEST_P(SixteenBits, EveryPatternSurvivesARoundTrip) {
+  const auto patterns = all_patterns();
+  std::vector<float> values(patterns.size());
+  to_float32(GetParam(), reinterpret_cast<const std::byte*>(patterns.data()), values);
+  std::vector<std::uint16_t> again(patterns.size());
+  from_float32(GetParam(), values, reinterpret_cast<std::byte*>(again.data()));
+  for (std::size_t i = 0; i < patterns.size(); ++i) {
+    if (std::isnan(values[i])) continue;
+    EXPECT_EQ(again[i], patterns[i]);
+  }
+}
+
+TEST_P(SixteenBits, RoundsToNearestAndTiesToEven) {
+  const unsigned infinity = ((1U << exponent_bits()) - 1) << mantissa_bits();
+  for (unsigned bits = 0; bits + 1 < infinity; ++bits) {
+    const double low = by_definition(bits, exponent_bits(), mantissa_bits());
+    const double high = by_definition(bits + 1, exponent_bits(), mantissa_bits());
+    const auto middle = static_cast<float>((low + high) / 2);
+    ASSERT_EQ(rounded(middle), bits % 2 == 0 ? bits : bits + 1);
+    ASSERT_EQ(rounded(std::nextafter(middle, 0.0F)), bits);
+    ASSERT_EQ(rounded(std::nextafter(middle, std::numeric_limits<float>::infinity())), bits + 1);
+  }
+}
+
+TEST_P(SixteenBits, ReadsFromAnyAddress) {
+  const std::uint16_t stored[] = {rounded(1.5F), rounded(-2.0F)};
+  std::byte bytes[5] = {};
+  std::memcpy(bytes + 1, stored, sizeof stored);
+  float values[2];
+  to_float32(GetParam(), bytes + 1, values);
+  EXPECT_EQ(values[0], 1.5F);
+  EXPECT_EQ(values[1], -2.0F);
+}
+
+INSTANTIATE_TEST_SUITE_P(Formats, SixteenBits, testing::Values(DType::float16, DType::bfloat16),
+                         [](const auto& tested) { return std::string(name_of(tested.param)); });
+
+TEST(DType, Float32KeepsEveryBit) {
+  const std::vector<std::uint32_t> patterns = {0,          0x80000000, 1,          0x7f7fffff, 0x7f800000,
+                                               0xff800000, 0x7fc00001, 0x3f800000, 0xdeadbeef};
+  std::vector<float> values(patterns.size());
+  to_float32(DType::float32, reinterpret_cast<const std::byte*>(patterns.data()), values);
+  std::vector<std::uint32_t> again(patterns.size());
+  from_float32(DType::float32, values, reinterpret_cast<std::byte*>(again.data()));
+  EXPECT_EQ(again, patterns);
+}
+
+TEST(DType, NamesAreTheirOwnInverse) {
+  for (const DType type : {DType::float32, DType::float16, DType::bfloat16})
+    EXPECT_EQ(dtype_named(name_of(type)), type);
+  EXPECT_FALSE(dtype_named("float64"));
+  EXPECT_FALSE(dtype_named(""));
+  EXPECT_EQ(size_of(DType::float32), 4U);
+  EXPECT_EQ(size_of(DType::float16), 2U);
+  EXPECT_EQ(size_of(DType::bfloat16), 2U);
+}
+
+}  // namespace
+}  // namespace kvreplay

@@ -1,0 +1,110 @@
+#include "base/output_file.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <fstream>
+#include <sstream>
+
+#include "base/error.h"
+#include "trace/temporary_folder.h"
+
+namespace kvreplay {
+namespace {
+
+using test::TemporaryFolder;
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+std::string content(const std::filesystem::path& path) {
+  std::ifstream file(path);
+  std::stringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+TEST(OutputFile, WritesTextAsAWhole) {
+  const TemporaryFolder folder;
+  OutputFile::write_text(folder / "result.csv", "a,b\n1,2\n");
+  EXPECT_EQ(content(folder / "result.csv"), "a,b\n1,2\n");
+  EXPECT_THAT(folder.names(), ElementsAre("result.csv"));
+}
+
+TEST(OutputFile, ReplacesWhatStoodThere) {
+  const TemporaryFolder folder;
+  OutputFile::write_text(folder / "result.csv", "a long first version");
+  OutputFile::write_text(folder / "result.csv", "second");
+  EXPECT_EQ(content(folder / "result.csv"), "second");
+}
+
+TEST(OutputFile, AbandonedLeavesThePlaceAsItWas) {
+  const TemporaryFolder folder;
+  OutputFile::write_text(folder / "result.csv", "first");
+  {
+    const OutputFile output(folder / "result.csv");
+    std::ofstream(output.temporary()) << "half of the sec";
+  }
+  EXPECT_EQ(content(folder / "result.csv"), "first");
+  EXPECT_THAT(folder.names(), ElementsAre("result.csv"));
+}
+
+TEST(OutputFile, NothingStandsInThePlaceBeforeItIsWhole) {
+  const TemporaryFolder folder;
+  OutputFile output(folder / "result.csv");
+  std::ofstream(output.temporary()) << "text";
+  EXPECT_FALSE(std::filesystem::exists(folder / "result.csv"));
+  output.commit();
+  EXPECT_EQ(content(folder / "result.csv"), "text");
+}
+
+TEST(OutputFile, SeveralWritersOfOnePlaceDoNotMeet) {
+  const TemporaryFolder folder;
+  OutputFile one(folder / "result.csv");
+  OutputFile other(folder / "result.csv");
+  EXPECT_NE(one.temporary(), other.temporary());
+}
+
+TEST(OutputFile, IsAsReadableAsAnyOtherFile) {
+  const TemporaryFolder folder;
+  const mode_t before = ::umask(022);
+  OutputFile::write_text(folder / "result.csv", "text");
+  ::umask(before);
+  struct stat status {};
+  ASSERT_EQ(::stat((folder / "result.csv").c_str(), &status), 0);
+  EXPECT_EQ(status.st_mode & 0777, 0644U);
+}
+
+TEST(OutputFile, SaysWhyItCannotBeWritten) {
+  const TemporaryFolder folder;
+  const auto message = [](const std::filesystem::path& path) -> std::string {
+    try {
+      const OutputFile output(path);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_THAT(message(folder / "missing/result.csv"), HasSubstr("result.csv: cannot be written: No such file"));
+  EXPECT_THAT(message(folder.path()), HasSubstr("is a folder; name a file to write"));
+}
+
+TEST(OutputFile, AFullDiskLeavesNothing) {
+  const TemporaryFolder folder;
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
+  rlimit small = before;
+  small.rlim_cur = 1000;
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0);
+  EXPECT_THROW(OutputFile::write_text(folder / "result.csv", std::string(5000, 'x')), Error);
+  ::setrlimit(RLIMIT_FSIZE, &before);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_TRUE(folder.names().empty());
+}
+
+}  // namespace
+}  // namespace kvreplay

@@ -1,0 +1,94 @@
+#include "policy/smoothing.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <numeric>
+#include <random>
+
+namespace kvreplay {
+namespace {
+
+std::vector<float> random_scores(int size, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::exponential_distribution<float> distribution(1);
+  std::vector<float> scores(static_cast<std::size_t>(size));
+  for (float& score : scores) score = distribution(generator);
+  return scores;
+}
+
+TEST(TemporalWeights, EqualTheMovingAverageStepByStep) {
+  for (const int window : {1, 2, 7, 32}) {
+    for (const double alpha : {0.0, 0.3, 1.0}) {
+      const std::vector<float> rows = random_scores(window, 3);
+      double average = static_cast<double>(rows[0]);
+      for (int i = 1; i < window; ++i) {
+        average = alpha * static_cast<double>(rows[static_cast<std::size_t>(i)]) + (1 - alpha) * average;
+      }
+      const std::vector<float> weights = temporal_weights(Temporal::ema, alpha, window);
+      EXPECT_NEAR(std::inner_product(rows.begin(), rows.end(), weights.begin(), 0.0), average, 1e-5);
+      EXPECT_NEAR(std::accumulate(weights.begin(), weights.end(), 0.0), 1, 1e-6);
+    }
+  }
+}
+
+TEST(TemporalWeights, ReversedStartsAtTheNewest) {
+  std::vector<float> weights = temporal_weights(Temporal::ema, 0.3, 8);
+  std::reverse(weights.begin(), weights.end());
+  EXPECT_EQ(temporal_weights(Temporal::reversed_ema, 0.3, 8), weights);
+  EXPECT_EQ(temporal_weights(Temporal::last, 0.3, 3), (std::vector<float>{0, 0, 1}));
+}
+
+TEST(Pool, AverageCountsZerosBeyondTheEdges) {
+  std::vector<float> scores = {3, 6, 9};
+  pool(Spatial::average, 3, scores);
+  EXPECT_EQ(scores, (std::vector<float>{3, 6, 5}));
+}
+
+TEST(Pool, MaximumIgnoresWhatLiesBeyondTheEdges) {
+  std::vector<float> scores = {-3, -6, -9, -1};
+  pool(Spatial::maximum, 3, scores);
+  EXPECT_EQ(scores, (std::vector<float>{-3, -3, -1, -1}));
+}
+
+TEST(Pool, KernelsWiderThanTheScoresWork) {
+  std::vector<float> scores = {1, 2};
+  pool(Spatial::average, 21, scores);
+  EXPECT_FLOAT_EQ(scores[0], 3.0f / 21);
+  pool(Spatial::maximum, 21, {});
+}
+
+TEST(AdaptiveWindow, FollowsTheFormula) {
+  const auto expect = [](double drift, int width, int shift) {
+    const AdaptiveWindow window = AdaptiveWindow::from_drift(drift, 10, 3);
+    EXPECT_EQ(window.width, width) << drift;
+    EXPECT_EQ(window.shift, shift) << drift;
+  };
+  expect(0, 3, 1);  // floor(0) + 1: no drift still shifts by one, as the authors' code does
+  expect(5, 3, 0);
+  expect(-5, 3, 0);
+  expect(10, 3, 1);
+  expect(25, 5, 2);
+  expect(-25, 5, -2);
+  expect(-20, 5, -1);
+}
+
+// Against the definition in PyTorch's terms: pad with edge values, then average without padding.
+TEST(AdaptiveWindow, EqualsReplicatePaddingAndAveraging) {
+  for (const AdaptiveWindow window : {AdaptiveWindow{5, 0}, {5, 2}, {9, -4}, {1, 1}, {31, 15}}) {
+    std::vector<float> scores = random_scores(12, 5);
+    std::vector<float> padded;
+    const int left = window.width / 2 - window.shift;
+    for (int i = -left; i < 12 + window.width / 2 + window.shift; ++i) {
+      padded.push_back(scores[static_cast<std::size_t>(std::clamp(i, 0, 11))]);
+    }
+    pool_adaptive(window, scores);
+    for (std::size_t i = 0; i < 12; ++i) {
+      const auto first = padded.begin() + static_cast<std::ptrdiff_t>(i);
+      EXPECT_NEAR(scores[i], std::accumulate(first, first + window.width, 0.0) / window.width, 1e-6);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvreplay

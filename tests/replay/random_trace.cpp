@@ -1,0 +1,123 @@
+#include "replay/random_trace.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <numeric>
+#include <random>
+
+namespace kvreplay::test {
+namespace {
+
+float rounded_to_float16(float value) {
+  std::byte bytes[2];
+  from_float32(DType::float16, {&value, 1}, bytes);
+  to_float32(DType::float16, bytes, {&value, 1});
+  return value;
+}
+
+}  // namespace
+
+TraceInfo RandomTrace::info() const {
+  TraceInfo info;
+  info.model = {.name = "random",
+                .architecture = "random",
+                .num_layers = num_layers,
+                .num_attention_heads = num_attention_heads,
+                .num_key_value_heads = num_key_value_heads,
+                .head_dim = head_dim,
+                .hidden_size = hidden_size,
+                .rope_theta = 10000,
+                .softmax_scale = 1 / std::sqrt(head_dim),
+                .sliding_window = sliding_window,
+                .attn_logit_softcapping = softcapping};
+  info.token_ids.resize(static_cast<std::size_t>(num_tokens));
+  std::iota(info.token_ids.begin(), info.token_ids.end(), 0);
+  info.prompt_length = prompt_length;
+  const int first = captured_prompt_queries < 0 ? 0 : prompt_length - captured_prompt_queries;
+  for (int position = first; position < num_tokens; ++position) info.query_positions.push_back(position);
+  info.spans = spans;
+  info.layer_sliding_window.assign(static_cast<std::size_t>(num_layers), sliding_window);
+  return info;
+}
+
+RandomTrace::Tensors RandomTrace::tensors() const {
+  const int group = num_attention_heads / num_key_value_heads;
+  std::vector<int> order = head_order;
+  if (order.empty()) {
+    order.resize(static_cast<std::size_t>(num_key_value_heads));
+    std::iota(order.begin(), order.end(), 0);
+  }
+  const auto d = static_cast<std::size_t>(head_dim);
+  const auto tokens = static_cast<std::size_t>(num_tokens);
+  const auto heads = static_cast<std::size_t>(num_attention_heads);
+  const std::size_t queries = info().query_positions.size();
+  const std::size_t skipped = tokens - queries;
+  Tensors all;
+  for (int layer = 0; layer < num_layers; ++layer) {
+    // Each KV head with its group has a stream of its own, so that heads can be permuted.
+    std::vector<float> keys, values, query_rows, projection_columns;
+    for (const int kv_head : order) {
+      std::mt19937 generator(seed * 7919 + static_cast<unsigned>(layer * 101 + kv_head));
+      std::normal_distribution<float> normal;
+      const auto draw = [&](std::size_t count, float scale, std::vector<float>& into) {
+        for (std::size_t i = 0; i < count; ++i) into.push_back(scale * normal(generator));
+      };
+      draw(tokens * d, 1.5f, keys);
+      draw(tokens * d, 1, values);
+      for (int member = 0; member < group; ++member) {
+        std::vector<float> rows;
+        draw(tokens * d, 1.5f, rows);
+        query_rows.insert(query_rows.end(), rows.begin() + static_cast<std::ptrdiff_t>(skipped * d), rows.end());
+        draw(static_cast<std::size_t>(hidden_size) * d, 0.3f, projection_columns);
+      }
+    }
+    std::vector<float> projection(static_cast<std::size_t>(hidden_size) * heads * d);
+    for (std::size_t h = 0; h < heads; ++h) {
+      for (std::size_t c = 0; c < static_cast<std::size_t>(hidden_size); ++c) {
+        for (std::size_t i = 0; i < d; ++i) {
+          projection[c * heads * d + h * d + i] =
+              projection_columns[(h * static_cast<std::size_t>(hidden_size) + c) * d + i];
+        }
+      }
+    }
+    if (representable_in_float16) {
+      for (auto* tensor : {&keys, &values, &query_rows, &projection}) {
+        for (float& value : *tensor) value = rounded_to_float16(value);
+      }
+    }
+    all.keys.push_back(std::move(keys));
+    all.values.push_back(std::move(values));
+    all.queries.push_back(std::move(query_rows));
+    all.projection.push_back(std::move(projection));
+    all.outputs.emplace_back(heads * queries * d, 0.5f);
+    all.mass.emplace_back(heads * static_cast<std::size_t>(prompt_length), 1.0f);
+  }
+  return all;
+}
+
+void RandomTrace::write(const std::filesystem::path& path) const {
+  const Tensors all = tensors();
+  TraceWriter writer(path, info(), type);
+  for (int layer = 0; layer < num_layers; ++layer) {
+    const auto l = static_cast<std::size_t>(layer);
+    writer.write(layer, HeadTensor::keys, all.keys[l]);
+    writer.write(layer, HeadTensor::values, all.values[l]);
+    writer.write(layer, HeadTensor::queries, all.queries[l]);
+    writer.write(layer, HeadTensor::outputs, all.outputs[l]);
+    if (output_projection) writer.write_output_projection(layer, all.projection[l]);
+    if (attention_mass) writer.write_attention_mass(layer, all.mass[l]);
+  }
+  writer.finish();
+}
+
+TemporaryFolder::TemporaryFolder() {
+  std::string name = (std::filesystem::temp_directory_path() / "kvreplay-test-XXXXXX").string();
+  path_ = ::mkdtemp(name.data());
+}
+
+TemporaryFolder::~TemporaryFolder() {
+  std::error_code ignored;
+  std::filesystem::remove_all(path_, ignored);
+}
+
+}  // namespace kvreplay::test

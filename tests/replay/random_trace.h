@@ -1,0 +1,55 @@
+// Small traces of random tensors, in any shape.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "trace/trace.h"
+#include "trace/writer.h"
+
+namespace kvreplay::test {
+
+/// A trace of random tensors. Keys and queries share a few directions, so that attention has peaks.
+struct RandomTrace {
+  int num_layers = 2;
+  int num_attention_heads = 4;
+  int num_key_value_heads = 2;
+  int head_dim = 8;
+  int hidden_size = 24;
+  int prompt_length = 60;
+  int num_tokens = 70;
+  int captured_prompt_queries = -1;  ///< the last ones; −1: all
+  bool output_projection = true;
+  bool attention_mass = true;
+  int sliding_window = 0;
+  double softcapping = 0;
+  DType type = DType::float32;
+  bool representable_in_float16 = false;  ///< round all tensors to float16 first
+  std::vector<Span> spans = {};
+  std::vector<int> head_order = {};  ///< of KV heads with their groups; empty: as drawn
+  unsigned seed = 1;
+
+  /// The tensors [L][…] as the file holds them.
+  struct Tensors {
+    std::vector<std::vector<float>> keys, values, queries, outputs, projection, mass;
+  };
+  Tensors tensors() const;
+  TraceInfo info() const;
+  void write(const std::filesystem::path& path) const;
+};
+
+/// A folder that is removed with its contents.
+class TemporaryFolder {
+ public:
+  TemporaryFolder();
+  ~TemporaryFolder();
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+}  // namespace kvreplay::test

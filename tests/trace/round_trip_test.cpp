@@ -1,0 +1,387 @@
+// What is written comes back.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <hdf5.h>
+
+#include <atomic>
+#include <thread>
+
+#include "base/error.h"
+#include "hdf5/hdf5.h"
+#include "trace/check.h"
+#include "trace/reader.h"
+#include "trace/sample_trace.h"
+#include "trace/temporary_folder.h"
+#include "trace/writer.h"
+
+namespace kvreplay {
+namespace {
+
+using namespace test;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::StartsWith;
+
+std::vector<float> flat(const Matrix& matrix) { return {matrix.data(), matrix.data() + matrix.size()}; }
+
+std::vector<float> part(const std::vector<float>& values, Index first, Index count) {
+  return {values.begin() + first, values.begin() + first + count};
+}
+
+class RoundTrip : public testing::TestWithParam<DType> {
+ protected:
+  TemporaryFolder folder_;
+};
+
+TEST_P(RoundTrip, AllThatTheTraceSaysAboutItself) {
+  const TraceInfo written = sample_info();
+  write_sample(folder_ / "run.h5", GetParam());
+  const TraceReader reader(folder_ / "run.h5");
+  const TraceInfo& info = reader.info();
+  EXPECT_EQ(reader.path(), folder_ / "run.h5");
+  EXPECT_EQ(info.model.name, "sample");
+  EXPECT_EQ(info.model.architecture, "llama");
+  EXPECT_EQ(info.model.num_layers, 2);
+  EXPECT_EQ(info.model.num_attention_heads, 4);
+  EXPECT_EQ(info.model.num_key_value_heads, 2);
+  EXPECT_EQ(info.model.head_dim, 8);
+  EXPECT_EQ(info.model.hidden_size, 24);
+  EXPECT_EQ(info.model.rope_theta, 10000);
+  EXPECT_EQ(info.model.softmax_scale, written.model.softmax_scale);
+  EXPECT_EQ(info.model.sliding_window, 0);
+  EXPECT_EQ(info.model.attn_logit_softcapping, 0);
+  EXPECT_EQ(info.created_by, "a test");
+  EXPECT_EQ(info.created_at, "2026-01-02T03:04:05Z");
+  EXPECT_EQ(info.source, written.source);
+  EXPECT_EQ(info.token_ids, written.token_ids);
+  EXPECT_EQ(info.token_pieces, written.token_pieces);
+  EXPECT_EQ(info.prompt_length, 9);
+  EXPECT_EQ(info.turn_starts, written.turn_starts);
+  EXPECT_EQ(info.query_positions, written.query_positions);
+  EXPECT_EQ(info.layer_sliding_window, written.layer_sliding_window);
+  ASSERT_EQ(info.spans.size(), 2U);
+  EXPECT_EQ(info.spans[0].start, 2);
+  EXPECT_EQ(info.spans[0].end, 4);
+  EXPECT_EQ(info.spans[0].label, "needle");
+  EXPECT_EQ(info.spans[1].label, "question");
+}
+
+TEST_P(RoundTrip, EveryTensorOfEveryHead) {
+  const TraceInfo info = sample_info();
+  write_sample(folder_ / "run.h5", GetParam());
+  const TraceReader reader(folder_ / "run.h5");
+  for (int layer = 0; layer < 2; ++layer) {
+    for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
+      const auto shape = shape_of(info, tensor);
+      const auto written = sample_tensor(info, layer, tensor);
+      const Index size = shape[1] * shape[2];
+      for (int head = 0; head < shape[0]; ++head) {
+        const Matrix read = reader.read(layer, tensor, head, 0, shape[1]);
+        EXPECT_EQ(read.rows(), shape[1]);
+        EXPECT_EQ(read.cols(), 8);
+        EXPECT_EQ(flat(read), part(written, head * size, size));
+      }
+    }
+    const auto projection = sample_output_projection(info, layer);
+    const auto mass = sample_attention_mass(info, layer);
+    ASSERT_TRUE(reader.has_output_projection(layer));
+    ASSERT_TRUE(reader.has_attention_mass(layer));
+    for (int head = 0; head < 4; ++head) {
+      const Matrix read = reader.read_output_projection(layer, head);
+      ASSERT_EQ(read.rows(), 24);
+      ASSERT_EQ(read.cols(), 8);
+      for (Index c = 0; c < 24; ++c) {
+        for (Index d = 0; d < 8; ++d) {
+          EXPECT_EQ(read(c, d), projection[static_cast<std::size_t>(c * 32 + head * 8 + d)]);
+        }
+      }
+      EXPECT_EQ(reader.read_attention_mass(layer, head), part(mass, head * 9, 9));
+    }
+  }
+}
+
+TEST_P(RoundTrip, SomeRowsOfAHead) {
+  const TraceInfo info = sample_info();
+  write_sample(folder_ / "run.h5", GetParam());
+  const TraceReader reader(folder_ / "run.h5");
+  const auto keys = sample_tensor(info, 1, HeadTensor::keys);
+  EXPECT_EQ(flat(reader.read(1, HeadTensor::keys, 1, 3, 2)), part(keys, (12 + 3) * 8, 2 * 8));
+  EXPECT_EQ(flat(reader.read(1, HeadTensor::keys, 1, 11, 1)), part(keys, (12 + 11) * 8, 8));
+  EXPECT_EQ(reader.read(1, HeadTensor::keys, 1, 12, 0).rows(), 0);
+}
+
+TEST_P(RoundTrip, StorageAndDigests) {
+  write_sample(folder_ / "run.h5", GetParam());
+  const TraceReader reader(folder_ / "run.h5");
+  const auto tensors = reader.stored_tensors();
+  ASSERT_EQ(tensors.size(), 12U);
+  EXPECT_EQ(tensors[0].path, "/layers/0/keys");
+  EXPECT_EQ(tensors[6].path, "/layers/1/keys");
+  for (const StoredTensor& tensor : tensors) {
+    const bool mass = tensor.path.ends_with("attention_mass");
+    EXPECT_EQ(tensor.type, mass ? DType::float32 : GetParam()) << tensor.path;
+    EXPECT_EQ(tensor.storage, "contiguous") << tensor.path;
+    EXPECT_EQ(tensor.stored_bytes, hdf5::elements(tensor.shape) * static_cast<Index>(size_of(tensor.type)));
+    EXPECT_EQ(tensor.xxh64, reader.compute_xxh64(tensor.path)) << tensor.path;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Formats, RoundTrip, testing::Values(DType::float32, DType::float16, DType::bfloat16),
+                         [](const auto& tested) { return std::string(name_of(tested.param)); });
+
+class Writer : public testing::Test {
+ protected:
+  std::string error_of(const std::function<void()>& action) {
+    try {
+      action();
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  }
+  TemporaryFolder folder_;
+};
+
+TEST_F(Writer, OptionalPartsMayBeAbsent) {
+  TraceInfo info = sample_info();
+  info.token_pieces.clear();
+  info.turn_starts.clear();
+  info.spans.clear();
+  info.layer_sliding_window.clear();
+  info.created_by.clear();
+  info.created_at.clear();
+  info.source.clear();
+  info.model.sliding_window = 6;
+  TraceWriter writer(folder_ / "run.h5", info, DType::float16);
+  for (int layer = 0; layer < 2; ++layer) {
+    for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
+      writer.write(layer, tensor, sample_tensor(info, layer, tensor));
+    }
+  }
+  writer.finish();
+  const TraceReader reader(folder_ / "run.h5");
+  EXPECT_TRUE(reader.info().token_pieces.empty());
+  EXPECT_TRUE(reader.info().turn_starts.empty());
+  EXPECT_TRUE(reader.info().spans.empty());
+  EXPECT_EQ(reader.info().source, "");
+  EXPECT_THAT(reader.info().layer_sliding_window, ElementsAre(6, 6));
+  EXPECT_THAT(reader.info().created_by, StartsWith("kvreplay "));
+  EXPECT_THAT(reader.info().created_at, testing::ContainsRegex("^20[0-9][0-9]-[0-9-]+T[0-9:]+Z$"));
+  EXPECT_FALSE(reader.has_output_projection(0));
+  EXPECT_FALSE(reader.has_attention_mass(1));
+  EXPECT_THAT(error_of([&] { static_cast<void>(reader.read_output_projection(0, 0)); }),
+              HasSubstr("/layers/0: has no output_projection; capture the trace with it"));
+  EXPECT_THAT(error_of([&] { static_cast<void>(reader.read_attention_mass(1, 0)); }),
+              HasSubstr("/layers/1: has no attention_mass"));
+}
+
+TEST_F(Writer, LongTextsOfAnyBytesComeBack) {
+  TraceInfo info = sample_info();
+  info.source = std::string(100000, 'x') + "end";
+  info.token_pieces[5] = "\xff\xfe not UTF-8";
+  info.token_pieces[6] = "";
+  write_sample(folder_ / "run.h5", DType::float32, info);
+  const TraceReader reader(folder_ / "run.h5");
+  EXPECT_EQ(reader.info().source, info.source);
+  EXPECT_EQ(reader.info().token_pieces, info.token_pieces);
+}
+
+TEST_F(Writer, TheSameTraceMakesTheSameBytes) {
+  write_sample(folder_ / "one.h5");
+  write_sample(folder_ / "other.h5");
+  EXPECT_EQ(read_bytes(folder_ / "one.h5"), read_bytes(folder_ / "other.h5"));
+}
+
+TEST_F(Writer, DestroyedEarlyLeavesNothing) {
+  {
+    TraceWriter writer(folder_ / "run.h5", sample_info(), DType::float32);
+    writer.write(0, HeadTensor::keys, sample_tensor(sample_info(), 0, HeadTensor::keys));
+  }
+  EXPECT_TRUE(folder_.names().empty());
+}
+
+TEST_F(Writer, LeavesAnEarlierTraceAloneUntilItIsFinished) {
+  write_sample(folder_ / "run.h5");
+  const std::string before = read_bytes(folder_ / "run.h5");
+  { const TraceWriter writer(folder_ / "run.h5", sample_info(), DType::float32); }
+  EXPECT_EQ(read_bytes(folder_ / "run.h5"), before);
+  EXPECT_THAT(folder_.names(), ElementsAre("run.h5"));
+}
+
+TEST_F(Writer, EveryRequiredTensorMustHaveBeenWritten) {
+  const TraceInfo info = sample_info();
+  TraceWriter writer(folder_ / "run.h5", info, DType::float32);
+  for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
+    writer.write(0, tensor, sample_tensor(info, 0, tensor));
+    if (tensor != HeadTensor::values) writer.write(1, tensor, sample_tensor(info, 1, tensor));
+  }
+  EXPECT_THAT(error_of([&] { writer.finish(); }), HasSubstr("run.h5: /layers/1/values: was not written"));
+}
+
+TEST_F(Writer, RefusesWhatDoesNotFit) {
+  const TraceInfo info = sample_info();
+  TraceWriter writer(folder_ / "run.h5", info, DType::float32);
+  auto keys = sample_tensor(info, 0, HeadTensor::keys);
+  writer.write(0, HeadTensor::keys, keys);
+  EXPECT_THAT(error_of([&] { writer.write(0, HeadTensor::keys, keys); }), HasSubstr("was written already"));
+  EXPECT_THAT(error_of([&] { writer.write(2, HeadTensor::keys, keys); }), HasSubstr("there is no layer 2"));
+  keys.pop_back();
+  EXPECT_THAT(error_of([&] { writer.write(1, HeadTensor::keys, keys); }),
+              HasSubstr("/layers/1/keys: 191 values do not have the shape (2, 12, 8)"));
+}
+
+TEST_F(Writer, RefusesValuesThatTheTypeCannotHold) {
+  const TraceInfo info = sample_info();
+  auto queries = sample_tensor(info, 0, HeadTensor::queries);
+  queries[(3 * 5 + 4) * 8 + 1] = 65520;  // the smallest that rounds to infinity
+  const auto error = [&](DType type) {
+    TraceWriter writer(folder_ / "run.h5", info, type);
+    return error_of([&] { writer.write(0, HeadTensor::queries, queries); });
+  };
+  EXPECT_THAT(error(DType::float16), HasSubstr("/layers/0/queries: 65520 at layer 0, head 3, position 11 is too large "
+                                               "for float16; store the trace as bfloat16 or float32"));
+  EXPECT_EQ(error(DType::bfloat16), "");
+  queries[0] = 3.4e38F;
+  EXPECT_THAT(error(DType::bfloat16), HasSubstr("position 5 is too large for bfloat16; store the trace as float32"));
+  EXPECT_EQ(error(DType::float32), "");
+  queries[1] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THAT(error(DType::float32), HasSubstr("NaN at layer 0, head 0, position 5"));
+  queries[1] = -std::numeric_limits<float>::infinity();
+  EXPECT_THAT(error(DType::float32), HasSubstr("infinity at layer 0, head 0, position 5"));
+}
+
+TEST_F(Writer, RefusesATraceThatContradictsItself) {
+  const auto error = [&](const std::function<void(TraceInfo&)>& change) {
+    TraceInfo info = sample_info();
+    change(info);
+    return error_of([&] { const TraceWriter writer(folder_ / "run.h5", info, DType::float32); });
+  };
+  EXPECT_THAT(error([](TraceInfo& info) { info.model.num_key_value_heads = 3; }), HasSubstr("run.h5: /model: 4 query"));
+  EXPECT_THAT(error([](TraceInfo& info) { info.query_positions = {1, 12}; }), HasSubstr("/query_positions"));
+  EXPECT_THAT(error([](TraceInfo& info) { info.prompt_length = 13; }), HasSubstr("prompt_length"));
+  EXPECT_THAT(error([](TraceInfo& info) { info.token_pieces.pop_back(); }), HasSubstr("11 pieces for 12 tokens"));
+  EXPECT_THAT(error([](TraceInfo& info) { info.layer_sliding_window = {1}; }), HasSubstr("1 sliding windows"));
+  EXPECT_TRUE(folder_.names().empty());
+}
+
+TEST_F(Writer, NamesAFolderThatIsNotThere) {
+  EXPECT_THAT(error_of([&] { const TraceWriter writer(folder_ / "no/run.h5", sample_info(), DType::float32); }),
+              HasSubstr("no/run.h5: cannot be written: No such file or directory"));
+}
+
+// h5py's libver="latest" and this writer agree: version 3 superblock, version 2 object headers.
+TEST_F(Writer, UsesTheNewestFileFormat) {
+  write_sample(folder_ / "run.h5");
+  const std::string bytes = read_bytes(folder_ / "run.h5");
+  EXPECT_EQ(bytes[8], 3);
+  EXPECT_NE(bytes.find("OHDR"), std::string::npos);
+  for (const char* unchecked : {"TREE", "SNOD", "GCOL", "HEAP"}) EXPECT_EQ(bytes.find(unchecked), std::string::npos);
+}
+
+TEST_F(Writer, MarksTheFileCompleteAndSaysWhatItIs) {
+  write_sample(folder_ / "run.h5");
+  const hdf5::File file = hdf5::File::open(folder_ / "run.h5");
+  EXPECT_EQ(file.read_string("/", "format"), "kvtrace");
+  EXPECT_EQ(file.read_int("/", "format_version"), 1);
+  EXPECT_EQ(file.read_int("/", "complete"), 1);
+  EXPECT_EQ(file.read_int("/tokens/ids", "prompt_length"), 9);
+  EXPECT_FALSE(file.has_attribute("/layers/0", "sliding_window"));
+  EXPECT_EQ(file.read_int("/layers/1", "sliding_window"), 4);
+  for (const char* path : {"/tokens/ids", "/tokens/pieces", "/tokens/turn_starts", "/query_positions",
+                           "/annotations/spans", "/layers/0/keys", "/layers/1/attention_mass"}) {
+    EXPECT_EQ(file.read_string(path, "xxh64"), file.dataset(path).compute_xxh64()) << path;
+  }
+}
+
+TEST(Digest, IsThatOfTheRawBytes) {
+  // XXH64 with seed 0 of the bytes 01 00 00 00 02 00 00 00 03 00 00 00.
+  const TemporaryFolder folder;
+  {
+    hdf5::File file = hdf5::File::create(folder / "x.h5");
+    const std::vector<std::int32_t> values = {1, 2, 3};
+    file.write("/x", std::span<const std::int32_t>(values), {3});
+    file.write("/empty", std::span<const std::int32_t>(), {0});
+    file.close();
+  }
+  const hdf5::File file = hdf5::File::open(folder / "x.h5");
+  EXPECT_EQ(file.dataset("/x").compute_xxh64(), "b5148cb100a911fc");
+  EXPECT_EQ(file.dataset("/empty").compute_xxh64(), "ef46db3751d8e999");
+}
+
+TEST(Digest, DoesNotDependOnHowTheDataIsStored) {
+  const TemporaryFolder folder;
+  const std::vector<float> values = sample_values(3 * 700 * 1100, 1);  // more than one block of reading
+  const hdf5::Shape shape = {3, 700, 1100};
+  {
+    hdf5::File file = hdf5::File::create(folder / "x.h5");
+    file.write("/plain", std::span<const float>(values), shape);
+    file.write("/chunked", std::span<const float>(values), shape, {{2, 300, 500}, 1, true});
+    file.write("/flat", std::span<const float>(values), {3 * 700 * 1100});
+    file.close();
+  }
+  const hdf5::File file = hdf5::File::open(folder / "x.h5");
+  const std::string digest = file.dataset("/plain").compute_xxh64();
+  EXPECT_EQ(file.dataset("/chunked").compute_xxh64(), digest);
+  EXPECT_EQ(file.dataset("/flat").compute_xxh64(), digest);
+}
+
+TEST(ConcurrentReads, GiveEveryThreadItsOwnRows) {
+  const TemporaryFolder folder;
+  const TraceInfo info = sample_info();
+  write_sample(folder / "plain.h5", DType::bfloat16);
+  write_sample(folder / "chunked.h5", DType::float32);
+  edit(folder / "chunked.h5", [&](std::int64_t) {});
+  const TraceReader plain(folder / "plain.h5");
+  const TraceReader packed(std::string(KVREPLAY_TEST_DATA) + "/reference-needle.h5");
+  const auto keys = sample_tensor(info, 1, HeadTensor::keys);
+  const std::vector<float> expected = flat(packed.read(2, HeadTensor::keys, 3, 100, 50));
+  std::atomic<int> wrong = 0;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 8; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 200; ++i) {
+        const Index row = (t + i) % 12;
+        if (flat(plain.read(1, HeadTensor::keys, 1, row, 1)) != part(keys, (12 + row) * 8, 8)) ++wrong;
+        if (i % 20 == 0 && flat(packed.read(2, HeadTensor::keys, 3, 100, 50)) != expected) ++wrong;
+        if (i % 50 == 0 && TraceReader(folder / "chunked.h5").info().num_tokens() != 12) ++wrong;
+        if (i % 50 == 0 && open_error(folder / "absent.h5").empty()) ++wrong;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST(GoldenTraces, Open) {
+  int count = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(KVREPLAY_GOLDEN_DIR)) {
+    if (entry.path().extension() != ".h5") continue;
+    ++count;
+    const TraceReader reader(entry.path());
+    EXPECT_GT(reader.info().num_tokens(), reader.info().prompt_length) << entry.path();
+    read_everything(reader);
+  }
+  EXPECT_GE(count, 1);
+}
+
+TEST(ReferenceTrace, IsReadThroughItsFilters) {
+  const TraceReader reader(std::string(KVREPLAY_TEST_DATA) + "/reference-needle.h5");
+  const TraceInfo& info = reader.info();
+  EXPECT_EQ(info.model.name, "demo-model");
+  EXPECT_EQ(info.model.num_layers, 6);
+  EXPECT_EQ(info.num_tokens(), 584);
+  EXPECT_EQ(info.prompt_length, 569);
+  EXPECT_EQ(info.num_queries(), 584);
+  EXPECT_EQ(reader.stored_tensors().front().storage, "chunked, shuffle, gzip");
+  read_everything(reader);
+  double sum = 0;
+  for (int layer = 0; layer < 6; ++layer) {
+    for (int head = 0; head < 4; ++head) {
+      sum += reader.read(layer, HeadTensor::keys, head, 0, 584).cast<double>().sum();
+    }
+  }
+  EXPECT_NEAR(sum, -7740.27340532362, 1e-6);  // as h5py and NumPy have it
+}
+
+}  // namespace
+}  // namespace kvreplay

@@ -25,13 +25,12 @@ std::string step_of(const Method& method) {
 }
 
 void list_methods() {
-  std::vector<std::vector<std::string>> rows;
   for (const Method* method : registered_methods()) {
     std::string parameters;
     for (const Parameter& parameter : method->parameters) {
-      parameters += (parameters.empty() ? "" : ", ") + parameter.name + "=" + parameter.default_value;
+      parameters += fmt::format("{}{}={}", parameters.empty() ? "" : ", ", parameter.name, parameter.default_value);
     }
-    fmt::print("{}{}\n    {}\n    {}\n", written_name(*method), parameters.empty() ? "" : "(" + parameters + ")",
+    fmt::print("{}{}\n    {}\n    {}\n", written_name(*method), parameters.empty() ? "" : fmt::format("({})", parameters),
                method->summary, method->source);
   }
   fmt::print("\nA spec names a policy and the parameters that differ from their defaults, as in restkv(alpha=0.5).\n"
@@ -57,7 +56,7 @@ void explain_spec(const std::string& spec) {
   fmt::print("canonical: {}\n", policy.canonical);
   bool first = true;
   for (const SpecPart& part : parse_spec(spec)) {
-    const Method& method = *find_method((first ? "" : "+") + part.name);
+    const Method& method = *find_method(fmt::format("{}{}", first ? "" : "+", part.name));
     first = false;
     const Arguments arguments(part, method.parameters);
     fmt::print("\n");

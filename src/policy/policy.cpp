@@ -21,9 +21,10 @@ std::map<std::string, Method, std::less<>>& registry() {
 }
 
 const Method& method_for(const SpecPart& part, bool first) {
-  const Method* method = find_method(first ? part.name : "+" + part.name);
+  const std::string as_step = fmt::format("+{}", part.name);
+  const Method* method = find_method(first ? part.name : as_step);
   if (method != nullptr) return *method;
-  if (find_method(first ? "+" + part.name : part.name) != nullptr) {
+  if (find_method(first ? as_step : part.name) != nullptr) {
     throw UsageError(first ? fmt::format("'{0}' is a step of a policy; write it after one, as in snapkv+{0}", part.name)
                            : fmt::format("'{}' is a policy; after '+' stands a budget or a selection", part.name));
   }
@@ -112,7 +113,7 @@ std::vector<const Method*> registered_methods() {
 }
 
 std::string written_name(const Method& method) {
-  return (method.step == Method::Step::policy ? "" : "+") + method.name;
+  return fmt::format("{}{}", method.step == Method::Step::policy ? "" : "+", method.name);
 }
 
 const Method* find_method(std::string_view written_name) {
@@ -132,7 +133,7 @@ Policy make_policy(std::string_view spec) {
       policy.canonical = arguments.canonical();
     } else {
       add_step(policy, parts[i], std::move(step));
-      policy.canonical += "+" + arguments.canonical();
+      policy.canonical += fmt::format("+{}", arguments.canonical());
     }
   }
   return policy;

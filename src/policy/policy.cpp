@@ -109,6 +109,7 @@ MethodRegistration::MethodRegistration(Method method) {
 std::vector<const Method*> registered_methods() {
   std::vector<const Method*> methods;
   for (const auto& [name, method] : registry()) methods.push_back(&method);
+  std::ranges::stable_sort(methods, {}, [](const Method* method) { return method->step; });
   return methods;
 }
 

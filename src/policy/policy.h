@@ -66,8 +66,16 @@ class Pattern {
   /// The smallest capacity that the pattern can be drawn with.
   virtual int minimum_capacity() const { return 1; }
 
-  /// True for methods that keep everything.
-  virtual bool ignores_capacity() const { return false; }
+  /// What the capacity asked for means to the pattern.
+  enum class CapacityRule {
+    asked,       ///< it is kept to
+    everything,  ///< all positions are kept whatever it is
+    own,         ///< the pattern brings its own
+  };
+  virtual CapacityRule capacity_rule() const { return CapacityRule::asked; }
+
+  /// Whether the query heads of a group keep different positions, so that only granularity query can show them.
+  virtual bool differs_within_group() const { return false; }
 
   /// The kept positions, ascending, for a head of this shape. `member` is the query head of the group whose set is
   /// asked for at granularity query, and 0 where the group shares one.
@@ -170,7 +178,7 @@ class MethodRegistration {
   explicit MethodRegistration(Method method);
 };
 
-/// All methods, by name.
+/// All methods: policies, then budgets, then selections, each by name.
 std::vector<const Method*> registered_methods();
 
 /// How a method is written in a spec: "snapkv", "+pyramid". A policy and a budget may share a name.

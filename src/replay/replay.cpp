@@ -26,7 +26,10 @@ struct Setting {
   Share share;
 
   bool keeps_all(int prompt_length) const {
-    return capacity >= prompt_length || (policy->pattern && policy->pattern->ignores_capacity());
+    if (!policy->pattern) return capacity >= prompt_length;
+    const Pattern::CapacityRule rule = policy->pattern->capacity_rule();
+    return rule == Pattern::CapacityRule::everything ||
+           (rule == Pattern::CapacityRule::asked && capacity >= prompt_length);
   }
 
   // Whether a head's kept sets can be drawn without looking at the layer's other heads.
@@ -44,9 +47,10 @@ std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request
   const std::string& file = trace.path().string();
   std::vector<Setting> settings;
   for (const Policy& policy : request.policies) {
+    const auto rule = policy.pattern ? policy.pattern->capacity_rule() : Pattern::CapacityRule::asked;
+    const bool once = rule != Pattern::CapacityRule::asked;  // the same for every capacity asked for
     for (const CapacityRequest& asked : request.capacities) {
-      const bool all = policy.pattern && policy.pattern->ignores_capacity();
-      const int capacity = all ? eviction_position : asked.resolve(eviction_position);
+      const int capacity = once ? eviction_position : asked.resolve(eviction_position);
       if (capacity < policy.minimum_capacity() && capacity < eviction_position) {
         throw Error(fmt::format(
             "{}: capacity {}{} is below the {} positions that {} always keeps; ask for a larger capacity or protect "
@@ -56,8 +60,13 @@ std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request
       }
       const Granularity granularity = request.granularity.value_or(policy.granularity.value_or(Granularity::kv));
       const Share share = request.share.value_or(policy.share.value_or(Share::mean));
-      settings.push_back({&policy, all ? "all" : asked.text, std::min(capacity, eviction_position), granularity, share});
-      if (all) break;
+      if (policy.pattern && policy.pattern->differs_within_group() && granularity != Granularity::query) {
+        throw Error(fmt::format("{}: {} keeps a set per query head, which granularity {} cannot show; leave out "
+                                "--heads or set it to query",
+                                file, policy.canonical, name_of(granularity)));
+      }
+      settings.push_back({&policy, once ? std::string(kAllPositions) : asked.text, std::min(capacity, eviction_position), granularity, share});
+      if (once) break;
     }
   }
   for (const CapacityRequest& asked : request.capacities) {
@@ -512,6 +521,14 @@ std::vector<TraceReplay> replay(const TraceReader& trace, const ReplayRequest& r
         progress((static_cast<double>(e) + static_cast<double>(layer + 1) / static_cast<double>(layers)) /
                  static_cast<double>(evictions.size()));
       }
+    }
+  }
+  for (TraceReplay& result : replays) {
+    for (ReplayResult& r : result.results) {
+      // A pattern with a capacity of its own is compared with those that were asked for as many positions.
+      if (r.capacity_request != kAllPositions || r.kept.mean_size() == result.eviction_position) continue;
+      r.capacity = static_cast<int>(std::lround(r.kept.mean_size()));
+      r.capacity_request = fmt::format("{}", r.capacity);
     }
   }
   return replays;

@@ -182,6 +182,21 @@ std::string fixed_text(const std::byte* bytes, std::size_t size, H5T_str_t paddi
   return std::string(text, size);
 }
 
+// What failed to be read, and what a user can do about it.
+std::string read_failure(const std::string& reason) {
+  if (reason.find("bad version number") != std::string::npos) {
+    unsigned major = 0;
+    unsigned minor = 0;
+    unsigned release = 0;
+    H5get_libversion(&major, &minor, &release);
+    return fmt::format(
+        "{}; the file is damaged, or in a form newer than HDF5 {}.{}.{}, which kvreplay was built with: then write it "
+        "again in a form that this one reads (h5py: libver=('v{}{:02}', 'v{}{:02}'))",
+        reason, major, minor, release, major, minor, major, minor);
+  }
+  return reason + "; the file is damaged, copy or capture it again";
+}
+
 // ---- Types -------------------------------------------------------------------------------------------------------
 
 Handle type_of(DType type) {
@@ -384,7 +399,7 @@ void Dataset::read_raw(const Shape& first, const Shape& count, std::byte* out) c
     fail(last_error());
   }
   if (H5Dread(handle_.id(), raw_type_.id(), memory_space.id(), file_space.id(), H5P_DEFAULT, out) < 0) {
-    fail(fmt::format("cannot be read: {}; the file is damaged, copy or capture it again", last_error()));
+    fail(fmt::format("cannot be read: {}", read_failure(last_error())));
   }
 }
 
@@ -484,7 +499,7 @@ File File::open(const std::filesystem::path& path) {
     if (reason.find("truncated file") != std::string::npos) {
       refuse("the file is truncated; copy or capture it again");
     }
-    refuse(fmt::format("{}; the file is damaged, copy or capture it again", reason));
+    refuse(read_failure(reason));
   }
   return File(path, std::move(file), false);
 }
@@ -522,7 +537,7 @@ bool File::exists(const std::string& path) const {
     end = path.find('/', end + 1);
     const std::string part = path.substr(0, end);
     const htri_t found = H5Lexists(handle_.id(), part.c_str(), H5P_DEFAULT);
-    if (found < 0) fail(part, fmt::format("{}; the file is damaged, copy or capture it again", last_error()));
+    if (found < 0) fail(part, read_failure(last_error()));
     if (found == 0) return false;
     H5L_info_t link;
     if (H5Lget_info(handle_.id(), part.c_str(), &link, H5P_DEFAULT) < 0) fail(part, last_error());
@@ -533,7 +548,7 @@ bool File::exists(const std::string& path) const {
     if (end == std::string::npos) return true;
     H5O_info_t object;
     if (H5Oget_info_by_name2(handle_.id(), part.c_str(), &object, H5O_INFO_BASIC, H5P_DEFAULT) < 0) {
-      fail(part, fmt::format("{}; the file is damaged, copy or capture it again", last_error()));
+      fail(part, read_failure(last_error()));
     }
     if (object.type != H5O_TYPE_GROUP) return false;
   }
@@ -543,7 +558,7 @@ bool File::exists(const std::string& path) const {
 Handle File::open_object(const std::string& path) const {
   if (!exists(path)) fail(path, "does not exist");
   Handle object(H5Oopen(handle_.id(), path.c_str(), H5P_DEFAULT));
-  if (!object) fail(path, fmt::format("{}; the file is damaged, copy or capture it again", last_error()));
+  if (!object) fail(path, read_failure(last_error()));
   return object;
 }
 
@@ -562,7 +577,7 @@ std::vector<std::string> File::list(const std::string& group) const {
     return 0;
   };
   if (H5Literate(object.id(), H5_INDEX_NAME, H5_ITER_INC, nullptr, collect, &names) < 0) {
-    fail(group, fmt::format("{}; the file is damaged, copy or capture it again", last_error()));
+    fail(group, read_failure(last_error()));
   }
   std::sort(names.begin(), names.end());
   return names;
@@ -589,7 +604,7 @@ bool File::has_attribute(const std::string& path, const std::string& name) const
   const auto guard = lock();
   const Handle object = open_object(path);
   const htri_t found = H5Aexists(object.id(), name.c_str());
-  if (found < 0) fail(path, fmt::format("{}; the file is damaged, copy or capture it again", last_error()));
+  if (found < 0) fail(path, read_failure(last_error()));
   return found > 0;
 }
 
@@ -597,7 +612,7 @@ Handle File::open_attribute(const Handle& object, const std::string& path, const
   const htri_t found = H5Aexists(object.id(), name.c_str());
   if (found == 0) fail(path, fmt::format("has no attribute '{}'", name));
   Handle attribute(found > 0 ? H5Aopen(object.id(), name.c_str(), H5P_DEFAULT) : -1);
-  if (!attribute) fail(path, fmt::format("attribute '{}': {}", name, last_error()));
+  if (!attribute) fail(path, fmt::format("attribute '{}': {}", name, read_failure(last_error())));
   const Handle space(H5Aget_space(attribute.id()));
   if (!space || H5Sget_simple_extent_npoints(space.id()) != 1) {
     fail(path, fmt::format("attribute '{}' is not a single value", name));
@@ -617,7 +632,7 @@ std::int64_t File::read_int(const std::string& path, const std::string& name) co
   if (kind != H5T_INTEGER && kind != H5T_ENUM) fail(path, fmt::format("attribute '{}' is not an integer", name));
   std::int64_t value = 0;
   if (H5Aread(attribute.id(), H5T_NATIVE_INT64, &value) < 0) {
-    fail(path, fmt::format("attribute '{}': {}", name, last_error()));
+    fail(path, fmt::format("attribute '{}': {}", name, read_failure(last_error())));
   }
   return value;
 }
@@ -631,7 +646,7 @@ double File::read_double(const std::string& path, const std::string& name) const
   if (kind != H5T_INTEGER && kind != H5T_FLOAT) fail(path, fmt::format("attribute '{}' is not a number", name));
   double value = 0;
   if (H5Aread(attribute.id(), H5T_NATIVE_DOUBLE, &value) < 0) {
-    fail(path, fmt::format("attribute '{}': {}", name, last_error()));
+    fail(path, fmt::format("attribute '{}': {}", name, read_failure(last_error())));
   }
   return value;
 }
@@ -647,7 +662,7 @@ std::string File::read_string(const std::string& path, const std::string& name) 
   const Handle reference = reference_type();
   if (bytes.size() > kLargestAttribute ||
       H5Aread(attribute.id(), variable ? reference.id() : type.id(), bytes.data()) < 0) {
-    fail(path, fmt::format("attribute '{}': {}", name, last_error()));
+    fail(path, fmt::format("attribute '{}': {}", name, read_failure(last_error())));
   }
   if (!variable) return fixed_text(bytes.data(), bytes.size(), H5Tget_strpad(type.id()));
   std::string problem;
@@ -787,7 +802,7 @@ Dataset File::adopt(const std::string& path, Handle handle) const {
       }
       hsize_t present = 0;
       if (dataset.stored_bytes_ > 0 && H5Dget_num_chunks(id, space.id(), &present) < 0) {
-        fail(path, fmt::format("{}; the file is damaged, copy or capture it again", last_error()));
+        fail(path, read_failure(last_error()));
       }
       whole = present == expected;
       const bool plausible = bytes <= kUnquestionedBytes || bytes / kLargestRatio <= dataset.stored_bytes_;
@@ -818,8 +833,7 @@ Dataset File::adopt(const std::string& path, Handle handle) const {
 std::vector<std::byte> File::read_whole(const Dataset& dataset, Id memory_type, std::size_t memory_size) const {
   std::vector<std::byte> bytes(static_cast<std::size_t>(elements(dataset.shape())) * memory_size);
   if (!bytes.empty() && H5Dread(dataset.id(), memory_type, H5S_ALL, H5S_ALL, H5P_DEFAULT, bytes.data()) < 0) {
-    fail(dataset.path(),
-         fmt::format("cannot be read: {}; the file is damaged, copy or capture it again", last_error()));
+    fail(dataset.path(), fmt::format("cannot be read: {}", read_failure(last_error())));
   }
   return bytes;
 }

@@ -1,0 +1,94 @@
+// Whatever bytes a trace consists of, reading it ends in a result or in an Error.
+#include <hdf5.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+
+#include "base/error.h"
+#include "hdf5/hdf5.h"
+#include "trace/check.h"
+#include "trace/inspection.h"
+#include "trace/reader.h"
+
+namespace {
+
+using namespace kvreplay;
+
+// A file that is opened by name, as a user would; overwritten for each input.
+class Scratch {
+ public:
+  Scratch() : name_((std::filesystem::temp_directory_path() / "kvreplay-fuzz-XXXXXX").string()) {
+    descriptor_ = ::mkstemp(name_.data());
+    if (descriptor_ < 0) std::abort();
+  }
+  ~Scratch() {
+    ::close(descriptor_);
+    ::unlink(name_.c_str());
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  const std::string& fill(const std::uint8_t* data, std::size_t size) {
+    const auto length = static_cast<off_t>(size);
+    if (::ftruncate(descriptor_, 0) != 0 || ::pwrite(descriptor_, data, size, 0) != length) std::abort();
+    return name_;
+  }
+
+ private:
+  std::string name_;
+  int descriptor_ = -1;
+};
+
+// Attention over a few positions is all that a run has time for.
+bool is_small(const TraceInfo& info) {
+  const ModelInfo& model = info.model;
+  return info.num_tokens() <= 4096 && model.head_dim <= 1024 && model.hidden_size <= 4096 && model.num_layers <= 16 &&
+         model.num_attention_heads <= 64;
+}
+
+void read_all(const TraceReader& trace) {
+  const TraceInfo& info = trace.info();
+  for (int layer = 0; layer < info.model.num_layers; ++layer) {
+    for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
+      const std::vector<Index> shape = shape_of(info, tensor);
+      for (int head = 0; head < shape[0]; ++head) static_cast<void>(trace.read(layer, tensor, head, 0, shape[1]));
+    }
+    for (int head = 0; head < info.model.num_attention_heads; ++head) {
+      if (trace.has_output_projection(layer)) static_cast<void>(trace.read_output_projection(layer, head));
+      if (trace.has_attention_mass(layer)) static_cast<void>(trace.read_attention_mass(layer, head));
+    }
+  }
+}
+
+void exercise(const std::string& path) {
+  const TraceReader trace(path);
+  static_cast<void>(trace.stored_tensors());
+  if (!is_small(trace.info())) return;
+  try {
+    read_all(trace);
+  } catch (const Error&) {
+    // Digests are compared all the same.
+  }
+  static_cast<void>(inspect(trace, true));
+}
+
+}  // namespace
+
+// HDF5 leaks memory of its own on some damaged inputs, and asks for more than there is on others, which ends in an
+// error like any other. What reading leaves open is counted below instead.
+extern "C" const char* __asan_default_options() { return "detect_leaks=0:allocator_may_return_null=1"; }
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  static Scratch scratch;
+  try {
+    exercise(scratch.fill(data, size));
+  } catch (const Error&) {
+    // The one way in which reading may fail.
+  }
+  const auto guard = hdf5::lock();
+  if (H5Fget_obj_count(H5F_OBJ_ALL, H5F_OBJ_ALL) != 0) std::abort();
+  return 0;
+}

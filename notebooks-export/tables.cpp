@@ -70,7 +70,7 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
   if (spans) cells[0].emplace_back("spans kept");
   for (const PolicyRow& row : rows) {
     auto& line = cells.emplace_back(std::vector<std::string>{
-        row.policy, row.capacity_request, fmt::format("{:.5g}", row.kept), fmt::format("{:.1f} %", 100 * row.kept_share),
+        row.oracle ? fmt::format("{} (ORACLE)", row.policy) : row.policy, row.capacity_request, fmt::format("{:.5g}", row.kept), fmt::format("{:.1f} %", 100 * row.kept_share),
         std::string(name_of(row.granularity)), fmt::format("{:.4f}", row.layer_error),
         fmt::format("{:.4f}", row.head_error), fmt::format("{:.4f}", row.attention_recall),
         fmt::format("{:.4f}", row.cosine)});
@@ -81,10 +81,10 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
 
 std::string summary_csv(const std::vector<MeasureSummary>& rows) {
   std::string text =
-      "trace,policy,capacity_request,capacity,kept,evict_at,heads,share,layer,measure,mean,median,p90,worst\n";
+      "trace,policy,oracle,capacity_request,capacity,kept,evict_at,heads,share,layer,measure,mean,median,p90,worst\n";
   for (const MeasureSummary& row : rows) {
-    text += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(row.trace), csv_field(row.policy),
-                        csv_field(row.capacity_request), row.capacity, row.kept, row.eviction_position,
+    text += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(row.trace), csv_field(row.policy),
+                        row.oracle ? 1 : 0, csv_field(row.capacity_request), row.capacity, row.kept, row.eviction_position,
                         name_of(row.granularity), name_of(row.share),
                         row.layer < 0 ? std::string("all") : fmt::format("{}", row.layer), row.measure,
                         row.distribution.mean, row.distribution.median, row.distribution.p90, row.distribution.worst);
@@ -119,6 +119,7 @@ std::string summary_json(const std::vector<TraceReplay>& replays, const std::vec
     if (row.layer < 0) layer = "all";
     document["summary"].push_back({{"trace", row.trace},
                                    {"policy", row.policy},
+                                   {"oracle", row.oracle},
                                    {"capacity_request", row.capacity_request},
                                    {"capacity", row.capacity},
                                    {"kept", row.kept},

@@ -53,7 +53,7 @@ TEST(Spec, CanonicalFormParsesBackToItself) {
       }
     }
     spec += ")";
-    if (spec.find("()") != std::string::npos && !method->parameters.empty()) continue;  // needs a file
+    if (method->name == "kept") continue;  // stands for a file
     SCOPED_TRACE(spec);
     const std::string canonical = make_policy(spec).canonical;
     EXPECT_EQ(make_policy(canonical).canonical, canonical);

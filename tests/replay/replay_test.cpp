@@ -39,7 +39,16 @@ std::vector<std::string> policies() {
           "snapkv(window=4,pooling=max)",
           "restkv(window=4,beta=3)",
           "restkv(window=4,metric=before,spatial=max,tau=2,normalize=true)",
-          "restkv(window=5,projection=false,temporal=last,spatial=none)"};
+          "restkv(window=5,projection=false,temporal=last,spatial=none)",
+          "attention(window=4,values=true,temporal=ema,spatial=adaptive,beta=2)",
+          "knorm",
+          "keydiff",
+          "lagkv(sinks=2,lag=8)",
+          "caote(window=3)",
+          "criticalkv(base=snapkv(window=4))",
+          "criticalkv(base=tova,first=0.2)",
+          "snapkv(window=4)+chunks(size=4)",
+          "oracle-attention"};
 }
 
 std::string message_of(const RandomTrace& trace, const ReplayRequest& request) {

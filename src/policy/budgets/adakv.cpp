@@ -1,7 +1,7 @@
 // AdaKV's budget (arXiv 2407.11550): heads whose attention is spread out get more, concentrated ones less.
 //
 // The best heads × ranked capacity positions of the whole layer are counted per head (paper, algorithm 1); a head gets
-// its count times (1 − floor) plus floor times the ranked capacity, rounded to even. With normalize=true a head's scores
+// its count times (1 − floor) plus floor times the ranked capacity (rounded down), the sum rounded to even. With normalize=true a head's scores
 // are first weighed by the share of its mass that its own best ranked-capacity positions hold, as in the authors' code.
 // Rounding can make a layer keep a few positions more or fewer than was granted; what was used is reported.
 //

@@ -1,0 +1,313 @@
+// Methods without golden calls against plain references, and promises of budgets and selections.
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <numeric>
+
+#include "base/error.h"
+#include "replay/random_trace.h"
+#include "replay/replay.h"
+#include "replay/results_file.h"
+#include "replay/trace_head.h"
+
+namespace kvreplay::test {
+namespace {
+
+std::vector<TraceReplay> run(const TraceReader& trace, const std::vector<std::string>& specs,
+                             const std::vector<std::string>& capacities, std::optional<Granularity> granularity = {}) {
+  ReplayRequest request;
+  for (const std::string& spec : specs) request.policies.push_back(make_policy(spec));
+  for (const std::string& capacity : capacities) request.capacities.push_back(CapacityRequest::parse(capacity));
+  request.granularity = granularity;
+  return replay(trace, request);
+}
+
+class Methods : public testing::Test {
+ protected:
+  Methods() { open({.num_layers = 4, .num_attention_heads = 6, .num_key_value_heads = 3, .hidden_size = 40}); }
+
+  void open(const RandomTrace& shape) {
+    shape.write(folder_ / "t.h5");
+    trace_ = std::make_unique<TraceReader>(folder_ / "t.h5");
+  }
+
+  std::string message_of(const std::string& spec, const std::string& capacity = "12",
+                         std::optional<Granularity> granularity = {}) {
+    try {
+      run(*trace_, {spec}, {capacity}, granularity);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  }
+
+  void write(const std::string& name, const std::string& text) { std::ofstream(folder_ / name) << text; }
+
+  TemporaryFolder folder_;
+  std::unique_ptr<TraceReader> trace_;
+};
+
+TEST_F(Methods, AttentionWithItsDefaultsIsSnapKV) {
+  const auto replays = run(*trace_, {"attention(window=4)", "snapkv(window=4)"}, {"12"});
+  EXPECT_EQ(replays.at(0).results[0].kept.sets, replays[0].results[1].kept.sets);
+}
+
+// c_j = a_j / (1 − a_j) · ‖Σ a v − v_j‖ in double, straight from the paper.
+TEST_F(Methods, CaoteFollowsItsEquation) {
+  constexpr int kWindow = 5;
+  const Policy policy = make_policy(fmt::format("caote(window={})", kWindow));
+  const TraceHead source(*trace_, 1, 2, 60);
+  const Head head(source);
+  std::vector<float> scores(60);
+  policy.ranking->score(head, 1, 12, scores);
+  const Eigen::MatrixXd keys = source.keys().cast<double>();
+  const Eigen::MatrixXd values = source.values().cast<double>();
+  const Eigen::MatrixXd queries = source.queries(1, 60 - kWindow, kWindow).cast<double>();
+  Eigen::VectorXd attention = Eigen::VectorXd::Zero(60);
+  for (int i = 0; i < kWindow; ++i) {
+    const int position = 60 - kWindow + i;
+    Eigen::VectorXd weights = (keys.topRows(position + 1) * queries.row(i).transpose() / std::sqrt(8.0)).array().exp();
+    weights /= weights.sum();
+    attention.head(position + 1) += weights / kWindow;
+  }
+  const Eigen::RowVectorXd output = attention.transpose() * values;
+  for (int n = 0; n < 60 - kWindow; ++n) {
+    const double expected = attention(n) / (1 - attention(n)) * (output - values.row(n)).norm();
+    EXPECT_NEAR(scores[static_cast<std::size_t>(n)], expected, 1e-5 * expected + 1e-9);
+  }
+}
+
+TEST_F(Methods, KeyNormKeepsTheShortestKeys) {
+  const auto replays = run(*trace_, {"knorm"}, {"7"});
+  const Matrix keys = trace_->read(2, HeadTensor::keys, 1, 0, 60);
+  const std::vector<int>& kept = replays.at(0).results.at(0).kept.of_query_head(2, 2, 2);
+  float longest = 0;
+  for (const int n : kept) longest = std::max(longest, keys.row(n).norm());
+  for (int n = 0; n < 60; ++n) {
+    if (!std::ranges::binary_search(kept, n)) {
+      EXPECT_GE(keys.row(n).norm(), longest);
+    }
+  }
+}
+
+TEST_F(Methods, PyramidGivesLowerLayersMore) {
+  const auto replays = run(*trace_, {"snapkv(window=4)+pyramid(beta=4)", "snapkv(window=4)"}, {"20"});
+  const KeptSets& kept = replays.at(0).results[0].kept;
+  // (20 − 4) ranked: the last layer 16/4 = 4, the first 28, steps of 8, and the window of 4.
+  for (int layer = 0; layer < 4; ++layer) {
+    for (int head = 0; head < 6; ++head) {
+      EXPECT_EQ(kept.of_query_head(layer, head, 2).size(), static_cast<std::size_t>(32 - 8 * layer));
+    }
+  }
+  EXPECT_EQ(kept.mean_size(), 20);
+}
+
+TEST_F(Methods, PyramidOfKvpressRoundsAtTheEnd) {
+  // A mean of 26 ranked over 52 positions: the last layer 26/20 = 1.3, below the window of 64 in kvpress's default, so
+  // that it falls back to the uniform budget.
+  EXPECT_NE(message_of("pyramidkv@kvpress", "26"), "") << "the window of 64 exceeds the capacity";
+  open({.num_layers = 4, .prompt_length = 400, .num_tokens = 404});
+  // 200 on average, smallest 200/2 = 100, largest 300: steps of 66.67.
+  const auto replays = run(*trace_, {"pyramidkv@kvpress(beta=2)"}, {"200"});
+  for (int layer = 0; layer < 4; ++layer) {
+    const int expected = static_cast<int>(std::nearbyint(300 - layer * (200.0 / 3)));
+    EXPECT_EQ(replays.at(0).results.at(0).kept.of_query_head(layer, 0, 2).size(), static_cast<std::size_t>(expected));
+  }
+}
+
+TEST_F(Methods, AdaptiveBudgetsSumToWhatWasGranted) {
+  for (const std::string spec : {"snapkv(window=4)+adakv", "restkv(window=4)+adakv(floor=0.5,across=kv)",
+                                 "criticalkv(base=snapkv(window=4))+adakv(normalize=false)"}) {
+    for (const Granularity granularity : {Granularity::query, Granularity::kv}) {
+      SCOPED_TRACE(fmt::format("{} {}", spec, name_of(granularity)));
+      const auto replays = run(*trace_, {spec}, {"16"}, granularity);
+      const KeptSets& kept = replays.at(0).results.at(0).kept;
+      for (int layer = 0; layer < 4; ++layer) {
+        std::size_t positions = 0;
+        for (int set = 0; set < kept.sets_per_layer; ++set) {
+          const std::vector<int>& own = kept.sets[static_cast<std::size_t>(layer * kept.sets_per_layer + set)];
+          positions += own.size();
+          EXPECT_GE(own.size(), 4u + 2u) << "below window and floor";
+          for (int n = 56; n < 60; ++n) EXPECT_TRUE(std::ranges::binary_search(own, n));
+        }
+        // The authors round the floor down and each head's share to the nearest.
+        EXPECT_NEAR(static_cast<double>(positions), 16.0 * kept.sets_per_layer, 1.5 * kept.sets_per_layer);
+      }
+    }
+  }
+}
+
+// kvpress's adaptive budget: each KV head keeps a fifth of its own, the rest of the layer's go to the best of what is
+// left. Checked against a plain ranking of everything.
+TEST_F(Methods, AdaKVOfKvpressEqualsAPlainRanking) {
+  open({.num_layers = 1, .num_attention_heads = 6, .num_key_value_heads = 3, .prompt_length = 300, .num_tokens = 304});
+  constexpr int kCapacity = 90;
+  constexpr int kWindow = 64;
+  const auto replays = run(*trace_, {"adakv@kvpress(safeguard=0.8)", "snapkv@kvpress"}, {fmt::format("{}", kCapacity)});
+  struct Entry {
+    float score;
+    int head;
+    int position;
+  };
+  std::vector<Entry> open_places;
+  std::vector<std::vector<int>> expected(3);
+  for (int kv_head = 0; kv_head < 3; ++kv_head) {
+    const TraceHead source(*trace_, 0, kv_head, 300);
+    const Head head(source);
+    std::vector<float> sum(300, 0.0f);
+    for (int member = 0; member < 2; ++member) {
+      std::vector<float> scores(300, 0.0f);
+      make_policy("snapkv@kvpress").ranking->score(head, member, kCapacity, scores);
+      for (std::size_t n = 0; n < 300; ++n) sum[n] += scores[n] / 2;
+    }
+    for (int n = 300 - kWindow; n < 300; ++n) sum[static_cast<std::size_t>(n)] = 1e9f;
+    std::vector<int> order(300);
+    std::iota(order.begin(), order.end(), 0);
+    std::ranges::stable_sort(order, [&](int a, int b) {
+      return sum[static_cast<std::size_t>(a)] > sum[static_cast<std::size_t>(b)];
+    });
+    constexpr int kSafe = static_cast<int>(kCapacity * 0.8);
+    expected[static_cast<std::size_t>(kv_head)].assign(order.begin(), order.begin() + kSafe);
+    for (int i = kSafe; i < 300; ++i) {
+      const int n = order[static_cast<std::size_t>(i)];
+      open_places.push_back({sum[static_cast<std::size_t>(n)], kv_head, n});
+    }
+  }
+  std::ranges::stable_sort(open_places, [](const Entry& a, const Entry& b) { return a.score > b.score; });
+  for (std::size_t i = 0; i < 3 * static_cast<std::size_t>(kCapacity - 72); ++i) {
+    expected[static_cast<std::size_t>(open_places[i].head)].push_back(open_places[i].position);
+  }
+  for (int kv_head = 0; kv_head < 3; ++kv_head) {
+    std::vector<int>& positions = expected[static_cast<std::size_t>(kv_head)];
+    std::ranges::sort(positions);
+    EXPECT_EQ(replays.at(0).results[0].kept.sets[static_cast<std::size_t>(kv_head)], positions);
+  }
+}
+
+TEST_F(Methods, GivenBudgetsAreFollowed) {
+  write("positions.txt", "# a line per layer\n10\n 12, 14, 16\n8 # all\n60\n");
+  const std::string spec = "snapkv(window=4)+layers(file=" + (folder_ / "positions.txt").string() + ")";
+  const auto replays = run(*trace_, {spec}, {"20"});
+  const KeptSets& kept = replays.at(0).results.at(0).kept;
+  const std::vector<std::size_t> expected = {10, 10, 10, 12, 14, 16, 8, 8, 8, 60, 60, 60};
+  for (std::size_t i = 0; i < expected.size(); ++i) EXPECT_EQ(kept.sets[i].size(), expected[i]);
+  write("shares.txt", "0.5\n1\n1.5\n1\n");
+  const auto shared = run(
+      *trace_, {"recent+layers(file=" + (folder_ / "shares.txt").string() + ",unit=share)"}, {"20"});
+  EXPECT_EQ(shared.at(0).results.at(0).kept.sets[0].size(), 10u);
+  EXPECT_EQ(shared[0].results[0].kept.sets[6].size(), 30u);
+}
+
+TEST_F(Methods, GivenBudgetsThatDoNotFitAreRefused) {
+  const auto refused = [this](const std::string& text, const std::string& reason) {
+    write("b.txt", text);
+    const std::string message = message_of("snapkv(window=4)+layers(file=" + (folder_ / "b.txt").string() + ")");
+    EXPECT_NE(message.find(reason), std::string::npos) << message;
+  };
+  refused("", "holds no budgets");
+  refused("10\n10\n", "has 2 layers, the model has 4");
+  refused("10\n10\n10 10\n10\n", "1 or 3 are needed");
+  refused("10\n10\nten\n10\n", "line 3: 'ten' is not a number of positions");
+  refused("10\n10\n2.5\n10\n", "line 3");
+  refused("10\n3\n10\n10\n", "fewer than the 4 that are always kept");
+  EXPECT_NE(message_of("snapkv(window=4)+layers(file=/nowhere/b.txt)").find("cannot be read"), std::string::npos);
+  EXPECT_NE(message_of("snapkv(window=4)+layers").find("needs a file"), std::string::npos);
+}
+
+TEST_F(Methods, ChunksStayWhole) {
+  const auto replays = run(*trace_, {"snapkv(window=4)+chunks(size=8)"}, {"20"});
+  for (const std::vector<int>& set : replays.at(0).results.at(0).kept.sets) {
+    ASSERT_EQ(set.size(), 20u);
+    // 56 ranked positions make 7 chunks; 16 ranked places hold two whole ones.
+    for (int first = 0; first < 56; first += 8) {
+      const auto inside = std::ranges::count_if(set, [first](int n) { return n >= first && n < first + 8; });
+      EXPECT_TRUE(inside == 0 || inside == 8) << inside;
+    }
+  }
+  // A place too small for a chunk goes to its best positions.
+  const auto narrow = run(*trace_, {"snapkv(window=4)+chunks(size=8)"}, {"7"});
+  for (const std::vector<int>& set : narrow.at(0).results.at(0).kept.sets) {
+    EXPECT_EQ(set.size(), 7u);
+    EXPECT_EQ(set[0] / 8, set[2] / 8);
+  }
+}
+
+TEST_F(Methods, LaCacheSpreadsPositionsOverLayers) {
+  open({.num_layers = 8, .prompt_length = 200, .num_tokens = 204});
+  const auto replays = run(*trace_, {"lacache"}, {"64"});
+  const KeptSets& kept = replays.at(0).results.at(0).kept;
+  std::vector<int> together;
+  for (int layer = 0; layer < 8; ++layer) {
+    const std::vector<int>& set = kept.of_query_head(layer, 0, 2);
+    EXPECT_NEAR(static_cast<double>(set.size()), 64, 6);
+    for (const int sink : {0, 1, 2, 3}) EXPECT_TRUE(std::ranges::binary_search(set, sink));
+    EXPECT_TRUE(std::ranges::binary_search(set, 199));
+    together.insert(together.end(), set.begin(), set.end());
+  }
+  std::ranges::sort(together);
+  together.erase(std::unique(together.begin(), together.end()), together.end());
+  EXPECT_GT(together.size(), 100u) << "layers together remember more than one of them";
+  EXPECT_NE(message_of("lacache", "12").find("cannot hold a ladder over 8 layers; it takes at least 13"), std::string::npos);
+  EXPECT_NE(message_of("lacache(span=2,overlap=2)", "64").find("overlap"), std::string::npos);
+}
+
+TEST_F(Methods, KeptSetsFromAFileLeadToTheSameMeasures) {
+  const std::vector<std::string> specs = {"snapkv(window=4)", "restkv(window=4)+adakv", "tova"};
+  for (const Granularity granularity : {Granularity::query, Granularity::kv}) {
+    const auto original = run(*trace_, specs, {"16"}, granularity);
+    write_kept_sets(folder_ / "kept.h5", original);
+    for (std::size_t i = 0; i < specs.size(); ++i) {
+      const std::string spec = fmt::format("kept(file={},index={})", (folder_ / "kept.h5").string(), i);
+      const auto again = run(*trace_, {spec}, {"16"});
+      EXPECT_EQ(again.at(0).results.at(0).layer_error.numbers, original.at(0).results[i].layer_error.numbers);
+      EXPECT_EQ(again[0].results[0].kept.mean_size(), original[0].results[i].kept.mean_size());
+    }
+    const std::string spec = "kept(file=" + (folder_ / "kept.h5").string() + ")";
+    if (granularity == Granularity::query) {
+      EXPECT_NE(message_of(spec, "16", Granularity::kv).find("a set per query head"), std::string::npos);
+    }
+    EXPECT_NE(message_of("kept(file=" + (folder_ / "kept.h5").string() + ",index=9)").find("holds 3 of them"),
+              std::string::npos);
+  }
+  EXPECT_NE(message_of("kept"), "");
+  EXPECT_NE(message_of("kept(file=/nowhere.h5)").find("/nowhere.h5"), std::string::npos);
+}
+
+TEST_F(Methods, KeptSetsOfAnotherShapeAreRefused) {
+  write_kept_sets(folder_ / "kept.h5", run(*trace_, {"recent"}, {"16"}));
+  const std::string spec = "kept(file=" + (folder_ / "kept.h5").string() + ")";
+  open({.num_layers = 2});
+  EXPECT_NE(message_of(spec).find("holds 12 sets; the trace has 2 layers of 2 KV heads"), std::string::npos);
+  open({.num_layers = 4, .num_attention_heads = 6, .num_key_value_heads = 3, .prompt_length = 50});
+  EXPECT_NE(message_of(spec).find("was kept at position 60, and this eviction is at 50"), std::string::npos);
+}
+
+TEST_F(Methods, StepsThatDoNotGoTogetherAreRefused) {
+  EXPECT_NE(message_of("recent+adakv").find("has none"), std::string::npos);
+  EXPECT_NE(message_of("recent+chunks").find("has none"), std::string::npos);
+  EXPECT_NE(message_of("snapkv+pyramid+adakv").find("second budget"), std::string::npos);
+  EXPECT_NE(message_of("pyramid").find("is a step of a policy"), std::string::npos);
+  EXPECT_NE(message_of("snapkv+snapkv").find("is a policy"), std::string::npos);
+  EXPECT_NE(message_of("criticalkv(base=recent)").find("must be a policy with scores"), std::string::npos);
+}
+
+TEST(Variants, NameTheirMethodAndDifferFromItInWhatTheySay) {
+  int count = 0;
+  for (const Method* method : registered_methods()) {
+    if (method->variant_of.empty()) continue;
+    ++count;
+    EXPECT_NE(find_method(method->variant_of), nullptr) << method->name;
+    EXPECT_TRUE(method->name.starts_with(method->variant_of + "@")) << method->name;
+    EXPECT_EQ(make_policy(method->name).canonical, method->name);
+  }
+  EXPECT_GE(count, 10);
+  EXPECT_EQ(make_policy("snapkv@rest-kv").granularity, Granularity::query);
+  EXPECT_EQ(make_policy("snapkv@kvpress").granularity, Granularity::kv);
+  EXPECT_EQ(make_policy("snapkv@kvpress").minimum_capacity(), 64);
+}
+
+}  // namespace
+}  // namespace kvreplay::test

@@ -1,0 +1,187 @@
+#include "cli/capture.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <omp.h>
+
+#include <CLI/CLI.hpp>
+#include <charconv>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <memory>
+#include <string>
+
+#include "base/error.h"
+#include "cli/progress.h"
+#include "tracer/capture.h"
+
+namespace kvreplay::cli {
+
+namespace {
+
+struct CaptureArguments {
+  std::string model;
+  std::string prompt;
+  std::string tokens;
+  int generate = 0;
+  std::string queries = "all";
+  std::string dtype = "float32";
+  bool no_projection = false;
+  std::string spans;
+  int threads = 0;
+  std::string output = "run.h5";
+};
+
+std::string read_input(const std::string& path) {
+  if (path == "-") return {std::istreambuf_iterator<char>(std::cin), std::istreambuf_iterator<char>()};
+  if (std::filesystem::is_directory(path)) throw Error(fmt::format("{}: is a folder, not a file", path));
+  std::ifstream stream(path, std::ios::binary);
+  if (!stream) throw Error(fmt::format("{}: cannot be read", path));
+  return {std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+}
+
+std::string input_name(const std::string& path) {
+  return path == "-" ? "standard input" : std::filesystem::path(path).filename().string();
+}
+
+std::optional<int> parse_queries(const std::string& text) {
+  if (text == "all") return std::nullopt;
+  constexpr std::string_view prefix = "window:";
+  int window = 0;
+  const char* end = text.data() + text.size();
+  if (text.starts_with(prefix)) {
+    const auto result = std::from_chars(text.data() + prefix.size(), end, window);
+    if (result.ec == std::errc() && result.ptr == end && window >= 1) return window;
+  }
+  throw UsageError(fmt::format("--queries {}: must be \"all\" or \"window:N\" with N at least 1", text));
+}
+
+std::string readable_size(std::uintmax_t bytes) {
+  double size = static_cast<double>(bytes);
+  const char* unit = "bytes";
+  for (const char* larger : {"KiB", "MiB", "GiB", "TiB"}) {
+    if (size < 1024) break;
+    size /= 1024;
+    unit = larger;
+  }
+  return bytes < 1024 ? fmt::format("{} bytes", bytes) : fmt::format("{:.1f} {}", size, unit);
+}
+
+std::string describe(const tracer::CaptureProgress& progress) {
+  switch (progress.stage) {
+    case tracer::CaptureProgress::Stage::prefill:
+      return fmt::format("prefill, {:.1f} tokens/s", progress.tokens_per_second);
+    case tracer::CaptureProgress::Stage::decode:
+      return fmt::format("decode, {:.1f} tokens/s", progress.tokens_per_second);
+    case tracer::CaptureProgress::Stage::write:
+      return "write";
+  }
+  return "";
+}
+
+void run_capture(const CaptureArguments& arguments) {
+  if (arguments.prompt.empty() == arguments.tokens.empty()) {
+    throw UsageError("capture needs a prompt: either --prompt FILE or --tokens FILE (- reads standard input)");
+  }
+  if (arguments.generate < 0) {
+    throw UsageError(fmt::format("--generate {}: must not be negative", arguments.generate));
+  }
+  if (arguments.threads < 0) throw UsageError(fmt::format("--threads {}: must not be negative", arguments.threads));
+  const auto dtype = dtype_named(arguments.dtype);
+  if (!dtype) {
+    throw UsageError(fmt::format("--dtype {}: must be float32, float16 or bfloat16", arguments.dtype));
+  }
+
+  tracer::CaptureOptions options;
+  options.query_window = parse_queries(arguments.queries);
+  options.model_folder = arguments.model;
+  const std::string& input = arguments.prompt.empty() ? arguments.tokens : arguments.prompt;
+  options.prompt_name = input_name(input);
+  if (arguments.prompt.empty()) {
+    options.prompt_ids = tracer::parse_token_ids(read_input(input), options.prompt_name);
+  } else {
+    options.prompt_text = read_input(input);
+  }
+  options.generate = arguments.generate;
+  options.dtype = *dtype;
+  options.output_projection = !arguments.no_projection;
+  if (!arguments.spans.empty()) options.spans = tracer::read_spans(arguments.spans);
+  options.output = arguments.output;
+  options.execution.threads = arguments.threads > 0 ? arguments.threads : omp_get_num_procs();
+
+  options.on_warning = [](const std::string& warning) { fmt::print(stderr, "warning: {}\n", warning); };
+  tracer::CaptureSummary summary;
+  {
+    Progress line;
+    options.on_progress = [&](const tracer::CaptureProgress& progress) {
+      line.show(describe(progress), progress.fraction);
+    };
+    summary = tracer::capture(options);
+  }
+
+  std::string times = fmt::format("prefill: {} tokens in {:.2f} s ({:.1f} tokens/s)", summary.prompt_tokens,
+                                  summary.prefill_seconds, summary.prompt_tokens / summary.prefill_seconds);
+  if (summary.generated_ids.size() > 1) {
+    const auto steps = summary.generated_ids.size() - 1;
+    times += fmt::format(", decode: {} tokens in {:.2f} s ({:.1f} tokens/s)", steps, summary.decode_seconds,
+                         static_cast<double>(steps) / summary.decode_seconds);
+  }
+  fmt::print(stderr, "{}\n", times);
+
+  fmt::print("{}: {}, {} layers, {} prompt tokens, {} captured queries\n", summary.output.string(),
+             readable_size(summary.file_bytes), summary.num_layers, summary.prompt_tokens, summary.queries);
+  if (!summary.generated_ids.empty()) {
+    fmt::print("generated {} token{}{}: ", summary.generated_ids.size(), summary.generated_ids.size() == 1 ? "" : "s",
+               summary.ended ? ", until the end of the sequence" : "");
+    if (summary.generated_text) {
+      fmt::print("{}\n", *summary.generated_text);
+    } else {
+      fmt::print("{}\n", fmt::join(summary.generated_ids, " "));
+    }
+  }
+}
+
+}  // namespace
+
+void add_capture_command(CLI::App& app) {
+  const auto arguments = std::make_shared<CaptureArguments>();
+  CLI::App* command = app.add_subcommand("capture", "Run a model once and record what its attention saw into a trace");
+  command->add_option("-m,--model", arguments->model, "Folder of a model in Hugging Face format")
+      ->required()
+      ->type_name("DIR");
+  command->add_option("-p,--prompt", arguments->prompt, "Text file to run the model on; - reads standard input")
+      ->type_name("FILE");
+  command
+      ->add_option("--tokens", arguments->tokens,
+                   "Instead of a text: a file of decimal token ids, taken as given; - reads standard input")
+      ->type_name("FILE");
+  command->add_option("-n,--generate", arguments->generate, "Tokens to generate after the prompt, greedily")
+      ->type_name("N")
+      ->capture_default_str();
+  command
+      ->add_option("--queries", arguments->queries,
+                   "Queries to record: all, or window:N for the last N of the prompt and all after it")
+      ->type_name("all|window:N")
+      ->capture_default_str();
+  command->add_option("--dtype", arguments->dtype, "How tensors are stored: float32, float16 or bfloat16")
+      ->type_name("TYPE")
+      ->capture_default_str();
+  command->add_flag("--no-projection", arguments->no_projection, "Leave out the layers' output projections");
+  command
+      ->add_option("--spans", arguments->spans,
+                   "JSON list of things to follow: {\"label\": ..., \"text\": ...}, every occurrence in the prompt, or "
+                   "{\"label\": ..., \"start\": ..., \"end\": ...} in token positions")
+      ->type_name("FILE");
+  command->add_option("-t,--threads", arguments->threads, "Threads; 0 takes every processor")
+      ->type_name("N")
+      ->capture_default_str();
+  command->add_option("-o,--output", arguments->output, "Trace to write; replaced if it exists")
+      ->type_name("FILE")
+      ->capture_default_str();
+  command->callback([arguments] { run_capture(*arguments); });
+}
+
+}  // namespace kvreplay::cli

@@ -1,0 +1,114 @@
+// The capture command as a user types it.
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <cstdlib>
+
+#include "trace/reader.h"
+#include "tracer/temporary_folder.h"
+#include "tracer/tiny_model.h"
+
+namespace kvreplay {
+namespace {
+
+using test::read_file;
+using test::TemporaryFolder;
+using test::TinyModel;
+using test::write_file;
+
+struct Outcome {
+  int exit_code = -1;
+  std::string output;
+  std::string errors;
+};
+
+class CaptureCommand : public testing::Test {
+ protected:
+  void SetUp() override {
+    ASSERT_TRUE(std::filesystem::exists(KVREPLAY_EXECUTABLE)) << "build the target kvreplay_cli first";
+    TinyModel({}).write(folder_ / "tiny");
+    write_file(folder_ / "ids", "5 25 59 10\n72\n");
+  }
+
+  // Runs `kvreplay capture` in the test's folder.
+  Outcome run(const std::string& arguments) const {
+    const std::string command = fmt::format("cd '{}' && '{}' </dev/null capture {} >out 2>err", folder_.path().string(),
+                                            KVREPLAY_EXECUTABLE, arguments);
+    const int status = std::system(command.c_str());
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(folder_ / "out"), read_file(folder_ / "err")};
+  }
+
+  TemporaryFolder folder_;
+};
+
+TEST_F(CaptureCommand, TellsWhatItMade) {
+  const Outcome outcome = run("--model tiny --tokens ids --generate 3 --queries window:2 --threads 1");
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+  EXPECT_NE(outcome.output.find("run.h5: "), std::string::npos) << outcome.output;
+  EXPECT_NE(outcome.output.find("2 layers, 5 prompt tokens, 4 captured queries"), std::string::npos) << outcome.output;
+  EXPECT_NE(outcome.output.find("generated 3 tokens: "), std::string::npos) << outcome.output;
+  EXPECT_NE(outcome.errors.find("prefill: 5 tokens in "), std::string::npos) << outcome.errors;
+  EXPECT_NE(outcome.errors.find("decode: 2 tokens in "), std::string::npos) << outcome.errors;
+  EXPECT_EQ(outcome.errors.find('\r'), std::string::npos) << "no progress line where there is no terminal";
+  const TraceReader trace(folder_ / "run.h5");
+  EXPECT_EQ(trace.info().num_tokens(), 7);
+  EXPECT_NE(trace.info().source.find("model tiny, prompt ids"), std::string::npos) << trace.info().source;
+}
+
+TEST_F(CaptureCommand, ReadsStandardInputAndSpans) {
+  const std::string demo = (std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model").string();
+  write_file(folder_ / "prompt", "The secret number of falcon is 48213.\n");
+  write_file(folder_ / "spans", R"([{"label": "answer", "text": "48213"}])");
+  const Outcome outcome = run(
+      fmt::format("--model '{}' --prompt - --spans spans --dtype bfloat16 --no-projection -o needle.h5 <prompt", demo));
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+  const TraceReader trace(folder_ / "needle.h5");
+  ASSERT_EQ(trace.info().spans.size(), 1u);
+  EXPECT_EQ(trace.info().spans[0].end - trace.info().spans[0].start, 5) << "digits are tokens of their own";
+  EXPECT_FALSE(trace.has_output_projection(0));
+  EXPECT_NE(trace.info().source.find("prompt standard input"), std::string::npos);
+}
+
+TEST_F(CaptureCommand, ExplainsWhatIsWrong) {
+  write_file(folder_ / "letters", "1 two 3");
+  write_file(folder_ / "empty", "");
+  write_file(folder_ / "large", "5 97");
+  write_file(folder_ / "text", "Hello");
+  const struct {
+    const char* arguments;
+    int exit_code;
+    const char* reason;
+  } cases[] = {
+      {"--tokens ids", 2, "--model"},
+      {"--model tiny", 2, "either --prompt FILE or --tokens FILE"},
+      {"--model tiny --tokens ids --prompt text", 2, "either --prompt FILE or --tokens FILE"},
+      {"--model tiny --tokens ids --generate -1", 2, "--generate -1: must not be negative"},
+      {"--model tiny --tokens ids --generate many", 2, "--generate"},
+      {"--model tiny --tokens ids --queries window:0", 2, "--queries window:0: must be"},
+      {"--model tiny --tokens ids --queries window:3x", 2, "--queries window:3x: must be"},
+      {"--model tiny --tokens ids --queries some", 2, "--queries some: must be \"all\" or \"window:N\""},
+      {"--model tiny --tokens ids --dtype int8", 2, "--dtype int8: must be float32, float16 or bfloat16"},
+      {"--model tiny --tokens ids --threads -2", 2, "--threads -2: must not be negative"},
+      {"--model none --tokens ids", 1, "none: is not a model folder"},
+      {"--model tiny --tokens none", 1, "none: cannot be read"},
+      {"--model tiny --tokens tiny", 1, "tiny: is a folder, not a file"},
+      {"--model tiny --tokens letters", 1, "letters: \"two\" is not a token id"},
+      {"--model tiny --tokens empty", 1, "empty: holds no token ids"},
+      {"--model tiny --tokens large", 1, "large: token id 97 at position 1"},
+      {"--model tiny --prompt text", 1, "with --tokens"},
+      {"--model tiny --tokens ids --spans none", 1, "none: cannot be read"},
+      {"--model tiny --tokens ids -o none/run.h5", 1, "cannot be written"},
+  };
+  for (const auto& wrong : cases) {
+    const Outcome outcome = run(wrong.arguments);
+    EXPECT_EQ(outcome.exit_code, wrong.exit_code) << wrong.arguments;
+    EXPECT_NE(outcome.errors.find(wrong.reason), std::string::npos) << wrong.arguments << ": " << outcome.errors;
+    EXPECT_EQ(outcome.errors.find('\n'), outcome.errors.size() - 1) << outcome.errors;
+    EXPECT_TRUE(outcome.output.empty()) << outcome.output;
+  }
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "run.h5"));
+}
+
+}  // namespace
+}  // namespace kvreplay

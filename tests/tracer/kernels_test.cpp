@@ -1,0 +1,189 @@
+// Every instruction set's kernels against arithmetic in double precision.
+#include "tracer/kernels.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+
+namespace kvreplay::tracer {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+std::vector<float> random_values(std::size_t count, unsigned seed, float scale = 1) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0, scale);
+  std::vector<float> values(count);
+  for (float& value : values) value = normal(random);
+  return values;
+}
+
+const std::byte* bytes(const std::vector<float>& values) { return reinterpret_cast<const std::byte*>(values.data()); }
+
+class KernelSet : public testing::TestWithParam<Kernels> {};
+
+TEST_P(KernelSet, MultipliesPackedMatricesOfAnyShape) {
+  const Kernels& kernels = GetParam();
+  for (const Index m : {1, 3, 8, 13, 32}) {
+    for (const Index n : {1, 5, 8, 31, 32, 33, 64, 70}) {
+      for (const Index depth : {1, 2, 17, 130}) {
+        const auto left = random_values(static_cast<std::size_t>(m * depth), 1);
+        const auto right = random_values(static_cast<std::size_t>(n * depth), 2);
+        const auto panels = [&](Index rows, Index width) { return (rows + width - 1) / width * width * depth; };
+        std::vector<float> a(static_cast<std::size_t>(panels(m, kernels.tile_rows)));
+        std::vector<float> b(static_cast<std::size_t>(panels(n, kernels.tile_columns)));
+        kernels.pack(DType::float32, bytes(left), depth, m, depth, kernels.tile_rows, a.data());
+        kernels.pack(DType::float32, bytes(right), depth, n, depth, kernels.tile_columns, b.data());
+        const Index row = n + 3;
+        const float untouched = 1e30f;
+        std::vector<float> c(static_cast<std::size_t>(m * row), untouched);
+        const auto multiply = [&](bool accumulate) {
+          kernels.multiply(m, n, depth, a.data(), kernels.tile_rows * depth, kernels.tile_rows, b.data(),
+                           kernels.tile_columns * depth, kernels.tile_columns, c.data(), row, accumulate);
+        };
+        multiply(false);
+        multiply(true);
+        for (Index i = 0; i < m; ++i) {
+          for (Index j = 0; j < n; ++j) {
+            double expected = 0;
+            for (Index k = 0; k < depth; ++k) {
+              expected += 2.0 * static_cast<double>(left[static_cast<std::size_t>(i * depth + k)]) *
+                          static_cast<double>(right[static_cast<std::size_t>(j * depth + k)]);
+            }
+            ASSERT_NEAR(c[static_cast<std::size_t>(i * row + j)], expected, 1e-4) << m << " " << n << " " << depth;
+          }
+          for (Index j = n; j < row; ++j) ASSERT_EQ(c[static_cast<std::size_t>(i * row + j)], untouched);
+        }
+      }
+    }
+  }
+}
+
+TEST_P(KernelSet, WidensEveryHalfExactly) {
+  std::vector<std::uint16_t> halves(65536);
+  for (std::size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<std::uint16_t>(i);
+  const auto* data = reinterpret_cast<const std::byte*>(halves.data());
+  for (const DType type : {DType::float16, DType::bfloat16}) {
+    std::vector<float> expected(halves.size());
+    to_float32(type, data, expected);
+    std::vector<float> packed(halves.size());
+    GetParam().pack(type, data, 65536, 1, 65536, 1, packed.data());
+    for (std::size_t i = 0; i < halves.size(); ++i) {
+      if (std::isnan(expected[i])) {
+        ASSERT_TRUE(std::isnan(packed[i])) << i;
+      } else {
+        ASSERT_EQ(std::memcmp(&packed[i], &expected[i], 4), 0) << name_of(type) << " " << i;
+      }
+    }
+  }
+}
+
+TEST_P(KernelSet, MultipliesVectorsByWeightsOfEveryType) {
+  for (const DType type : {DType::float32, DType::float16, DType::bfloat16}) {
+    for (const Index rows : {1, 4, 7}) {
+      for (const Index depth : {1, 7, 31, 32, 33, 200}) {
+        auto weights = random_values(static_cast<std::size_t>(rows * depth), 3);
+        const auto x = random_values(static_cast<std::size_t>(depth), 4);
+        std::vector<std::byte> stored(weights.size() * size_of(type));
+        from_float32(type, weights, stored.data());
+        to_float32(type, stored.data(), weights);
+        std::vector<float> y(static_cast<std::size_t>(rows));
+        GetParam().multiply_vector(type, stored.data(), rows, depth, x.data(), y.data());
+        for (Index i = 0; i < rows; ++i) {
+          double expected = 0;
+          for (Index k = 0; k < depth; ++k) {
+            expected += static_cast<double>(weights[static_cast<std::size_t>(i * depth + k)]) *
+                        static_cast<double>(x[static_cast<std::size_t>(k)]);
+          }
+          ASSERT_NEAR(y[static_cast<std::size_t>(i)], expected, 1e-4) << name_of(type) << " " << rows << " " << depth;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(KernelSet, ExponentiatesColumnsOfLogits) {
+  constexpr Index keys = 37;
+  auto logits = random_values(static_cast<std::size_t>(keys * kQueryBlock), 5, 20);
+  for (Index q = 1; q < kQueryBlock; q += 3) logits[static_cast<std::size_t>(q)] = -kInfinity;
+  const auto original = logits;
+  std::vector<float> maxima(kQueryBlock, -kInfinity);
+  std::vector<double> sums(kQueryBlock, 0.5);
+  std::vector<double> mass(keys, 0.25);
+  const auto factors = random_values(kQueryBlock, 6);
+  GetParam().update_maxima(keys, logits.data(), maxima.data());
+  GetParam().exponentiate(keys, logits.data(), maxima.data(), sums.data());
+  GetParam().accumulate_mass(keys, logits.data(), factors.data(), mass.data());
+
+  std::vector<double> expected_mass(keys, 0.25);
+  for (Index q = 0; q < kQueryBlock; ++q) {
+    float highest = -kInfinity;
+    for (Index j = 0; j < keys; ++j) {
+      highest = std::max(highest, original[static_cast<std::size_t>(j * kQueryBlock + q)]);
+    }
+    ASSERT_EQ(maxima[static_cast<std::size_t>(q)], highest);
+    double sum = 0.5;
+    for (Index j = 0; j < keys; ++j) {
+      const auto at = static_cast<std::size_t>(j * kQueryBlock + q);
+      const double expected = std::exp(static_cast<double>(original[at] - highest));
+      ASSERT_NEAR(logits[at], expected, 3e-7 * expected + 1e-37);
+      sum += expected;
+      expected_mass[static_cast<std::size_t>(j)] +=
+          expected * static_cast<double>(factors[static_cast<std::size_t>(q)]);
+    }
+    ASSERT_NEAR(sums[static_cast<std::size_t>(q)], sum, 1e-6 * sum);
+  }
+  for (std::size_t j = 0; j < keys; ++j) ASSERT_NEAR(mass[j], expected_mass[j], 1e-5);
+  EXPECT_EQ(logits[1], 0) << "a masked key must have no weight at all";
+}
+
+TEST_P(KernelSet, TurnsOneRowIntoItsSoftmax) {
+  for (const std::size_t n : {1, 2, 15, 16, 17, 1000}) {
+    auto row = random_values(n, 7, 5);
+    const auto original = row;
+    GetParam().softmax(static_cast<Index>(n), row.data());
+    double total = 0;
+    for (const float value : original) total += std::exp(static_cast<double>(value));
+    for (std::size_t i = 0; i < n; ++i) {
+      const double expected = std::exp(static_cast<double>(original[i])) / total;
+      // The difference to the largest logit is rounded to float32.
+      ASSERT_NEAR(row[i], expected, 5e-6 * expected + 1e-30);
+    }
+  }
+}
+
+TEST_P(KernelSet, GatesOverTheWholeRange) {
+  std::vector<float> gate;
+  for (float x = -200; x <= 200; x += 0.37f) gate.push_back(x);
+  const auto up = random_values(gate.size(), 8);
+  auto out = gate;
+  GetParam().silu_multiply(static_cast<Index>(out.size()), out.data(), up.data());
+  for (std::size_t i = 0; i < gate.size(); ++i) {
+    const double x = gate[i];
+    const double expected = x / (1 + std::exp(-x)) * static_cast<double>(up[i]);
+    ASSERT_NEAR(out[i], expected, 1e-6 * std::abs(expected) + 1e-30) << x;
+  }
+}
+
+TEST_P(KernelSet, PassesNotANumberOn) {
+  std::vector<float> row = {1, std::nanf(""), 2};
+  GetParam().softmax(3, row.data());
+  EXPECT_TRUE(std::isnan(row[0]));
+  std::vector<float> logits(kQueryBlock, 0);
+  logits[5] = std::nanf("");
+  std::vector<float> maxima(kQueryBlock, 0);
+  std::vector<double> sums(kQueryBlock, 0);
+  GetParam().exponentiate(1, logits.data(), maxima.data(), sums.data());
+  EXPECT_TRUE(std::isnan(logits[5]));
+  EXPECT_TRUE(std::isnan(sums[5]));
+  EXPECT_EQ(sums[4], 1);
+}
+
+INSTANTIATE_TEST_SUITE_P(Each, KernelSet, testing::ValuesIn(available_kernels()),
+                         [](const auto& set) { return std::string(set.param.name); });
+
+}  // namespace
+}  // namespace kvreplay::tracer

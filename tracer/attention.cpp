@@ -1,0 +1,182 @@
+#include "tracer/attention.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+#include <vector>
+
+namespace kvreplay::tracer {
+
+namespace {
+
+// Keys whose weights (64 per key) stay in the first-level cache between the softmax and the sum over values.
+constexpr Index kKeyBlock = 128;
+
+// Each query head's blocks of queries are dealt out to this many tasks, which sum their attention mass apart from
+// each other. The number is fixed, so that the order of summation is.
+constexpr Index kTasksPerHead = 4;
+
+// A task's working memory.
+struct Workspace {
+  std::vector<float> queries;  // [D, kQueryBlock], scaled
+  std::vector<float> logits;   // [keys, kQueryBlock]
+  std::vector<float> outputs;  // [D, kQueryBlock]
+};
+
+struct HeadView {
+  Index head_dim;
+  Index query_width;         // floats from one token's queries to the next's
+  Index earlier;             // keys in the cache before the new tokens
+  const float* packed_keys;  // panels of tile_rows keys
+  const float* values;       // [keys, D]
+  const float* queries;      // [count, query_width], at this head
+  float* outputs;            // the same
+  float scale;
+};
+
+// Attends up to kQueryBlock queries, whose logits are kept key by key, a column per query, so that every step of the
+// softmax runs over whole vectors of queries.
+void attend_block(const Kernels& kernels, const HeadView& head, Index first, Index rows, Workspace& work,
+                  double* mass) {
+  const Index dim = head.head_dim;
+  for (Index d = 0; d < dim; ++d) {
+    float* column = work.queries.data() + d * kQueryBlock;
+    for (Index q = 0; q < rows; ++q) column[q] = head.queries[(first + q) * head.query_width + d] * head.scale;
+    for (Index q = rows; q < kQueryBlock; ++q) column[q] = 0;
+  }
+  const Index keys = head.earlier + first + rows;
+  float* logits = work.logits.data();
+  kernels.multiply(keys, kQueryBlock, dim, head.packed_keys, kernels.tile_rows * dim, kernels.tile_rows,
+                   work.queries.data(), kernels.tile_columns, kQueryBlock, logits, kQueryBlock, false);
+  for (Index j = head.earlier + first + 1; j < keys; ++j) {
+    const Index before = j - head.earlier - first;
+    std::fill_n(logits + j * kQueryBlock, before, -std::numeric_limits<float>::infinity());
+  }
+
+  float maxima[kQueryBlock];
+  std::fill_n(maxima, kQueryBlock, -std::numeric_limits<float>::infinity());
+  kernels.update_maxima(keys, logits, maxima);
+  double sums[kQueryBlock] = {};
+  std::fill(work.outputs.begin(), work.outputs.end(), 0.0f);
+  for (Index start = 0; start < keys; start += kKeyBlock) {
+    const Index count = std::min(kKeyBlock, keys - start);
+    float* weights = logits + start * kQueryBlock;
+    kernels.exponentiate(count, weights, maxima, sums);
+    kernels.multiply(dim, kQueryBlock, count, head.values + start * dim, kernels.tile_rows, dim, weights,
+                     kernels.tile_columns, kQueryBlock, work.outputs.data(), kQueryBlock, true);
+  }
+
+  float factors[kQueryBlock] = {};
+  for (Index q = 0; q < rows; ++q) factors[q] = static_cast<float>(1.0 / sums[q]);
+  if (mass != nullptr) kernels.accumulate_mass(keys, logits, factors, mass);
+  for (Index q = 0; q < rows; ++q) {
+    float* out = head.outputs + (first + q) * head.query_width;
+    for (Index d = 0; d < dim; ++d) out[d] = work.outputs[static_cast<std::size_t>(d * kQueryBlock + q)] * factors[q];
+  }
+}
+
+void attend_many(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
+                 std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass) {
+  const Kernels& kernels = *execution.kernels;
+  const Index dim = shape.head_dim;
+  const Index group = shape.num_attention_heads / shape.num_key_value_heads;
+  const Index query_width = shape.num_attention_heads * dim;
+
+  std::vector<std::vector<float>> packed_keys(static_cast<std::size_t>(shape.num_key_value_heads));
+  Index longest = 0;
+#pragma omp parallel for num_threads(execution.threads) schedule(dynamic) reduction(max : longest)
+  for (int kv_head = 0; kv_head < shape.num_key_value_heads; ++kv_head) {
+    const Index length = cache.length(layer, kv_head);
+    longest = std::max(longest, length);
+    auto& packed = packed_keys[static_cast<std::size_t>(kv_head)];
+    const Index padded = (length + kernels.tile_rows - 1) / kernels.tile_rows * kernels.tile_rows;
+    packed.resize(static_cast<std::size_t>(padded * dim));
+    kernels.pack(DType::float32, reinterpret_cast<const std::byte*>(cache.keys(layer, kv_head)), dim, length, dim,
+                 kernels.tile_rows, packed.data());
+  }
+
+  const Index blocks = (count + kQueryBlock - 1) / kQueryBlock;
+  const Index tasks = shape.num_attention_heads * kTasksPerHead;
+  const Index mass_width = mass.empty() ? 0 : static_cast<Index>(mass.size()) / shape.num_attention_heads;
+  std::vector<double> partial_mass(static_cast<std::size_t>(tasks * mass_width));
+#pragma omp parallel num_threads(execution.threads)
+  {
+    Workspace work;
+    work.queries.resize(static_cast<std::size_t>(dim * kQueryBlock));
+    work.outputs.resize(static_cast<std::size_t>(dim * kQueryBlock));
+    work.logits.resize(static_cast<std::size_t>(longest * kQueryBlock));
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < tasks; ++task) {
+      const Index query_head = task / kTasksPerHead;
+      const int kv_head = static_cast<int>(query_head / group);
+      HeadView head;
+      head.head_dim = dim;
+      head.query_width = query_width;
+      head.earlier = cache.length(layer, kv_head) - count;
+      head.packed_keys = packed_keys[static_cast<std::size_t>(kv_head)].data();
+      head.values = cache.values(layer, kv_head);
+      head.queries = queries.data() + query_head * dim;
+      head.outputs = outputs.data() + query_head * dim;
+      head.scale = static_cast<float>(shape.softmax_scale);
+      double* task_mass = mass.empty() ? nullptr : partial_mass.data() + task * mass_width;
+      for (Index block = task % kTasksPerHead; block < blocks; block += kTasksPerHead) {
+        const Index first = block * kQueryBlock;
+        attend_block(kernels, head, first, std::min(kQueryBlock, count - first), work, task_mass);
+      }
+    }
+  }
+  for (Index task = 0; task < tasks && !mass.empty(); ++task) {
+    for (Index j = 0; j < mass_width; ++j) {
+      mass[static_cast<std::size_t>(task / kTasksPerHead * mass_width + j)] +=
+          partial_mass[static_cast<std::size_t>(task * mass_width + j)];
+    }
+  }
+}
+
+// A single token: bound by reading the cache, so the query heads of a group follow each other over the same rows.
+void attend_one(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
+                std::span<const float> queries, std::span<float> outputs) {
+  const Kernels& kernels = *execution.kernels;
+  const Index dim = shape.head_dim;
+  const Index group = shape.num_attention_heads / shape.num_key_value_heads;
+#pragma omp parallel for num_threads(execution.threads) schedule(dynamic)
+  for (int kv_head = 0; kv_head < shape.num_key_value_heads; ++kv_head) {
+    const Index keys = cache.length(layer, kv_head);
+    const float* head_keys = cache.keys(layer, kv_head);
+    const Index first_head = kv_head * group;
+    std::vector<float> weights(static_cast<std::size_t>(group * keys));
+    std::vector<float> query(static_cast<std::size_t>(dim));
+    for (Index start = 0; start < keys; start += kKeyBlock) {
+      for (Index member = 0; member < group; ++member) {
+        const float* from = queries.data() + (first_head + member) * dim;
+        for (Index d = 0; d < dim; ++d) {
+          query[static_cast<std::size_t>(d)] = from[d] * static_cast<float>(shape.softmax_scale);
+        }
+        kernels.multiply_vector(DType::float32, reinterpret_cast<const std::byte*>(head_keys + start * dim),
+                                std::min(kKeyBlock, keys - start), dim, query.data(),
+                                weights.data() + member * keys + start);
+      }
+    }
+    for (Index member = 0; member < group; ++member) kernels.softmax(keys, weights.data() + member * keys);
+    for (Index start = 0; start < keys; start += kKeyBlock) {
+      for (Index member = 0; member < group; ++member) {
+        kernels.multiply(1, dim, std::min(kKeyBlock, keys - start), weights.data() + member * keys + start, 0, 1,
+                         cache.values(layer, kv_head) + start * dim, kernels.tile_columns, dim,
+                         outputs.data() + (first_head + member) * dim, 0, start > 0);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void attend(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
+            std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass) {
+  if (count == 1 && mass.empty()) {
+    attend_one(execution, shape, cache, layer, queries, outputs);
+  } else {
+    attend_many(execution, shape, cache, layer, queries, count, outputs, mass);
+  }
+}
+
+}  // namespace kvreplay::tracer

@@ -1,0 +1,28 @@
+// Causal softmax attention of new tokens over the cache.
+#pragma once
+
+#include <span>
+
+#include "tracer/kv_cache.h"
+#include "tracer/linear.h"
+
+namespace kvreplay::tracer {
+
+/// The heads of a layer as attention sees them.
+struct AttentionShape {
+  int num_attention_heads = 0;
+  int num_key_value_heads = 0;
+  int head_dim = 0;
+  double softmax_scale = 0;  ///< what q·k is multiplied by
+};
+
+/// Attends the last `count` tokens of a layer's cache to everything up to themselves. The cache holds the new tokens'
+/// keys and values already; what stood in a head before them is seen by all of them.
+/// `queries` and `outputs` are [count, H·D]. `mass`, unless empty, is [H, N] for the N tokens that went through the
+/// model so far, new ones included: the attention that each key received from the new queries, summed in double. It
+/// needs a cache from which nothing was taken.
+/// Memory beside the arguments: the keys of the layer once more, and 64 floats per cached token and thread.
+void attend(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
+            std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass);
+
+}  // namespace kvreplay::tracer

@@ -1,0 +1,69 @@
+// Captures a run: a prompt through a real model, and what it generates, into a kvtrace file.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "trace/trace.h"
+#include "tracer/spans.h"
+#include "tracer/transformer.h"
+
+namespace kvreplay::tracer {
+
+/// How far a capture is.
+struct CaptureProgress {
+  enum class Stage { prefill, decode, write };
+  Stage stage = Stage::prefill;
+  double fraction = 0;           ///< of the stage
+  double tokens_per_second = 0;  ///< of prefill or decode; 0 while it cannot be told
+};
+
+struct CaptureOptions {
+  std::filesystem::path model_folder;
+
+  /// The prompt: text for the model's tokenizer, or ids that are taken as they are.
+  std::optional<std::string> prompt_text;
+  std::vector<std::int32_t> prompt_ids;
+  std::string prompt_name;  ///< where it came from, for the trace's provenance; no path
+
+  int generate = 0;                 ///< tokens to generate greedily, fewer if the sequence ends
+  std::optional<int> query_window;  ///< capture only the last so many prompt queries and all after; nothing: all
+  DType dtype = DType::float32;     ///< of the tensors in the file
+  bool output_projection = true;    ///< whether the file holds the layers' output projections
+  std::vector<SpanRequest> spans;
+  std::filesystem::path output;
+  Transformer::Options execution;
+
+  std::function<void(const CaptureProgress&)> on_progress;  ///< may be empty
+  std::function<void(const std::string& line)> on_warning;  ///< may be empty
+};
+
+struct CaptureSummary {
+  std::filesystem::path output;
+  std::uintmax_t file_bytes = 0;
+  int num_layers = 0;
+  int prompt_tokens = 0;
+  int queries = 0;
+  std::vector<std::int32_t> generated_ids;
+  std::optional<std::string> generated_text;  ///< nothing where the model's folder has no tokenizer
+  bool ended = false;                         ///< the last generated token ends the sequence
+  double prefill_seconds = 0;
+  double decode_seconds = 0;  ///< of all generated tokens but the first, which prefill gives
+};
+
+/// Reads whitespace-separated decimal token ids. Throws Error, beginning with `name`, at anything else, and if there
+/// are none.
+std::vector<std::int32_t> parse_token_ids(std::string_view text, std::string_view name);
+
+/// Runs the model on the prompt, generates, and writes the trace. Keys and values are held in float32 until the end, as
+/// are the captured queries and outputs, since the file's shapes depend on how much was generated.
+/// Throws Error, leaving no file, if anything cannot be read, run or written; what can be known before the model runs
+/// is checked before.
+CaptureSummary capture(const CaptureOptions& options);
+
+}  // namespace kvreplay::tracer

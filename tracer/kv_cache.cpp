@@ -1,0 +1,24 @@
+#include "tracer/kv_cache.h"
+
+namespace kvreplay::tracer {
+
+KvCache::KvCache(int num_layers, int num_key_value_heads, int head_dim, Index capacity)
+    : num_heads_(num_key_value_heads),
+      head_dim_(head_dim),
+      capacity_(capacity),
+      lengths_(static_cast<std::size_t>(num_layers) * static_cast<std::size_t>(num_key_value_heads)),
+      keys_(static_cast<std::size_t>(num_layers)),
+      values_(static_cast<std::size_t>(num_layers)) {
+  const auto floats = static_cast<std::size_t>(num_key_value_heads * capacity * head_dim + kReadAhead);
+  for (auto& layer : keys_) layer.resize(floats);
+  for (auto& layer : values_) layer.resize(floats);
+}
+
+KvCache::Rows KvCache::append(int layer, int head, Index rows) {
+  Index& length = lengths_[index(layer, head)];
+  const Index at = offset(head) + length * head_dim_;
+  length += rows;
+  return {keys_[layer_of(layer)].data() + at, values_[layer_of(layer)].data() + at};
+}
+
+}  // namespace kvreplay::tracer

@@ -1,0 +1,59 @@
+// The keys and values that attention reads.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "base/matrix.h"
+
+namespace kvreplay::tracer {
+
+/// Keys and values of every layer and KV head, a row per cached token, in float32 as they are attended to (keys after
+/// rotary embedding). Every head counts its own rows, and what a row is does not depend on its place, so that heads may
+/// hold different tokens.
+class KvCache {
+ public:
+  /// Room for `capacity` rows in each head.
+  KvCache(int num_layers, int num_key_value_heads, int head_dim, Index capacity);
+
+  Index capacity() const { return capacity_; }
+
+  /// Tokens that went through the model: the position of the next one.
+  Index next_position() const { return next_position_; }
+  void advance(Index tokens) { next_position_ += tokens; }
+
+  /// Rows that a head holds.
+  Index length(int layer, int head) const { return lengths_[index(layer, head)]; }
+
+  /// [length, D].
+  const float* keys(int layer, int head) const { return keys_[layer_of(layer)].data() + offset(head); }
+  const float* values(int layer, int head) const { return values_[layer_of(layer)].data() + offset(head); }
+
+  /// Rows are at least this many floats away from the end of the memory that may be read.
+  static constexpr Index kReadAhead = 64;
+
+  /// Makes room for `rows` more rows at the end of a head and gives the place of the first of them.
+  /// Precondition: they fit the capacity.
+  struct Rows {
+    float* keys;
+    float* values;
+  };
+  Rows append(int layer, int head, Index rows);
+
+ private:
+  std::size_t layer_of(int layer) const { return static_cast<std::size_t>(layer); }
+  std::size_t index(int layer, int head) const {
+    return static_cast<std::size_t>(layer) * static_cast<std::size_t>(num_heads_) + static_cast<std::size_t>(head);
+  }
+  Index offset(int head) const { return head * capacity_ * head_dim_; }
+
+  int num_heads_;
+  int head_dim_;
+  Index capacity_;
+  Index next_position_ = 0;
+  std::vector<Index> lengths_;
+  std::vector<std::vector<float>> keys_;
+  std::vector<std::vector<float>> values_;
+};
+
+}  // namespace kvreplay::tracer

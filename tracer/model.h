@@ -1,0 +1,44 @@
+// A model's weights in their places.
+#pragma once
+
+#include <filesystem>
+#include <vector>
+
+#include "tracer/model_config.h"
+#include "tracer/safetensors.h"
+
+namespace kvreplay::tracer {
+
+/// y = x·Wᵀ + b.
+struct LinearWeights {
+  Tensor weight;            ///< [out, in], as PyTorch stores it
+  std::vector<float> bias;  ///< [out], or empty for none
+};
+
+/// One block of a model.
+struct LayerWeights {
+  std::vector<float> attention_norm;  ///< [C]
+  LinearWeights query;                ///< [H·D, C]
+  LinearWeights key;                  ///< [K·D, C]
+  LinearWeights value;                ///< [K·D, C]
+  LinearWeights output;               ///< [C, H·D]
+  std::vector<float> mlp_norm;        ///< [C]
+  LinearWeights gate;                 ///< [I, C]
+  LinearWeights up;                   ///< [I, C]
+  LinearWeights down;                 ///< [C, I]
+};
+
+/// A model that is ready to run. Matrices stay in the mapped files; vectors are copied to float32.
+struct Model {
+  /// Reads config.json and finds every weight in the folder's safetensors files. Throws Error.
+  explicit Model(const std::filesystem::path& folder);
+
+  ModelConfig config;
+  SafeTensors files;
+  Tensor embedding;  ///< [vocabulary, C]
+  std::vector<LayerWeights> layers;
+  std::vector<float> final_norm;  ///< [C]
+  LinearWeights output_head;      ///< [vocabulary, C]
+};
+
+}  // namespace kvreplay::tracer

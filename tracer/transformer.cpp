@@ -1,0 +1,222 @@
+#include "tracer/transformer.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string_view>
+
+#include "base/error.h"
+
+namespace kvreplay::tracer {
+
+namespace {
+
+std::span<float> block_of(std::span<float> rows, Index first, Index count, Index width) {
+  return rows.subspan(static_cast<std::size_t>(first * width), static_cast<std::size_t>(count * width));
+}
+
+// The first value that is NaN or infinite, or -1.
+Index first_not_finite(std::span<const float> values) {
+  bool all_finite = true;
+  for (const float value : values) all_finite &= std::abs(value) <= std::numeric_limits<float>::max();
+  if (all_finite) return -1;
+  const auto found = std::find_if(values.begin(), values.end(), [](float value) { return !std::isfinite(value); });
+  return found - values.begin();
+}
+
+Error not_finite(std::string_view what, int layer, std::string_view head_kind, Index head, Index position,
+                 float value) {
+  return Error(
+      fmt::format("the model computed {} in the {} of layer {}, {} head {}, position {}: its weights or its "
+                  "config.json are damaged",
+                  std::isnan(value) ? "NaN" : "infinity", what, layer, head_kind, head, position));
+}
+
+// `rows` is [count, heads * dim].
+void check_rows(std::span<const float> rows, std::string_view what, int layer, std::string_view head_kind, Index width,
+                Index dim, Index first_position) {
+  const Index at = first_not_finite(rows);
+  if (at < 0) return;
+  throw not_finite(what, layer, head_kind, at % width / dim, first_position + at / width,
+                   rows[static_cast<std::size_t>(at)]);
+}
+
+}  // namespace
+
+Transformer::Transformer(const Model& model, const Options& options)
+    : model_(model),
+      execution_{options.kernels, options.threads},
+      block_tokens_(options.block_tokens),
+      inverse_frequencies_(model.config.rotary.inverse_frequencies(model.config.head_dim)) {}
+
+std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCache& cache, ForwardObserver* observer) {
+  const ModelConfig& config = model_.config;
+  const Index count = static_cast<Index>(ids.size());
+  const Index width = config.hidden_size;
+  const Index query_width = Index{config.num_attention_heads} * config.head_dim;
+  const Index first_position = cache.next_position();
+  const AttentionShape shape = {config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+                                config.softmax_scale};
+
+  std::vector<float> hidden_rows(static_cast<std::size_t>(count * width));
+  const std::span<float> hidden(hidden_rows);
+  const Tensor& embedding = model_.embedding;
+  for (Index token = 0; token < count; ++token) {
+    const Index offset = ids[static_cast<std::size_t>(token)] * width * static_cast<Index>(size_of(embedding.type));
+    to_float32(embedding.type, embedding.data + offset, block_of(hidden, token, 1, width));
+  }
+
+  const bool wants_mass = observer != nullptr && observer->wants_attention_mass();
+  std::vector<float> queries(static_cast<std::size_t>(count * query_width));
+  std::vector<float> outputs(queries.size());
+  std::vector<double> mass;
+  for (int number = 0; number < config.num_layers; ++number) {
+    const LayerWeights& layer = model_.layers[static_cast<std::size_t>(number)];
+    const auto report = [&](Index tokens_of_half, int half) {
+      if (observer == nullptr) return;
+      const double layers = number + (half + static_cast<double>(tokens_of_half) / static_cast<double>(count)) / 2;
+      observer->on_progress(layers / config.num_layers);
+    };
+
+    for (Index first = 0; first < count; first += block_tokens_) {
+      const Index block = std::min(block_tokens_, count - first);
+      project(layer, block_of(hidden, first, block, width), block, first_position + first, cache, number,
+              block_of(queries, first, block, query_width));
+      report(first + block, 0);
+    }
+
+    if (wants_mass) mass.assign(static_cast<std::size_t>(config.num_attention_heads * (first_position + count)), 0);
+    attend(execution_, shape, cache, number, queries, count, outputs, mass);
+    check_rows(outputs, "attention output", number, "query", query_width, config.head_dim, first_position);
+    if (observer != nullptr) observer->on_attention({number, first_position, count, queries, outputs, mass}, cache);
+
+    // Nothing reads what the last layer makes of any token but the last.
+    const Index first_needed = number + 1 < config.num_layers ? 0 : count - 1;
+    for (Index first = first_needed; first < count; first += block_tokens_) {
+      const Index block = std::min(block_tokens_, count - first);
+      feed_forward(layer, block_of(outputs, first, block, query_width), block, block_of(hidden, first, block, width));
+      report(first + block, 1);
+    }
+  }
+  cache.advance(count);
+
+  std::vector<float> last(static_cast<std::size_t>(width));
+  normalize(block_of(hidden, count - 1, 1, width), model_.final_norm, last);
+  std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
+  LinearInput(execution_, last, 1).multiply(model_.output_head, logits);
+  if (first_not_finite(logits) >= 0) {
+    throw Error(
+        fmt::format("the model computed NaN or infinity in the logits after position {}: its weights or its "
+                    "config.json are damaged",
+                    first_position + count - 1));
+  }
+  return logits;
+}
+
+void Transformer::project(const LayerWeights& layer, std::span<const float> hidden, Index count, Index first,
+                          KvCache& cache, int layer_number, std::span<float> queries) {
+  const ModelConfig& config = model_.config;
+  const Index dim = config.head_dim;
+  const Index query_width = Index{config.num_attention_heads} * dim;
+  const Index kv_width = Index{config.num_key_value_heads} * dim;
+
+  std::vector<float> normalized(hidden.size());
+  normalize(hidden, layer.attention_norm, normalized);
+  const LinearInput input(execution_, normalized, count);
+  std::vector<float> keys(static_cast<std::size_t>(count * kv_width));
+  std::vector<float> values(keys.size());
+  input.multiply(layer.query, queries);
+  input.multiply(layer.key, keys);
+  input.multiply(layer.value, values);
+  rotate(queries, count, query_width, first);
+  rotate(keys, count, kv_width, first);
+  check_rows(queries, "queries", layer_number, "query", query_width, dim, first);
+  check_rows(keys, "keys", layer_number, "KV", kv_width, dim, first);
+  check_rows(values, "values", layer_number, "KV", kv_width, dim, first);
+
+  for (int head = 0; head < config.num_key_value_heads; ++head) {
+    const KvCache::Rows rows = cache.append(layer_number, head, count);
+    for (Index token = 0; token < count; ++token) {
+      const Index from = token * kv_width + head * dim;
+      std::copy_n(keys.data() + from, dim, rows.keys + token * dim);
+      std::copy_n(values.data() + from, dim, rows.values + token * dim);
+    }
+  }
+}
+
+void Transformer::feed_forward(const LayerWeights& layer, std::span<const float> attended, Index count,
+                               std::span<float> hidden) {
+  const Index intermediate = model_.config.intermediate_size;
+  std::vector<float> rows(hidden.size());
+  const auto add_to_hidden = [&] {
+    for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] += rows[i];
+  };
+  LinearInput(execution_, attended, count).multiply(layer.output, rows);
+  add_to_hidden();
+
+  normalize(hidden, layer.mlp_norm, rows);
+  std::vector<float> gate(static_cast<std::size_t>(count * intermediate));
+  std::vector<float> up(gate.size());
+  {
+    const LinearInput input(execution_, rows, count);
+    input.multiply(layer.gate, gate);
+    input.multiply(layer.up, up);
+  }
+#pragma omp parallel for num_threads(execution_.threads) schedule(static)
+  for (Index token = 0; token < count; ++token) {
+    execution_.kernels->silu_multiply(intermediate, gate.data() + token * intermediate,
+                                      up.data() + token * intermediate);
+  }
+  LinearInput(execution_, gate, count).multiply(layer.down, rows);
+  add_to_hidden();
+}
+
+// RMSNorm of every row, whose width is the weight's.
+void Transformer::normalize(std::span<const float> hidden, std::span<const float> weight, std::span<float> out) const {
+  const Index width = static_cast<Index>(weight.size());
+  const Index count = static_cast<Index>(hidden.size()) / width;
+#pragma omp parallel for num_threads(execution_.threads) schedule(static)
+  for (Index token = 0; token < count; ++token) {
+    const float* row = hidden.data() + token * width;
+    float* normalized = out.data() + token * width;
+    double squares = 0;
+    for (Index i = 0; i < width; ++i) squares += static_cast<double>(row[i]) * static_cast<double>(row[i]);
+    const double mean = squares / static_cast<double>(width);
+    const auto factor = static_cast<float>(1 / std::sqrt(mean + model_.config.rms_norm_eps));
+    for (Index i = 0; i < width; ++i) normalized[i] = row[i] * factor * weight[static_cast<std::size_t>(i)];
+  }
+}
+
+// Turns the halves of every head against each other, as Hugging Face checkpoints expect.
+void Transformer::rotate(std::span<float> heads, Index count, Index width, Index first) const {
+  const Index half = model_.config.head_dim / 2;
+#pragma omp parallel for num_threads(execution_.threads) schedule(static)
+  for (Index token = 0; token < count; ++token) {
+    std::vector<float> cosines(static_cast<std::size_t>(half));
+    std::vector<float> sines(cosines.size());
+    for (std::size_t i = 0; i < cosines.size(); ++i) {
+      // The angle is rounded to float32, as where the model was trained; at position 100,000 that is 0.004 rad.
+      const float angle = static_cast<float>(first + token) * inverse_frequencies_[i];
+      cosines[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+      sines[i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+    }
+    for (float* head = heads.data() + token * width; head < heads.data() + (token + 1) * width; head += 2 * half) {
+      for (Index i = 0; i < half; ++i) {
+        const float left = head[i];
+        const float right = head[half + i];
+        const float cosine = cosines[static_cast<std::size_t>(i)];
+        const float sine = sines[static_cast<std::size_t>(i)];
+        head[i] = left * cosine - right * sine;
+        head[half + i] = right * cosine + left * sine;
+      }
+    }
+  }
+}
+
+std::int32_t most_likely(std::span<const float> logits) {
+  return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+}
+
+}  // namespace kvreplay::tracer

@@ -110,7 +110,7 @@ void run_capture(const CaptureArguments& arguments) {
   options.output_projection = !arguments.no_projection;
   if (!arguments.spans.empty()) options.spans = tracer::read_spans(arguments.spans);
   options.output = arguments.output;
-  options.execution.threads = arguments.threads > 0 ? arguments.threads : omp_get_num_procs();
+  options.execution.threads = arguments.threads > 0 ? arguments.threads : omp_get_max_threads();
 
   options.on_warning = [](const std::string& warning) { fmt::print(stderr, "warning: {}\n", warning); };
   tracer::CaptureSummary summary;

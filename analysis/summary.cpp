@@ -86,7 +86,7 @@ std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays) {
     int with_spans = 0;
   };
   std::vector<Sum> sums;
-  std::vector<std::string> capacities = {"all"};
+  std::vector<std::string> capacities = {std::string(kAllPositions)};
   for (const TraceReplay& replay : replays) {
     for (const ReplayResult& result : replay.results) {
       if (std::ranges::find(capacities, result.capacity_request) == capacities.end()) {

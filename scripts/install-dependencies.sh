@@ -57,12 +57,14 @@ probe() {
   {
     echo 'cmake_minimum_required(VERSION 3.25)'
     echo 'project(probe LANGUAGES C CXX)'
-    grep -hE '^(find_package|pkg_check_modules|set\(HDF5_)' "$root/CMakeLists.txt" "$root/tests/CMakeLists.txt"
+    grep -hE '^(find_package|find_path|find_library|pkg_check_modules|set\(HDF5_)' \
+      "$root/CMakeLists.txt" "$root/tests/CMakeLists.txt"
   } >"$folder/CMakeLists.txt"
   cmake -G Ninja -S "$folder" -B "$folder/build" >"$folder/log" 2>&1 || {
     status=1
-    # CMake's own words for what it did not find.
-    grep -A3 -E 'Error at|By not providing' "$folder/log" | sed -nE '/Error at|^--/d; s/^ +//p' | head -n 4
+    local line
+    line=$(grep -oE 'CMakeLists\.txt:[0-9]+' "$folder/log" | head -n 1)
+    echo "CMake stops${line:+ at $(sed -n "${line#*:}p" "$folder/CMakeLists.txt")}"
   }
   if [ $status -eq 0 ] && [ $with_clang -eq 1 ]; then
     echo '#include <omp.h>
@@ -103,7 +105,7 @@ fi
 
 if [ $has_apt -eq 0 ]; then
   list_of_needs >&2
-  die "this system has no apt, so nothing was installed. First obstacle: $reason"
+  die "this system has no apt, so nothing was installed. $reason"
 fi
 
 # Older releases carry a CMake and libraries that the build would refuse.

@@ -24,18 +24,13 @@ std::string step_of(const Method& method) {
   return "";
 }
 
-std::string written(const Method& method) {
-  return (method.step == Method::Step::policy ? "" : "+") + method.name;
-}
-
 void list_methods() {
-  std::vector<std::vector<std::string>> rows;
   for (const Method* method : registered_methods()) {
     std::string parameters;
     for (const Parameter& parameter : method->parameters) {
-      parameters += (parameters.empty() ? "" : ", ") + parameter.name + "=" + parameter.default_value;
+      parameters += fmt::format("{}{}={}", parameters.empty() ? "" : ", ", parameter.name, parameter.default_value);
     }
-    fmt::print("{}{}\n    {}\n    {}\n", written(*method), parameters.empty() ? "" : "(" + parameters + ")",
+    fmt::print("{}{}\n    {}\n    {}\n", written_name(*method), parameters.empty() ? "" : fmt::format("({})", parameters),
                method->summary, method->source);
   }
   fmt::print("\nA spec names a policy and the parameters that differ from their defaults, as in restkv(alpha=0.5).\n"
@@ -43,7 +38,7 @@ void list_methods() {
 }
 
 void explain_method(const Method& method) {
-  fmt::print("{} ({})\n  {}\n  source: {}\n", written(method), step_of(method), method.summary, method.source);
+  fmt::print("{} ({})\n  {}\n  source: {}\n", written_name(method), step_of(method), method.summary, method.source);
   if (method.parameters.empty()) {
     fmt::print("  no parameters\n");
     return;
@@ -59,8 +54,10 @@ void explain_method(const Method& method) {
 void explain_spec(const std::string& spec) {
   const Policy policy = make_policy(spec);
   fmt::print("canonical: {}\n", policy.canonical);
+  bool first = true;
   for (const SpecPart& part : parse_spec(spec)) {
-    const Method& method = *find_method(part.name);
+    const Method& method = *find_method(fmt::format("{}{}", first ? "" : "+", part.name));
+    first = false;
     const Arguments arguments(part, method.parameters);
     fmt::print("\n");
     explain_method(method);

@@ -90,6 +90,9 @@ class Head {
 
   bool has_output_projection() const { return has_output_projection_; }
 
+  /// The columns of the output projection that this query head goes through: [C, D]. Read anew at every call.
+  Matrix output_projection(int member) const { return source_.output_projection(member); }
+
   /// R, upper triangular of at most D rows, with ‖R x‖ = ‖W x‖ for every x of D elements, W being the columns of the
   /// output projection that this query head goes through. Lengths after the projection thus cost D² instead of C·D.
   const Matrix& projection_factor(int member) const;

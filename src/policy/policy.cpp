@@ -20,35 +20,20 @@ std::map<std::string, Method, std::less<>>& registry() {
   return methods;
 }
 
-std::string_view step_name(Method::Step step) {
-  switch (step) {
-    case Method::Step::policy:
-      return "policy";
-    case Method::Step::budget:
-      return "budget";
-    case Method::Step::selection:
-      return "selection";
-  }
-  return "";
-}
-
 const Method& method_for(const SpecPart& part, bool first) {
-  const Method* method = find_method(part.name);
-  const bool fits = method != nullptr && (method->step == Method::Step::policy) == first;
-  if (fits) return *method;
-  if (method != nullptr) {
-    throw UsageError(first ? fmt::format("'{}' is a {}; write it after a policy, as in snapkv+{}", part.name,
-                                         step_name(method->step), part.name)
+  const std::string as_step = fmt::format("+{}", part.name);
+  const Method* method = find_method(first ? part.name : as_step);
+  if (method != nullptr) return *method;
+  if (find_method(first ? as_step : part.name) != nullptr) {
+    throw UsageError(first ? fmt::format("'{0}' is a step of a policy; write it after one, as in snapkv+{0}", part.name)
                            : fmt::format("'{}' is a policy; after '+' stands a budget or a selection", part.name));
   }
   std::vector<std::string> names;
   for (const auto& [name, candidate] : registry()) {
-    if ((candidate.step == Method::Step::policy) == first) names.push_back(name);
+    if ((candidate.step == Method::Step::policy) == first) names.push_back(candidate.name);
   }
-  const std::string_view kind = first ? "policy" : "budget or selection";
-  throw UsageError(names.empty() ? fmt::format("unknown {} '{}'", kind, part.name)
-                                 : fmt::format("unknown {} '{}'.{} Known: {}", kind, part.name,
-                                               suggestion(part.name, names), fmt::join(names, ", ")));
+  throw UsageError(fmt::format("unknown {} '{}'.{} Known: {}", first ? "policy" : "budget or selection", part.name,
+                               suggestion(part.name, names), fmt::join(names, ", ")));
 }
 
 void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
@@ -95,12 +80,27 @@ std::string_view name_of(Share share) {
   return "";
 }
 
+void Ranking::refine(const Head& /*head*/, std::span<const int> /*members*/, int /*capacity*/,
+                     std::span<float> /*scores*/) const {}
+
+int sets_per_layer(const BudgetRequest& request) {
+  switch (request.granularity) {
+    case Granularity::query:
+      return request.num_query_heads;
+    case Granularity::kv:
+      return request.num_kv_heads;
+    case Granularity::layer:
+      return 1;
+  }
+  return 1;
+}
+
 int Policy::minimum_capacity() const {
   return ranking ? std::max(1, ranking->protection().count()) : pattern->minimum_capacity();
 }
 
 MethodRegistration::MethodRegistration(Method method) {
-  std::string name = method.name;
+  std::string name = written_name(method);
   if (!registry().emplace(name, std::move(method)).second) {
     throw std::logic_error("two methods are registered under the name " + name);
   }
@@ -109,11 +109,16 @@ MethodRegistration::MethodRegistration(Method method) {
 std::vector<const Method*> registered_methods() {
   std::vector<const Method*> methods;
   for (const auto& [name, method] : registry()) methods.push_back(&method);
+  std::ranges::stable_sort(methods, {}, [](const Method* method) { return method->step; });
   return methods;
 }
 
-const Method* find_method(std::string_view name) {
-  const auto found = registry().find(name);
+std::string written_name(const Method& method) {
+  return fmt::format("{}{}", method.step == Method::Step::policy ? "" : "+", method.name);
+}
+
+const Method* find_method(std::string_view written_name) {
+  const auto found = registry().find(written_name);
   return found == registry().end() ? nullptr : &found->second;
 }
 
@@ -129,7 +134,7 @@ Policy make_policy(std::string_view spec) {
       policy.canonical = arguments.canonical();
     } else {
       add_step(policy, parts[i], std::move(step));
-      policy.canonical += "+" + arguments.canonical();
+      policy.canonical += fmt::format("+{}", arguments.canonical());
     }
   }
   return policy;

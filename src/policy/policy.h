@@ -47,6 +47,15 @@ class Ranking {
   /// are not looked at. `capacity` is the capacity asked for, before any budget shifts it between layers or heads; at
   /// least protection().count(), at most P. Throws Error where the head lacks what it needs.
   virtual void score(const Head& head, int member, int capacity, std::span<float> scores) const = 0;
+
+  /// A second look at scores that the query heads `members` of the head's group already share: [P], in place. For
+  /// methods whose later stage works on shared scores; most have none. Where a whole layer shares, each KV head's part
+  /// is refined before the parts are combined.
+  virtual void refine(const Head& head, std::span<const int> members, int capacity, std::span<float> scores) const;
+
+  /// Whether a pyramid is drawn also for prompts shorter than twice the capacity. PyramidKV's code keeps to a uniform
+  /// budget there, ReST-KV's does not.
+  virtual bool pyramid_on_short_prompts() const { return false; }
 };
 
 /// A method that keeps positions by a rule alone, without looking at keys, values or queries.
@@ -57,8 +66,16 @@ class Pattern {
   /// The smallest capacity that the pattern can be drawn with.
   virtual int minimum_capacity() const { return 1; }
 
-  /// True for methods that keep everything.
-  virtual bool ignores_capacity() const { return false; }
+  /// What the capacity asked for means to the pattern.
+  enum class CapacityRule {
+    asked,       ///< it is kept to
+    everything,  ///< all positions are kept whatever it is
+    own,         ///< the pattern brings its own
+  };
+  virtual CapacityRule capacity_rule() const { return CapacityRule::asked; }
+
+  /// Whether the query heads of a group keep different positions, so that only granularity query can show them.
+  virtual bool differs_within_group() const { return false; }
 
   /// The kept positions, ascending, for a head of this shape. `member` is the query head of the group whose set is
   /// asked for at granularity query, and 0 where the group shares one.
@@ -85,7 +102,14 @@ struct BudgetRequest {
   int prompt_length = 0;
   int capacity = 0;                             ///< asked for, per kept set, on average over layers
   Protection protection;                        ///< counted in the capacity
-  std::vector<std::span<const float>> scores;   ///< a kept set each: [P]; empty for a Pattern
+  Granularity granularity = Granularity::kv;    ///< whose capacities are asked for
+  int num_query_heads = 1;
+  int num_kv_heads = 1;
+  bool pyramid_on_short_prompts = false;        ///< see Ranking
+  /// Scores [P] of every query head of the layer, and of every KV head as its group shares them. Only there for
+  /// budgets that need scores.
+  std::vector<std::span<const float>> query_head_scores;
+  std::vector<std::span<const float>> kv_head_scores;
 };
 
 /// Step 4: how many positions each kept set of a layer gets. Without one, each gets the capacity asked for.
@@ -96,9 +120,13 @@ class Budget {
   /// Whether allocate() looks at the scores (an adaptive budget cannot be put on a pattern).
   virtual bool needs_scores() const { return false; }
 
-  /// A capacity for each kept set, protected positions included. `sets` is how many there are.
-  virtual std::vector<int> allocate(const BudgetRequest& request, int sets) const = 0;
+  /// The capacity of every query head (granularity query) or KV head (kv), or one for the layer, protected positions
+  /// included. Throws Error where it cannot be divided.
+  virtual std::vector<int> allocate(const BudgetRequest& request) const = 0;
 };
+
+/// How many capacities a budget gives out for a layer.
+int sets_per_layer(const BudgetRequest& request);
 
 /// Step 5: which positions a kept set holds. Without one, the positions with the highest scores.
 class Selection {
@@ -122,6 +150,7 @@ struct Policy {
   std::shared_ptr<const Selection> selection = {};  ///< or none: select_top
   std::optional<Granularity> granularity = {};  ///< the method's own, where it has one
   std::optional<Share> share = {};
+  bool oracle = false;  ///< looks at evaluation queries, which no policy can know; marked wherever it is shown
 
   /// The smallest legal capacity: the protected positions, and at least one.
   int minimum_capacity() const;
@@ -149,11 +178,14 @@ class MethodRegistration {
   explicit MethodRegistration(Method method);
 };
 
-/// All methods, by name.
+/// All methods: policies, then budgets, then selections, each by name.
 std::vector<const Method*> registered_methods();
 
-/// The method of that name and step, or null.
-const Method* find_method(std::string_view name);
+/// How a method is written in a spec: "snapkv", "+pyramid". A policy and a budget may share a name.
+std::string written_name(const Method& method);
+
+/// The method that is written like that ("snapkv", "+pyramid"), or null.
+const Method* find_method(std::string_view written_name);
 
 /// The policy that a spec stands for. Throws UsageError for malformed specs, unknown methods and parameters
 /// (suggesting the nearest), illegal values, and steps that do not go together.

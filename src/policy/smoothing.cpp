@@ -4,6 +4,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "policy/policy.h"
+
 namespace kvreplay {
 
 Temporal temporal_named(const std::string& name) {
@@ -69,6 +71,20 @@ AdaptiveWindow AdaptiveWindow::from_drift(double drift, double beta, int kernel)
   const double steps = std::floor(std::abs(drift) / beta);
   const double shift = std::floor(drift / beta) + (drift > 0 ? 0 : 1);
   return {std::max(kernel, static_cast<int>(2 * steps) + 1), static_cast<int>(shift)};
+}
+
+double attention_drift(const Head& head, int member, int window, int count) {
+  const int front = window / 2;
+  count = std::min(count, head.prompt_length());
+  if (count <= 0 || front == 0) return 0;
+  const auto mean_position = [&](int first, int last) {
+    double sum = 0;
+    for (int i = first; i < last; ++i) {
+      for (const int position : select_top(head.attention(member, window - 1 - i), {}, count)) sum += position;
+    }
+    return sum / (static_cast<double>(last - first) * count);
+  };
+  return mean_position(0, front) - mean_position(front, window);
 }
 
 void pool_adaptive(AdaptiveWindow window, std::span<float> scores) {

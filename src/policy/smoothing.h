@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "policy/head.h"
+
 namespace kvreplay {
 
 /// How the queries of the observation window are combined.
@@ -46,6 +48,11 @@ struct AdaptiveWindow {
   /// ⌊drift/β⌋ + 1 otherwise (arXiv 2605.08840; the floor of a quotient as the authors' code takes it).
   static AdaptiveWindow from_drift(double drift, double beta, int kernel);
 };
+
+/// D_front − D_rear: how far the most attended positions lie back in the window's second half compared with its first.
+/// D is the mean position of the `count` most attended ones of the prompt, over the queries of half a window of
+/// `window` queries. 0 where there is nothing to compare (no positions, or a window of one query).
+double attention_drift(const Head& head, int member, int window, int count);
 
 /// Replaces each score by the mean over `window.width` positions centred at its own plus `window.shift`; positions
 /// beyond an edge take the edge's score.

@@ -26,7 +26,7 @@ std::vector<OverlapTable> overlaps(const TraceReplay& replay) {
   const ModelInfo& model = replay.model;
   std::vector<std::vector<const ReplayResult*>> groups;
   for (const ReplayResult& result : replay.results) {
-    if (result.capacity_request == "all") continue;
+    if (result.capacity_request == kAllPositions) continue;
     const auto group = std::ranges::find_if(
         groups, [&result](const auto& g) { return g.front()->capacity_request == result.capacity_request; });
     if (group == groups.end()) {

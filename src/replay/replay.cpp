@@ -26,7 +26,10 @@ struct Setting {
   Share share;
 
   bool keeps_all(int prompt_length) const {
-    return capacity >= prompt_length || (policy->pattern && policy->pattern->ignores_capacity());
+    if (!policy->pattern) return capacity >= prompt_length;
+    const Pattern::CapacityRule rule = policy->pattern->capacity_rule();
+    return rule == Pattern::CapacityRule::everything ||
+           (rule == Pattern::CapacityRule::asked && capacity >= prompt_length);
   }
 
   // Whether a head's kept sets can be drawn without looking at the layer's other heads.
@@ -44,9 +47,10 @@ std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request
   const std::string& file = trace.path().string();
   std::vector<Setting> settings;
   for (const Policy& policy : request.policies) {
+    const auto rule = policy.pattern ? policy.pattern->capacity_rule() : Pattern::CapacityRule::asked;
+    const bool once = rule != Pattern::CapacityRule::asked;  // the same for every capacity asked for
     for (const CapacityRequest& asked : request.capacities) {
-      const bool all = policy.pattern && policy.pattern->ignores_capacity();
-      const int capacity = all ? eviction_position : asked.resolve(eviction_position);
+      const int capacity = once ? eviction_position : asked.resolve(eviction_position);
       if (capacity < policy.minimum_capacity() && capacity < eviction_position) {
         throw Error(fmt::format(
             "{}: capacity {}{} is below the {} positions that {} always keeps; ask for a larger capacity or protect "
@@ -56,8 +60,13 @@ std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request
       }
       const Granularity granularity = request.granularity.value_or(policy.granularity.value_or(Granularity::kv));
       const Share share = request.share.value_or(policy.share.value_or(Share::mean));
-      settings.push_back({&policy, all ? "all" : asked.text, std::min(capacity, eviction_position), granularity, share});
-      if (all) break;
+      if (policy.pattern && policy.pattern->differs_within_group() && granularity != Granularity::query) {
+        throw Error(fmt::format("{}: {} keeps a set per query head, which granularity {} cannot show; leave out "
+                                "--heads or set it to query",
+                                file, policy.canonical, name_of(granularity)));
+      }
+      settings.push_back({&policy, once ? std::string(kAllPositions) : asked.text, std::min(capacity, eviction_position), granularity, share});
+      if (once) break;
     }
   }
   for (const CapacityRequest& asked : request.capacities) {
@@ -114,7 +123,7 @@ class LayerSelection {
   LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings, int layer, int eviction_position)
       : trace_(trace), settings_(settings), layer_(layer), prompt_(eviction_position), model_(trace.info().model) {
     const auto kv_heads = static_cast<std::size_t>(model_.num_key_value_heads);
-    deferred_.resize(settings.size(), std::vector<Matrix>(kv_heads));
+    deferred_.resize(settings.size(), std::vector<HeadScores>(kv_heads));
     for (const Setting& setting : settings) {
       kept_.emplace_back(kv_heads * static_cast<std::size_t>(sets_per_kv_head(setting.granularity, model_)));
     }
@@ -123,57 +132,93 @@ class LayerSelection {
   // One list of kept sets per setting: H of them at granularity query, K otherwise.
   std::vector<std::vector<std::vector<int>>> run() {
     parallel_for(model_.num_key_value_heads, [this](int kv_head) { rank_head(kv_head); });
-    parallel_for(static_cast<int>(settings_.size()), [this](int setting) { select_deferred(setting); });
+    parallel_for(static_cast<int>(settings_.size()), [this](int setting) { select_together(setting); });
     return std::move(kept_);
   }
 
  private:
+  // Scores of one KV head after step 3; a part is empty where nothing asks for it.
+  struct HeadScores {
+    Matrix query;   // [group, P]: every query head's own
+    Matrix shared;  // [1, P]: what the group shares
+  };
+
   void rank_head(int kv_head) {
     const TraceHead source(trace_, layer_, kv_head, prompt_);
     const Head head(source);
-    // Scores are shared by the capacities of a policy, which follow each other.
-    const Setting* scored = nullptr;
-    Matrix scores;
+    const Setting* scored = nullptr;  // whose scores `scores` holds; a policy's capacities follow each other
+    HeadScores scores;
     for (std::size_t i = 0; i < settings_.size(); ++i) {
       const Setting& setting = settings_[i];
       const Policy& policy = *setting.policy;
-      if (setting.keeps_all(prompt_)) {
-        keep_all(i, kv_head);
-      } else if (policy.pattern) {
-        keep_pattern(i, head.shape());
-      } else {
-        const bool reusable =
-            scored != nullptr && scored->policy == setting.policy && !policy.ranking->depends_on_capacity();
-        if (!reusable) {
-          try {
-            scores = shared_scores(setting, head);
-          } catch (const Error& error) {
-            throw in_context(setting, kv_head, error);
+      try {
+        if (setting.keeps_all(prompt_)) {
+          keep_all(i, kv_head);
+        } else if (policy.pattern) {
+          keep_pattern(i, head.shape());
+        } else {
+          const bool reusable =
+              scored != nullptr && scored->policy == setting.policy && !policy.ranking->depends_on_capacity();
+          if (!reusable) scores = score_head(setting, head);
+          scored = &setting;
+          if (setting.is_local()) {
+            select_locally(i, kv_head, scores);
+          } else {
+            deferred_[i][static_cast<std::size_t>(kv_head)] = scores;
           }
         }
-        scored = &setting;
-        if (setting.is_local()) {
-          select(i, kv_head, scores);
-        } else {
-          deferred_[i][static_cast<std::size_t>(kv_head)] = scores;
-        }
+      } catch (const Error& error) {
+        throw in_context(setting, kv_head, error);
       }
     }
   }
 
-  // Steps 1 to 3 for one KV head: a row of scores per kept set; at granularity layer, this head's part of the row.
-  Matrix shared_scores(const Setting& setting, const Head& head) const {
-    const int group = model_.group_size();
+  // Steps 1 to 3 for one KV head.
+  HeadScores score_head(const Setting& setting, const Head& head) const {
     const Ranking& ranking = *setting.policy->ranking;
-    Matrix scores = Matrix::Zero(group, prompt_);
+    const bool compare_all = setting.policy->budget && setting.policy->budget->needs_scores();
+    const int group = model_.group_size();
+    HeadScores scores;
+    scores.query = Matrix::Zero(group, prompt_);
     for (int member = 0; member < group; ++member) {
-      ranking.score(head, member, setting.capacity, {scores.row(member).data(), static_cast<std::size_t>(prompt_)});
+      ranking.score(head, member, setting.capacity, row_of(scores.query, member));
     }
-    if (setting.granularity == Granularity::query) return scores;
-    // A mean over the layer is the sum here, divided by the number of its heads when all are there.
-    Matrix shared = setting.share == Share::max ? Matrix(scores.colwise().maxCoeff()) : Matrix(scores.colwise().sum());
-    if (setting.share == Share::mean && setting.granularity == Granularity::kv) shared /= static_cast<float>(group);
-    return shared;
+    std::vector<int> members(static_cast<std::size_t>(group));
+    std::iota(members.begin(), members.end(), 0);
+    if (setting.granularity != Granularity::query || compare_all) {
+      scores.shared = combine(scores.query, setting.share);
+      ranking.refine(head, members, setting.capacity, row_of(scores.shared, 0));
+    }
+    if (setting.granularity == Granularity::query || compare_all) {
+      for (const int& member : members) ranking.refine(head, {&member, 1}, setting.capacity, row_of(scores.query, member));
+    } else {
+      scores.query.resize(0, 0);
+    }
+    check_numbers(scores.query, ranking.protection());
+    check_numbers(scores.shared, ranking.protection());
+    return scores;
+  }
+
+  static Matrix combine(const Matrix& rows, Share share) {
+    switch (share) {
+      case Share::mean:
+        return rows.colwise().mean();
+      case Share::max:
+        return rows.colwise().maxCoeff();
+      case Share::sum:
+        return rows.colwise().sum();
+    }
+    return rows;
+  }
+
+  void check_numbers(const Matrix& scores, Protection protection) const {
+    for (Index row = 0; row < scores.rows(); ++row) {
+      for (Index position = protection.sinks; position < prompt_ - protection.window; ++position) {
+        if (std::isnan(scores(row, position))) {
+          throw Error(fmt::format("the score of position {} is not a number", position));
+        }
+      }
+    }
   }
 
   void keep_all(std::size_t setting, int kv_head) {
@@ -186,80 +231,97 @@ class LayerSelection {
   void keep_pattern(std::size_t setting, const HeadShape& shape) {
     const Setting& s = settings_[setting];
     const int sets = sets_per_kv_head(s.granularity, model_);
-    const std::vector<int> capacities = allocate(s, {}, sets);
+    const std::vector<int> capacities = allocate(s, {});
     for (int i = 0; i < sets; ++i) {
-      kept_[setting][static_cast<std::size_t>(shape.kv_head * sets + i)] =
-          s.policy->pattern->keep(shape, i, capacities[static_cast<std::size_t>(i)]);
+      const int set = shape.kv_head * sets + i;
+      kept_[setting][static_cast<std::size_t>(set)] = s.policy->pattern->keep(shape, i, capacity_for(capacities, set));
     }
   }
 
   // Steps 4 and 5 for the kept sets of one KV head.
-  void select(std::size_t setting, int kv_head, const Matrix& scores) {
+  void select_locally(std::size_t setting, int kv_head, const HeadScores& scores) {
     const Setting& s = settings_[setting];
-    const int sets = static_cast<int>(scores.rows());
-    const std::vector<int> capacities = allocate(s, {}, sets);
+    const Matrix& rows = s.granularity == Granularity::query ? scores.query : scores.shared;
+    const int sets = static_cast<int>(rows.rows());
+    const std::vector<int> capacities = allocate(s, {});
     for (int i = 0; i < sets; ++i) {
-      kept_[setting][static_cast<std::size_t>(kv_head * sets + i)] =
-          select_set(s, kv_head, row_of(scores, i), capacities[static_cast<std::size_t>(i)]);
+      const int set = kv_head * sets + i;
+      kept_[setting][static_cast<std::size_t>(set)] = select_set(s, row_of(rows, i), capacity_for(capacities, set));
     }
   }
 
-  // Steps 3 to 5 for settings whose heads depend on each other.
-  void select_deferred(int setting) {
-    const auto index = static_cast<std::size_t>(setting);
-    const Setting& s = settings_[index];
+  // Steps 4 and 5 for settings whose heads depend on each other.
+  void select_together(int index) {
+    const auto setting = static_cast<std::size_t>(index);
+    const Setting& s = settings_[setting];
     if (s.is_local() || s.policy->pattern || s.keeps_all(prompt_)) return;
-    std::vector<Matrix>& parts = deferred_[index];
-    if (s.granularity == Granularity::layer) {
-      Matrix scores = parts[0];
-      for (std::size_t i = 1; i < parts.size(); ++i) {
-        scores = s.share == Share::max ? Matrix(scores.cwiseMax(parts[i])) : Matrix(scores + parts[i]);
-      }
-      if (s.share == Share::mean) scores /= static_cast<float>(model_.num_attention_heads);
-      const int capacity = allocate(s, {row_of(scores, 0)}, 1)[0];
-      const std::vector<int> kept = select_set(s, 0, row_of(scores, 0), capacity);
-      std::ranges::fill(kept_[index], kept);
-      return;
-    }
-    std::vector<std::span<const float>> rows;
-    for (const Matrix& part : parts) {
-      for (Index i = 0; i < part.rows(); ++i) rows.push_back(row_of(part, i));
-    }
-    const std::vector<int> capacities = allocate(s, rows, static_cast<int>(rows.size()));
-    const int sets = sets_per_kv_head(s.granularity, model_);
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      kept_[index][i] = select_set(s, static_cast<int>(i) / sets, rows[i], capacities[i]);
-    }
-  }
-
-  std::vector<int> allocate(const Setting& setting, std::vector<std::span<const float>> scores, int sets) const {
-    if (!setting.policy->budget) return std::vector<int>(static_cast<std::size_t>(sets), setting.capacity);
-    const Protection protection = setting.policy->ranking ? setting.policy->ranking->protection() : Protection{};
-    return setting.policy->budget->allocate({.layer = layer_,
-                                             .num_layers = model_.num_layers,
-                                             .prompt_length = prompt_,
-                                             .capacity = setting.capacity,
-                                             .protection = protection,
-                                             .scores = std::move(scores)},
-                                            sets);
-  }
-
-  std::vector<int> select_set(const Setting& setting, int kv_head, std::span<const float> scores, int capacity) const {
-    const Protection protection = setting.policy->ranking->protection();
+    const std::vector<HeadScores>& parts = deferred_[setting];
     try {
-      return setting.policy->selection ? setting.policy->selection->select(scores, protection, capacity)
-                                       : select_top(scores, protection, capacity);
+      if (s.granularity == Granularity::layer) {
+        Matrix rows(static_cast<Index>(parts.size()), prompt_);
+        for (std::size_t i = 0; i < parts.size(); ++i) rows.row(static_cast<Index>(i)) = parts[i].shared;
+        const Matrix scores = combine(rows, s.share);
+        std::ranges::fill(kept_[setting], select_set(s, row_of(scores, 0), allocate(s, parts)[0]));
+        return;
+      }
+      const std::vector<int> capacities = allocate(s, parts);
+      const int sets = sets_per_kv_head(s.granularity, model_);
+      for (std::size_t set = 0; set < kept_[setting].size(); ++set) {
+        const HeadScores& part = parts[set / static_cast<std::size_t>(sets)];
+        const std::span<const float> scores = s.granularity == Granularity::query
+                                                  ? row_of(part.query, static_cast<Index>(set) % sets)
+                                                  : row_of(part.shared, 0);
+        kept_[setting][set] = select_set(s, scores, capacities[set]);
+      }
     } catch (const Error& error) {
-      throw in_context(setting, kv_head, error);
+      throw in_context(s, -1, error);
     }
+  }
+
+  std::vector<int> allocate(const Setting& setting, const std::vector<HeadScores>& scores) const {
+    const Policy& policy = *setting.policy;
+    if (!policy.budget) return {setting.capacity};
+    BudgetRequest request{.layer = layer_,
+                          .num_layers = model_.num_layers,
+                          .prompt_length = prompt_,
+                          .capacity = setting.capacity,
+                          .protection = policy.ranking ? policy.ranking->protection() : Protection{},
+                          .granularity = setting.granularity,
+                          .num_query_heads = model_.num_attention_heads,
+                          .num_kv_heads = model_.num_key_value_heads,
+                          .pyramid_on_short_prompts = policy.ranking && policy.ranking->pyramid_on_short_prompts(),
+                          .query_head_scores = {},
+                          .kv_head_scores = {}};
+    for (const HeadScores& part : scores) {
+      for (Index member = 0; member < part.query.rows(); ++member) {
+        request.query_head_scores.push_back(row_of(part.query, member));
+      }
+      if (part.shared.rows() > 0) request.kv_head_scores.push_back(row_of(part.shared, 0));
+    }
+    return policy.budget->allocate(request);
+  }
+
+  // Without a budget, or at granularity layer, one capacity serves all sets.
+  static int capacity_for(const std::vector<int>& capacities, int set) {
+    return capacities[capacities.size() == 1 ? 0 : static_cast<std::size_t>(set)];
+  }
+
+  static std::vector<int> select_set(const Setting& setting, std::span<const float> scores, int capacity) {
+    const Policy& policy = *setting.policy;
+    const Protection protection = policy.ranking->protection();
+    return policy.selection ? policy.selection->select(scores, protection, capacity)
+                            : select_top(scores, protection, capacity);
   }
 
   Error in_context(const Setting& setting, int kv_head, const Error& error) const {
-    return Error(fmt::format("{}: {}, layer {}, KV head {}: {}", trace_.path().string(), setting.policy->canonical,
-                             layer_, kv_head, error.what()));
+    return Error(fmt::format("{}: {}, layer {}{}: {}", trace_.path().string(), setting.policy->canonical, layer_,
+                             kv_head < 0 ? "" : fmt::format(", KV head {}", kv_head), error.what()));
   }
 
   static std::span<const float> row_of(const Matrix& matrix, Index row) {
+    return {matrix.data() + row * matrix.cols(), static_cast<std::size_t>(matrix.cols())};
+  }
+  static std::span<float> row_of(Matrix& matrix, Index row) {
     return {matrix.data() + row * matrix.cols(), static_cast<std::size_t>(matrix.cols())};
   }
 
@@ -268,7 +330,7 @@ class LayerSelection {
   int layer_;
   int prompt_;
   const ModelInfo& model_;
-  std::vector<std::vector<Matrix>> deferred_;             // [setting][KV head]: rows that wait for the other heads
+  std::vector<std::vector<HeadScores>> deferred_;    // [setting][KV head]: scores that wait for the other heads
   std::vector<std::vector<std::vector<int>>> kept_;  // [setting][set]
 };
 
@@ -459,6 +521,14 @@ std::vector<TraceReplay> replay(const TraceReader& trace, const ReplayRequest& r
         progress((static_cast<double>(e) + static_cast<double>(layer + 1) / static_cast<double>(layers)) /
                  static_cast<double>(evictions.size()));
       }
+    }
+  }
+  for (TraceReplay& result : replays) {
+    for (ReplayResult& r : result.results) {
+      // A pattern with a capacity of its own is compared with those that were asked for as many positions.
+      if (r.capacity_request != kAllPositions || r.kept.mean_size() == result.eviction_position) continue;
+      r.capacity = static_cast<int>(std::lround(r.kept.mean_size()));
+      r.capacity_request = fmt::format("{}", r.capacity);
     }
   }
   return replays;

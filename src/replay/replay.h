@@ -33,6 +33,9 @@ struct ReplayRequest {
   std::optional<Share> share;              ///< none: the policy's own, or mean
 };
 
+/// The capacity_request of results that keep every position, whatever was asked for.
+constexpr std::string_view kAllPositions = "all";
+
 /// Numbers of a layer-major table, the last index running fastest.
 struct Table {
   std::vector<Index> shape;
@@ -57,7 +60,7 @@ struct KeptSets {
 struct ReplayResult {
   std::string trace;             ///< file name as given
   std::string policy;            ///< canonical spec
-  std::string capacity_request;  ///< as asked for: "128", "25%"
+  std::string capacity_request;  ///< as asked for: "128", "25%"; kAllPositions for full
   int capacity = 0;              ///< positions per kept set that were granted on average; what was used is in `kept`
   int eviction_position = 0;
   Granularity granularity = Granularity::kv;

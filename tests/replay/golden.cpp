@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
+#include <stdexcept>
 
 #include "trace/reader.h"
 
@@ -24,19 +26,41 @@ class CallTranslation {
     if (method == "h2o") return fmt::format("h2o(window={},mask=window)", number("window_size"));
     if (method == "streamingllm") return fmt::format("streamingllm(sinks={})", capacity - number("window_size"));
     if (method == "tova") return "tova";
-    if (method == "restkv" && !flag("use_pyramid")) return restkv();
-    if (method == "ablation" && text("indicator") == "reconstruction") return ablation();
+    if (method == "pyramidkv") {
+      return fmt::format("pyramidkv(window={},kernel={},pooling={},beta={})", number("window_size"),
+                         number("kernel_size"), pooling(), number("beta"));
+    }
+    if (method == "adakv") {
+      return fmt::format("adakv(window={},kernel={},pooling={},floor={},normalize={})", number("window_size"),
+                         number("kernel_size"), pooling(), real("floor"), flag("normalize"));
+    }
+    if (method == "l2norm") return "knorm";
+    if (method == "lacache") {
+      return fmt::format("lacache(sinks={},span={},overlap={})", number("start_size"), number("span"),
+                         number("overlap"));
+    }
+    if (method == "restkv") {
+      return flag("use_pyramid") ? restkv() + fmt::format("+pyramid(beta={})", number("beta")) : restkv();
+    }
+    if (method == "ablation") return ablation();
+    if (method == "kvpress-knorm") return "knorm";
+    if (method == "kvpress-keydiff") return "keydiff";
+    if (method == "kvpress-lagkv") return fmt::format("lagkv(lag={})", lag());
+    if (method == "kvpress-critical-snapkv") {
+      return fmt::format("criticalkv(base=snapkv(window={}))", number("window_size"));
+    }
     if (method == "kvpress-snapkv") return fmt::format("snapkv(window={})", number("window_size"));
     if (method == "kvpress-tova") return "tova(last=true)";
     if (method == "kvpress-observed-attention") return "h2o(window=0,normalize=true)";
-    return "";
+    throw std::runtime_error(group_ + ": no translation for method " + method);
   }
 
   int capacity(int prompt_length) const {
     if (has("max_capacity_prompt")) return number("max_capacity_prompt");
     if (has("capacity")) return number("capacity");
+    if (has("cache_size")) return number("cache_size");
     if (has("compression_ratio")) return static_cast<int>(prompt_length * (1 - real("compression_ratio")));
-    return 0;
+    throw std::runtime_error(group_ + ": no capacity among its attributes");
   }
 
   std::string text(const std::string& name) const { return file_.read_string(group_, name); }
@@ -57,8 +81,18 @@ class CallTranslation {
         {"ema", "ema"}, {"mean", "mean"}, {"inv-ema", "reversed-ema"}, {"none", "last"}};
     static const std::map<std::string, std::string> spatial = {
         {"avgpool", "avg"}, {"maxpool", "max"}, {"none", "none"}, {"adaptive", "adaptive"}};
+    // The release pools the plain indicators over 5 positions whatever `ss` says, and averages them over the window.
+    if (text("indicator") != "reconstruction") {
+      return fmt::format("attention(window={},values={})", number("window_size"), text("indicator") == "attn-v");
+    }
     return fmt::format("restkv(window={},temporal={},spatial={})", number("window_size"), temporal.at(text("ts")),
                        spatial.at(text("ss")));
+  }
+
+  // The call's lag is not among its attributes; its scores are the ranks 0/lag … (lag − 1)/lag and 1.
+  int lag() const {
+    const std::vector<float> scores = file_.read_floats(group_ + "/scores");
+    return static_cast<int>(std::set<float>(scores.begin(), scores.end()).size()) - 1;
   }
 
   std::string pooling() const {

@@ -1,6 +1,8 @@
 // Damage never crashes, and never makes a trace that says something else.
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <hdf5.h>
 #include <sys/resource.h>
 
 #include <csignal>
@@ -9,38 +11,48 @@
 #include <random>
 
 #include "base/error.h"
+#include "hdf5/hdf5.h"
 #include "trace/check.h"
 #include "trace/reader.h"
 #include "trace/sample_trace.h"
 #include "trace/temporary_folder.h"
 #include "trace/writer.h"
 
+#ifdef __SANITIZE_ADDRESS__
+// HDF5 1.10 leaks memory of its own where it meets damage or a full disk. That nothing of ours stays open is looked at
+// below, for all tests of this program.
+extern "C" const char* __lsan_default_suppressions() { return "leak:libhdf5"; }
+#endif
+
 namespace kvreplay {
 namespace {
 
 using namespace test;
+
+class NothingStaysOpen : public testing::Environment {
+ public:
+  void TearDown() override {
+    const auto guard = hdf5::lock();
+    EXPECT_EQ(H5Fget_obj_count(H5F_OBJ_ALL, H5F_OBJ_ALL), 0);
+  }
+};
+
+const testing::Environment* const nothing_stays_open = testing::AddGlobalTestEnvironment(new NothingStaysOpen);
+
 using testing::HasSubstr;
 
 // All of a trace's information in one string.
 std::string told(const TraceInfo& info) {
-  std::string text = info.model.name + "|" + info.model.architecture + "|" + info.created_by + "|" + info.created_at +
-                     "|" + info.source;
   const ModelInfo& model = info.model;
-  for (const double number : {static_cast<double>(model.num_layers), static_cast<double>(model.num_attention_heads),
-                              static_cast<double>(model.num_key_value_heads), static_cast<double>(model.head_dim),
-                              static_cast<double>(model.hidden_size), model.rope_theta, model.softmax_scale,
-                              static_cast<double>(model.sliding_window), model.attn_logit_softcapping,
-                              static_cast<double>(info.prompt_length)}) {
-    text += "|" + std::to_string(number);
-  }
-  for (const auto* list : {&info.token_ids, &info.turn_starts, &info.query_positions}) {
-    for (const std::int32_t value : *list) text += "|" + std::to_string(value);
-  }
-  for (const int window : info.layer_sliding_window) text += "|" + std::to_string(window);
-  for (const std::string& piece : info.token_pieces) text += "|" + piece;
-  for (const Span& span : info.spans) {
-    text += "|" + std::to_string(span.start) + "|" + std::to_string(span.end) + "|" + span.label;
-  }
+  std::string text =
+      fmt::format("{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}", model.name, model.architecture, info.created_by,
+                  info.created_at, info.source, model.num_layers, model.num_attention_heads, model.num_key_value_heads,
+                  model.head_dim, model.hidden_size, model.rope_theta, model.softmax_scale, model.sliding_window,
+                  model.attn_logit_softcapping, info.prompt_length);
+  text += fmt::format("|{}|{}|{}|{}|{}", fmt::join(info.token_ids, " "), fmt::join(info.turn_starts, " "),
+                      fmt::join(info.query_positions, " "), fmt::join(info.layer_sliding_window, " "),
+                      fmt::join(info.token_pieces, " "));
+  for (const Span& span : info.spans) text += fmt::format("|{} {} {}", span.start, span.end, span.label);
   return text;
 }
 
@@ -83,7 +95,7 @@ TEST_F(Damage, ATruncatedTraceIsRefused) {
 TEST_F(Damage, AFlippedBitIsAnErrorOrInATensor) {
   ASSERT_TRUE(opens(sound_));
   std::mt19937 generator(7);
-  for (std::size_t at = 0; at < sound_.size(); at += 1 + generator() % 9) {
+  for (std::size_t at = 0; at < sound_.size(); at += 1 + generator() % 15) {
     std::string bytes = sound_;
     bytes[at] = static_cast<char>(static_cast<unsigned char>(bytes[at]) ^ (1U << (generator() % 8)));
     opens(bytes);
@@ -93,7 +105,7 @@ TEST_F(Damage, AFlippedBitIsAnErrorOrInATensor) {
 
 TEST_F(Damage, RandomBytesInManyPlacesNeverCrash) {
   std::mt19937 generator(11);
-  for (int round = 0; round < 500; ++round) {
+  for (int round = 0; round < 300; ++round) {
     std::string bytes = sound_;
     for (auto count = 1 + generator() % 20; count > 0; --count) {
       bytes[generator() % bytes.size()] = static_cast<char>(generator() % 256);
@@ -125,29 +137,53 @@ TEST_F(Damage, AChangedTensorIsFoundByItsDigest) {
   EXPECT_GT(different, 10);
 }
 
-// Writes under a limit of `bytes` per file and leaves the process in the usual way, where HDF5 might still object.
-[[noreturn]] void write_within(const std::filesystem::path& path, rlim_t bytes) {
-  std::signal(SIGXFSZ, SIG_IGN);
-  rlimit before{};
-  ::getrlimit(RLIMIT_FSIZE, &before);
-  const rlimit limit{bytes, before.rlim_max};
-  ::setrlimit(RLIMIT_FSIZE, &limit);
+// Lets no file grow beyond `bytes` while it lives.
+class FileSizeLimit {
+ public:
+  explicit FileSizeLimit(rlim_t bytes) : handler_(std::signal(SIGXFSZ, SIG_IGN)) {
+    ::getrlimit(RLIMIT_FSIZE, &before_);
+    const rlimit limit{bytes, before_.rlim_max};
+    ::setrlimit(RLIMIT_FSIZE, &limit);
+  }
+  ~FileSizeLimit() {
+    ::setrlimit(RLIMIT_FSIZE, &before_);
+    std::signal(SIGXFSZ, handler_);
+  }
+  FileSizeLimit(const FileSizeLimit&) = delete;
+  FileSizeLimit& operator=(const FileSizeLimit&) = delete;
+
+ private:
+  rlimit before_{};
+  void (*handler_)(int);
+};
+
+std::string error_of_writing(const std::filesystem::path& path, rlim_t bytes) {
+  const FileSizeLimit limit(bytes);
   try {
     write_sample(path);
-    std::exit(3);
+    return "";
   } catch (const Error& error) {
-    ::setrlimit(RLIMIT_FSIZE, &before);  // the message goes to a file
-    std::cerr << error.what();
-    std::exit(7);
+    return error.what();
   }
 }
 
+// For a process of its own, which leaves in the usual way: there HDF5 might still object.
+[[noreturn]] void write_within(const std::filesystem::path& path, rlim_t bytes) {
+  std::cerr << error_of_writing(path, bytes);
+  std::exit(7);
+}
+
+[[noreturn]] void write_again_with_more_room(const std::filesystem::path& path) {
+  const bool failed = !error_of_writing(path, 3000).empty() && !std::filesystem::exists(path);
+  write_sample(path);
+  std::exit(failed ? 7 : 3);
+}
+
 TEST(FullDisk, EndsInOneErrorAndLeavesNothing) {
-  testing::FLAGS_gtest_death_test_style = "threadsafe";
   const TemporaryFolder folder;
   for (const rlim_t bytes : {0, 40, 500, 2000, 6000, 9000}) {
     EXPECT_EXIT(write_within(folder / "run.h5", bytes), testing::ExitedWithCode(7),
-                "run.h5: .*cannot be written: File too large$")
+                "run.h5: .*cannot be written: File too large")
         << bytes;
   }
   EXPECT_TRUE(folder.names().empty());
@@ -155,17 +191,8 @@ TEST(FullDisk, EndsInOneErrorAndLeavesNothing) {
 
 TEST(FullDisk, LeavesTheProcessAbleToWriteElsewhere) {
   const TemporaryFolder folder;
-  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
-  rlimit before{};
-  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
-  rlimit small = before;
-  small.rlim_cur = 3000;
-  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0);
-  EXPECT_THROW(write_sample(folder / "run.h5"), Error);
-  ::setrlimit(RLIMIT_FSIZE, &before);
-  std::signal(SIGXFSZ, handler);
-  EXPECT_TRUE(folder.names().empty());
-  write_sample(folder / "run.h5");
+  EXPECT_EXIT(write_again_with_more_room(folder / "run.h5"), testing::ExitedWithCode(7), "");
+  EXPECT_EQ(folder.names(), std::vector<std::string>{"run.h5"});
   EXPECT_EQ(open_error(folder / "run.h5"), "");
 }
 

@@ -8,7 +8,7 @@ namespace {
 
 class Full : public Pattern {
  public:
-  bool ignores_capacity() const override { return true; }
+  CapacityRule capacity_rule() const override { return CapacityRule::everything; }
 
   std::vector<int> keep(const HeadShape& shape, int /*member*/, int /*capacity*/) const override {
     std::vector<int> kept(static_cast<std::size_t>(shape.prompt_length));

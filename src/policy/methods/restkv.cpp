@@ -45,6 +45,7 @@ class RestKV : public Ranking {
     return {.window_queries = p_.window, .output_projection = p_.projection};
   }
   bool depends_on_capacity() const override { return p_.spatial == Spatial::adaptive; }
+  bool pyramid_on_short_prompts() const override { return true; }
 
   void score(const Head& head, int member, int capacity, std::span<float> scores) const override {
     const auto past = scores.first(scores.size() - static_cast<std::size_t>(p_.window));
@@ -54,7 +55,8 @@ class RestKV : public Ranking {
       smooth_then_score(head, member, past);
     }
     if (p_.spatial == Spatial::adaptive) {
-      pool_adaptive(AdaptiveWindow::from_drift(drift(head, member, capacity), p_.beta, p_.kernel), past);
+      const double drift = attention_drift(head, member, p_.window, capacity - p_.window);
+      pool_adaptive(AdaptiveWindow::from_drift(drift, p_.beta, p_.kernel), past);
     } else {
       pool(p_.spatial, p_.kernel, past);
     }
@@ -98,22 +100,6 @@ class RestKV : public Ranking {
       const float odds = a / std::max(1 - a, 0x1p-24f);
       error[n] = odds * (p_.tau == 1 ? distance : std::pow(distance, tau)) / unit;
     }
-  }
-
-  // D_front − D_rear: how far the most attended positions move back from the window's first half to its second.
-  double drift(const Head& head, int member, int capacity) const {
-    const int front = p_.window / 2;
-    const int count = std::min(capacity - p_.window, head.prompt_length());
-    if (count <= 0 || front == 0) return 0;
-    const auto mean_position = [&](int first, int last) {
-      double sum = 0;
-      for (int i = first; i < last; ++i) {
-        const std::vector<int> top = select_top(head.attention(member, p_.window - 1 - i), {}, count);
-        for (const int position : top) sum += position;
-      }
-      return sum / (static_cast<double>(last - first) * count);
-    };
-    return mean_position(0, front) - mean_position(front, p_.window);
   }
 
   RestKVParameters p_;

@@ -1,0 +1,69 @@
+// PyramidKV's budget (arXiv 2406.02069): lower layers attend widely, upper layers to a few positions.
+//
+// Of the ranked positions (capacity − window) the last layer gets about 1/β and the first twice the mean less that,
+// with equal steps between (paper, section 4). Steps are rounded down as in the authors' code, so layers together keep
+// at most what was granted on average, up to rounding; what was used is reported. A first layer that would exceed the
+// prompt is cut to it and the last one raised by as much. For prompts shorter than twice the ranked capacity PyramidKV's
+// code keeps to the uniform budget; ReST-KV's release does not, and each is followed for its own scores.
+#include <algorithm>
+
+#include "policy/policy.h"
+
+namespace kvreplay {
+namespace {
+
+class Pyramid : public Budget {
+ public:
+  explicit Pyramid(int beta) : beta_(beta) {}
+
+  std::vector<int> allocate(const BudgetRequest& request) const override {
+    const int protected_count = request.protection.count();
+    const int ranked = request.capacity - protected_count;
+    const int rankable = request.prompt_length - protected_count;
+    int capacity = request.capacity;
+    if (request.prompt_length >= 2 * ranked || request.pyramid_on_short_prompts) {
+      int smallest = ranked / beta_;
+      int largest = 2 * ranked - smallest;
+      if (largest >= rankable) {
+        largest = rankable;
+        smallest = 2 * ranked - largest;
+      }
+      const int step = request.num_layers > 1 ? (largest - smallest) / (request.num_layers - 1) : 0;
+      const int first = request.num_layers > 1 ? largest : ranked;
+      capacity = protected_count + first - request.layer * step;
+    }
+    capacity = std::clamp(capacity, std::max(1, protected_count), request.prompt_length);
+    return std::vector<int>(static_cast<std::size_t>(sets_per_layer(request)), capacity);
+  }
+
+ private:
+  int beta_;
+};
+
+const MethodRegistration pyramid({
+    .name = "pyramid",
+    .step = Method::Step::budget,
+    .summary = "Gives lower layers more positions than upper ones, in equal steps.",
+    .source = "arXiv 2406.02069, section 4",
+    .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions")},
+    .compose =
+        [](const Arguments& a) { return Composition{.budget = std::make_shared<Pyramid>(a.integer("beta"))}; },
+});
+
+const MethodRegistration pyramidkv({
+    .name = "pyramidkv",
+    .summary = "SnapKV's scores under a pyramid over the layers: short for snapkv+pyramid.",
+    .source = "arXiv 2406.02069",
+    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                   Parameter::odd_integer("kernel", 5, 1, "positions that are pooled"),
+                   Parameter::choice("pooling", {"avg", "max"}, "how they are pooled"),
+                   Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions")},
+    .compose =
+        [](const Arguments& a) {
+          return make_policy("snapkv(window=" + a.text("window") + ",kernel=" + a.text("kernel") +
+                             ",pooling=" + a.text("pooling") + ")+pyramid(beta=" + a.text("beta") + ")");
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

@@ -1,0 +1,75 @@
+// Plain attention over the observation window: the indicators that ReST-KV's ablation compares with (arXiv 2605.08840,
+// section on ablations).
+//
+// Score of position n: the window's attention, smoothed in time and in space; with values=true times ‖v_n‖, before the
+// spatial smoothing. With the defaults it is SnapKV's score.
+#include "policy/policy.h"
+#include "policy/smoothing.h"
+
+namespace kvreplay {
+namespace {
+
+struct AttentionParameters {
+  int window;
+  Temporal temporal;
+  double alpha;
+  Spatial spatial;
+  int kernel;
+  double beta;
+  bool values;
+};
+
+class Attention : public Ranking {
+ public:
+  explicit Attention(AttentionParameters parameters) : p_(parameters) {}
+
+  Protection protection() const override { return {.window = p_.window}; }
+  Requirements requirements() const override { return {.window_queries = p_.window}; }
+  bool depends_on_capacity() const override { return p_.spatial == Spatial::adaptive; }
+
+  void score(const Head& head, int member, int capacity, std::span<float> scores) const override {
+    const auto past = scores.first(scores.size() - static_cast<std::size_t>(p_.window));
+    head.combine_attention(member, temporal_weights(p_.temporal, p_.alpha, p_.window), past);
+    if (p_.values) {
+      for (std::size_t n = 0; n < past.size(); ++n) past[n] *= head.values().row(static_cast<Index>(n)).norm();
+    }
+    if (p_.spatial == Spatial::adaptive) {
+      const double drift = attention_drift(head, member, p_.window, capacity - p_.window);
+      pool_adaptive(AdaptiveWindow::from_drift(drift, p_.beta, p_.kernel), past);
+    } else {
+      pool(p_.spatial, p_.kernel, past);
+    }
+  }
+
+ private:
+  AttentionParameters p_;
+};
+
+const MethodRegistration attention({
+    .name = "attention",
+    .summary = "Keeps what the observation window attends to, without looking at what removing it would do; values=true "
+               "weighs by the length of the value.",
+    .source = "arXiv 2605.08840, ablation of the indicator",
+    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                   Parameter::choice("temporal", {"mean", "ema", "last", "reversed-ema"}, "how queries are combined"),
+                   Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average"),
+                   Parameter::choice("spatial", {"avg", "max", "none", "adaptive"}, "how positions are combined"),
+                   Parameter::odd_integer("kernel", 5, 1, "width of the spatial window, in positions"),
+                   Parameter::real("beta", 2000, 1e-6, 1e12, "spatial=adaptive: drift that widens the window by a step"),
+                   Parameter::flag("values", false, "multiply by the length of the value")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<Attention>(AttentionParameters{
+                                 .window = a.integer("window"),
+                                 .temporal = temporal_named(a.text("temporal")),
+                                 .alpha = a.real("alpha"),
+                                 .spatial = spatial_named(a.text("spatial")),
+                                 .kernel = a.integer("kernel"),
+                                 .beta = a.real("beta"),
+                                 .values = a.flag("values"),
+                             })};
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

@@ -1,0 +1,54 @@
+// CAOTE (arXiv 2504.14051): the exact change of the attention output when one token goes.
+//
+// Score of position n: a[n]/(1 − a[n]) · ‖o − v_n‖ with o = Σ_n a[n] v_n over all positions (paper, equation for c_j).
+// The paper puts it on top of other methods' attention; here a is the observation window's attention, combined in time,
+// which sums to 1 as the paper asks. Lengths are taken before the output projection, and nothing is pooled. 1 − a is
+// taken as at least 2^-24, float32's resolution below 1.
+#include <algorithm>
+
+#include "policy/policy.h"
+#include "policy/smoothing.h"
+
+namespace kvreplay {
+namespace {
+
+class Caote : public Ranking {
+ public:
+  Caote(int window, Temporal temporal, double alpha) : window_(window), temporal_(temporal), alpha_(alpha) {}
+
+  Protection protection() const override { return {.window = window_}; }
+  Requirements requirements() const override { return {.window_queries = window_}; }
+
+  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
+    head.combine_attention(member, temporal_weights(temporal_, alpha_, window_), scores);
+    const Matrix& values = head.values();
+    const Eigen::RowVectorXf output =
+        Eigen::Map<const Eigen::RowVectorXf>(scores.data(), static_cast<Index>(scores.size())) * values;
+    for (std::size_t n = 0; n < scores.size(); ++n) {
+      const float a = scores[n];
+      scores[n] = a / std::max(1 - a, 0x1p-24f) * (values.row(static_cast<Index>(n)) - output).norm();
+    }
+  }
+
+ private:
+  int window_;
+  Temporal temporal_;
+  double alpha_;
+};
+
+const MethodRegistration caote({
+    .name = "caote",
+    .summary = "Keeps the positions whose removal alone would change the attention output most.",
+    .source = "arXiv 2504.14051, the CAOTE score",
+    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                   Parameter::choice("temporal", {"mean", "ema", "last", "reversed-ema"}, "how queries are combined"),
+                   Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<Caote>(a.integer("window"),
+                                                                temporal_named(a.text("temporal")), a.real("alpha"))};
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

@@ -1,0 +1,99 @@
+// Kept sets from a file: what any other system kept, measured like everything else.
+//
+// The file has the layout that `replay --kept` writes: a group /kept/<index> with an attribute `heads` (query or kv) and
+// datasets `kept` and `offsets`; set s (layer-major, then head) is kept[offsets[s]:offsets[s+1]], ascending positions.
+// The capacity asked for does not matter; sets may differ in size.
+#include <fmt/format.h>
+
+#include "base/error.h"
+#include "hdf5/hdf5.h"
+#include "policy/policy.h"
+
+namespace kvreplay {
+namespace {
+
+class KeptFromFile : public Pattern {
+ public:
+  KeptFromFile(const std::string& path, int index) : place_(fmt::format("{}: /kept/{}", path, index)) {
+    const hdf5::File file = hdf5::File::open(path);
+    const std::string group = fmt::format("/kept/{}", index);
+    if (!file.exists("/kept")) throw Error(fmt::format("{}: holds no kept sets (a group /kept)", path));
+    if (!file.exists(group)) {
+      throw Error(fmt::format("{} does not exist; the file holds {} of them", place_, file.list("/kept").size()));
+    }
+    const std::string heads = file.read_string(group, "heads");
+    if (heads != "query" && heads != "kv") throw Error(fmt::format("{}: heads is '{}', not query or kv", place_, heads));
+    per_query_head_ = heads == "query";
+    if (file.has_attribute(group, "evict_at")) evict_at_ = static_cast<int>(file.read_int(group, "evict_at"));
+    kept_ = file.read_int32s(group + "/kept");
+    offsets_ = file.read_int64s(group + "/offsets");
+    check();
+  }
+
+  CapacityRule capacity_rule() const override { return CapacityRule::own; }
+  bool differs_within_group() const override { return per_query_head_; }
+
+  std::vector<int> keep(const HeadShape& shape, int member, int /*capacity*/) const override {
+    const int heads = per_query_head_ ? shape.num_kv_heads * shape.group_size : shape.num_kv_heads;
+    const auto sets = static_cast<std::int64_t>(offsets_.size()) - 1;
+    if (sets != static_cast<std::int64_t>(shape.num_layers) * heads) {
+      throw Error(fmt::format("{}: holds {} sets; the trace has {} layers of {} {} heads", place_, sets,
+                              shape.num_layers, heads, per_query_head_ ? "query" : "KV"));
+    }
+    if (evict_at_ && *evict_at_ != shape.prompt_length) {
+      throw Error(fmt::format("{}: was kept at position {}, and this eviction is at {}", place_, *evict_at_,
+                              shape.prompt_length));
+    }
+    const int head = per_query_head_ ? shape.query_head(member) : shape.kv_head;
+    const auto set = static_cast<std::size_t>(shape.layer * heads + head);
+    std::vector<int> kept(kept_.begin() + offsets_[set], kept_.begin() + offsets_[set + 1]);
+    if (kept.empty()) throw Error(fmt::format("{}: set {} is empty", place_, set));
+    if (kept.back() >= shape.prompt_length) {
+      throw Error(fmt::format("{}: set {} holds position {}, beyond the {} before the eviction", place_, set,
+                              kept.back(), shape.prompt_length));
+    }
+    return kept;
+  }
+
+ private:
+  void check() const {
+    if (offsets_.size() < 2 || offsets_.front() != 0 || offsets_.back() != static_cast<std::int64_t>(kept_.size())) {
+      throw Error(fmt::format("{}: offsets must lead from 0 to the number of kept positions, {}", place_, kept_.size()));
+    }
+    for (std::size_t set = 0; set + 1 < offsets_.size(); ++set) {
+      if (offsets_[set] > offsets_[set + 1] || offsets_[set + 1] > offsets_.back()) {
+        throw Error(fmt::format("{}: offsets must ascend; offset {} does not", place_, set + 1));
+      }
+      for (auto i = offsets_[set]; i < offsets_[set + 1]; ++i) {
+        const int position = kept_[static_cast<std::size_t>(i)];
+        if (position < 0 || (i > offsets_[set] && position <= kept_[static_cast<std::size_t>(i - 1)])) {
+          throw Error(fmt::format("{}: set {} is not ascending positions", place_, set));
+        }
+      }
+    }
+  }
+
+  std::string place_;
+  bool per_query_head_ = false;
+  std::optional<int> evict_at_;
+  std::vector<std::int32_t> kept_;
+  std::vector<std::int64_t> offsets_;
+};
+
+const MethodRegistration kept({
+    .name = "kept",
+    .summary = "Keeps the sets that a file lists, from another system or an earlier replay.",
+    .source = "given; docs/results-format.md",
+    .parameters = {Parameter::file("file", "kept sets in the layout of replay --kept"),
+                   Parameter::integer("index", 0, 0, "which group /kept/<index>")},
+    .compose =
+        [](const Arguments& a) {
+          if (a.text("file").empty()) throw UsageError("kept: needs a file, as in kept(file=kept.h5)");
+          auto pattern = std::make_shared<KeptFromFile>(a.text("file"), a.integer("index"));
+          const auto granularity = pattern->differs_within_group() ? Granularity::query : Granularity::kv;
+          return Composition{.pattern = std::move(pattern), .granularity = granularity};
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

@@ -1,0 +1,119 @@
+// LaCache (arXiv 2507.14204): a ladder over the layers, so that together they remember further back.
+//
+// After the sinks, each position is kept by `span` neighbouring layers only; deeper layers keep later positions, and
+// the pattern repeats along the prompt like the rungs of a ladder. Sinks and the most recent positions are kept by all
+// layers (paper, section 3). No key, value or query is looked at.
+//
+// This draws what the authors' code (LongBench/lacache/kv_cache.py) keeps after one call on the whole prompt, their
+// rounding included: layers keep a few positions more or fewer than the capacity, and what was used is reported. When a
+// ladder through the prompt once does not save enough, their code starts over on what is left, and so on; there it can
+// gather a position twice, which here is kept once. `span` is by default half the layers (the authors' 16 of 32).
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "policy/policy.h"
+
+namespace kvreplay {
+namespace {
+
+int divided_up(int a, int b) { return (a + b - 1) / b; }
+
+class LaCache : public Pattern {
+ public:
+  LaCache(int sinks, int span, int overlap) : sinks_(sinks), span_(span), overlap_(overlap) {}
+
+  int minimum_capacity() const override { return std::max(1, sinks_); }
+
+  std::vector<int> keep(const HeadShape& shape, int /*member*/, int capacity) const override {
+    const int prompt = shape.prompt_length;
+    const int layers = shape.num_layers;
+    const int span = std::min(span_ > 0 ? span_ : std::max(1, layers / 2), layers);
+    if (overlap_ >= span) {
+      throw Error(fmt::format("lacache: overlap {} must be smaller than span {}", overlap_, span));
+    }
+    if (capacity >= prompt) return range(0, prompt);
+
+    // A rung is `rung` positions of which a layer keeps `kept`.
+    const int rung = 1 + divided_up(layers - span, span - overlap_);
+    const int kept = std::min(divided_up(span, span - overlap_), rung);
+    const int saved = rung - kept;
+    if (saved == 0) return sinks_and_recent(prompt, capacity);
+    capacity += saved / 2;  // so that the mean over layers comes out near the capacity asked for
+    const int room = capacity - sinks_ - layers;
+    if (room < kept) {
+      throw Error(fmt::format("lacache: capacity {} cannot hold a ladder over {} layers; it takes at least {}",
+                              capacity - saved / 2, layers, sinks_ + layers + kept - saved / 2));
+    }
+
+    const int excess = std::max(0, prompt - capacity);
+    const int saved_at_most = room / kept * saved;
+    const int rungs = (excess > saved_at_most ? room : divided_up(excess, saved) * kept) / kept;
+    std::vector<int> positions = range(0, sinks_);
+    add_ladder(positions, rungs, rung, kept, shape.layer % (saved + 1), 1);
+    add_range(positions, sinks_ + rung * rungs, prompt);
+    if (excess <= saved_at_most) return positions;
+
+    // Once more over what is left, with rungs that are as many times longer as passes would be needed.
+    const int passes = divided_up(excess - saved_at_most, saved_at_most);
+    const int long_rung = rung + (passes - 1) * (rung - 1);
+    const int long_rungs = divided_up(excess - saved_at_most, long_rung - kept);
+    std::vector<int> chosen = range(0, sinks_);
+    add_ladder(chosen, long_rungs, long_rung, kept, shape.layer % (long_rung - kept + 1), passes);
+    add_range(chosen, sinks_ + long_rung * long_rungs, static_cast<int>(positions.size()));
+    std::vector<int> left;
+    for (const int index : chosen) {
+      if (index < static_cast<int>(positions.size())) left.push_back(positions[static_cast<std::size_t>(index)]);
+    }
+    std::ranges::sort(left);
+    left.erase(std::unique(left.begin(), left.end()), left.end());
+    return left;
+  }
+
+ private:
+  static std::vector<int> range(int first, int last) {
+    std::vector<int> positions;
+    add_range(positions, first, last);
+    return positions;
+  }
+
+  static void add_range(std::vector<int>& positions, int first, int last) {
+    for (int position = first; position < last; ++position) positions.push_back(position);
+  }
+
+  void add_ladder(std::vector<int>& positions, int rungs, int rung, int kept, int offset, int step) const {
+    for (int j = 0; j < rungs; ++j) {
+      for (int k = 0; k < kept; ++k) positions.push_back(sinks_ + rung * j + offset + step * k);
+    }
+  }
+
+  // Where every layer has to keep every rung whole, there is no ladder to draw.
+  std::vector<int> sinks_and_recent(int prompt, int capacity) const {
+    std::vector<int> positions = range(0, sinks_);
+    add_range(positions, prompt - (capacity - sinks_), prompt);
+    return positions;
+  }
+
+  int sinks_;
+  int span_;
+  int overlap_;
+};
+
+const MethodRegistration lacache({
+    .name = "lacache",
+    .summary = "Keeps sinks, the most recent positions and between them a ladder: every position by a few neighbouring "
+               "layers only.",
+    .source = "arXiv 2507.14204, section 3",
+    .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept"),
+                   Parameter::integer("span", 0, 0, "layers that keep the same position; 0: half of the layers"),
+                   Parameter::integer("overlap", 0, 0, "layers that two rungs have in common")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.pattern = std::make_shared<LaCache>(a.integer("sinks"), a.integer("span"),
+                                                                  a.integer("overlap"))};
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

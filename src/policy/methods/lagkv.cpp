@@ -1,0 +1,81 @@
+// LagKV (arXiv 2504.04704): a chunk is judged by the chunk that follows it.
+//
+// After `sinks` positions the prompt is cut into chunks of `lag`. Keys of a chunk are scaled channel by channel by the
+// range that the next chunk's keys span; a position's spread is the standard deviation over its scaled channels, and a
+// softmax over the chunk makes it comparable. Values likewise; the score is the mean of both (paper, section 3). As
+// kvpress does, only the rank within the chunk counts. Sinks, the last whole chunk and what follows it come first.
+//
+// Where the protected parts alone exceed the capacity, sinks go before the tail, and the tail's later positions before
+// its earlier ones (kvpress leaves that tie to chance). A prompt shorter than sinks + 2·lag keeps sinks and the most
+// recent positions. A channel whose range is 0 counts as 0.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "policy/policy.h"
+
+namespace kvreplay {
+namespace {
+
+class LagKV : public Ranking {
+ public:
+  LagKV(int sinks, int lag) : sinks_(sinks), lag_(lag) {}
+
+  void score(const Head& head, int /*member*/, int /*capacity*/, std::span<float> scores) const override {
+    const int prompt = head.prompt_length();
+    const int chunks = std::max(0, (prompt - sinks_) / lag_);
+    const int judged = std::max(0, chunks - 1) * lag_;  // positions that a following chunk judges
+    // Always kept first, sinks before all else; ranks within chunks lie below 1.
+    for (int n = 0; n < prompt; ++n) {
+      scores[static_cast<std::size_t>(n)] =
+          n < sinks_ ? 3.0f : 1.0f + static_cast<float>(n) / static_cast<float>(prompt);
+    }
+    for (int first = sinks_; first < sinks_ + judged; first += lag_) {
+      const Eigen::VectorXf key = spread(head.keys(), first);
+      const Eigen::VectorXf value = spread(head.values(), first);
+      std::vector<int> order(static_cast<std::size_t>(lag_));
+      std::iota(order.begin(), order.end(), 0);
+      std::ranges::stable_sort(order, [&](int a, int b) { return key(a) + value(a) < key(b) + value(b); });
+      for (int rank = 0; rank < lag_; ++rank) {
+        scores[static_cast<std::size_t>(first + order[static_cast<std::size_t>(rank)])] =
+            static_cast<float>(rank) / static_cast<float>(lag_);
+      }
+    }
+  }
+
+ private:
+  // Softmax over the chunk at `first` of each position's spread over channels: [lag].
+  Eigen::VectorXf spread(const Matrix& states, int first) const {
+    const auto next = states.middleRows(first + lag_, lag_);
+    const Eigen::RowVectorXf low = next.colwise().minCoeff();
+    const Eigen::RowVectorXf range = next.colwise().maxCoeff() - low;
+    Eigen::VectorXf deviation(lag_);
+    const auto channels = static_cast<float>(states.cols());
+    for (int n = 0; n < lag_; ++n) {
+      Eigen::RowVectorXf scaled = states.row(first + n) - low;
+      for (Index i = 0; i < scaled.size(); ++i) scaled(i) = range(i) > 0 ? scaled(i) / range(i) : 0;
+      const float mean = scaled.sum() / channels;
+      deviation(n) = std::sqrt((scaled.array() - mean).square().sum() / std::max(channels - 1, 1.0f));
+    }
+    const Eigen::VectorXf weights = (deviation.array() - deviation.maxCoeff()).exp();
+    return weights / weights.sum();
+  }
+
+  int sinks_;
+  int lag_;
+};
+
+const MethodRegistration lagkv({
+    .name = "lagkv",
+    .summary = "Keeps positions whose keys and values stand out when scaled by the chunk that follows them.",
+    .source = "arXiv 2504.04704, section 3",
+    .parameters = {Parameter::integer("sinks", 4, 0, "first positions, kept before all others"),
+                   Parameter::integer("lag", 128, 1, "positions per chunk")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<LagKV>(a.integer("sinks"), a.integer("lag"))};
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

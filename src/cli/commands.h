@@ -10,5 +10,6 @@ namespace kvreplay::cli {
 
 void add_replay_command(CLI::App& app);
 void add_policies_command(CLI::App& app);
+void add_variants_command(CLI::App& app);
 
 }  // namespace kvreplay::cli

@@ -169,6 +169,7 @@ struct Method {
   std::string source;   ///< paper and equation
   std::vector<Parameter> parameters;
   std::function<Composition(const Arguments&)> compose;
+  std::string variant_of = {};  ///< the method that this is one implementation of, as in snapkv@kvpress; or empty
 };
 
 /// Adds a method when the program (or a plug-in) is loaded: one per method, in the method's own file, so that adding

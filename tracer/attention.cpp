@@ -12,11 +12,11 @@ namespace {
 // Keys whose weights (64 per key) stay in the first-level cache between the softmax and the sum over values.
 constexpr Index kKeyBlock = 128;
 
-// Each query head's blocks of queries are dealt out to this many tasks, which sum their attention mass apart from
-// each other. The number is fixed, so that the order of summation is.
-constexpr Index kTasksPerHead = 4;
+// Each query head's blocks of queries are dealt out to this many pieces of work, which sum their attention mass apart
+// from each other. The number is fixed, so that the order of summation is.
+constexpr Index kPiecesPerHead = 4;
 
-// A task's working memory.
+// A thread's working memory.
 struct Workspace {
   std::vector<float> queries;  // [D, kQueryBlock], scaled
   std::vector<float> logits;   // [keys, kQueryBlock]
@@ -77,58 +77,57 @@ void attend_block(const Kernels& kernels, const HeadView& head, Index first, Ind
 
 void attend_many(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
                  std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass) {
-  const Kernels& kernels = *execution.kernels;
+  const Kernels& kernels = execution.kernels();
   const Index dim = shape.head_dim;
   const Index group = shape.num_attention_heads / shape.num_key_value_heads;
   const Index query_width = shape.num_attention_heads * dim;
 
-  std::vector<std::vector<float>> packed_keys(static_cast<std::size_t>(shape.num_key_value_heads));
   Index longest = 0;
-#pragma omp parallel for num_threads(execution.threads) schedule(dynamic) reduction(max : longest)
   for (int kv_head = 0; kv_head < shape.num_key_value_heads; ++kv_head) {
+    longest = std::max(longest, cache.length(layer, kv_head));
+  }
+  std::vector<std::vector<float>> packed_keys(static_cast<std::size_t>(shape.num_key_value_heads));
+  execution.share(shape.num_key_value_heads, shape.num_key_value_heads * longest * dim, [&](Index piece, int) {
+    const int kv_head = static_cast<int>(piece);
     const Index length = cache.length(layer, kv_head);
-    longest = std::max(longest, length);
-    auto& packed = packed_keys[static_cast<std::size_t>(kv_head)];
     const Index padded = (length + kernels.tile_rows - 1) / kernels.tile_rows * kernels.tile_rows;
+    auto& packed = packed_keys[static_cast<std::size_t>(kv_head)];
     packed.resize(static_cast<std::size_t>(padded * dim));
     kernels.pack(DType::float32, reinterpret_cast<const std::byte*>(cache.keys(layer, kv_head)), dim, length, dim,
                  kernels.tile_rows, packed.data());
-  }
+  });
 
   const Index blocks = (count + kQueryBlock - 1) / kQueryBlock;
-  const Index tasks = shape.num_attention_heads * kTasksPerHead;
+  const Index pieces = shape.num_attention_heads * kPiecesPerHead;
   const Index mass_width = mass.empty() ? 0 : static_cast<Index>(mass.size()) / shape.num_attention_heads;
-  std::vector<double> partial_mass(static_cast<std::size_t>(tasks * mass_width));
-#pragma omp parallel num_threads(execution.threads)
-  {
-    Workspace work;
+  std::vector<double> partial_mass(static_cast<std::size_t>(pieces * mass_width));
+  std::vector<Workspace> workspaces(static_cast<std::size_t>(execution.threads()));
+  execution.share(pieces, count * longest * query_width, [&](Index piece, int worker) {
+    Workspace& work = workspaces[static_cast<std::size_t>(worker)];
     work.queries.resize(static_cast<std::size_t>(dim * kQueryBlock));
     work.outputs.resize(static_cast<std::size_t>(dim * kQueryBlock));
     work.logits.resize(static_cast<std::size_t>(longest * kQueryBlock));
-#pragma omp for schedule(dynamic)
-    for (Index task = 0; task < tasks; ++task) {
-      const Index query_head = task / kTasksPerHead;
-      const int kv_head = static_cast<int>(query_head / group);
-      HeadView head;
-      head.head_dim = dim;
-      head.query_width = query_width;
-      head.earlier = cache.length(layer, kv_head) - count;
-      head.packed_keys = packed_keys[static_cast<std::size_t>(kv_head)].data();
-      head.values = cache.values(layer, kv_head);
-      head.queries = queries.data() + query_head * dim;
-      head.outputs = outputs.data() + query_head * dim;
-      head.scale = static_cast<float>(shape.softmax_scale);
-      double* task_mass = mass.empty() ? nullptr : partial_mass.data() + task * mass_width;
-      for (Index block = task % kTasksPerHead; block < blocks; block += kTasksPerHead) {
-        const Index first = block * kQueryBlock;
-        attend_block(kernels, head, first, std::min(kQueryBlock, count - first), work, task_mass);
-      }
+    const Index query_head = piece / kPiecesPerHead;
+    const int kv_head = static_cast<int>(query_head / group);
+    HeadView head;
+    head.head_dim = dim;
+    head.query_width = query_width;
+    head.earlier = cache.length(layer, kv_head) - count;
+    head.packed_keys = packed_keys[static_cast<std::size_t>(kv_head)].data();
+    head.values = cache.values(layer, kv_head);
+    head.queries = queries.data() + query_head * dim;
+    head.outputs = outputs.data() + query_head * dim;
+    head.scale = static_cast<float>(shape.softmax_scale);
+    double* piece_mass = mass.empty() ? nullptr : partial_mass.data() + piece * mass_width;
+    for (Index block = piece % kPiecesPerHead; block < blocks; block += kPiecesPerHead) {
+      const Index first = block * kQueryBlock;
+      attend_block(kernels, head, first, std::min(kQueryBlock, count - first), work, piece_mass);
     }
-  }
-  for (Index task = 0; task < tasks && !mass.empty(); ++task) {
+  });
+  for (Index piece = 0; piece < pieces && !mass.empty(); ++piece) {
     for (Index j = 0; j < mass_width; ++j) {
-      mass[static_cast<std::size_t>(task / kTasksPerHead * mass_width + j)] +=
-          partial_mass[static_cast<std::size_t>(task * mass_width + j)];
+      mass[static_cast<std::size_t>(piece / kPiecesPerHead * mass_width + j)] +=
+          partial_mass[static_cast<std::size_t>(piece * mass_width + j)];
     }
   }
 }
@@ -136,11 +135,12 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
 // A single token: bound by reading the cache, so the query heads of a group follow each other over the same rows.
 void attend_one(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
                 std::span<const float> queries, std::span<float> outputs) {
-  const Kernels& kernels = *execution.kernels;
+  const Kernels& kernels = execution.kernels();
   const Index dim = shape.head_dim;
   const Index group = shape.num_attention_heads / shape.num_key_value_heads;
-#pragma omp parallel for num_threads(execution.threads) schedule(dynamic)
-  for (int kv_head = 0; kv_head < shape.num_key_value_heads; ++kv_head) {
+  const Index work_size = 2 * cache.length(layer, 0) * dim * shape.num_attention_heads;
+  execution.share(shape.num_key_value_heads, work_size, [&](Index piece, int) {
+    const int kv_head = static_cast<int>(piece);
     const Index keys = cache.length(layer, kv_head);
     const float* head_keys = cache.keys(layer, kv_head);
     const Index first_head = kv_head * group;
@@ -165,7 +165,7 @@ void attend_one(const Execution& execution, const AttentionShape& shape, const K
                          outputs.data() + (first_head + member) * dim, 0, start > 0);
       }
     }
-  }
+  });
 }
 
 }  // namespace

@@ -133,6 +133,10 @@ Prompt prepare_prompt(const CaptureOptions& options, const ModelConfig& config) 
   if (options.prompt_text) {
     if (options.prompt_text->empty()) throw Error(fmt::format("{}: the prompt is empty", options.prompt_name));
     encoding = prompt.tokenizer->encode(*options.prompt_text);
+    const auto stands_for_text = [](const auto& range) { return range.first < range.second; };
+    if (std::none_of(encoding->bytes.begin(), encoding->bytes.end(), stands_for_text)) {
+      throw Error(fmt::format("{}: the tokenizer finds no token in the prompt", options.prompt_name));
+    }
     prompt.ids = encoding->ids;
   } else {
     prompt.ids = options.prompt_ids;

@@ -1,5 +1,7 @@
 #include "tracer/kv_cache.h"
 
+#include <algorithm>
+
 namespace kvreplay::tracer {
 
 KvCache::KvCache(int num_layers, int num_key_value_heads, int head_dim, Index capacity)
@@ -19,6 +21,20 @@ KvCache::Rows KvCache::append(int layer, int head, Index rows) {
   const Index at = offset(head) + length * head_dim_;
   length += rows;
   return {keys_[layer_of(layer)].data() + at, values_[layer_of(layer)].data() + at};
+}
+
+void KvCache::keep(int layer, int head, std::span<const Index> rows) {
+  float* keys = keys_[layer_of(layer)].data() + offset(head);
+  float* values = values_[layer_of(layer)].data() + offset(head);
+  Index kept = 0;
+  for (const Index row : rows) {
+    if (row != kept) {
+      std::copy_n(keys + row * head_dim_, head_dim_, keys + kept * head_dim_);
+      std::copy_n(values + row * head_dim_, head_dim_, values + kept * head_dim_);
+    }
+    ++kept;
+  }
+  lengths_[index(layer, head)] = kept;
 }
 
 }  // namespace kvreplay::tracer

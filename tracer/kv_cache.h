@@ -25,11 +25,14 @@ class KvCache {
   /// Rows that a head holds.
   Index length(int layer, int head) const { return lengths_[index(layer, head)]; }
 
+  /// Leaves only these rows of a head, which are ascending. What came after them is appended behind them.
+  void keep(int layer, int head, std::span<const Index> rows);
+
   /// [length, D].
   const float* keys(int layer, int head) const { return keys_[layer_of(layer)].data() + offset(head); }
   const float* values(int layer, int head) const { return values_[layer_of(layer)].data() + offset(head); }
 
-  /// Rows are at least this many floats away from the end of the memory that may be read.
+  /// Floats behind the last row that may be read, though they mean nothing.
   static constexpr Index kReadAhead = 64;
 
   /// Makes room for `rows` more rows at the end of a head and gives the place of the first of them.

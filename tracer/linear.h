@@ -4,16 +4,10 @@
 #include <span>
 #include <vector>
 
-#include "tracer/kernels.h"
+#include "tracer/execution.h"
 #include "tracer/model.h"
 
 namespace kvreplay::tracer {
-
-/// How work is done: by which kernels, on how many threads. The number of threads never changes a result.
-struct Execution {
-  const Kernels* kernels = &best_kernels();
-  int threads = 1;
-};
 
 /// The input of one or several linear layers: rows of activations, one per token, arranged for the kernels.
 class LinearInput {
@@ -25,6 +19,9 @@ class LinearInput {
   void multiply(const LinearWeights& linear, std::span<float> out) const;
 
  private:
+  void multiply_vector(const LinearWeights& linear, std::span<float> out) const;
+  void multiply_matrix(const LinearWeights& linear, std::span<float> out) const;
+
   const Execution& execution_;
   std::span<const float> rows_;
   Index count_;

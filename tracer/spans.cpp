@@ -20,11 +20,7 @@ std::optional<Span> tokens_of(const Encoding& encoding, std::size_t begin, std::
   std::optional<Span> span;
   for (std::size_t token = 0; token < encoding.ids.size(); ++token) {
     const auto [token_begin, token_end] = encoding.bytes[token];
-    // A leading BOS and the first bytes of a spelled-out character are empty and stand where the next token begins;
-    // only the latter belong to the text.
-    const bool overlaps = token_begin < token_end ? token_begin < end && token_end > begin
-                                                  : token > 0 && token_begin >= begin && token_begin < end;
-    if (!overlaps) continue;
+    if (token_begin == token_end || token_begin >= end || token_end <= begin) continue;
     if (!span) span = Span{static_cast<int>(token), 0, ""};
     span->end = static_cast<int>(token) + 1;
   }

@@ -71,6 +71,13 @@ Encoding Tokenizer::encode(std::string_view text) const {
     encoding.ids.push_back(static_cast<std::int32_t>(piece.id()));
     encoding.bytes.emplace_back(piece.begin(), piece.end());
   }
+  // SentencePiece gives a spelled-out character's range to its last byte alone.
+  for (std::size_t token = encoding.ids.size(); token-- > 1;) {
+    auto& [begin, end] = encoding.bytes[token - 1];
+    if (begin == end && state_->processor.IsByte(encoding.ids[token - 1])) {
+      encoding.bytes[token - 1] = encoding.bytes[token];
+    }
+  }
   return encoding;
 }
 

@@ -16,8 +16,8 @@ namespace kvreplay::tracer {
 struct Encoding {
   std::vector<std::int32_t> ids;
 
-  /// For each token, the half-open range of the text's bytes that it stands for. Empty for a BOS, and for all bytes but
-  /// the last of a character that is spelled out in bytes.
+  /// For each token, the half-open range of the text's bytes that it stands for: empty for what the tokenizer put in
+  /// itself (BOS, a leading space), the whole character for each token of one that is spelled out in bytes.
   std::vector<std::pair<std::size_t, std::size_t>> bytes;
 };
 

@@ -47,7 +47,7 @@ void check_rows(std::span<const float> rows, std::string_view what, int layer, s
 
 Transformer::Transformer(const Model& model, const Options& options)
     : model_(model),
-      execution_{options.kernels, options.threads},
+      execution_(options.threads, *options.kernels),
       block_tokens_(options.block_tokens),
       inverse_frequencies_(model.config.rotary.inverse_frequencies(model.config.head_dim)) {}
 
@@ -164,11 +164,10 @@ void Transformer::feed_forward(const LayerWeights& layer, std::span<const float>
     input.multiply(layer.gate, gate);
     input.multiply(layer.up, up);
   }
-#pragma omp parallel for num_threads(execution_.threads) schedule(static)
-  for (Index token = 0; token < count; ++token) {
-    execution_.kernels->silu_multiply(intermediate, gate.data() + token * intermediate,
-                                      up.data() + token * intermediate);
-  }
+  execution_.share(count, count * intermediate * 10, [&](Index token, int) {
+    execution_.kernels().silu_multiply(intermediate, gate.data() + token * intermediate,
+                                       up.data() + token * intermediate);
+  });
   LinearInput(execution_, gate, count).multiply(layer.down, rows);
   add_to_hidden();
 }
@@ -177,8 +176,7 @@ void Transformer::feed_forward(const LayerWeights& layer, std::span<const float>
 void Transformer::normalize(std::span<const float> hidden, std::span<const float> weight, std::span<float> out) const {
   const Index width = static_cast<Index>(weight.size());
   const Index count = static_cast<Index>(hidden.size()) / width;
-#pragma omp parallel for num_threads(execution_.threads) schedule(static)
-  for (Index token = 0; token < count; ++token) {
+  execution_.share(count, count * width, [&](Index token, int) {
     const float* row = hidden.data() + token * width;
     float* normalized = out.data() + token * width;
     double squares = 0;
@@ -186,14 +184,13 @@ void Transformer::normalize(std::span<const float> hidden, std::span<const float
     const double mean = squares / static_cast<double>(width);
     const auto factor = static_cast<float>(1 / std::sqrt(mean + model_.config.rms_norm_eps));
     for (Index i = 0; i < width; ++i) normalized[i] = row[i] * factor * weight[static_cast<std::size_t>(i)];
-  }
+  });
 }
 
 // Turns the halves of every head against each other, as Hugging Face checkpoints expect.
 void Transformer::rotate(std::span<float> heads, Index count, Index width, Index first) const {
   const Index half = model_.config.head_dim / 2;
-#pragma omp parallel for num_threads(execution_.threads) schedule(static)
-  for (Index token = 0; token < count; ++token) {
+  execution_.share(count, count * width * 4, [&](Index token, int) {
     std::vector<float> cosines(static_cast<std::size_t>(half));
     std::vector<float> sines(cosines.size());
     for (std::size_t i = 0; i < cosines.size(); ++i) {
@@ -212,7 +209,7 @@ void Transformer::rotate(std::span<float> heads, Index count, Index width, Index
         head[half + i] = right * cosine + left * sine;
       }
     }
-  }
+  });
 }
 
 std::int32_t most_likely(std::span<const float> logits) {

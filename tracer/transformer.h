@@ -34,8 +34,8 @@ class ForwardObserver {
   /// Whether attention_mass is wanted in the pass that begins.
   virtual bool wants_attention_mass() const { return false; }
 
-  /// After each layer's attention. The cache is the one that the pass runs on: the layer's rows may be taken away or
-  /// moved, which the tokens of later passes then see.
+  /// After each layer's attention. The cache is the one that the pass runs on: rows of this layer that are dropped here
+  /// are gone for later passes.
   virtual void on_attention(const LayerAttention& attention, KvCache& cache) = 0;
 
   /// After each block of tokens of each layer; `fraction` of the pass is done.

@@ -110,7 +110,7 @@ void run_capture(const CaptureArguments& arguments) {
   options.output_projection = !arguments.no_projection;
   if (!arguments.spans.empty()) options.spans = tracer::read_spans(arguments.spans);
   options.output = arguments.output;
-  options.execution.threads = arguments.threads > 0 ? arguments.threads : omp_get_num_procs();
+  options.execution.threads = arguments.threads > 0 ? arguments.threads : omp_get_max_threads();
 
   options.on_warning = [](const std::string& warning) { fmt::print(stderr, "warning: {}\n", warning); };
   tracer::CaptureSummary summary;
@@ -158,29 +158,27 @@ void add_capture_command(CLI::App& app) {
       ->add_option("--tokens", arguments->tokens,
                    "Instead of a text: a file of decimal token ids, taken as given; - reads standard input")
       ->type_name("FILE");
-  command->add_option("-n,--generate", arguments->generate, "Tokens to generate after the prompt, greedily")
-      ->type_name("N")
-      ->capture_default_str();
+  command
+      ->add_option("-n,--generate", arguments->generate, "Tokens to generate after the prompt, greedily (default: 0)")
+      ->type_name("N");
   command
       ->add_option("--queries", arguments->queries,
-                   "Queries to record: all, or window:N for the last N of the prompt and all after it")
-      ->type_name("all|window:N")
-      ->capture_default_str();
-  command->add_option("--dtype", arguments->dtype, "How tensors are stored: float32, float16 or bfloat16")
-      ->type_name("TYPE")
-      ->capture_default_str();
+                   "Queries to record: window:N for the last N of the prompt and all after it (default: all)")
+      ->type_name("all|window:N");
+  command
+      ->add_option("--dtype", arguments->dtype,
+                   "How tensors are stored: float32, float16 or bfloat16 (default: float32)")
+      ->type_name("TYPE");
   command->add_flag("--no-projection", arguments->no_projection, "Leave out the layers' output projections");
   command
       ->add_option("--spans", arguments->spans,
                    "JSON list of things to follow: {\"label\": ..., \"text\": ...}, every occurrence in the prompt, or "
                    "{\"label\": ..., \"start\": ..., \"end\": ...} in token positions")
       ->type_name("FILE");
-  command->add_option("-t,--threads", arguments->threads, "Threads; 0 takes every processor")
-      ->type_name("N")
-      ->capture_default_str();
-  command->add_option("-o,--output", arguments->output, "Trace to write; replaced if it exists")
-      ->type_name("FILE")
-      ->capture_default_str();
+  command->add_option("-t,--threads", arguments->threads, "Threads (default: all cores); results do not depend on it")
+      ->type_name("N");
+  command->add_option("-o,--output", arguments->output, "Trace to write, replaced if it exists (default: run.h5)")
+      ->type_name("FILE");
   command->callback([arguments] { run_capture(*arguments); });
 }
 

@@ -126,9 +126,10 @@ TEST(Spans, CoverCharactersThatAreSpelledInBytes) {
   const auto spans = locate("x 日本 y", {"two", "日本", 0, 0});
   ASSERT_EQ(spans.size(), 1u);
   EXPECT_EQ(spans[0].end - spans[0].start, 6);
-  const auto at_start = locate("日本 y", {"two", "日", 0, 0});
+  const auto at_start = locate("日本 y", {"one", "日", 0, 0});
   ASSERT_EQ(at_start.size(), 1u);
-  EXPECT_GT(at_start[0].start, 0) << "BOS stands for no text";
+  EXPECT_EQ(at_start[0].end - at_start[0].start, 3) << "BOS and the leading space stand for no text";
+  EXPECT_EQ(locate("日本 y", {"one", "本", 0, 0}).at(0).start, at_start[0].end);
 }
 
 TEST(Spans, RefuseWhatIsNotInThePrompt) {

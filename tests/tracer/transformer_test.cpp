@@ -306,34 +306,55 @@ TEST(Transformer, TakesTheLowestOfEquallyLikelyTokens) {
   EXPECT_EQ(most_likely(std::vector<float>{-1}), 0);
 }
 
-TEST(Transformer, AttendsToWhatAnObserverLeaves) {
-  // Forgetting nothing changes nothing; a cache whose heads were cut to their last rows gives what those rows give.
+// Keeps in each head what a cache policy might: the first row and the last ones, more of them in later heads.
+class Evicting final : public ForwardObserver {
+ public:
+  void on_attention(const LayerAttention& attention, KvCache& cache) override {
+    for (int head = 0; head < 2; ++head) {
+      const Index length = cache.length(attention.layer, head);
+      std::vector<Index> rows = {0};
+      for (Index row = length - 4 - 3 * head; row < length; ++row) rows.push_back(row);
+      cache.keep(attention.layer, head, rows);
+    }
+  }
+};
+
+TEST(Transformer, AttendsToWhatAnObserverLeavesInTheCache) {
   const TemporaryFolder folder;
   TinyModelOptions options;
   options.layers = 1;
-  TinyModel(options).write(folder.path());
+  options.kv_heads = 2;
+  TinyModel tiny(options);
+  tiny.write(folder.path());
   const Model model(folder.path());
   Transformer transformer(model, {});
   const auto ids = some_ids(21, 97);
-  KvCache whole(1, 4, 12, 21);
-  transformer.forward({ids.data(), 20}, whole);
-  KvCache cut(1, 4, 12, 21);
-  for (int head = 0; head < 4; ++head) {
-    const KvCache::Rows rows = cut.append(0, head, 20 - head);
-    std::copy_n(whole.keys(0, head) + head * 12, (20 - head) * 12, rows.keys);
-    std::copy_n(whole.values(0, head) + head * 12, (20 - head) * 12, rows.values);
-  }
-  cut.advance(20);
-  Everything after_whole(model.config, false);
-  Everything after_cut(model.config, false);
-  transformer.forward({ids.data() + 20, 1}, whole, &after_whole);
-  transformer.forward({ids.data() + 20, 1}, cut, &after_cut);
-  EXPECT_EQ(after_cut.layers[0].queries, after_whole.layers[0].queries);
-  for (std::size_t i = 0; i < 48; ++i) {
-    if (i < 12) {
-      EXPECT_EQ(after_cut.layers[0].outputs[i], after_whole.layers[0].outputs[i]);
-    } else {
-      EXPECT_NE(after_cut.layers[0].outputs[i], after_whole.layers[0].outputs[i]);
+  const ReferenceLayer whole = tiny.run(ids).layers[0];
+  for (const bool one_by_one : {true, false}) {
+    KvCache cache(1, 2, 12, 22);
+    Evicting evicting;
+    transformer.forward({ids.data(), 20}, cache, &evicting);
+    EXPECT_EQ(cache.length(0, 0), 5);
+    EXPECT_EQ(cache.length(0, 1), 8);
+    Everything after(model.config, false);
+    // A second token makes the pass a prefill, of which the first must see the same.
+    const std::vector<std::int32_t> next = one_by_one ? std::vector{ids[20]} : std::vector{ids[20], ids[20]};
+    transformer.forward(next, cache, &after);
+    for (std::size_t h = 0; h < 4; ++h) {
+      const std::size_t kv = h / 2;
+      double total = 0;
+      std::vector<double> expected(12);
+      for (std::size_t n = 0; n <= 20; ++n) {
+        if (n > 0 && n < 16 - 3 * kv) continue;
+        double product = 0;
+        for (std::size_t d = 0; d < 12; ++d) product += whole.queries[h][20][d] * whole.keys[kv][n][d];
+        const double weight = std::exp(product / std::sqrt(12.0));
+        total += weight;
+        for (std::size_t d = 0; d < 12; ++d) expected[d] += weight * whole.values[kv][n][d];
+      }
+      for (std::size_t d = 0; d < 12; ++d) {
+        EXPECT_NEAR(after.layers[0].outputs[h * 12 + d], expected[d] / total, 1e-5);
+      }
     }
   }
 }

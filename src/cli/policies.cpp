@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <memory>
 
+#include "base/error.h"
 #include "cli/commands.h"
 #include "notebooks-export/tables.h"
 #include "policy/policy.h"
@@ -30,11 +31,12 @@ void list_methods() {
     for (const Parameter& parameter : method->parameters) {
       parameters += fmt::format("{}{}={}", parameters.empty() ? "" : ", ", parameter.name, parameter.default_value);
     }
-    fmt::print("{}{}\n    {}\n    {}\n", written_name(*method), parameters.empty() ? "" : fmt::format("({})", parameters),
-               method->summary, method->source);
+    fmt::print("{}{}\n    {}\n    {}\n", written_name(*method),
+               parameters.empty() ? "" : fmt::format("({})", parameters), method->summary, method->source);
   }
-  fmt::print("\nA spec names a policy and the parameters that differ from their defaults, as in restkv(alpha=0.5).\n"
-             "'kvreplay policies NAME' explains one, 'kvreplay policies SPEC' says what a spec means.\n");
+  fmt::print(
+      "\nA spec names a policy and the parameters that differ from their defaults, as in restkv(alpha=0.5).\n"
+      "'kvreplay policies NAME' explains one, 'kvreplay policies SPEC' says what a spec means.\n");
 }
 
 void explain_method(const Method& method) {
@@ -52,6 +54,9 @@ void explain_method(const Method& method) {
 }
 
 void explain_spec(const std::string& spec) {
+  if (spec.starts_with('+')) {
+    throw UsageError(fmt::format("'{0}' is a step of a policy; write it after one, as in snapkv{0}", spec));
+  }
   const Policy policy = make_policy(spec);
   fmt::print("canonical: {}\n", policy.canonical);
   bool first = true;

@@ -57,6 +57,7 @@ std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays) {
                          .eviction_position = result.eviction_position,
                          .granularity = result.granularity,
                          .share = result.share,
+                         .oracle = result.oracle,
                          .layer = -1,
                          .measure = {},
                          .distribution = {}};
@@ -100,6 +101,7 @@ std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays) {
         sum->row.policy = result.policy;
         sum->row.capacity_request = result.capacity_request;
         sum->row.granularity = result.granularity;
+        sum->row.oracle = result.oracle;
       }
       ++sum->count;
       PolicyRow& row = sum->row;

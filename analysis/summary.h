@@ -29,6 +29,7 @@ struct MeasureSummary {
   int eviction_position = 0;
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
+  bool oracle = false;
   int layer = -1;  ///< −1: all layers
   std::string measure;
   Distribution distribution;
@@ -44,6 +45,7 @@ struct PolicyRow {
   std::string policy;
   std::string capacity_request;
   Granularity granularity = Granularity::kv;
+  bool oracle = false;
   double kept = 0;
   double kept_share = 0;  ///< of the prompt
   double layer_error = 0;

@@ -71,12 +71,12 @@ std::string count_text(double count) {
   return count == std::floor(count) ? fmt::format("{:.0f}", count) : fmt::format("{:.1f}", count);
 }
 
-// The lines of a spec that is too long for a table's column, broken after ',' and before '+'.
+// The lines of a policy's spec that is too long for a table's column, broken after ',' and before '+' and ' '.
 std::vector<std::string> broken_spec(const std::string& spec, std::size_t width) {
   std::vector<std::string> lines = {""};
   for (std::size_t at = 0; at < spec.size();) {
     std::size_t end = at + 1;
-    while (end < spec.size() && spec[end - 1] != ',' && spec[end] != '+') ++end;
+    while (end < spec.size() && spec[end - 1] != ',' && spec[end] != '+' && spec[end] != ' ') ++end;
     const std::string piece = spec.substr(at, end - at);
     if (!lines.back().empty() && display_width(lines.back() + piece) > width) lines.emplace_back("  ");
     lines.back() += piece;
@@ -91,7 +91,7 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
       {"policy", "capacity", "kept", "of prompt", "heads", "layer error", "head error", "recall", "cosine"}};
   if (spans) cells[0].emplace_back("spans kept");
   for (const PolicyRow& row : rows) {
-    const std::vector<std::string> spec = broken_spec(row.policy, kPolicyWidth);
+    const std::vector<std::string> spec = broken_spec(row.policy + (row.oracle ? " (ORACLE)" : ""), kPolicyWidth);
     std::vector<std::string> line{
         spec.front(), row.capacity_request, count_text(row.kept), fmt::format("{:.1f} %", 100 * row.kept_share),
         std::string(name_of(row.granularity)), fmt::format("{:.4f}", row.layer_error),
@@ -106,10 +106,10 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
 
 std::string summary_csv(const std::vector<MeasureSummary>& rows) {
   std::string text =
-      "trace,policy,capacity_request,capacity,kept,evict_at,heads,share,layer,measure,mean,median,p90,worst\n";
+      "trace,policy,oracle,capacity_request,capacity,kept,evict_at,heads,share,layer,measure,mean,median,p90,worst\n";
   for (const MeasureSummary& row : rows) {
-    text += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(row.trace), csv_field(row.policy),
-                        csv_field(row.capacity_request), row.capacity, row.kept, row.eviction_position,
+    text += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(row.trace), csv_field(row.policy),
+                        row.oracle ? 1 : 0, csv_field(row.capacity_request), row.capacity, row.kept, row.eviction_position,
                         name_of(row.granularity), name_of(row.share),
                         row.layer < 0 ? std::string("all") : fmt::format("{}", row.layer), row.measure,
                         row.distribution.mean, row.distribution.median, row.distribution.p90, row.distribution.worst);
@@ -144,6 +144,7 @@ std::string summary_json(const std::vector<TraceReplay>& replays, const std::vec
     if (row.layer < 0) layer = "all";
     document["summary"].push_back({{"trace", row.trace},
                                    {"policy", row.policy},
+                                   {"oracle", row.oracle},
                                    {"capacity_request", row.capacity_request},
                                    {"capacity", row.capacity},
                                    {"kept", row.kept},

@@ -75,6 +75,7 @@ int run(int argc, char** argv) {
   kvreplay::cli::add_inspect_command(app);
   kvreplay::cli::add_replay_command(app);
   kvreplay::cli::add_policies_command(app);
+  kvreplay::cli::add_variants_command(app);
   try {
     app.parse(argc, argv);
     return 0;

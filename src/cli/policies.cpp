@@ -1,4 +1,5 @@
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
@@ -25,8 +26,21 @@ std::string step_of(const Method& method) {
   return "";
 }
 
+std::string_view described(Granularity granularity) {
+  switch (granularity) {
+    case Granularity::query:
+      return "query head";
+    case Granularity::kv:
+      return "KV head";
+    case Granularity::layer:
+      return "layer";
+  }
+  return "";
+}
+
 void list_methods() {
   for (const Method* method : registered_methods()) {
+    if (!method->variant_of.empty()) continue;
     std::string parameters;
     for (const Parameter& parameter : method->parameters) {
       parameters += fmt::format("{}{}={}", parameters.empty() ? "" : ", ", parameter.name, parameter.default_value);
@@ -36,7 +50,8 @@ void list_methods() {
   }
   fmt::print(
       "\nA spec names a policy and the parameters that differ from their defaults, as in restkv(alpha=0.5).\n"
-      "'kvreplay policies NAME' explains one, 'kvreplay policies SPEC' says what a spec means.\n");
+      "'kvreplay policies NAME' explains one, 'kvreplay policies SPEC' says what a spec means, and\n"
+      "'kvreplay variants NAME' how implementations of one method differ.\n");
 }
 
 void explain_method(const Method& method) {
@@ -74,13 +89,44 @@ void explain_spec(const std::string& spec) {
     fmt::print("\n");
   }
   fmt::print("\nkept sets: one per {}; scores shared by their {}; smallest capacity {}\n",
-             name_of(policy.granularity.value_or(Granularity::kv)) == "kv"
-                 ? "KV head"
-                 : std::string(name_of(policy.granularity.value_or(Granularity::kv))),
-             name_of(policy.share.value_or(Share::mean)), policy.minimum_capacity());
+             described(policy.granularity.value_or(Granularity::kv)), name_of(policy.share.value_or(Share::mean)),
+             policy.minimum_capacity());
+}
+
+void explain_variants(const std::string& name) {
+  std::vector<const Method*> variants;
+  std::vector<std::string> with_variants;
+  for (const Method* method : registered_methods()) {
+    if (method->variant_of.empty()) continue;
+    if (method->variant_of == name) variants.push_back(method);
+    if (with_variants.empty() || with_variants.back() != method->variant_of)
+      with_variants.push_back(method->variant_of);
+  }
+  if (variants.empty()) {
+    throw UsageError(fmt::format("'{}' has no variants. Methods that have: {}", name, fmt::join(with_variants, ", ")));
+  }
+  fmt::print("{}: {}\n", name, find_method(name)->summary);
+  std::string specs = name;
+  for (const Method* variant : variants) {
+    const Policy policy = make_policy(variant->name);
+    fmt::print("\n{}\n  {}\n  source: {}\n  kept sets: one per {}\n", variant->name, variant->summary, variant->source,
+               described(policy.granularity.value_or(Granularity::kv)));
+    for (const Parameter& parameter : variant->parameters) {
+      fmt::print("  {}={}: {}\n", parameter.name, parameter.default_value, parameter.description);
+    }
+    specs += " " + variant->name;
+  }
+  fmt::print("\nSide by side: kvreplay replay TRACE --policy {} --capacity 128\n", specs);
 }
 
 }  // namespace
+
+void add_variants_command(CLI::App& app) {
+  auto name = std::make_shared<std::string>();
+  CLI::App* command = app.add_subcommand("variants", "Say how published implementations of one method differ");
+  command->add_option("method", *name, "A method's name, such as snapkv")->required()->type_name("METHOD");
+  command->callback([name]() { explain_variants(*name); });
+}
 
 void add_policies_command(CLI::App& app) {
   auto name = std::make_shared<std::string>();

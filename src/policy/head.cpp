@@ -31,6 +31,10 @@ struct Head::Shared {
   std::vector<Member> members;
 };
 
+Matrix HeadSource::evaluation_queries(int /*member*/) const { return {}; }
+
+Matrix HeadSource::evaluation_keys() const { return {}; }
+
 int contiguous_window(std::span<const int> query_positions, int prompt_length) {
   int count = 0;
   while (count < static_cast<int>(query_positions.size()) &&
@@ -156,6 +160,24 @@ std::vector<float> Head::unmasked_accumulated_attention(int member, int window) 
       for (int key = 0; key <= last_visible; ++key) {
         sums[static_cast<std::size_t>(key)] += static_cast<double>(block(row, key));
       }
+    }
+  }
+  return {sums.begin(), sums.end()};
+}
+
+std::vector<float> Head::evaluation_attention(int member) const {
+  const std::span<const int> positions = source_.evaluation_positions();
+  if (positions.empty()) throw Error("an oracle needs evaluation queries, and there are none");
+  const Matrix queries = source_.evaluation_queries(member);
+  const Matrix visible_keys = source_.evaluation_keys();
+  std::vector<double> sums(static_cast<std::size_t>(shape_.prompt_length), 0.0);
+  for (Index first = 0; first < queries.rows(); first += kRowBlock) {
+    const Index rows = std::min<Index>(kRowBlock, queries.rows() - first);
+    Matrix block = queries.middleRows(first, rows) * visible_keys.transpose();
+    scale_logits(block, shape_.softmax_scale, shape_.attn_logit_softcapping);
+    for (Index row = 0; row < rows; ++row) {
+      causal_softmax(block.row(row), positions[static_cast<std::size_t>(first + row)], shape_.sliding_window);
+      for (std::size_t n = 0; n < sums.size(); ++n) sums[n] += static_cast<double>(block(row, static_cast<Index>(n)));
     }
   }
   return {sums.begin(), sums.end()};

@@ -48,6 +48,14 @@ class HeadSource {
 
   /// The attention that each of the P positions received from all causal prompt queries, where that was recorded.
   virtual std::optional<std::vector<float>> attention_mass(int member) const = 0;
+
+  /// What comes after the eviction, for oracles alone: ascending positions of the evaluation queries, none where the
+  /// source cannot look ahead, ...
+  virtual std::span<const int> evaluation_positions() const { return {}; }
+  /// ... those queries, [E, D], ...
+  virtual Matrix evaluation_queries(int member) const;
+  /// ... and all keys that they can see: [last evaluation position + 1, D].
+  virtual Matrix evaluation_keys() const;
 };
 
 /// How many of the prompt's queries are at hand without a gap, counted back from the last one before the eviction.
@@ -87,6 +95,10 @@ class Head {
   /// `window` keys; every earlier query looks at all P keys, the later ones too. Throws Error unless all prompt queries
   /// are at hand.
   std::vector<float> unmasked_accumulated_attention(int member, int window) const;
+
+  /// Σ over the evaluation queries of full attention, per prompt position: [P]. No policy can know it: for oracles.
+  /// Throws Error where the source cannot look ahead.
+  std::vector<float> evaluation_attention(int member) const;
 
   bool has_output_projection() const { return has_output_projection_; }
 

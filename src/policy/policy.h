@@ -150,7 +150,8 @@ struct Policy {
   std::shared_ptr<const Selection> selection = {};  ///< or none: select_top
   std::optional<Granularity> granularity = {};  ///< the method's own, where it has one
   std::optional<Share> share = {};
-  bool oracle = false;  ///< looks at evaluation queries, which no policy can know; marked wherever it is shown
+  bool oracle = false;      ///< looks at evaluation queries, which no policy can know; marked wherever it is shown
+  int exchanges = 0;        ///< oracles: exchanges per kept set that may reduce the layer error afterwards; 0: none
 
   /// The smallest legal capacity: the protected positions, and at least one.
   int minimum_capacity() const;
@@ -169,6 +170,7 @@ struct Method {
   std::string source;   ///< paper and equation
   std::vector<Parameter> parameters;
   std::function<Composition(const Arguments&)> compose;
+  std::string variant_of = {};  ///< the method that this is one implementation of, as in snapkv@kvpress; or empty
 };
 
 /// Adds a method when the program (or a plug-in) is loaded: one per method, in the method's own file, so that adding

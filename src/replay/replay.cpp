@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "base/parallel.h"
 #include "replay/evaluation.h"
+#include "replay/reconstruction_oracle.h"
 #include "replay/trace_head.h"
 
 namespace kvreplay {
@@ -348,36 +349,41 @@ std::span<float> table_row(Table& table, Index row) {
   return {table.numbers.data() + row * width, static_cast<std::size_t>(width)};
 }
 
-// Fills a layer's part of all measures.
-void measure_layer(const TraceReader& trace, int layer, TraceReplay& replay) {
-  const ModelInfo& model = replay.model;
-  const auto queries = static_cast<Index>(replay.evaluation_positions.size());
+using LayerSets = std::vector<std::vector<int>>;  // a layer's kept sets, as in KeptSets
+
+// What one layer's kept sets do, [H][E] and [E].
+struct LayerMeasures {
+  std::vector<HeadMeasures> heads;
+  std::vector<float> layer_error;
+};
+
+// Measures several kept sets of a layer against the same full outputs.
+std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, int eviction_position,
+                                         const std::vector<const LayerSets*>& settings) {
+  const ModelInfo& model = trace.info().model;
+  const auto queries = static_cast<Index>(evaluation_queries(trace.info(), eviction_position).count());
   const Index width = static_cast<Index>(model.num_attention_heads) * model.head_dim;
   Matrix outputs(queries, width);
-  std::vector<Matrix> differences(replay.results.size(), Matrix(queries, width));
+  std::vector<Matrix> differences(settings.size(), Matrix(queries, width));
+  std::vector<LayerMeasures> measures(settings.size());
+  for (LayerMeasures& m : measures) m.heads.resize(static_cast<std::size_t>(model.num_attention_heads));
 
   parallel_for(model.num_key_value_heads, [&](int kv_head) {
-    const HeadEvaluation evaluation(trace, layer, kv_head, replay.eviction_position);
+    const HeadEvaluation evaluation(trace, layer, kv_head, eviction_position);
     for (int member = 0; member < model.group_size(); ++member) {
       const int query_head = kv_head * model.group_size() + member;
       const Index column = static_cast<Index>(query_head) * model.head_dim;
       std::vector<const std::vector<int>*> kept;
       std::vector<Eigen::Ref<Matrix>> head_differences;
-      for (std::size_t i = 0; i < replay.results.size(); ++i) {
-        kept.push_back(&replay.results[i].kept.of_query_head(layer, query_head, model.group_size()));
+      for (std::size_t i = 0; i < settings.size(); ++i) {
+        const bool per_query_head = static_cast<int>(settings[i]->size()) == model.num_attention_heads;
+        kept.push_back(&(*settings[i])[static_cast<std::size_t>(per_query_head ? query_head : kv_head)]);
         head_differences.emplace_back(differences[i].middleCols(column, model.head_dim));
       }
-      const std::vector<HeadMeasures> measures =
+      std::vector<HeadMeasures> found =
           evaluation.measure(member, kept, outputs.middleCols(column, model.head_dim), head_differences);
-      const Index row = static_cast<Index>(layer) * model.num_attention_heads + query_head;
-      for (std::size_t i = 0; i < measures.size(); ++i) {
-        ReplayResult& result = replay.results[i];
-        std::ranges::copy(measures[i].head_error, table_row(result.head_error, row).begin());
-        std::ranges::copy(measures[i].attention_recall, table_row(result.attention_recall, row).begin());
-        std::ranges::copy(measures[i].cosine, table_row(result.cosine, row).begin());
-        for (std::size_t s = 0; s < replay.spans.size(); ++s) {
-          table_row(result.span_recall, row)[s] = span_recall(*kept[i], replay.spans[s], replay.eviction_position);
-        }
+      for (std::size_t i = 0; i < found.size(); ++i) {
+        measures[i].heads[static_cast<std::size_t>(query_head)] = std::move(found[i]);
       }
     }
   });
@@ -395,14 +401,72 @@ void measure_layer(const TraceReader& trace, int layer, TraceReplay& replay) {
     return (rows * projection.transpose()).rowwise().norm();
   };
   const Eigen::VectorXf reference = lengths(outputs);
-  parallel_for(static_cast<int>(replay.results.size()), [&](int i) {
+  parallel_for(static_cast<int>(settings.size()), [&](int i) {
     const Eigen::VectorXf error = lengths(differences[static_cast<std::size_t>(i)]);
-    const auto row = table_row(replay.results[static_cast<std::size_t>(i)].layer_error, layer);
     for (Index e = 0; e < queries; ++e) {
-      row[static_cast<std::size_t>(e)] =
-          reference(e) > 0 ? error(e) / reference(e) : (error(e) > 0 ? 1.0f : 0.0f);
+      measures[static_cast<std::size_t>(i)].layer_error.push_back(
+          reference(e) > 0 ? error(e) / reference(e) : (error(e) > 0 ? 1.0f : 0.0f));
     }
   });
+  return measures;
+}
+
+// The mean squared layer error over the evaluation queries: what oracle-reconstruction minimises.
+double mean_square(const std::vector<float>& layer_error) {
+  double sum = 0;
+  for (const float error : layer_error) sum += static_cast<double>(error) * static_cast<double>(error);
+  return sum / static_cast<double>(layer_error.size());
+}
+
+// Replaces the kept sets of oracles that exchange positions by better ones, starting from the best of the run.
+void improve_oracles(const TraceReader& trace, int layer, int eviction_position, const std::vector<Setting>& settings,
+                     std::vector<LayerSets>& kept) {
+  for (std::size_t oracle = 0; oracle < settings.size(); ++oracle) {
+    const Setting& setting = settings[oracle];
+    if (setting.policy->exchanges == 0 || setting.keeps_all(eviction_position)) continue;
+    std::vector<const LayerSets*> candidates;
+    for (std::size_t i = 0; i < settings.size(); ++i) {
+      const bool comparable = settings[i].granularity == setting.granularity &&
+                              std::ranges::all_of(kept[i], [&setting](const std::vector<int>& set) {
+                                return static_cast<int>(set.size()) == setting.capacity;
+                              });
+      if (comparable) candidates.push_back(&kept[i]);
+    }
+    const auto best_of = [&](const std::vector<const LayerSets*>& sets) {
+      const std::vector<LayerMeasures> measures = measure_layer(trace, layer, eviction_position, sets);
+      const auto best = std::ranges::min_element(
+          measures, {}, [](const LayerMeasures& m) { return mean_square(m.layer_error); });
+      return sets[static_cast<std::size_t>(best - measures.begin())];
+    };
+    const LayerSets start = *best_of(candidates);
+    const LayerSets improved =
+        exchange_positions(trace, layer, eviction_position, setting.granularity, start, setting.policy->exchanges);
+    // Measured like any other sets: where rounding made it worse, the start stays.
+    kept[oracle] = *best_of({&start, &improved});
+  }
+}
+
+std::vector<const LayerSets*> addresses(const std::vector<LayerSets>& kept) {
+  std::vector<const LayerSets*> pointers;
+  for (const LayerSets& sets : kept) pointers.push_back(&sets);
+  return pointers;
+}
+
+// Fills a layer's part of a result.
+void store(const LayerMeasures& measures, int layer, const TraceReplay& replay, ReplayResult& result) {
+  const ModelInfo& model = replay.model;
+  std::ranges::copy(measures.layer_error, table_row(result.layer_error, layer).begin());
+  for (int head = 0; head < model.num_attention_heads; ++head) {
+    const HeadMeasures& found = measures.heads[static_cast<std::size_t>(head)];
+    const Index row = static_cast<Index>(layer) * model.num_attention_heads + head;
+    std::ranges::copy(found.head_error, table_row(result.head_error, row).begin());
+    std::ranges::copy(found.attention_recall, table_row(result.attention_recall, row).begin());
+    std::ranges::copy(found.cosine, table_row(result.cosine, row).begin());
+    const std::vector<int>& kept = result.kept.of_query_head(layer, head, model.group_size());
+    for (std::size_t s = 0; s < replay.spans.size(); ++s) {
+      table_row(result.span_recall, row)[s] = span_recall(kept, replay.spans[s], replay.eviction_position);
+    }
+  }
 }
 
 TraceReplay prepare(const TraceReader& trace, int eviction_position) {
@@ -506,6 +570,7 @@ std::vector<TraceReplay> replay(const TraceReader& trace, const ReplayRequest& r
       r.eviction_position = result.eviction_position;
       r.granularity = setting.granularity;
       r.share = setting.share;
+      r.oracle = setting.policy->oracle;
       r.kept.granularity = setting.granularity == Granularity::query ? Granularity::query : Granularity::kv;
       r.kept.sets_per_layer = model.num_key_value_heads * sets_per_kv_head(setting.granularity, model);
       r.head_error = Table::of_shape({layers, heads, queries});
@@ -515,11 +580,14 @@ std::vector<TraceReplay> replay(const TraceReader& trace, const ReplayRequest& r
       r.span_recall = Table::of_shape({layers, heads, static_cast<Index>(result.spans.size())});
     }
     for (int layer = 0; layer < model.num_layers; ++layer) {
-      auto kept = LayerSelection(trace, plans[e], layer, result.eviction_position).run();
+      std::vector<LayerSets> kept = LayerSelection(trace, plans[e], layer, result.eviction_position).run();
+      improve_oracles(trace, layer, result.eviction_position, plans[e], kept);
+      const std::vector<const LayerSets*> all = addresses(kept);
+      const std::vector<LayerMeasures> measures = measure_layer(trace, layer, result.eviction_position, all);
       for (std::size_t i = 0; i < kept.size(); ++i) {
         std::ranges::move(kept[i], std::back_inserter(result.results[i].kept.sets));
+        store(measures[i], layer, result, result.results[i]);
       }
-      measure_layer(trace, layer, result);
       if (progress) {
         progress((static_cast<double>(e) + static_cast<double>(layer + 1) / static_cast<double>(layers)) /
                  static_cast<double>(evictions.size()));

@@ -65,6 +65,7 @@ struct ReplayResult {
   int eviction_position = 0;
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
+  bool oracle = false;  ///< looked at the evaluation queries
   KeptSets kept;
   Table head_error;        ///< [L, H, E]
   Table layer_error;       ///< [L, E]

@@ -64,6 +64,7 @@ void write_results(const std::filesystem::path& path, const std::vector<TraceRep
         write_identity(file, group, result);
         file.write_string(group, "heads", name_of(result.granularity));
         file.write_string(group, "model", replay.model.name);
+        file.write_int(group, "oracle", result.oracle ? 1 : 0);
         file.write_double(group, "kept", result.kept.mean_size());
         const std::vector<std::int32_t>& positions = replay.evaluation_positions;
         file.write(group + "/evaluation_positions", positions, {static_cast<Index>(positions.size())});

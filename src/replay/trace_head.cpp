@@ -25,6 +25,7 @@ TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, int evict
   const std::span<const int> positions = trace.info().query_positions;
   const auto before = std::ranges::lower_bound(positions, eviction_position) - positions.begin();
   query_positions_ = positions.first(static_cast<std::size_t>(before));
+  evaluation_positions_ = positions.subspan(static_cast<std::size_t>(before));
 }
 
 Matrix TraceHead::keys() const {
@@ -37,6 +38,15 @@ Matrix TraceHead::values() const {
 
 Matrix TraceHead::queries(int member, Index first, Index count) const {
   return trace_.read(shape_.layer, HeadTensor::queries, shape_.query_head(member), first, count);
+}
+
+Matrix TraceHead::evaluation_queries(int member) const {
+  return trace_.read(shape_.layer, HeadTensor::queries, shape_.query_head(member),
+                     static_cast<Index>(query_positions_.size()), static_cast<Index>(evaluation_positions_.size()));
+}
+
+Matrix TraceHead::evaluation_keys() const {
+  return trace_.read(shape_.layer, HeadTensor::keys, shape_.kv_head, 0, evaluation_positions_.back() + 1);
 }
 
 bool TraceHead::has_output_projection() const { return trace_.has_output_projection(shape_.layer); }

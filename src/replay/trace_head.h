@@ -6,8 +6,8 @@
 
 namespace kvreplay {
 
-/// Reads one (layer, KV head) of a trace on request, cut off at the eviction position: what stands behind it cannot be
-/// seen. The reader must outlive it.
+/// Reads one (layer, KV head) of a trace on request, cut off at the eviction position: what stands behind it only
+/// oracles can see. The reader must outlive it.
 class TraceHead : public HeadSource {
  public:
   /// `eviction_position` is in [1, T].
@@ -21,11 +21,15 @@ class TraceHead : public HeadSource {
   bool has_output_projection() const override;
   Matrix output_projection(int member) const override;
   std::optional<std::vector<float>> attention_mass(int member) const override;
+  std::span<const int> evaluation_positions() const override { return evaluation_positions_; }
+  Matrix evaluation_queries(int member) const override;
+  Matrix evaluation_keys() const override;
 
  private:
   const TraceReader& trace_;
   HeadShape shape_;
   std::span<const int> query_positions_;
+  std::span<const int> evaluation_positions_;
 };
 
 /// The shape of a trace's head at an eviction position.

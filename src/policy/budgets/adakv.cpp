@@ -13,6 +13,7 @@
 #include <functional>
 #include <numeric>
 
+#include "base/error.h"
 #include "policy/policy.h"
 
 namespace kvreplay {
@@ -88,6 +89,50 @@ class AdaKV : public Budget {
   bool across_query_heads_;
 };
 
+// kvpress lets KV heads compete with the scores their groups share. Each keeps a share of the capacity by its own
+// ranking, its window first; the rest of the layer's positions goes to the best of all that is left.
+class AdaKVOfKvpress : public Budget {
+ public:
+  explicit AdaKVOfKvpress(double safeguard) : safeguard_(safeguard) {}
+
+  bool needs_scores() const override { return true; }
+
+  std::vector<int> allocate(const BudgetRequest& request) const override {
+    if (request.granularity != Granularity::kv) {
+      throw Error("adakv@kvpress divides positions among KV heads; leave out --heads");
+    }
+    const int protected_count = request.protection.count();
+    const int safe = std::max(protected_count, static_cast<int>(request.capacity * safeguard_));
+    struct Entry {
+      float score;
+      std::size_t head;
+    };
+    std::vector<Entry> contenders;
+    for (std::size_t head = 0; head < request.kv_head_scores.size(); ++head) {
+      const std::span<const float> ranked = request.kv_head_scores[head].subspan(
+          static_cast<std::size_t>(request.protection.sinks),
+          static_cast<std::size_t>(request.prompt_length - protected_count));
+      std::vector<float> own(ranked.begin(), ranked.end());
+      std::ranges::sort(own, std::greater<>());
+      for (auto score = own.begin() + (safe - protected_count); score != own.end(); ++score) {
+        contenders.push_back({*score, head});
+      }
+    }
+    const std::size_t places = request.kv_head_scores.size() * static_cast<std::size_t>(request.capacity - safe);
+    // Among equal scores the lower head wins.
+    std::ranges::nth_element(contenders, contenders.begin() + static_cast<std::ptrdiff_t>(places),
+                             [](const Entry& a, const Entry& b) {
+                               return a.score != b.score ? a.score > b.score : a.head < b.head;
+                             });
+    std::vector<int> capacities(request.kv_head_scores.size(), safe);
+    for (std::size_t i = 0; i < places; ++i) ++capacities[contenders[i].head];
+    return capacities;
+  }
+
+ private:
+  double safeguard_;
+};
+
 std::vector<Parameter> budget_parameters() {
   return {Parameter::real("floor", 0.2, 0, 1, "share of the ranked capacity that every head gets at least"),
           Parameter::flag("normalize", true, "weigh a head's scores by how concentrated they are"),
@@ -121,6 +166,36 @@ const MethodRegistration adakv_preset({
                              ",pooling=" + a.text("pooling") + ")+adakv(floor=" + a.text("floor") + ",normalize=" +
                              a.text("normalize") + ",across=" + a.text("across") + ")");
         },
+});
+
+const MethodRegistration rest_kv({
+    .name = "adakv@rest-kv",
+    .summary = "Query heads compete, each with a kept set of its own; maximum pooling over 5 positions by default.",
+    .source = "github.com/an-yongqi/rest-kv, AdaKVCluster, after github.com/FFY0/AdaKV",
+    .parameters = {budget_parameters()[0], budget_parameters()[1]},
+    .compose =
+        [](const Arguments& a) {
+          Composition policy = make_policy("adakv(pooling=max,floor=" + a.text("floor") +
+                                           ",normalize=" + a.text("normalize") + ")");
+          policy.granularity = Granularity::query;
+          return policy;
+        },
+    .variant_of = "adakv",
+});
+
+const MethodRegistration kvpress({
+    .name = "adakv@kvpress",
+    .summary = "KV heads compete with the scores their groups share, not normalized; a share of the capacity is safe for "
+               "each. Over SnapKV with kvpress's window of 64.",
+    .source = "github.com/NVIDIA/kvpress, adakv_press.py",
+    .parameters = {Parameter::real("safeguard", 0.2, 0, 1, "share of the capacity that every head keeps")},
+    .compose =
+        [](const Arguments& a) {
+          Composition policy = make_policy("snapkv@kvpress");
+          policy.budget = std::make_shared<AdaKVOfKvpress>(a.real("safeguard"));
+          return policy;
+        },
+    .variant_of = "adakv",
 });
 
 }  // namespace

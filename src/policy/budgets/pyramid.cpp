@@ -6,6 +6,7 @@
 // prompt is cut to it and the last one raised by as much. For prompts shorter than twice the ranked capacity PyramidKV's
 // code keeps to the uniform budget; ReST-KV's release does not, and each is followed for its own scores.
 #include <algorithm>
+#include <cmath>
 
 #include "policy/policy.h"
 
@@ -40,6 +41,33 @@ class Pyramid : public Budget {
   int beta_;
 };
 
+// kvpress takes the capacity without the window for the mean, works with fractions, rounds to even at the end, counts the
+// window into what a layer gets, and keeps to the uniform budget where the window would not fit the last layer.
+class PyramidOfKvpress : public Budget {
+ public:
+  explicit PyramidOfKvpress(int beta) : beta_(beta) {}
+
+  std::vector<int> allocate(const BudgetRequest& request) const override {
+    const double mean = request.capacity;
+    const double rankable = request.prompt_length - request.protection.count();
+    double smallest = mean / beta_;
+    double largest = 2 * mean - smallest;
+    if (largest >= rankable) {
+      largest = rankable;
+      smallest = 2 * mean - largest;
+    }
+    double capacity = mean;
+    if (largest >= smallest && smallest >= request.protection.count() && request.num_layers > 1) {
+      capacity = std::nearbyint(largest - request.layer * ((largest - smallest) / (request.num_layers - 1)));
+    }
+    return std::vector<int>(static_cast<std::size_t>(sets_per_layer(request)),
+                            std::clamp(static_cast<int>(capacity), 1, request.prompt_length));
+  }
+
+ private:
+  int beta_;
+};
+
 const MethodRegistration pyramid({
     .name = "pyramid",
     .step = Method::Step::budget,
@@ -63,6 +91,35 @@ const MethodRegistration pyramidkv({
           return make_policy("snapkv(window=" + a.text("window") + ",kernel=" + a.text("kernel") +
                              ",pooling=" + a.text("pooling") + ")+pyramid(beta=" + a.text("beta") + ")");
         },
+});
+
+const MethodRegistration rest_kv({
+    .name = "pyramidkv@rest-kv",
+    .summary = "One kept set per query head, as in KVCache-Factory, whose pyramid this is.",
+    .source = "github.com/an-yongqi/rest-kv, PyramidKVCluster",
+    .parameters = {},
+    .compose =
+        [](const Arguments&) {
+          Composition policy = make_policy("pyramidkv");
+          policy.granularity = Granularity::query;
+          return policy;
+        },
+    .variant_of = "pyramidkv",
+});
+
+const MethodRegistration kvpress({
+    .name = "pyramidkv@kvpress",
+    .summary = "A pyramid drawn from the whole capacity, the window included, in fractional steps; a window of 64, one "
+               "kept set per KV head.",
+    .source = "github.com/NVIDIA/kvpress, pyramidkv_press.py",
+    .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the capacity")},
+    .compose =
+        [](const Arguments& a) {
+          Composition policy = make_policy("snapkv@kvpress");
+          policy.budget = std::make_shared<PyramidOfKvpress>(a.integer("beta"));
+          return policy;
+        },
+    .variant_of = "pyramidkv",
 });
 
 }  // namespace

@@ -88,5 +88,19 @@ const MethodRegistration criticalkv({
         },
 });
 
+const MethodRegistration kvpress({
+    .name = "criticalkv@kvpress",
+    .summary = "Over SnapKV with kvpress's window of 64; one kept set per KV head.",
+    .source = "github.com/NVIDIA/kvpress, criticalkv_press.py",
+    .parameters = {},
+    .compose =
+        [](const Arguments&) {
+          return Composition{.ranking = std::make_shared<CriticalKV>(make_policy("snapkv@kvpress").ranking, 0.5, 1e-4),
+                             .granularity = Granularity::kv,
+                             .share = Share::mean};
+        },
+    .variant_of = "criticalkv",
+});
+
 }  // namespace
 }  // namespace kvreplay

@@ -53,5 +53,34 @@ const MethodRegistration h2o({
         },
 });
 
+const MethodRegistration kvcache_factory({
+    .name = "h2o@kvcache-factory",
+    .summary = "Masks only the window's queries causally, so that early queries count attention to keys after them; one "
+               "kept set per query head. The ReST-KV release has the same code.",
+    .source = "github.com/Zefan-Cai/KVCache-Factory, H2OKVCluster",
+    .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<H2O>(a.integer("window"), false, false),
+                             .granularity = Granularity::query};
+        },
+    .variant_of = "h2o",
+});
+
+const MethodRegistration kvpress({
+    .name = "h2o@kvpress",
+    .summary = "ObservedAttention: causal, divided by the number of queries that see a key, averaged over the group; "
+               "protects no recent positions.",
+    .source = "github.com/NVIDIA/kvpress, observed_attention_press.py",
+    .parameters = {},
+    .compose =
+        [](const Arguments&) {
+          return Composition{.ranking = std::make_shared<H2O>(0, true, true),
+                             .granularity = Granularity::kv,
+                             .share = Share::mean};
+        },
+    .variant_of = "h2o",
+});
+
 }  // namespace
 }  // namespace kvreplay

@@ -43,5 +43,57 @@ const MethodRegistration snapkv({
         },
 });
 
+// What tells implementations apart: whether query heads of a group share a set, and the defaults of window and pooling.
+const MethodRegistration rest_kv({
+    .name = "snapkv@rest-kv",
+    .summary = "One kept set per query head, since keys and values are repeated for the group first; the code of "
+               "FasterDecoding/SnapKV does the same with the same defaults.",
+    .source = "github.com/an-yongqi/rest-kv, SnapKVCluster",
+    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                   Parameter::odd_integer("kernel", 5, 1, "positions that are pooled"),
+                   Parameter::choice("pooling", {"avg", "max"}, "how they are pooled")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"),
+                                                                 spatial_named(a.text("pooling"))),
+                             .granularity = Granularity::query};
+        },
+    .variant_of = "snapkv",
+});
+
+const MethodRegistration kvcache_factory({
+    .name = "snapkv@kvcache-factory",
+    .summary = "The code of snapkv@rest-kv as KVCache-Factory's run_longbench.py calls it: a window of 8 and maximum "
+               "pooling over 7 positions.",
+    .source = "github.com/Zefan-Cai/KVCache-Factory, run_longbench.py",
+    .parameters = {Parameter::integer("window", 8, 1, "observation window: last queries, always kept"),
+                   Parameter::odd_integer("kernel", 7, 1, "positions that are pooled"),
+                   Parameter::choice("pooling", {"max", "avg"}, "how they are pooled")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"),
+                                                                 spatial_named(a.text("pooling"))),
+                             .granularity = Granularity::query};
+        },
+    .variant_of = "snapkv",
+});
+
+const MethodRegistration kvpress({
+    .name = "snapkv@kvpress",
+    .summary = "One kept set per KV head: scores are averaged over the group after pooling. The window is 64 by default, "
+               "and pooling is always an average.",
+    .source = "github.com/NVIDIA/kvpress, snapkv_press.py",
+    .parameters = {Parameter::integer("window", 64, 1, "observation window: last queries, always kept"),
+                   Parameter::odd_integer("kernel", 5, 1, "positions that are pooled")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{
+              .ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"), Spatial::average),
+              .granularity = Granularity::kv,
+              .share = Share::mean};
+        },
+    .variant_of = "snapkv",
+});
+
 }  // namespace
 }  // namespace kvreplay

@@ -1,9 +1,9 @@
 // StreamingLLM (arXiv 2309.17453): attention sinks and the most recent positions.
 //
 // The first few tokens draw attention that has nowhere else to go; without them a window attention collapses (paper,
-// section 3). Kept are `sinks` first positions and the last capacity − sinks. KVCache-Factory, and the ReST-KV release
-// after it, keep the first capacity − window and the last `window` positions instead; that is
-// streamingllm(sinks=<capacity − window>).
+// section 3). Kept are `sinks` first positions and the last capacity − sinks. The cluster class of KVCache-Factory, which
+// the ReST-KV release has too, keeps the first capacity − window and the last `window` positions instead; its
+// run_longbench.py sets window to capacity − 4, which makes it the paper's again.
 #include "policy/policy.h"
 
 namespace kvreplay {
@@ -29,6 +29,20 @@ class StreamingLLM : public Pattern {
   int sinks_;
 };
 
+class FirstAndWindow : public Pattern {
+ public:
+  explicit FirstAndWindow(int window) : window_(window) {}
+
+  int minimum_capacity() const override { return std::max(1, window_); }
+
+  std::vector<int> keep(const HeadShape& shape, int member, int capacity) const override {
+    return StreamingLLM(capacity - window_).keep(shape, member, capacity);
+  }
+
+ private:
+  int window_;
+};
+
 const MethodRegistration streamingllm({
     .name = "streamingllm",
     .summary = "Keeps the first positions, which act as attention sinks, and the most recent ones.",
@@ -38,6 +52,32 @@ const MethodRegistration streamingllm({
         [](const Arguments& a) {
           return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks"))};
         },
+});
+
+const MethodRegistration kvcache_factory({
+    .name = "streamingllm@kvcache-factory",
+    .summary = "Keeps the first capacity - window positions and the last window ones: as many sinks as the capacity "
+               "leaves room for.",
+    .source = "github.com/Zefan-Cai/KVCache-Factory, StreamingLLMKVCluster",
+    .parameters = {Parameter::integer("window", 32, 0, "last positions that are kept")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.pattern = std::make_shared<FirstAndWindow>(a.integer("window")),
+                             .granularity = Granularity::query};
+        },
+    .variant_of = "streamingllm",
+});
+
+const MethodRegistration kvpress({
+    .name = "streamingllm@kvpress",
+    .summary = "4 sinks and the most recent positions, as in the paper; keys keep their positions.",
+    .source = "github.com/NVIDIA/kvpress, streaming_llm_press.py",
+    .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks"))};
+        },
+    .variant_of = "streamingllm",
 });
 
 }  // namespace

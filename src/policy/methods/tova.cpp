@@ -36,5 +36,18 @@ const MethodRegistration tova({
         },
 });
 
+const MethodRegistration kvpress({
+    .name = "tova@kvpress",
+    .summary = "The last position is always kept; otherwise the paper's.",
+    .source = "github.com/NVIDIA/kvpress, tova_press.py",
+    .parameters = {},
+    .compose =
+        [](const Arguments&) {
+          return Composition{
+              .ranking = std::make_shared<Tova>(true), .granularity = Granularity::layer, .share = Share::mean};
+        },
+    .variant_of = "tova",
+});
+
 }  // namespace
 }  // namespace kvreplay

@@ -1,0 +1,47 @@
+// Oracle: the positions that the evaluation queries will attend to most.
+//
+// Score of position n: the full attention that it receives from all evaluation queries, Σ_t A[t, n]. It bounds attention
+// recall: at equal capacity per head and granularity query no kept set has a higher sum of recall over the queries. It
+// does not bound the output error, since values count there too.
+#include <algorithm>
+
+#include "policy/policy.h"
+
+namespace kvreplay {
+namespace {
+
+class OracleAttention : public Ranking {
+ public:
+  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
+    std::ranges::copy(head.evaluation_attention(member), scores.begin());
+  }
+};
+
+const MethodRegistration attention_oracle({
+    .name = "oracle-attention",
+    .summary = "ORACLE: keeps what the evaluation queries attend to most; no policy can know it.",
+    .source = "a bound on attention recall",
+    .parameters = {},
+    .compose =
+        [](const Arguments&) {
+          return Composition{.ranking = std::make_shared<OracleAttention>(), .oracle = true};
+        },
+});
+
+const MethodRegistration reconstruction_oracle({
+    .name = "oracle-reconstruction",
+    .summary = "ORACLE: minimises the mean squared layer error over the evaluation queries, greedily, by exchanging "
+               "positions; starts from the best kept sets of the run, so that it is never worse than they are. Not "
+               "the minimum: exchanges can end in a local one.",
+    .source = "a bound on the layer error; docs/oracles.md",
+    .parameters = {Parameter::integer("exchanges", 64, 1, "exchanges per kept set, at most")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<OracleAttention>(),
+                             .oracle = true,
+                             .exchanges = a.integer("exchanges")};
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

@@ -9,6 +9,9 @@
 namespace kvreplay {
 namespace {
 
+// So that a table of policies stays below some 110 columns.
+constexpr std::size_t kPolicyWidth = 24;
+
 // Width on a terminal: UTF-8 continuation bytes take none.
 std::size_t display_width(const std::string& text) {
   return static_cast<std::size_t>(
@@ -63,18 +66,40 @@ std::string aligned_table(const std::vector<std::vector<std::string>>& rows) {
   return text;
 }
 
+// Positions are counts, and means of counts over heads or traces.
+std::string count_text(double count) {
+  return count == std::floor(count) ? fmt::format("{:.0f}", count) : fmt::format("{:.1f}", count);
+}
+
+// The lines of a policy's spec that is too long for a table's column, broken after ',' and before '+' and ' '.
+std::vector<std::string> broken_spec(const std::string& spec, std::size_t width) {
+  std::vector<std::string> lines = {""};
+  for (std::size_t at = 0; at < spec.size();) {
+    std::size_t end = at + 1;
+    while (end < spec.size() && spec[end - 1] != ',' && spec[end] != '+' && spec[end] != ' ') ++end;
+    const std::string piece = spec.substr(at, end - at);
+    if (!lines.back().empty() && display_width(lines.back() + piece) > width) lines.emplace_back("  ");
+    lines.back() += piece;
+    at = end;
+  }
+  return lines;
+}
+
 std::string policy_table(const std::vector<PolicyRow>& rows) {
   const bool spans = std::ranges::any_of(rows, [](const PolicyRow& row) { return !std::isnan(row.span_recall); });
   std::vector<std::vector<std::string>> cells = {
       {"policy", "capacity", "kept", "of prompt", "heads", "layer error", "head error", "recall", "cosine"}};
   if (spans) cells[0].emplace_back("spans kept");
   for (const PolicyRow& row : rows) {
-    auto& line = cells.emplace_back(std::vector<std::string>{
-        row.oracle ? fmt::format("{} (ORACLE)", row.policy) : row.policy, row.capacity_request, fmt::format("{:.5g}", row.kept), fmt::format("{:.1f} %", 100 * row.kept_share),
+    const std::vector<std::string> spec = broken_spec(row.policy + (row.oracle ? " (ORACLE)" : ""), kPolicyWidth);
+    std::vector<std::string> line{
+        spec.front(), row.capacity_request, count_text(row.kept), fmt::format("{:.1f} %", 100 * row.kept_share),
         std::string(name_of(row.granularity)), fmt::format("{:.4f}", row.layer_error),
         fmt::format("{:.4f}", row.head_error), fmt::format("{:.4f}", row.attention_recall),
-        fmt::format("{:.4f}", row.cosine)});
+        fmt::format("{:.4f}", row.cosine)};
     if (spans) line.push_back(std::isnan(row.span_recall) ? "-" : fmt::format("{:.1f} %", 100 * row.span_recall));
+    cells.push_back(std::move(line));
+    for (std::size_t i = 1; i < spec.size(); ++i) cells.push_back({spec[i]});
   }
   return aligned_table(cells);
 }

@@ -8,32 +8,70 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 #include <string>
 #include <system_error>
 
 #include "base/error.h"
 
 namespace kvreplay {
+namespace {
 
-OutputFile::OutputFile(std::filesystem::path path) : path_(std::move(path)) {
-  if (std::filesystem::is_directory(path_)) {
-    throw Error(fmt::format("{}: is a folder; name a file to write", path_.string()));
+// Temporary files that stand on the disk. Whoever makes, renames or removes one holds the lock.
+std::mutex& unfinished_lock() {
+  static std::mutex lock;
+  return lock;
+}
+std::set<std::filesystem::path>& unfinished() {
+  static std::set<std::filesystem::path> files;
+  return files;
+}
+
+// The process's own streams by name, as in /dev/stdout: whatever they lead to, nothing can be put in its place.
+bool is_stream(const std::filesystem::path& path) { return path.string().starts_with("/proc/"); }
+
+// Renaming onto a symbolic link would replace the link instead of the file that it leads to.
+std::filesystem::path follow_links(std::filesystem::path path) {
+  constexpr int kLongestChain = 40;  // as Linux allows
+  std::error_code failure;           // told by whoever makes the file
+  for (int i = 0; i < kLongestChain && !is_stream(path) && std::filesystem::is_symlink(path, failure); ++i) {
+    path = path.parent_path() / std::filesystem::read_symlink(path, failure);
   }
-  std::string name = path_.string() + ".tmp-XXXXXX";
+  return path;
+}
+
+}  // namespace
+
+OutputFile::OutputFile(std::filesystem::path path) : path_(std::move(path)), destination_(follow_links(path_)) {
+  const auto refuse = [this](std::string_view reason) { return Error(fmt::format("{}: {}", path_.string(), reason)); };
+  if (path_.empty()) throw Error("the name of a file to write is empty");
+  std::error_code failure;  // what cannot be asked cannot be made either, which mkstemp tells
+  const std::filesystem::file_status status = std::filesystem::status(destination_, failure);
+  if (std::filesystem::is_directory(status)) throw refuse("is a folder; name a file to write");
+  if (std::filesystem::exists(status)) {
+    if (!std::filesystem::is_regular_file(status) || is_stream(destination_))
+      throw refuse("is a device or a pipe; name a file to write");
+    if (::access(destination_.c_str(), W_OK) != 0) throw refuse("is write-protected; name another file");
+  }
+  const std::lock_guard guard(unfinished_lock());
+  std::string name = destination_.string() + ".tmp-XXXXXX";
   const int file = ::mkstemp(name.data());
-  if (file < 0) throw Error(fmt::format("{}: cannot be written: {}", path_.string(), std::strerror(errno)));
+  if (file < 0) throw refuse(fmt::format("cannot be written: {}", std::strerror(errno)));
   // mkstemp makes files that only their owner can read; results are as readable as any other file.
   const mode_t mask = ::umask(0);
   ::umask(mask);
   ::fchmod(file, 0666 & ~mask);
   ::close(file);
   temporary_ = name;
+  unfinished().insert(temporary_);
 }
 
 OutputFile::~OutputFile() {
   if (committed_) return;
+  const std::lock_guard guard(unfinished_lock());
   std::error_code ignored;
   std::filesystem::remove(temporary_, ignored);
+  unfinished().erase(temporary_);
 }
 
 void OutputFile::commit() {
@@ -42,10 +80,21 @@ void OutputFile::commit() {
   const int reason = errno;
   if (file >= 0) ::close(file);
   if (!synced) throw Error(fmt::format("{}: cannot be written: {}", path_.string(), std::strerror(reason)));
+  const std::lock_guard guard(unfinished_lock());
   std::error_code failure;
-  std::filesystem::rename(temporary_, path_, failure);
+  std::filesystem::rename(temporary_, destination_, failure);
   if (failure) throw Error(fmt::format("{}: cannot be put in its place: {}", path_.string(), failure.message()));
+  unfinished().erase(temporary_);
   committed_ = true;
+}
+
+std::unique_lock<std::mutex> OutputFile::abandon_all() {
+  std::unique_lock lock(unfinished_lock());
+  for (const std::filesystem::path& file : unfinished()) {
+    std::error_code ignored;
+    std::filesystem::remove(file, ignored);
+  }
+  return lock;
 }
 
 void OutputFile::write_text(const std::filesystem::path& path, std::string_view text) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <mutex>
 #include <string_view>
 
 namespace kvreplay {
@@ -10,8 +11,9 @@ namespace kvreplay {
 /// Destroyed before commit(), it takes what was written away again and leaves the place as it was.
 class OutputFile {
  public:
-  /// Reserves a fresh temporary name in the folder of `path`.
-  /// Throws Error if that folder does not exist or cannot be written to.
+  /// Reserves a fresh temporary name in the folder of `path`. Where `path` is a symbolic link, what it leads to is
+  /// meant. Throws Error if that folder does not exist or cannot be written to, and if what stands there must not be
+  /// replaced: a folder, a device or pipe, a write-protected file.
   explicit OutputFile(std::filesystem::path path);
   ~OutputFile();
   OutputFile(const OutputFile&) = delete;
@@ -29,8 +31,13 @@ class OutputFile {
   /// Writes `text` to `path` as a whole. Throws Error.
   static void write_text(const std::filesystem::path& path, std::string_view text);
 
+  /// Removes what all files of the process have written and not committed, and holds everybody else off as long as the
+  /// lock lives. For a process that is about to be ended by a signal, which runs no destructors.
+  [[nodiscard]] static std::unique_lock<std::mutex> abandon_all();
+
  private:
-  std::filesystem::path path_;
+  std::filesystem::path path_;         ///< as given: for messages
+  std::filesystem::path destination_;  ///< with symbolic links followed
   std::filesystem::path temporary_;
   bool committed_ = false;
 };

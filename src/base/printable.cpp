@@ -8,11 +8,11 @@ namespace kvreplay {
 
 namespace {
 
-// Bytes of the UTF-8 sequence of a visible character that `text` begins with, or 0.
-std::size_t visible_sequence(std::string_view text) {
+// Bytes of the UTF-8 character that `text` begins with, or 0.
+std::size_t character_length(std::string_view text) {
   const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
   const unsigned lead = byte(0);
-  if (lead < 0x80) return lead >= 0x20 && lead != 0x7f ? 1 : 0;
+  if (lead < 0x80) return 1;
   const std::size_t length = lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
   if (lead < 0xc2 || lead > 0xf4 || text.size() < length) return 0;
   for (std::size_t i = 1; i < length; ++i) {
@@ -21,8 +21,12 @@ std::size_t visible_sequence(std::string_view text) {
   const bool overlong = (lead == 0xe0 && byte(1) < 0xa0) || (lead == 0xf0 && byte(1) < 0x90);
   const bool surrogate = lead == 0xed && byte(1) >= 0xa0;
   const bool beyond = lead == 0xf4 && byte(1) >= 0x90;
-  const bool control = lead == 0xc2 && byte(1) < 0xa0;
-  return overlong || surrogate || beyond || control ? 0 : length;
+  return overlong || surrogate || beyond ? 0 : length;
+}
+
+bool begins_with_control(std::string_view text) {
+  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+  return byte(0) < 0x20 || byte(0) == 0x7f || (byte(0) == 0xc2 && byte(1) < 0xa0);
 }
 
 }  // namespace
@@ -30,7 +34,8 @@ std::size_t visible_sequence(std::string_view text) {
 std::string printable(std::string_view text) {
   std::string result;
   while (!text.empty()) {
-    const std::size_t length = visible_sequence(text);
+    std::size_t length = character_length(text);
+    if (length > 0 && begins_with_control(text)) length = 0;
     if (length > 0) {
       result += text.substr(0, length);
     } else if (text[0] == '\n') {
@@ -43,6 +48,15 @@ std::string printable(std::string_view text) {
     text.remove_prefix(length > 0 ? length : 1);
   }
   return result;
+}
+
+std::optional<std::size_t> find_invalid_utf8(std::string_view text) {
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t length = character_length(text.substr(at));
+    if (length == 0) return at;
+    at += length;
+  }
+  return std::nullopt;
 }
 
 }  // namespace kvreplay

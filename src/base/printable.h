@@ -1,6 +1,8 @@
 // Text from files, fit for a terminal and for one line of an error.
 #pragma once
 
+#include <cstddef>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -9,5 +11,8 @@ namespace kvreplay {
 /// `text` with control characters, and bytes that are not UTF-8, written as \n, \t or \x1b. A file's name for a model
 /// could otherwise move the cursor or recolour what follows.
 std::string printable(std::string_view text);
+
+/// Offset of the first byte that is not part of a UTF-8 character, or nothing where all of `text` is UTF-8.
+std::optional<std::size_t> find_invalid_utf8(std::string_view text);
 
 }  // namespace kvreplay

@@ -1,8 +1,5 @@
-#include "cli/capture.h"
-
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <omp.h>
 
 #include <CLI/CLI.hpp>
 #include <charconv>
@@ -15,6 +12,9 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/printable.h"
+#include "cli/commands.h"
+#include "cli/options.h"
 #include "cli/progress.h"
 #include "tracer/capture.h"
 
@@ -82,6 +82,33 @@ std::string describe(const tracer::CaptureProgress& progress) {
   return "";
 }
 
+// Text that is not UTF-8 would reach the model as something else than what stands in the file.
+std::string read_prompt(const std::string& path) {
+  std::string text = read_input(path);
+  if (const auto at = find_invalid_utf8(text)) {
+    throw Error(fmt::format("{}: byte {} is not UTF-8 text; convert it, or give token ids with --tokens",
+                            input_name(path), *at));
+  }
+  return text;
+}
+
+// A trace must not take the place of what it is made from.
+void check_output(const CaptureArguments& arguments) {
+  std::error_code ignored;  // what does not exist is equivalent to nothing
+  for (const std::string& input : {arguments.prompt, arguments.tokens, arguments.spans}) {
+    if (!input.empty() && std::filesystem::equivalent(arguments.output, input, ignored)) {
+      throw UsageError(fmt::format("{}: the trace would overwrite what it is made from; name another file with -o",
+                                   arguments.output));
+    }
+  }
+  const auto folder = std::filesystem::absolute(arguments.output).parent_path();
+  if (std::filesystem::exists(arguments.output, ignored) &&
+      std::filesystem::equivalent(folder, arguments.model, ignored)) {
+    throw UsageError(
+        fmt::format("{}: the trace would overwrite a file of the model; name another file with -o", arguments.output));
+  }
+}
+
 void run_capture(const CaptureArguments& arguments) {
   if (arguments.prompt.empty() == arguments.tokens.empty()) {
     throw UsageError("capture needs a prompt: either --prompt FILE or --tokens FILE (- reads standard input)");
@@ -89,11 +116,12 @@ void run_capture(const CaptureArguments& arguments) {
   if (arguments.generate < 0) {
     throw UsageError(fmt::format("--generate {}: must not be negative", arguments.generate));
   }
-  if (arguments.threads < 0) throw UsageError(fmt::format("--threads {}: must not be negative", arguments.threads));
   const auto dtype = dtype_named(arguments.dtype);
   if (!dtype) {
     throw UsageError(fmt::format("--dtype {}: must be float32, float16 or bfloat16", arguments.dtype));
   }
+
+  check_output(arguments);
 
   tracer::CaptureOptions options;
   options.query_window = parse_queries(arguments.queries);
@@ -103,14 +131,14 @@ void run_capture(const CaptureArguments& arguments) {
   if (arguments.prompt.empty()) {
     options.prompt_ids = tracer::parse_token_ids(read_input(input), options.prompt_name);
   } else {
-    options.prompt_text = read_input(input);
+    options.prompt_text = read_prompt(input);
   }
   options.generate = arguments.generate;
   options.dtype = *dtype;
   options.output_projection = !arguments.no_projection;
   if (!arguments.spans.empty()) options.spans = tracer::read_spans(arguments.spans);
   options.output = arguments.output;
-  options.execution.threads = arguments.threads > 0 ? arguments.threads : omp_get_max_threads();
+  options.execution.threads = threads_or_all(arguments.threads);
 
   options.on_warning = [](const std::string& warning) { fmt::print(stderr, "warning: {}\n", warning); };
   tracer::CaptureSummary summary;
@@ -126,8 +154,8 @@ void run_capture(const CaptureArguments& arguments) {
                                   summary.prefill_seconds, summary.prompt_tokens / summary.prefill_seconds);
   if (summary.generated_ids.size() > 1) {
     const auto steps = summary.generated_ids.size() - 1;
-    times += fmt::format(", decode: {} tokens in {:.2f} s ({:.1f} tokens/s)", steps, summary.decode_seconds,
-                         static_cast<double>(steps) / summary.decode_seconds);
+    times += fmt::format(", decode: {} token{} in {:.2f} s ({:.1f} tokens/s)", steps, steps == 1 ? "" : "s",
+                         summary.decode_seconds, static_cast<double>(steps) / summary.decode_seconds);
   }
   fmt::print(stderr, "{}\n", times);
 
@@ -142,6 +170,13 @@ void run_capture(const CaptureArguments& arguments) {
       fmt::print("{}\n", fmt::join(summary.generated_ids, " "));
     }
   }
+  // The last generated token is not fed back, so one alone brings no query.
+  if (summary.generated_ids.size() < 2) {
+    fmt::print(
+        stderr,
+        "note: the trace has no query after the prompt, so eviction at its end cannot be measured; --generate 2 or "
+        "more adds some\n");
+  }
 }
 
 }  // namespace
@@ -151,12 +186,15 @@ void add_capture_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("capture", "Run a model once and record what its attention saw into a trace");
   command->add_option("-m,--model", arguments->model, "Folder of a model in Hugging Face format")
       ->required()
+      ->check(names_a_file)
       ->type_name("DIR");
   command->add_option("-p,--prompt", arguments->prompt, "Text file to run the model on; - reads standard input")
+      ->check(names_a_file)
       ->type_name("FILE");
   command
       ->add_option("--tokens", arguments->tokens,
                    "Instead of a text: a file of decimal token ids, taken as given; - reads standard input")
+      ->check(names_a_file)
       ->type_name("FILE");
   command
       ->add_option("-n,--generate", arguments->generate, "Tokens to generate after the prompt, greedily (default: 0)")
@@ -174,10 +212,11 @@ void add_capture_command(CLI::App& app) {
       ->add_option("--spans", arguments->spans,
                    "JSON list of things to follow: {\"label\": ..., \"text\": ...}, every occurrence in the prompt, or "
                    "{\"label\": ..., \"start\": ..., \"end\": ...} in token positions")
+      ->check(names_a_file)
       ->type_name("FILE");
-  command->add_option("-t,--threads", arguments->threads, "Threads (default: all cores); results do not depend on it")
-      ->type_name("N");
+  add_threads_option(*command, arguments->threads);
   command->add_option("-o,--output", arguments->output, "Trace to write, replaced if it exists (default: run.h5)")
+      ->check(names_a_file)
       ->type_name("FILE");
   command->callback([arguments] { run_capture(*arguments); });
 }

@@ -8,6 +8,8 @@ class App;
 
 namespace kvreplay::cli {
 
+void add_capture_command(CLI::App& app);
+void add_inspect_command(CLI::App& app);
 void add_replay_command(CLI::App& app);
 void add_policies_command(CLI::App& app);
 void add_variants_command(CLI::App& app);

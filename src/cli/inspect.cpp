@@ -1,5 +1,3 @@
-#include "cli/inspect.h"
-
 #include <fmt/format.h>
 #include <omp.h>
 
@@ -15,6 +13,8 @@
 
 #include "base/error.h"
 #include "base/printable.h"
+#include "cli/commands.h"
+#include "cli/options.h"
 #include "notebooks-export/tables.h"
 #include "trace/inspection.h"
 
@@ -238,7 +238,7 @@ ordered_json to_json(const Inspection& inspection) {
 }
 
 void run_inspect(const InspectOptions& options) {
-  if (options.threads > 0) omp_set_num_threads(options.threads);
+  omp_set_num_threads(threads_or_all(options.threads));
   const TraceReader trace(options.trace);
   const Inspection inspection = inspect(trace, options.verify);
   if (options.json) {
@@ -273,8 +273,7 @@ void add_inspect_command(CLI::App& app) {
   command->add_option("trace", options->trace, "A kvtrace file")->required()->type_name("FILE");
   command->add_flag("--json", options->json, "The same facts as JSON");
   command->add_flag("--verify", options->verify, "Compare every dataset with its digest; a mismatch is a failure");
-  command->add_option("--threads", options->threads, "Threads (default: all cores); results do not depend on it")
-      ->check(CLI::Range(1, 4096));
+  add_threads_option(*command, options->threads);
   command->footer(
       fmt::format("Fidelity recomputes at most {} captured queries per head, evenly spread.", kRecomputedQueries));
   command->callback([options]() { run_inspect(*options); });

@@ -1,27 +1,69 @@
 // kvreplay: capture a real LLM run once; replay any KV-cache eviction policy offline.
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cerrno>
+#include <csignal>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <iostream>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "base/error.h"
-#include "cli/capture.h"
 #include "cli/commands.h"
-#include "cli/inspect.h"
+#include "cli/interruption.h"
+#include "policy/parameter.h"
 
 namespace {
+
+using kvreplay::suggestion;
 
 constexpr int kFailed = 1;
 constexpr int kWrongUsage = 2;
 
 int report(std::string message, int exit_code) {
   std::ranges::replace(message, '\n', ' ');
-  fmt::print(stderr, "kvreplay: {}\n", message);
+  // Not with fmt, which throws where standard error cannot be written to.
+  std::fprintf(stderr, "kvreplay: %s\n", message.c_str());
   return exit_code;
+}
+
+// A standard stream that was closed would be the number that the next opened file gets, and messages would go into it.
+// The wrong direction makes standard output fail, as it should; messages have nowhere to go.
+void occupy_standard_streams() {
+  for (const auto& [number, mode] : {std::pair{0, O_WRONLY}, {1, O_RDONLY}, {2, O_WRONLY}}) {
+    if (::fcntl(number, F_GETFD) < 0 && errno == EBADF) static_cast<void>(::open("/dev/null", mode));
+  }
+}
+
+// CLI11 names leftovers in no helpful order; the first one that looks like an option is what was mistyped.
+std::string unexpected(const CLI::App& command) {
+  const std::vector<std::string> leftovers = command.remaining(true);
+  const auto option = std::ranges::find_if(leftovers, [](const std::string& text) { return text.starts_with('-'); });
+  if (option == leftovers.end()) return fmt::format("unexpected '{}'", leftovers.empty() ? "" : leftovers.front());
+  std::vector<std::string> known;
+  for (const CLI::Option* each : command.get_options()) {
+    for (const std::string& name : each->get_lnames()) known.push_back("--" + name);
+  }
+  return fmt::format("unknown option {}.{}", *option, suggestion(*option, known));
+}
+
+std::string without_command(const CLI::App& app) {
+  std::vector<std::string> known;
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
+    known.push_back(command->get_name());
+  }
+  const std::vector<std::string> leftovers = app.remaining();
+  if (leftovers.empty()) return fmt::format("name a command: {}", fmt::join(known, ", "));
+  if (leftovers.front().starts_with('-')) return unexpected(app);
+  return fmt::format("unknown command '{}'.{} Commands: {}", leftovers.front(), suggestion(leftovers.front(), known),
+                     fmt::join(known, ", "));
 }
 
 int run(int argc, char** argv) {
@@ -39,15 +81,21 @@ int run(int argc, char** argv) {
     return 0;
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);
-    std::string command;
-    for (const CLI::App* chosen : app.get_subcommands()) command = " " + chosen->get_name();
-    return report(fmt::format("{}; see 'kvreplay{} --help'", error.what(), command), kWrongUsage);
+    const std::vector<CLI::App*> chosen = app.get_subcommands();
+    const std::string command = chosen.empty() ? "" : " " + chosen.front()->get_name();
+    std::string message = error.what();
+    if (chosen.empty()) {
+      message = without_command(app);
+    } else if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
+      message = unexpected(*chosen.front());
+    }
+    const bool suggests = message.ends_with('?');
+    if (message.ends_with('.')) message.pop_back();
+    return report(fmt::format("{}{} 'kvreplay{} --help'", message, suggests ? " See" : "; see", command), kWrongUsage);
   }
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_and_report(int argc, char** argv) {
   try {
     return run(argc, argv);
   } catch (const kvreplay::UsageError& error) {
@@ -55,6 +103,24 @@ int main(int argc, char** argv) {
   } catch (const std::bad_alloc&) {
     return report("out of memory", kFailed);
   } catch (const std::exception& error) {
+    if (std::ferror(stdout) != 0) return kFailed;  // told at the end
     return report(error.what(), kFailed);
   }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  occupy_standard_streams();
+  // So that a limit on the size of files is an error that is told, like a full disk.
+  std::signal(SIGXFSZ, SIG_IGN);
+  kvreplay::cli::clean_up_when_interrupted();
+  const int exit_code = run_and_report(argc, argv);
+  errno = 0;
+  std::cout.flush();
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0 && std::cout) return exit_code;
+  const int reason = errno;
+  return report(fmt::format("standard output cannot be written{}{}", reason == 0 ? "" : ": ",
+                            reason == 0 ? "" : std::strerror(reason)),
+                kFailed);
 }

@@ -45,12 +45,13 @@ void list_methods() {
     for (const Parameter& parameter : method->parameters) {
       parameters += fmt::format("{}{}={}", parameters.empty() ? "" : ", ", parameter.name, parameter.default_value);
     }
-    fmt::print("{}{}\n    {}\n    {}\n", written_name(*method), parameters.empty() ? "" : fmt::format("({})", parameters),
-               method->summary, method->source);
+    fmt::print("{}{}\n    {}\n    {}\n", written_name(*method),
+               parameters.empty() ? "" : fmt::format("({})", parameters), method->summary, method->source);
   }
-  fmt::print("\nA spec names a policy and the parameters that differ from their defaults, as in restkv(alpha=0.5).\n"
-             "'kvreplay policies NAME' explains one, 'kvreplay policies SPEC' says what a spec means, and\n"
-             "'kvreplay variants NAME' how implementations of one method differ.\n");
+  fmt::print(
+      "\nA spec names a policy and the parameters that differ from their defaults, as in restkv(alpha=0.5).\n"
+      "'kvreplay policies NAME' explains one, 'kvreplay policies SPEC' says what a spec means, and\n"
+      "'kvreplay variants NAME' how implementations of one method differ.\n");
 }
 
 void explain_method(const Method& method) {
@@ -68,6 +69,9 @@ void explain_method(const Method& method) {
 }
 
 void explain_spec(const std::string& spec) {
+  if (spec.starts_with('+')) {
+    throw UsageError(fmt::format("'{0}' is a step of a policy; write it after one, as in snapkv{0}", spec));
+  }
   const Policy policy = make_policy(spec);
   fmt::print("canonical: {}\n", policy.canonical);
   bool first = true;
@@ -85,7 +89,8 @@ void explain_spec(const std::string& spec) {
     fmt::print("\n");
   }
   fmt::print("\nkept sets: one per {}; scores shared by their {}; smallest capacity {}\n",
-             described(policy.granularity.value_or(Granularity::kv)), name_of(policy.share.value_or(Share::mean)), policy.minimum_capacity());
+             described(policy.granularity.value_or(Granularity::kv)), name_of(policy.share.value_or(Share::mean)),
+             policy.minimum_capacity());
 }
 
 void explain_variants(const std::string& name) {
@@ -94,11 +99,11 @@ void explain_variants(const std::string& name) {
   for (const Method* method : registered_methods()) {
     if (method->variant_of.empty()) continue;
     if (method->variant_of == name) variants.push_back(method);
-    if (with_variants.empty() || with_variants.back() != method->variant_of) with_variants.push_back(method->variant_of);
+    if (with_variants.empty() || with_variants.back() != method->variant_of)
+      with_variants.push_back(method->variant_of);
   }
   if (variants.empty()) {
-    throw UsageError(
-        fmt::format("'{}' has no variants. Methods that have: {}", name, fmt::join(with_variants, ", ")));
+    throw UsageError(fmt::format("'{}' has no variants. Methods that have: {}", name, fmt::join(with_variants, ", ")));
   }
   fmt::print("{}: {}\n", name, find_method(name)->summary);
   std::string specs = name;

@@ -1,21 +1,26 @@
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <exception>
 #include <filesystem>
+#include <limits>
 #include <memory>
 #include <set>
+#include <utility>
 
 #include "analysis/summary.h"
 #include "base/error.h"
 #include "base/output_file.h"
+#include "base/printable.h"
 #include "cli/commands.h"
+#include "cli/options.h"
 #include "cli/progress.h"
 #include "notebooks-export/tables.h"
+#include "policy/spec.h"
 #include "replay/overlap.h"
 #include "replay/replay.h"
 #include "replay/results_file.h"
@@ -37,11 +42,21 @@ struct ReplayOptions {
   int threads = 0;
 };
 
+// A policy's spec, or a file that was meant as a trace: an option that takes several values takes those after it too.
+Policy policy_from(const std::string& spec) {
+  try {
+    return make_policy(spec);
+  } catch (const UsageError&) {
+    if (!std::filesystem::exists(spec)) throw;
+    throw UsageError(fmt::format("--policy: {} is a file, not a policy; name traces before --policy", spec));
+  }
+}
+
 ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string>& notes) {
   ReplayRequest request;
   std::set<std::string> seen;
   for (const std::string& spec : options.policies) {
-    Policy policy = make_policy(spec);
+    Policy policy = policy_from(spec);
     if (!seen.insert(policy.canonical).second) {
       notes.push_back(fmt::format("policy {} is given more than once and replayed once", policy.canonical));
       continue;
@@ -53,7 +68,11 @@ ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string
     CapacityRequest capacity = CapacityRequest::parse(text);
     if (seen.insert(capacity.text).second) request.capacities.push_back(std::move(capacity));
   }
-  request.eviction_positions = options.eviction_positions;
+  for (const int position : options.eviction_positions) {
+    if (std::ranges::find(request.eviction_positions, position) == request.eviction_positions.end()) {
+      request.eviction_positions.push_back(position);
+    }
+  }
   for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
     if (options.heads == name_of(granularity)) request.granularity = granularity;
   }
@@ -63,66 +82,131 @@ ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string
   return request;
 }
 
+// A trace that is given twice would count twice in every mean.
+std::vector<std::string> distinct_traces(const ReplayOptions& options, std::vector<std::string>& notes) {
+  std::vector<std::string> traces;
+  std::set<std::filesystem::path> seen;
+  for (const std::string& trace : options.traces) {
+    if (seen.insert(std::filesystem::weakly_canonical(trace)).second) {
+      traces.push_back(trace);
+    } else {
+      notes.push_back(fmt::format("{}: is given more than once and replayed once", trace));
+    }
+  }
+  return traces;
+}
+
+// Files that a policy reads: an output must not replace them.
+void add_input_files(const std::string& spec, std::set<std::filesystem::path>& files) {
+  bool first = true;
+  for (const SpecPart& part : parse_spec(spec)) {
+    const Method& method = *find_method(fmt::format("{}{}", std::exchange(first, false) ? "" : "+", part.name));
+    const Arguments arguments(part, method.parameters);
+    for (const Parameter& parameter : method.parameters) {
+      const std::string& value = arguments.text(parameter.name);
+      if (value.empty()) continue;
+      if (parameter.kind == Parameter::Kind::file) files.insert(std::filesystem::weakly_canonical(value));
+      if (parameter.kind == Parameter::Kind::spec) add_input_files(value, files);
+    }
+  }
+}
+
 // A results file that is also a trace to be read, or another result, would be lost.
-void check_outputs(const ReplayOptions& options) {
+void check_outputs(const ReplayOptions& options, const ReplayRequest& request) {
   std::set<std::filesystem::path> taken;
   for (const std::string& trace : options.traces) taken.insert(std::filesystem::weakly_canonical(trace));
+  for (const Policy& policy : request.policies) add_input_files(policy.canonical, taken);
   for (const std::string& output : {options.results, options.csv, options.json, options.kept}) {
     if (output.empty()) continue;
     if (!taken.insert(std::filesystem::weakly_canonical(output)).second) {
-      throw UsageError(fmt::format("{}: would overwrite a trace or another result; name another file", output));
+      throw UsageError(fmt::format("{}: would overwrite what is read, or another result; name another file", output));
     }
     // Tells now, not after the work, that a place cannot be written to.
     const OutputFile probe(output);
   }
 }
 
-std::string headline(const std::vector<TraceReplay>& replays) {
-  const TraceReplay& first = replays.front();
-  std::set<std::string> traces;
-  std::size_t queries = 0;
-  int shortest = first.eviction_position;
-  int longest = first.eviction_position;
-  for (const TraceReplay& replay : replays) {
-    traces.insert(replay.trace);
-    queries += replay.evaluation_positions.size();
-    shortest = std::min(shortest, replay.eviction_position);
-    longest = std::max(longest, replay.eviction_position);
-  }
-  return fmt::format("{} trace{} of {}, {} layers, {} query heads on {} KV heads; evicted at {}, {} evaluation queries",
-                     traces.size(), traces.size() == 1 ? "" : "s", first.model.name, first.model.num_layers,
-                     first.model.num_attention_heads, first.model.num_key_value_heads,
-                     shortest == longest ? fmt::format("{}", shortest) : fmt::format("{} to {}", shortest, longest),
-                     queries);
+std::string counted(std::size_t count, std::string_view noun) {
+  return fmt::format("{} {}{}", count, noun, count == 1 ? "" : "s");
 }
 
-void run_replay(const ReplayOptions& options) {
-  std::vector<std::string> notes;
-  const ReplayRequest request = request_from(options, notes);
-  check_outputs(options);
-  if (options.threads > 0) omp_set_num_threads(options.threads);
+std::string shape_of(const ModelInfo& model) {
+  const auto count = [](int number) { return static_cast<std::size_t>(number); };
+  return fmt::format("{}, {} on {}", counted(count(model.num_layers), "layer"),
+                     counted(count(model.num_attention_heads), "query head"),
+                     counted(count(model.num_key_value_heads), "KV head"));
+}
 
-  const auto started = std::chrono::steady_clock::now();
-  std::vector<TraceReplay> replays;
-  std::vector<OverlapTable> overlap_tables;
-  {
-    Progress progress;
-    std::vector<TraceReader> traces(options.traces.begin(), options.traces.end());
-    for (std::size_t i = 0; i < traces.size(); ++i) {
-      const auto total = static_cast<double>(traces.size());
-      auto results = replay(traces[i], request, [&](double share) {
-        progress.show(options.traces[i], (static_cast<double>(i) + share) / total);
-      });
-      for (TraceReplay& result : results) {
-        for (const std::string& note : result.notes) notes.push_back(fmt::format("{}: {}", result.trace, note));
-        std::ranges::move(overlaps(result), std::back_inserter(overlap_tables));
-        replays.push_back(std::move(result));
-      }
+// What was replayed: a line, and where models differ another one for each.
+std::string headline(const std::vector<TraceReplay>& replays) {
+  std::set<std::string> traces;
+  std::set<int> evictions;
+  std::vector<std::string> models;
+  std::size_t queries = 0;
+  for (const TraceReplay& replay : replays) {
+    traces.insert(replay.trace);
+    evictions.insert(replay.eviction_position);
+    queries += replay.evaluation_positions.size();
+    std::string model = fmt::format("{}: {}", printable(replay.model.name), shape_of(replay.model));
+    if (std::ranges::find(models, model) == models.end()) models.push_back(std::move(model));
+  }
+  const std::string work =
+      fmt::format("evicted at {}, {}",
+                  evictions.size() == 1 ? fmt::format("{}", *evictions.begin())
+                                        : fmt::format("{} to {}", *evictions.begin(), *evictions.rbegin()),
+                  queries == 1 ? "1 evaluation query" : fmt::format("{} evaluation queries", queries));
+  if (models.size() == 1) return fmt::format("{} of {}; {}", counted(traces.size(), "trace"), models.front(), work);
+  std::string text =
+      fmt::format("{} of {}; {}", counted(traces.size(), "trace"), counted(models.size(), "model"), work);
+  for (const std::string& model : models) text += fmt::format("\n  {}", model);
+  return text;
+}
+
+// What the table's numbers are.
+std::string legend(const std::vector<TraceReplay>& replays, double seconds) {
+  std::set<std::string> traces;
+  std::set<int> evictions_of_one;
+  bool spans = false;
+  for (const TraceReplay& replay : replays) {
+    traces.insert(replay.trace);
+    if (replay.trace == replays.front().trace) evictions_of_one.insert(replay.eviction_position);
+    spans = spans || !replay.spans.empty();
+  }
+  std::string over;
+  if (traces.size() > 1) over = "; every trace weighs the same";
+  if (evictions_of_one.size() > 1) {
+    over = traces.size() > 1 ? "; every trace and eviction position weighs the same"
+                             : "; every eviction position weighs the same";
+  }
+  return fmt::format(
+      "layer error, head error: ‖ô−o‖/‖o‖ after and before the output projection; recall: attention mass still "
+      "cached;\n{}means over layers, heads and evaluation queries{}.\nBest first at each capacity. Replayed in {:.1f} "
+      "s.\n",
+      spans ? "spans kept: share of the annotated spans' positions that is kept, mean over layers and heads;\n" : "",
+      over, seconds);
+}
+
+// The same note about several traces is one line.
+void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays) {
+  for (const std::string& note : notes) fmt::print(stderr, "note: {}\n", note);
+  std::vector<std::pair<std::string, std::vector<std::string>>> about;
+  for (const TraceReplay& replay : replays) {
+    for (const std::string& note : replay.notes) {
+      auto found = std::ranges::find(about, note, &std::pair<std::string, std::vector<std::string>>::first);
+      if (found == about.end()) found = about.insert(about.end(), {note, {}});
+      if (std::ranges::find(found->second, replay.trace) == found->second.end()) found->second.push_back(replay.trace);
     }
   }
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  for (const auto& [note, traces] : about) {
+    const std::size_t others = traces.size() - 1;
+    fmt::print(stderr, "note: {}{}: {}\n", traces.front(),
+               others == 0 ? "" : fmt::format(" and {} more trace{}", others, others == 1 ? "" : "s"), note);
+  }
+}
 
-  std::vector<std::string> written;
+// Writes what was asked for; `written` tells how far it came.
+void write_files(const ReplayOptions& options, const std::vector<TraceReplay>& replays,
+                 const std::vector<OverlapTable>& overlap_tables, std::vector<std::string>& written) {
   if (!options.results.empty()) {
     write_results(options.results, replays, overlap_tables);
     written.push_back(options.results);
@@ -131,25 +215,61 @@ void run_replay(const ReplayOptions& options) {
     write_kept_sets(options.kept, replays);
     written.push_back(options.kept);
   }
-  if (!options.csv.empty() || !options.json.empty()) {
-    const std::vector<MeasureSummary> summaries = summarize(replays);
-    if (!options.csv.empty()) {
-      OutputFile::write_text(options.csv, summary_csv(summaries));
-      written.push_back(options.csv);
-    }
-    if (!options.json.empty()) {
-      OutputFile::write_text(options.json, summary_json(replays, summaries, overlap_tables));
-      written.push_back(options.json);
+  if (options.csv.empty() && options.json.empty()) return;
+  const std::vector<MeasureSummary> summaries = summarize(replays);
+  if (!options.csv.empty()) {
+    OutputFile::write_text(options.csv, summary_csv(summaries));
+    written.push_back(options.csv);
+  }
+  if (!options.json.empty()) {
+    OutputFile::write_text(options.json, summary_json(replays, summaries, overlap_tables));
+    written.push_back(options.json);
+  }
+}
+
+void run_replay(const ReplayOptions& options) {
+  if (options.traces.empty()) {
+    throw UsageError(
+        "no trace is named; name traces before --policy: kvreplay replay run.h5 --policy snapkv "
+        "--capacity 25%");
+  }
+  std::vector<std::string> notes;
+  const ReplayRequest request = request_from(options, notes);
+  const std::vector<std::string> files = distinct_traces(options, notes);
+  check_outputs(options, request);
+  omp_set_num_threads(threads_or_all(options.threads));
+
+  const auto started = std::chrono::steady_clock::now();
+  std::vector<TraceReplay> replays;
+  std::vector<OverlapTable> overlap_tables;
+  {
+    Progress progress;
+    std::vector<TraceReader> traces(files.begin(), files.end());
+    for (std::size_t i = 0; i < traces.size(); ++i) {
+      const auto total = static_cast<double>(traces.size());
+      auto results = replay(traces[i], request,
+                            [&](double share) { progress.show(files[i], (static_cast<double>(i) + share) / total); });
+      for (TraceReplay& result : results) {
+        std::ranges::move(overlaps(result), std::back_inserter(overlap_tables));
+        replays.push_back(std::move(result));
+      }
     }
   }
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
 
-  fmt::print("{}\n\n{}\n", headline(replays), policy_table(rank_policies(replays)));
-  fmt::print("layer error, head error: ‖ô−o‖/‖o‖ after and before the output projection; recall: attention mass still "
-             "cached;\nmeans over layers, heads and evaluation queries, best first. Replayed in {:.1f} s.\n",
-             seconds);
+  // The table is shown even where a file cannot be written: it is what the work was for.
+  std::vector<std::string> written;
+  std::exception_ptr failure;
+  try {
+    write_files(options, replays, overlap_tables, written);
+  } catch (const Error&) {
+    failure = std::current_exception();
+  }
+  fmt::print("{}\n\n{}\n{}", headline(replays), policy_table(rank_policies(replays)), legend(replays, seconds));
   for (const std::string& file : written) fmt::print("wrote {}\n", file);
   std::fflush(stdout);
-  for (const std::string& note : notes) fmt::print(stderr, "note: {}\n", note);
+  print_notes(notes, replays);
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace
@@ -157,28 +277,40 @@ void run_replay(const ReplayOptions& options) {
 void add_replay_command(CLI::App& app) {
   auto options = std::make_shared<ReplayOptions>();
   CLI::App* command = app.add_subcommand("replay", "Replay eviction policies over traces and measure what they lose");
-  command->add_option("traces", options->traces, "kvtrace files")->required()->type_name("FILE");
-  command->add_option("--policy,-p", options->policies, "Policies, as in restkv(alpha=0.5); see 'kvreplay policies'")
+  const auto any_position = integer_in(1, std::numeric_limits<int>::max(), "a position to evict at");
+  command->add_option("traces", options->traces, "kvtrace files, before --policy")->type_name("FILE");
+  command->add_option("-p,--policy", options->policies, "Policies, as in restkv(alpha=0.5); see 'kvreplay policies'")
       ->required()
       ->type_name("SPEC");
-  command->add_option("--capacity,-c", options->capacities, "Positions that a head keeps: counts, or shares of the prompt")
+  // Of these every option takes one value, so that a trace may follow.
+  command
+      ->add_option("-c,--capacity", options->capacities,
+                   "Positions that a head keeps: counts, or shares of the prompt, as in 64,128,25%")
       ->required()
+      ->allow_extra_args(false)
       ->delimiter(',')
-      ->type_name("N|P%");
-  command->add_option("--evict-at", options->eviction_positions, "Positions at which to evict (default: the prompt's end)")
+      ->type_name("N|P%,...");
+  command
+      ->add_option("--evict-at", options->eviction_positions, "Positions at which to evict (default: the prompt's end)")
+      ->allow_extra_args(false)
       ->delimiter(',')
-      ->check(CLI::PositiveNumber)
-      ->type_name("N");
+      ->check(any_position)
+      ->type_name("N,...");
   command->add_option("--heads", options->heads, "Who shares a kept set (default: the policy's own, or kv)")
-      ->check(CLI::IsMember({"query", "kv", "layer"}));
-  command->add_option("--share", options->share, "How shared scores are combined (default: mean)")
-      ->check(CLI::IsMember({"mean", "max", "sum"}));
-  command->add_option("--output,-o", options->results, "Results at full resolution (HDF5)")->type_name("FILE");
-  command->add_option("--csv", options->csv, "Summaries per layer and measure (CSV)")->type_name("FILE");
-  command->add_option("--json", options->json, "The same and overlaps (JSON)")->type_name("FILE");
-  command->add_option("--kept", options->kept, "Kept sets (HDF5)")->type_name("FILE");
-  command->add_option("--threads", options->threads, "Threads (default: all cores); results do not depend on it")
-      ->check(CLI::Range(1, 4096));
+      ->check(one_of({"query", "kv", "layer"}))
+      ->type_name("query|kv|layer");
+  command->add_option("--share", options->share, "How shared scores are combined (default: the policy's own, or mean)")
+      ->check(one_of({"mean", "max", "sum"}))
+      ->type_name("mean|max|sum");
+  command->add_option("-o,--output", options->results, "Results at full resolution (HDF5); replaced if it exists")
+      ->check(names_a_file)
+      ->type_name("FILE");
+  command->add_option("--csv", options->csv, "Summaries per layer and measure (CSV)")
+      ->check(names_a_file)
+      ->type_name("FILE");
+  command->add_option("--json", options->json, "The same and overlaps (JSON)")->check(names_a_file)->type_name("FILE");
+  command->add_option("--kept", options->kept, "Kept sets (HDF5)")->check(names_a_file)->type_name("FILE");
+  add_threads_option(*command, options->threads);
   command->callback([options]() { run_replay(*options); });
 }
 

@@ -71,10 +71,11 @@ std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request
     }
   }
   for (const CapacityRequest& asked : request.capacities) {
-    if (asked.resolve(eviction_position) > eviction_position) {
-      notes.push_back(fmt::format("capacity {} exceeds the {} positions before the eviction: everything is kept",
-                                  asked.text, eviction_position));
-    }
+    const int capacity = asked.resolve(eviction_position);
+    if (capacity < eviction_position) continue;
+    notes.push_back(fmt::format("capacity {} {} the {} position{} before the eviction: everything is kept", asked.text,
+                                capacity > eviction_position ? "exceeds" : "is all", eviction_position,
+                                eviction_position == 1 ? "" : "s"));
   }
   return settings;
 }
@@ -90,20 +91,21 @@ void check_requirements(const TraceReader& trace, const std::vector<Setting>& se
     if (!setting.policy->ranking || setting.keeps_all(eviction_position) || setting.policy == previous) continue;
     previous = setting.policy;
     const Requirements needs = setting.policy->ranking->requirements();
-    const auto refuse = [&](const std::string& what) {
-      return Error(fmt::format("{}: {} needs {}, and the trace holds the last {} of them", trace.path().string(),
-                               setting.policy->canonical, what, window));
+    const auto refuse = [&](const std::string& what, const std::string& remedy) {
+      return Error(fmt::format("{}: {} needs {}, and the trace holds the last {} of them; {}", trace.path().string(),
+                               setting.policy->canonical, what, window, remedy));
     };
     if (needs.window_queries > window) {
-      throw refuse(fmt::format("the last {0} queries before position {1}; capture with --queries window:{0} or all, or "
-                               "choose a smaller window",
-                               needs.window_queries, eviction_position));
+      throw refuse(fmt::format("the last {} queries before position {}", needs.window_queries, eviction_position),
+                   fmt::format("capture with --queries window:{} or all, or choose a smaller window",
+                               needs.window_queries));
     }
     const bool mass = eviction_position == info.prompt_length && trace.has_attention_mass(0);
     if ((needs.all_queries || (needs.accumulated_attention && !mass)) && window < eviction_position) {
-      throw refuse(fmt::format("{}all {} queries before the eviction; capture with --queries all",
+      throw refuse(fmt::format("{}all {} queries before the eviction",
                                needs.all_queries ? "" : "the recorded attention mass of the whole prompt, or ",
-                               eviction_position));
+                               eviction_position),
+                   "capture with --queries all");
     }
     if (needs.output_projection && !trace.has_output_projection(0)) {
       notes.push_back(fmt::format("{}: the trace has no output projection; lengths are taken before it",
@@ -482,8 +484,8 @@ TraceReplay prepare(const TraceReader& trace, int eviction_position) {
   replay.evaluation_positions.assign(positions.begin(), positions.end());
   if (replay.evaluation_positions.empty()) {
     throw Error(fmt::format(
-        "{}: no query at or after position {} was captured, so there is nothing to evaluate; capture with --generate "
-        "N, or evict earlier with --evict-at",
+        "{}: no query at or after position {} was captured, so there is nothing to evaluate; capture with --generate 2 "
+        "or more, or evict earlier with --evict-at",
         replay.trace, eviction_position));
   }
   for (const Span& span : info.spans) {
@@ -502,10 +504,11 @@ int CapacityRequest::resolve(int prompt_length) const {
 
 CapacityRequest CapacityRequest::parse(std::string_view text) {
   const auto refuse = [text]() {
-    return UsageError(
-        fmt::format("capacity '{}' is neither a count of positions (128) nor a share of the prompt (25%)", text));
+    return UsageError(fmt::format(
+        "capacity '{}' is neither a count of positions (128) nor a share of the prompt, up to 100% (25%)", text));
   };
   CapacityRequest request;
+  if (text == "0" || text == "0%") throw UsageError("capacity 0 keeps nothing; ask for at least 1 position");
   const bool is_share = text.ends_with('%');
   const std::string_view digits = is_share ? text.substr(0, text.size() - 1) : text;
   const char* end = digits.data() + digits.size();

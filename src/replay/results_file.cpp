@@ -35,7 +35,7 @@ void write_spans(hdf5::File& file, const std::string& path, const std::vector<Sp
 template <class Write>
 void write_whole(const std::filesystem::path& path, std::string_view format, const Write& write) {
   OutputFile output(path);
-  hdf5::File file = hdf5::File::create(output.temporary());
+  hdf5::File file = hdf5::File::create(output.temporary(), path);
   file.write_string("/", "format", format);
   file.write_int("/", "format_version", 1);
   file.write_string("/", "created_by", "kvreplay " KVREPLAY_VERSION);

@@ -172,7 +172,7 @@ std::vector<std::string> warnings(const TraceReader& trace, const Inspection& in
   if (inspection.later_queries == 0) {
     found.push_back(
         "no query after the prompt was captured, so eviction at its end cannot be measured; "
-        "use 'capture --generate N', or evict earlier");
+        "use 'capture --generate N' with N at least 2, or evict earlier");
   }
   if (inspection.observation_window == 0) {
     found.push_back(

@@ -89,7 +89,7 @@ TEST_F(CaptureCommand, ExplainsWhatIsWrong) {
       {"--model tiny --tokens ids --queries window:3x", 2, "--queries window:3x: must be"},
       {"--model tiny --tokens ids --queries some", 2, "--queries some: must be \"all\" or \"window:N\""},
       {"--model tiny --tokens ids --dtype int8", 2, "--dtype int8: must be float32, float16 or bfloat16"},
-      {"--model tiny --tokens ids --threads -2", 2, "--threads -2: must not be negative"},
+      {"--model tiny --tokens ids --threads -2", 2, "--threads: '-2' is not a number of threads"},
       {"--model none --tokens ids", 1, "none: is not a model folder"},
       {"--model tiny --tokens none", 1, "none: cannot be read"},
       {"--model tiny --tokens tiny", 1, "tiny: is a folder, not a file"},

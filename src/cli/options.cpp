@@ -1,0 +1,47 @@
+#include "cli/options.h"
+
+#include <fmt/format.h>
+#include <omp.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
+#include <limits>
+
+#include "policy/parameter.h"
+
+namespace kvreplay::cli {
+
+void add_threads_option(CLI::App& command, int& threads) {
+  constexpr int kMost = 4096;
+  command.add_option("-t,--threads", threads, "Threads (default: all processors); results do not depend on it")
+      ->check(integer_in(1, kMost, "a number of threads"))
+      ->type_name("N");
+}
+
+int threads_or_all(int threads) { return threads > 0 ? threads : omp_get_max_threads(); }
+
+Check one_of(std::vector<std::string> choices) {
+  return [choices = std::move(choices)](const std::string& value) -> std::string {
+    if (std::ranges::find(choices, value) != choices.end()) return "";
+    std::string legal = choices.front();
+    for (std::size_t i = 1; i < choices.size(); ++i) legal += (i + 1 < choices.size() ? ", " : " or ") + choices[i];
+    return fmt::format("must be {}, not '{}'.{}", legal, value, suggestion(value, choices));
+  };
+}
+
+Check integer_in(int minimum, int maximum, std::string what) {
+  return [minimum, maximum, what = std::move(what)](const std::string& value) -> std::string {
+    int number = 0;
+    const char* end = value.data() + value.size();
+    const auto [stop, failure] = std::from_chars(value.data(), end, number);
+    if (failure == std::errc() && stop == end && number >= minimum && number <= maximum) return "";
+    return fmt::format("'{}' is not {}: an integer, {}", value, what,
+                       maximum == std::numeric_limits<int>::max() ? fmt::format("at least {}", minimum)
+                                                                  : fmt::format("{} to {}", minimum, maximum));
+  };
+}
+
+std::string names_a_file(const std::string& value) { return value.empty() ? "the file's name is empty" : ""; }
+
+}  // namespace kvreplay::cli

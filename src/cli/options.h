@@ -1,0 +1,33 @@
+// What the options of several commands have in common.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace CLI {
+class App;
+}
+
+namespace kvreplay::cli {
+
+/// `threads` stays 0 where the option is not given.
+void add_threads_option(CLI::App& command, int& threads);
+
+/// OpenMP's number of threads where `threads` is 0: every processor, or what OMP_NUM_THREADS says.
+int threads_or_all(int threads);
+
+/// A check for CLI11: what is wrong with a value, or nothing. Unlike CLI11's own they add nothing to the help's column
+/// of types.
+using Check = std::function<std::string(const std::string& value)>;
+
+/// The value is one of `choices`; a nearby one is suggested.
+Check one_of(std::vector<std::string> choices);
+
+/// The value is an integer in [minimum, maximum]; `what` is the noun of the message, as in "a position".
+Check integer_in(int minimum, int maximum, std::string what);
+
+/// The value names a file. An empty one is a script's unset variable, and hours of work would go nowhere.
+std::string names_a_file(const std::string& value);
+
+}  // namespace kvreplay::cli

@@ -92,11 +92,15 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
   if (spans) cells[0].emplace_back("spans kept");
   for (const PolicyRow& row : rows) {
     const std::vector<std::string> spec = broken_spec(row.policy + (row.oracle ? " (ORACLE)" : ""), kPolicyWidth);
-    std::vector<std::string> line{
-        spec.front(), row.capacity_request, count_text(row.kept), fmt::format("{:.1f} %", 100 * row.kept_share),
-        std::string(name_of(row.granularity)), fmt::format("{:.4f}", row.layer_error),
-        fmt::format("{:.4f}", row.head_error), fmt::format("{:.4f}", row.attention_recall),
-        fmt::format("{:.4f}", row.cosine)};
+    std::vector<std::string> line{spec.front(),
+                                  row.capacity_request,
+                                  count_text(row.kept),
+                                  fmt::format("{:.1f} %", 100 * row.kept_share),
+                                  std::string(name_of(row.granularity)),
+                                  fmt::format("{:.4f}", row.layer_error),
+                                  fmt::format("{:.4f}", row.head_error),
+                                  fmt::format("{:.4f}", row.attention_recall),
+                                  fmt::format("{:.4f}", row.cosine)};
     if (spans) line.push_back(std::isnan(row.span_recall) ? "-" : fmt::format("{:.1f} %", 100 * row.span_recall));
     cells.push_back(std::move(line));
     for (std::size_t i = 1; i < spec.size(); ++i) cells.push_back({spec[i]});
@@ -109,8 +113,8 @@ std::string summary_csv(const std::vector<MeasureSummary>& rows) {
       "trace,policy,oracle,capacity_request,capacity,kept,evict_at,heads,share,layer,measure,mean,median,p90,worst\n";
   for (const MeasureSummary& row : rows) {
     text += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(row.trace), csv_field(row.policy),
-                        row.oracle ? 1 : 0, csv_field(row.capacity_request), row.capacity, row.kept, row.eviction_position,
-                        name_of(row.granularity), name_of(row.share),
+                        row.oracle ? 1 : 0, csv_field(row.capacity_request), row.capacity, row.kept,
+                        row.eviction_position, name_of(row.granularity), name_of(row.share),
                         row.layer < 0 ? std::string("all") : fmt::format("{}", row.layer), row.measure,
                         row.distribution.mean, row.distribution.median, row.distribution.p90, row.distribution.worst);
   }

@@ -152,10 +152,9 @@ Arguments::Arguments(const SpecPart& part, const std::vector<Parameter>& paramet
   for (const auto& [key, value] : part.arguments) {
     const auto found = std::find(names.begin(), names.end(), key);
     if (found == names.end()) {
-      throw UsageError(names.empty()
-                           ? fmt::format("{} has no parameters, but '{}' is given", part.name, key)
-                           : fmt::format("{} has no parameter '{}'.{} Its parameters are: {}", part.name, key,
-                                         suggestion(key, names), fmt::join(names, ", ")));
+      throw UsageError(names.empty() ? fmt::format("{} has no parameters, but '{}' is given", part.name, key)
+                                     : fmt::format("{} has no parameter '{}'.{} Its parameters are: {}", part.name, key,
+                                                   suggestion(key, names), fmt::join(names, ", ")));
     }
     values_[key] = parameters[static_cast<std::size_t>(found - names.begin())].canonical(value, part.name);
   }

@@ -40,8 +40,8 @@ void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
   if (step.budget) {
     if (policy.budget) throw UsageError(fmt::format("'{}' is a second budget; a policy has one", part.name));
     if (step.budget->needs_scores() && !policy.ranking) {
-      throw UsageError(fmt::format("'{}' divides the capacity by scores, and '{}' has none", part.name,
-                                   policy.canonical));
+      throw UsageError(
+          fmt::format("'{}' divides the capacity by scores, and '{}' has none", part.name, policy.canonical));
     }
     policy.budget = std::move(step.budget);
   }

@@ -100,12 +100,12 @@ struct BudgetRequest {
   int layer = 0;
   int num_layers = 1;
   int prompt_length = 0;
-  int capacity = 0;                             ///< asked for, per kept set, on average over layers
-  Protection protection;                        ///< counted in the capacity
-  Granularity granularity = Granularity::kv;    ///< whose capacities are asked for
+  int capacity = 0;                           ///< asked for, per kept set, on average over layers
+  Protection protection;                      ///< counted in the capacity
+  Granularity granularity = Granularity::kv;  ///< whose capacities are asked for
   int num_query_heads = 1;
   int num_kv_heads = 1;
-  bool pyramid_on_short_prompts = false;        ///< see Ranking
+  bool pyramid_on_short_prompts = false;  ///< see Ranking
   /// Scores [P] of every query head of the layer, and of every KV head as its group shares them. Only there for
   /// budgets that need scores.
   std::vector<std::span<const float>> query_head_scores;
@@ -143,15 +143,15 @@ std::vector<int> select_top(std::span<const float> scores, Protection protection
 
 /// A complete policy: what a spec stands for. Immutable, and safe to use from several threads.
 struct Policy {
-  std::string canonical = {};                ///< the spec with every parameter that differs from its default
-  std::shared_ptr<const Ranking> ranking = {};  ///< this or
-  std::shared_ptr<const Pattern> pattern = {};  ///< this
-  std::shared_ptr<const Budget> budget = {};  ///< or none: the same capacity for all
+  std::string canonical = {};                       ///< the spec with every parameter that differs from its default
+  std::shared_ptr<const Ranking> ranking = {};      ///< this or
+  std::shared_ptr<const Pattern> pattern = {};      ///< this
+  std::shared_ptr<const Budget> budget = {};        ///< or none: the same capacity for all
   std::shared_ptr<const Selection> selection = {};  ///< or none: select_top
-  std::optional<Granularity> granularity = {};  ///< the method's own, where it has one
+  std::optional<Granularity> granularity = {};      ///< the method's own, where it has one
   std::optional<Share> share = {};
-  bool oracle = false;      ///< looks at evaluation queries, which no policy can know; marked wherever it is shown
-  int exchanges = 0;        ///< oracles: exchanges per kept set that may reduce the layer error afterwards; 0: none
+  bool oracle = false;  ///< looks at evaluation queries, which no policy can know; marked wherever it is shown
+  int exchanges = 0;    ///< oracles: exchanges per kept set that may reduce the layer error afterwards; 0: none
 
   /// The smallest legal capacity: the protected positions, and at least one.
   int minimum_capacity() const;

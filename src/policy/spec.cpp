@@ -100,9 +100,10 @@ class SpecParser {
 
   [[noreturn]] void fail(std::string_view expected) const {
     const std::string found = at_ < text_.size() ? fmt::format("'{}'", text_.substr(at_)) : "the end";
-    throw UsageError(fmt::format("policy '{}': expected {} at character {}, found {}; a spec reads "
-                                 "name(key=value,...)+name(...)",
-                                 text_, expected, at_ + 1, found));
+    throw UsageError(
+        fmt::format("policy '{}': expected {} at character {}, found {}; a spec reads "
+                    "name(key=value,...)+name(...)",
+                    text_, expected, at_ + 1, found));
   }
 
   std::string_view text_;

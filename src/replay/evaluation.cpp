@@ -65,8 +65,8 @@ std::vector<HeadMeasures> HeadEvaluation::measure(int member, std::span<const st
                                                   Eigen::Ref<Matrix> outputs,
                                                   std::span<Eigen::Ref<Matrix>> differences) const {
   const int tokens = static_cast<int>(keys_.rows());
-  const Matrix queries = trace_.read(shape_.layer, HeadTensor::queries, shape_.query_head(member), queries_.first,
-                                     queries_.count());
+  const Matrix queries =
+      trace_.read(shape_.layer, HeadTensor::queries, shape_.query_head(member), queries_.first, queries_.count());
   std::vector<int> everything(static_cast<std::size_t>(tokens));
   std::iota(everything.begin(), everything.end(), 0);
   std::vector<std::vector<int>> cached;

@@ -11,7 +11,7 @@ namespace kvreplay {
 
 /// The captured queries at or after an eviction position.
 struct EvaluationQueries {
-  Index first = 0;               ///< index of the first among the trace's query_positions
+  Index first = 0;                 ///< index of the first among the trace's query_positions
   std::span<const int> positions;  ///< [E], ascending
 
   int count() const { return static_cast<int>(positions.size()); }
@@ -42,7 +42,7 @@ class HeadEvaluation {
   const TraceReader& trace_;
   HeadShape shape_;
   EvaluationQueries queries_;
-  Matrix keys_;    // [last evaluation position + 1, D]
+  Matrix keys_;  // [last evaluation position + 1, D]
   Matrix values_;
 };
 

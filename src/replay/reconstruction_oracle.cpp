@@ -17,11 +17,11 @@ using MatrixD = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::Row
 
 // One query head: what each cached position contributes to each evaluation query.
 struct HeadState {
-  MatrixD weights;     // [E, T] unnormalised attention
-  MatrixD values;      // [T, D]
-  MatrixD projection;  // [C, D]; the identity's columns where the trace has no output projection
-  MatrixD full;        // [E, D] output of the full cache
-  MatrixD sum;         // [E, D] Σ weight · value over what is cached
+  MatrixD weights;       // [E, T] unnormalised attention
+  MatrixD values;        // [T, D]
+  MatrixD projection;    // [C, D]; the identity's columns where the trace has no output projection
+  MatrixD full;          // [E, D] output of the full cache
+  MatrixD sum;           // [E, D] Σ weight · value over what is cached
   Eigen::VectorXd mass;  // [E] Σ weight over what is cached
 
   Eigen::RowVectorXd output(Index e) const { return sum.row(e) / mass(e); }
@@ -81,8 +81,8 @@ class SharedSet {
     }
   }
 
-  // Exchanges positions in `kept`, at most `exchanges` times; `residual` [E, C] is the layer's error vector and is kept up
-  // to date.
+  // Exchanges positions in `kept`, at most `exchanges` times; `residual` [E, C] is the layer's error vector and is kept
+  // up to date.
   void improve(std::vector<int>& kept, int eviction_position, int exchanges, MatrixD& residual) {
     std::vector<MatrixD> before;
     projected_residual_.clear();
@@ -151,12 +151,13 @@ class SharedSet {
       change.array() += 2 * q[a].array() * ((values[a] * residual.transpose()).rowwise() - offset).array();
       for (std::size_t b = 0; b < count; ++b) {
         const MatrixD& gram = gram_[a * count + b];
-        const MatrixD bent = output[b] * gram.transpose();       // [E, D] G_ab o_b
-        const MatrixD bent_back = output[a] * gram;              // [E, D] G_abᵀ o_a
+        const MatrixD bent = output[b] * gram.transpose();  // [E, D] G_ab o_b
+        const MatrixD bent_back = output[a] * gram;         // [E, D] G_abᵀ o_a
         const Eigen::RowVectorXd both = bent.cwiseProduct(output[a]).rowwise().sum().transpose();
         const Eigen::VectorXd& products = value_products_[a * count + b];
         MatrixD quadratic = (-(values[a] * bent.transpose()) - values[b] * bent_back.transpose()).rowwise() + both;
-        for (Index n = 0; n < candidates; ++n) quadratic.row(n).array() += products(positions[static_cast<std::size_t>(n)]);
+        for (Index n = 0; n < candidates; ++n)
+          quadratic.row(n).array() += products(positions[static_cast<std::size_t>(n)]);
         change.array() += q[a].array() * q[b].array() * quadratic.array();
       }
     }
@@ -183,9 +184,9 @@ class SharedSet {
 
   std::vector<HeadState*> heads_;
   Eigen::VectorXd importance_;
-  std::vector<MatrixD> gram_;                   // [a, b]: W_aᵀ W_b
+  std::vector<MatrixD> gram_;                    // [a, b]: W_aᵀ W_b
   std::vector<Eigen::VectorXd> value_products_;  // [a, b]: v_aᵀ W_aᵀ W_b v_b for every position
-  std::vector<MatrixD> projected_residual_;     // per head [E, D]: residual · W
+  std::vector<MatrixD> projected_residual_;      // per head [E, D]: residual · W
 };
 
 }  // namespace
@@ -210,9 +211,9 @@ std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int l
     residual.noalias() += (outputs - state.full) * state.projection.transpose();
   }
   // The objective divides by the full output's squared length; a query whose output is 0 cannot be improved.
-  const Eigen::VectorXd importance =
-      reference.rowwise().squaredNorm().unaryExpr([](double x) { return x > 0 ? 1 / x : 0; }) /
-      static_cast<double>(reference.rows());
+  const Eigen::VectorXd importance = reference.rowwise().squaredNorm().unaryExpr([](double x) {
+    return x > 0 ? 1 / x : 0;
+  }) / static_cast<double>(reference.rows());
   if (granularity == Granularity::layer) {
     std::vector<HeadState*> all;
     for (HeadState& state : states) all.push_back(&state);
@@ -223,7 +224,8 @@ std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int l
   }
   for (std::size_t set = 0; set < sets.size(); ++set) {
     std::vector<HeadState*> members;
-    for (int m = 0; m < per_set; ++m) members.push_back(&states[set * static_cast<std::size_t>(per_set) + static_cast<std::size_t>(m)]);
+    for (int m = 0; m < per_set; ++m)
+      members.push_back(&states[set * static_cast<std::size_t>(per_set) + static_cast<std::size_t>(m)]);
     SharedSet(members, importance).improve(sets[set], eviction_position, exchanges, residual);
   }
   return sets;

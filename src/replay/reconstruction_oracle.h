@@ -10,8 +10,8 @@ namespace kvreplay {
 
 /// Exchanges positions of a layer's kept sets as long as that lowers the mean squared layer error over the evaluation
 /// queries, at most `exchanges` times per set; sizes stay as they are. `sets` is as in KeptSets: one per query head at
-/// granularity query, else one per KV head, all equal at granularity layer. Arithmetic is float64. Method, cost, and what
-/// is not guaranteed: docs/oracles.md. Throws Error as TraceReader does.
+/// granularity query, else one per KV head, all equal at granularity layer. Arithmetic is float64. Method, cost, and
+/// what is not guaranteed: docs/oracles.md. Throws Error as TraceReader does.
 std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int layer, int eviction_position,
                                                  Granularity granularity, std::vector<std::vector<int>> sets,
                                                  int exchanges);

@@ -62,11 +62,13 @@ std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request
       const Granularity granularity = request.granularity.value_or(policy.granularity.value_or(Granularity::kv));
       const Share share = request.share.value_or(policy.share.value_or(Share::mean));
       if (policy.pattern && policy.pattern->differs_within_group() && granularity != Granularity::query) {
-        throw Error(fmt::format("{}: {} keeps a set per query head, which granularity {} cannot show; leave out "
-                                "--heads or set it to query",
-                                file, policy.canonical, name_of(granularity)));
+        throw Error(
+            fmt::format("{}: {} keeps a set per query head, which granularity {} cannot show; leave out "
+                        "--heads or set it to query",
+                        file, policy.canonical, name_of(granularity)));
       }
-      settings.push_back({&policy, once ? std::string(kAllPositions) : asked.text, std::min(capacity, eviction_position), granularity, share});
+      settings.push_back({&policy, once ? std::string(kAllPositions) : asked.text,
+                          std::min(capacity, eviction_position), granularity, share});
       if (once) break;
     }
   }
@@ -96,9 +98,9 @@ void check_requirements(const TraceReader& trace, const std::vector<Setting>& se
                                setting.policy->canonical, what, window, remedy));
     };
     if (needs.window_queries > window) {
-      throw refuse(fmt::format("the last {} queries before position {}", needs.window_queries, eviction_position),
-                   fmt::format("capture with --queries window:{} or all, or choose a smaller window",
-                               needs.window_queries));
+      throw refuse(
+          fmt::format("the last {} queries before position {}", needs.window_queries, eviction_position),
+          fmt::format("capture with --queries window:{} or all, or choose a smaller window", needs.window_queries));
     }
     const bool mass = eviction_position == info.prompt_length && trace.has_attention_mass(0);
     if ((needs.all_queries || (needs.accumulated_attention && !mass)) && window < eviction_position) {
@@ -193,7 +195,8 @@ class LayerSelection {
       ranking.refine(head, members, setting.capacity, row_of(scores.shared, 0));
     }
     if (setting.granularity == Granularity::query || compare_all) {
-      for (const int& member : members) ranking.refine(head, {&member, 1}, setting.capacity, row_of(scores.query, member));
+      for (const int& member : members)
+        ranking.refine(head, {&member, 1}, setting.capacity, row_of(scores.query, member));
     } else {
       scores.query.resize(0, 0);
     }
@@ -404,8 +407,8 @@ std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, in
   parallel_for(static_cast<int>(settings.size()), [&](int i) {
     const Eigen::VectorXf error = lengths(differences[static_cast<std::size_t>(i)]);
     for (Index e = 0; e < queries; ++e) {
-      measures[static_cast<std::size_t>(i)].layer_error.push_back(
-          reference(e) > 0 ? error(e) / reference(e) : (error(e) > 0 ? 1.0f : 0.0f));
+      measures[static_cast<std::size_t>(i)].layer_error.push_back(reference(e) > 0 ? error(e) / reference(e)
+                                                                                   : (error(e) > 0 ? 1.0f : 0.0f));
     }
   });
   return measures;
@@ -434,8 +437,8 @@ void improve_oracles(const TraceReader& trace, int layer, int eviction_position,
     }
     const auto best_of = [&](const std::vector<const LayerSets*>& sets) {
       const std::vector<LayerMeasures> measures = measure_layer(trace, layer, eviction_position, sets);
-      const auto best = std::ranges::min_element(
-          measures, {}, [](const LayerMeasures& m) { return mean_square(m.layer_error); });
+      const auto best =
+          std::ranges::min_element(measures, {}, [](const LayerMeasures& m) { return mean_square(m.layer_error); });
       return sets[static_cast<std::size_t>(best - measures.begin())];
     };
     const LayerSets start = *best_of(candidates);

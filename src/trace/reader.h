@@ -13,12 +13,12 @@ namespace kvreplay {
 
 /// How a tensor is stored, for `inspect`.
 struct StoredTensor {
-  std::string path;          ///< such as /layers/0/keys
+  std::string path;  ///< such as /layers/0/keys
   std::vector<Index> shape;
   DType type = DType::float32;
-  Index stored_bytes = 0;    ///< on disk, after filters
-  std::string storage;       ///< "contiguous", "chunked", or "chunked, " and the filters' names
-  std::string xxh64;         ///< the stored digest, or empty
+  Index stored_bytes = 0;  ///< on disk, after filters
+  std::string storage;     ///< "contiguous", "chunked", or "chunked, " and the filters' names
+  std::string xxh64;       ///< the stored digest, or empty
 };
 
 /// An open kvtrace file. All metadata is read and validated when it is opened; tensors are read on request.

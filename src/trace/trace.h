@@ -41,13 +41,13 @@ struct TraceInfo {
   std::string created_by;
   std::string created_at;
   std::string source;
-  std::vector<std::int32_t> token_ids;       ///< [T]
-  int prompt_length = 0;                     ///< P, at most T
-  std::vector<std::string> token_pieces;     ///< [T], or empty where the trace has none
-  std::vector<std::int32_t> turn_starts;     ///< first position of each conversation turn
-  std::vector<std::int32_t> query_positions; ///< [Q], ascending
+  std::vector<std::int32_t> token_ids;        ///< [T]
+  int prompt_length = 0;                      ///< P, at most T
+  std::vector<std::string> token_pieces;      ///< [T], or empty where the trace has none
+  std::vector<std::int32_t> turn_starts;      ///< first position of each conversation turn
+  std::vector<std::int32_t> query_positions;  ///< [Q], ascending
   std::vector<Span> spans;
-  std::vector<int> layer_sliding_window;     ///< [L], the model's where a layer does not say otherwise
+  std::vector<int> layer_sliding_window;  ///< [L], the model's where a layer does not say otherwise
 
   int num_tokens() const { return static_cast<int>(token_ids.size()); }
   int num_queries() const { return static_cast<int>(query_positions.size()); }

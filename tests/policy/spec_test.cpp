@@ -68,12 +68,29 @@ TEST(Spec, UnknownNamesSuggestTheNearest) {
 }
 
 TEST(Spec, MalformedAndIllegalSpecsAreRefused) {
-  for (const char* spec :
-       {"", "restkv(", "restkv)", "restkv(alpha)", "restkv(alpha=)", "restkv(alpha=0.5", "restkv(alpha=0.5,)",
-        "restkv(alpha=0.5) x", "+restkv", "restkv+", "restkv(alpha=0.1,alpha=0.2)", "restkv(alpha=1.5)",
-        "restkv(alpha=nan)", "restkv(alpha=abc)", "restkv(window=0)", "restkv(window=2.5)", "restkv(kernel=4)",
-        "restkv(window=99999999999)", "restkv(projection=yes)", "restkv(alpha=\"0.5)", "recent(window=3)",
-        "snapkv+recent", "random(seed=-1)"}) {
+  for (const char* spec : {"",
+                           "restkv(",
+                           "restkv)",
+                           "restkv(alpha)",
+                           "restkv(alpha=)",
+                           "restkv(alpha=0.5",
+                           "restkv(alpha=0.5,)",
+                           "restkv(alpha=0.5) x",
+                           "+restkv",
+                           "restkv+",
+                           "restkv(alpha=0.1,alpha=0.2)",
+                           "restkv(alpha=1.5)",
+                           "restkv(alpha=nan)",
+                           "restkv(alpha=abc)",
+                           "restkv(window=0)",
+                           "restkv(window=2.5)",
+                           "restkv(kernel=4)",
+                           "restkv(window=99999999999)",
+                           "restkv(projection=yes)",
+                           "restkv(alpha=\"0.5)",
+                           "recent(window=3)",
+                           "snapkv+recent",
+                           "random(seed=-1)"}) {
     EXPECT_THROW(make_policy(spec), UsageError) << spec;
   }
 }

@@ -67,10 +67,10 @@ class CallTranslation {
 
  private:
   std::string restkv() const {
-    std::string spec = fmt::format(
-        "restkv(window={},alpha={},beta={},kernel={},temporal={},spatial={},metric={},projection={}",
-        number("window_size"), real("alpha"), real("scale"), number("kernel_size"), flag("use_ema") ? "ema" : "mean",
-        pooling(), text("metric_mode"), flag("use_wo"));
+    std::string spec =
+        fmt::format("restkv(window={},alpha={},beta={},kernel={},temporal={},spatial={},metric={},projection={}",
+                    number("window_size"), real("alpha"), real("scale"), number("kernel_size"),
+                    flag("use_ema") ? "ema" : "mean", pooling(), text("metric_mode"), flag("use_wo"));
     if (has("tau")) spec += fmt::format(",tau={}", real("tau"));
     if (flag("use_norm")) spec += ",normalize=true";
     return spec + ")";

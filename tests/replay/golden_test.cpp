@@ -18,7 +18,8 @@ class GoldenFile : public testing::TestWithParam<std::filesystem::path> {};
 
 std::string name_of_file(const testing::TestParamInfo<std::filesystem::path>& file) {
   std::string name = file.param.stem().string();
-  std::ranges::replace_if(name, [](char c) { return std::isalnum(static_cast<unsigned char>(c)) == 0; }, '_');
+  std::ranges::replace_if(
+      name, [](char c) { return std::isalnum(static_cast<unsigned char>(c)) == 0; }, '_');
   return name;
 }
 

@@ -166,9 +166,8 @@ TEST_F(Methods, AdaKVOfKvpressEqualsAPlainRanking) {
     for (int n = 300 - kWindow; n < 300; ++n) sum[static_cast<std::size_t>(n)] = 1e9f;
     std::vector<int> order(300);
     std::iota(order.begin(), order.end(), 0);
-    std::ranges::stable_sort(order, [&](int a, int b) {
-      return sum[static_cast<std::size_t>(a)] > sum[static_cast<std::size_t>(b)];
-    });
+    std::ranges::stable_sort(
+        order, [&](int a, int b) { return sum[static_cast<std::size_t>(a)] > sum[static_cast<std::size_t>(b)]; });
     constexpr int kSafe = static_cast<int>(kCapacity * 0.8);
     expected[static_cast<std::size_t>(kv_head)].assign(order.begin(), order.begin() + kSafe);
     for (int i = kSafe; i < 300; ++i) {
@@ -195,8 +194,8 @@ TEST_F(Methods, GivenBudgetsAreFollowed) {
   const std::vector<std::size_t> expected = {10, 10, 10, 12, 14, 16, 8, 8, 8, 60, 60, 60};
   for (std::size_t i = 0; i < expected.size(); ++i) EXPECT_EQ(kept.sets[i].size(), expected[i]);
   write("shares.txt", "0.5\n1\n1.5\n1\n");
-  const auto shared = run(
-      *trace_, {"recent+layers(file=" + (folder_ / "shares.txt").string() + ",unit=share)"}, {"20"});
+  const auto shared =
+      run(*trace_, {"recent+layers(file=" + (folder_ / "shares.txt").string() + ",unit=share)"}, {"20"});
   EXPECT_EQ(shared.at(0).results.at(0).kept.sets[0].size(), 10u);
   EXPECT_EQ(shared[0].results[0].kept.sets[6].size(), 30u);
 }
@@ -250,7 +249,8 @@ TEST_F(Methods, LaCacheSpreadsPositionsOverLayers) {
   std::ranges::sort(together);
   together.erase(std::unique(together.begin(), together.end()), together.end());
   EXPECT_GT(together.size(), 100u) << "layers together remember more than one of them";
-  EXPECT_NE(message_of("lacache", "12").find("cannot hold a ladder over 8 layers; it takes at least 13"), std::string::npos);
+  EXPECT_NE(message_of("lacache", "12").find("cannot hold a ladder over 8 layers; it takes at least 13"),
+            std::string::npos);
   EXPECT_NE(message_of("lacache(span=2,overlap=2)", "64").find("overlap"), std::string::npos);
 }
 

@@ -21,8 +21,8 @@ double objective(const ReplayResult& result, Index layer) {
   return sum / static_cast<double>(queries);
 }
 
-std::vector<TraceReplay> run(const RandomTrace& shape, const std::vector<std::string>& specs, const std::string& capacity,
-                             Granularity granularity) {
+std::vector<TraceReplay> run(const RandomTrace& shape, const std::vector<std::string>& specs,
+                             const std::string& capacity, Granularity granularity) {
   const TemporaryFolder folder;
   shape.write(folder / "t.h5");
   ReplayRequest request;
@@ -33,7 +33,7 @@ std::vector<TraceReplay> run(const RandomTrace& shape, const std::vector<std::st
 }
 
 TEST(OracleReconstruction, IsNeverWorseThanAnyPolicyOfTheRun) {
-  const std::vector<std::string> specs = {"oracle-reconstruction", "recent", "random",         "snapkv(window=4)",
+  const std::vector<std::string> specs = {"oracle-reconstruction", "recent", "random",          "snapkv(window=4)",
                                           "restkv(window=4)",      "tova",   "oracle-attention"};
   for (const RandomTrace& shape :
        {RandomTrace{}, RandomTrace{.output_projection = false}, RandomTrace{.sliding_window = 20, .softcapping = 4},
@@ -116,8 +116,8 @@ TEST(OracleReconstruction, ComesCloseToTheBestSetThereIs) {
 }
 
 TEST(OracleAttention, HasTheHighestAttentionRecall) {
-  const auto replays = run({}, {"oracle-attention", "random", "tova", "restkv(window=4)", "h2o(window=4)"}, "10",
-                           Granularity::query);
+  const auto replays =
+      run({}, {"oracle-attention", "random", "tova", "restkv(window=4)", "h2o(window=4)"}, "10", Granularity::query);
   const auto recall = [](const ReplayResult& result) {
     return std::accumulate(result.attention_recall.numbers.begin(), result.attention_recall.numbers.end(), 0.0);
   };

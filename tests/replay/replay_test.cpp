@@ -116,14 +116,14 @@ INSTANTIATE_TEST_SUITE_P(
                     Shape{"hidden_below_head_dim", {.head_dim = 16, .hidden_size = 4}},
                     Shape{"without_projection", {.output_projection = false}},
                     Shape{"float16", {.type = DType::float16}}, Shape{"bfloat16", {.type = DType::bfloat16}},
-                    Shape{"sliding_window", {.sliding_window = 7}},
-                    Shape{"soft_capping", {.softcapping = 5}}),
+                    Shape{"sliding_window", {.sliding_window = 7}}, Shape{"soft_capping", {.softcapping = 5}}),
     [](const auto& shape) { return std::string(shape.param.name); });
 
 TEST(Replay, CapacityOneIsLegalWhereNothingIsProtected) {
   const TemporaryFolder folder;
   RandomTrace().write(folder / "t.h5");
-  const auto replays = replay(TraceReader(folder / "t.h5"), request({"recent", "random", "tova", "h2o(window=0)"}, {"1"}));
+  const auto replays =
+      replay(TraceReader(folder / "t.h5"), request({"recent", "random", "tova", "h2o(window=0)"}, {"1"}));
   for (const ReplayResult& result : replays.at(0).results) {
     for (const std::vector<int>& set : result.kept.sets) EXPECT_EQ(set.size(), 1u) << result.policy;
   }
@@ -173,8 +173,8 @@ TEST(Replay, APolicyDoesNotDependOnItsCompany) {
 
 // The measures, from their definitions, in double precision.
 TEST(Replay, MeasuresFollowTheirDefinitions) {
-  for (const RandomTrace& shape : {RandomTrace{}, RandomTrace{.sliding_window = 9, .softcapping = 3},
-                                   RandomTrace{.output_projection = false}}) {
+  for (const RandomTrace& shape :
+       {RandomTrace{}, RandomTrace{.sliding_window = 9, .softcapping = 3}, RandomTrace{.output_projection = false}}) {
     const TemporaryFolder folder;
     shape.write(folder / "t.h5");
     const RandomTrace::Tensors tensors = shape.tensors();

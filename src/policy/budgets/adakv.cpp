@@ -1,13 +1,14 @@
 // AdaKV's budget (arXiv 2407.11550): heads whose attention is spread out get more, concentrated ones less.
 //
 // The best heads × ranked capacity positions of the whole layer are counted per head (paper, algorithm 1); a head gets
-// its count times (1 − floor) plus floor times the ranked capacity (rounded down), the sum rounded to even. With normalize=true a head's scores
-// are first weighed by the share of its mass that its own best ranked-capacity positions hold, as in the authors' code.
-// Rounding can make a layer keep a few positions more or fewer than was granted; what was used is reported.
+// its count times (1 − floor) plus floor times the ranked capacity (rounded down), the sum rounded to even. With
+// normalize=true a head's scores are first weighed by the share of its mass that its own best ranked-capacity positions
+// hold, as in the authors' code. Rounding can make a layer keep a few positions more or fewer than was granted; what
+// was used is reported.
 //
-// across=query lets query heads compete, as the authors' code for repeated KV heads does: at granularity query each gets
-// its own capacity, at granularity kv a KV head gets the mean of its group's. across=kv lets KV heads compete with the
-// scores that their groups share, as kvpress does; query heads then get their KV head's capacity.
+// across=query lets query heads compete, as the authors' code for repeated KV heads does: at granularity query each
+// gets its own capacity, at granularity kv a KV head gets the mean of its group's. across=kv lets KV heads compete with
+// the scores that their groups share, as kvpress does; query heads then get their KV head's capacity.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -70,9 +71,9 @@ class AdaKV : public Budget {
       for (std::size_t i = 0; i < contenders; ++i) best.push_back({own[i] * weight, head});
     }
     // Among equal scores the lower head wins.
-    std::ranges::nth_element(best, best.begin() + static_cast<std::ptrdiff_t>(places), [](const Entry& a, const Entry& b) {
-      return a.score != b.score ? a.score > b.score : a.head < b.head;
-    });
+    std::ranges::nth_element(
+        best, best.begin() + static_cast<std::ptrdiff_t>(places),
+        [](const Entry& a, const Entry& b) { return a.score != b.score ? a.score > b.score : a.head < b.head; });
     std::vector<int> won(heads, 0);
     for (std::size_t i = 0; i < places; ++i) ++won[best[i].head];
     const double floor_positions = std::floor(static_cast<double>(ranked) * floor_);
@@ -109,9 +110,9 @@ class AdaKVOfKvpress : public Budget {
     };
     std::vector<Entry> contenders;
     for (std::size_t head = 0; head < request.kv_head_scores.size(); ++head) {
-      const std::span<const float> ranked = request.kv_head_scores[head].subspan(
-          static_cast<std::size_t>(request.protection.sinks),
-          static_cast<std::size_t>(request.prompt_length - protected_count));
+      const std::span<const float> ranked =
+          request.kv_head_scores[head].subspan(static_cast<std::size_t>(request.protection.sinks),
+                                               static_cast<std::size_t>(request.prompt_length - protected_count));
       std::vector<float> own(ranked.begin(), ranked.end());
       std::ranges::sort(own, std::greater<>());
       for (auto score = own.begin() + (safe - protected_count); score != own.end(); ++score) {
@@ -120,10 +121,9 @@ class AdaKVOfKvpress : public Budget {
     }
     const std::size_t places = request.kv_head_scores.size() * static_cast<std::size_t>(request.capacity - safe);
     // Among equal scores the lower head wins.
-    std::ranges::nth_element(contenders, contenders.begin() + static_cast<std::ptrdiff_t>(places),
-                             [](const Entry& a, const Entry& b) {
-                               return a.score != b.score ? a.score > b.score : a.head < b.head;
-                             });
+    std::ranges::nth_element(
+        contenders, contenders.begin() + static_cast<std::ptrdiff_t>(places),
+        [](const Entry& a, const Entry& b) { return a.score != b.score ? a.score > b.score : a.head < b.head; });
     std::vector<int> capacities(request.kv_head_scores.size(), safe);
     for (std::size_t i = 0; i < places; ++i) ++capacities[contenders[i].head];
     return capacities;
@@ -147,8 +147,8 @@ const MethodRegistration adakv_budget({
     .parameters = budget_parameters(),
     .compose =
         [](const Arguments& a) {
-          return Composition{.budget = std::make_shared<AdaKV>(a.real("floor"), a.flag("normalize"),
-                                                               a.text("across") == "query")};
+          return Composition{
+              .budget = std::make_shared<AdaKV>(a.real("floor"), a.flag("normalize"), a.text("across") == "query")};
         },
 });
 
@@ -163,8 +163,8 @@ const MethodRegistration adakv_preset({
     .compose =
         [](const Arguments& a) {
           return make_policy("snapkv(window=" + a.text("window") + ",kernel=" + a.text("kernel") +
-                             ",pooling=" + a.text("pooling") + ")+adakv(floor=" + a.text("floor") + ",normalize=" +
-                             a.text("normalize") + ",across=" + a.text("across") + ")");
+                             ",pooling=" + a.text("pooling") + ")+adakv(floor=" + a.text("floor") +
+                             ",normalize=" + a.text("normalize") + ",across=" + a.text("across") + ")");
         },
 });
 
@@ -175,8 +175,8 @@ const MethodRegistration rest_kv({
     .parameters = {budget_parameters()[0], budget_parameters()[1]},
     .compose =
         [](const Arguments& a) {
-          Composition policy = make_policy("adakv(pooling=max,floor=" + a.text("floor") +
-                                           ",normalize=" + a.text("normalize") + ")");
+          Composition policy =
+              make_policy("adakv(pooling=max,floor=" + a.text("floor") + ",normalize=" + a.text("normalize") + ")");
           policy.granularity = Granularity::query;
           return policy;
         },
@@ -185,8 +185,9 @@ const MethodRegistration rest_kv({
 
 const MethodRegistration kvpress({
     .name = "adakv@kvpress",
-    .summary = "KV heads compete with the scores their groups share, not normalized; a share of the capacity is safe for "
-               "each. Over SnapKV with kvpress's window of 64.",
+    .summary =
+        "KV heads compete with the scores their groups share, not normalized; a share of the capacity is safe for "
+        "each. Over SnapKV with kvpress's window of 64.",
     .source = "github.com/NVIDIA/kvpress, adakv_press.py",
     .parameters = {Parameter::real("safeguard", 0.2, 0, 1, "share of the capacity that every head keeps")},
     .compose =

@@ -3,8 +3,8 @@
 // Of the ranked positions (capacity − window) the last layer gets about 1/β and the first twice the mean less that,
 // with equal steps between (paper, section 4). Steps are rounded down as in the authors' code, so layers together keep
 // at most what was granted on average, up to rounding; what was used is reported. A first layer that would exceed the
-// prompt is cut to it and the last one raised by as much. For prompts shorter than twice the ranked capacity PyramidKV's
-// code keeps to the uniform budget; ReST-KV's release does not, and each is followed for its own scores.
+// prompt is cut to it and the last one raised by as much. For prompts shorter than twice the ranked capacity
+// PyramidKV's code keeps to the uniform budget; ReST-KV's release does not, and each is followed for its own scores.
 #include <algorithm>
 #include <cmath>
 
@@ -41,8 +41,8 @@ class Pyramid : public Budget {
   int beta_;
 };
 
-// kvpress takes the capacity without the window for the mean, works with fractions, rounds to even at the end, counts the
-// window into what a layer gets, and keeps to the uniform budget where the window would not fit the last layer.
+// kvpress takes the capacity without the window for the mean, works with fractions, rounds to even at the end, counts
+// the window into what a layer gets, and keeps to the uniform budget where the window would not fit the last layer.
 class PyramidOfKvpress : public Budget {
  public:
   explicit PyramidOfKvpress(int beta) : beta_(beta) {}
@@ -74,8 +74,7 @@ const MethodRegistration pyramid({
     .summary = "Gives lower layers more positions than upper ones, in equal steps.",
     .source = "arXiv 2406.02069, section 4",
     .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions")},
-    .compose =
-        [](const Arguments& a) { return Composition{.budget = std::make_shared<Pyramid>(a.integer("beta"))}; },
+    .compose = [](const Arguments& a) { return Composition{.budget = std::make_shared<Pyramid>(a.integer("beta"))}; },
 });
 
 const MethodRegistration pyramidkv({

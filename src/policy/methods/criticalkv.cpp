@@ -1,9 +1,9 @@
 // CriticalKV (arXiv 2502.03805): first what is attended to, then what also weighs in the output.
 //
-// A share `first` of the capacity goes to the positions with the highest scores of `base`. All others are ranked anew by
-// (score + ε) · ‖W v_n‖₁, with W the head's part of the output projection (paper, algorithm 1; lengths averaged over the
-// query heads that share a kept set, as kvpress does). Positions that the base protects count towards the first stage.
-// Without an output projection in the trace, ‖v_n‖₁ stands in.
+// A share `first` of the capacity goes to the positions with the highest scores of `base`. All others are ranked anew
+// by (score + ε) · ‖W v_n‖₁, with W the head's part of the output projection (paper, algorithm 1; lengths averaged over
+// the query heads that share a kept set, as kvpress does). Positions that the base protects count towards the first
+// stage. Without an output projection in the trace, ‖v_n‖₁ stands in.
 #include <algorithm>
 #include <limits>
 
@@ -55,8 +55,7 @@ class CriticalKV : public Ranking {
     Eigen::VectorXf lengths(values.rows());
     for (Index at = 0; at < values.rows(); at += kBlock) {
       const Index rows = std::min(kBlock, values.rows() - at);
-      lengths.segment(at, rows) =
-          (values.middleRows(at, rows) * projection.transpose()).cwiseAbs().rowwise().sum();
+      lengths.segment(at, rows) = (values.middleRows(at, rows) * projection.transpose()).cwiseAbs().rowwise().sum();
     }
     return lengths;
   }
@@ -81,10 +80,9 @@ const MethodRegistration criticalkv({
             throw UsageError("criticalkv: base must be a policy with scores and nothing after '+', not '" +
                              base.canonical + "'");
           }
-          return Composition{
-              .ranking = std::make_shared<CriticalKV>(base.ranking, a.real("first"), a.real("epsilon")),
-              .granularity = base.granularity,
-              .share = base.share};
+          return Composition{.ranking = std::make_shared<CriticalKV>(base.ranking, a.real("first"), a.real("epsilon")),
+                             .granularity = base.granularity,
+                             .share = base.share};
         },
 });
 

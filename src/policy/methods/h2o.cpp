@@ -17,9 +17,7 @@ class H2O : public Ranking {
 
   Protection protection() const override { return {.window = window_}; }
 
-  Requirements requirements() const override {
-    return {.accumulated_attention = causal_, .all_queries = !causal_};
-  }
+  Requirements requirements() const override { return {.accumulated_attention = causal_, .all_queries = !causal_}; }
 
   void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
     const std::vector<float> sums =
@@ -48,15 +46,16 @@ const MethodRegistration h2o({
                                    "divide by the number of queries that can see the key, as kvpress does")},
     .compose =
         [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<H2O>(a.integer("window"), a.text("mask") == "causal",
-                                                              a.flag("normalize"))};
+          return Composition{
+              .ranking = std::make_shared<H2O>(a.integer("window"), a.text("mask") == "causal", a.flag("normalize"))};
         },
 });
 
 const MethodRegistration kvcache_factory({
     .name = "h2o@kvcache-factory",
-    .summary = "Masks only the window's queries causally, so that early queries count attention to keys after them; one "
-               "kept set per query head. The ReST-KV release has the same code.",
+    .summary =
+        "Masks only the window's queries causally, so that early queries count attention to keys after them; one "
+        "kept set per query head. The ReST-KV release has the same code.",
     .source = "github.com/Zefan-Cai/KVCache-Factory, H2OKVCluster",
     .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept")},
     .compose =
@@ -75,9 +74,8 @@ const MethodRegistration kvpress({
     .parameters = {},
     .compose =
         [](const Arguments&) {
-          return Composition{.ranking = std::make_shared<H2O>(0, true, true),
-                             .granularity = Granularity::kv,
-                             .share = Share::mean};
+          return Composition{
+              .ranking = std::make_shared<H2O>(0, true, true), .granularity = Granularity::kv, .share = Share::mean};
         },
     .variant_of = "h2o",
 });

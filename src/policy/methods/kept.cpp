@@ -1,8 +1,8 @@
 // Kept sets from a file: what any other system kept, measured like everything else.
 //
-// The file has the layout that `replay --kept` writes: a group /kept/<index> with an attribute `heads` (query or kv) and
-// datasets `kept` and `offsets`; set s (layer-major, then head) is kept[offsets[s]:offsets[s+1]], ascending positions.
-// The capacity asked for does not matter; sets may differ in size.
+// The file has the layout that `replay --kept` writes: a group /kept/<index> with an attribute `heads` (query or kv)
+// and datasets `kept` and `offsets`; set s (layer-major, then head) is kept[offsets[s]:offsets[s+1]], ascending
+// positions. The capacity asked for does not matter; sets may differ in size.
 #include <fmt/format.h>
 
 #include "base/error.h"
@@ -22,7 +22,8 @@ class KeptFromFile : public Pattern {
       throw Error(fmt::format("{} does not exist; the file holds {} of them", place_, file.list("/kept").size()));
     }
     const std::string heads = file.read_string(group, "heads");
-    if (heads != "query" && heads != "kv") throw Error(fmt::format("{}: heads is '{}', not query or kv", place_, heads));
+    if (heads != "query" && heads != "kv")
+      throw Error(fmt::format("{}: heads is '{}', not query or kv", place_, heads));
     per_query_head_ = heads == "query";
     if (file.has_attribute(group, "evict_at")) evict_at_ = static_cast<int>(file.read_int(group, "evict_at"));
     kept_ = file.read_int32s(group + "/kept");
@@ -58,7 +59,8 @@ class KeptFromFile : public Pattern {
  private:
   void check() const {
     if (offsets_.size() < 2 || offsets_.front() != 0 || offsets_.back() != static_cast<std::int64_t>(kept_.size())) {
-      throw Error(fmt::format("{}: offsets must lead from 0 to the number of kept positions, {}", place_, kept_.size()));
+      throw Error(
+          fmt::format("{}: offsets must lead from 0 to the number of kept positions, {}", place_, kept_.size()));
     }
     for (std::size_t set = 0; set + 1 < offsets_.size(); ++set) {
       if (offsets_[set] > offsets_[set + 1] || offsets_[set + 1] > offsets_.back()) {

@@ -110,8 +110,8 @@ const MethodRegistration lacache({
                    Parameter::integer("overlap", 0, 0, "layers that two rungs have in common")},
     .compose =
         [](const Arguments& a) {
-          return Composition{.pattern = std::make_shared<LaCache>(a.integer("sinks"), a.integer("span"),
-                                                                  a.integer("overlap"))};
+          return Composition{
+              .pattern = std::make_shared<LaCache>(a.integer("sinks"), a.integer("span"), a.integer("overlap"))};
         },
 });
 

@@ -1,8 +1,8 @@
 // Oracle: the positions that the evaluation queries will attend to most.
 //
-// Score of position n: the full attention that it receives from all evaluation queries, Σ_t A[t, n]. It bounds attention
-// recall: at equal capacity per head and granularity query no kept set has a higher sum of recall over the queries. It
-// does not bound the output error, since values count there too.
+// Score of position n: the full attention that it receives from all evaluation queries, Σ_t A[t, n]. It bounds
+// attention recall: at equal capacity per head and granularity query no kept set has a higher sum of recall over the
+// queries. It does not bound the output error, since values count there too.
 #include <algorithm>
 
 #include "policy/policy.h"
@@ -23,9 +23,7 @@ const MethodRegistration attention_oracle({
     .source = "a bound on attention recall",
     .parameters = {},
     .compose =
-        [](const Arguments&) {
-          return Composition{.ranking = std::make_shared<OracleAttention>(), .oracle = true};
-        },
+        [](const Arguments&) { return Composition{.ranking = std::make_shared<OracleAttention>(), .oracle = true}; },
 });
 
 const MethodRegistration reconstruction_oracle({
@@ -37,9 +35,8 @@ const MethodRegistration reconstruction_oracle({
     .parameters = {Parameter::integer("exchanges", 64, 1, "exchanges per kept set, at most")},
     .compose =
         [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<OracleAttention>(),
-                             .oracle = true,
-                             .exchanges = a.integer("exchanges")};
+          return Composition{
+              .ranking = std::make_shared<OracleAttention>(), .oracle = true, .exchanges = a.integer("exchanges")};
         },
 });
 

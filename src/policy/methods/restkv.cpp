@@ -139,8 +139,9 @@ const MethodRegistration restkv({
 
 const MethodRegistration rest_kv({
     .name = "restkv@rest-kv",
-    .summary = "The authors' release as its LongBench scripts call it: one kept set per query head, since keys and values "
-               "are repeated for the group first.",
+    .summary =
+        "The authors' release as its LongBench scripts call it: one kept set per query head, since keys and values "
+        "are repeated for the group first.",
     .source = "github.com/an-yongqi/rest-kv, RestKVCluster and scripts/longbench/run_llama3.sh",
     .parameters = {},
     .compose =

@@ -1,9 +1,9 @@
 // SnapKV (arXiv 2404.14469): the end of the prompt knows what the answer will need.
 //
 // Score of position n: the attention of the last `window` queries, averaged (the authors sum, which ranks alike), then
-// pooled over `kernel` neighbours so that what surrounds an important token stays with it (paper, section 4, listing 1).
-// Paper and code pool with an average or a maximum; beyond the edges the average counts zeros, as avg_pool1d does. The
-// window itself is always kept.
+// pooled over `kernel` neighbours so that what surrounds an important token stays with it (paper, section 4, listing
+// 1). Paper and code pool with an average or a maximum; beyond the edges the average counts zeros, as avg_pool1d does.
+// The window itself is always kept.
 #include "policy/policy.h"
 #include "policy/smoothing.h"
 
@@ -80,8 +80,9 @@ const MethodRegistration kvcache_factory({
 
 const MethodRegistration kvpress({
     .name = "snapkv@kvpress",
-    .summary = "One kept set per KV head: scores are averaged over the group after pooling. The window is 64 by default, "
-               "and pooling is always an average.",
+    .summary =
+        "One kept set per KV head: scores are averaged over the group after pooling. The window is 64 by default, "
+        "and pooling is always an average.",
     .source = "github.com/NVIDIA/kvpress, snapkv_press.py",
     .parameters = {Parameter::integer("window", 64, 1, "observation window: last queries, always kept"),
                    Parameter::odd_integer("kernel", 5, 1, "positions that are pooled")},

@@ -1,8 +1,8 @@
 // StreamingLLM (arXiv 2309.17453): attention sinks and the most recent positions.
 //
 // The first few tokens draw attention that has nowhere else to go; without them a window attention collapses (paper,
-// section 3). Kept are `sinks` first positions and the last capacity − sinks. The cluster class of KVCache-Factory, which
-// the ReST-KV release has too, keeps the first capacity − window and the last `window` positions instead; its
+// section 3). Kept are `sinks` first positions and the last capacity − sinks. The cluster class of KVCache-Factory,
+// which the ReST-KV release has too, keeps the first capacity − window and the last `window` positions instead; its
 // run_longbench.py sets window to capacity − 4, which makes it the paper's again.
 #include "policy/policy.h"
 
@@ -49,9 +49,7 @@ const MethodRegistration streamingllm({
     .source = "arXiv 2309.17453, section 3",
     .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")},
     .compose =
-        [](const Arguments& a) {
-          return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks"))};
-        },
+        [](const Arguments& a) { return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks"))}; },
 });
 
 const MethodRegistration kvcache_factory({
@@ -74,9 +72,7 @@ const MethodRegistration kvpress({
     .source = "github.com/NVIDIA/kvpress, streaming_llm_press.py",
     .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")},
     .compose =
-        [](const Arguments& a) {
-          return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks"))};
-        },
+        [](const Arguments& a) { return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks"))}; },
     .variant_of = "streamingllm",
 });
 

@@ -35,8 +35,7 @@ class Chunks : public Selection {
     std::iota(kept.begin(), kept.end(), 0);
     int room = capacity - protection.count();
     for (const Chunk& chunk : chunks) {
-      const auto members =
-          scores.subspan(static_cast<std::size_t>(chunk.first), static_cast<std::size_t>(chunk.count));
+      const auto members = scores.subspan(static_cast<std::size_t>(chunk.first), static_cast<std::size_t>(chunk.count));
       for (const int offset : room > 0 ? select_top(members, {}, room) : std::vector<int>{}) {
         kept.push_back(chunk.first + offset);
       }
@@ -58,8 +57,7 @@ const MethodRegistration chunks({
     .summary = "Keeps whole chunks of neighbouring positions, by the mean of their scores.",
     .source = "arXiv 2502.00299, section 3",
     .parameters = {Parameter::integer("size", 10, 1, "positions per chunk")},
-    .compose =
-        [](const Arguments& a) { return Composition{.selection = std::make_shared<Chunks>(a.integer("size"))}; },
+    .compose = [](const Arguments& a) { return Composition{.selection = std::make_shared<Chunks>(a.integer("size"))}; },
 });
 
 }  // namespace

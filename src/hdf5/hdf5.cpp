@@ -519,6 +519,12 @@ File File::create(const std::filesystem::path& path, const std::filesystem::path
   return File(shown, std::move(file), true);
 }
 
+bool File::has_checksums() const {
+  const auto guard = lock();
+  H5F_info2_t info;
+  return H5Fget_info2(handle_.id(), &info) >= 0 && info.super.version >= 2;
+}
+
 void File::close() {
   if (!handle_) return;
   const auto guard = lock();
@@ -937,6 +943,7 @@ std::vector<LabelledRange> File::read_labelled_ranges(const std::string& path) c
   const bool variable = H5Tis_variable_str(label.id()) > 0;
   const Handle reference = reference_type();
   const std::size_t label_size = variable ? kReferenceSize : H5Tget_size(label.id());
+  if (label_size == 0 || label_size > source.element_size()) fail(path, "'label' has no size that it could have");
   const std::size_t size = 2 * sizeof(std::int64_t) + label_size;
   const Handle memory(H5Tcreate(H5T_COMPOUND, size));
   if (H5Tinsert(memory.id(), "start", 0, H5T_NATIVE_INT64) < 0 ||

@@ -137,6 +137,11 @@ class File {
 
   const std::filesystem::path& path() const { return path_; }
 
+  /// Whether it is in a file format with checksums over its metadata (HDF5 1.8 and later, asked for by the writer).
+  /// HDF5 1.10 believes the older format's sizes, so a damaged or malicious file of that kind can make it read memory
+  /// that is not its own.
+  bool has_checksums() const;
+
   /// Writes everything out and closes the file, which a destructor could only try. Throws Error if the disk is full.
   void close();
 

@@ -196,6 +196,11 @@ std::vector<std::string> warnings(const TraceReader& trace, const Inspection& in
                     "ReST-KV scores without it",
                     layers - with_projection, layers));
   }
+  if (!hdf5::File::open(trace.path()).has_checksums()) {
+    found.push_back(
+        "the file is in HDF5's old format without checksums, so damage may go unnoticed; rewrite it with "
+        "'h5repack -L'");
+  }
   const auto suspicious = [](const LayerFidelity& layer) { return layer.mean > kSuspiciousError; };
   const auto& fidelity = inspection.fidelity;
   if (const auto count = std::count_if(fidelity.begin(), fidelity.end(), suspicious); count > 0) {

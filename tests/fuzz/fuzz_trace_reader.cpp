@@ -1,4 +1,8 @@
 // Whatever bytes a trace consists of, reading it ends in a result or in an Error.
+//
+// The seeds are in the file format that writers of traces use, whose metadata has checksums. HDF5 1.10 itself reads
+// beyond its buffers on damaged metadata of the older format without them (attribute messages, members of compound
+// types); nothing here can prevent that, and `inspect` warns of such files.
 #include <hdf5.h>
 #include <unistd.h>
 

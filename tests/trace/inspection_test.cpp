@@ -216,6 +216,11 @@ TEST_F(Inspect, WarnsOfWhatATraceCannotBeUsedFor) {
   EXPECT_THAT(found.warnings, Contains(HasSubstr("2 of 2 layers have no output projection")));
 }
 
+TEST_F(Inspect, WarnsOfAFormatWithoutChecksums) {
+  const Inspection found = inspect(TraceReader(std::string(KVREPLAY_TEST_DATA) + "/reference-needle.h5"), false);
+  EXPECT_THAT(found.warnings, ElementsAre(HasSubstr("old format without checksums")));
+}
+
 TEST_F(Inspect, HasNothingAgainstACompleteTrace) {
   TraceInfo info = sample_info();
   info.query_positions = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};

@@ -29,7 +29,7 @@ class AdaKV : public Budget {
 
   std::vector<int> allocate(const BudgetRequest& request) const override {
     if (request.granularity == Granularity::layer) return {request.capacity};
-    const std::vector<int> capacities =
+    std::vector<int> capacities =
         compete(across_query_heads_ ? request.query_head_scores : request.kv_head_scores, request);
     const bool query_sets = request.granularity == Granularity::query;
     if (query_sets == across_query_heads_) return capacities;

@@ -47,7 +47,8 @@ Policy policy_from(const std::string& spec) {
   try {
     return make_policy(spec);
   } catch (const UsageError&) {
-    if (!std::filesystem::exists(spec)) throw;
+    std::error_code ignored;  // a spec may be no possible name of a file
+    if (!std::filesystem::exists(spec, ignored)) throw;
     throw UsageError(fmt::format("--policy: {} is a file, not a policy; name traces before --policy", spec));
   }
 }
@@ -82,12 +83,19 @@ ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string
   return request;
 }
 
+// One name for a file, however it is written; also for what does not exist yet or cannot be looked at.
+std::filesystem::path place_of(const std::string& path) {
+  std::error_code failure;
+  const auto place = std::filesystem::weakly_canonical(path, failure);
+  return failure ? std::filesystem::absolute(path).lexically_normal() : place;
+}
+
 // A trace that is given twice would count twice in every mean.
 std::vector<std::string> distinct_traces(const ReplayOptions& options, std::vector<std::string>& notes) {
   std::vector<std::string> traces;
   std::set<std::filesystem::path> seen;
   for (const std::string& trace : options.traces) {
-    if (seen.insert(std::filesystem::weakly_canonical(trace)).second) {
+    if (seen.insert(place_of(trace)).second) {
       traces.push_back(trace);
     } else {
       notes.push_back(fmt::format("{}: is given more than once and replayed once", trace));
@@ -105,7 +113,7 @@ void add_input_files(const std::string& spec, std::set<std::filesystem::path>& f
     for (const Parameter& parameter : method.parameters) {
       const std::string& value = arguments.text(parameter.name);
       if (value.empty()) continue;
-      if (parameter.kind == Parameter::Kind::file) files.insert(std::filesystem::weakly_canonical(value));
+      if (parameter.kind == Parameter::Kind::file) files.insert(place_of(value));
       if (parameter.kind == Parameter::Kind::spec) add_input_files(value, files);
     }
   }
@@ -114,11 +122,11 @@ void add_input_files(const std::string& spec, std::set<std::filesystem::path>& f
 // A results file that is also a trace to be read, or another result, would be lost.
 void check_outputs(const ReplayOptions& options, const ReplayRequest& request) {
   std::set<std::filesystem::path> taken;
-  for (const std::string& trace : options.traces) taken.insert(std::filesystem::weakly_canonical(trace));
+  for (const std::string& trace : options.traces) taken.insert(place_of(trace));
   for (const Policy& policy : request.policies) add_input_files(policy.canonical, taken);
   for (const std::string& output : {options.results, options.csv, options.json, options.kept}) {
     if (output.empty()) continue;
-    if (!taken.insert(std::filesystem::weakly_canonical(output)).second) {
+    if (!taken.insert(place_of(output)).second) {
       throw UsageError(fmt::format("{}: would overwrite what is read, or another result; name another file", output));
     }
     // Tells now, not after the work, that a place cannot be written to.

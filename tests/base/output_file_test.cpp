@@ -11,7 +11,7 @@
 #include <sstream>
 
 #include "base/error.h"
-#include "trace/temporary_folder.h"
+#include "support/temporary_folder.h"
 
 namespace kvreplay {
 namespace {

@@ -10,7 +10,8 @@
 
 #include "base/error.h"
 #include "replay/overlap.h"
-#include "replay/random_trace.h"
+#include "support/random_trace.h"
+#include "support/temporary_folder.h"
 
 namespace kvreplay::test {
 namespace {

@@ -10,8 +10,8 @@
 #include "base/error.h"
 #include "trace/attention.h"
 #include "trace/check.h"
-#include "trace/sample_trace.h"
-#include "trace/temporary_folder.h"
+#include "support/sample_trace.h"
+#include "support/temporary_folder.h"
 #include "trace/writer.h"
 
 namespace kvreplay {

@@ -10,8 +10,8 @@
 #include "base/error.h"
 #include "hdf5/hdf5.h"
 #include "trace/reader.h"
-#include "trace/sample_trace.h"
-#include "trace/temporary_folder.h"
+#include "support/sample_trace.h"
+#include "support/temporary_folder.h"
 
 namespace kvreplay {
 namespace {

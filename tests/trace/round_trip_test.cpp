@@ -10,8 +10,8 @@
 #include "hdf5/hdf5.h"
 #include "trace/check.h"
 #include "trace/reader.h"
-#include "trace/sample_trace.h"
-#include "trace/temporary_folder.h"
+#include "support/sample_trace.h"
+#include "support/temporary_folder.h"
 #include "trace/writer.h"
 
 namespace kvreplay {

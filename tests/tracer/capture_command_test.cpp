@@ -6,8 +6,8 @@
 #include <cstdlib>
 
 #include "trace/reader.h"
-#include "tracer/temporary_folder.h"
-#include "tracer/tiny_model.h"
+#include "support/temporary_folder.h"
+#include "support/tiny_model.h"
 
 namespace kvreplay {
 namespace {

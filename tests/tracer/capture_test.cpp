@@ -9,8 +9,8 @@
 
 #include "base/error.h"
 #include "trace/reader.h"
-#include "tracer/temporary_folder.h"
-#include "tracer/tiny_model.h"
+#include "support/temporary_folder.h"
+#include "support/tiny_model.h"
 
 namespace kvreplay::tracer {
 namespace {

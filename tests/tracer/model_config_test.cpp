@@ -7,8 +7,8 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
-#include "tracer/temporary_folder.h"
-#include "tracer/tiny_model.h"
+#include "support/temporary_folder.h"
+#include "support/tiny_model.h"
 
 namespace kvreplay::tracer {
 namespace {

@@ -8,8 +8,8 @@
 #include <random>
 
 #include "base/error.h"
-#include "tracer/temporary_folder.h"
-#include "tracer/tiny_model.h"
+#include "support/temporary_folder.h"
+#include "support/tiny_model.h"
 
 namespace kvreplay::tracer {
 namespace {

@@ -8,7 +8,7 @@
 
 #include "base/error.h"
 #include "tracer/spans.h"
-#include "tracer/temporary_folder.h"
+#include "support/temporary_folder.h"
 
 namespace kvreplay::tracer {
 namespace {

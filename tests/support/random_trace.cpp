@@ -1,7 +1,6 @@
-#include "replay/random_trace.h"
+#include "support/random_trace.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <numeric>
 #include <random>
 
@@ -108,16 +107,6 @@ void RandomTrace::write(const std::filesystem::path& path) const {
     if (attention_mass) writer.write_attention_mass(layer, all.mass[l]);
   }
   writer.finish();
-}
-
-TemporaryFolder::TemporaryFolder() {
-  std::string name = (std::filesystem::temp_directory_path() / "kvreplay-test-XXXXXX").string();
-  path_ = ::mkdtemp(name.data());
-}
-
-TemporaryFolder::~TemporaryFolder() {
-  std::error_code ignored;
-  std::filesystem::remove_all(path_, ignored);
 }
 
 }  // namespace kvreplay::test

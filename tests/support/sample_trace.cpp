@@ -1,4 +1,4 @@
-#include "trace/sample_trace.h"
+#include "support/sample_trace.h"
 
 #include <gtest/gtest.h>
 #include <hdf5.h>

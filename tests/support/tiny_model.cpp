@@ -1,4 +1,4 @@
-#include "tracer/tiny_model.h"
+#include "support/tiny_model.h"
 
 #include <fmt/format.h>
 
@@ -7,7 +7,7 @@
 #include <numbers>
 #include <random>
 
-#include "tracer/temporary_folder.h"
+#include "support/temporary_folder.h"
 
 namespace kvreplay::test {
 

@@ -1,0 +1,137 @@
+// How the command line explains itself, and what it says to those who mistype.
+#include <gmock/gmock.h>
+
+#include "cli/command.h"
+#include "support/random_trace.h"
+
+namespace kvreplay {
+namespace {
+
+using testing::AllOf;
+using testing::EndsWith;
+using testing::HasSubstr;
+using testing::Not;
+using testing::StartsWith;
+
+class Usage : public test::Commands {
+ protected:
+  Usage() { test::RandomTrace{}.write(folder_ / "run.h5"); }
+
+  void refuse_words(const std::string& arguments, const std::vector<std::string>& reasons) const {
+    refuse(test::words(arguments), 2, reasons);
+  }
+};
+
+TEST_F(Usage, HelpOfEveryCommandNamesItsOptions) {
+  const struct {
+    std::string command;
+    std::vector<std::string> names;
+  } commands[] = {
+      {"capture",
+       {"--model", "--prompt", "--tokens", "--generate", "--queries", "--dtype", "--no-projection", "--spans",
+        "--threads", "--output", "run.h5"}},
+      {"inspect", {"--json", "--verify", "--threads"}},
+      {"replay",
+       {"--policy", "--capacity", "--evict-at", "--heads", "query|kv|layer", "--share", "mean|max|sum", "--output",
+        "--csv", "--json", "--kept", "--threads", "traces"}},
+      {"policies", {"SPEC"}},
+  };
+  const test::Outcome all = succeed({"--help"});
+  for (const auto& [command, names] : commands) {
+    EXPECT_THAT(all.output, HasSubstr(command));
+    const test::Outcome help = succeed({command, "--help"});
+    EXPECT_EQ(help.errors, "");
+    EXPECT_THAT(help.output, HasSubstr("Usage: kvreplay " + command));
+    for (const std::string& name : names) EXPECT_THAT(help.output, HasSubstr(name)) << command;
+  }
+  EXPECT_THAT(all.output, HasSubstr("0 fine, 1 failed, 2 wrong usage"));
+}
+
+TEST_F(Usage, VersionIsOneLine) { EXPECT_THAT(succeed({"--version"}).output, StartsWith("kvreplay ")); }
+
+TEST_F(Usage, UnknownCommandsAndOptionsAreNamedWithTheNearest) {
+  refuse_words("", {"name a command: capture, inspect, replay"});
+  refuse_words("replai run.h5", {"unknown command 'replai'. Did you mean 'replay'?"});
+  refuse_words("frobnicate", {"unknown command 'frobnicate'", "capture", "inspect", "replay", "policies"});
+  refuse_words("--versoin", {"unknown option --versoin. Did you mean '--version'?"});
+  refuse_words("replay run.h5 --policy full --capacity 8 --head kv",
+               {"unknown option --head. Did you mean '--heads'?"});
+  refuse_words("capture --model m --tokens t --generat 3", {"unknown option --generat. Did you mean '--generate'?"});
+  refuse_words("inspect run.h5 --verfy", {"Did you mean '--verify'?", "See 'kvreplay inspect --help'"});
+  refuse_words("inspect run.h5 other.h5", {"unexpected 'other.h5'"});
+}
+
+TEST_F(Usage, WhatIsMissingIsNamed) {
+  refuse_words("capture", {"--model is required"});
+  refuse_words("inspect", {"trace is required"});
+  refuse_words("replay run.h5", {"--policy is required"});
+  refuse_words("replay run.h5 --policy full", {"--capacity is required"});
+  refuse_words("replay --policy full --capacity 8", {"no trace is named", "before --policy"});
+}
+
+TEST_F(Usage, TracesAndPoliciesThatChangedPlacesAreTold) {
+  refuse_words("replay run.h5 --policy full run.h5 --capacity 8", {"run.h5 is a file, not a policy"});
+  EXPECT_THAT(succeed(test::words("replay --capacity 8 run.h5 --policy recent")).output, HasSubstr("recent"));
+  const std::string two = succeed(test::words("replay run.h5 --policy recent random --capacity 8,16")).output;
+  EXPECT_THAT(two, AllOf(HasSubstr("recent"), HasSubstr("random")));
+}
+
+TEST_F(Usage, ValuesThatCannotBeAreNamed) {
+  const std::string replay = "replay run.h5 --policy recent ";
+  refuse_words(replay + "--capacity 0", {"capacity 0 keeps nothing"});
+  for (const char* capacity : {"-3", "1e1", "12.5", "0.0%", "101%", "many", "99999999999", "25%%"}) {
+    refuse_words(replay + "--capacity " + capacity, {std::string("capacity '") + capacity + "' is neither a count"});
+  }
+  refuse_words(replay + "--capacity 8 --evict-at 0", {"--evict-at: '0' is not a position to evict at"});
+  refuse_words(replay + "--capacity 8 --evict-at 1x", {"--evict-at: '1x'"});
+  refuse_words(replay + "--capacity 8 --heads querry", {"must be query, kv or layer", "Did you mean 'query'?"});
+  refuse_words(replay + "--capacity 8 --share average", {"must be mean, max or sum"});
+  refuse_words(replay + "--capacity 8 --threads 0", {"'0' is not a number of threads"});
+  refuse({"replay", "run.h5", "--policy", "recent", "--capacity", "8", "--output", ""}, 2,
+         {"--output: the file's name is empty"});
+}
+
+TEST_F(Usage, UnknownPoliciesAndParametersSuggestTheNearest) {
+  const auto with = [](const std::string& policy) { return "replay run.h5 --capacity 40 --policy " + policy; };
+  refuse_words(with("snapvk"), {"unknown policy 'snapvk'. Did you mean 'snapkv'?", "restkv"});
+  refuse_words(with("snapkv(windw=8)"), {"snapkv has no parameter 'windw'. Did you mean 'window'?", "kernel"});
+  refuse_words(with("snapkv(window=0)"), {"parameter 'window' is integer >= 1, not '0'"});
+  refuse_words(with("snapkv(window=8"), {"expected ',' or ')'"});
+  refuse_words(with("snapkv+piramid"), {"Did you mean 'pyramid'?"});
+  refuse_words(with("pyramid"), {"write it after one, as in snapkv+pyramid"});
+  refuse_words("policies snapvk", {"Did you mean 'snapkv'?"});
+  refuse_words("policies +chunks(size=5)", {"write it after one, as in snapkv+chunks(size=5)"});
+  refuse({"replay", "run.h5", "--capacity", "8", "--policy", ""}, 2, {"expected a name"});
+  refuse({"replay", "run.h5", "--capacity", "8", "--policy", std::string(5000, 'x')}, 2, {"unknown policy 'xxx"});
+}
+
+TEST_F(Usage, PoliciesAreListedAndExplained) {
+  const std::string list = succeed({"policies"}).output;
+  for (const char* name : {"full", "h2o", "recent", "restkv(", "snapkv(", "streamingllm(", "tova(", "+pyramid("}) {
+    EXPECT_THAT(list, HasSubstr(name));
+  }
+  EXPECT_THAT(succeed({"policies", "snapkv"}).output,
+              AllOf(HasSubstr("window"), HasSubstr("32"), HasSubstr("2404.14469")));
+  const std::string spec = succeed({"policies", "restkv( alpha = 0.50 , window=32 ) + pyramid"}).output;
+  EXPECT_THAT(spec, AllOf(HasSubstr("canonical: restkv(alpha=0.5)+pyramid"), HasSubstr("smallest capacity 32")));
+}
+
+TEST_F(Usage, LongSpecsDoNotStretchTheTable) {
+  const std::string spec = "restkv(window=4,alpha=0.5,beta=100,kernel=7,temporal=mean)+adakv(floor=0.5)+chunks(size=5)";
+  const std::string output = succeed({"replay", "run.h5", "--policy", spec, "--capacity", "20"}).output;
+  std::string joined;
+  for (std::size_t at = 0; at < output.size();) {
+    const std::size_t end = output.find('\n', at);
+    const std::string line = output.substr(at, end - at);
+    const auto width =
+        std::ranges::count_if(line, [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; });
+    EXPECT_LE(width, 115) << line;
+    const std::size_t first = line.find_first_not_of(' ');
+    if (first != std::string::npos) joined += line.substr(first, line.find(' ', first) - first);
+    at = end + 1;
+  }
+  EXPECT_THAT(joined, HasSubstr(spec)) << output;
+}
+
+}  // namespace
+}  // namespace kvreplay

@@ -7,6 +7,9 @@ JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 WERROR ?= OFF
 RUNS ?= 10000
 
+# Checkouts in different folders share what ccache holds.
+export CCACHE_BASEDIR := $(CURDIR)
+
 # Given on every run, so that a ccache which comes or goes is noticed; sccache and others through the environment.
 configure = cmake --preset $(1) --log-level=WARNING -DKVREPLAY_WERROR=$(WERROR) \
   -DCMAKE_CXX_COMPILER_LAUNCHER="$${CMAKE_CXX_COMPILER_LAUNCHER-$$(command -v ccache)}"

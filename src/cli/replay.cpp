@@ -14,6 +14,7 @@
 #include "base/error.h"
 #include "base/output_file.h"
 #include "cli/commands.h"
+#include "cli/plugins.h"
 #include "cli/progress.h"
 #include "notebooks-export/tables.h"
 #include "replay/overlap.h"
@@ -161,6 +162,7 @@ void add_replay_command(CLI::App& app) {
   command->add_option("--policy,-p", options->policies, "Policies, as in restkv(alpha=0.5); see 'kvreplay policies'")
       ->required()
       ->type_name("SPEC");
+  add_plugin_option(*command);
   command->add_option("--capacity,-c", options->capacities, "Positions that a head keeps: counts, or shares of the prompt")
       ->required()
       ->delimiter(',')

@@ -21,6 +21,7 @@ awk '
   exit 1
 }
 # What is copied from the page should pass make check-format.
+# shellcheck disable=SC2016 # the backquotes are Markdown's
 mapfile -t files < <(sed -n 's/^`\([^`]*\)`:$/\1/p' "$page")
 clang-format --dry-run --Werror "${files[@]}"
 bash -exo pipefail commands

@@ -1,16 +1,20 @@
 # A front for CMake's presets: make help
 # PRESET=release builds for any processor of this kind, PRESET=debug with assertions; JOBS=1 takes one core;
-# WERROR=ON treats warnings as errors.
+# WERROR=ON treats warnings as errors, TARGETS='kvreplay_cli test_policy' builds only these.
 PRESET ?= release-native
 PREFIX ?= /usr/local
 JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 WERROR ?= OFF
+TARGETS ?=
 RUNS ?= 10000
+
+# Checkouts in different folders share what ccache holds.
+export CCACHE_BASEDIR := $(CURDIR)
 
 # Given on every run, so that a ccache which comes or goes is noticed; sccache and others through the environment.
 configure = cmake --preset $(1) --log-level=WARNING -DKVREPLAY_WERROR=$(WERROR) \
   -DCMAKE_CXX_COMPILER_LAUNCHER="$${CMAKE_CXX_COMPILER_LAUNCHER-$$(command -v ccache)}"
-compile = cmake --build --preset $(1) --parallel $(JOBS)
+compile = cmake --build --preset $(1) --parallel $(JOBS) $(addprefix --target ,$(TARGETS))
 
 .PHONY: build test demo check-format format tidy fuzz sanitize install clean help setup setup-ci
 .DEFAULT_GOAL := build

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the build needs and this machine lacks. Where nothing is missing it changes nothing and needs no rights.
 #   scripts/install-dependencies.sh         the compiler, the build tools and the libraries
-#   scripts/install-dependencies.sh --ci    also clang and its tools, for `make tidy`, `make fuzz` and `make check-format`
+#   scripts/install-dependencies.sh --ci    also clang and its tools, for `make tidy`, `make fuzz` and `make check-format`,
+#                                           and h5py, for the examples in Python
 set -euo pipefail
 
 say() { printf 'install-dependencies: %s\n' "$*"; }
@@ -16,15 +17,15 @@ packages=(
 )
 # ccache is a convenience: a build without it is only slower.
 commands=(cmake ninja make pkg-config)
-with_clang=0
+for_ci=0
 
 case "${1-}" in
   '') ;;
   --ci)
     # clang brings neither libFuzzer's and the sanitizers' runtime (libclang-rt-dev) nor OpenMP's header (libomp-dev).
-    packages+=(clang clang-tidy clang-format libclang-rt-dev libomp-dev)
-    commands+=(clang++ clang-tidy clang-format)
-    with_clang=1
+    packages+=(clang clang-tidy clang-format libclang-rt-dev libomp-dev python3 python3-h5py python3-numpy)
+    commands+=(clang++ clang-tidy clang-format python3)
+    for_ci=1
     ;;
   *)
     echo "usage: $0 [--ci]" >&2
@@ -66,13 +67,17 @@ probe() {
     line=$(grep -oE 'CMakeLists\.txt:[0-9]+' "$folder/log" | head -n 1)
     echo "CMake stops${line:+ at $(sed -n "${line#*:}p" "$folder/CMakeLists.txt")}"
   }
-  if [ $status -eq 0 ] && [ $with_clang -eq 1 ]; then
+  if [ $status -eq 0 ] && [ $for_ci -eq 1 ]; then
     echo '#include <omp.h>
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return omp_get_max_threads() < 0; }' \
       >"$folder/probe.cpp"
     clang++ -fopenmp -fsanitize=address,undefined,fuzzer "$folder/probe.cpp" -o "$folder/probe" 2>"$folder/log" || {
       status=1
       grep -E 'error|cannot find' "$folder/log" | sed "s|$folder/||" | head -n 2
+    }
+    python3 -c 'import h5py, numpy' 2>"$folder/log" || {
+      status=1
+      tail -n 1 "$folder/log"
     }
   fi
   rm -rf "$folder"
@@ -83,7 +88,8 @@ list_of_needs() {
   cat <<'EOF'
 kvreplay needs: a C++20 compiler with OpenMP (GCC 12 or Clang 14, or newer), CMake 3.25, Ninja, make, pkg-config, HDF5 1.10,
   Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, xxHash, SentencePiece and GoogleTest 1.12, or newer. ccache is optional.
-  `make tidy`, `make fuzz` and `make check-format` need clang, clang-tidy, clang-format, compiler-rt and libomp as well.
+  `make tidy`, `make fuzz` and `make check-format` need clang, clang-tidy, clang-format, compiler-rt and libomp as well;
+  .ci/run also Python with h5py.
 Installed on Debian 12, Ubuntu 24.04 and newer by this script; elsewhere by you, where CMake and pkg-config find them
   (CMAKE_PREFIX_PATH, PKG_CONFIG_PATH).
 EOF

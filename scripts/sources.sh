@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 folders=()
-for folder in src tracer analysis notebooks-export tests; do
+for folder in src tracer analysis notebooks-export examples tests; do
   [ ! -d "$folder" ] || folders+=("$folder")
 done
 names=()

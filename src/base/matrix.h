@@ -4,6 +4,10 @@
 #include <Eigen/Core>
 #include <cstdint>
 
+// Eigen frees what it aligned itself in another way than what malloc aligned: all binaries have to agree on which.
+static_assert(EIGEN_DEFAULT_ALIGN_BYTES == 64,
+              "compile with -DEIGEN_MAX_ALIGN_BYTES=64, as CMake's find_package(kvreplay) does");
+
 namespace kvreplay {
 
 using Index = std::int64_t;

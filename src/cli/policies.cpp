@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "cli/commands.h"
+#include "cli/plugins.h"
 #include "notebooks-export/tables.h"
 #include "policy/policy.h"
 #include "policy/spec.h"
@@ -132,6 +133,7 @@ void add_policies_command(CLI::App& app) {
   auto name = std::make_shared<std::string>();
   CLI::App* command = app.add_subcommand("policies", "List the policies, or explain one or a spec");
   command->add_option("spec", *name, "A policy's name, or a spec such as 'restkv(alpha=0.5)'")->type_name("NAME|SPEC");
+  add_plugin_option(*command);
   command->callback([name]() {
     if (name->empty()) {
       list_methods();

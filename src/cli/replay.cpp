@@ -18,6 +18,7 @@
 #include "base/printable.h"
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "cli/plugins.h"
 #include "cli/progress.h"
 #include "notebooks-export/tables.h"
 #include "policy/spec.h"
@@ -290,6 +291,7 @@ void add_replay_command(CLI::App& app) {
   command->add_option("-p,--policy", options->policies, "Policies, as in restkv(alpha=0.5); see 'kvreplay policies'")
       ->required()
       ->type_name("SPEC");
+  add_plugin_option(*command);
   // Of these every option takes one value, so that a trace may follow.
   command
       ->add_option("-c,--capacity", options->capacities,

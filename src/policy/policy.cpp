@@ -7,9 +7,10 @@
 #include <cmath>
 #include <map>
 #include <numeric>
-#include <stdexcept>
+#include <set>
 
 #include "base/error.h"
+#include "base/printable.h"
 
 namespace kvreplay {
 namespace {
@@ -18,6 +19,15 @@ std::map<std::string, Method, std::less<>>& registry() {
   // Made on first use, since registrations run before main in no particular order.
   static std::map<std::string, Method, std::less<>> methods;
   return methods;
+}
+
+bool is_name(const std::string& text) {
+  try {
+    const std::vector<SpecPart> parts = parse_spec(text);
+    return parts.size() == 1 && parts[0].name == text;
+  } catch (const UsageError&) {
+    return false;
+  }
 }
 
 const Method& method_for(const SpecPart& part, bool first) {
@@ -99,10 +109,23 @@ int Policy::minimum_capacity() const {
   return ranking ? std::max(1, ranking->protection().count()) : pattern->minimum_capacity();
 }
 
-MethodRegistration::MethodRegistration(Method method) {
-  std::string name = written_name(method);
-  if (!registry().emplace(name, std::move(method)).second) {
-    throw std::logic_error("two methods are registered under the name " + name);
+MethodRegistration::MethodRegistration(Method method) { register_methods({std::move(method)}); }
+
+void register_methods(std::vector<Method> methods) {
+  std::set<std::string> names;
+  for (const Method& method : methods) {
+    const std::string name = written_name(method);
+    if (!is_name(method.name)) {
+      throw Error(fmt::format("'{}' cannot be a method's name: no spec could hold it", printable(method.name)));
+    }
+    if (!method.compose) throw Error(fmt::format("the method '{}' has no compose function", name));
+    if (find_method(name) != nullptr || !names.insert(name).second) {
+      throw Error(fmt::format("there is a method '{}' already; choose another name", name));
+    }
+  }
+  for (Method& method : methods) {
+    std::string name = written_name(method);
+    registry().emplace(std::move(name), std::move(method));
   }
 }
 

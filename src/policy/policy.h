@@ -173,12 +173,17 @@ struct Method {
   std::string variant_of = {};  ///< the method that this is one implementation of, as in snapkv@kvpress; or empty
 };
 
-/// Adds a method when the program (or a plug-in) is loaded: one per method, in the method's own file, so that adding
-/// one touches no other. Throws std::logic_error for a name that is taken.
-class MethodRegistration {
+/// Adds a built-in method when the library is loaded: one per method, in the method's own file, so that adding one
+/// touches no other. Throws as register_methods does. A plug-in must not run anything before its version was checked,
+/// so there the linker refuses this class; see policy/plugin.h.
+class [[gnu::visibility("hidden")]] MethodRegistration {
  public:
   explicit MethodRegistration(Method method);
 };
+
+/// Adds all methods, or none and throws Error: for a name that is taken or that no spec can hold, or without compose.
+/// Not while other threads look methods up.
+void register_methods(std::vector<Method> methods);
 
 /// All methods: policies, then budgets, then selections, each by name.
 std::vector<const Method*> registered_methods();

@@ -1,0 +1,50 @@
+// Recency-weighted attention: what is attended to, and the rather the younger it is.
+//
+// Score of position n of a prompt of P: a[n] · 2^(−(P − 1 − n) / half_life), where a is the mean attention of the last
+// `window` queries. A half-life far beyond the prompt leaves SnapKV's score before pooling, a short one the most recent
+// positions.
+#include "policy/plugin.h"
+
+#include <cmath>
+
+namespace {
+
+class RecencyAttention : public kvreplay::Ranking {
+ public:
+  RecencyAttention(int window, double half_life) : window_(window), half_life_(half_life) {}
+
+  kvreplay::Protection protection() const override { return {.window = window_}; }
+  kvreplay::Requirements requirements() const override { return {.window_queries = window_}; }
+
+  void score(const kvreplay::Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
+    const auto queries = static_cast<std::size_t>(window_);
+    head.combine_attention(member, std::vector<float>(queries, 1.0f / static_cast<float>(window_)), scores);
+    for (std::size_t n = 0; n < scores.size(); ++n) {
+      const auto age = static_cast<double>(scores.size() - 1 - n);
+      scores[n] *= static_cast<float>(std::exp2(-age / half_life_));
+    }
+  }
+
+ private:
+  int window_;
+  double half_life_;
+};
+
+}  // namespace
+
+KVREPLAY_POLICY_PLUGIN() {
+  using kvreplay::Parameter;
+  return {{
+      .name = "recency-attention",
+      .summary = "Keeps what the observation window attends to, weighted by how recent it is.",
+      .source = "examples/policy-plugin",
+      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                     Parameter::real("half_life", 1000, 1e-3, 1e12,
+                                     "age at which attention counts half, in positions")},
+      .compose =
+          [](const kvreplay::Arguments& a) {
+            return kvreplay::Composition{
+                .ranking = std::make_shared<RecencyAttention>(a.integer("window"), a.real("half_life"))};
+          },
+  }};
+}

@@ -1,0 +1,23 @@
+#include "cli/plugins.h"
+
+#include <CLI/CLI.hpp>
+#include <string>
+#include <vector>
+
+#include "policy/plugin.h"
+
+namespace kvreplay::cli {
+
+void add_plugin_option(CLI::App& command) {
+  const auto load = [](const std::vector<std::string>& files) {
+    for (const std::string& file : files) load_plugin(file);
+  };
+  // One file per --plugin, or it would take the arguments that follow as well.
+  command
+      .add_option_function<std::vector<std::string>>("--plugin", load,
+                                                     "Shared library that adds policies; see docs/adding-a-policy.md")
+      ->allow_extra_args(false)
+      ->type_name("FILE");
+}
+
+}  // namespace kvreplay::cli

@@ -1,0 +1,57 @@
+// A head whose tensors a test writes down.
+#pragma once
+
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "policy/policy.h"
+
+namespace kvreplay::test {
+
+/// One KV head and its query heads, held in memory. A test sets what its policy looks at.
+class MatrixHead : public HeadSource {
+ public:
+  /// A single-layer model with one KV head. All queries are at hand once `queries` holds a matrix per query head.
+  MatrixHead(Matrix keys, Matrix values, int group_size = 1) : keys_(std::move(keys)), values_(std::move(values)) {
+    shape_.group_size = group_size;
+    shape_.head_dim = static_cast<int>(keys_.cols());
+    shape_.prompt_length = static_cast<int>(keys_.rows());
+    positions_.resize(static_cast<std::size_t>(shape_.prompt_length));
+    std::iota(positions_.begin(), positions_.end(), 0);
+  }
+
+  std::vector<Matrix> member_queries;      ///< [group][P, D]
+  std::vector<Matrix> member_projections;  ///< [group][C, D]; empty: the model has none
+
+  const HeadShape& shape() const override { return shape_; }
+  Matrix keys() const override { return keys_; }
+  Matrix values() const override { return values_; }
+  std::span<const int> query_positions() const override {
+    return member_queries.empty() ? std::span<const int>() : std::span<const int>(positions_);
+  }
+  Matrix queries(int member, Index first, Index count) const override {
+    return member_queries.at(static_cast<std::size_t>(member)).middleRows(first, count);
+  }
+  bool has_output_projection() const override { return !member_projections.empty(); }
+  Matrix output_projection(int member) const override {
+    return member_projections.at(static_cast<std::size_t>(member));
+  }
+  std::optional<std::vector<float>> attention_mass(int /*member*/) const override { return std::nullopt; }
+
+ private:
+  HeadShape shape_;
+  Matrix keys_;
+  Matrix values_;
+  std::vector<int> positions_;
+};
+
+/// The scores [P] that a policy's ranking gives the positions, asked for all of them.
+inline std::vector<float> scores_of(const Ranking& ranking, const HeadSource& source, int member = 0) {
+  const Head head(source);
+  std::vector<float> scores(static_cast<std::size_t>(head.prompt_length()));
+  ranking.score(head, member, head.prompt_length(), scores);
+  return scores;
+}
+
+}  // namespace kvreplay::test

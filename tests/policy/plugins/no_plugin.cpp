@@ -1,0 +1,3 @@
+// A shared library like any other.
+int answer();
+int answer() { return 42; }

@@ -8,7 +8,8 @@
 #include <numeric>
 
 #include "base/error.h"
-#include "replay/random_trace.h"
+#include "support/random_trace.h"
+#include "support/temporary_folder.h"
 #include "replay/replay.h"
 #include "replay/results_file.h"
 #include "replay/trace_head.h"

@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <numeric>
 
-#include "replay/random_trace.h"
+#include "support/random_trace.h"
+#include "support/temporary_folder.h"
 #include "replay/replay.h"
 
 namespace kvreplay::test {

@@ -3,15 +3,18 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <hdf5.h>
 #include <omp.h>
 
 #include <cmath>
+#include <filesystem>
 
 #include "base/error.h"
-#include "trace/attention.h"
-#include "trace/check.h"
+#include "hdf5/hdf5.h"
 #include "support/sample_trace.h"
 #include "support/temporary_folder.h"
+#include "trace/attention.h"
+#include "trace/check.h"
 #include "trace/writer.h"
 
 namespace kvreplay {
@@ -216,9 +219,47 @@ TEST_F(Inspect, WarnsOfWhatATraceCannotBeUsedFor) {
   EXPECT_THAT(found.warnings, Contains(HasSubstr("2 of 2 layers have no output projection")));
 }
 
+// The same objects in a file of HDF5's earliest format.
+void rewrite_in_the_old_format(const std::filesystem::path& path) {
+  const std::filesystem::path old = path.string() + ".old";
+  const auto lock = hdf5::lock();
+  const hid_t from = H5Fopen(path.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT);
+  const hid_t to = H5Fcreate(old.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+  for (const char* name : {"layers", "model", "tokens", "query_positions", "annotations"}) {
+    if (H5Lexists(from, name, H5P_DEFAULT) > 0) {
+      ASSERT_GE(H5Ocopy(from, name, to, name, H5P_DEFAULT, H5P_DEFAULT), 0);
+    }
+  }
+  ASSERT_GE(H5Fclose(to), 0);
+  ASSERT_GE(H5Fclose(from), 0);
+  {
+    const hid_t file = H5Fopen(old.c_str(), H5F_ACC_RDWR, H5P_DEFAULT);
+    const auto write = [file](const char* name, hid_t type, const void* value) {
+      const hid_t space = H5Screate(H5S_SCALAR);
+      const hid_t attribute = H5Acreate2(file, name, type, space, H5P_DEFAULT, H5P_DEFAULT);
+      ASSERT_GE(H5Awrite(attribute, type, value), 0);
+      H5Aclose(attribute);
+      H5Sclose(space);
+    };
+    const hid_t text = H5Tcopy(H5T_C_S1);
+    H5Tset_size(text, 7);
+    const int one = 1;
+    write("format", text, "kvtrace");
+    write("format_version", H5T_NATIVE_INT, &one);
+    write("complete", H5T_NATIVE_INT, &one);
+    H5Tclose(text);
+    ASSERT_GE(H5Fclose(file), 0);
+  }
+  std::filesystem::rename(old, path);
+}
+
 TEST_F(Inspect, WarnsOfAFormatWithoutChecksums) {
-  const Inspection found = inspect(TraceReader(std::string(KVREPLAY_TEST_DATA) + "/reference-needle.h5"), false);
-  EXPECT_THAT(found.warnings, ElementsAre(HasSubstr("old format without checksums")));
+  FaithfulTrace().write(path_);
+  const std::vector<std::string> before = inspected().warnings;
+  rewrite_in_the_old_format(path_);
+  const std::vector<std::string> after = inspected().warnings;
+  ASSERT_EQ(after.size(), before.size() + 1);
+  EXPECT_THAT(after, Contains(HasSubstr("old format without checksums")));
 }
 
 TEST_F(Inspect, HasNothingAgainstACompleteTrace) {

@@ -8,10 +8,11 @@
 #include <numeric>
 
 #include "base/error.h"
-#include "replay/random_trace.h"
 #include "replay/replay.h"
 #include "replay/results_file.h"
 #include "replay/trace_head.h"
+#include "support/random_trace.h"
+#include "support/temporary_folder.h"
 
 namespace kvreplay::test {
 namespace {

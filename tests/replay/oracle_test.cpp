@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <numeric>
 
-#include "replay/random_trace.h"
 #include "replay/replay.h"
+#include "support/random_trace.h"
+#include "support/temporary_folder.h"
 
 namespace kvreplay::test {
 namespace {

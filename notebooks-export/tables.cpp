@@ -77,8 +77,11 @@ std::vector<std::string> broken_spec(const std::string& spec, std::size_t width)
   for (std::size_t at = 0; at < spec.size();) {
     std::size_t end = at + 1;
     while (end < spec.size() && spec[end - 1] != ',' && spec[end] != '+' && spec[end] != ' ') ++end;
-    const std::string piece = spec.substr(at, end - at);
-    if (!lines.back().empty() && display_width(lines.back() + piece) > width) lines.emplace_back("  ");
+    std::string piece = spec.substr(at, end - at);
+    if (!lines.back().empty() && display_width(lines.back() + piece) > width) {
+      lines.emplace_back("  ");
+      piece.erase(0, piece.find_first_not_of(' '));
+    }
     lines.back() += piece;
     at = end;
   }

@@ -77,12 +77,34 @@ std::vector<std::string> broken_spec(const std::string& spec, std::size_t width)
   for (std::size_t at = 0; at < spec.size();) {
     std::size_t end = at + 1;
     while (end < spec.size() && spec[end - 1] != ',' && spec[end] != '+' && spec[end] != ' ') ++end;
-    const std::string piece = spec.substr(at, end - at);
-    if (!lines.back().empty() && display_width(lines.back() + piece) > width) lines.emplace_back("  ");
+    std::string piece = spec.substr(at, end - at);
+    if (!lines.back().empty() && display_width(lines.back() + piece) > width) {
+      lines.emplace_back("  ");
+      piece.erase(0, piece.find_first_not_of(' '));
+    }
     lines.back() += piece;
     at = end;
   }
   return lines;
+}
+
+std::string wrapped(const std::string& text, std::size_t indent, std::size_t width) {
+  std::string result;
+  std::string line;
+  const auto end_line = [&]() {
+    result += std::string(indent, ' ') + line + '\n';
+    line.clear();
+  };
+  std::size_t at = 0;
+  while (at < text.size()) {
+    const std::size_t end = std::min(text.find(' ', at), text.size());
+    const std::string word = text.substr(at, end - at);
+    if (!line.empty() && indent + display_width(line) + 1 + display_width(word) > width) end_line();
+    line += line.empty() ? word : fmt::format(" {}", word);
+    at = end + 1;
+  }
+  if (!line.empty()) end_line();
+  return result;
 }
 
 std::string policy_table(const std::vector<PolicyRow>& rows) {

@@ -13,6 +13,9 @@ namespace kvreplay {
 /// Columns set flush: the first to the left, the others to the right, with a rule under the heads.
 std::string aligned_table(const std::vector<std::vector<std::string>>& rows);
 
+/// `text` broken at spaces into lines of at most `width` columns, each after `indent` spaces and ended by a newline.
+std::string wrapped(const std::string& text, std::size_t indent, std::size_t width = 100);
+
 /// The table that a replay ends with: a row per policy and capacity, best first.
 std::string policy_table(const std::vector<PolicyRow>& rows);
 

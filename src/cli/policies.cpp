@@ -46,8 +46,9 @@ void list_methods() {
     for (const Parameter& parameter : method->parameters) {
       parameters += fmt::format("{}{}={}", parameters.empty() ? "" : ", ", parameter.name, parameter.default_value);
     }
-    fmt::print("{}{}\n    {}\n    {}\n", written_name(*method),
-               parameters.empty() ? "" : fmt::format("({})", parameters), method->summary, method->source);
+    const std::string spec =
+        fmt::format("{}{}", written_name(*method), parameters.empty() ? "" : fmt::format("({})", parameters));
+    fmt::print("{}{}{}", wrapped(spec, 0), wrapped(method->summary, 4), wrapped(method->source, 4));
   }
   fmt::print(
       "\nA spec names a policy and the parameters that differ from their defaults, as in restkv(alpha=0.5).\n"
@@ -56,7 +57,8 @@ void list_methods() {
 }
 
 void explain_method(const Method& method) {
-  fmt::print("{} ({})\n  {}\n  source: {}\n", written_name(method), step_of(method), method.summary, method.source);
+  fmt::print("{} ({})\n{}{}", written_name(method), step_of(method), wrapped(method.summary, 2),
+             wrapped(fmt::format("source: {}", method.source), 2));
   if (method.parameters.empty()) {
     fmt::print("  no parameters\n");
     return;
@@ -106,11 +108,12 @@ void explain_variants(const std::string& name) {
   if (variants.empty()) {
     throw UsageError(fmt::format("'{}' has no variants. Methods that have: {}", name, fmt::join(with_variants, ", ")));
   }
-  fmt::print("{}: {}\n", name, find_method(name)->summary);
+  fmt::print("{}", wrapped(fmt::format("{}: {}", name, find_method(name)->summary), 0));
   std::string specs = name;
   for (const Method* variant : variants) {
     const Policy policy = make_policy(variant->name);
-    fmt::print("\n{}\n  {}\n  source: {}\n  kept sets: one per {}\n", variant->name, variant->summary, variant->source,
+    fmt::print("\n{}\n{}{}  kept sets: one per {}\n", variant->name, wrapped(variant->summary, 2),
+               wrapped(fmt::format("source: {}", variant->source), 2),
                described(policy.granularity.value_or(Granularity::kv)));
     for (const Parameter& parameter : variant->parameters) {
       fmt::print("  {}={}: {}\n", parameter.name, parameter.default_value, parameter.description);

@@ -58,6 +58,13 @@ class Ranking {
   virtual bool pyramid_on_short_prompts() const { return false; }
 };
 
+/// Whose kept sets are the same.
+enum class Granularity {
+  query,  ///< every query head has its own set
+  kv,     ///< the query heads of a group share one: what saves memory in grouped-query attention
+  layer,  ///< all heads of a layer share one
+};
+
 /// A method that keeps positions by a rule alone, without looking at keys, values or queries.
 class Pattern {
  public:
@@ -74,19 +81,13 @@ class Pattern {
   };
   virtual CapacityRule capacity_rule() const { return CapacityRule::asked; }
 
-  /// Whether the query heads of a group keep different positions, so that only granularity query can show them.
-  virtual bool differs_within_group() const { return false; }
+  /// The coarsest granularity that can show the pattern: query where the query heads of a group keep different
+  /// positions, kv where KV heads do.
+  virtual Granularity coarsest_granularity() const { return Granularity::layer; }
 
   /// The kept positions, ascending, for a head of this shape. `member` is the query head of the group whose set is
   /// asked for at granularity query, and 0 where the group shares one.
   virtual std::vector<int> keep(const HeadShape& shape, int member, int capacity) const = 0;
-};
-
-/// Whose kept sets are the same.
-enum class Granularity {
-  query,  ///< every query head has its own set
-  kv,     ///< the query heads of a group share one: what saves memory in grouped-query attention
-  layer,  ///< all heads of a layer share one
 };
 
 /// Step 3: how the scores of heads that share a kept set become one.

@@ -61,11 +61,11 @@ std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request
       }
       const Granularity granularity = request.granularity.value_or(policy.granularity.value_or(Granularity::kv));
       const Share share = request.share.value_or(policy.share.value_or(Share::mean));
-      if (policy.pattern && policy.pattern->differs_within_group() && granularity != Granularity::query) {
-        throw Error(
-            fmt::format("{}: {} keeps a set per query head, which granularity {} cannot show; leave out "
-                        "--heads or set it to query",
-                        file, policy.canonical, name_of(granularity)));
+      if (policy.pattern && granularity > policy.pattern->coarsest_granularity()) {
+        throw Error(fmt::format("{}: {} keeps a set per {} head, which granularity {} cannot show; leave out --heads", file,
+                                policy.canonical,
+                                policy.pattern->coarsest_granularity() == Granularity::query ? "query" : "KV",
+                                name_of(granularity)));
       }
       settings.push_back({&policy, once ? std::string(kAllPositions) : asked.text,
                           std::min(capacity, eviction_position), granularity, share});

@@ -228,6 +228,28 @@ std::string name_of(DigestCheck::Outcome outcome) {
   return "";
 }
 
+namespace {
+
+// Reading refuses NaN and infinity, naming layer, head and position.
+void read_everything(const TraceReader& trace) {
+  const TraceInfo& info = trace.info();
+  const ModelInfo& model = info.model;
+  parallel_for(model.num_layers, [&](int layer) {
+    for (int head = 0; head < model.num_attention_heads; ++head) {
+      if (head < model.num_key_value_heads) {
+        trace.read(layer, HeadTensor::keys, head, 0, info.num_tokens());
+        trace.read(layer, HeadTensor::values, head, 0, info.num_tokens());
+      }
+      trace.read(layer, HeadTensor::queries, head, 0, info.num_queries());
+      trace.read(layer, HeadTensor::outputs, head, 0, info.num_queries());
+      if (trace.has_output_projection(layer)) trace.read_output_projection(layer, head);
+      if (trace.has_attention_mass(layer)) trace.read_attention_mass(layer, head);
+    }
+  });
+}
+
+}  // namespace
+
 Inspection inspect(const TraceReader& trace, bool verify) {
   Inspection inspection;
   inspection.path = trace.path();
@@ -240,6 +262,7 @@ Inspection inspect(const TraceReader& trace, bool verify) {
   const bool damaged = std::any_of(inspection.digests.begin(), inspection.digests.end(), [](const DigestCheck& check) {
     return check.outcome == DigestCheck::Outcome::mismatch;
   });
+  if (verify && !damaged) read_everything(trace);
   // Numbers from tensors that are not what was written would only mislead.
   if (!damaged) measure_fidelity(trace, inspection);
   inspection.warnings = warnings(trace, inspection);

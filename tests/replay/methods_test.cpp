@@ -8,11 +8,11 @@
 #include <numeric>
 
 #include "base/error.h"
-#include "support/random_trace.h"
-#include "support/temporary_folder.h"
 #include "replay/replay.h"
 #include "replay/results_file.h"
 #include "replay/trace_head.h"
+#include "support/random_trace.h"
+#include "support/temporary_folder.h"
 
 namespace kvreplay::test {
 namespace {
@@ -269,6 +269,9 @@ TEST_F(Methods, KeptSetsFromAFileLeadToTheSameMeasures) {
     const std::string spec = "kept(file=" + (folder_ / "kept.h5").string() + ")";
     if (granularity == Granularity::query) {
       EXPECT_NE(message_of(spec, "16", Granularity::kv).find("a set per query head"), std::string::npos);
+    } else {
+      EXPECT_NE(message_of(spec, "16", Granularity::layer).find("a set per KV head"), std::string::npos);
+      EXPECT_EQ(message_of(spec, "16", Granularity::query), "");
     }
     EXPECT_NE(message_of("kept(file=" + (folder_ / "kept.h5").string() + ",index=9)").find("holds 3 of them"),
               std::string::npos);

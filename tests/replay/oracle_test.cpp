@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <numeric>
 
+#include "replay/replay.h"
 #include "support/random_trace.h"
 #include "support/temporary_folder.h"
-#include "replay/replay.h"
 
 namespace kvreplay::test {
 namespace {

@@ -122,7 +122,7 @@ TEST(Safetensors, SurvivesDamagedHeaders) {
         default:
           file[at] = byte;
       }
-      if (file.empty()) file = "x";
+      if (file.empty()) file.push_back('x');
     }
     std::map<std::string, TensorEntry> tensors;
     const std::string message = message_of<Error>([&] { tensors = parse(file); });

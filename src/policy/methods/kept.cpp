@@ -32,7 +32,7 @@ class KeptFromFile : public Pattern {
   }
 
   CapacityRule capacity_rule() const override { return CapacityRule::own; }
-  bool differs_within_group() const override { return per_query_head_; }
+  Granularity coarsest_granularity() const override { return per_query_head_ ? Granularity::query : Granularity::kv; }
 
   std::vector<int> keep(const HeadShape& shape, int member, int /*capacity*/) const override {
     const int heads = per_query_head_ ? shape.num_kv_heads * shape.group_size : shape.num_kv_heads;
@@ -92,7 +92,7 @@ const MethodRegistration kept({
         [](const Arguments& a) {
           if (a.text("file").empty()) throw UsageError("kept: needs a file, as in kept(file=kept.h5)");
           auto pattern = std::make_shared<KeptFromFile>(a.text("file"), a.integer("index"));
-          const auto granularity = pattern->differs_within_group() ? Granularity::query : Granularity::kv;
+          const Granularity granularity = pattern->coarsest_granularity();
           return Composition{.pattern = std::move(pattern), .granularity = granularity};
         },
 });

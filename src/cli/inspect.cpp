@@ -272,7 +272,8 @@ void add_inspect_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("inspect", "Show what a trace holds and how far it can be trusted");
   command->add_option("trace", options->trace, "A kvtrace file")->required()->type_name("FILE");
   command->add_flag("--json", options->json, "The same facts as JSON");
-  command->add_flag("--verify", options->verify, "Read everything: compare digests, find NaN and infinity; either is a failure");
+  command->add_flag("--verify", options->verify,
+                    "Read everything: compare digests, find NaN and infinity; either is a failure");
   add_threads_option(*command, options->threads);
   command->footer(
       fmt::format("Fidelity recomputes at most {} captured queries per head, evenly spread.", kRecomputedQueries));

@@ -62,8 +62,8 @@ std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request
       const Granularity granularity = request.granularity.value_or(policy.granularity.value_or(Granularity::kv));
       const Share share = request.share.value_or(policy.share.value_or(Share::mean));
       if (policy.pattern && granularity > policy.pattern->coarsest_granularity()) {
-        throw Error(fmt::format("{}: {} keeps a set per {} head, which granularity {} cannot show; leave out --heads", file,
-                                policy.canonical,
+        throw Error(fmt::format("{}: {} keeps a set per {} head, which granularity {} cannot show; leave out --heads",
+                                file, policy.canonical,
                                 policy.pattern->coarsest_granularity() == Granularity::query ? "query" : "KV",
                                 name_of(granularity)));
       }

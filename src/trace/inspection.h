@@ -60,8 +60,9 @@ struct Inspection {
 /// its keys and values once.
 inline constexpr int kRecomputedQueries = 16;
 
-/// Looks at everything; with `verify`, reads every dataset to compare its digest, and throws Error on NaN and infinity. Uses OpenMP's threads; the numbers do
-/// not depend on how many. Throws Error as TraceReader does on damage, NaN and infinity.
+/// Looks at everything; with `verify`, reads every dataset to compare its digest, and throws Error on NaN and infinity.
+/// Uses OpenMP's threads; the numbers do not depend on how many. Throws Error as TraceReader does on damage, NaN and
+/// infinity.
 Inspection inspect(const TraceReader& trace, bool verify);
 
 }  // namespace kvreplay

@@ -9,9 +9,9 @@
 
 #include "base/error.h"
 #include "hdf5/hdf5.h"
-#include "trace/reader.h"
 #include "support/sample_trace.h"
 #include "support/temporary_folder.h"
+#include "trace/reader.h"
 
 namespace kvreplay {
 namespace {

@@ -8,10 +8,10 @@
 
 #include "base/error.h"
 #include "hdf5/hdf5.h"
-#include "trace/check.h"
-#include "trace/reader.h"
 #include "support/sample_trace.h"
 #include "support/temporary_folder.h"
+#include "trace/check.h"
+#include "trace/reader.h"
 #include "trace/writer.h"
 
 namespace kvreplay {

@@ -5,9 +5,9 @@
 
 #include <cstdlib>
 
-#include "trace/reader.h"
 #include "support/temporary_folder.h"
 #include "support/tiny_model.h"
+#include "trace/reader.h"
 
 namespace kvreplay {
 namespace {

@@ -8,9 +8,9 @@
 #include <limits>
 
 #include "base/error.h"
-#include "trace/reader.h"
 #include "support/temporary_folder.h"
 #include "support/tiny_model.h"
+#include "trace/reader.h"
 
 namespace kvreplay::tracer {
 namespace {

@@ -7,8 +7,8 @@
 #include <sstream>
 
 #include "base/error.h"
-#include "tracer/spans.h"
 #include "support/temporary_folder.h"
+#include "tracer/spans.h"
 
 namespace kvreplay::tracer {
 namespace {

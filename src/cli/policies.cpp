@@ -42,13 +42,7 @@ std::string_view described(Granularity granularity) {
 void list_methods() {
   for (const Method* method : registered_methods()) {
     if (!method->variant_of.empty()) continue;
-    std::string parameters;
-    for (const Parameter& parameter : method->parameters) {
-      parameters += fmt::format("{}{}={}", parameters.empty() ? "" : ", ", parameter.name, parameter.default_value);
-    }
-    const std::string spec =
-        fmt::format("{}{}", written_name(*method), parameters.empty() ? "" : fmt::format("({})", parameters));
-    fmt::print("{}{}{}", wrapped(spec, 0), wrapped(method->summary, 4), wrapped(method->source, 4));
+    fmt::print("{}{}{}", wrapped(signature(*method), 0), wrapped(method->summary, 4), wrapped(method->source, 4));
   }
   fmt::print(
       "\nA spec names a policy and the parameters that differ from their defaults, as in restkv(alpha=0.5).\n"

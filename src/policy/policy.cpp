@@ -140,6 +140,15 @@ std::string written_name(const Method& method) {
   return fmt::format("{}{}", method.step == Method::Step::policy ? "" : "+", method.name);
 }
 
+std::string signature(const Method& method) {
+  std::string parameters;
+  for (const Parameter& parameter : method.parameters) {
+    parameters += fmt::format("{}{}={}", parameters.empty() ? "" : ", ", parameter.name,
+                              parameter.kind == Parameter::Kind::file ? "FILE" : parameter.default_value);
+  }
+  return written_name(method) + (parameters.empty() ? "" : fmt::format("({})", parameters));
+}
+
 const Method* find_method(std::string_view written_name) {
   const auto found = registry().find(written_name);
   return found == registry().end() ? nullptr : &found->second;

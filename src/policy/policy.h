@@ -192,6 +192,9 @@ std::vector<const Method*> registered_methods();
 /// How a method is written in a spec: "snapkv", "+pyramid". A policy and a budget may share a name.
 std::string written_name(const Method& method);
 
+/// A method with all its parameters at their defaults: "snapkv(window=32, kernel=5, pooling=avg)".
+std::string signature(const Method& method);
+
 /// The method that is written like that ("snapkv", "+pyramid"), or null.
 const Method* find_method(std::string_view written_name);
 

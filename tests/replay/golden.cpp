@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <set>
 #include <stdexcept>
@@ -113,8 +114,10 @@ class CallTranslation {
 }  // namespace
 
 std::vector<std::filesystem::path> golden_files() {
+  // Golden files from elsewhere can be run in place of the bundled ones.
+  const char* elsewhere = std::getenv("KVREPLAY_GOLDEN_DIR");
   std::vector<std::filesystem::path> files;
-  for (const auto& entry : std::filesystem::directory_iterator(KVREPLAY_GOLDEN_DIR)) {
+  for (const auto& entry : std::filesystem::directory_iterator(elsewhere ? elsewhere : KVREPLAY_GOLDEN_DIR)) {
     if (entry.path().extension() == ".h5") files.push_back(entry.path());
   }
   std::ranges::sort(files);

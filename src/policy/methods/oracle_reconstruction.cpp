@@ -1,0 +1,27 @@
+// Oracle: the kept sets with the least layer error that exchanging positions can find.
+//
+// Objective: the mean over the evaluation queries of the squared layer error, every kept set having exactly the capacity.
+// The sets that oracle-attention ranks first are one start, those of the run's other policies at the same granularity and
+// capacity the others; the best of them is improved by exchanges (replay/reconstruction_oracle.h). It is never worse in the
+// objective than any of its starts. It is not the minimum, and it costs far more than a policy: docs/oracles.md.
+#include "policy/policy.h"
+
+namespace kvreplay {
+namespace {
+
+const MethodRegistration reconstruction_oracle({
+    .name = "oracle-reconstruction",
+    .summary = "ORACLE: minimises the mean squared layer error over the evaluation queries, greedily, by exchanging "
+               "positions; starts from the best kept sets of the run, so that it is never worse than they are. Not "
+               "the minimum: exchanges can end in a local one.",
+    .source = "a bound on the layer error; docs/oracles.md",
+    .parameters = {Parameter::integer("exchanges", 64, 1, "exchanges per kept set, at most")},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{
+              .ranking = make_policy("oracle-attention").ranking, .oracle = true, .exchanges = a.integer("exchanges")};
+        },
+});
+
+}  // namespace
+}  // namespace kvreplay

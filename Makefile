@@ -26,7 +26,10 @@ build: setup ## Install what is missing and build, tuned for this processor (the
 test: build ## Run the tests on all cores
 	@ctest --preset $(PRESET) --parallel $(JOBS)
 
-demo: build ## Capture the demo model on the bundled prompts and replay the policies: out/demo/
+# Builds the program alone, without the tests.
+demo: setup ## Capture the demo model on the bundled prompts and replay the policies: out/demo/
+	@$(call configure,$(PRESET))
+	@cmake --build --preset $(PRESET) --parallel $(JOBS) --target kvreplay_cli
 	@scripts/demo.sh build/$(PRESET)/kvreplay
 
 check-format: setup-ci ## Name what clang-format would change

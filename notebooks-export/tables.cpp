@@ -200,7 +200,7 @@ std::string summary_json(const std::vector<TraceReplay>& replays, const std::vec
       }
     }
   }
-  return document.dump(1) + "\n";
+  return document.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 
 }  // namespace kvreplay

@@ -271,7 +271,7 @@ void run_replay(const ReplayOptions& options) {
   std::exception_ptr failure;
   try {
     write_files(options, replays, overlap_tables, written);
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     failure = std::current_exception();
   }
   fmt::print("{}\n\n{}\n{}", headline(replays), policy_table(rank_policies(replays)), legend(replays, seconds));

@@ -47,6 +47,14 @@ const Method& method_for(const SpecPart& part, bool first) {
 }
 
 void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
+  if (policy.exchanges > 0) {
+    throw UsageError(fmt::format("{} keeps exactly the capacity in every set, as it finds best; leave out '+{}'",
+                                 policy.canonical, part.name));
+  }
+  if (policy.pattern && policy.pattern->capacity_rule() != Pattern::CapacityRule::asked) {
+    throw UsageError(fmt::format("'{}' does not go by a capacity, so '+{}' would change nothing; leave it out",
+                                 policy.canonical, part.name));
+  }
   if (step.budget) {
     if (policy.budget) throw UsageError(fmt::format("'{}' is a second budget; a policy has one", part.name));
     if (step.budget->needs_scores() && !policy.ranking) {

@@ -102,7 +102,7 @@ struct BudgetRequest {
   int num_layers = 1;
   int prompt_length = 0;
   int capacity = 0;                           ///< asked for, per kept set, on average over layers
-  Protection protection;                      ///< counted in the capacity
+  Protection protection;  ///< counted in the capacity; of a Pattern, its smallest capacity
   Granularity granularity = Granularity::kv;  ///< whose capacities are asked for
   int num_query_heads = 1;
   int num_kv_heads = 1;
@@ -120,6 +120,9 @@ class Budget {
 
   /// Whether allocate() looks at the scores (an adaptive budget cannot be put on a pattern).
   virtual bool needs_scores() const { return false; }
+
+  /// The mean capacity of a budget that brings its own numbers, whatever capacity is asked for.
+  virtual std::optional<int> own_capacity() const { return std::nullopt; }
 
   /// The capacity of every query head (granularity query) or KV head (kv), or one for the layer, protected positions
   /// included. Throws Error where it cannot be divided.

@@ -1,9 +1,12 @@
 #include "replay/evaluation.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <limits>
 #include <numeric>
 
+#include "base/error.h"
 #include "policy/softmax.h"
 #include "replay/trace_head.h"
 
@@ -88,6 +91,13 @@ std::vector<HeadMeasures> HeadEvaluation::measure(int member, std::span<const st
       attention.row(row) = (logits.row(row).array() - logits.row(row).maxCoeff()).exp();
     }
     outputs.middleRows(first, rows) = attend(logits, values_, everything);
+    for (int row = 0; row < rows; ++row) {
+      if (outputs.row(first + row).allFinite() && attention.row(row).allFinite()) continue;
+      throw Error(fmt::format(
+          "{}: layer {}, query head {}: the attention of the query at position {} exceeds float32's range",
+          trace_.path().string(), shape_.layer, shape_.query_head(member),
+          queries_.positions[static_cast<std::size_t>(first + row)]));
+    }
     const auto mass_on = [&attention](int row, const std::vector<int>& positions) {
       double mass = 0;
       for (const int position : positions) mass += static_cast<double>(attention(row, position));

@@ -17,6 +17,7 @@ struct EvaluationQueries {
   int count() const { return static_cast<int>(positions.size()); }
 };
 
+/// Those of a trace for an eviction position; none where no query was captured from there on.
 EvaluationQueries evaluation_queries(const TraceInfo& info, int eviction_position);
 
 /// How one query head fares with one kept set, per evaluation query: [E] each.
@@ -33,6 +34,7 @@ class HeadEvaluation {
   /// Reads keys and values up to the last evaluation query. Throws Error as TraceReader::read does.
   HeadEvaluation(const TraceReader& trace, int layer, int kv_head, int eviction_position);
 
+  /// Throws Error, naming the query, where attention leaves float32's range.
   /// Measures `kept_sets` for the group's query head `member`. `outputs` [E, D] receives the full output, `differences`
   /// (one [E, D] per kept set) what eviction adds to it: ô − o.
   std::vector<HeadMeasures> measure(int member, std::span<const std::vector<int>* const> kept_sets,

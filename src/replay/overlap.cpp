@@ -24,13 +24,18 @@ SetOverlap overlap(const std::vector<int>& a, const std::vector<int>& b) {
 
 std::vector<OverlapTable> overlaps(const TraceReplay& replay) {
   const ModelInfo& model = replay.model;
+  std::vector<const ReplayResult*> whole;  // kept whatever the capacity, and so compared at each
+  for (const ReplayResult& result : replay.results) {
+    if (result.capacity_request == kAllPositions) whole.push_back(&result);
+  }
   std::vector<std::vector<const ReplayResult*>> groups;
   for (const ReplayResult& result : replay.results) {
     if (result.capacity_request == kAllPositions) continue;
     const auto group = std::ranges::find_if(
-        groups, [&result](const auto& g) { return g.front()->capacity_request == result.capacity_request; });
+        groups, [&result](const auto& g) { return g.back()->capacity_request == result.capacity_request; });
     if (group == groups.end()) {
-      groups.push_back({&result});
+      groups.push_back(whole);
+      groups.back().push_back(&result);
     } else {
       group->push_back(&result);
     }
@@ -40,7 +45,7 @@ std::vector<OverlapTable> overlaps(const TraceReplay& replay) {
     const auto policies = static_cast<Index>(group.size());
     const std::vector<Index> shape = {policies, policies, model.num_layers, model.num_attention_heads};
     OverlapTable table{.trace = replay.trace,
-                       .capacity_request = group.front()->capacity_request,
+                       .capacity_request = group.back()->capacity_request,
                        .eviction_position = replay.eviction_position,
                        .policies = {},
                        .jaccard = Table::of_shape(shape),

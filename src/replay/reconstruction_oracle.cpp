@@ -98,6 +98,11 @@ class SharedSet {
       apply(added, 1);
       is_kept[static_cast<std::size_t>(added)] = true;
       const auto [removed, loss] = best(members(is_kept, true), -1);
+      if (removed < 0) {  // nothing can go without leaving a query without weight
+        apply(added, -1);
+        is_kept[static_cast<std::size_t>(added)] = false;
+        break;
+      }
       apply(removed, -1);
       is_kept[static_cast<std::size_t>(removed)] = false;
       if (gain + loss < -1e-12) continue;

@@ -27,6 +27,7 @@ struct Setting {
   Share share;
 
   bool keeps_all(int prompt_length) const {
+    if (policy->budget && policy->budget->own_capacity()) return false;
     if (!policy->pattern) return capacity >= prompt_length;
     const Pattern::CapacityRule rule = policy->pattern->capacity_rule();
     return rule == Pattern::CapacityRule::everything ||
@@ -49,9 +50,12 @@ std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request
   std::vector<Setting> settings;
   for (const Policy& policy : request.policies) {
     const auto rule = policy.pattern ? policy.pattern->capacity_rule() : Pattern::CapacityRule::asked;
-    const bool once = rule != Pattern::CapacityRule::asked;  // the same for every capacity asked for
+    const std::optional<int> own = policy.budget ? policy.budget->own_capacity() : std::nullopt;
+    const bool once = own || rule != Pattern::CapacityRule::asked;  // the same for every capacity asked for
     for (const CapacityRequest& asked : request.capacities) {
-      const int capacity = once ? eviction_position : asked.resolve(eviction_position);
+      const int capacity = own    ? std::max(*own, policy.minimum_capacity())
+                           : once ? eviction_position
+                                  : asked.resolve(eviction_position);
       if (capacity < policy.minimum_capacity() && capacity < eviction_position) {
         throw Error(fmt::format(
             "{}: capacity {}{} is below the {} positions that {} always keeps; ask for a larger capacity or protect "
@@ -66,6 +70,11 @@ std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request
                                 file, policy.canonical,
                                 policy.pattern->coarsest_granularity() == Granularity::query ? "query" : "KV",
                                 name_of(granularity)));
+      }
+      if (policy.budget && policy.budget->needs_scores() && granularity == Granularity::layer) {
+        throw Error(fmt::format("{}: {} divides positions among heads, and at granularity layer they share one set; ask "
+                                "for --heads kv or query",
+                                file, policy.canonical));
       }
       settings.push_back({&policy, once ? std::string(kAllPositions) : asked.text,
                           std::min(capacity, eviction_position), granularity, share});
@@ -88,13 +97,24 @@ void check_requirements(const TraceReader& trace, const std::vector<Setting>& se
   const TraceInfo& info = trace.info();
   const TraceHead head(trace, 0, 0, eviction_position);
   const int window = contiguous_window(head.query_positions(), eviction_position);
+  int without_projection = 0;
+  bool mass = eviction_position == info.prompt_length;
+  for (int layer = 0; layer < info.model.num_layers; ++layer) {
+    without_projection += trace.has_output_projection(layer) ? 0 : 1;
+    mass = mass && trace.has_attention_mass(layer);
+  }
+  const std::string missing_projection =
+      without_projection == 0                       ? ""
+      : without_projection == info.model.num_layers ? "the trace has no output projection"
+                                                    : fmt::format("{} of {} layers have no output projection",
+                                                                  without_projection, info.model.num_layers);
   const Policy* previous = nullptr;
   for (const Setting& setting : settings) {
     if (!setting.policy->ranking || setting.keeps_all(eviction_position) || setting.policy == previous) continue;
     previous = setting.policy;
     const Requirements needs = setting.policy->ranking->requirements();
     const auto refuse = [&](const std::string& what, const std::string& remedy) {
-      return Error(fmt::format("{}: {} needs {}, and the trace holds the last {} of them; {}", trace.path().string(),
+      return Error(fmt::format("{}: {} needs {}, and the trace holds the last {} prompt queries; {}", trace.path().string(),
                                setting.policy->canonical, what, window, remedy));
     };
     if (needs.window_queries > window) {
@@ -102,23 +122,19 @@ void check_requirements(const TraceReader& trace, const std::vector<Setting>& se
           fmt::format("the last {} queries before position {}", needs.window_queries, eviction_position),
           fmt::format("capture with --queries window:{} or all, or choose a smaller window", needs.window_queries));
     }
-    const bool mass = eviction_position == info.prompt_length && trace.has_attention_mass(0);
     if ((needs.all_queries || (needs.accumulated_attention && !mass)) && window < eviction_position) {
       throw refuse(fmt::format("{}all {} queries before the eviction",
                                needs.all_queries ? "" : "the recorded attention mass of the whole prompt, or ",
                                eviction_position),
                    "capture with --queries all");
     }
-    if (needs.output_projection && !trace.has_output_projection(0)) {
-      notes.push_back(fmt::format("{}: the trace has no output projection; lengths are taken before it",
-                                  setting.policy->canonical));
+    if (needs.output_projection && !missing_projection.empty()) {
+      notes.push_back(
+          fmt::format("{}: {}; lengths are taken before it there", setting.policy->canonical, missing_projection));
     }
   }
-  for (int layer = 0; layer < info.model.num_layers; ++layer) {
-    if (!trace.has_output_projection(layer)) {
-      notes.push_back("layer error: the trace has no output projection; the concatenated heads are compared instead");
-      break;
-    }
+  if (!missing_projection.empty()) {
+    notes.push_back(fmt::format("layer error: {}; the concatenated heads are compared there", missing_projection));
   }
 }
 
@@ -240,7 +256,8 @@ class LayerSelection {
     const std::vector<int> capacities = allocate(s, {});
     for (int i = 0; i < sets; ++i) {
       const int set = shape.kv_head * sets + i;
-      kept_[setting][static_cast<std::size_t>(set)] = s.policy->pattern->keep(shape, i, capacity_for(capacities, set));
+      kept_[setting][static_cast<std::size_t>(set)] =
+          checked(s.policy->pattern->keep(shape, i, capacity_for(capacities, set)));
     }
   }
 
@@ -291,7 +308,8 @@ class LayerSelection {
                           .num_layers = model_.num_layers,
                           .prompt_length = prompt_,
                           .capacity = setting.capacity,
-                          .protection = policy.ranking ? policy.ranking->protection() : Protection{},
+                          .protection = policy.ranking ? policy.ranking->protection()
+                                                       : Protection{.sinks = policy.pattern->minimum_capacity()},
                           .granularity = setting.granularity,
                           .num_query_heads = model_.num_attention_heads,
                           .num_kv_heads = model_.num_key_value_heads,
@@ -312,11 +330,20 @@ class LayerSelection {
     return capacities[capacities.size() == 1 ? 0 : static_cast<std::size_t>(set)];
   }
 
-  static std::vector<int> select_set(const Setting& setting, std::span<const float> scores, int capacity) {
+  std::vector<int> select_set(const Setting& setting, std::span<const float> scores, int capacity) const {
     const Policy& policy = *setting.policy;
     const Protection protection = policy.ranking->protection();
-    return policy.selection ? policy.selection->select(scores, protection, capacity)
-                            : select_top(scores, protection, capacity);
+    return checked(policy.selection ? policy.selection->select(scores, protection, capacity)
+                                    : select_top(scores, protection, capacity));
+  }
+
+  // A method, maybe a plug-in's, that keeps what is not there must not get as far as the measures.
+  std::vector<int> checked(std::vector<int> kept) const {
+    const bool inside = !kept.empty() && kept.front() >= 0 && kept.back() < prompt_;
+    if (!inside || !std::ranges::is_sorted(kept, std::less_equal<>())) {
+      throw Error(fmt::format("a kept set is not ascending positions from 0 to {}", prompt_ - 1));
+    }
+    return kept;
   }
 
   Error in_context(const Setting& setting, int kv_head, const Error& error) const {
@@ -399,9 +426,13 @@ std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, in
           trace.read_output_projection(layer, head);
     }
   }
-  const auto lengths = [&projection](const Matrix& rows) -> Eigen::VectorXf {
-    if (projection.size() == 0) return rows.rowwise().norm();
-    return (rows * projection.transpose()).rowwise().norm();
+  const auto lengths = [&](const Matrix& rows) -> Eigen::VectorXf {
+    Eigen::VectorXf norms = projection.size() == 0 ? Eigen::VectorXf(rows.rowwise().norm())
+                                                   : Eigen::VectorXf((rows * projection.transpose()).rowwise().norm());
+    if (!norms.allFinite()) {
+      throw Error(fmt::format("{}: layer {}: the outputs exceed float32's range", trace.path().string(), layer));
+    }
+    return norms;
   };
   const Eigen::VectorXf reference = lengths(outputs);
   parallel_for(static_cast<int>(settings.size()), [&](int i) {
@@ -427,9 +458,9 @@ void improve_oracles(const TraceReader& trace, int layer, int eviction_position,
   for (std::size_t oracle = 0; oracle < settings.size(); ++oracle) {
     const Setting& setting = settings[oracle];
     if (setting.policy->exchanges == 0 || setting.keeps_all(eviction_position)) continue;
-    std::vector<const LayerSets*> candidates;
+    std::vector<const LayerSets*> candidates = {&kept[oracle]};
     for (std::size_t i = 0; i < settings.size(); ++i) {
-      const bool comparable = settings[i].granularity == setting.granularity &&
+      const bool comparable = i != oracle && settings[i].granularity == setting.granularity &&
                               std::ranges::all_of(kept[i], [&setting](const std::vector<int>& set) {
                                 return static_cast<int>(set.size()) == setting.capacity;
                               });

@@ -201,6 +201,22 @@ TEST_F(Methods, GivenBudgetsAreFollowed) {
   EXPECT_EQ(shared[0].results[0].kept.sets[6].size(), 30u);
 }
 
+TEST_F(Methods, GivenBudgetsDoNotGoByTheCapacityAskedFor) {
+  write("twenty.txt", "20\n20\n20\n20\n");
+  const std::string spec = "snapkv(window=4)+layers(file=" + (folder_ / "twenty.txt").string() + ")";
+  const auto replays = run(*trace_, {spec}, {"3", "30", "100%", "1000"});
+  ASSERT_EQ(replays.at(0).results.size(), 1u) << "one result for all capacities";
+  EXPECT_EQ(replays[0].results[0].capacity_request, "20");
+  EXPECT_EQ(replays[0].results[0].kept.mean_size(), 20);
+}
+
+// Positions of the first stage come in the order of the base, also where heads are combined.
+TEST_F(Methods, CriticalKVOfALayerKeepsTheOrderOfItsBase) {
+  open({.num_layers = 1, .num_attention_heads = 1, .num_key_value_heads = 1});
+  const auto replays = run(*trace_, {"criticalkv(base=knorm,first=1)", "knorm"}, {"12"}, Granularity::layer);
+  EXPECT_EQ(replays.at(0).results[0].kept.sets, replays[0].results[1].kept.sets);
+}
+
 TEST_F(Methods, GivenBudgetsThatDoNotFitAreRefused) {
   const auto refused = [this](const std::string& text, const std::string& reason) {
     write("b.txt", text);
@@ -295,6 +311,9 @@ TEST_F(Methods, StepsThatDoNotGoTogetherAreRefused) {
   EXPECT_NE(message_of("snapkv+pyramid+adakv").find("second budget"), std::string::npos);
   EXPECT_NE(message_of("pyramid").find("is a step of a policy"), std::string::npos);
   EXPECT_NE(message_of("snapkv+snapkv").find("is a policy"), std::string::npos);
+  EXPECT_NE(message_of("oracle-reconstruction+pyramid").find("keeps exactly the capacity"), std::string::npos);
+  EXPECT_NE(message_of("full+pyramid").find("would change nothing"), std::string::npos);
+  EXPECT_NE(message_of("tova+adakv").find("granularity layer"), std::string::npos);
   EXPECT_NE(message_of("criticalkv(base=recent)").find("must be a policy with scores"), std::string::npos);
 }
 

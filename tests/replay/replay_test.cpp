@@ -416,11 +416,80 @@ TEST(Overlap, ComparesAllPoliciesPerLayerAndHead) {
       replay(TraceReader(folder / "t.h5"), request({"full", "recent", "streamingllm(sinks=4)", "tova"}, {"8", "16"}));
   const std::vector<OverlapTable> tables = overlaps(replays.at(0));
   ASSERT_EQ(tables.size(), 2u);
-  EXPECT_EQ(tables[0].policies, (std::vector<std::string>{"recent", "streamingllm", "tova"}));
-  EXPECT_EQ(tables[0].jaccard.shape, (std::vector<Index>{3, 3, 2, 4}));
-  EXPECT_FLOAT_EQ(tables[0].jaccard.numbers[0], 1);
-  EXPECT_FLOAT_EQ(tables[0].jaccard.numbers[8], 4.0f / 12);  // 4 recent positions in common, 4 + 4 of one's own
-  EXPECT_FLOAT_EQ(tables[0].containment.numbers[8], 0.5f);
+  EXPECT_EQ(tables[0].capacity_request, "8");
+  EXPECT_EQ(tables[0].policies, (std::vector<std::string>{"full", "recent", "streamingllm", "tova"}));
+  EXPECT_EQ(tables[0].jaccard.shape, (std::vector<Index>{4, 4, 2, 4}));
+  const auto first_head_of = [](const Table& table, std::size_t a, std::size_t b) { return table.numbers[(a * 4 + b) * 8]; };
+  EXPECT_FLOAT_EQ(first_head_of(tables[0].jaccard, 1, 1), 1);
+  // 4 recent positions in common, 4 + 4 of one's own.
+  EXPECT_FLOAT_EQ(first_head_of(tables[0].jaccard, 1, 2), 4.0f / 12);
+  EXPECT_FLOAT_EQ(first_head_of(tables[0].containment, 1, 2), 0.5f);
+  EXPECT_FLOAT_EQ(first_head_of(tables[0].jaccard, 0, 1), 8.0f / 60);
+  EXPECT_FLOAT_EQ(first_head_of(tables[0].containment, 0, 1), 1);
+}
+
+// Numbers that leave float32's range on the way must not come out as errors of 0.
+TEST(Replay, OverflowIsNamedAndNotMeasured) {
+  RandomTrace shape;
+  RandomTrace::Tensors tensors = shape.tensors();
+  const TemporaryFolder folder;
+  TraceWriter writer(folder / "t.h5", shape.info(), DType::float32);
+  for (float& key : tensors.keys[1]) key *= 1e20f;
+  for (float& query : tensors.queries[1]) query *= 1e20f;
+  for (int layer = 0; layer < 2; ++layer) {
+    const auto l = static_cast<std::size_t>(layer);
+    writer.write(layer, HeadTensor::keys, tensors.keys[l]);
+    writer.write(layer, HeadTensor::values, tensors.values[l]);
+    writer.write(layer, HeadTensor::queries, tensors.queries[l]);
+    writer.write(layer, HeadTensor::outputs, tensors.outputs[l]);
+  }
+  writer.finish();
+  for (const std::string spec : {"full", "recent", "snapkv(window=4)"}) {
+    try {
+      replay(TraceReader(folder / "t.h5"), request({spec}, {"8"}));
+      FAIL() << spec;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find("layer 1"), std::string::npos) << error.what();
+    }
+  }
+}
+
+TEST(Replay, LayersWithoutProjectionAreCounted) {
+  const RandomTrace shape;
+  const RandomTrace::Tensors tensors = shape.tensors();
+  const TemporaryFolder folder;
+  TraceWriter writer(folder / "t.h5", shape.info(), DType::float32);
+  for (int layer = 0; layer < 2; ++layer) {
+    const auto l = static_cast<std::size_t>(layer);
+    writer.write(layer, HeadTensor::keys, tensors.keys[l]);
+    writer.write(layer, HeadTensor::values, tensors.values[l]);
+    writer.write(layer, HeadTensor::queries, tensors.queries[l]);
+    writer.write(layer, HeadTensor::outputs, tensors.outputs[l]);
+    if (layer == 0) writer.write_output_projection(layer, tensors.projection[l]);
+  }
+  writer.finish();
+  const auto replays = replay(TraceReader(folder / "t.h5"), request({"restkv(window=4)"}, {"9"}));
+  ASSERT_EQ(replays.at(0).notes.size(), 2u);
+  EXPECT_NE(replays[0].notes[0].find("1 of 2 layers have no output projection"), std::string::npos);
+}
+
+// What a plug-in's method returns goes into indices.
+TEST(Replay, KeptSetsThatAreNoPositionsAreRefused) {
+  class Wild : public Pattern {
+   public:
+    explicit Wild(std::vector<int> set) : set_(std::move(set)) {}
+    std::vector<int> keep(const HeadShape&, int, int) const override { return set_; }
+
+   private:
+    std::vector<int> set_;
+  };
+  const TemporaryFolder folder;
+  RandomTrace().write(folder / "t.h5");
+  for (const std::vector<int>& set : {std::vector<int>{}, {-1, 2}, {3, 60}, {3, 3}, {5, 4}}) {
+    ReplayRequest wild = request({}, {"8"});
+    wild.policies.push_back(Policy{.canonical = "wild", .pattern = std::make_shared<Wild>(set)});
+    EXPECT_THROW(replay(TraceReader(folder / "t.h5"), wild), Error);
+  }
 }
 
 }  // namespace

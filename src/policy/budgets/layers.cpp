@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <numeric>
 #include <sstream>
 
 #include "base/error.h"
@@ -32,6 +33,15 @@ class GivenLayers : public Budget {
       if (!layer.empty()) layers_.push_back(std::move(layer));
     }
     if (layers_.empty()) throw Error(fmt::format("{}: holds no budgets; write a line of numbers per layer", file_));
+  }
+
+  std::optional<int> own_capacity() const override {
+    if (shares_) return std::nullopt;
+    double sum = 0;
+    for (const std::vector<double>& layer : layers_) {
+      sum += std::accumulate(layer.begin(), layer.end(), 0.0) / static_cast<double>(layer.size());
+    }
+    return static_cast<int>(std::lround(sum / static_cast<double>(layers_.size())));
   }
 
   std::vector<int> allocate(const BudgetRequest& request) const override {

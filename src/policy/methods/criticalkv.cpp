@@ -28,6 +28,7 @@ class CriticalKV : public Ranking {
     return needs;
   }
   bool depends_on_capacity() const override { return true; }
+  bool pyramid_on_short_prompts() const override { return base_->pyramid_on_short_prompts(); }
 
   void score(const Head& head, int member, int capacity, std::span<float> scores) const override {
     base_->score(head, member, capacity, scores);
@@ -36,14 +37,22 @@ class CriticalKV : public Ranking {
   void refine(const Head& head, std::span<const int> members, int capacity, std::span<float> scores) const override {
     base_->refine(head, members, capacity, scores);
     const auto chosen_first = static_cast<int>(capacity * first_);
-    const std::vector<int> first = select_top(scores, protection(), std::max(chosen_first, protection().count()));
+    std::vector<int> first = select_top(scores, protection(), std::max(chosen_first, protection().count()));
+    std::ranges::stable_sort(first, [base = std::vector<float>(scores.begin(), scores.end())](int a, int b) {
+      return base[static_cast<std::size_t>(a)] > base[static_cast<std::size_t>(b)];
+    });
     Eigen::VectorXf length = Eigen::VectorXf::Zero(static_cast<Index>(scores.size()));
     for (const int member : members) length += projected_lengths(head, member);
     length /= static_cast<float>(members.size());
     for (std::size_t n = 0; n < scores.size(); ++n) {
       scores[n] = (scores[n] + epsilon_) * length(static_cast<Index>(n));
     }
-    for (const int n : first) scores[static_cast<std::size_t>(n)] = std::numeric_limits<float>::max();
+    // First stage before second, in the order of the base; finite, so that heads that share can still be combined.
+    const float top = std::max(*std::ranges::max_element(scores), std::numeric_limits<float>::min());
+    for (std::size_t rank = 0; rank < first.size(); ++rank) {
+      const auto ahead = static_cast<float>(first.size() - rank) / static_cast<float>(first.size());
+      scores[static_cast<std::size_t>(first[rank])] = top * (1 + ahead);
+    }
   }
 
  private:

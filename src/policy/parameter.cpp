@@ -90,7 +90,7 @@ std::string Parameter::legal_values() const {
   const auto bounds = [this](std::string_view noun) {
     std::string text(noun);
     if (std::isfinite(minimum)) text += " >= " + shortest(minimum);
-    if (std::isfinite(maximum) && maximum < std::numeric_limits<int>::max()) {
+    if (std::isfinite(maximum) && (kind == Kind::real || maximum < std::numeric_limits<int>::max())) {
       text += (std::isfinite(minimum) ? " and <= " : " <= ") + shortest(maximum);
     }
     return text;

@@ -102,7 +102,7 @@ struct BudgetRequest {
   int num_layers = 1;
   int prompt_length = 0;
   int capacity = 0;                           ///< asked for, per kept set, on average over layers
-  Protection protection;  ///< counted in the capacity; of a Pattern, its smallest capacity
+  Protection protection;                      ///< counted in the capacity; of a Pattern, its smallest capacity
   Granularity granularity = Granularity::kv;  ///< whose capacities are asked for
   int num_query_heads = 1;
   int num_kv_heads = 1;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <stdexcept>
 
 #include "policy/policy.h"
@@ -68,34 +69,44 @@ void pool(Spatial spatial, int kernel, std::span<float> scores) {
 }
 
 AdaptiveWindow AdaptiveWindow::from_drift(double drift, double beta, int kernel) {
-  const double steps = std::floor(std::abs(drift) / beta);
-  const double shift = std::floor(drift / beta) + (drift > 0 ? 0 : 1);
+  // Wider than any prompt makes no difference.
+  constexpr double kMostSteps = 1 << 28;
+  const double steps = std::min(std::floor(std::abs(drift) / beta), kMostSteps);
+  const double shift = std::clamp(std::floor(drift / beta) + (drift > 0 ? 0 : 1), -kMostSteps, kMostSteps);
   return {std::max(kernel, static_cast<int>(2 * steps) + 1), static_cast<int>(shift)};
 }
 
 double attention_drift(const Head& head, int member, int window, int count) {
   const int front = window / 2;
+  const int rear = window - front;
   count = std::min(count, head.prompt_length());
   if (count <= 0 || front == 0) return 0;
-  const auto mean_position = [&](int first, int last) {
-    double sum = 0;
+  const auto sum_of_positions = [&](int first, int last) {
+    std::int64_t sum = 0;
     for (int i = first; i < last; ++i) {
       for (const int position : select_top(head.attention(member, window - 1 - i), {}, count)) sum += position;
     }
-    return sum / (static_cast<double>(last - first) * count);
+    return sum;
   };
-  return mean_position(0, front) - mean_position(front, window);
+  // One division of a whole number: a drift of exactly n·β must not come out below it.
+  const std::int64_t drift = sum_of_positions(0, front) * rear - sum_of_positions(front, window) * front;
+  return static_cast<double>(drift) / (static_cast<double>(front) * rear * count);
 }
 
 void pool_adaptive(AdaptiveWindow window, std::span<float> scores) {
-  const int size = static_cast<int>(scores.size());
+  const std::int64_t size = static_cast<std::int64_t>(scores.size());
   if (size == 0) return;
   const std::vector<float> raw(scores.begin(), scores.end());
-  for (int i = 0; i < size; ++i) {
-    const int first = i - window.width / 2 + window.shift;
-    double sum = 0;
-    for (int j = first; j < first + window.width; ++j) {
-      sum += static_cast<double>(raw[static_cast<std::size_t>(std::clamp(j, 0, size - 1))]);
+  // A window far wider than the scores repeats its edges; those need not be summed one by one.
+  for (std::int64_t i = 0; i < size; ++i) {
+    const std::int64_t first = i - window.width / 2 + window.shift;
+    const std::int64_t end = first + window.width;
+    const std::int64_t before = std::clamp<std::int64_t>(-first, 0, window.width);
+    const std::int64_t after = std::clamp<std::int64_t>(end - size, 0, window.width);
+    double sum = static_cast<double>(before) * static_cast<double>(raw.front()) +
+                 static_cast<double>(after) * static_cast<double>(raw.back());
+    for (std::int64_t j = std::max<std::int64_t>(first, 0); j < std::min(end, size); ++j) {
+      sum += static_cast<double>(raw[static_cast<std::size_t>(j)]);
     }
     scores[static_cast<std::size_t>(i)] = static_cast<float>(sum / window.width);
   }

@@ -58,4 +58,15 @@ double attention_drift(const Head& head, int member, int window, int count);
 /// beyond an edge take the edge's score.
 void pool_adaptive(AdaptiveWindow window, std::span<float> scores);
 
+/// The error of removing a position that has all of the attention in float32: above any other score, and still finite
+/// when it is weighed and summed.
+constexpr float kIrreplaceable = 1e30f;
+
+/// How far an output moves when a position with attention a goes: a/(1 − a) times the distance of its value from the
+/// output. With a = 1 that is infinity times nothing; PyTorch's top-k, on which the authors' code relies, puts infinity
+/// and NaN before all else, so kIrreplaceable stands for both.
+inline float removal_error(float attention, float distance) {
+  return attention < 1 ? attention / (1 - attention) * distance : kIrreplaceable;
+}
+
 }  // namespace kvreplay

@@ -93,10 +93,10 @@ std::vector<HeadMeasures> HeadEvaluation::measure(int member, std::span<const st
     outputs.middleRows(first, rows) = attend(logits, values_, everything);
     for (int row = 0; row < rows; ++row) {
       if (outputs.row(first + row).allFinite() && attention.row(row).allFinite()) continue;
-      throw Error(fmt::format(
-          "{}: layer {}, query head {}: the attention of the query at position {} exceeds float32's range",
-          trace_.path().string(), shape_.layer, shape_.query_head(member),
-          queries_.positions[static_cast<std::size_t>(first + row)]));
+      throw Error(
+          fmt::format("{}: layer {}, query head {}: the attention of the query at position {} exceeds float32's range",
+                      trace_.path().string(), shape_.layer, shape_.query_head(member),
+                      queries_.positions[static_cast<std::size_t>(first + row)]));
     }
     const auto mass_on = [&attention](int row, const std::vector<int>& positions) {
       double mass = 0;

@@ -26,8 +26,8 @@ struct OverlapTable {
   Table containment;                  ///< [N, N, L, H]
 };
 
-/// One table per capacity asked for, in the order of the results, of all policies of the run; those that keep everything
-/// come first in each.
+/// One table per capacity asked for, in the order of the results, of all policies of the run; those that keep
+/// everything come first in each.
 std::vector<OverlapTable> overlaps(const TraceReplay& replay);
 
 }  // namespace kvreplay

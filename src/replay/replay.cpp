@@ -72,9 +72,10 @@ std::vector<Setting> plan(const TraceReader& trace, const ReplayRequest& request
                                 name_of(granularity)));
       }
       if (policy.budget && policy.budget->needs_scores() && granularity == Granularity::layer) {
-        throw Error(fmt::format("{}: {} divides positions among heads, and at granularity layer they share one set; ask "
-                                "for --heads kv or query",
-                                file, policy.canonical));
+        throw Error(
+            fmt::format("{}: {} divides positions among heads, and at granularity layer they share one set; ask "
+                        "for --heads kv or query",
+                        file, policy.canonical));
       }
       settings.push_back({&policy, once ? std::string(kAllPositions) : asked.text,
                           std::min(capacity, eviction_position), granularity, share});
@@ -104,18 +105,18 @@ void check_requirements(const TraceReader& trace, const std::vector<Setting>& se
     mass = mass && trace.has_attention_mass(layer);
   }
   const std::string missing_projection =
-      without_projection == 0                       ? ""
-      : without_projection == info.model.num_layers ? "the trace has no output projection"
-                                                    : fmt::format("{} of {} layers have no output projection",
-                                                                  without_projection, info.model.num_layers);
+      without_projection == 0 ? ""
+      : without_projection == info.model.num_layers
+          ? "the trace has no output projection"
+          : fmt::format("{} of {} layers have no output projection", without_projection, info.model.num_layers);
   const Policy* previous = nullptr;
   for (const Setting& setting : settings) {
     if (!setting.policy->ranking || setting.keeps_all(eviction_position) || setting.policy == previous) continue;
     previous = setting.policy;
     const Requirements needs = setting.policy->ranking->requirements();
     const auto refuse = [&](const std::string& what, const std::string& remedy) {
-      return Error(fmt::format("{}: {} needs {}, and the trace holds the last {} prompt queries; {}", trace.path().string(),
-                               setting.policy->canonical, what, window, remedy));
+      return Error(fmt::format("{}: {} needs {}, and the trace holds the last {} prompt queries; {}",
+                               trace.path().string(), setting.policy->canonical, what, window, remedy));
     };
     if (needs.window_queries > window) {
       throw refuse(

@@ -6,6 +6,8 @@
 #include <numeric>
 #include <random>
 
+#include "policy/matrix_head.h"
+
 namespace kvreplay {
 namespace {
 
@@ -73,9 +75,41 @@ TEST(AdaptiveWindow, FollowsTheFormula) {
   expect(-20, 5, -1);
 }
 
+// A head whose last queries attend above all to the positions given for them.
+test::MatrixHead head_attending_to(const std::vector<int>& targets, int prompt_length) {
+  test::MatrixHead head(Matrix::Identity(prompt_length, prompt_length), Matrix::Zero(prompt_length, prompt_length));
+  Matrix queries = Matrix::Zero(prompt_length, prompt_length);
+  const Index first = prompt_length - static_cast<Index>(targets.size());
+  for (std::size_t i = 0; i < targets.size(); ++i) {
+    queries(first + static_cast<Index>(i), targets[i]) = 20;
+  }
+  head.member_queries = {queries};
+  return head;
+}
+
+TEST(AttentionDrift, IsExactWhereTheMeansOfTheHalvesAreNot) {
+  // 61/6 - 25/6 is 6, but less by a rounding when the means are subtracted; a floor would then lose a step.
+  const test::MatrixHead source = head_attending_to({10, 10, 10, 10, 10, 11, 4, 4, 4, 4, 4, 5}, 40);
+  EXPECT_EQ(attention_drift(Head(source), 0, 12, 1), 6);
+}
+
+TEST(AttentionDrift, WeighsUnequalHalvesByTheirSizes) {
+  const test::MatrixHead source = head_attending_to({9, 2, 4}, 20);
+  EXPECT_EQ(attention_drift(Head(source), 0, 3, 1), 6);
+  EXPECT_EQ(attention_drift(Head(source), 0, 1, 1), 0);
+  EXPECT_EQ(attention_drift(Head(source), 0, 3, 0), 0);
+}
+
+TEST(RemovalError, IsLargestAndFiniteWhereAPositionHasAllAttention) {
+  EXPECT_FLOAT_EQ(removal_error(0.75f, 2), 6);
+  const float nearly_all = std::nextafter(1.0f, 0.0f);
+  EXPECT_GT(removal_error(1, 0), removal_error(nearly_all, 1e6f));
+  EXPECT_TRUE(std::isfinite(1000 * removal_error(1, 0)));
+}
+
 // Against the definition in PyTorch's terms: pad with edge values, then average without padding.
 TEST(AdaptiveWindow, EqualsReplicatePaddingAndAveraging) {
-  for (const AdaptiveWindow window : {AdaptiveWindow{5, 0}, {5, 2}, {9, -4}, {1, 1}, {31, 15}}) {
+  for (const AdaptiveWindow window : {AdaptiveWindow{5, 0}, {5, 2}, {9, -4}, {1, 1}, {31, 15}, {101, 50}, {101, -49}}) {
     std::vector<float> scores = random_scores(12, 5);
     std::vector<float> padded;
     const int left = window.width / 2 - window.shift;

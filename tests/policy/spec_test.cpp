@@ -47,7 +47,7 @@ TEST(Spec, CanonicalFormParsesBackToItself) {
           spec += parameter.name + "=9";
           break;
         case Parameter::Kind::real:
-          spec += parameter.name + "=0.125";
+          spec += parameter.name + (parameter.minimum > 0.125 ? "=3.5" : "=0.125");
           break;
         default:
           spec += parameter.name + "=" + parameter.default_value;

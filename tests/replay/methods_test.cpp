@@ -106,6 +106,18 @@ TEST_F(Methods, PyramidGivesLowerLayersMore) {
   EXPECT_EQ(kept.mean_size(), 20);
 }
 
+// What PyramidKV's code and ReST-KV's do differently.
+TEST_F(Methods, PyramidsOnShortPromptsFollowTheirScores) {
+  const auto replays = run(*trace_, {"snapkv(window=4)+pyramid(beta=4)", "restkv(window=4)+pyramid(beta=4)"}, {"40"});
+  // 36 ranked positions each and a prompt of 60 < 2·36: the first layer gets all 56, the last 2·36 − 56 = 16, steps are
+  // 40/3 rounded down, and the window of 4 comes on top.
+  for (int layer = 0; layer < 4; ++layer) {
+    EXPECT_EQ(replays.at(0).results.at(0).kept.of_query_head(layer, 0, 2).size(), 40u);
+    EXPECT_EQ(replays.at(0).results.at(1).kept.of_query_head(layer, 0, 2).size(),
+              static_cast<std::size_t>(60 - 13 * layer));
+  }
+}
+
 TEST_F(Methods, PyramidOfKvpressRoundsAtTheEnd) {
   // A mean of 26 ranked over 52 positions: the last layer 26/20 = 1.3, below the window of 64 in kvpress's default, so
   // that it falls back to the uniform budget.

@@ -419,7 +419,9 @@ TEST(Overlap, ComparesAllPoliciesPerLayerAndHead) {
   EXPECT_EQ(tables[0].capacity_request, "8");
   EXPECT_EQ(tables[0].policies, (std::vector<std::string>{"full", "recent", "streamingllm", "tova"}));
   EXPECT_EQ(tables[0].jaccard.shape, (std::vector<Index>{4, 4, 2, 4}));
-  const auto first_head_of = [](const Table& table, std::size_t a, std::size_t b) { return table.numbers[(a * 4 + b) * 8]; };
+  const auto first_head_of = [](const Table& table, std::size_t a, std::size_t b) {
+    return table.numbers[(a * 4 + b) * 8];
+  };
   EXPECT_FLOAT_EQ(first_head_of(tables[0].jaccard, 1, 1), 1);
   // 4 recent positions in common, 4 + 4 of one's own.
   EXPECT_FLOAT_EQ(first_head_of(tables[0].jaccard, 1, 2), 4.0f / 12);

@@ -4,7 +4,8 @@
 // its count times (1 − floor) plus floor times the ranked capacity (rounded down), the sum rounded to even. With
 // normalize=true a head's scores are first weighed by the share of its mass that its own best ranked-capacity positions
 // hold, as in the authors' code. Rounding can make a layer keep a few positions more or fewer than was granted; what
-// was used is reported.
+// was used is reported. At a capacity of exactly the prompt everything is kept, as by every policy; the authors' code
+// rounds there too and can leave out a position of each head.
 //
 // across=query lets query heads compete, as the authors' code for repeated KV heads does: at granularity query each
 // gets its own capacity, at granularity kv a KV head gets the mean of its group's. across=kv lets KV heads compete with

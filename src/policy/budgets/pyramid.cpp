@@ -42,7 +42,9 @@ class Pyramid : public Budget {
 };
 
 // kvpress takes the capacity without the window for the mean, works with fractions, rounds to even at the end, counts
-// the window into what a layer gets, and keeps to the uniform budget where the window would not fit the last layer.
+// the window into what a layer gets, and keeps to the uniform budget where the window would not fit the last layer. It
+// starts from a share of the prompt that need not be whole; a capacity is, so layers can differ by what was rounded
+// off.
 class PyramidOfKvpress : public Budget {
  public:
   explicit PyramidOfKvpress(int beta) : beta_(beta) {}

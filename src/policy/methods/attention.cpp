@@ -56,8 +56,7 @@ const MethodRegistration attention({
                    Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average"),
                    Parameter::choice("spatial", {"avg", "max", "none", "adaptive"}, "how positions are combined"),
                    Parameter::odd_integer("kernel", 5, 1, "width of the spatial window, in positions"),
-                   Parameter::real("beta", 2000, 1e-6, 1e12,
-                                   "spatial=adaptive: drift that widens the window by a step"),
+                   Parameter::real("beta", 2000, 1, 1e9, "spatial=adaptive: drift that widens the window by a step"),
                    Parameter::flag("values", false, "multiply by the length of the value")},
     .compose =
         [](const Arguments& a) {

@@ -2,8 +2,8 @@
 //
 // Score of position n: a[n]/(1 − a[n]) · ‖o − v_n‖ with o = Σ_n a[n] v_n over all positions (paper, equation for c_j).
 // The paper puts it on top of other methods' attention; here a is the observation window's attention, combined in time,
-// which sums to 1 as the paper asks. Lengths are taken before the output projection, and nothing is pooled. 1 − a is
-// taken as at least 2^-24, float32's resolution below 1.
+// which sums to 1 as the paper asks. Lengths are taken before the output projection, and nothing is pooled. A
+// position with all of the attention comes first (removal_error).
 #include <algorithm>
 
 #include "policy/policy.h"
@@ -25,8 +25,7 @@ class Caote : public Ranking {
     const Eigen::RowVectorXf output =
         Eigen::Map<const Eigen::RowVectorXf>(scores.data(), static_cast<Index>(scores.size())) * values;
     for (std::size_t n = 0; n < scores.size(); ++n) {
-      const float a = scores[n];
-      scores[n] = a / std::max(1 - a, 0x1p-24f) * (values.row(static_cast<Index>(n)) - output).norm();
+      scores[n] = removal_error(scores[n], (values.row(static_cast<Index>(n)) - output).norm());
     }
   }
 

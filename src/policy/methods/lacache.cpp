@@ -5,10 +5,10 @@
 // layers (paper, section 3). No key, value or query is looked at.
 //
 // This draws what the authors' code (LongBench/lacache/kv_cache.py) keeps after one call on the whole prompt, their
-// rounding included: layers keep a few positions more or fewer than the capacity, and with little room for the ladder far
-// fewer; what was used is reported. When a
-// ladder through the prompt once does not save enough, their code starts over on what is left, and so on; there it can
-// gather a position twice, which here is kept once. `span` is by default half the layers (the authors' 16 of 32).
+// rounding included: layers keep a few positions more or fewer than the capacity, and with little room for the ladder
+// far fewer; what was used is reported. When a ladder through the prompt once does not save enough, their code starts
+// over on what is left, and so on; there it can gather a position twice, which here is kept once. `span` is by default
+// half the layers (the authors' 16 of 32).
 #include <fmt/format.h>
 
 #include <algorithm>

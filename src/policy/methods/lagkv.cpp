@@ -25,10 +25,13 @@ class LagKV : public Ranking {
     const int prompt = head.prompt_length();
     const int chunks = std::max(0, (prompt - sinks_) / lag_);
     const int judged = std::max(0, chunks - 1) * lag_;  // positions that a following chunk judges
-    // Always kept first, sinks before all else; ranks within chunks lie below 1.
+    // Always kept first, sinks before all else; ranks within chunks lie below 1. Without such ranks the scores after
+    // the sinks are those of kvpress.
+    const int reference = judged == 0 ? sinks_ : 0;
+    const float lowest = judged == 0 ? 0.0f : 1.0f;
     for (int n = 0; n < prompt; ++n) {
       scores[static_cast<std::size_t>(n)] =
-          n < sinks_ ? 3.0f : 1.0f + static_cast<float>(n) / static_cast<float>(prompt);
+          n < sinks_ ? 3.0f : lowest + static_cast<float>(n - reference) / static_cast<float>(prompt - reference);
     }
     for (int first = sinks_; first < sinks_ + judged; first += lag_) {
       const Eigen::VectorXf key = spread(head.keys(), first);

@@ -1,9 +1,10 @@
 // Oracle: the kept sets with the least layer error that exchanging positions can find.
 //
-// Objective: the mean over the evaluation queries of the squared layer error, every kept set having exactly the capacity.
-// The sets that oracle-attention ranks first are one start, those of the run's other policies at the same granularity and
-// capacity the others; the best of them is improved by exchanges (replay/reconstruction_oracle.h). It is never worse in the
-// objective than any of its starts. It is not the minimum, and it costs far more than a policy: docs/oracles.md.
+// Objective: the mean over the evaluation queries of the squared layer error, every kept set having exactly the
+// capacity. The sets that oracle-attention ranks first are one start, those of the run's other policies at the same
+// granularity and capacity the others; the best of them is improved by exchanges (replay/reconstruction_oracle.h). It
+// is never worse in the objective than any of its starts. It is not the minimum, and it costs far more than a policy:
+// docs/oracles.md.
 #include "policy/policy.h"
 
 namespace kvreplay {

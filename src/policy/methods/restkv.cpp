@@ -12,7 +12,7 @@
 // D_front − D_rear sets width and shift in units of β positions (AdaptiveWindow).
 //
 // The authors' code applies τ only with metric=after and projection=true, and normalizes only with metric=before; here
-// both apply always. 1 − a is taken as at least 2^-24, float32's resolution below 1, so that a score is finite.
+// both apply always. A position with all of the attention comes first and has a finite score (removal_error).
 // Without an output projection in the trace, lengths are taken before it, as with projection=false.
 #include <algorithm>
 #include <cmath>
@@ -95,10 +95,8 @@ class RestKV : public Ranking {
     const auto tau = static_cast<float>(p_.tau);
     const float unit = p_.normalize ? std::max(reference.norm(), std::numeric_limits<float>::min()) : 1.0f;
     for (std::size_t n = 0; n < attention.size(); ++n) {
-      const float a = attention[n];
       const float distance = (values.row(static_cast<Index>(n)) - reference).norm();
-      const float odds = a / std::max(1 - a, 0x1p-24f);
-      error[n] = odds * (p_.tau == 1 ? distance : std::pow(distance, tau)) / unit;
+      error[n] = removal_error(attention[n], (p_.tau == 1 ? distance : std::pow(distance, tau)) / unit);
     }
   }
 
@@ -112,7 +110,7 @@ const MethodRegistration restkv({
     .source = "arXiv 2605.08840",
     .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
                    Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average"),
-                   Parameter::real("beta", 2000, 1e-6, 1e12, "drift, in positions, that widens the window by one step"),
+                   Parameter::real("beta", 2000, 1, 1e9, "drift, in positions, that widens the window by one step"),
                    Parameter::odd_integer("kernel", 5, 1, "smallest width of the spatial window, in positions"),
                    Parameter::choice("temporal", {"ema", "mean", "last", "reversed-ema"}, "how queries are combined"),
                    Parameter::choice("spatial", {"adaptive", "avg", "max", "none"}, "how positions are combined"),

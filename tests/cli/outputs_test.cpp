@@ -106,9 +106,9 @@ TEST_F(Outputs, ResultsHaveTheLayoutThatIsPromised) {
   EXPECT_EQ(file.read_string("/overlap/1", "capacity_request"), "50%");
   EXPECT_EQ(file.read_string("/overlap/1", "trace"), "run.h5");
   EXPECT_EQ(file.read_int("/overlap/1", "evict_at"), 60);
-  EXPECT_THAT(file.read_strings("/overlap/1/policies"), ElementsAre("recent", "tova", "random(seed=3)"));
-  EXPECT_THAT(file.dataset("/overlap/1/jaccard").shape(), ElementsAre(3, 3, 2, 4));
-  EXPECT_THAT(file.dataset("/overlap/1/containment").shape(), ElementsAre(3, 3, 2, 4));
+  EXPECT_THAT(file.read_strings("/overlap/1/policies"), ElementsAre("full", "recent", "tova", "random(seed=3)"));
+  EXPECT_THAT(file.dataset("/overlap/1/jaccard").shape(), ElementsAre(4, 4, 2, 4));
+  EXPECT_THAT(file.dataset("/overlap/1/containment").shape(), ElementsAre(4, 4, 2, 4));
 }
 
 TEST_F(Outputs, NotesStandWithTheResultsTheyAreAbout) {
@@ -175,7 +175,7 @@ TEST_F(Outputs, TablesAgreeWithResults) {
       EXPECT_EQ(pair["jaccard"], 1.0);
     }
   }
-  EXPECT_EQ(document["overlap"].size(), 2u * 2u * 2u) << "two capacities, two policies that evict";
+  EXPECT_EQ(document["overlap"].size(), 2u * 3u * 3u) << "two capacities, three policies";
 }
 
 TEST_F(Outputs, KeptSetsHaveTheirLayoutAndReplayToTheSameMeasures) {

@@ -29,18 +29,29 @@ class SnapKV : public Ranking {
   Spatial pooling_;
 };
 
+std::vector<Parameter> parameters(int window, int kernel, std::vector<std::string> poolings) {
+  return {Parameter::integer("window", window, 1, "observation window: last queries, always kept"),
+          Parameter::odd_integer("kernel", kernel, 1, "positions that are pooled"),
+          Parameter::choice("pooling", std::move(poolings), "how they are pooled")};
+}
+
+Composition compose(const Arguments& a) {
+  return {.ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"),
+                                              spatial_named(a.text("pooling")))};
+}
+
+Composition compose_per_query_head(const Arguments& a) {
+  Composition policy = compose(a);
+  policy.granularity = Granularity::query;
+  return policy;
+}
+
 const MethodRegistration snapkv({
     .name = "snapkv",
     .summary = "Keeps what the observation window attends to on average, pooled over neighbouring positions.",
     .source = "arXiv 2404.14469, section 4",
-    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                   Parameter::odd_integer("kernel", 5, 1, "positions that are pooled"),
-                   Parameter::choice("pooling", {"avg", "max"}, "how they are pooled")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"),
-                                                                 spatial_named(a.text("pooling")))};
-        },
+    .parameters = parameters(32, 5, {"avg", "max"}),
+    .compose = compose,
 });
 
 // What tells implementations apart: whether query heads of a group share a set, and the defaults of window and pooling.
@@ -49,15 +60,8 @@ const MethodRegistration rest_kv({
     .summary = "One kept set per query head, since keys and values are repeated for the group first; the code of "
                "FasterDecoding/SnapKV does the same with the same defaults.",
     .source = "github.com/an-yongqi/rest-kv, SnapKVCluster",
-    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                   Parameter::odd_integer("kernel", 5, 1, "positions that are pooled"),
-                   Parameter::choice("pooling", {"avg", "max"}, "how they are pooled")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"),
-                                                                 spatial_named(a.text("pooling"))),
-                             .granularity = Granularity::query};
-        },
+    .parameters = parameters(32, 5, {"avg", "max"}),
+    .compose = compose_per_query_head,
     .variant_of = "snapkv",
 });
 
@@ -66,15 +70,8 @@ const MethodRegistration kvcache_factory({
     .summary = "The code of snapkv@rest-kv as KVCache-Factory's run_longbench.py calls it: a window of 8 and maximum "
                "pooling over 7 positions.",
     .source = "github.com/Zefan-Cai/KVCache-Factory, run_longbench.py",
-    .parameters = {Parameter::integer("window", 8, 1, "observation window: last queries, always kept"),
-                   Parameter::odd_integer("kernel", 7, 1, "positions that are pooled"),
-                   Parameter::choice("pooling", {"max", "avg"}, "how they are pooled")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"),
-                                                                 spatial_named(a.text("pooling"))),
-                             .granularity = Granularity::query};
-        },
+    .parameters = parameters(8, 7, {"max", "avg"}),
+    .compose = compose_per_query_head,
     .variant_of = "snapkv",
 });
 

@@ -36,8 +36,8 @@ std::vector<Parameter> parameters(int window, int kernel, std::vector<std::strin
 }
 
 Composition compose(const Arguments& a) {
-  return {.ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"),
-                                              spatial_named(a.text("pooling")))};
+  return {.ranking =
+              std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"), spatial_named(a.text("pooling")))};
 }
 
 Composition compose_per_query_head(const Arguments& a) {

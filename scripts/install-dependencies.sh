@@ -13,7 +13,7 @@ die() {
 
 packages=(
   g++ cmake ninja-build make pkg-config ccache
-  libhdf5-dev libeigen3-dev libcli11-dev libfmt-dev nlohmann-json3-dev libxxhash-dev libsentencepiece-dev libgtest-dev
+  libhdf5-dev libeigen3-dev libcli11-dev libfmt-dev nlohmann-json3-dev libxxhash-dev libsentencepiece-dev libgtest-dev libgmock-dev
 )
 # ccache is a convenience: a build without it is only slower.
 commands=(cmake ninja make pkg-config)

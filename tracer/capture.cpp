@@ -1,6 +1,5 @@
 #include "tracer/capture.h"
 
-#include <fmt/chrono.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -187,9 +186,6 @@ TraceInfo describe(const CaptureOptions& options, const ModelConfig& config, con
   info.model.hidden_size = config.hidden_size;
   info.model.rope_theta = config.rotary.theta;
   info.model.softmax_scale = config.softmax_scale;
-  info.created_by = "kvreplay " KVREPLAY_VERSION;
-  info.created_at = fmt::format("{:%Y-%m-%dT%H:%M:%SZ}",
-                                fmt::gmtime(std::chrono::system_clock::to_time_t(std::chrono::system_clock::now())));
   info.source = fmt::format("model {}, prompt {}, greedy decoding in float32", config.name, options.prompt_name);
   info.token_ids.assign(token_ids.begin(), token_ids.end());
   info.prompt_length = static_cast<int>(prompt.ids.size());

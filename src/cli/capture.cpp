@@ -59,17 +59,6 @@ std::optional<int> parse_queries(const std::string& text) {
   throw UsageError(fmt::format("--queries {}: must be \"all\" or \"window:N\" with N at least 1", text));
 }
 
-std::string readable_size(std::uintmax_t bytes) {
-  double size = static_cast<double>(bytes);
-  const char* unit = "bytes";
-  for (const char* larger : {"KiB", "MiB", "GiB", "TiB"}) {
-    if (size < 1024) break;
-    size /= 1024;
-    unit = larger;
-  }
-  return bytes < 1024 ? fmt::format("{} bytes", bytes) : fmt::format("{:.1f} {}", size, unit);
-}
-
 std::string describe(const tracer::CaptureProgress& progress) {
   switch (progress.stage) {
     case tracer::CaptureProgress::Stage::prefill:
@@ -160,7 +149,8 @@ void run_capture(const CaptureArguments& arguments) {
   fmt::print(stderr, "{}\n", times);
 
   fmt::print("{}: {}, {} layers, {} prompt tokens, {} captured queries\n", summary.output.string(),
-             readable_size(summary.file_bytes), summary.num_layers, summary.prompt_tokens, summary.queries);
+             size_text(static_cast<Index>(summary.file_bytes)), summary.num_layers, summary.prompt_tokens,
+             summary.queries);
   if (!summary.generated_ids.empty()) {
     fmt::print("generated {} token{}{}: ", summary.generated_ids.size(), summary.generated_ids.size() == 1 ? "" : "s",
                summary.ended ? ", until the end of the sequence" : "");

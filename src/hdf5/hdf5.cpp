@@ -872,13 +872,6 @@ std::vector<float> File::read_floats(const std::string& path) const {
   return values;
 }
 
-std::vector<double> File::read_doubles(const std::string& path) const {
-  const auto guard = lock();
-  const Dataset source = dataset(path);
-  if (class_of(source) != H5T_FLOAT) fail(path, "is not of a floating-point type");
-  return as_vector<double>(read_whole(source, H5T_NATIVE_DOUBLE, sizeof(double)));
-}
-
 std::vector<std::int64_t> File::read_int64s(const std::string& path) const {
   const auto guard = lock();
   const Dataset source = dataset(path);
@@ -1008,11 +1001,6 @@ Dataset File::write_typed(const std::string& path, Id type, const void* data, st
 Dataset File::write(const std::string& path, std::span<const float> data, const Shape& shape, const Storage& storage) {
   const auto guard = lock();
   return write_typed(path, H5T_IEEE_F32LE, data.data(), data.size(), shape, storage);
-}
-
-Dataset File::write(const std::string& path, std::span<const double> data, const Shape& shape, const Storage& storage) {
-  const auto guard = lock();
-  return write_typed(path, H5T_IEEE_F64LE, data.data(), data.size(), shape, storage);
 }
 
 Dataset File::write(const std::string& path, std::span<const std::int32_t> data, const Shape& shape,

@@ -174,7 +174,6 @@ class File {
 
   /// Whole datasets. Integers of any width are read, and those out of range are an error; so are float widths.
   std::vector<float> read_floats(const std::string& path) const;
-  std::vector<double> read_doubles(const std::string& path) const;
   std::vector<std::int32_t> read_int32s(const std::string& path) const;
   std::vector<std::int64_t> read_int64s(const std::string& path) const;
   std::vector<std::string> read_strings(const std::string& path) const;
@@ -186,7 +185,6 @@ class File {
 
   /// Creates a dataset and the groups above it and writes it whole. Strings are stored with a fixed length.
   Dataset write(const std::string& path, std::span<const float> data, const Shape& shape, const Storage& storage = {});
-  Dataset write(const std::string& path, std::span<const double> data, const Shape& shape, const Storage& storage = {});
   Dataset write(const std::string& path, std::span<const std::int32_t> data, const Shape& shape,
                 const Storage& storage = {});
   Dataset write(const std::string& path, std::span<const std::int64_t> data, const Shape& shape,

@@ -112,4 +112,14 @@ void pool_adaptive(AdaptiveWindow window, std::span<float> scores) {
   }
 }
 
+void smooth_in_space(Spatial spatial, int kernel, double beta, const Head& head, int member, int window, int capacity,
+                     std::span<float> scores) {
+  if (spatial != Spatial::adaptive) {
+    pool(spatial, kernel, scores);
+    return;
+  }
+  const double drift = attention_drift(head, member, window, capacity - window);
+  pool_adaptive(AdaptiveWindow::from_drift(drift, beta, kernel), scores);
+}
+
 }  // namespace kvreplay

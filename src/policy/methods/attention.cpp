@@ -33,12 +33,7 @@ class Attention : public Ranking {
     if (p_.values) {
       for (std::size_t n = 0; n < past.size(); ++n) past[n] *= head.values().row(static_cast<Index>(n)).norm();
     }
-    if (p_.spatial == Spatial::adaptive) {
-      const double drift = attention_drift(head, member, p_.window, capacity - p_.window);
-      pool_adaptive(AdaptiveWindow::from_drift(drift, p_.beta, p_.kernel), past);
-    } else {
-      pool(p_.spatial, p_.kernel, past);
-    }
+    smooth_in_space(p_.spatial, p_.kernel, p_.beta, head, member, p_.window, capacity, past);
   }
 
  private:

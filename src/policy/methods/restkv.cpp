@@ -54,12 +54,7 @@ class RestKV : public Ranking {
     } else {
       smooth_then_score(head, member, past);
     }
-    if (p_.spatial == Spatial::adaptive) {
-      const double drift = attention_drift(head, member, p_.window, capacity - p_.window);
-      pool_adaptive(AdaptiveWindow::from_drift(drift, p_.beta, p_.kernel), past);
-    } else {
-      pool(p_.spatial, p_.kernel, past);
-    }
+    smooth_in_space(p_.spatial, p_.kernel, p_.beta, head, member, p_.window, capacity, past);
   }
 
  private:

@@ -253,17 +253,10 @@ void run_replay(const ReplayOptions& options) {
   std::vector<OverlapTable> overlap_tables;
   {
     Progress progress;
-    std::vector<TraceReader> traces(files.begin(), files.end());
-    for (std::size_t i = 0; i < traces.size(); ++i) {
-      const auto total = static_cast<double>(traces.size());
-      auto results = replay(traces[i], request,
-                            [&](double share) { progress.show(files[i], (static_cast<double>(i) + share) / total); });
-      for (TraceReplay& result : results) {
-        std::ranges::move(overlaps(result), std::back_inserter(overlap_tables));
-        replays.push_back(std::move(result));
-      }
-    }
+    const std::vector<TraceReader> traces(files.begin(), files.end());
+    replays = replay(traces, request, [&](double share) { progress.show("replaying", share); });
   }
+  for (const TraceReplay& replay : replays) std::ranges::move(overlaps(replay), std::back_inserter(overlap_tables));
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
 
   // The table is shown even where a file cannot be written: it is what the work was for.

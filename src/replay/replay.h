@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -86,12 +87,13 @@ struct TraceReplay {
   std::vector<std::string> notes;         ///< what a reader of the numbers has to know
 };
 
-/// Replays every policy at every capacity, once per eviction position. Layer after layer is read, so memory does not
-/// grow with their number; heads of a layer are spread over OpenMP's threads, and results are the same bits for any
-/// number of them. `progress` is told the share of the work that is done, in [0, 1].
-/// Throws Error, before any work, where a capacity is below what a policy protects, a policy needs what the trace does
-/// not hold, or there is nothing to evaluate; during it, on damage and on NaN.
-std::vector<TraceReplay> replay(const TraceReader& trace, const ReplayRequest& request,
+/// Replays every policy at every capacity over every trace, once per eviction position: traces in the order given,
+/// eviction positions within. `progress` is told the share of the work that is done, in [0, 1]. For results that do not
+/// fit into memory there is ReplayEngine, which hands them out layer by layer; what throws there throws here.
+std::vector<TraceReplay> replay(std::span<const TraceReader> traces, const ReplayRequest& request,
                                 const std::function<void(double)>& progress = {});
+
+/// The same for one trace.
+std::vector<TraceReplay> replay(const TraceReader& trace, const ReplayRequest& request);
 
 }  // namespace kvreplay

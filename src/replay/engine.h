@@ -1,0 +1,90 @@
+// The replay of many settings over many traces, layer by layer.
+#pragma once
+
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "base/work.h"
+#include "replay/replay.h"
+#include "replay/setting.h"
+
+namespace kvreplay {
+
+/// One layer of one trace at one eviction position: what is done, stored and resumed as a whole.
+struct ReplayUnit {
+  int replay = 0;  ///< index among the engine's outlines
+  int layer = 0;
+
+  bool operator==(const ReplayUnit&) const = default;
+};
+
+/// A layer's kept sets, as in KeptSets: one per query head at granularity query, otherwise one per KV head.
+using LayerSets = std::vector<std::vector<int>>;
+
+/// What one setting does in one layer.
+struct LayerResult {
+  LayerSets kept;
+  std::vector<float> head_error;        ///< [H, E]
+  std::vector<float> layer_error;       ///< [E]
+  std::vector<float> attention_recall;  ///< [H, E]
+  std::vector<float> cosine;            ///< [H, E]
+  std::vector<float> span_recall;       ///< [H, S]
+};
+
+/// Replays a request over traces. Heads of a unit, and units, are spread over OpenMP's threads; results are the same
+/// bits for any number of them, for any order and division of the units, and whatever other policies are replayed with
+/// a policy (but for oracle-reconstruction, which starts from them).
+class ReplayEngine {
+ public:
+  /// Looks at everything that can be wrong before any work: throws Error where a capacity is below what a policy
+  /// protects, a policy needs what a trace does not hold, or there is nothing to evaluate. The traces must outlive the
+  /// engine.
+  ReplayEngine(std::span<const TraceReader> traces, ReplayRequest request);
+  ReplayEngine(const ReplayEngine&) = delete;
+  ReplayEngine& operator=(const ReplayEngine&) = delete;
+
+  /// What will be replayed, traces in the order given, eviction positions within: everything of a TraceReplay but kept
+  /// sets and numbers.
+  const std::vector<TraceReplay>& outlines() const { return outlines_; }
+
+  /// Every layer of every outline, in order.
+  std::vector<ReplayUnit> units() const;
+
+  /// What a unit takes: bytes of the trace that are read, floating-point operations.
+  Work cost(const ReplayUnit& unit) const;
+
+  /// The most memory that run() takes at once, in bytes, results that were handed out excepted.
+  Index memory() const;
+
+  /// Works in smaller pieces where `bytes` would be exceeded. Throws Error, naming what it takes at least, where that
+  /// cannot be done.
+  void limit_memory(Index bytes);
+
+  /// Does `units`, and calls `done` on the calling thread for each, in their order, with a result per setting of the
+  /// outline. Throws Error on damage and on NaN; what was done before stays done.
+  void run(std::span<const ReplayUnit> units,
+           const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const;
+
+ private:
+  const TraceReader& trace_of(const ReplayUnit& unit) const;
+  std::size_t units_at_once(std::span<const ReplayUnit> units) const;
+
+  std::span<const TraceReader> traces_;
+  ReplayRequest request_;
+  std::vector<TraceReplay> outlines_;
+  std::vector<std::size_t> trace_of_outline_;
+  std::vector<std::vector<Setting>> settings_;  // per outline
+  Index memory_ = Index{1} << 30;
+};
+
+/// Gives the results of an outline their tables, filled with zeros.
+void allocate_tables(TraceReplay& replay);
+
+/// Fills one layer's part of all results of `replay`, whose tables are allocated; layers in ascending order.
+void store_layer(TraceReplay& replay, int layer, std::vector<LayerResult> results);
+
+/// Once all layers are stored: tells what patterns with a capacity of their own used.
+void settle_capacities(TraceReplay& replay);
+
+}  // namespace kvreplay

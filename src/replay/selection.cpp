@@ -1,0 +1,221 @@
+#include "replay/selection.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "base/error.h"
+#include "replay/trace_head.h"
+
+namespace kvreplay {
+namespace {
+
+std::span<const float> row_of(const Matrix& matrix, Index row) {
+  return {matrix.data() + row * matrix.cols(), static_cast<std::size_t>(matrix.cols())};
+}
+std::span<float> row_of(Matrix& matrix, Index row) {
+  return {matrix.data() + row * matrix.cols(), static_cast<std::size_t>(matrix.cols())};
+}
+
+Matrix combine(const Matrix& rows, Share share) {
+  switch (share) {
+    case Share::mean:
+      return rows.colwise().mean();
+    case Share::max:
+      return rows.colwise().maxCoeff();
+    case Share::sum:
+      return rows.colwise().sum();
+  }
+  return rows;
+}
+
+// Without a budget, or at granularity layer, one capacity serves all sets.
+int capacity_for(const std::vector<int>& capacities, int set) {
+  return capacities[capacities.size() == 1 ? 0 : static_cast<std::size_t>(set)];
+}
+
+}  // namespace
+
+LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings, int layer,
+                               int eviction_position)
+    : trace_(trace), settings_(settings), layer_(layer), prompt_(eviction_position), model_(trace.info().model) {
+  const auto kv_heads = static_cast<std::size_t>(model_.num_key_value_heads);
+  deferred_.resize(settings.size(), std::vector<HeadScores>(kv_heads));
+  for (const Setting& setting : settings) {
+    kept_.emplace_back(kv_heads * static_cast<std::size_t>(setting.sets_per_kv_head(model_)));
+  }
+}
+
+void LayerSelection::rank_head(int kv_head) {
+  const TraceHead source(trace_, layer_, kv_head, prompt_);
+  const Head head(source);
+  const Setting* scored = nullptr;  // whose scores `scores` holds; a policy's capacities follow each other
+  HeadScores scores;
+  for (std::size_t i = 0; i < settings_.size(); ++i) {
+    const Setting& setting = settings_[i];
+    const Policy& policy = *setting.policy;
+    try {
+      if (setting.keeps_all(prompt_)) {
+        keep_all(i, kv_head);
+      } else if (policy.pattern) {
+        keep_pattern(i, head.shape());
+      } else {
+        const bool reusable =
+            scored != nullptr && scored->policy == setting.policy && !policy.ranking->depends_on_capacity();
+        if (!reusable) scores = score_head(setting, head);
+        scored = &setting;
+        if (setting.is_local()) {
+          select_locally(i, kv_head, scores);
+        } else {
+          deferred_[i][static_cast<std::size_t>(kv_head)] = scores;
+        }
+      }
+    } catch (const Error& error) {
+      throw in_context(setting, kv_head, error);
+    }
+  }
+}
+
+// Steps 1 to 3 for one KV head.
+LayerSelection::HeadScores LayerSelection::score_head(const Setting& setting, const Head& head) const {
+  const Ranking& ranking = *setting.policy->ranking;
+  const bool compare_all = setting.policy->budget && setting.policy->budget->needs_scores();
+  const int group = model_.group_size();
+  HeadScores scores;
+  scores.query = Matrix::Zero(group, prompt_);
+  for (int member = 0; member < group; ++member) {
+    ranking.score(head, member, setting.capacity, row_of(scores.query, member));
+  }
+  std::vector<int> members(static_cast<std::size_t>(group));
+  std::iota(members.begin(), members.end(), 0);
+  if (setting.granularity != Granularity::query || compare_all) {
+    scores.shared = combine(scores.query, setting.share);
+    ranking.refine(head, members, setting.capacity, row_of(scores.shared, 0));
+  }
+  if (setting.granularity == Granularity::query || compare_all) {
+    for (const int& member : members)
+      ranking.refine(head, {&member, 1}, setting.capacity, row_of(scores.query, member));
+  } else {
+    scores.query.resize(0, 0);
+  }
+  check_numbers(scores.query, ranking.protection());
+  check_numbers(scores.shared, ranking.protection());
+  return scores;
+}
+
+void LayerSelection::check_numbers(const Matrix& scores, Protection protection) const {
+  for (Index row = 0; row < scores.rows(); ++row) {
+    for (Index position = protection.sinks; position < prompt_ - protection.window; ++position) {
+      if (std::isnan(scores(row, position))) {
+        throw Error(fmt::format("the score of position {} is not a number", position));
+      }
+    }
+  }
+}
+
+void LayerSelection::keep_all(std::size_t setting, int kv_head) {
+  std::vector<int> all(static_cast<std::size_t>(prompt_));
+  std::iota(all.begin(), all.end(), 0);
+  const int sets = settings_[setting].sets_per_kv_head(model_);
+  for (int i = 0; i < sets; ++i) kept_[setting][static_cast<std::size_t>(kv_head * sets + i)] = all;
+}
+
+void LayerSelection::keep_pattern(std::size_t setting, const HeadShape& shape) {
+  const Setting& s = settings_[setting];
+  const int sets = s.sets_per_kv_head(model_);
+  const std::vector<int> capacities = allocate(s, {});
+  for (int i = 0; i < sets; ++i) {
+    const int set = shape.kv_head * sets + i;
+    kept_[setting][static_cast<std::size_t>(set)] =
+        checked(s.policy->pattern->keep(shape, i, capacity_for(capacities, set)));
+  }
+}
+
+// Steps 4 and 5 for the kept sets of one KV head.
+void LayerSelection::select_locally(std::size_t setting, int kv_head, const HeadScores& scores) {
+  const Setting& s = settings_[setting];
+  const Matrix& rows = s.granularity == Granularity::query ? scores.query : scores.shared;
+  const int sets = static_cast<int>(rows.rows());
+  const std::vector<int> capacities = allocate(s, {});
+  for (int i = 0; i < sets; ++i) {
+    const int set = kv_head * sets + i;
+    kept_[setting][static_cast<std::size_t>(set)] = select_set(s, row_of(rows, i), capacity_for(capacities, set));
+  }
+}
+
+// Steps 4 and 5 for settings whose heads depend on each other.
+void LayerSelection::select_together(int index) {
+  const auto setting = static_cast<std::size_t>(index);
+  const Setting& s = settings_[setting];
+  if (s.is_local() || s.policy->pattern || s.keeps_all(prompt_)) return;
+  const std::vector<HeadScores>& parts = deferred_[setting];
+  try {
+    if (s.granularity == Granularity::layer) {
+      Matrix rows(static_cast<Index>(parts.size()), prompt_);
+      for (std::size_t i = 0; i < parts.size(); ++i) rows.row(static_cast<Index>(i)) = parts[i].shared;
+      const Matrix scores = combine(rows, s.share);
+      std::ranges::fill(kept_[setting], select_set(s, row_of(scores, 0), allocate(s, parts)[0]));
+      return;
+    }
+    const std::vector<int> capacities = allocate(s, parts);
+    const int sets = s.sets_per_kv_head(model_);
+    for (std::size_t set = 0; set < kept_[setting].size(); ++set) {
+      const HeadScores& part = parts[set / static_cast<std::size_t>(sets)];
+      const std::span<const float> scores = s.granularity == Granularity::query
+                                                ? row_of(part.query, static_cast<Index>(set) % sets)
+                                                : row_of(part.shared, 0);
+      kept_[setting][set] = select_set(s, scores, capacities[set]);
+    }
+  } catch (const Error& error) {
+    throw in_context(s, -1, error);
+  }
+}
+
+std::vector<int> LayerSelection::allocate(const Setting& setting, const std::vector<HeadScores>& scores) const {
+  const Policy& policy = *setting.policy;
+  if (!policy.budget) return {setting.capacity};
+  BudgetRequest request{.layer = layer_,
+                        .num_layers = model_.num_layers,
+                        .prompt_length = prompt_,
+                        .capacity = setting.capacity,
+                        .protection = policy.ranking ? policy.ranking->protection()
+                                                     : Protection{.sinks = policy.pattern->minimum_capacity()},
+                        .granularity = setting.granularity,
+                        .num_query_heads = model_.num_attention_heads,
+                        .num_kv_heads = model_.num_key_value_heads,
+                        .pyramid_on_short_prompts = policy.ranking && policy.ranking->pyramid_on_short_prompts(),
+                        .query_head_scores = {},
+                        .kv_head_scores = {}};
+  for (const HeadScores& part : scores) {
+    for (Index member = 0; member < part.query.rows(); ++member) {
+      request.query_head_scores.push_back(row_of(part.query, member));
+    }
+    if (part.shared.rows() > 0) request.kv_head_scores.push_back(row_of(part.shared, 0));
+  }
+  return policy.budget->allocate(request);
+}
+
+std::vector<int> LayerSelection::select_set(const Setting& setting, std::span<const float> scores, int capacity) const {
+  const Policy& policy = *setting.policy;
+  const Protection protection = policy.ranking->protection();
+  return checked(policy.selection ? policy.selection->select(scores, protection, capacity)
+                                  : select_top(scores, protection, capacity));
+}
+
+// A method, maybe a plug-in's, that keeps what is not there must not get as far as the measures.
+std::vector<int> LayerSelection::checked(std::vector<int> kept) const {
+  const bool inside = !kept.empty() && kept.front() >= 0 && kept.back() < prompt_;
+  if (!inside || !std::ranges::is_sorted(kept, std::less_equal<>())) {
+    throw Error(fmt::format("a kept set is not ascending positions from 0 to {}", prompt_ - 1));
+  }
+  return kept;
+}
+
+Error LayerSelection::in_context(const Setting& setting, int kv_head, const Error& error) const {
+  return Error(fmt::format("{}: {}, layer {}{}: {}", trace_.path().string(), setting.policy->canonical, layer_,
+                           kv_head < 0 ? "" : fmt::format(", KV head {}", kv_head), error.what()));
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,40 @@
+// What a replay is asked for, resolved for one trace: every policy at every capacity.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "policy/policy.h"
+#include "replay/replay.h"
+#include "trace/reader.h"
+
+namespace kvreplay {
+
+/// A policy at a capacity: what one ReplayResult is about.
+struct Setting {
+  const Policy* policy = nullptr;  ///< lives in the request
+  std::string capacity_request;    ///< as asked for, or kAllPositions
+  int capacity = 0;                ///< at most the prompt
+  Granularity granularity = Granularity::kv;
+  Share share = Share::mean;
+
+  /// Whether every position is kept, so that nothing needs to be ranked.
+  bool keeps_all(int prompt_length) const;
+
+  /// Whether a head's kept sets can be drawn without looking at the layer's other heads.
+  bool is_local() const;
+
+  /// How many sets the query heads of one KV head keep.
+  int sets_per_kv_head(const ModelInfo& model) const {
+    return granularity == Granularity::query ? model.group_size() : 1;
+  }
+};
+
+/// Every policy at every capacity for an eviction at `eviction_position`, policies in the order given, capacities
+/// within. The request must outlive them. `notes` receives what a reader of the numbers has to know. Throws Error where
+/// a capacity is below what a policy protects, heads cannot share as asked, or a policy needs what the trace does not
+/// hold.
+std::vector<Setting> settings_for(const TraceReader& trace, const ReplayRequest& request, int eviction_position,
+                                  std::vector<std::string>& notes);
+
+}  // namespace kvreplay

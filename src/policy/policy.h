@@ -50,8 +50,8 @@ class Ranking {
   /// Whether smooth() and refine() look at the capacity. If not, they are called once for all capacities.
   virtual bool depends_on_capacity() const { return false; }
 
-  /// Smooths a query head's scores [P] over positions, in place. `capacity` is the capacity asked for, before any budget
-  /// shifts it between layers or heads; at least protection().count(), at most P.
+  /// Smooths a query head's scores [P] over positions, in place. `capacity` is the capacity asked for, before any
+  /// budget shifts it between layers or heads; at least protection().count(), at most P.
   virtual void smooth(const Head& head, int member, int capacity, std::span<float> scores) const;
 
   /// A second look at scores that the query heads `members` of the head's group already share: [P], in place. For

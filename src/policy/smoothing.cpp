@@ -79,9 +79,9 @@ void join_neighbours(std::span<const float> values, std::size_t width, std::span
   }
 }
 
-// The same sums for windows so wide that adding each up would take long: every window is the end of one block of `width`
-// values and the beginning of the next, both summed from their common edge. Nothing is subtracted, so that small scores
-// do not drown in the rounding of large ones.
+// The same sums for windows so wide that adding each up would take long: every window is the end of one block of
+// `width` values and the beginning of the next, both summed from their common edge. Nothing is subtracted, so that
+// small scores do not drown in the rounding of large ones.
 void sum_wide(std::span<const float> values, std::size_t width, std::span<float> sums) {
   std::vector<double> ends(width + 1);  // ends[i]: of the block's values from i on
   for (std::size_t block = 0; block < sums.size(); block += width) {

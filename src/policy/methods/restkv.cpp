@@ -87,8 +87,7 @@ class RestKV : public Ranking {
   // a/(1 − a) · ‖W (o − v)‖^τ
   void reconstruction_error(const CombinedAttention& window, std::span<float> error) const {
     const auto tau = static_cast<float>(p_.tau);
-    const float unit =
-        p_.normalize ? 1 / std::max(window.output_length, std::numeric_limits<float>::min()) : 1.0f;
+    const float unit = p_.normalize ? 1 / std::max(window.output_length, std::numeric_limits<float>::min()) : 1.0f;
     for (std::size_t n = 0; n < error.size(); ++n) {
       const float length = tau == 1 ? window.distance[n] : std::pow(window.distance[n], tau);
       error[n] = removal_error(window.attention[n], length * unit);

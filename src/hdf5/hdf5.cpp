@@ -916,7 +916,10 @@ Dataset File::adopt(const std::string& path, Handle handle) const {
   const H5S_class_t kind = space ? H5Sget_simple_extent_type(space.id()) : H5S_NO_CLASS;
   if (kind != H5S_SIMPLE && kind != H5S_SCALAR) fail(path, "has no shape");
   std::vector<hsize_t> extent(static_cast<std::size_t>(std::max(H5Sget_simple_extent_ndims(space.id()), 0)));
-  if (!extent.empty() && H5Sget_simple_extent_dims(space.id(), extent.data(), nullptr) < 0) fail(path, last_error());
+  std::vector<hsize_t> limit(extent.size());
+  if (!extent.empty() && H5Sget_simple_extent_dims(space.id(), extent.data(), limit.data()) < 0) {
+    fail(path, last_error());
+  }
 
   const Handle type(H5Dget_type(id));
   if (!type) fail(path, last_error());
@@ -1028,8 +1031,11 @@ Dataset File::adopt(const std::string& path, Handle handle) const {
       dataset.offset_ = static_cast<std::int64_t>(offset);
     }
   }
-  // Releases of HDF5 differ over whether a chunk's address counts a user block.
-  if (layout == H5D_CHUNKED && filters == 0 && !has_user_block()) {
+  // Releases of HDF5 differ over whether a chunk's address counts a user block. And of a dataset that can grow without
+  // limit along one axis, if that is not the first, HDF5 1.10 names the chunks in the order of another array.
+  const auto unlimited = std::count(limit.begin(), limit.end(), H5S_UNLIMITED);
+  const bool known_order = unlimited != 1 || limit[0] == H5S_UNLIMITED;
+  if (layout == H5D_CHUNKED && filters == 0 && known_order && !has_user_block()) {
     auto chunks = std::make_shared<Dataset::Chunks>(std::move(chunk_shape), dataset.shape_);
     if (elements(chunks->counts) <= kMostChunks) dataset.chunks_ = std::move(chunks);
   }

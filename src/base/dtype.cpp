@@ -9,8 +9,6 @@
 // this file including itself; which of them runs is chosen when the program does. Not for vectors whose size is only
 // known then (SVE, RVV): NEON does as well on this, and RISC-V takes the portable code.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
-// Highway 1.0.3 knows the newest AVX-512 only if asked, and stops where -march=native already means it.
-#define HWY_WANT_AVX3_DL
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "base/dtype.cpp"
 #include <hwy/foreach_target.h>

@@ -29,6 +29,8 @@ constexpr Index kChunk = 16 * kQueryBlock;
 constexpr Index kKeyBlock = 128;
 
 constexpr int kHeavyHitterEvery = 512;
+constexpr Index kBand = 64;           // positions that a local head attends to, or twice as many
+constexpr Index kRegion = 24;         // a drifting head's region, a side of it: this part of the trace
 constexpr int kDriftTokens = 64;      // queries that a drifting region takes from one end of its way to the other
 constexpr int kTokensPerSpan = 1024;  // of the prompt, for every piece of evidence
 constexpr int kMostSpans = 8;
@@ -41,6 +43,7 @@ constexpr int kSharedDirections = 4;  // of a head's values
 constexpr float kSinkKey = 10;
 constexpr float kHeavyKey = 6;
 constexpr float kEvidenceKey = 6;
+constexpr float kHeavyContent = 0.5F;  // of the noise that other keys have
 constexpr float kPairKey = 3;
 constexpr float kPairNoise = 0.15F;
 constexpr float kChannelNoise = 0.1F;
@@ -121,7 +124,7 @@ std::vector<float> unit_vector(std::uint64_t row, Index size) {
 struct Channels {
   explicit Channels(int head_dim)
       : dim(head_dim),
-        pairs(std::max(2, head_dim / 8)),
+        pairs(std::max(2, head_dim / 4)),
         sink(2 * pairs),
         heavy(sink + 1),
         evidence(heavy + 1),
@@ -162,17 +165,12 @@ Shares shares_of(HeadRole role) {
   return {};
 }
 
-// log I0(x), of the modified Bessel function: by its series where x is small, by its asymptote where it is large.
-double log_bessel(double x) {
-  if (x > 12) return x - 0.5 * std::log(2 * std::numbers::pi * x) + std::log1p(1 / (8 * x));
-  double term = 1;
-  double sum = 1;
-  for (int k = 1; k < 60; ++k) {
-    term *= x * x / (4.0 * k * k);
-    sum += term;
-  }
-  return std::log(sum);
-}
+// How a head that is turned to a position attends around it.
+struct Aim {
+  Index first_pair = 0;  // slower ones follow; faster ones would make the band narrower
+  double each = 0;       // largest logit of a pair
+  double far = 0;        // log of the mean of exp(logit) far from the position
+};
 
 // How a query head makes its queries.
 struct QueryPlan {
@@ -209,6 +207,9 @@ class Generator {
     }
     fine_ = rotations(kFine, 1);
     coarse_ = rotations((trace.num_tokens() + kFine - 1) / kFine, kFine);
+    const double share_of_bands = shares_of(HeadRole::local).aimed;
+    bands_ = {aim(0, kBand, share_of_bands), aim(pairs / 8, 2 * kBand, share_of_bands)};
+    region_ = aim(pairs / 2, std::max<Index>(trace.num_tokens() / kRegion, kBand), shares_of(HeadRole::drifting).aimed);
   }
 
   const TraceInfo& info() const { return info_; }
@@ -231,9 +232,11 @@ class Generator {
         key[pairs + j] += kPairKey * (fine[pairs + j] * coarse[j] + fine[j] * coarse[pairs + j]);
       }
     }
+    // What is attended for what it is, and not for where it stands, carries no position.
     const auto key_at = [&](Index position) { return out + (position - first) * dim; };
     for (Index sink = first; sink < std::min<Index>(kSinks, first + count); ++sink) {
-      key_at(sink)[channels_.sink] += kSinkKey * (1 - 0.03F * static_cast<float>(sink));
+      std::fill_n(key_at(sink), dim, 0.0F);
+      key_at(sink)[channels_.sink] = kSinkKey * (1 - 0.03F * static_cast<float>(sink));
     }
     const std::uint64_t strength = stream(trace_.seed, Stream::strength, layer, kv_head);
     for (auto heavy = std::ranges::lower_bound(heavy_, first); heavy != heavy_.end() && *heavy < first + count;
@@ -241,12 +244,15 @@ class Generator {
       // Most of how heavy one is goes for all heads.
       const float common = uniform(at(stream(trace_.seed, Stream::strength), *heavy));
       const float own = uniform(at(strength, *heavy));
+      std::fill_n(key_at(*heavy), 2 * pairs, 0.0F);
+      for (Index d = channels_.content; d < dim; ++d) key_at(*heavy)[d] *= kHeavyContent;
       key_at(*heavy)[channels_.heavy] += kHeavyKey * (0.75F + 0.2F * common + 0.05F * own);
     }
     for (std::size_t s = 0; s < info_.spans.size(); ++s) {
       const Span& span = info_.spans[s];
       for (Index position = std::max<Index>(span.start, first); position < std::min<Index>(span.end, first + count);
            ++position) {
+        std::fill_n(key_at(position), 2 * pairs, 0.0F);
         key_at(position)[channels_.evidence + static_cast<Index>(s) % channels_.evidence_count] +=
             kEvidenceKey * (0.9F + 0.1F * uniform(at(strength, position)));
       }
@@ -335,40 +341,28 @@ class Generator {
     // The logarithm of what the noise draws, which the rest is measured by.
     double background = std::log(trace_.prompt_tokens) + shares.deviation * shares.deviation / 2;
     if (shares.aimed > 0) {
-      // A query turned to position c has the logit Σ a cos(ω (c - n)) for the key at n: largest at c, and small far
-      // from it, where the pairs are out of step. There they still draw I0(a) each, so that a is sought in steps.
-      const Index first = plan.role == HeadRole::local ? head / 4 % 2 : channels_.pairs / 2;
-      const auto count = static_cast<double>(channels_.pairs - first);
-      constexpr double kMost = 24;
-      double total = background;
-      double far = 0;
-      for (int step = 0; step < 30; ++step) {
-        const double each = total / count;
-        far = count * log_bessel(each);
-        const double curvature =
-            each * frequencies_[static_cast<std::size_t>(first)] * frequencies_[static_cast<std::size_t>(first)] * 1.6;
-        const double width = std::max(2.5 / std::sqrt(curvature), 1.0);
-        total = std::clamp(background + far + std::log(shares.aimed / width), 1.0, kMost);
+      const Aim& aim = plan.role == HeadRole::drifting ? region_ : bands_[static_cast<std::size_t>(head / 4 % 2)];
+      for (Index j = aim.first_pair; j < channels_.pairs; ++j) {
+        plan.pairs[static_cast<std::size_t>(j)] = static_cast<float>(aim.each / (kPairKey * scale));
       }
-      for (Index j = first; j < channels_.pairs; ++j) {
-        plan.pairs[static_cast<std::size_t>(j)] = static_cast<float>(total / count / (kPairKey * scale));
-      }
-      background = std::min(background + far, total + 3);
+      background += aim.far;
     }
-    const auto component = [&](double share, double positions, float key) {
-      const double logit = std::max(background + std::log(share / positions), 1.0);
+    // `content` of the noise is on the keys themselves, which then draw more by it.
+    const auto component = [&](double share, double positions, double content, float key) {
+      const double variance = content * content * shares.deviation * shares.deviation;
+      const double logit = std::max(background - variance / 2 + std::log(share / positions), 1.0);
       return static_cast<float>(logit / (key * scale));
     };
-    plan.sink = component(shares.sink, 3, kSinkKey);
-    plan.heavy = component(shares.heavy, std::max(0.4 * static_cast<double>(heavy_.size()), 1.0), 0.9F * kHeavyKey);
-    if (shares.evidence > 0) plan.evidence = component(shares.evidence, 6, kEvidenceKey);
+    plan.sink = component(shares.sink, 3, 0, kSinkKey);
+    plan.heavy = component(shares.heavy, std::max(0.4 * static_cast<double>(heavy_.size()), 1.0), kHeavyContent,
+                           0.9F * kHeavyKey);
+    if (shares.evidence > 0) plan.evidence = component(shares.evidence, 6, 1, kEvidenceKey);
 
     constexpr double kLasting = 0.7;  // of the noise's variance: the same for all queries of the head
     const auto content = static_cast<double>(channels_.content_count());
     const double length = shares.deviation * std::sqrt(dim / content);
-    plan.content.resize(static_cast<std::size_t>(channels_.content_count()));
-    fill_bell(at(stream(trace_.seed, Stream::taste, layer, head), 0), plan.content);
-    for (float& x : plan.content) x *= static_cast<float>(length * std::sqrt(kLasting));
+    plan.content = unit_vector(at(stream(trace_.seed, Stream::taste, layer, head), 0), channels_.content_count());
+    for (float& x : plan.content) x *= static_cast<float>(length * std::sqrt(kLasting * content));
     plan.content_noise = static_cast<float>(length * std::sqrt(1 - kLasting));
     return plan;
   }
@@ -436,6 +430,45 @@ class Generator {
     return table;
   }
 
+  // A query turned to position c has the logit a Σ cos(ω (c - n)) for the key at n: largest at c, and far from it,
+  // where the pairs are out of step, sometimes large as well. Finds a such that the `width` nearest keys on one side
+  // draw `share` times what the farther ones do, or the largest where it takes very large logits.
+  Aim aim(Index first_pair, Index width, double share) const {
+    constexpr double kLargestLogit = 24;
+    constexpr Index kSamples = 4096;
+    const auto count = static_cast<double>(channels_.pairs - first_pair);
+    const Index tokens = trace_.num_tokens();
+    width = std::min(width, tokens);
+    const auto in_step = [&](Index distance) {
+      double sum = 0;
+      for (Index j = first_pair; j < channels_.pairs; ++j) {
+        sum += std::cos(frequencies_[static_cast<std::size_t>(j)] * static_cast<double>(distance));
+      }
+      return sum;
+    };
+    std::vector<double> near;
+    std::vector<double> far;
+    const Index near_step = (width + kSamples - 1) / kSamples;
+    for (Index distance = 0; distance < width; distance += near_step) near.push_back(in_step(distance));
+    const Index far_step = (tokens - width + kSamples - 1) / kSamples;
+    for (Index distance = width; distance < tokens; distance += far_step) far.push_back(in_step(distance));
+    if (far.empty()) far.push_back(0);
+    const auto log_mean = [](const std::vector<double>& steps, double each) {
+      double sum = 0;
+      for (const double step : steps) sum += std::exp(each * step);
+      return std::log(sum / static_cast<double>(steps.size()));
+    };
+    const double wanted =
+        std::log(share * static_cast<double>(std::max<Index>(tokens - width, 1)) / static_cast<double>(width));
+    double low = 0;
+    double high = kLargestLogit / count;
+    for (int step = 0; step < 30; ++step) {
+      const double middle = (low + high) / 2;
+      (log_mean(near, middle) - log_mean(far, middle) < wanted ? low : high) = middle;
+    }
+    return {first_pair, low, log_mean(far, low)};
+  }
+
   // Where a drifting head looks: to and fro between a quarter and 85 % of what came before the query, one way taking
   // kDriftTokens queries, of which half are the prompt's last.
   Index region_centre(const QueryPlan& plan, Index position) const {
@@ -454,6 +487,8 @@ class Generator {
   std::vector<int> heavy_;
   std::vector<double> frequencies_;  // in radians per position
   std::vector<float> key_noise_;     // [D], deviations
+  std::array<Aim, 2> bands_;         // of local heads
+  Aim region_;                       // of drifting heads
   std::vector<float> fine_;          // rotations of positions 0 to kFine - 1
   std::vector<float> coarse_;        // of every kFine-th position
 };

@@ -134,7 +134,9 @@ void add_synth_command(CLI::App& app) {
   command->add_flag("--no-projection", arguments->no_projection, "Leave out the layers' output projections");
   command->add_flag("--attention-mass", trace.attention_mass,
                     "Add the attention that each key received, for H2O; the time grows with the square of the prompt");
-  command->add_option("--seed", trace.seed, "Seed of all that is random (default: 0)")->type_name("N");
+  command->add_option("--seed", trace.seed, "Seed of all that is random (default: 0)")
+      ->check(integer_in(0, std::numeric_limits<int>::max(), "a seed"))
+      ->type_name("N");
   add_threads_option(*command, arguments->threads);
   command->add_option("-o,--output", arguments->output, "Trace to write, replaced if it exists (default: synthetic.h5)")
       ->check(names_a_file)

@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <charconv>
 #include <limits>
+#include <string_view>
 
+#include "base/error.h"
 #include "policy/parameter.h"
 
 namespace kvreplay::cli {
@@ -43,5 +45,17 @@ Check integer_in(int minimum, int maximum, std::string what) {
 }
 
 std::string names_a_file(const std::string& value) { return value.empty() ? "the file's name is empty" : ""; }
+
+std::optional<int> parse_queries(const std::string& text) {
+  if (text == "all") return std::nullopt;
+  constexpr std::string_view prefix = "window:";
+  int window = 0;
+  const char* end = text.data() + text.size();
+  if (text.starts_with(prefix)) {
+    const auto result = std::from_chars(text.data() + prefix.size(), end, window);
+    if (result.ec == std::errc() && result.ptr == end && window >= 1) return window;
+  }
+  throw UsageError(fmt::format("--queries {}: must be \"all\" or \"window:N\" with N at least 1", text));
+}
 
 }  // namespace kvreplay::cli

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,5 +30,8 @@ Check integer_in(int minimum, int maximum, std::string what);
 
 /// The value names a file. An empty one is a script's unset variable, and hours of work would go nowhere.
 std::string names_a_file(const std::string& value);
+
+/// What --queries says: N of "window:N", or nothing for "all". Throws UsageError.
+std::optional<int> parse_queries(const std::string& text);
 
 }  // namespace kvreplay::cli

@@ -93,6 +93,12 @@ void pack(const Strided& b, Index depth, Index columns, float* panels) {
       }
       continue;
     }
+#if HWY_TARGET == HWY_SCALAR
+    for (Index k = 0; k < depth; ++k) {
+      for (Index j = 0; j < kPanelColumns; ++j)
+        panel[k * kPanelColumns + j] = b.data[(first + j) * b.column_stride + k];
+    }
+#else
     // Four by four: pairs of floats first, then pairs of pairs.
     const hn::FixedTag<float, 4> four;
     const hn::FixedTag<double, 2> pairs;
@@ -119,6 +125,7 @@ void pack(const Strided& b, Index depth, Index columns, float* panels) {
         hn::StoreU(joined(high01, high23, upper), four, to + 3 * kPanelColumns);
       }
     }
+#endif
   }
 }
 

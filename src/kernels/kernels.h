@@ -86,7 +86,7 @@ bool distances(const float* lengths, const float* products, float reference, flo
 /// out.
 void add_gram(const float* x, Index row, Index rows, Index depth, float* gram);
 
-/// The positions of the `count` largest of `values`, in no particular order; among equal ones the earlier. All of them
+/// The positions of the `count` largest of `values`, ascending; among equal ones the earlier. All of them
 /// where there are no more. NaN is not allowed.
 void largest(std::span<const float> values, Index count, std::vector<std::uint32_t>& positions);
 

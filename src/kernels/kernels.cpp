@@ -1,7 +1,8 @@
 #include "kernels/kernels.h"
 
 #include <algorithm>
-#include <cmath>
+#include <bit>
+#include <cstring>
 #include <limits>
 
 #undef HWY_TARGET_INCLUDE
@@ -350,52 +351,73 @@ void largest(const float* values, Index size, Index count, std::vector<std::uint
   if (keys.size() < room) keys.resize(room);
   if (positions.size() < room) positions.resize(room);
 
-  Index group = 64;
-  while (group > n && size / group < 2 * count) group /= 2;
+  // A group is one lane of as many vectors as still leave twice the groups that are needed.
+  const Index vectors = std::clamp<Index>(size / (2 * count), 1, 64);
+  const Index groups = size / (vectors * n) * n;
   std::uint32_t threshold = 0;
-  if (size / group >= count) {
-    const Index groups = size / group;
-    for (Index g = 0; g < groups; ++g) {
-      auto maximum = hn::LoadU(d, values + g * group);
-      for (Index j = n; j < group; j += n) maximum = hn::Max(maximum, hn::LoadU(d, values + g * group + j));
-      // A lane is enough; the next group overwrites the others.
-      hn::StoreU(orderable(d, hn::MaxOfLanes(d, maximum)), du, keys.data() + g);
+  if (groups >= count) {
+    for (Index g = 0; g < groups; g += n) {
+      const float* const from = values + g * vectors;
+      auto maximum = hn::LoadU(d, from);
+      for (Index v = 1; v < vectors; ++v) maximum = hn::Max(maximum, hn::LoadU(d, from + v * n));
+      hn::StoreU(orderable(d, maximum), du, keys.data() + g);
     }
     std::fill_n(keys.begin() + groups, n, 0U);
     threshold = nth_largest(keys.data(), groups, count);
   }
 
-  // What reaches it, in the order of positions.
+  // What reaches it, in the order of positions: few of many, so they are picked out of the bits of the comparisons.
   const auto least = hn::Set(du, threshold);
   Index found = 0;
+  const auto pick = [&](std::uint64_t bits, Index first) {
+    for (; bits != 0; bits &= bits - 1) {
+      positions[static_cast<std::size_t>(found++)] = static_cast<std::uint32_t>(first + std::countr_zero(bits));
+    }
+  };
+  constexpr Index kBits = 64;
   Index j = 0;
-  for (; j + n <= size; j += n) {
-    const auto key = orderable(d, hn::LoadU(d, values + j));
-    const auto mask = hn::Not(hn::Gt(least, key));
-    if (hn::AllFalse(du, mask)) continue;
-    const auto places = hn::Iota(du, static_cast<std::uint32_t>(j));
-    hn::CompressStore(key, mask, du, keys.data() + found);
-    found += static_cast<Index>(hn::CompressStore(places, mask, du, positions.data() + found));
+  for (; j + kBits <= size; j += kBits) {
+    std::uint64_t bits = 0;
+    for (Index v = 0; v < kBits; v += n) {
+      const auto mask = hn::Not(hn::Gt(least, orderable(d, hn::LoadU(d, values + j + v))));
+      std::uint8_t bytes[8] = {};
+      hn::StoreMaskBits(du, mask, bytes);
+      std::uint64_t part = 0;
+      std::memcpy(&part, bytes, sizeof part);
+      bits |= part << v;
+    }
+    pick(bits, j);
   }
   for (; j < size; ++j) {
-    const std::uint32_t key = hn::GetLane(orderable(d, hn::Set(d, values[j])));
-    if (key < threshold) continue;
-    keys[static_cast<std::size_t>(found)] = key;
-    positions[static_cast<std::size_t>(found++)] = static_cast<std::uint32_t>(j);
+    pick(hn::GetLane(orderable(d, hn::Set(d, values[j]))) >= threshold ? 1 : 0, j);
+  }
+  for (Index i = 0; i < found; ++i) {
+    const float value = values[positions[static_cast<std::size_t>(i)]] + 0.0f;
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    keys[static_cast<std::size_t>(i)] = bits ^ ((bits >> 31) != 0 ? 0xffffffffU : 0x80000000U);
   }
   std::fill_n(keys.begin() + found, n, 0U);
   if (found > count) {
     const std::uint32_t last = nth_largest(keys.data(), found, count);
-    Index above = 0;
-    for (Index i = 0; i < found; ++i) above += keys[static_cast<std::size_t>(i)] > last ? 1 : 0;
-    Index equal = count - above;
+    const auto bound = hn::Set(du, last);
+    Index equal = count;  // how many of those that equal the last one are among the largest
+    for (Index i = 0; i < found; i += n) {
+      equal -= static_cast<Index>(hn::CountTrue(du, hn::Gt(hn::LoadU(du, keys.data() + i), bound)));
+    }
     Index kept = 0;
-    for (Index i = 0; i < found; ++i) {
-      const std::uint32_t key = keys[static_cast<std::size_t>(i)];
-      const bool is_kept = key > last || (key == last && equal > 0);
-      positions[static_cast<std::size_t>(kept)] = positions[static_cast<std::size_t>(i)];
-      equal -= key == last ? 1 : 0;
-      kept += is_kept ? 1 : 0;
+    for (Index i = 0; i < found; i += n) {
+      const auto key = hn::LoadU(du, keys.data() + i);
+      const auto place = hn::LoadU(du, positions.data() + i);
+      if (equal == 0 || hn::AllFalse(du, hn::Eq(key, bound))) {
+        kept += static_cast<Index>(hn::CompressStore(place, hn::Gt(key, bound), du, positions.data() + kept));
+        continue;
+      }
+      for (Index lane = i; lane < std::min(found, i + n); ++lane) {
+        const std::uint32_t each = keys[static_cast<std::size_t>(lane)];
+        if (each < last || (each == last && equal == 0)) continue;
+        if (each == last) --equal;
+        positions[static_cast<std::size_t>(kept++)] = positions[static_cast<std::size_t>(lane)];
+      }
     }
     found = kept;
   }

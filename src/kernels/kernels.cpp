@@ -301,6 +301,55 @@ bool distances(const float* lengths, const float* products, float reference, flo
   return cancelled;
 }
 
+template <class Join>
+HWY_INLINE void slide(const float* values, Index width, Index count, float* out, const Join& join) {
+  const Floats d;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  Index i = 0;
+  for (; i + n <= count; i += n) {
+    auto joined = hn::LoadU(d, values + i);
+    for (Index j = 1; j < width; ++j) joined = join.both(joined, hn::LoadU(d, values + i + j));
+    hn::StoreU(join.finish(joined), d, out + i);
+  }
+  const hn::CappedTag<float, 1> single;
+  for (; i < count; ++i) {
+    auto joined = hn::LoadU(single, values + i);
+    for (Index j = 1; j < width; ++j) joined = join.both(joined, hn::LoadU(single, values + i + j));
+    hn::StoreU(join.finish(joined), single, out + i);
+  }
+}
+
+struct ScaledSum {
+  float scale;
+  template <class V>
+  HWY_INLINE V both(V a, V b) const {
+    return hn::Add(a, b);
+  }
+  template <class V>
+  HWY_INLINE V finish(V sum) const {
+    return hn::Mul(sum, hn::Set(hn::DFromV<V>(), scale));
+  }
+};
+
+struct Maximum {
+  template <class V>
+  HWY_INLINE V both(V a, V b) const {
+    return hn::Max(a, b);
+  }
+  template <class V>
+  HWY_INLINE V finish(V maximum) const {
+    return maximum;
+  }
+};
+
+void sliding_sums(const float* values, Index width, float scale, Index count, float* out) {
+  slide(values, width, count, out, ScaledSum{scale});
+}
+
+void sliding_maxima(const float* values, Index width, Index count, float* out) {
+  slide(values, width, count, out, Maximum{});
+}
+
 void add_gram(const float* x, Index row, Index rows, Index depth, float* gram) {
   const Index width = rounded_up(depth, kLanes);
   // Half a panel wide: narrower, more of what lies below the diagonal is left out; wider, more vectors share a load.
@@ -452,6 +501,8 @@ HWY_EXPORT(squared_lengths);
 HWY_EXPORT(squared_lengths_after);
 HWY_EXPORT(distances);
 HWY_EXPORT(add_gram);
+HWY_EXPORT(sliding_sums);
+HWY_EXPORT(sliding_maxima);
 HWY_EXPORT(largest);
 HWY_EXPORT(has_nan);
 HWY_EXPORT(instruction_set);
@@ -487,6 +538,14 @@ void squared_lengths_after(const float* factor, Index row, const float* panel, I
 
 bool distances(const float* lengths, const float* products, float reference, float share, Index count, float* out) {
   return HWY_DYNAMIC_DISPATCH(distances)(lengths, products, reference, share, count, out);
+}
+
+void sliding_sums(const float* values, Index width, float scale, Index count, float* out) {
+  HWY_DYNAMIC_DISPATCH(sliding_sums)(values, width, scale, count, out);
+}
+
+void sliding_maxima(const float* values, Index width, Index count, float* out) {
+  HWY_DYNAMIC_DISPATCH(sliding_maxima)(values, width, count, out);
 }
 
 void add_gram(const float* x, Index row, Index rows, Index depth, float* gram) {

@@ -81,6 +81,12 @@ void squared_lengths_after(const float* factor, Index row, const float* panel, I
 bool distances(const float* lengths, const float* products, float reference, float share, Index count,
                float* distances);
 
+/// out[i] = scale · Σ_j values[i + j] over j < width, added in their order, for `count` places.
+void sliding_sums(const float* values, Index width, float scale, Index count, float* out);
+
+/// out[i] = the largest of values[i] … values[i + width − 1], for `count` places.
+void sliding_maxima(const float* values, Index width, Index count, float* out);
+
 /// gram[i, j] += Σ_k x[k, i] · x[k, j] for `rows` rows of `depth` elements, `row` floats apart; `gram` has rows of
 /// rounded_up(depth, kLanes) floats, and so have the rows of x at least. Elements below the diagonal's panels are left
 /// out.

@@ -14,11 +14,13 @@ class RecencyAttention : public kvreplay::Ranking {
   RecencyAttention(int window, double half_life) : window_(window), half_life_(half_life) {}
 
   kvreplay::Protection protection() const override { return {.window = window_}; }
-  kvreplay::Requirements requirements() const override { return {.window_queries = window_}; }
+  kvreplay::Requirements requirements() const override {
+    return {.window_queries = window_, .combinations = {mean()}};
+  }
 
-  void score(const kvreplay::Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
-    const auto queries = static_cast<std::size_t>(window_);
-    head.combine_attention(member, std::vector<float>(queries, 1.0f / static_cast<float>(window_)), scores);
+  void score(const kvreplay::Head& head, int member, std::span<float> scores) const override {
+    const kvreplay::CombinedAttention window = head.combined_attention(member, mean());
+    std::copy(window.attention.begin(), window.attention.end(), scores.begin());
     for (std::size_t n = 0; n < scores.size(); ++n) {
       const auto age = static_cast<double>(scores.size() - 1 - n);
       scores[n] *= static_cast<float>(std::exp2(-age / half_life_));
@@ -26,6 +28,11 @@ class RecencyAttention : public kvreplay::Ranking {
   }
 
  private:
+  // Every query of the window counts alike.
+  kvreplay::WindowCombination mean() const {
+    return {.weights = std::vector<float>(static_cast<std::size_t>(window_), 1.0f / static_cast<float>(window_))};
+  }
+
   int window_;
   double half_life_;
 };

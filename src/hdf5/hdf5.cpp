@@ -403,6 +403,22 @@ void Dataset::read_raw(const Shape& first, const Shape& count, std::byte* out) c
   }
 }
 
+void Dataset::prefetch(const Shape& first, const Shape& count) const {
+  check_box(first, count);
+  if (!reads_directly() || elements(count) == 0) return;
+  // From the first to the last element: whole heads, which are read ahead, lie together.
+  Index begin = 0;
+  Index last = 0;
+  for (std::size_t i = 0; i < shape_.size(); ++i) {
+    begin = begin * shape_[i] + first[i];
+    last = last * shape_[i] + first[i] + count[i] - 1;
+  }
+  const auto size = static_cast<Index>(element_size_);
+  // Advice that is not taken costs time alone.
+  static_cast<void>(
+      ::posix_fadvise(descriptor_, offset_ + begin * size, (last - begin + 1) * size, POSIX_FADV_WILLNEED));
+}
+
 void Dataset::write_raw(const Shape& first, const Shape& count, const std::byte* data) {
   check_box(first, count);
   if (elements(count) == 0) return;

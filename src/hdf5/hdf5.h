@@ -84,6 +84,13 @@ class Dataset {
   /// other. Throws Error, also where the box leaves the dataset.
   void read_raw(const Shape& first, const Shape& count, std::byte* out) const;
 
+  /// Whether read_raw() goes past HDF5, without the lock.
+  bool reads_directly() const { return offset_ >= 0; }
+
+  /// Asks the system to read a box ahead, where reads are direct; returns at once. Throws Error where the box leaves the
+  /// dataset.
+  void prefetch(const Shape& first, const Shape& count) const;
+
   /// Writes a box of elements of this dataset's own type. Throws Error.
   void write_raw(const Shape& first, const Shape& count, const std::byte* data);
 

@@ -2,34 +2,167 @@
 
 #include <fmt/format.h>
 
-#include <Eigen/QR>
 #include <algorithm>
+#include <cmath>
+#include <list>
+#include <map>
+#include <tuple>
 
+#include "base/buffer.h"
 #include "base/error.h"
+#include "base/work.h"
+#include "kernels/kernels.h"
+#include "policy/projection.h"
 #include "policy/softmax.h"
 
 namespace kvreplay {
 namespace {
 
-// Window queries are always multiplied in blocks of this many rows, counted from the last one, so that the bits of a
-// row do not depend on which windows the policies of a run ask for.
+using kernels::kPanel;
+
+// Queries that accumulated attention multiplies at a time.
 constexpr int kRowBlock = 16;
+
+// Positions that are worked on at a time: their keys, panels and logits stay in the cache. Sums are cut there, so it is
+// part of what a result is.
+constexpr Index kBlock = 512;
+
+// Where a squared distance is below this share of the squares that it is the difference of, rounding would show in it.
+constexpr float kCancelled = 1.0f / 64;
+
+Index padded(Index positions) { return kernels::rounded_up(positions, kPanel); }
+
+// Not a multiple of a page, or the rows of many combinations would compete for the same lines of the cache.
+Index row_stride(Index positions) { return padded(positions) + kernels::kLanes; }
 
 }  // namespace
 
+// The window's attention: products, exponentials and sums of all query heads of the group in one pass over the keys.
+// Kept are exponentials against their block's maximum, and per block and query the factor that makes them attention.
+class Head::WindowPass {
+ public:
+  WindowPass(const HeadSource& source, int window);
+
+  int window() const { return window_; }
+
+  // Rows of weights that a combination of `member` with `weights` multiplies in a block: zeros for queries before its
+  // window.
+  void scaled_weights(std::span<const float> weights, int member, Index block, float* row) const {
+    const Index skipped = window_ - static_cast<Index>(weights.size());
+    std::fill_n(row, skipped, 0.0f);
+    const float* factor = factors_.data() + block * rows_ + member * window_;
+    for (Index i = skipped; i < window_; ++i) row[i] = weights[static_cast<std::size_t>(i - skipped)] * factor[i];
+  }
+
+  // The exponentials of `member` for a panel: [window, kPanel].
+  const float* panel(Index panel, int member) const {
+    return exponentials_.data() + (panel * rows_ + member * window_) * kPanel;
+  }
+
+  // The attention of one query of `member`, counted back from the newest, over `out.size()` positions.
+  void copy_row(int member, int age, std::span<float> out) const {
+    const Index row = member * window_ + window_ - 1 - age;
+    const auto size = static_cast<Index>(out.size());
+    for (Index first = 0; first < size; first += kPanel) {
+      const float factor = factors_[static_cast<std::size_t>(first / kBlock * rows_ + row)];
+      const float* from = exponentials_.data() + (first / kPanel * rows_ + row) * kPanel;
+      const Index count = std::min(kPanel, size - first);
+      float* to = out.data() + first;
+      for (Index i = 0; i < count; ++i) to[i] = from[i] * factor;
+    }
+  }
+
+ private:
+  int window_;
+  Index rows_;                  // query heads of the group × window
+  Buffer exponentials_;         // [panel][row][kPanel]
+  std::vector<float> factors_;  // [block][row]
+};
+
+Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(window) {
+  const HeadShape& shape = source.shape();
+  const Index depth = shape.head_dim;
+  const Index prompt = shape.prompt_length;
+  const auto at_hand = static_cast<Index>(source.query_positions().size());
+  rows_ = static_cast<Index>(shape.group_size) * window;
+  exponentials_ = Buffer(padded(prompt) * rows_);
+  Buffer queries(rows_ * depth);
+  for (int member = 0; member < shape.group_size; ++member) {
+    const Matrix rows = source.queries(member, at_hand - window, window);
+    std::copy_n(rows.data(), rows.size(), queries.data() + member * window * depth);
+  }
+  const Index blocks = (prompt + kBlock - 1) / kBlock;
+  std::vector<kernels::BlockSoftmax> parts(static_cast<std::size_t>(blocks * rows_));
+  Buffer keys(kBlock * depth);
+  Buffer panels(kBlock * depth);
+  const auto scale = static_cast<float>(shape.softmax_scale);
+  const auto cap = static_cast<float>(shape.attn_logit_softcapping);
+  for (Index block = 0; block < blocks; ++block) {
+    const Index first = block * kBlock;
+    const Index count = std::min(kBlock, prompt - first);
+    const Index count_panels = padded(count) / kPanel;
+    source.read_keys(first, count, keys.data());
+    kernels::to_panels(keys.data(), depth, count, depth, panels.data());
+    float* logits = exponentials_.data() + first * rows_;
+    for (Index p = 0; p < count_panels; ++p) {
+      kernels::multiply(rows_, kPanel, depth, queries.data(), depth, 1, panels.data() + p * kPanel * depth, kPanel,
+                        logits + p * rows_ * kPanel, kPanel);
+    }
+    for (Index row = 0; row < rows_; ++row) {
+      const Index position = prompt - window + row % window;
+      const kernels::AttentionBlock part{.logits = logits + row * kPanel,
+                                         .panels = count_panels,
+                                         .panel_step = rows_ * kPanel,
+                                         .first_visible = first_visible(position, shape.sliding_window) - first,
+                                         .end_visible = position + 1 - first};
+      parts[static_cast<std::size_t>(block * rows_ + row)] = kernels::exponentiate(part, scale, cap);
+    }
+  }
+  count_operations(2 * prompt * rows_ * depth);
+  factors_.resize(parts.size());
+  for (Index row = 0; row < rows_; ++row) {
+    const auto part = [&](Index block) -> const kernels::BlockSoftmax& {
+      return parts[static_cast<std::size_t>(block * rows_ + row)];
+    };
+    float maximum = part(0).maximum;
+    for (Index block = 1; block < blocks; ++block) maximum = std::max(maximum, part(block).maximum);
+    const auto weight = [&](Index block) {
+      return std::exp(static_cast<double>(part(block).maximum) - static_cast<double>(maximum));
+    };
+    double sum = 0;
+    for (Index block = 0; block < blocks; ++block) sum += weight(block) * static_cast<double>(part(block).sum);
+    for (Index block = 0; block < blocks; ++block) {
+      factors_[static_cast<std::size_t>(block * rows_ + row)] = static_cast<float>(weight(block) / sum);
+    }
+  }
+}
+
+// Combinations that were computed together.
+struct Head::Batch {
+  std::vector<WindowCombination> combinations;  // those with distances first
+  Index stride = 0;
+  Buffer attention;                   // [combination][member][stride]
+  Buffer distance;                    // the same, as far as there are distances
+  std::vector<float> output_lengths;  // [combination][member]
+  Index bytes = 0;
+};
+
 struct Head::Shared {
-  struct Member {
-    std::vector<Matrix> attention;  // blocks of kRowBlock rows, by age: row 0 of block 0 is the last prompt query's
-    std::vector<Matrix> outputs;    // attention · values, the same blocks
-    std::optional<std::vector<float>> accumulated;
-    std::optional<Matrix> factor;
-    std::optional<Matrix> projected_values;
-  };
   std::optional<Matrix> keys;
   std::optional<Matrix> values;
   int window = 0;  // queries that are at hand without a gap before the eviction
-  std::vector<Member> members;
+  std::unique_ptr<WindowPass> pass;
+  std::list<std::shared_ptr<Batch>> batches;   // newest first
+  std::map<std::pair<int, int>, Buffer> rows;  // (member, age): attention
+  std::map<std::tuple<int, int, int>, std::int64_t> sums_of_most_attended;
+  std::vector<std::optional<std::vector<float>>> accumulated;  // [member]
+  std::vector<Matrix> factors;                                 // [member]
+  std::vector<Matrix> factors_transposed;
+  Buffer value_lengths;      // [P] ‖v‖²
+  Buffer projected_lengths;  // [member][P] ‖W v‖²
 };
+
+Matrix HeadSource::projection_factor(int member) const { return projection_factor_of(output_projection(member)); }
 
 Matrix HeadSource::evaluation_queries(int /*member*/) const { return {}; }
 
@@ -44,24 +177,31 @@ int contiguous_window(std::span<const int> query_positions, int prompt_length) {
   return count;
 }
 
-Head::Head(const HeadSource& source)
+Head::Head(const HeadSource& source, Index kept_bytes)
     : source_(source),
       shape_(source.shape()),
+      kept_bytes_(kept_bytes),
       has_output_projection_(source.has_output_projection()),
       shared_(std::make_unique<Shared>()) {
-  shared_->members.resize(static_cast<std::size_t>(shape_.group_size));
+  shared_->accumulated.resize(static_cast<std::size_t>(shape_.group_size));
   shared_->window = contiguous_window(source.query_positions(), shape_.prompt_length);
 }
 
 Head::~Head() = default;
 
 const Matrix& Head::keys() const {
-  if (!shared_->keys) shared_->keys = source_.keys();
+  if (!shared_->keys) {
+    shared_->keys.emplace(shape_.prompt_length, shape_.head_dim);
+    source_.read_keys(0, shape_.prompt_length, shared_->keys->data());
+  }
   return *shared_->keys;
 }
 
 const Matrix& Head::values() const {
-  if (!shared_->values) shared_->values = source_.values();
+  if (!shared_->values) {
+    shared_->values.emplace(shape_.prompt_length, shape_.head_dim);
+    source_.read_values(0, shape_.prompt_length, shared_->values->data());
+  }
   return *shared_->values;
 }
 
@@ -69,54 +209,268 @@ Matrix Head::logits(const Matrix& queries) const {
   Matrix logits(queries.rows(), shape_.prompt_length);
   logits.noalias() = queries * keys().transpose();
   scale_logits(logits, shape_.softmax_scale, shape_.attn_logit_softcapping);
+  count_operations(2 * logits.size() * queries.cols());
   return logits;
 }
 
-std::span<const float> Head::attention(int member, int age) const {
-  if (age >= shared_->window) {
+const Head::WindowPass& Head::window_pass(int window) const {
+  if (window > shared_->window) {
     throw Error(fmt::format(
         "the attention of prompt position {} is needed, but of the queries before position {} only the last {} were "
         "captured; capture with --queries window:{} or more",
-        shape_.prompt_length - 1 - age, shape_.prompt_length, shared_->window, age + 1));
+        shape_.prompt_length - window, shape_.prompt_length, shared_->window, window));
   }
-  auto& blocks = shared_->members[static_cast<std::size_t>(member)].attention;
-  while (static_cast<int>(blocks.size()) * kRowBlock <= age) {
-    const int first_age = static_cast<int>(blocks.size()) * kRowBlock;
-    const int rows = std::min(kRowBlock, shared_->window - first_age);
-    const Index last = static_cast<Index>(source_.query_positions().size()) - first_age;
-    // Newest first, so that a row's place does not depend on how many there are.
-    Matrix block = logits(source_.queries(member, last - rows, rows).colwise().reverse());
-    for (int row = 0; row < rows; ++row) {
-      const int position = shape_.prompt_length - 1 - first_age - row;
-      causal_softmax(block.row(row), position, shape_.sliding_window);
+  if (!shared_->pass || shared_->pass->window() < window) {
+    shared_->pass.reset();
+    shared_->pass = std::make_unique<WindowPass>(source_, window);
+  }
+  return *shared_->pass;
+}
+
+Index Head::memory(const HeadShape& shape, int window, Index combinations) {
+  const Index prompt = padded(shape.prompt_length);
+  const Index floats = prompt * shape.group_size * window                          // exponentials
+                       + 2 * combinations * shape.group_size * row_stride(prompt)  // attention and distances
+                       + prompt * (shape.group_size + 1)                           // squared lengths
+                       + 4 * kBlock * (shape.head_dim + window);
+  return floats * static_cast<Index>(sizeof(float));
+}
+
+namespace {
+
+// The rows of D floats at `rows` with zeros between them, so that whole vectors can be read.
+void pad_rows(float* rows, Index count, Index depth, Index width) {
+  if (depth == width) return;
+  for (Index n = count; n-- > 0;) {
+    std::copy_backward(rows + n * depth, rows + (n + 1) * depth, rows + n * width + depth);
+    std::fill(rows + n * width + depth, rows + (n + 1) * width, 0.0f);
+  }
+}
+
+}  // namespace
+
+void Head::prepare(std::span<const WindowCombination> combinations) const {
+  using Distance = WindowCombination::Distance;
+  const auto batch = std::make_shared<Batch>();
+  int window = 1;
+  for (WindowCombination combination : combinations) {
+    if (!has_output_projection_ && combination.distance == Distance::projected) combination.distance = Distance::values;
+    const auto holds = [&combination](const auto& other) {
+      return std::ranges::find(other->combinations, combination) != other->combinations.end();
+    };
+    if (holds(batch) || std::ranges::any_of(shared_->batches, holds)) continue;
+    window = std::max(window, static_cast<int>(combination.weights.size()));
+    batch->combinations.push_back(std::move(combination));
+  }
+  if (batch->combinations.empty()) return;
+  const Index prompt = shape_.prompt_length;
+  const auto end_of_output = [prompt](const WindowCombination& c) {
+    return c.whole_prompt ? prompt : prompt - static_cast<Index>(c.weights.size());
+  };
+  std::ranges::stable_sort(batch->combinations, {}, [&](const WindowCombination& c) {
+    return std::pair(c.distance == Distance::none, end_of_output(c));
+  });
+  const auto count = static_cast<Index>(batch->combinations.size());
+  const auto distances = static_cast<Index>(std::ranges::count_if(
+      batch->combinations, [](const WindowCombination& c) { return c.distance != Distance::none; }));
+  const auto combination = [&](Index c) -> const WindowCombination& {
+    return batch->combinations[static_cast<std::size_t>(c)];
+  };
+
+  const WindowPass& pass = window_pass(window);
+  const Index depth = shape_.head_dim;
+  const Index width = factor_width(depth);
+  const Index group = shape_.group_size;
+  const Index stride = row_stride(prompt);
+  batch->stride = stride;
+  batch->attention = Buffer(count * group * stride);
+  batch->distance = Buffer(distances * group * stride);
+  batch->output_lengths.resize(static_cast<std::size_t>(distances * group));
+  batch->bytes = (count + distances) * group * stride * static_cast<Index>(sizeof(float));
+
+  // Attention, and the outputs that it leads to.
+  Buffer weights(count * pass.window());
+  Buffer rows(kBlock * width);
+  Matrix outputs_of_block(distances * group, width);
+  Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> outputs =
+      Eigen::MatrixXd::Zero(distances * group, width);
+  for (Index first = 0; first < prompt; first += kBlock) {
+    const Index positions = std::min(kBlock, prompt - first);
+    for (int member = 0; member < group; ++member) {
+      for (Index c = 0; c < count; ++c) {
+        pass.scaled_weights(combination(c).weights, member, first / kBlock, weights.data() + c * pass.window());
+      }
+      for (Index at = first; at < first + positions; at += kPanel) {
+        kernels::multiply(count, kPanel, pass.window(), weights.data(), pass.window(), 1,
+                          pass.panel(at / kPanel, member), kPanel, batch->attention.data() + member * stride + at,
+                          group * stride);
+      }
     }
-    blocks.push_back(std::move(block));
+    if (distances == 0) continue;
+    source_.read_values(first, positions, rows.data());
+    pad_rows(rows.data(), positions, depth, width);
+    for (Index c = 0; c < distances;) {
+      const Index end = end_of_output(combination(c));
+      Index next = c;
+      while (next < distances && end_of_output(combination(next)) == end) ++next;
+      const Index summed = std::min(positions, end - first);
+      if (summed > 0) {
+        auto part = outputs_of_block.middleRows(c * group, (next - c) * group);
+        kernels::multiply(part.rows(), width, summed, batch->attention.data() + c * group * stride + first, stride, 1,
+                          rows.data(), width, part.data(), width);
+        outputs.middleRows(c * group, (next - c) * group) += part.cast<double>();
+      }
+      c = next;
+    }
   }
-  const Matrix& block = blocks[static_cast<std::size_t>(age / kRowBlock)];
-  return {block.data() + static_cast<Index>(age % kRowBlock) * block.cols(), static_cast<std::size_t>(block.cols())};
+  count_operations(2 * prompt * group * (count * pass.window() + distances * depth));
+  if (distances > 0) measure_distances(*batch, distances, outputs.cast<float>());
+
+  shared_->batches.push_front(batch);
+  Index kept = 0;
+  for (auto it = shared_->batches.begin(); it != shared_->batches.end();) {
+    kept += (*it)->bytes;
+    // The newest stays whatever its size: it was asked for.
+    it = kept > kept_bytes_ && it != shared_->batches.begin() ? shared_->batches.erase(it) : std::next(it);
+  }
 }
 
-void Head::combine_attention(int member, std::span<const float> weights, std::span<float> out) const {
-  std::ranges::fill(out, 0.0f);
-  Eigen::Map<Eigen::ArrayXf> sum(out.data(), static_cast<Index>(out.size()));
-  for (std::size_t i = 0; i < weights.size(); ++i) {
-    const auto row = attention(member, static_cast<int>(weights.size() - 1 - i));
-    sum += weights[i] * Eigen::Map<const Eigen::ArrayXf>(row.data(), sum.size());
+void Head::measure_distances(Batch& batch, Index distances, const Matrix& outputs) const {
+  using Distance = WindowCombination::Distance;
+  const Index prompt = shape_.prompt_length;
+  const Index depth = shape_.head_dim;
+  const Index width = factor_width(depth);
+  const Index group = shape_.group_size;
+  const auto distance_of = [&](Index row) {
+    return batch.combinations[static_cast<std::size_t>(row / group)].distance;
+  };
+  bool plain = false;
+  bool projected = false;
+  for (Index c = 0; c < distances; ++c) {
+    (distance_of(c * group) == Distance::projected ? projected : plain) = true;
+  }
+  Shared& shared = *shared_;
+  if (projected && shared.factors.empty()) {
+    for (int member = 0; member < group; ++member) {
+      shared.factors.push_back(source_.projection_factor(member));
+      Matrix& transposed = shared.factors_transposed.emplace_back(Matrix::Zero(depth, width));
+      transposed.leftCols(depth) = shared.factors.back().leftCols(depth).transpose();
+    }
+  }
+
+  // What is multiplied with the values: o, or WᵀW o.
+  Matrix references = outputs;
+  std::vector<float> squared(static_cast<std::size_t>(outputs.rows()));
+  Eigen::RowVectorXf projected_output(width);
+  for (Index row = 0; row < outputs.rows(); ++row) {
+    const auto member = static_cast<std::size_t>(row % group);
+    const float* length_of = outputs.data() + row * width;
+    if (distance_of(row) == Distance::projected) {
+      kernels::multiply(1, width, depth, outputs.data() + row * width, width, 1,
+                        shared.factors_transposed[member].data(), width, projected_output.data(), width);
+      kernels::multiply(1, width, depth, projected_output.data(), width, 1, shared.factors[member].data(), width,
+                        references.data() + row * width, width);
+      length_of = projected_output.data();
+    }
+    double sum = 0;
+    for (Index d = 0; d < depth; ++d) sum += static_cast<double>(length_of[d]) * static_cast<double>(length_of[d]);
+    squared[static_cast<std::size_t>(row)] = static_cast<float>(sum);
+    batch.output_lengths[static_cast<std::size_t>(row)] = static_cast<float>(std::sqrt(sum));
+  }
+
+  const bool new_plain = plain && shared.value_lengths.size() == 0;
+  const bool new_projected = projected && shared.projected_lengths.size() == 0;
+  if (new_plain) shared.value_lengths = Buffer(padded(prompt));
+  if (new_projected) shared.projected_lengths = Buffer(padded(prompt) * group);
+  Buffer rows(kBlock * depth);
+  Buffer panels(kBlock * depth);
+  Buffer products(outputs.rows() * kPanel);
+  for (Index first = 0; first < prompt; first += kBlock) {
+    const Index positions = std::min(kBlock, prompt - first);
+    source_.read_values(first, positions, rows.data());
+    kernels::to_panels(rows.data(), depth, positions, depth, panels.data());
+    for (Index at = first; at < first + positions; at += kPanel) {
+      const float* panel = panels.data() + (at - first) * depth;
+      if (new_plain) kernels::squared_lengths(panel, depth, shared.value_lengths.data() + at);
+      for (Index member = 0; new_projected && member < group; ++member) {
+        kernels::squared_lengths_after(shared.factors[static_cast<std::size_t>(member)].data(), width, panel, depth,
+                                       shared.projected_lengths.data() + member * padded(prompt) + at);
+      }
+      kernels::multiply(outputs.rows(), kPanel, depth, references.data(), width, 1, panel, kPanel, products.data(),
+                        kPanel);
+      for (Index row = 0; row < outputs.rows(); ++row) {
+        const Index member = row % group;
+        const bool through = distance_of(row) == Distance::projected;
+        const float* lengths =
+            (through ? shared.projected_lengths.data() + member * padded(prompt) : shared.value_lengths.data()) + at;
+        float* out = batch.distance.data() + row * batch.stride + at;
+        const bool cancelled = kernels::distances(lengths, products.data() + row * kPanel,
+                                                  squared[static_cast<std::size_t>(row)], kCancelled, kPanel, out);
+        for (Index n = 0; cancelled && n < std::min(kPanel, first + positions - at); ++n) {
+          if (out[n] >= 0) continue;
+          const Eigen::RowVectorXf difference =
+              outputs.row(row).head(depth) -
+              Eigen::Map<const Eigen::RowVectorXf>(rows.data() + (at - first + n) * depth, depth);
+          out[n] =
+              through
+                  ? (shared.factors[static_cast<std::size_t>(member)].leftCols(depth) * difference.transpose()).norm()
+                  : difference.norm();
+        }
+      }
+    }
+  }
+  count_operations(2 * prompt * outputs.rows() * depth + (new_projected ? prompt * group * depth * (depth + 1) : 0) +
+                   (new_plain ? 2 * prompt * depth : 0));
+}
+
+CombinedAttention Head::combined_attention(int member, const WindowCombination& asked) const {
+  using Distance = WindowCombination::Distance;
+  WindowCombination combination = asked;
+  if (!has_output_projection_ && combination.distance == Distance::projected) combination.distance = Distance::values;
+  for (int attempt = 0;; ++attempt) {
+    for (const auto& batch : shared_->batches) {
+      const auto found = std::ranges::find(batch->combinations, combination);
+      if (found == batch->combinations.end()) continue;
+      const Index row = (found - batch->combinations.begin()) * shape_.group_size + member;
+      const Index window = combination.whole_prompt ? 0 : static_cast<Index>(combination.weights.size());
+      CombinedAttention result;
+      result.attention = batch->attention.part(row * batch->stride, shape_.prompt_length);
+      if (combination.distance != Distance::none) {
+        result.distance = batch->distance.part(row * batch->stride, shape_.prompt_length - window);
+        result.output_length = batch->output_lengths[static_cast<std::size_t>(row)];
+      }
+      result.memory = batch;
+      return result;
+    }
+    if (attempt > 0) throw Error("a combination of attention was computed and cannot be found");
+    prepare({&combination, 1});
   }
 }
 
-std::span<const float> Head::attention_output(int member, int age) const {
-  attention(member, age);
-  auto& shared = shared_->members[static_cast<std::size_t>(member)];
-  while (shared.outputs.size() < shared.attention.size()) {
-    shared.outputs.push_back(shared.attention[shared.outputs.size()] * values());
+std::span<const float> Head::attention(int member, int age) const {
+  const WindowPass& pass = window_pass(age + 1);
+  Buffer& row = shared_->rows[{member, age}];
+  if (row.size() == 0) {
+    row = Buffer(shape_.prompt_length);
+    pass.copy_row(member, age, row.part(0, row.size()));
   }
-  const Matrix& block = shared.outputs[static_cast<std::size_t>(age / kRowBlock)];
-  return {block.data() + static_cast<Index>(age % kRowBlock) * block.cols(), static_cast<std::size_t>(block.cols())};
+  return row.part(0, row.size());
+}
+
+std::int64_t Head::sum_of_most_attended(int member, int age, int count) const {
+  const auto [place, is_new] = shared_->sums_of_most_attended.try_emplace({member, age, count}, 0);
+  if (!is_new) return place->second;
+  Buffer row(shape_.prompt_length);
+  window_pass(age + 1).copy_row(member, age, row.part(0, row.size()));
+  thread_local std::vector<std::uint32_t> positions;
+  kernels::largest(row.part(0, row.size()), count, positions);
+  std::int64_t sum = 0;
+  for (const std::uint32_t position : positions) sum += position;
+  return place->second = sum;
 }
 
 const std::vector<float>& Head::accumulated_attention(int member) const {
-  auto& accumulated = shared_->members[static_cast<std::size_t>(member)].accumulated;
+  auto& accumulated = shared_->accumulated[static_cast<std::size_t>(member)];
   if (accumulated) return *accumulated;
   accumulated = source_.attention_mass(member);
   if (accumulated) return *accumulated;
@@ -181,22 +535,6 @@ std::vector<float> Head::evaluation_attention(int member) const {
     }
   }
   return {sums.begin(), sums.end()};
-}
-
-const Matrix& Head::projection_factor(int member) const {
-  auto& factor = shared_->members[static_cast<std::size_t>(member)].factor;
-  if (factor) return *factor;
-  const Matrix weight = source_.output_projection(member);
-  const Eigen::HouseholderQR<Eigen::MatrixXf> decomposition(weight);
-  const Index rows = std::min(weight.rows(), weight.cols());
-  factor = decomposition.matrixQR().topRows(rows).triangularView<Eigen::Upper>();
-  return *factor;
-}
-
-const Matrix& Head::projected_values(int member) const {
-  auto& projected = shared_->members[static_cast<std::size_t>(member)].projected_values;
-  if (!projected) projected = values() * projection_factor(member).transpose();
-  return *projected;
 }
 
 }  // namespace kvreplay

@@ -1,6 +1,7 @@
 // What a policy can see: one KV head at the moment of eviction, with the query heads that read it.
 #pragma once
 
+#include <compare>
 #include <memory>
 #include <optional>
 #include <span>
@@ -34,8 +35,10 @@ class HeadSource {
   virtual ~HeadSource() = default;
 
   virtual const HeadShape& shape() const = 0;
-  virtual Matrix keys() const = 0;    ///< [P, D]
-  virtual Matrix values() const = 0;  ///< [P, D]
+
+  /// Positions first … first + count − 1, all below P, as `count` rows of D floats that follow each other.
+  virtual void read_keys(Index first, Index count, float* rows) const = 0;
+  virtual void read_values(Index first, Index count, float* rows) const = 0;
 
   /// Ascending positions, all below P, of the prompt queries that are at hand.
   virtual std::span<const int> query_positions() const = 0;
@@ -45,6 +48,9 @@ class HeadSource {
 
   virtual bool has_output_projection() const = 0;
   virtual Matrix output_projection(int member) const = 0;  ///< [C, D], the columns of W_O that this head goes through
+
+  /// projection_factor_of(output_projection(member)), where the source has it at hand or can have it cheaper: [D, D].
+  virtual Matrix projection_factor(int member) const;
 
   /// The attention that each of the P positions received from all causal prompt queries, where that was recorded.
   virtual std::optional<std::vector<float>> attention_mass(int member) const = 0;
@@ -61,11 +67,43 @@ class HeadSource {
 /// How many of the prompt's queries are at hand without a gap, counted back from the last one before the eviction.
 int contiguous_window(std::span<const int> query_positions, int prompt_length);
 
+/// A weighted sum of the attention of the observation window's queries, and what is asked about it. Every temporal
+/// smoothing is such a sum.
+struct WindowCombination {
+  /// Which distances are asked for.
+  enum class Distance {
+    none,
+    values,     ///< ‖o − v_n‖
+    projected,  ///< ‖W (o − v_n)‖, W being the part of the output projection that the query head goes through
+  };
+
+  std::vector<float> weights = {};  ///< a weight per query of the window, oldest first
+  Distance distance = Distance::none;
+  bool whole_prompt = false;  ///< o = Σ a_n v_n runs over all positions; else over those before the window
+
+  auto operator<=>(const WindowCombination&) const = default;
+};
+
+/// The answer for one query head.
+struct CombinedAttention {
+  std::span<const float>
+      attention;  ///< [P] a_n = Σ_i weights[i] · A[i, n], A the softmax attention of the window's queries
+  std::span<const float> distance;     ///< for the positions that o runs over; empty where it was not asked for
+  float output_length = 0;             ///< ‖o‖ or ‖W o‖
+  std::shared_ptr<const void> memory;  ///< what the spans lie in lives as long as this
+};
+
 /// A head as policies see it. Quantities that several policies need are computed on first use and kept, so that a run
 /// of many policies, capacities and parameters pays for each of them once. Not for use by several threads at once.
+///
+/// Arithmetic is float32. Logits are summed over the head dimension in its order; exponentials are taken and summed in
+/// blocks of 512 positions against the block's maximum, and blocks are put together in double. Outputs are summed in
+/// float32 over a block and in double over blocks. Squared distances are ‖W o‖² − 2 (WᵀW o)·v + ‖W v‖²; where that
+/// loses more than six bits, W (o − v) itself is taken.
 class Head {
  public:
-  explicit Head(const HeadSource& source);
+  /// `kept_bytes`: how much memory combinations may keep; what exceeds it is computed again when asked for again.
+  explicit Head(const HeadSource& source, Index kept_bytes = Index{1} << 28);
   ~Head();
   Head(const Head&) = delete;
   Head& operator=(const Head&) = delete;
@@ -76,16 +114,21 @@ class Head {
   const Matrix& keys() const;    ///< [P, D]
   const Matrix& values() const;  ///< [P, D]
 
+  /// Computes, in one pass for all of them, combinations that will be asked for. Rankings tell theirs in
+  /// requirements(). Throws Error if a query of a window was not captured.
+  void prepare(std::span<const WindowCombination> combinations) const;
+
+  /// The window's attention, combined. Without an output projection, Distance::projected is Distance::values. Throws
+  /// Error if a query of the window was not captured.
+  CombinedAttention combined_attention(int member, const WindowCombination& combination) const;
+
   /// Softmax attention of the prompt query at position P − 1 − age over all positions: [P], zero where it cannot look.
   /// Throws Error if that query was not captured.
   std::span<const float> attention(int member, int age) const;
 
-  /// Σ_i weights[i] · attention of the window's i-th query, oldest first, over positions 0 … out.size() − 1; the window
-  /// is the last weights.size() prompt queries. Throws Error if one of them was not captured.
-  void combine_attention(int member, std::span<const float> weights, std::span<float> out) const;
-
-  /// What the query at position P − 1 − age gets from the full cache: [D].
-  std::span<const float> attention_output(int member, int age) const;
+  /// Sum of the `count` positions that this query attends most; among equal ones the earlier. Throws Error if it was
+  /// not captured.
+  std::int64_t sum_of_most_attended(int member, int age, int count) const;
 
   /// Σ over all prompt queries of causal attention, per position: [P]. Taken from the recorded attention mass, or
   /// computed where all prompt queries are at hand. Throws Error where neither is.
@@ -105,19 +148,20 @@ class Head {
   /// The columns of the output projection that this query head goes through: [C, D]. Read anew at every call.
   Matrix output_projection(int member) const { return source_.output_projection(member); }
 
-  /// R, upper triangular of at most D rows, with ‖R x‖ = ‖W x‖ for every x of D elements, W being the columns of the
-  /// output projection that this query head goes through. Lengths after the projection thus cost D² instead of C·D.
-  const Matrix& projection_factor(int member) const;
-
-  /// values · Rᵀ: [P, rows of R]. Distances between its rows are distances after the output projection.
-  const Matrix& projected_values(int member) const;
+  /// The most bytes that a head takes for windows of up to `window` queries while `combinations` of them are prepared.
+  static Index memory(const HeadShape& shape, int window, Index combinations);
 
  private:
+  class WindowPass;
+  struct Batch;
   struct Shared;
   Matrix logits(const Matrix& queries) const;
+  const WindowPass& window_pass(int window) const;
+  void measure_distances(Batch& batch, Index distances, const Matrix& outputs) const;
 
   const HeadSource& source_;
   HeadShape shape_;
+  Index kept_bytes_;
   bool has_output_projection_;
   std::unique_ptr<Shared> shared_;
 };

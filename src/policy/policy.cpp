@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "base/printable.h"
+#include "kernels/kernels.h"
 
 namespace kvreplay {
 namespace {
@@ -97,6 +98,8 @@ std::string_view name_of(Share share) {
   }
   return "";
 }
+
+void Ranking::smooth(const Head& /*head*/, int /*member*/, int /*capacity*/, std::span<float> /*scores*/) const {}
 
 void Ranking::refine(const Head& /*head*/, std::span<const int> /*members*/, int /*capacity*/,
                      std::span<float> /*scores*/) const {}
@@ -189,24 +192,18 @@ std::vector<int> select_top(std::span<const float> scores, Protection protection
   }
   const int first = std::min(protection.sinks, size);
   const int last = std::max(first, size - protection.window);
-  std::vector<int> ranked(static_cast<std::size_t>(last - first));
-  std::iota(ranked.begin(), ranked.end(), first);
-  for (const int position : ranked) {
-    if (std::isnan(scores[static_cast<std::size_t>(position)])) {
-      throw Error(fmt::format("the score of position {} is not a number", position));
-    }
+  const auto ranked = scores.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(last - first));
+  if (kernels::has_nan(ranked)) {
+    const auto found = std::ranges::find_if(ranked, [](float score) { return std::isnan(score); });
+    throw Error(fmt::format("the score of position {} is not a number", first + (found - ranked.begin())));
   }
-  const auto count = std::clamp<std::ptrdiff_t>(capacity - first - (size - last), 0, last - first);
-  const auto ahead = [&scores](int a, int b) {
-    const float score_a = scores[static_cast<std::size_t>(a)];
-    const float score_b = scores[static_cast<std::size_t>(b)];
-    return score_a != score_b ? score_a > score_b : a < b;
-  };
-  std::nth_element(ranked.begin(), ranked.begin() + count, ranked.end(), ahead);
+  thread_local std::vector<std::uint32_t> best;
+  kernels::largest(ranked, capacity - first - (size - last), best);
+  std::ranges::sort(best);
   std::vector<int> kept(static_cast<std::size_t>(first));
+  kept.reserve(best.size() + static_cast<std::size_t>(first + size - last));
   std::iota(kept.begin(), kept.end(), 0);
-  kept.insert(kept.end(), ranked.begin(), ranked.begin() + count);
-  std::sort(kept.begin() + first, kept.end());
+  for (const std::uint32_t offset : best) kept.push_back(first + static_cast<int>(offset));
   for (int position = last; position < size; ++position) kept.push_back(position);
   return kept;
 }

@@ -22,12 +22,15 @@ struct Protection {
   int count() const { return sinks + window; }
 };
 
-/// What a ranking must find in a trace; checked before any work begins.
+/// What a ranking must find in a trace, checked before any work begins, and what it will ask a head for.
 struct Requirements {
   int window_queries = 0;              ///< prompt queries at hand before the eviction, without a gap
   bool output_projection = false;      ///< used where the trace has one; the method says what it does without
   bool accumulated_attention = false;  ///< recorded attention mass, or all prompt queries
   bool all_queries = false;            ///< all prompt queries
+  /// Combinations of the window's attention that score() will ask for: told here, those of all policies of a run are
+  /// computed in one pass. One that is not told is computed when it is asked for.
+  std::vector<WindowCombination> combinations = {};
 };
 
 /// Steps 1 and 2: gives every position a score; the higher, the rather it is kept.
@@ -40,13 +43,16 @@ class Ranking {
 
   virtual Requirements requirements() const { return {}; }
 
-  /// Whether score() looks at the capacity. If not, it is called once for all capacities.
+  /// Scores of the prompt's positions for query head `member` of the head's group: [P]. Those of protected positions
+  /// are not looked at. Throws Error where the head lacks what it needs.
+  virtual void score(const Head& head, int member, std::span<float> scores) const = 0;
+
+  /// Whether smooth() and refine() look at the capacity. If not, they are called once for all capacities.
   virtual bool depends_on_capacity() const { return false; }
 
-  /// Scores of the prompt's positions for query head `member` of the head's group: [P]. Those of protected positions
-  /// are not looked at. `capacity` is the capacity asked for, before any budget shifts it between layers or heads; at
-  /// least protection().count(), at most P. Throws Error where the head lacks what it needs.
-  virtual void score(const Head& head, int member, int capacity, std::span<float> scores) const = 0;
+  /// Smooths a query head's scores [P] over positions, in place. `capacity` is the capacity asked for, before any
+  /// budget shifts it between layers or heads; at least protection().count(), at most P.
+  virtual void smooth(const Head& head, int member, int capacity, std::span<float> scores) const;
 
   /// A second look at scores that the query heads `members` of the head's group already share: [P], in place. For
   /// methods whose later stage works on shared scores; most have none. Where a whole layer shares, each KV head's part

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 
 #include "policy/policy.h"
@@ -48,23 +49,77 @@ Spatial spatial_named(const std::string& name) {
   throw std::invalid_argument(name);
 }
 
-void pool(Spatial spatial, int kernel, std::span<float> scores) {
-  const int size = static_cast<int>(scores.size());
-  const int half = kernel / 2;
-  if (spatial == Spatial::none || kernel == 1) return;
-  const std::vector<float> raw(scores.begin(), scores.end());
-  const auto at = [&raw](int i) { return raw[static_cast<std::size_t>(i)]; };
-  for (int i = 0; i < size; ++i) {
-    const int first = std::max(0, i - half);
-    const int last = std::min(size - 1, i + half);
-    if (spatial == Spatial::maximum) {
-      scores[static_cast<std::size_t>(i)] = *std::max_element(raw.begin() + first, raw.begin() + last + 1);
-    } else {
-      // Summed afresh for every position: a running sum would carry the rounding of large scores far along the prompt.
-      double sum = 0;
-      for (int j = first; j <= last; ++j) sum += static_cast<double>(at(j));
-      scores[static_cast<std::size_t>(i)] = static_cast<float>(sum / kernel);
+namespace {
+
+// Scores that are pooled at a time: they and what they become stay in the innermost cache.
+constexpr std::size_t kPooled = 1024;
+
+// The scores with `before` and `after` copies of an edge's value around them.
+std::span<const float> extended(std::span<const float> scores, std::size_t before, float front, std::size_t after,
+                                float back) {
+  thread_local std::vector<float> memory;
+  memory.resize(before + scores.size() + after);
+  std::fill_n(memory.begin(), before, front);
+  std::ranges::copy(scores, memory.begin() + static_cast<std::ptrdiff_t>(before));
+  std::fill_n(memory.end() - static_cast<std::ptrdiff_t>(after), after, back);
+  return memory;
+}
+
+// pooled[i] = join of the `width` values from values[i] on, joined in their order.
+template <class Join>
+void join_neighbours(std::span<const float> values, std::size_t width, std::span<float> pooled, const Join& join) {
+  for (std::size_t first = 0; first < pooled.size(); first += kPooled) {
+    const std::size_t count = std::min(kPooled, pooled.size() - first);
+    float* const to = pooled.data() + first;
+    const float* const from = values.data() + first;
+    std::copy_n(from, count, to);
+    for (std::size_t j = 1; j < width; ++j) {
+      for (std::size_t i = 0; i < count; ++i) to[i] = join(to[i], from[i + j]);
     }
+  }
+}
+
+// The same sums for windows so wide that adding each up would take long: every window is the end of one block of
+// `width` values and the beginning of the next, both summed from their common edge. Nothing is subtracted, so that
+// small scores do not drown in the rounding of large ones.
+void sum_wide(std::span<const float> values, std::size_t width, std::span<float> sums) {
+  std::vector<double> ends(width + 1);  // ends[i]: of the block's values from i on
+  for (std::size_t block = 0; block < sums.size(); block += width) {
+    ends[width] = 0;
+    for (std::size_t i = width; i-- > 0;) ends[i] = ends[i + 1] + static_cast<double>(values[block + i]);
+    double beginning = 0;
+    for (std::size_t i = 0; i < width && block + i < sums.size(); ++i) {
+      sums[block + i] = static_cast<float>(ends[i] + beginning);
+      if (block + width + i < values.size()) beginning += static_cast<double>(values[block + width + i]);
+    }
+  }
+}
+
+// Replaces each score by the mean over `width` values of what `before` and `after` make of the scores.
+void average(std::size_t width, std::size_t before, float front, std::size_t after, float back,
+             std::span<float> scores) {
+  constexpr std::size_t kWide = 32;
+  const auto values = extended(scores, before, front, after, back);
+  if (width <= kWide) {
+    join_neighbours(values, width, scores, [](float a, float b) { return a + b; });
+  } else {
+    sum_wide(values, width, scores);
+  }
+  const float share = 1.0f / static_cast<float>(width);
+  for (float& score : scores) score *= share;
+}
+
+}  // namespace
+
+void pool(Spatial spatial, int kernel, std::span<float> scores) {
+  if (spatial == Spatial::none || kernel == 1 || scores.empty()) return;
+  const auto width = static_cast<std::size_t>(kernel);
+  if (spatial == Spatial::maximum) {
+    const float lowest = -std::numeric_limits<float>::infinity();
+    const auto values = extended(scores, width / 2, lowest, width / 2, lowest);
+    join_neighbours(values, width, scores, [](float a, float b) { return a > b ? a : b; });
+  } else {
+    average(width, width / 2, 0, width / 2, 0, scores);
   }
 }
 
@@ -83,9 +138,7 @@ double attention_drift(const Head& head, int member, int window, int count) {
   if (count <= 0 || front == 0) return 0;
   const auto sum_of_positions = [&](int first, int last) {
     std::int64_t sum = 0;
-    for (int i = first; i < last; ++i) {
-      for (const int position : select_top(head.attention(member, window - 1 - i), {}, count)) sum += position;
-    }
+    for (int i = first; i < last; ++i) sum += head.sum_of_most_attended(member, window - 1 - i, count);
     return sum;
   };
   // One division of a whole number: a drift of exactly n·β must not come out below it.
@@ -94,17 +147,24 @@ double attention_drift(const Head& head, int member, int window, int count) {
 }
 
 void pool_adaptive(AdaptiveWindow window, std::span<float> scores) {
-  const std::int64_t size = static_cast<std::int64_t>(scores.size());
+  const auto size = static_cast<std::int64_t>(scores.size());
   if (size == 0) return;
+  // Positions from i − before on; more than all of the scores lie beyond an edge only as copies of it.
+  const std::int64_t before = window.width / 2 - static_cast<std::int64_t>(window.shift);
+  const std::int64_t after = window.width - 1 - before;
+  if (before >= 0 && after >= 0 && before <= size && after <= size) {
+    average(static_cast<std::size_t>(window.width), static_cast<std::size_t>(before), scores.front(),
+            static_cast<std::size_t>(after), scores.back(), scores);
+    return;
+  }
   const std::vector<float> raw(scores.begin(), scores.end());
-  // A window far wider than the scores repeats its edges; those need not be summed one by one.
   for (std::int64_t i = 0; i < size; ++i) {
-    const std::int64_t first = i - window.width / 2 + window.shift;
+    const std::int64_t first = i - before;
     const std::int64_t end = first + window.width;
-    const std::int64_t before = std::clamp<std::int64_t>(-first, 0, window.width);
-    const std::int64_t after = std::clamp<std::int64_t>(end - size, 0, window.width);
-    double sum = static_cast<double>(before) * static_cast<double>(raw.front()) +
-                 static_cast<double>(after) * static_cast<double>(raw.back());
+    const std::int64_t beyond_front = std::clamp<std::int64_t>(-first, 0, window.width);
+    const std::int64_t beyond_back = std::clamp<std::int64_t>(end - size, 0, window.width);
+    double sum = static_cast<double>(beyond_front) * static_cast<double>(raw.front()) +
+                 static_cast<double>(beyond_back) * static_cast<double>(raw.back());
     for (std::int64_t j = std::max<std::int64_t>(first, 0); j < std::min(end, size); ++j) {
       sum += static_cast<double>(raw[static_cast<std::size_t>(j)]);
     }
@@ -114,12 +174,13 @@ void pool_adaptive(AdaptiveWindow window, std::span<float> scores) {
 
 void smooth_in_space(Spatial spatial, int kernel, double beta, const Head& head, int member, int window, int capacity,
                      std::span<float> scores) {
+  const auto past = scores.first(scores.size() - static_cast<std::size_t>(window));
   if (spatial != Spatial::adaptive) {
-    pool(spatial, kernel, scores);
+    pool(spatial, kernel, past);
     return;
   }
   const double drift = attention_drift(head, member, window, capacity - window);
-  pool_adaptive(AdaptiveWindow::from_drift(drift, beta, kernel), scores);
+  pool_adaptive(AdaptiveWindow::from_drift(drift, beta, kernel), past);
 }
 
 }  // namespace kvreplay

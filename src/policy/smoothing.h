@@ -58,8 +58,9 @@ double attention_drift(const Head& head, int member, int window, int count);
 /// beyond an edge take the edge's score.
 void pool_adaptive(AdaptiveWindow window, std::span<float> scores);
 
-/// Pools `scores` of the positions before a window of `window` queries in place, over `kernel` positions; for
-/// Spatial::adaptive with the drift of the capacity − window most attended positions, in units of `beta`.
+/// Pools, of `scores` [P], those of the positions before a window of `window` queries in place, over `kernel`
+/// positions; for Spatial::adaptive with the drift of the capacity − window most attended positions, in units of
+/// `beta`.
 void smooth_in_space(Spatial spatial, int kernel, double beta, const Head& head, int member, int window, int capacity,
                      std::span<float> scores);
 

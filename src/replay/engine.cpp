@@ -116,7 +116,7 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
   const double head_dim = model.head_dim;
   const auto queries = static_cast<double>(outline.evaluation_positions.size());
   const auto settings = static_cast<double>(outline.results.size());
-  const double stored = size_of(trace_of(unit).stored_tensors().front().type);
+  const auto stored = static_cast<double>(size_of(trace_of(unit).stored_tensors().front().type));
   Work work;
   work.bytes = (2 * model.num_key_value_heads * tokens + heads * queries) * head_dim * stored;
   work.operations = 4 * heads * queries * tokens * head_dim;  // full attention of the evaluation queries

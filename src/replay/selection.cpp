@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "kernels/kernels.h"
 #include "replay/trace_head.h"
 
 namespace kvreplay {
@@ -19,16 +20,17 @@ std::span<float> row_of(Matrix& matrix, Index row) {
   return {matrix.data() + row * matrix.cols(), static_cast<std::size_t>(matrix.cols())};
 }
 
-Matrix combine(const Matrix& rows, Share share) {
-  switch (share) {
-    case Share::mean:
-      return rows.colwise().mean();
-    case Share::max:
-      return rows.colwise().maxCoeff();
-    case Share::sum:
-      return rows.colwise().sum();
+// What the heads behind `rows` share: [1, P]. Rows are taken in their order.
+void combine(const Matrix& rows, Share share, Matrix& shared) {
+  shared = rows.row(0);
+  for (Index row = 1; row < rows.rows(); ++row) {
+    if (share == Share::max) {
+      shared = shared.cwiseMax(rows.row(row));
+    } else {
+      shared += rows.row(row);
+    }
   }
-  return rows;
+  if (share == Share::mean) shared /= static_cast<float>(rows.rows());
 }
 
 // Without a budget, or at granularity layer, one capacity serves all sets.
@@ -39,8 +41,13 @@ int capacity_for(const std::vector<int>& capacities, int set) {
 }  // namespace
 
 LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings, int layer,
-                               int eviction_position)
-    : trace_(trace), settings_(settings), layer_(layer), prompt_(eviction_position), model_(trace.info().model) {
+                               int eviction_position, Index combination_bytes)
+    : trace_(trace),
+      settings_(settings),
+      layer_(layer),
+      prompt_(eviction_position),
+      combination_bytes_(combination_bytes),
+      model_(trace.info().model) {
   const auto kv_heads = static_cast<std::size_t>(model_.num_key_value_heads);
   deferred_.resize(settings.size(), std::vector<HeadScores>(kv_heads));
   for (const Setting& setting : settings) {
@@ -50,27 +57,36 @@ LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setti
 
 void LayerSelection::rank_head(int kv_head) {
   const TraceHead source(trace_, layer_, kv_head, prompt_);
-  const Head head(source);
-  const Setting* scored = nullptr;  // whose scores `scores` holds; a policy's capacities follow each other
+  const Head head(source, combination_bytes_);
   HeadScores scores;
+  Matrix raw(model_.group_size(), prompt_);
+  std::size_t prepared = 0;  // settings whose combinations were prepared
   for (std::size_t i = 0; i < settings_.size(); ++i) {
     const Setting& setting = settings_[i];
     const Policy& policy = *setting.policy;
     try {
       if (setting.keeps_all(prompt_)) {
         keep_all(i, kv_head);
-      } else if (policy.pattern) {
+        continue;
+      }
+      if (policy.pattern) {
         keep_pattern(i, head.shape());
-      } else {
-        const bool reusable =
-            scored != nullptr && scored->policy == setting.policy && !policy.ranking->depends_on_capacity();
-        if (!reusable) scores = score_head(setting, head);
-        scored = &setting;
-        if (setting.is_local()) {
-          select_locally(i, kv_head, scores);
-        } else {
-          deferred_[i][static_cast<std::size_t>(kv_head)] = scores;
+        continue;
+      }
+      if (i >= prepared) prepared = prepare(head, i);
+      // A policy's capacities follow each other.
+      const bool same_policy =
+          i > 0 && settings_[i - 1].policy == setting.policy && !settings_[i - 1].keeps_all(prompt_);
+      if (!same_policy) {
+        for (int member = 0; member < model_.group_size(); ++member) {
+          policy.ranking->score(head, member, row_of(raw, member));
         }
+      }
+      if (!same_policy || policy.ranking->depends_on_capacity()) smooth_and_share(setting, head, raw, scores);
+      if (setting.is_local()) {
+        select_locally(i, kv_head, scores);
+      } else {
+        deferred_[i][static_cast<std::size_t>(kv_head)] = scores;
       }
     } catch (const Error& error) {
       throw in_context(setting, kv_head, error);
@@ -78,40 +94,63 @@ void LayerSelection::rank_head(int kv_head) {
   }
 }
 
-// Steps 1 to 3 for one KV head.
-LayerSelection::HeadScores LayerSelection::score_head(const Setting& setting, const Head& head) const {
+// Computes together what the settings from `first` on will ask the head for, as many of them as memory allows; returns
+// the first that is left out.
+std::size_t LayerSelection::prepare(const Head& head, std::size_t first) const {
+  const auto bytes_of = [&head](std::size_t combinations) {
+    const auto count = static_cast<Index>(combinations);
+    return Head::memory(head.shape(), 0, count) - Head::memory(head.shape(), 0, 0);
+  };
+  std::vector<WindowCombination> combinations;
+  std::size_t i = first;
+  for (; i < settings_.size(); ++i) {
+    if (!settings_[i].policy->ranking || settings_[i].keeps_all(prompt_)) continue;
+    if (i > first && settings_[i].policy == settings_[i - 1].policy) continue;
+    std::vector<WindowCombination> more = settings_[i].policy->ranking->requirements().combinations;
+    std::erase_if(more, [&combinations](const WindowCombination& combination) {
+      return std::ranges::find(combinations, combination) != combinations.end();
+    });
+    if (i > first && bytes_of(combinations.size() + more.size()) > combination_bytes_) break;
+    std::ranges::move(more, std::back_inserter(combinations));
+  }
+  head.prepare(combinations);
+  return i;
+}
+
+// Step 2 over positions, and step 3, for one KV head.
+void LayerSelection::smooth_and_share(const Setting& setting, const Head& head, const Matrix& raw,
+                                      HeadScores& scores) const {
   const Ranking& ranking = *setting.policy->ranking;
   const bool compare_all = setting.policy->budget && setting.policy->budget->needs_scores();
-  const int group = model_.group_size();
-  HeadScores scores;
-  scores.query = Matrix::Zero(group, prompt_);
-  for (int member = 0; member < group; ++member) {
-    ranking.score(head, member, setting.capacity, row_of(scores.query, member));
-  }
-  std::vector<int> members(static_cast<std::size_t>(group));
+  scores.query = raw;
+  std::vector<int> members(static_cast<std::size_t>(model_.group_size()));
   std::iota(members.begin(), members.end(), 0);
+  for (const int member : members) {
+    ranking.smooth(head, member, setting.capacity, row_of(scores.query, member));
+  }
   if (setting.granularity != Granularity::query || compare_all) {
-    scores.shared = combine(scores.query, setting.share);
+    combine(scores.query, setting.share, scores.shared);
     ranking.refine(head, members, setting.capacity, row_of(scores.shared, 0));
+    check_numbers(scores.shared, ranking.protection());
+  } else {
+    scores.shared.resize(0, 0);
   }
   if (setting.granularity == Granularity::query || compare_all) {
-    for (const int& member : members)
+    for (const int& member : members) {
       ranking.refine(head, {&member, 1}, setting.capacity, row_of(scores.query, member));
-  } else {
-    scores.query.resize(0, 0);
+    }
+    check_numbers(scores.query, ranking.protection());
   }
-  check_numbers(scores.query, ranking.protection());
-  check_numbers(scores.shared, ranking.protection());
-  return scores;
 }
 
 void LayerSelection::check_numbers(const Matrix& scores, Protection protection) const {
   for (Index row = 0; row < scores.rows(); ++row) {
-    for (Index position = protection.sinks; position < prompt_ - protection.window; ++position) {
-      if (std::isnan(scores(row, position))) {
-        throw Error(fmt::format("the score of position {} is not a number", position));
-      }
-    }
+    const auto ranked = row_of(scores, row)
+                            .subspan(static_cast<std::size_t>(protection.sinks),
+                                     static_cast<std::size_t>(prompt_ - protection.count()));
+    if (!kernels::has_nan(ranked)) continue;
+    const auto found = std::ranges::find_if(ranked, [](float score) { return std::isnan(score); });
+    throw Error(fmt::format("the score of position {} is not a number", protection.sinks + (found - ranked.begin())));
   }
 }
 
@@ -155,7 +194,8 @@ void LayerSelection::select_together(int index) {
     if (s.granularity == Granularity::layer) {
       Matrix rows(static_cast<Index>(parts.size()), prompt_);
       for (std::size_t i = 0; i < parts.size(); ++i) rows.row(static_cast<Index>(i)) = parts[i].shared;
-      const Matrix scores = combine(rows, s.share);
+      Matrix scores;
+      combine(rows, s.share, scores);
       std::ranges::fill(kept_[setting], select_set(s, row_of(scores, 0), allocate(s, parts)[0]));
       return;
     }

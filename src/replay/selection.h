@@ -12,8 +12,10 @@ namespace kvreplay {
 /// The kept sets of a layer's settings, drawn head by head and then, where heads depend on each other, together.
 class LayerSelection {
  public:
-  /// All must outlive it.
-  LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings, int layer, int eviction_position);
+  /// All must outlive it. `combination_bytes`: what combinations of attention may take per KV head that is ranked at a
+  /// time.
+  LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings, int layer, int eviction_position,
+                 Index combination_bytes = Index{1} << 28);
 
   /// Draws what one KV head can draw without the others. Heads may be drawn by different threads at once.
   void rank_head(int kv_head);
@@ -32,7 +34,8 @@ class LayerSelection {
     Matrix shared;  // [1, P]: what the group shares
   };
 
-  HeadScores score_head(const Setting& setting, const Head& head) const;
+  std::size_t prepare(const Head& head, std::size_t first) const;
+  void smooth_and_share(const Setting& setting, const Head& head, const Matrix& raw, HeadScores& scores) const;
   void check_numbers(const Matrix& scores, Protection protection) const;
   void keep_all(std::size_t setting, int kv_head);
   void keep_pattern(std::size_t setting, const HeadShape& shape);
@@ -46,6 +49,7 @@ class LayerSelection {
   const std::vector<Setting>& settings_;
   int layer_;
   int prompt_;
+  Index combination_bytes_;
   const ModelInfo& model_;
   std::vector<std::vector<HeadScores>> deferred_;  // [setting][KV head]: scores that wait for the other heads
   std::vector<LayerSets> kept_;                    // [setting]

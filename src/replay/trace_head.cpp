@@ -28,12 +28,12 @@ TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, int evict
   evaluation_positions_ = positions.subspan(static_cast<std::size_t>(before));
 }
 
-Matrix TraceHead::keys() const {
-  return trace_.read(shape_.layer, HeadTensor::keys, shape_.kv_head, 0, shape_.prompt_length);
+void TraceHead::read_keys(Index first, Index count, float* rows) const {
+  trace_.read_rows(shape_.layer, HeadTensor::keys, shape_.kv_head, first, count, rows);
 }
 
-Matrix TraceHead::values() const {
-  return trace_.read(shape_.layer, HeadTensor::values, shape_.kv_head, 0, shape_.prompt_length);
+void TraceHead::read_values(Index first, Index count, float* rows) const {
+  trace_.read_rows(shape_.layer, HeadTensor::values, shape_.kv_head, first, count, rows);
 }
 
 Matrix TraceHead::queries(int member, Index first, Index count) const {

@@ -14,8 +14,8 @@ class TraceHead : public HeadSource {
   TraceHead(const TraceReader& trace, int layer, int kv_head, int eviction_position);
 
   const HeadShape& shape() const override { return shape_; }
-  Matrix keys() const override;
-  Matrix values() const override;
+  void read_keys(Index first, Index count, float* rows) const override;
+  void read_values(Index first, Index count, float* rows) const override;
   std::span<const int> query_positions() const override { return query_positions_; }
   Matrix queries(int member, Index first, Index count) const override;
   bool has_output_projection() const override;

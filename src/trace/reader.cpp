@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <memory>
 #include <utility>
 
 #include "base/error.h"
@@ -17,6 +18,17 @@ namespace kvreplay {
 namespace {
 
 constexpr std::int64_t kFormatVersion = 1;
+
+// Tensors are read and converted in pieces of this many bytes: few calls, and still in a core's own cache when
+// converted.
+constexpr Index kPieceBytes = Index{128} << 10;
+
+// Memory for one piece as it is stored, kept by each thread.
+std::byte* staging(std::size_t bytes) {
+  thread_local std::vector<std::byte> memory;
+  if (memory.size() < bytes) memory.resize(bytes);
+  return memory.data();
+}
 
 }  // namespace
 
@@ -204,27 +216,60 @@ struct TraceReader::State {
     return layers[static_cast<std::size_t>(number)];
   }
 
-  // Reads a box of `dataset` as float32 into `out`, which has room for it.
-  static void read_box(const hdf5::Dataset& dataset, const hdf5::Shape& first, const hdf5::Shape& count,
-                       std::span<float> out) {
+  // Reads a box of `dataset` as float32 into `out`, row-major, and refuses NaN and infinity. `place` names where an
+  // element stands, given its offset in `out`.
+  template <class Place>
+  void read_box(const hdf5::Dataset& dataset, hdf5::Shape first, hdf5::Shape count, float* out, Place place) const {
+    const auto axis = static_cast<std::size_t>(
+        std::find_if(count.begin(), count.end() - 1, [](Index extent) { return extent != 1; }) - count.begin());
+    const Index rows = count[axis];
+    const Index begin = first[axis];
+    const Index width = hdf5::elements({count.begin() + static_cast<std::ptrdiff_t>(axis) + 1, count.end()});
     const DType type = *dataset.float_type();
-    if (type == DType::float32) {
-      dataset.read_raw(first, count, reinterpret_cast<std::byte*>(out.data()));
-      return;
+    const Index row_bytes = width * static_cast<Index>(size_of(type));
+    // Of filtered data HDF5 might unpack a chunk for every piece anew.
+    const Index piece = dataset.reads_directly() ? std::max<Index>(kPieceBytes / row_bytes, 1) : rows;
+    std::unique_ptr<std::byte[]> whole;
+    for (Index done = 0; done < rows; done += piece) {
+      first[axis] = begin + done;
+      count[axis] = std::min(piece, rows - done);
+      const std::span<float> values(out + done * width, static_cast<std::size_t>(count[axis] * width));
+      bool finite = false;
+      if (type == DType::float32) {
+        dataset.read_raw(first, count, reinterpret_cast<std::byte*>(values.data()));
+        finite = all_finite(values);
+      } else {
+        const auto bytes = static_cast<std::size_t>(count[axis] * row_bytes);
+        if (!dataset.reads_directly()) whole = std::make_unique_for_overwrite<std::byte[]>(bytes);
+        std::byte* const stored = whole ? whole.get() : staging(bytes);
+        dataset.read_raw(first, count, stored);
+        finite = to_float32_checked(type, stored, values);
+      }
+      if (finite) continue;
+      const auto found = static_cast<Index>(find_non_finite(values).value());
+      const float value = values[static_cast<std::size_t>(found)];
+      fail(dataset.path(), fmt::format("{} at {}; capture it again, in bfloat16 or float32 if values overflow float16",
+                                       value != value ? "NaN" : "infinity", place(done * width + found)));
     }
-    const auto bytes = std::make_unique_for_overwrite<std::byte[]>(out.size() * size_of(type));
-    dataset.read_raw(first, count, bytes.get());
-    to_float32(type, bytes.get(), out);
   }
 
-  // `place` names where an element stands, given its offset in `values`.
-  template <class Place>
-  void check_finite(const hdf5::Dataset& dataset, std::span<const float> values, Place place) const {
-    const auto found = find_non_finite(values);
-    if (!found) return;
-    const char* what = values[*found] != values[*found] ? "NaN" : "infinity";
-    fail(dataset.path(), fmt::format("{} at {}; capture it again, in bfloat16 or float32 if values overflow float16",
-                                     what, place(static_cast<Index>(*found))));
+  const hdf5::Dataset& head_tensor(int number, HeadTensor tensor) const {
+    return layer(number).head_tensors[static_cast<std::size_t>(tensor)];
+  }
+
+  // Refuses rows that a head's tensor does not have.
+  void check_rows(const hdf5::Dataset& dataset, int head, Index first, Index count) const {
+    const hdf5::Shape& shape = dataset.shape();
+    if (head < 0 || head >= shape[0] || first < 0 || count < 0 || first > shape[1] || count > shape[1] - first) {
+      fail(dataset.path(), fmt::format("head {}, rows {} to {} are outside its {} heads and {} rows", head, first,
+                                       first + count, shape[0], shape[1]));
+    }
+  }
+
+  const hdf5::Dataset& output_projection(int number) const {
+    const auto& dataset = layer(number).output_projection;
+    if (!dataset) fail(fmt::format("/layers/{}", number), "has no output_projection; capture the trace with it");
+    return *dataset;
   }
 
   hdf5::File file;
@@ -241,43 +286,59 @@ const std::filesystem::path& TraceReader::path() const { return state_->file.pat
 const TraceInfo& TraceReader::info() const { return state_->info; }
 
 Matrix TraceReader::read(int layer, HeadTensor tensor, int head, Index first, Index count) const {
-  const hdf5::Dataset& dataset = state_->layer(layer).head_tensors[static_cast<std::size_t>(tensor)];
-  const hdf5::Shape& shape = dataset.shape();
-  if (head < 0 || head >= shape[0] || first < 0 || count < 0 || first > shape[1] || count > shape[1] - first) {
-    state_->fail(dataset.path(), fmt::format("head {}, rows {} to {} are outside its {} heads and {} rows", head, first,
-                                             first + count, shape[0], shape[1]));
-  }
-  const Index width = shape[2];
-  Matrix rows(count, width);
-  const std::span<float> values(rows.data(), static_cast<std::size_t>(rows.size()));
-  State::read_box(dataset, {head, first, 0}, {1, count, width}, values);
-  state_->check_finite(dataset, values, [&](Index offset) {
+  const hdf5::Dataset& dataset = state_->head_tensor(layer, tensor);
+  state_->check_rows(dataset, head, first, count);
+  Matrix rows(count, dataset.shape()[2]);
+  read_rows(layer, tensor, head, first, count, rows.data());
+  return rows;
+}
+
+void TraceReader::read_rows(int layer, HeadTensor tensor, int head, Index first, Index count, float* out) const {
+  const hdf5::Dataset& dataset = state_->head_tensor(layer, tensor);
+  state_->check_rows(dataset, head, first, count);
+  const Index width = dataset.shape()[2];
+  state_->read_box(dataset, {head, first, 0}, {1, count, width}, out, [&](Index offset) {
     const Index row = first + offset / width;
     const bool by_position = tensor == HeadTensor::keys || tensor == HeadTensor::values;
     const Index position = by_position ? row : state_->info.query_positions[static_cast<std::size_t>(row)];
     return fmt::format("layer {}, head {}, position {}", layer, head, position);
   });
-  return rows;
+}
+
+void TraceReader::prefetch(int layer, HeadTensor tensor, int head) const {
+  const hdf5::Dataset& dataset = state_->head_tensor(layer, tensor);
+  const hdf5::Shape& shape = dataset.shape();
+  state_->check_rows(dataset, head, 0, shape[1]);
+  dataset.prefetch({head, 0, 0}, {1, shape[1], shape[2]});
 }
 
 bool TraceReader::has_output_projection(int layer) const { return state_->layer(layer).output_projection.has_value(); }
 
 Matrix TraceReader::read_output_projection(int layer, int head) const {
-  const auto& dataset = state_->layer(layer).output_projection;
+  const hdf5::Dataset& dataset = state_->output_projection(layer);
   const ModelInfo& model = state_->info.model;
-  if (!dataset) {
-    state_->fail(fmt::format("/layers/{}", layer), "has no output_projection; capture the trace with it");
-  }
   if (head < 0 || head >= model.num_attention_heads) {
-    state_->fail(dataset->path(), fmt::format("there is no query head {}", head));
+    state_->fail(dataset.path(), fmt::format("there is no query head {}", head));
   }
   Matrix weight(model.hidden_size, model.head_dim);
-  const std::span<float> values(weight.data(), static_cast<std::size_t>(weight.size()));
-  State::read_box(*dataset, {0, Index{head} * model.head_dim}, {model.hidden_size, model.head_dim}, values);
-  state_->check_finite(*dataset, values, [&](Index offset) {
-    return fmt::format("layer {}, head {}, row {}", layer, head, offset / model.head_dim);
-  });
+  state_->read_box(
+      dataset, {0, Index{head} * model.head_dim}, {model.hidden_size, model.head_dim}, weight.data(),
+      [&](Index offset) { return fmt::format("layer {}, head {}, row {}", layer, head, offset / model.head_dim); });
   return weight;
+}
+
+void TraceReader::read_projection_rows(int layer, Index first_row, Index count, float* out) const {
+  const hdf5::Dataset& dataset = state_->output_projection(layer);
+  const Index rows = dataset.shape()[0];
+  const Index width = dataset.shape()[1];
+  if (first_row < 0 || count < 0 || first_row > rows || count > rows - first_row) {
+    state_->fail(dataset.path(),
+                 fmt::format("rows {} to {} are outside its {} rows", first_row, first_row + count, rows));
+  }
+  state_->read_box(dataset, {first_row, 0}, {count, width}, out, [&](Index offset) {
+    return fmt::format("layer {}, head {}, row {}", layer, offset % width / state_->info.model.head_dim,
+                       first_row + offset / width);
+  });
 }
 
 bool TraceReader::has_attention_mass(int layer) const { return state_->layer(layer).attention_mass.has_value(); }
@@ -291,9 +352,8 @@ std::vector<float> TraceReader::read_attention_mass(int layer, int head) const {
   const auto prompt = static_cast<std::size_t>(state_->info.prompt_length);
   const Index columns = dataset->shape()[1];
   std::vector<float> mass(static_cast<std::size_t>(columns));
-  State::read_box(*dataset, {head, 0}, {1, columns}, mass);
-  state_->check_finite(
-      *dataset, mass, [&](Index offset) { return fmt::format("layer {}, head {}, position {}", layer, head, offset); });
+  state_->read_box(*dataset, {head, 0}, {1, columns}, mass.data(),
+                   [&](Index offset) { return fmt::format("layer {}, head {}, position {}", layer, head, offset); });
   const auto after = std::find_if(mass.begin() + static_cast<std::ptrdiff_t>(prompt), mass.end(),
                                   [](float received) { return received != 0; });
   if (after != mass.end()) {

@@ -40,11 +40,23 @@ class TraceReader {
   /// Throws Error on damage, and on NaN or infinity, naming layer, head and position.
   Matrix read(int layer, HeadTensor tensor, int head, Index first, Index count) const;
 
+  /// The same into the caller's memory: [count, D] at `out`, row-major.
+  void read_rows(int layer, HeadTensor tensor, int head, Index first, Index count, float* out) const;
+
+  /// Asks the system to bring one head's tensor into memory, so that read_rows() does not wait for the disk; returns at
+  /// once. Does nothing where the tensor is filtered: its bytes are HDF5's to find.
+  void prefetch(int layer, HeadTensor tensor, int head) const;
+
   bool has_output_projection(int layer) const;
 
   /// The columns of the layer's output projection that query head `head` is multiplied by: [C, D].
   /// Throws Error as read() does, and if the trace has none.
   Matrix read_output_projection(int layer, int head) const;
+
+  /// Rows [first_row, first_row + count) of the layer's output projection with the columns of all query heads:
+  /// [count, H·D] into the caller's memory at `out`, row-major. They lie together in the file, a head's columns do not.
+  /// Throws Error as read() does, and if the trace has none.
+  void read_projection_rows(int layer, Index first_row, Index count, float* out) const;
 
   bool has_attention_mass(int layer) const;
 

@@ -25,8 +25,12 @@ class MatrixHead : public HeadSource {
   std::vector<Matrix> member_projections;  ///< [group][C, D]; empty: the model has none
 
   const HeadShape& shape() const override { return shape_; }
-  Matrix keys() const override { return keys_; }
-  Matrix values() const override { return values_; }
+  void read_keys(Index first, Index count, float* rows) const override {
+    Eigen::Map<Matrix>(rows, count, keys_.cols()) = keys_.middleRows(first, count);
+  }
+  void read_values(Index first, Index count, float* rows) const override {
+    Eigen::Map<Matrix>(rows, count, values_.cols()) = values_.middleRows(first, count);
+  }
   std::span<const int> query_positions() const override {
     return member_queries.empty() ? std::span<const int>() : std::span<const int>(positions_);
   }
@@ -50,7 +54,8 @@ class MatrixHead : public HeadSource {
 inline std::vector<float> scores_of(const Ranking& ranking, const HeadSource& source, int member = 0) {
   const Head head(source);
   std::vector<float> scores(static_cast<std::size_t>(head.prompt_length()));
-  ranking.score(head, member, head.prompt_length(), scores);
+  ranking.score(head, member, scores);
+  ranking.smooth(head, member, head.prompt_length(), scores);
   return scores;
 }
 

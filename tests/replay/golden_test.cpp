@@ -68,7 +68,8 @@ std::vector<float> our_scores(const TraceReader& trace, const Ranking& ranking, 
     std::vector<float> shared(sum.size(), 0.0f);
     for (const int member : members) {
       std::vector<float> scores(sum.size(), 0.0f);
-      ranking.score(head, member, call.capacity, scores);
+      ranking.score(head, member, scores);
+      ranking.smooth(head, member, call.capacity, scores);
       for (std::size_t i = 0; i < sum.size(); ++i) shared[i] += scores[i] / static_cast<float>(members.size());
     }
     ranking.refine(head, members, call.capacity, shared);

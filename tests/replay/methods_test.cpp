@@ -63,9 +63,9 @@ TEST_F(Methods, CaoteFollowsItsEquation) {
   const TraceHead source(*trace_, 1, 2, 60);
   const Head head(source);
   std::vector<float> scores(60);
-  policy.ranking->score(head, 1, 12, scores);
-  const Eigen::MatrixXd keys = source.keys().cast<double>();
-  const Eigen::MatrixXd values = source.values().cast<double>();
+  policy.ranking->score(head, 1, scores);
+  const Eigen::MatrixXd keys = head.keys().cast<double>();
+  const Eigen::MatrixXd values = head.values().cast<double>();
   const Eigen::MatrixXd queries = source.queries(1, 60 - kWindow, kWindow).cast<double>();
   Eigen::VectorXd attention = Eigen::VectorXd::Zero(60);
   for (int i = 0; i < kWindow; ++i) {
@@ -173,7 +173,9 @@ TEST_F(Methods, AdaKVOfKvpressEqualsAPlainRanking) {
     std::vector<float> sum(300, 0.0f);
     for (int member = 0; member < 2; ++member) {
       std::vector<float> scores(300, 0.0f);
-      make_policy("snapkv@kvpress").ranking->score(head, member, kCapacity, scores);
+      const Policy snapkv = make_policy("snapkv@kvpress");
+      snapkv.ranking->score(head, member, scores);
+      snapkv.ranking->smooth(head, member, kCapacity, scores);
       for (std::size_t n = 0; n < 300; ++n) sum[n] += scores[n] / 2;
     }
     for (int n = 300 - kWindow; n < 300; ++n) sum[static_cast<std::size_t>(n)] = 1e9f;

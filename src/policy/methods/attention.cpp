@@ -3,6 +3,8 @@
 //
 // Score of position n: the window's attention, smoothed in time and in space; with values=true times ‖v_n‖, before the
 // spatial smoothing. With the defaults it is SnapKV's score.
+#include <algorithm>
+
 #include "policy/policy.h"
 #include "policy/smoothing.h"
 
@@ -24,19 +26,23 @@ class Attention : public Ranking {
   explicit Attention(AttentionParameters parameters) : p_(parameters) {}
 
   Protection protection() const override { return {.window = p_.window}; }
-  Requirements requirements() const override { return {.window_queries = p_.window}; }
+  Requirements requirements() const override { return {.window_queries = p_.window, .combinations = {combination()}}; }
   bool depends_on_capacity() const override { return p_.spatial == Spatial::adaptive; }
 
-  void score(const Head& head, int member, int capacity, std::span<float> scores) const override {
-    const auto past = scores.first(scores.size() - static_cast<std::size_t>(p_.window));
-    head.combine_attention(member, temporal_weights(p_.temporal, p_.alpha, p_.window), past);
-    if (p_.values) {
-      for (std::size_t n = 0; n < past.size(); ++n) past[n] *= head.values().row(static_cast<Index>(n)).norm();
+  void score(const Head& head, int member, std::span<float> scores) const override {
+    std::ranges::copy(head.combined_attention(member, combination()).attention, scores.begin());
+    for (std::size_t n = 0; p_.values && n < scores.size(); ++n) {
+      scores[n] *= head.values().row(static_cast<Index>(n)).norm();
     }
-    smooth_in_space(p_.spatial, p_.kernel, p_.beta, head, member, p_.window, capacity, past);
+  }
+
+  void smooth(const Head& head, int member, int capacity, std::span<float> scores) const override {
+    smooth_in_space(p_.spatial, p_.kernel, p_.beta, head, member, p_.window, capacity, scores);
   }
 
  private:
+  WindowCombination combination() const { return {.weights = temporal_weights(p_.temporal, p_.alpha, p_.window)}; }
+
   AttentionParameters p_;
 };
 

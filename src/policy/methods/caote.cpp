@@ -4,8 +4,6 @@
 // The paper puts it on top of other methods' attention; here a is the observation window's attention, combined in time,
 // which sums to 1 as the paper asks. Lengths are taken before the output projection, and nothing is pooled. A
 // position with all of the attention comes first (removal_error).
-#include <algorithm>
-
 #include "policy/policy.h"
 #include "policy/smoothing.h"
 
@@ -17,19 +15,22 @@ class Caote : public Ranking {
   Caote(int window, Temporal temporal, double alpha) : window_(window), temporal_(temporal), alpha_(alpha) {}
 
   Protection protection() const override { return {.window = window_}; }
-  Requirements requirements() const override { return {.window_queries = window_}; }
+  Requirements requirements() const override { return {.window_queries = window_, .combinations = {combination()}}; }
 
-  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
-    head.combine_attention(member, temporal_weights(temporal_, alpha_, window_), scores);
-    const Matrix& values = head.values();
-    const Eigen::RowVectorXf output =
-        Eigen::Map<const Eigen::RowVectorXf>(scores.data(), static_cast<Index>(scores.size())) * values;
+  void score(const Head& head, int member, std::span<float> scores) const override {
+    const CombinedAttention window = head.combined_attention(member, combination());
     for (std::size_t n = 0; n < scores.size(); ++n) {
-      scores[n] = removal_error(scores[n], (values.row(static_cast<Index>(n)) - output).norm());
+      scores[n] = removal_error(window.attention[n], window.distance[n]);
     }
   }
 
  private:
+  WindowCombination combination() const {
+    return {.weights = temporal_weights(temporal_, alpha_, window_),
+            .distance = WindowCombination::Distance::values,
+            .whole_prompt = true};
+  }
+
   int window_;
   Temporal temporal_;
   double alpha_;

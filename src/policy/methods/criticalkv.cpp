@@ -30,8 +30,12 @@ class CriticalKV : public Ranking {
   bool depends_on_capacity() const override { return true; }
   bool pyramid_on_short_prompts() const override { return base_->pyramid_on_short_prompts(); }
 
-  void score(const Head& head, int member, int capacity, std::span<float> scores) const override {
-    base_->score(head, member, capacity, scores);
+  void score(const Head& head, int member, std::span<float> scores) const override {
+    base_->score(head, member, scores);
+  }
+
+  void smooth(const Head& head, int member, int capacity, std::span<float> scores) const override {
+    base_->smooth(head, member, capacity, scores);
   }
 
   void refine(const Head& head, std::span<const int> members, int capacity, std::span<float> scores) const override {

@@ -19,7 +19,7 @@ class H2O : public Ranking {
 
   Requirements requirements() const override { return {.accumulated_attention = causal_, .all_queries = !causal_}; }
 
-  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
+  void score(const Head& head, int member, std::span<float> scores) const override {
     const std::vector<float> sums =
         causal_ ? head.accumulated_attention(member) : head.unmasked_accumulated_attention(member, window_);
     for (std::size_t position = 0; position < scores.size(); ++position) {

@@ -15,7 +15,7 @@ constexpr float kSmallestNorm = 1e-8f;
 
 class KeyDiff : public Ranking {
  public:
-  void score(const Head& head, int /*member*/, int /*capacity*/, std::span<float> scores) const override {
+  void score(const Head& head, int /*member*/, std::span<float> scores) const override {
     const Matrix& keys = head.keys();
     const Eigen::VectorXf norms = keys.rowwise().norm();
     Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(keys.cols());

@@ -9,7 +9,7 @@ namespace {
 
 class KeyNorm : public Ranking {
  public:
-  void score(const Head& head, int /*member*/, int /*capacity*/, std::span<float> scores) const override {
+  void score(const Head& head, int /*member*/, std::span<float> scores) const override {
     for (std::size_t n = 0; n < scores.size(); ++n) scores[n] = -head.keys().row(static_cast<Index>(n)).norm();
   }
 };

@@ -21,7 +21,7 @@ class LagKV : public Ranking {
  public:
   LagKV(int sinks, int lag) : sinks_(sinks), lag_(lag) {}
 
-  void score(const Head& head, int /*member*/, int /*capacity*/, std::span<float> scores) const override {
+  void score(const Head& head, int /*member*/, std::span<float> scores) const override {
     const int prompt = head.prompt_length();
     const int chunks = std::max(0, (prompt - sinks_) / lag_);
     const int judged = std::max(0, chunks - 1) * lag_;  // positions that a following chunk judges

@@ -12,7 +12,7 @@ namespace {
 
 class OracleAttention : public Ranking {
  public:
-  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
+  void score(const Head& head, int member, std::span<float> scores) const override {
     std::ranges::copy(head.evaluation_attention(member), scores.begin());
   }
 };

@@ -17,7 +17,7 @@ class Random : public Ranking {
   explicit Random(int seed) : seed_(static_cast<std::uint64_t>(seed)) {}
 
   // A score is a function of seed, layer, query head and position alone, so that no order of work can change it.
-  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
+  void score(const Head& head, int member, std::span<float> scores) const override {
     const HeadShape& shape = head.shape();
     const std::uint64_t stream = mix(mix(mix(seed_) ^ static_cast<std::uint64_t>(shape.layer)) ^
                                      static_cast<std::uint64_t>(shape.query_head(member)));

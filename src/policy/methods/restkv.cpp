@@ -42,56 +42,55 @@ class RestKV : public Ranking {
 
   Protection protection() const override { return {.window = p_.window}; }
   Requirements requirements() const override {
-    return {.window_queries = p_.window, .output_projection = p_.projection};
+    return {.window_queries = p_.window, .output_projection = p_.projection, .combinations = combinations()};
   }
   bool depends_on_capacity() const override { return p_.spatial == Spatial::adaptive; }
   bool pyramid_on_short_prompts() const override { return true; }
 
-  void score(const Head& head, int member, int capacity, std::span<float> scores) const override {
+  void score(const Head& head, int member, std::span<float> scores) const override {
     const auto past = scores.first(scores.size() - static_cast<std::size_t>(p_.window));
-    if (p_.before) {
-      score_then_smooth(head, member, past);
-    } else {
-      smooth_then_score(head, member, past);
+    if (!p_.before) {
+      // Equation (1).
+      reconstruction_error(head.combined_attention(member, combinations()[0]), past);
+      return;
     }
-    smooth_in_space(p_.spatial, p_.kernel, p_.beta, head, member, p_.window, capacity, past);
+    // Equation (1) for every query of the window, smoothed in time afterwards.
+    const std::vector<float> weights = temporal_weights(p_.temporal, p_.alpha, p_.window);
+    const std::vector<WindowCombination> queries = combinations();
+    std::vector<float> error(past.size());
+    std::ranges::fill(past, 0.0f);
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      reconstruction_error(head.combined_attention(member, queries[i]), error);
+      for (std::size_t n = 0; n < past.size(); ++n) past[n] += weights[i] * error[n];
+    }
+  }
+
+  void smooth(const Head& head, int member, int capacity, std::span<float> scores) const override {
+    smooth_in_space(p_.spatial, p_.kernel, p_.beta, head, member, p_.window, capacity, scores);
   }
 
  private:
-  // Equation (1).
-  void smooth_then_score(const Head& head, int member, std::span<float> past) const {
-    head.combine_attention(member, temporal_weights(p_.temporal, p_.alpha, p_.window), past);
-    const Eigen::Map<const Eigen::RowVectorXf> attention(past.data(), static_cast<Index>(past.size()));
-    const Eigen::RowVectorXf output = attention * head.values().topRows(attention.size());
-    reconstruction_error(head, member, past, output, past);
-  }
-
-  // Equation (1) for every query of the window, smoothed in time afterwards.
-  void score_then_smooth(const Head& head, int member, std::span<float> past) const {
-    const std::vector<float> weights = temporal_weights(p_.temporal, p_.alpha, p_.window);
-    std::vector<float> row(past.size());
-    std::ranges::fill(past, 0.0f);
+  // a and ‖W (o − v)‖: of the window as smoothed in time, or of each of its queries.
+  std::vector<WindowCombination> combinations() const {
+    using Distance = WindowCombination::Distance;
+    const Distance distance = p_.projection ? Distance::projected : Distance::values;
+    if (!p_.before) return {{temporal_weights(p_.temporal, p_.alpha, p_.window), distance}};
+    std::vector<WindowCombination> queries;
     for (int i = 0; i < p_.window; ++i) {
-      const int age = p_.window - 1 - i;
-      const auto output = head.attention_output(member, age);
-      reconstruction_error(head, member, head.attention(member, age).first(past.size()),
-                           Eigen::Map<const Eigen::RowVectorXf>(output.data(), static_cast<Index>(output.size())), row);
-      for (std::size_t n = 0; n < past.size(); ++n) past[n] += weights[static_cast<std::size_t>(i)] * row[n];
+      std::vector<float> alone(static_cast<std::size_t>(p_.window), 0.0f);
+      alone[static_cast<std::size_t>(i)] = 1;
+      queries.push_back({std::move(alone), distance, true});
     }
+    return queries;
   }
 
-  // a/(1 − a) · ‖W (o − v)‖^τ for every position of `attention`; `error` may be the same memory.
-  void reconstruction_error(const Head& head, int member, std::span<const float> attention,
-                            const Eigen::RowVectorXf& output, std::span<float> error) const {
-    const bool projected = p_.projection && head.has_output_projection();
-    const Matrix& values = projected ? head.projected_values(member) : head.values();
-    const Eigen::RowVectorXf reference =
-        projected ? Eigen::RowVectorXf(output * head.projection_factor(member).transpose()) : output;
+  // a/(1 − a) · ‖W (o − v)‖^τ
+  void reconstruction_error(const CombinedAttention& window, std::span<float> error) const {
     const auto tau = static_cast<float>(p_.tau);
-    const float unit = p_.normalize ? std::max(reference.norm(), std::numeric_limits<float>::min()) : 1.0f;
-    for (std::size_t n = 0; n < attention.size(); ++n) {
-      const float distance = (values.row(static_cast<Index>(n)) - reference).norm();
-      error[n] = removal_error(attention[n], (p_.tau == 1 ? distance : std::pow(distance, tau)) / unit);
+    const float unit = p_.normalize ? 1 / std::max(window.output_length, std::numeric_limits<float>::min()) : 1.0f;
+    for (std::size_t n = 0; n < error.size(); ++n) {
+      const float length = tau == 1 ? window.distance[n] : std::pow(window.distance[n], tau);
+      error[n] = removal_error(window.attention[n], length * unit);
     }
   }
 

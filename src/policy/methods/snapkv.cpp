@@ -4,6 +4,8 @@
 // pooled over `kernel` neighbours so that what surrounds an important token stays with it (paper, section 4, listing
 // 1). Paper and code pool with an average or a maximum; beyond the edges the average counts zeros, as avg_pool1d does.
 // The window itself is always kept.
+#include <algorithm>
+
 #include "policy/policy.h"
 #include "policy/smoothing.h"
 
@@ -15,15 +17,19 @@ class SnapKV : public Ranking {
   SnapKV(int window, int kernel, Spatial pooling) : window_(window), kernel_(kernel), pooling_(pooling) {}
 
   Protection protection() const override { return {.window = window_}; }
-  Requirements requirements() const override { return {.window_queries = window_}; }
+  Requirements requirements() const override { return {.window_queries = window_, .combinations = {mean()}}; }
 
-  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
-    const auto past = scores.first(scores.size() - static_cast<std::size_t>(window_));
-    head.combine_attention(member, temporal_weights(Temporal::mean, 0, window_), past);
-    pool(pooling_, kernel_, past);
+  void score(const Head& head, int member, std::span<float> scores) const override {
+    std::ranges::copy(head.combined_attention(member, mean()).attention, scores.begin());
+  }
+
+  void smooth(const Head& /*head*/, int /*member*/, int /*capacity*/, std::span<float> scores) const override {
+    pool(pooling_, kernel_, scores.first(scores.size() - static_cast<std::size_t>(window_)));
   }
 
  private:
+  WindowCombination mean() const { return {.weights = temporal_weights(Temporal::mean, 0, window_)}; }
+
   int window_;
   int kernel_;
   Spatial pooling_;

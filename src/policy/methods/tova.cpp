@@ -15,7 +15,7 @@ class Tova : public Ranking {
   Protection protection() const override { return {.window = keep_last_ ? 1 : 0}; }
   Requirements requirements() const override { return {.window_queries = 1}; }
 
-  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
+  void score(const Head& head, int member, std::span<float> scores) const override {
     std::ranges::copy(head.attention(member, 0), scores.begin());
   }
 

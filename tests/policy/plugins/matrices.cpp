@@ -12,7 +12,7 @@ namespace {
 class Matrices : public Ranking {
  public:
   // ‖W_h v_n‖, with the projection that the library allocated, grown here and freed here, and products of both kinds.
-  void score(const Head& head, int member, int /*capacity*/, std::span<float> scores) const override {
+  void score(const Head& head, int member, std::span<float> scores) const override {
     Matrix projection = head.output_projection(member);
     const Index rows = projection.rows();
     projection.conservativeResize(rows + 3, Eigen::NoChange);

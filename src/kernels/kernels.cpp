@@ -1,0 +1,397 @@
+#include "kernels/kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/kernels.cpp"
+#include <hwy/detect_compiler_arch.h>
+#if HWY_ARCH_X86
+// Nothing here gains from AVX3_DL, and processors without AVX2 are served by the baseline.
+#define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSSE3 | HWY_SSE4)
+#elif HWY_ARCH_ARM
+// Arrays of vectors need a size that the compiler knows.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+#endif
+#include <hwy/foreach_target.h>
+// After foreach_target.h, as it asks for.
+#include <hwy/contrib/math/math-inl.h>
+#include <hwy/highway.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace kvreplay::kernels {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using Floats = hn::CappedTag<float, kLanes>;
+using Vector = hn::Vec<Floats>;
+
+constexpr std::size_t kVectorLanes = HWY_MIN(HWY_LANES(float), static_cast<std::size_t>(kLanes));
+
+// Rows and vectors of results that are held in registers: as many as there are, with what they are made of.
+constexpr int kRows = 6;
+constexpr int kVectors = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM ? 4 : 2;
+
+template <int rows, int vectors>
+HWY_INLINE void multiply_tile(Index depth, const float* HWY_RESTRICT a, Index a_row, Index a_step,
+                              const float* HWY_RESTRICT b, Index b_row, float* HWY_RESTRICT c, Index c_row,
+                              bool accumulate) {
+  const Floats d;
+  Vector sum[rows][vectors];
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vectors; ++j) {
+      sum[i][j] = accumulate ? hn::LoadU(d, c + i * c_row + j * static_cast<Index>(kVectorLanes)) : hn::Zero(d);
+    }
+  }
+  for (Index k = 0; k < depth; ++k) {
+    Vector right[vectors];
+    for (int j = 0; j < vectors; ++j) right[j] = hn::LoadU(d, b + k * b_row + j * static_cast<Index>(kVectorLanes));
+    for (int i = 0; i < rows; ++i) {
+      const auto left = hn::Set(d, a[i * a_row + k * a_step]);
+      for (int j = 0; j < vectors; ++j) sum[i][j] = hn::MulAdd(left, right[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vectors; ++j) {
+      hn::StoreU(sum[i][j], d, c + i * c_row + j * static_cast<Index>(kVectorLanes));
+    }
+  }
+}
+
+template <int vectors>
+HWY_INLINE void multiply_columns(Index rows, Index depth, const float* a, Index a_row, Index a_step, const float* b,
+                                 Index b_row, float* c, Index c_row, bool accumulate) {
+  Index i = 0;
+  for (; i + kRows <= rows; i += kRows) {
+    multiply_tile<kRows, vectors>(depth, a + i * a_row, a_row, a_step, b, b_row, c + i * c_row, c_row, accumulate);
+  }
+  a += i * a_row;
+  c += i * c_row;
+  switch (rows - i) {
+    case 1:
+      return multiply_tile<1, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+    case 2:
+      return multiply_tile<2, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+    case 3:
+      return multiply_tile<3, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+    case 4:
+      return multiply_tile<4, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+    case 5:
+      return multiply_tile<5, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+    default:
+      return;
+  }
+}
+
+void multiply(Index rows, Index columns, Index depth, const float* a, Index a_row, Index a_step, const float* b,
+              Index b_row, float* c, Index c_row, bool accumulate) {
+  constexpr Index kWide = static_cast<Index>(kVectorLanes) * kVectors;
+  Index j = 0;
+  for (; j + kWide <= columns; j += kWide) {
+    multiply_columns<kVectors>(rows, depth, a, a_row, a_step, b + j, b_row, c + j, c_row, accumulate);
+  }
+  for (; j < columns; j += static_cast<Index>(kVectorLanes)) {
+    multiply_columns<1>(rows, depth, a, a_row, a_step, b + j, b_row, c + j, c_row, accumulate);
+  }
+}
+
+// A square of as many rows as a vector has lanes, turned in registers: every round puts the even elements of two
+// neighbouring vectors into one and the odd ones into another, and after log2(lanes) rounds rows are columns.
+HWY_INLINE void transpose_square(const float* from, Index from_row, float* to, Index to_row) {
+  const Floats d;
+  constexpr int n = static_cast<int>(kVectorLanes);
+  Vector rows[n];
+  for (int i = 0; i < n; ++i) rows[i] = hn::LoadU(d, from + i * from_row);
+  for (int round = 1; round < n; round *= 2) {
+    Vector next[n];
+    for (int i = 0; i < n / 2; ++i) {
+      next[i] = hn::ConcatEven(d, rows[2 * i + 1], rows[2 * i]);
+      next[i + n / 2] = hn::ConcatOdd(d, rows[2 * i + 1], rows[2 * i]);
+    }
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+  for (int i = 0; i < n; ++i) hn::StoreU(rows[i], d, to + i * to_row);
+}
+
+void to_panels(const float* rows, Index row, Index count, Index depth, float* panels) {
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  for (Index first = 0; first < count; first += kPanel) {
+    const Index here = std::min(kPanel, count - first);
+    const float* from = rows + first * row;
+    float* panel = panels + first * depth;
+    Index position = 0;
+    for (; position + n <= here; position += n) {
+      Index k = 0;
+      for (; k + n <= depth; k += n) {
+        transpose_square(from + position * row + k, row, panel + k * kPanel + position, kPanel);
+      }
+      for (; k < depth; ++k) {
+        for (Index i = position; i < position + n; ++i) panel[k * kPanel + i] = from[i * row + k];
+      }
+    }
+    for (Index k = 0; k < depth && position < kPanel; ++k) {
+      for (Index i = position; i < kPanel; ++i) panel[k * kPanel + i] = i < here ? from[i * row + k] : 0.0f;
+    }
+  }
+}
+
+BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softcapping) {
+  const Floats d;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  const auto lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
+  const auto factor = hn::Set(d, scale);
+  const auto cap = hn::Set(d, softcapping);
+  const auto inverse_cap = hn::Set(d, softcapping > 0 ? 1.0f / softcapping : 0.0f);
+  const bool all_visible = block.first_visible <= 0 && block.end_visible >= block.panels * kPanel;
+  auto maximum = lowest;
+  for (Index p = 0; p < block.panels; ++p) {
+    float* row = block.logits + p * block.panel_step;
+    for (Index j = 0; j < kPanel; j += n) {
+      auto logit = hn::Mul(hn::LoadU(d, row + j), factor);
+      if (softcapping > 0) logit = hn::Mul(hn::Tanh(d, hn::Mul(logit, inverse_cap)), cap);
+      if (!all_visible) {
+        const auto place = hn::Iota(d, static_cast<float>(p * kPanel + j));
+        const auto hidden = hn::Or(hn::Lt(place, hn::Set(d, static_cast<float>(block.first_visible))),
+                                   hn::Ge(place, hn::Set(d, static_cast<float>(block.end_visible))));
+        logit = hn::IfThenElse(hidden, lowest, logit);
+      }
+      hn::StoreU(logit, d, row + j);
+      maximum = hn::Max(maximum, logit);
+    }
+  }
+  const float largest = hn::GetLane(hn::MaxOfLanes(d, maximum));
+  if (largest == -std::numeric_limits<float>::infinity()) {
+    for (Index p = 0; p < block.panels; ++p) std::fill_n(block.logits + p * block.panel_step, kPanel, 0.0f);
+    return {largest, 0};
+  }
+  const auto shift = hn::Set(d, largest);
+  // Always kLanes partial sums, whatever the width of a vector.
+  constexpr int kSums = static_cast<int>(kLanes / n);
+  Vector sums[kSums];
+  for (auto& sum : sums) sum = hn::Zero(d);
+  for (Index p = 0; p < block.panels; ++p) {
+    float* row = block.logits + p * block.panel_step;
+    for (Index j = 0; j < kPanel; j += kLanes) {
+      for (int v = 0; v < kSums; ++v) {
+        const auto weight = hn::Exp(d, hn::Sub(hn::LoadU(d, row + j + v * n), shift));
+        hn::StoreU(weight, d, row + j + v * n);
+        sums[v] = hn::Add(sums[v], weight);
+      }
+    }
+  }
+  float lanes[kLanes];
+  for (int v = 0; v < kSums; ++v) hn::StoreU(sums[v], d, lanes + v * n);
+  for (Index half = kLanes / 2; half > 0; half /= 2) {
+    for (Index i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return {largest, lanes[0]};
+}
+
+void squared_lengths(const float* panel, Index depth, float* lengths) {
+  const Floats d;
+  for (Index j = 0; j < kPanel; j += static_cast<Index>(kVectorLanes)) {
+    auto sum = hn::Zero(d);
+    for (Index k = 0; k < depth; ++k) {
+      const auto x = hn::LoadU(d, panel + k * kPanel + j);
+      sum = hn::MulAdd(x, x, sum);
+    }
+    hn::StoreU(sum, d, lengths + j);
+  }
+}
+
+template <int rows>
+HWY_INLINE void add_squared_products(const float* HWY_RESTRICT factor, Index row, const float* HWY_RESTRICT panel,
+                                     Index first, Index depth, float* HWY_RESTRICT lengths) {
+  const Floats d;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  for (Index j = 0; j < kPanel; j += n * kVectors) {
+    Vector sum[rows][kVectors];
+    for (auto& sums : sum) {
+      for (auto& each : sums) each = hn::Zero(d);
+    }
+    // Below the diagonal there are zeros.
+    for (Index k = first; k < depth; ++k) {
+      Vector right[kVectors];
+      for (int v = 0; v < kVectors; ++v) right[v] = hn::LoadU(d, panel + k * kPanel + j + v * n);
+      for (int i = 0; i < rows; ++i) {
+        const auto left = hn::Set(d, factor[(first + i) * row + k]);
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = hn::MulAdd(left, right[v], sum[i][v]);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      auto length = hn::LoadU(d, lengths + j + v * n);
+      for (int i = 0; i < rows; ++i) length = hn::MulAdd(sum[i][v], sum[i][v], length);
+      hn::StoreU(length, d, lengths + j + v * n);
+    }
+  }
+}
+
+void squared_lengths_after(const float* factor, Index row, const float* panel, Index depth, float* lengths) {
+  std::fill_n(lengths, kPanel, 0.0f);
+  Index i = 0;
+  for (; i + kRows <= depth; i += kRows) add_squared_products<kRows>(factor, row, panel, i, depth, lengths);
+  for (; i < depth; ++i) add_squared_products<1>(factor, row, panel, i, depth, lengths);
+}
+
+bool distances(const float* lengths, const float* products, float reference, float share, Index count,
+               float* distances) {
+  const Floats d;
+  const auto length_of_reference = hn::Set(d, reference);
+  const auto least = hn::Set(d, share);
+  const auto minus_two = hn::Set(d, -2.0f);
+  bool cancelled = false;
+  const auto step = [&](Index j) HWY_ATTR {
+    const auto whole = hn::Add(hn::LoadU(d, lengths + j), length_of_reference);
+    const auto squared = hn::MulAdd(minus_two, hn::LoadU(d, products + j), whole);
+    const auto rounded = hn::Lt(squared, hn::Mul(whole, least));
+    cancelled = cancelled || !hn::AllFalse(d, rounded);
+    hn::StoreU(hn::IfThenElse(rounded, hn::Set(d, -1.0f), hn::Sqrt(squared)), d, distances + j);
+  };
+  for (Index j = 0; j < count; j += static_cast<Index>(kVectorLanes)) step(j);
+  return cancelled;
+}
+
+void add_gram(const float* x, Index row, Index rows, Index depth, float* gram) {
+  const Index width = rounded_up(depth, kLanes);
+  for (Index j = 0; j < width; j += kPanel) {
+    const Index columns = std::min(kPanel, width - j);
+    multiply(std::min(depth, j + columns), columns, rows, x, 1, row, x + j, row, gram + j, width, true);
+  }
+}
+
+// The largest of every `size` values, into `maxima`; a rest that fills no group is left out.
+void group_maxima(const float* values, Index groups, Index size, float* maxima) {
+  const Floats d;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  if (size % n != 0) {
+    for (Index g = 0; g < groups; ++g) maxima[g] = *std::max_element(values + g * size, values + (g + 1) * size);
+    return;
+  }
+  for (Index g = 0; g < groups; ++g) {
+    auto maximum = hn::LoadU(d, values + g * size);
+    for (Index j = n; j < size; j += n) maximum = hn::Max(maximum, hn::LoadU(d, values + g * size + j));
+    maxima[g] = hn::GetLane(hn::MaxOfLanes(d, maximum));
+  }
+}
+
+// The positions of all values of at least `threshold`, ascending; returns how many. `positions` has room for all and
+// another vector.
+Index collect(const float* values, Index count, float threshold, std::uint32_t* positions) {
+  const Floats d;
+  const hn::RebindToUnsigned<Floats> du;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  const auto least = hn::Set(d, threshold);
+  Index found = 0;
+  Index j = 0;
+  for (; j + n <= count; j += n) {
+    const auto mask = hn::Ge(hn::LoadU(d, values + j), least);
+    if (hn::AllFalse(d, mask)) continue;
+    const auto places = hn::Iota(du, static_cast<std::uint32_t>(j));
+    found += static_cast<Index>(hn::CompressStore(places, hn::RebindMask(du, mask), du, positions + found));
+  }
+  for (; j < count; ++j) {
+    if (values[j] >= threshold) positions[found++] = static_cast<std::uint32_t>(j);
+  }
+  return found;
+}
+
+bool has_nan(const float* values, Index count) {
+  const Floats d;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  Index j = 0;
+  bool found = false;
+  for (; j + n <= count; j += n) found = found || !hn::AllFalse(d, hn::IsNaN(hn::LoadU(d, values + j)));
+  for (; j < count; ++j) found = found || values[j] != values[j];
+  return found;
+}
+
+const char* instruction_set() { return hwy::TargetName(HWY_TARGET); }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace kvreplay::kernels
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace kvreplay::kernels {
+
+HWY_EXPORT(multiply);
+HWY_EXPORT(to_panels);
+HWY_EXPORT(exponentiate);
+HWY_EXPORT(squared_lengths);
+HWY_EXPORT(squared_lengths_after);
+HWY_EXPORT(distances);
+HWY_EXPORT(add_gram);
+HWY_EXPORT(group_maxima);
+HWY_EXPORT(collect);
+HWY_EXPORT(has_nan);
+HWY_EXPORT(instruction_set);
+
+void multiply(Index rows, Index columns, Index depth, const float* a, Index a_row, Index a_step, const float* b,
+              Index b_row, float* c, Index c_row, bool accumulate) {
+  HWY_DYNAMIC_DISPATCH(multiply)(rows, columns, depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+}
+
+void to_panels(const float* rows, Index row, Index count, Index depth, float* panels) {
+  HWY_DYNAMIC_DISPATCH(to_panels)(rows, row, count, depth, panels);
+}
+
+BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softcapping) {
+  return HWY_DYNAMIC_DISPATCH(exponentiate)(block, scale, softcapping);
+}
+
+void squared_lengths(const float* panel, Index depth, float* lengths) {
+  HWY_DYNAMIC_DISPATCH(squared_lengths)(panel, depth, lengths);
+}
+
+void squared_lengths_after(const float* factor, Index row, const float* panel, Index depth, float* lengths) {
+  HWY_DYNAMIC_DISPATCH(squared_lengths_after)(factor, row, panel, depth, lengths);
+}
+
+bool distances(const float* lengths, const float* products, float reference, float share, Index count, float* out) {
+  return HWY_DYNAMIC_DISPATCH(distances)(lengths, products, reference, share, count, out);
+}
+
+void add_gram(const float* x, Index row, Index rows, Index depth, float* gram) {
+  HWY_DYNAMIC_DISPATCH(add_gram)(x, row, rows, depth, gram);
+}
+
+bool has_nan(std::span<const float> values) {
+  return HWY_DYNAMIC_DISPATCH(has_nan)(values.data(), static_cast<Index>(values.size()));
+}
+
+const char* instruction_set() { return HWY_DYNAMIC_DISPATCH(instruction_set)(); }
+
+// A threshold that at least `count` values reach comes cheap: the count-th largest of the maxima of disjoint groups.
+// Few values lie above it but those that are looked for, and only they are compared with each other.
+void largest(std::span<const float> values, Index count, std::vector<std::uint32_t>& positions) {
+  const auto size = static_cast<Index>(values.size());
+  count = std::clamp<Index>(count, 0, size);
+  positions.resize(static_cast<std::size_t>(size + kLanes));
+  Index found = size;
+  Index group = 64;
+  while (group > 1 && size / group < 2 * count) group /= 2;
+  if (count == 0) {
+    found = 0;
+  } else if (group == 1) {
+    for (Index i = 0; i < size; ++i) positions[static_cast<std::size_t>(i)] = static_cast<std::uint32_t>(i);
+  } else {
+    thread_local std::vector<float> maxima;
+    maxima.resize(static_cast<std::size_t>(size / group));
+    HWY_DYNAMIC_DISPATCH(group_maxima)(values.data(), size / group, group, maxima.data());
+    std::nth_element(maxima.begin(), maxima.begin() + (count - 1), maxima.end(), std::greater<>());
+    found = HWY_DYNAMIC_DISPATCH(collect)(values.data(), size, maxima[static_cast<std::size_t>(count - 1)],
+                                          positions.data());
+  }
+  positions.resize(static_cast<std::size_t>(found));
+  if (found > count) {
+    std::nth_element(
+        positions.begin(), positions.begin() + count, positions.end(),
+        [values](std::uint32_t a, std::uint32_t b) { return values[a] != values[b] ? values[a] > values[b] : a < b; });
+    positions.resize(static_cast<std::size_t>(count));
+  }
+}
+
+}  // namespace kvreplay::kernels
+#endif

@@ -1,0 +1,79 @@
+// The inner loops of replay, compiled for several instruction sets of which the processor's best is chosen when the
+// program runs. Single-threaded. What they calculate, and in which order, does not depend on how work was divided; it
+// can differ in the last bits between processors with and without fused multiplication and addition.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "base/matrix.h"
+
+namespace kvreplay::kernels {
+
+/// Positions that lie side by side in a panel. A panel of `depth` rows is depth × kPanel floats, one row after another.
+inline constexpr Index kPanel = 64;
+
+/// Columns come in multiples of this, which is the widest vector.
+inline constexpr Index kLanes = 16;
+
+/// The next multiple of `unit`.
+constexpr Index rounded_up(Index count, Index unit) { return (count + unit - 1) / unit * unit; }
+
+/// c[i, j] = Σ_k a[i·a_row + k·a_step] · b[k·b_row + j] for `rows` × `columns` elements, c[i·c_row + j]; with
+/// `accumulate` the sum is added to what is in c. Every element is summed on its own, over k in ascending order, in
+/// float32. `columns` is a multiple of kLanes.
+void multiply(Index rows, Index columns, Index depth, const float* a, Index a_row, Index a_step, const float* b,
+              Index b_row, float* c, Index c_row, bool accumulate = false);
+
+/// Turns `count` rows of `depth` elements, `row` floats apart, into panels: position n of the rows stands in column
+/// n % kPanel of panel n / kPanel. What is left of the last panel is filled with zeros.
+void to_panels(const float* rows, Index row, Index count, Index depth, float* panels);
+
+/// One query's attention over a block of panels. The query's row in panel p begins at `logits` + p · panel_step.
+struct AttentionBlock {
+  float* logits = nullptr;
+  Index panels = 0;
+  Index panel_step = 0;
+  Index first_visible = 0;  ///< counted from the first position of the block
+  Index end_visible = 0;
+};
+
+/// Replaces a block's products q·k by exp(l − m), with l the product times `scale`, bent to c·tanh(l/c) for a
+/// `softcapping` c > 0, and m the largest of the visible ones; those that are not visible become 0. Returns m (−∞ where
+/// nothing is visible) and the sum of the exponentials, added in float32 by kLanes lanes.
+struct BlockSoftmax {
+  float maximum;
+  float sum;
+};
+BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softcapping);
+
+/// lengths[n] = Σ_d panel[d, n]² for the kPanel positions of a panel of `depth` rows.
+void squared_lengths(const float* panel, Index depth, float* lengths);
+
+/// lengths[n] = ‖R x_n‖² for the positions x_n of a panel, R being an upper triangular matrix [depth, depth] with `row`
+/// floats from row to row.
+void squared_lengths_after(const float* factor, Index row, const float* panel, Index depth, float* lengths);
+
+/// distances[n] = √(lengths[n] − 2·products[n] + reference): how far x_n is from a reference whose squared length is
+/// `reference`. Where the difference is below `share` of what it is the difference of, so that rounding would show,
+/// −1 is put instead; returns whether there is such a place.
+bool distances(const float* lengths, const float* products, float reference, float share, Index count,
+               float* distances);
+
+/// gram[i, j] += Σ_k x[k, i] · x[k, j] for `rows` rows of `depth` elements, `row` floats apart; `gram` has rows of
+/// rounded_up(depth, kLanes) floats, and so have the rows of x at least. Elements below the diagonal's panels are left
+/// out.
+void add_gram(const float* x, Index row, Index rows, Index depth, float* gram);
+
+/// The positions of the `count` largest of `values`, in no particular order; among equal ones the earlier. All of them
+/// where there are no more. NaN is not allowed.
+void largest(std::span<const float> values, Index count, std::vector<std::uint32_t>& positions);
+
+/// Whether one of `values` is NaN.
+bool has_nan(std::span<const float> values);
+
+/// The instruction set that was chosen, such as "AVX3".
+const char* instruction_set();
+
+}  // namespace kvreplay::kernels

@@ -187,7 +187,13 @@ void check_outputs(const ReplayOptions& options, const ReplayRequest& request) {
 }
 
 std::string counted(std::size_t count, std::string_view noun) {
-  return fmt::format("{} {}{}", count, noun, count == 1 ? "" : "s");
+  std::string text = fmt::format("{} {}", count, noun);
+  if (count == 1) return text;
+  if (noun.ends_with('y')) {
+    text.pop_back();
+    return text + "ies";
+  }
+  return text + (noun.ends_with('s') ? "es" : "s");
 }
 
 std::string headline(const std::vector<TraceReplay>& replays) {

@@ -1,21 +1,22 @@
 #include "sweep/sweep.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <omp.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <utility>
@@ -25,6 +26,7 @@
 #include "base/error.h"
 #include "base/output_file.h"
 #include "base/printable.h"
+#include "base/work.h"
 #include "cli/commands.h"
 #include "cli/interruption.h"
 #include "cli/launched_ranks.h"
@@ -33,6 +35,7 @@
 #include "cli/progress.h"
 #include "cli/replay_options.h"
 #include "notebooks-export/tables.h"
+#include "policy/expansion.h"
 #include "policy/parameter.h"
 #include "policy/plugin.h"
 #include "replay/results_file.h"
@@ -139,7 +142,7 @@ void prepare(const SweepOptions& options, Preparation& sweep) {
                                  counted(sweep.request.capacities.size(), "capacity")));
   }
   const std::vector<std::string> files = distinct_traces(options.replay, sweep.notes);
-  sweep.traces.assign(std::make_move_iterator(files.begin()), std::make_move_iterator(files.end()));
+  for (const std::string& file : files) sweep.traces.emplace_back(file);
   sweep.engine = std::make_unique<ReplayEngine>(sweep.traces, sweep.request);
   if (!options.memory.empty()) sweep.engine->limit_memory(memory_size(options.memory));
   sweep.left = sweep.engine->units();

@@ -160,10 +160,9 @@ class Digest {
  public:
   Digest() : state_(XXH64_createState(), XXH64_freeState) { XXH64_reset(state_.get(), 0); }
 
-  template <class T>
-  void add(const T& value) {
-    const std::string text = fmt::format("{}\n", value);
-    XXH64_update(state_.get(), text.data(), text.size());
+  void add(std::string_view text) {
+    add_bytes(text.data(), text.size());
+    add_bytes("\0", 1);
   }
   void add_bytes(const char* data, std::size_t size) { XXH64_update(state_.get(), data, size); }
 
@@ -252,13 +251,14 @@ FileIdentity identity_of(const TraceReader& trace) {
   }
   for (const int number : {model.num_layers, model.num_attention_heads, model.num_key_value_heads, model.head_dim,
                            model.hidden_size, model.sliding_window, info.prompt_length}) {
-    digest.add(number);
+    digest.add(fmt::format("{}", number));
   }
-  for (const double number : {model.rope_theta, model.softmax_scale, model.attn_logit_softcapping}) digest.add(number);
+  for (const double number : {model.rope_theta, model.softmax_scale, model.attn_logit_softcapping})
+    digest.add(fmt::format("{}", number));
   for (const auto* numbers : {&info.token_ids, &info.turn_starts, &info.query_positions}) {
-    digest.add(fmt::join(*numbers, ","));
+    digest.add(fmt::format("{}", fmt::join(*numbers, ",")));
   }
-  digest.add(fmt::join(info.layer_sliding_window, ","));
+  digest.add(fmt::format("{}", fmt::join(info.layer_sliding_window, ",")));
   for (const std::string& piece : info.token_pieces) digest.add(piece);
   for (const Span& span : info.spans) digest.add(fmt::format("{},{},{}", span.start, span.end, span.label));
   bool all = true;
@@ -271,7 +271,7 @@ FileIdentity identity_of(const TraceReader& trace) {
     std::error_code failure;
     const auto time = std::filesystem::last_write_time(trace.path(), failure);
     if (failure) throw Error(fmt::format("{}: cannot be looked at: {}", trace.path().string(), failure.message()));
-    digest.add(static_cast<std::int64_t>(time.time_since_epoch().count()));
+    digest.add(fmt::format("{}", static_cast<std::int64_t>(time.time_since_epoch().count())));
   }
   return {trace.path().string(), size_of_file(trace.path()), digest.text()};
 }

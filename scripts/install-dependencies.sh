@@ -3,6 +3,7 @@
 #   scripts/install-dependencies.sh         the compiler, the build tools and the libraries
 #   scripts/install-dependencies.sh --ci    also clang and its tools, for `make tidy`, `make fuzz` and `make check-format`,
 #                                           h5py, for the examples in Python, and Open MPI, for the preset mpi
+#   scripts/install-dependencies.sh --benchmarks  also what the benchmarks compare (KVREPLAY_BENCHMARKS)
 set -euo pipefail
 
 say() { printf 'install-dependencies: %s\n' "$*"; }
@@ -19,6 +20,7 @@ packages=(
 # ccache is a convenience: a build without it is only slower.
 commands=(cmake ninja make pkg-config)
 for_ci=0
+for_benchmarks=0
 
 case "${1-}" in
   '') ;;
@@ -29,8 +31,12 @@ case "${1-}" in
     commands+=(clang++ clang-tidy clang-format python3 mpirun)
     for_ci=1
     ;;
+  --benchmarks)
+    packages+=(libbenchmark-dev libopenblas-dev libhwy-dev)
+    for_benchmarks=1
+    ;;
   *)
-    echo "usage: $0 [--ci]" >&2
+    echo "usage: $0 [--ci | --benchmarks]" >&2
     exit 2
     ;;
 esac
@@ -62,6 +68,9 @@ probe() {
     echo 'project(probe LANGUAGES C CXX)'
     grep -hE '^(find_package|find_path|find_library|pkg_check_modules|set\(HDF5_)' \
       "$root/CMakeLists.txt" "$root/tests/CMakeLists.txt"
+    # There, what is missing is no error.
+    [ $for_benchmarks -eq 0 ] || grep -hE '^(find_package|pkg_check_modules)' "$root/tests/benchmarks/CMakeLists.txt" |
+      sed 's/ QUIET/ REQUIRED/'
   } >"$folder/CMakeLists.txt"
   cmake -G Ninja -S "$folder" -B "$folder/build" >"$folder/log" 2>&1 || {
     status=1
@@ -92,7 +101,7 @@ kvreplay needs: a C++20 compiler with OpenMP (GCC 12 or Clang 14, or newer), CMa
   Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, xxHash, Highway 1.0.3, SentencePiece and GoogleTest 1.12, or newer.
   ccache is optional.
   `make tidy`, `make fuzz` and `make check-format` need clang, clang-tidy, clang-format, compiler-rt and libomp as well;
-  .ci/run also Python with h5py, and an MPI.
+  .ci/run also Python with h5py and an MPI; the benchmarks Google Benchmark, OpenBLAS and Highway.
 Installed on Debian 12, Ubuntu 24.04 and newer by this script; elsewhere by you, where CMake and pkg-config find them
   (CMAKE_PREFIX_PATH, PKG_CONFIG_PATH).
 EOF

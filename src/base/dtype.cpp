@@ -9,8 +9,6 @@
 // this file including itself; which of them runs is chosen when the program does. Not for vectors whose size is only
 // known then (SVE, RVV): NEON does as well on this, and RISC-V takes the portable code.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
-// Highway 1.0.3 knows the newest AVX-512 only if asked, and stops where -march=native already means it.
-#define HWY_WANT_AVX3_DL
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "base/dtype.cpp"
 #include <hwy/foreach_target.h>
@@ -28,18 +26,23 @@ constexpr std::int16_t kBfloat16Infinity = 0x7f80;
 constexpr std::int32_t kFloat32Infinity = 0x7f800000;
 
 struct WidenBfloat16 {
+  using Stored = Eigen::bfloat16;
   static constexpr std::int16_t kInfinity = kBfloat16Infinity;
 
+#if HWY_TARGET != HWY_SCALAR
   template <class D, class Half>
   auto operator()(D d, Half bits) const {
     const hn::RebindToUnsigned<D> d_bits;
     return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d_bits, bits)));
   }
+#endif
 };
 
 struct WidenFloat16 {
+  using Stored = Eigen::half;
   static constexpr std::int16_t kInfinity = kFloat16Infinity;
 
+#if HWY_TARGET != HWY_SCALAR
   template <class D, class Half>
   auto operator()(D d, Half bits) const {
 #if HWY_TARGET <= HWY_AVX2 && HWY_ARCH_X86 && !defined(HWY_DISABLE_F16C)
@@ -55,20 +58,28 @@ struct WidenFloat16 {
     const auto special = hn::Gt(magnitude, hn::Set(d_bits, kFloat16Infinity - 1));
     auto normal = hn::Add(hn::ShiftLeft<13>(magnitude), rebias);
     normal = hn::Add(normal, hn::IfThenElseZero(special, rebias));
-    // A NaN comes out quiet, as the instructions of other processors make it.
-    const auto is_nan = hn::Gt(magnitude, hn::Set(d_bits, kFloat16Infinity));
-    normal = hn::Or(normal, hn::IfThenElseZero(is_nan, hn::Set(d_bits, 1 << 22)));
     // Zero and subnormals are a multiple of 2^-24, and their bits say which.
     const auto small = hn::Mul(hn::ConvertTo(d, magnitude), hn::Set(d, 0x1p-24F));
     const auto is_small = hn::Gt(hn::Set(d_bits, 1 << 10), magnitude);
     return hn::BitCast(d, hn::Or(sign, hn::IfThenElse(is_small, hn::BitCast(d_bits, small), normal)));
 #endif
   }
+#endif
 };
 
 // Widens `count` elements at `bytes`; whether all are finite.
 template <class Widen>
 bool widen(const std::byte* bytes, std::size_t count, float* out) {
+#if HWY_TARGET == HWY_SCALAR
+  bool finite = true;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::uint16_t bits;
+    std::memcpy(&bits, bytes + 2 * i, 2);
+    out[i] = static_cast<float>(Eigen::numext::bit_cast<typename Widen::Stored>(bits));
+    finite = finite && (bits & 0x7fff) < Widen::kInfinity;
+  }
+  return finite;
+#else
   const hn::ScalableTag<std::int16_t> d16;
   const hn::RebindToUnsigned<decltype(d16)> d_bits;
   const hn::Repartition<std::uint8_t, decltype(d16)> d_bytes;
@@ -94,6 +105,7 @@ bool widen(const std::byte* bytes, std::size_t count, float* out) {
     std::memcpy(out + done, widened, sizeof(float) * (count - done));
   }
   return hn::AllTrue(d16, hn::Lt(largest, hn::Set(d16, Widen::kInfinity)));
+#endif
 }
 
 bool widen_float16(const std::byte* bytes, std::size_t count, float* out) {

@@ -1,19 +1,22 @@
 // Loops over independent pieces of work.
 #pragma once
 
+#include <omp.h>
+
 #include <cstddef>
 #include <exception>
 #include <vector>
 
 namespace kvreplay {
 
-/// Calls work(0) … work(count − 1), spread over OpenMP's threads, each piece whole on one thread. Pieces must not touch
-/// each other's results; then the outcome does not depend on the number of threads. If pieces throw, the exception of
-/// the lowest of them is thrown after all have ended.
+/// Calls work(0) … work(count − 1), spread over OpenMP's threads, or over `threads` of them where that is not 0, each
+/// piece whole on one thread. Pieces must not touch each other's results; then the outcome does not depend on the
+/// number of threads. If pieces throw, the exception of the lowest of them is thrown after all have ended.
 template <class Work>
-void parallel_for(int count, const Work& work) {
+void parallel_for(int count, const Work& work, int threads = 0) {
   std::vector<std::exception_ptr> failures(static_cast<std::size_t>(count));
-#pragma omp parallel for schedule(dynamic, 1)
+  const int used = threads > 0 ? threads : omp_get_max_threads();
+#pragma omp parallel for schedule(dynamic, 1) num_threads(used)
   for (int i = 0; i < count; ++i) {
     try {
       work(i);

@@ -2,7 +2,6 @@
 #include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
-#include <charconv>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -45,18 +44,6 @@ std::string read_input(const std::string& path) {
 
 std::string input_name(const std::string& path) {
   return path == "-" ? "standard input" : std::filesystem::path(path).filename().string();
-}
-
-std::optional<int> parse_queries(const std::string& text) {
-  if (text == "all") return std::nullopt;
-  constexpr std::string_view prefix = "window:";
-  int window = 0;
-  const char* end = text.data() + text.size();
-  if (text.starts_with(prefix)) {
-    const auto result = std::from_chars(text.data() + prefix.size(), end, window);
-    if (result.ec == std::errc() && result.ptr == end && window >= 1) return window;
-  }
-  throw UsageError(fmt::format("--queries {}: must be \"all\" or \"window:N\" with N at least 1", text));
 }
 
 std::string describe(const tracer::CaptureProgress& progress) {

@@ -9,6 +9,7 @@ class App;
 namespace kvreplay::cli {
 
 void add_capture_command(CLI::App& app);
+void add_synth_command(CLI::App& app);
 void add_inspect_command(CLI::App& app);
 void add_replay_command(CLI::App& app);
 void add_sweep_command(CLI::App& app);

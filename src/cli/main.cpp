@@ -78,6 +78,7 @@ int run(int argc, char** argv) {
   app.set_version_flag("--version", "kvreplay " KVREPLAY_VERSION);
   app.footer("Exit codes: 0 fine, 1 failed, 2 wrong usage. 'kvreplay COMMAND --help' explains a command.");
   kvreplay::cli::add_capture_command(app);
+  kvreplay::cli::add_synth_command(app);
   kvreplay::cli::add_inspect_command(app);
   kvreplay::cli::add_replay_command(app);
   kvreplay::cli::add_sweep_command(app);

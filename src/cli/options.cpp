@@ -12,6 +12,7 @@
 #include <string_view>
 #include <system_error>
 
+#include "base/error.h"
 #include "policy/parameter.h"
 
 namespace kvreplay::cli {
@@ -69,5 +70,17 @@ std::string is_memory_size(const std::string& value) {
 }
 
 std::string names_a_file(const std::string& value) { return value.empty() ? "the file's name is empty" : ""; }
+
+std::optional<int> parse_queries(const std::string& text) {
+  if (text == "all") return std::nullopt;
+  constexpr std::string_view prefix = "window:";
+  int window = 0;
+  const char* end = text.data() + text.size();
+  if (text.starts_with(prefix)) {
+    const auto result = std::from_chars(text.data() + prefix.size(), end, window);
+    if (result.ec == std::errc() && result.ptr == end && window >= 1) return window;
+  }
+  throw UsageError(fmt::format("--queries {}: must be \"all\" or \"window:N\" with N at least 1", text));
+}
 
 }  // namespace kvreplay::cli

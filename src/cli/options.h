@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -36,5 +37,8 @@ std::int64_t memory_size(const std::string& value);
 
 /// The value names a file. An empty one is a script's unset variable, and hours of work would go nowhere.
 std::string names_a_file(const std::string& value);
+
+/// What --queries says: N of "window:N", or nothing for "all". Throws UsageError.
+std::optional<int> parse_queries(const std::string& text);
 
 }  // namespace kvreplay::cli

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <span>
@@ -80,15 +81,14 @@ class Dataset {
   const std::string& storage() const { return storage_; }
 
   /// Reads a box of elements as their little-endian bytes, row-major. Room for them at `out` is the caller's.
-  /// Not for variable-length elements. Contiguous datasets are read without the lock, so threads do not wait for each
-  /// other. Throws Error, also where the box leaves the dataset.
+  /// Not for variable-length elements. Where reads_directly(), threads do not wait for each other. Throws Error, also
+  /// where the box leaves the dataset.
   void read_raw(const Shape& first, const Shape& count, std::byte* out) const;
 
-  /// Whether read_raw() goes past HDF5, without the lock.
-  bool reads_directly() const { return offset_ >= 0; }
+  /// Whether read_raw() goes past HDF5, without the lock: contiguous datasets, and chunked ones without filters.
+  bool reads_directly() const { return offset_ >= 0 || chunks_ != nullptr; }
 
-  /// Asks the system to read a box ahead, where reads are direct; returns at once. Throws Error where the box leaves the
-  /// dataset.
+  /// Asks the system to read a box ahead, where reads are direct, and does not wait for it. Throws Error as read_raw().
   void prefetch(const Shape& first, const Shape& count) const;
 
   /// Writes a box of elements of this dataset's own type. Throws Error.
@@ -103,8 +103,21 @@ class Dataset {
 
  private:
   friend class File;
+  struct Chunks;
+  // A box within a block: a whole contiguous dataset, or one chunk, whose elements lie together in row-major order.
+  struct Part {
+    std::int64_t place;  // of the block's first byte in the file
+    const Shape& block;  // the block's extents
+    Shape first;         // where the box begins in the block
+    Shape count;         // and its extents
+    Index out;           // where its first element goes, in elements of the caller's memory
+  };
   [[noreturn]] void fail(std::string_view reason) const;
   void check_box(const Shape& first, const Shape& count) const;
+  void find_chunks() const;
+  template <class Action>
+  void for_each_part(const Shape& first, const Shape& count, const Action& action) const;
+  void read_part(const Part& part, const Shape& out_extents, std::byte* out) const;
 
   std::string file_;
   std::string path_;
@@ -116,8 +129,9 @@ class Dataset {
   Index stored_bytes_ = 0;
   std::string storage_;
   bool variable_length_ = false;
-  int descriptor_ = -1;       ///< of the open file, where bytes can be read directly
-  std::int64_t offset_ = -1;  ///< of the first byte in the file, where bytes can be read directly
+  int descriptor_ = -1;             ///< of the open file, where bytes can be read directly
+  std::int64_t offset_ = -1;        ///< of the first byte in the file, where a contiguous dataset can be read directly
+  std::shared_ptr<Chunks> chunks_;  ///< where a chunked dataset can be read directly
 };
 
 /// One row of a compound dataset of a start, an end and a label.
@@ -209,6 +223,7 @@ class File {
   Handle open_object(const std::string& path) const;
   Handle open_attribute(const Handle& object, const std::string& path, const std::string& name) const;
   void write_attribute(const std::string& path, const std::string& name, Id type, const void* value);
+  bool has_user_block() const;
   Dataset adopt(const std::string& path, Handle handle) const;
   Dataset create_typed(const std::string& path, Id type, const Shape& shape, const Storage& storage);
   Dataset write_typed(const std::string& path, Id type, const void* data, std::size_t count, const Shape& shape,

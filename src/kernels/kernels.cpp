@@ -189,6 +189,50 @@ BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softca
   return {largest, lanes[0]};
 }
 
+void finish_logits(const QueryColumns& queries, Index first_key, Index count, float* products, float* maxima) {
+  const Floats d;
+  const hn::RebindToSigned<Floats> di;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  const auto lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
+  const auto factor = hn::Set(d, queries.scale);
+  const auto cap = hn::Set(d, queries.softcapping);
+  const auto inverse_cap = hn::Set(d, queries.softcapping > 0 ? 1.0f / queries.softcapping : 0.0f);
+  for (Index j = 0; j < kPanel; j += n) {
+    const auto last = hn::LoadU(di, queries.positions + j);
+    auto maximum = hn::LoadU(d, maxima + j);
+    for (Index key = 0; key < count; ++key) {
+      auto logit = hn::Mul(hn::LoadU(d, products + key * kPanel + j), factor);
+      if (queries.softcapping > 0) logit = hn::Mul(hn::Tanh(d, hn::Mul(logit, inverse_cap)), cap);
+      const auto position = hn::Set(di, static_cast<std::int32_t>(first_key + key));
+      auto hidden = hn::Gt(position, last);
+      if (queries.sliding_window > 0) {
+        hidden = hn::Or(hidden, hn::Gt(hn::Sub(last, position), hn::Set(di, queries.sliding_window - 1)));
+      }
+      logit = hn::IfThenElse(hn::RebindMask(d, hidden), lowest, logit);
+      hn::StoreU(logit, d, products + key * kPanel + j);
+      maximum = hn::Max(maximum, logit);
+    }
+    hn::StoreU(maximum, d, maxima + j);
+  }
+}
+
+void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums) {
+  const Floats d;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  float added[kPanel];
+  for (Index j = 0; j < kPanel; j += n) {
+    const auto maximum = hn::LoadU(d, maxima + j);
+    auto sum = hn::Zero(d);
+    for (Index key = 0; key < count; ++key) {
+      const auto weight = hn::Exp(d, hn::Sub(hn::LoadU(d, logits + key * kPanel + j), maximum));
+      hn::StoreU(weight, d, logits + key * kPanel + j);
+      sum = hn::Add(sum, weight);
+    }
+    hn::StoreU(sum, d, added + j);
+  }
+  for (Index q = 0; q < kPanel; ++q) sums[q] += static_cast<double>(added[q]);
+}
+
 void squared_lengths(const float* panel, Index depth, float* lengths) {
   const Floats d;
   for (Index j = 0; j < kPanel; j += static_cast<Index>(kVectorLanes)) {
@@ -319,6 +363,8 @@ namespace kvreplay::kernels {
 HWY_EXPORT(multiply);
 HWY_EXPORT(to_panels);
 HWY_EXPORT(exponentiate);
+HWY_EXPORT(finish_logits);
+HWY_EXPORT(exponentiate_columns);
 HWY_EXPORT(squared_lengths);
 HWY_EXPORT(squared_lengths_after);
 HWY_EXPORT(distances);
@@ -339,6 +385,14 @@ void to_panels(const float* rows, Index row, Index count, Index depth, float* pa
 
 BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softcapping) {
   return HWY_DYNAMIC_DISPATCH(exponentiate)(block, scale, softcapping);
+}
+
+void finish_logits(const QueryColumns& queries, Index first_key, Index count, float* products, float* maxima) {
+  HWY_DYNAMIC_DISPATCH(finish_logits)(queries, first_key, count, products, maxima);
+}
+
+void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums) {
+  HWY_DYNAMIC_DISPATCH(exponentiate_columns)(count, maxima, logits, sums);
 }
 
 void squared_lengths(const float* panel, Index depth, float* lengths) {
@@ -362,6 +416,14 @@ bool has_nan(std::span<const float> values) {
 }
 
 const char* instruction_set() { return HWY_DYNAMIC_DISPATCH(instruction_set)(); }
+
+void pad_rows(float* rows, Index count, Index depth, Index width) {
+  if (depth == width) return;
+  for (Index n = count; n-- > 0;) {
+    std::copy_backward(rows + n * depth, rows + (n + 1) * depth, rows + n * width + depth);
+    std::fill(rows + n * width + depth, rows + (n + 1) * width, 0.0f);
+  }
+}
 
 // A threshold that at least `count` values reach comes cheap: the count-th largest of the maxima of disjoint groups.
 // Few values lie above it but those that are looked for, and only they are compared with each other.

@@ -30,6 +30,10 @@ void multiply(Index rows, Index columns, Index depth, const float* a, Index a_ro
 /// n % kPanel of panel n / kPanel. What is left of the last panel is filled with zeros.
 void to_panels(const float* rows, Index row, Index count, Index depth, float* panels);
 
+/// Moves `count` rows of `depth` floats that follow each other apart, so that a row begins every `width` floats, with
+/// zeros between them.
+void pad_rows(float* rows, Index count, Index depth, Index width);
+
 /// One query's attention over a block of panels. The query's row in panel p begins at `logits` + p · panel_step.
 struct AttentionBlock {
   float* logits = nullptr;
@@ -47,6 +51,22 @@ struct BlockSoftmax {
   float sum;
 };
 BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softcapping);
+
+/// Queries that attend to the same keys, side by side: a row of kPanel logits per key.
+struct QueryColumns {
+  const std::int32_t* positions = nullptr;  ///< [kPanel]
+  std::int32_t sliding_window = 0;          ///< keys that a query sees, its own included; 0: all before it
+  float scale = 1;
+  float softcapping = 0;  ///< 0: none
+};
+
+/// Turns products q·k with the keys first_key … first_key + count − 1 into logits, those that a query does not see into
+/// −∞, and raises maxima[q] to the largest of each column.
+void finish_logits(const QueryColumns& queries, Index first_key, Index count, float* products, float* maxima);
+
+/// Replaces each logit by exp(logit − maxima[q]) and adds their sums to sums[q]: in float32 over the call, in double
+/// over calls.
+void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums);
 
 /// lengths[n] = Σ_d panel[d, n]² for the kPanel positions of a panel of `depth` rows.
 void squared_lengths(const float* panel, Index depth, float* lengths);

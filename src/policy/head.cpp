@@ -227,27 +227,17 @@ const Head::WindowPass& Head::window_pass(int window) const {
   return *shared_->pass;
 }
 
-Index Head::memory(const HeadShape& shape, int window, Index combinations) {
+Index Head::memory(const HeadShape& shape, int window) {
   const Index prompt = padded(shape.prompt_length);
-  const Index floats = prompt * shape.group_size * window                          // exponentials
-                       + 2 * combinations * shape.group_size * row_stride(prompt)  // attention and distances
-                       + prompt * (shape.group_size + 1)                           // squared lengths
-                       + 4 * kBlock * (shape.head_dim + window);
+  const Index floats = prompt * shape.group_size * window  // exponentials
+                       + prompt * (shape.group_size + 1)   // squared lengths
+                       + 4 * kBlock * (shape.head_dim + window) + 4 * Index{shape.head_dim} * shape.head_dim;
   return floats * static_cast<Index>(sizeof(float));
 }
 
-namespace {
-
-// The rows of D floats at `rows` with zeros between them, so that whole vectors can be read.
-void pad_rows(float* rows, Index count, Index depth, Index width) {
-  if (depth == width) return;
-  for (Index n = count; n-- > 0;) {
-    std::copy_backward(rows + n * depth, rows + (n + 1) * depth, rows + n * width + depth);
-    std::fill(rows + n * width + depth, rows + (n + 1) * width, 0.0f);
-  }
+Index Head::combination_memory(const HeadShape& shape, Index combinations) {
+  return 2 * combinations * shape.group_size * row_stride(shape.prompt_length) * static_cast<Index>(sizeof(float));
 }
-
-}  // namespace
 
 void Head::prepare(std::span<const WindowCombination> combinations) const {
   using Distance = WindowCombination::Distance;
@@ -308,7 +298,7 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
     }
     if (distances == 0) continue;
     source_.read_values(first, positions, rows.data());
-    pad_rows(rows.data(), positions, depth, width);
+    kernels::pad_rows(rows.data(), positions, depth, width);
     for (Index c = 0; c < distances;) {
       const Index end = end_of_output(combination(c));
       Index next = c;

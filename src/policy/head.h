@@ -148,8 +148,10 @@ class Head {
   /// The columns of the output projection that this query head goes through: [C, D]. Read anew at every call.
   Matrix output_projection(int member) const { return source_.output_projection(member); }
 
-  /// The most bytes that a head takes for windows of up to `window` queries while `combinations` of them are prepared.
-  static Index memory(const HeadShape& shape, int window, Index combinations);
+  /// The most bytes that a head takes for windows of up to `window` queries, and for `combinations` that are prepared
+  /// together. keys(), values() and single rows of attention() come on top.
+  static Index memory(const HeadShape& shape, int window);
+  static Index combination_memory(const HeadShape& shape, Index combinations);
 
  private:
   class WindowPass;

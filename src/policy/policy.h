@@ -28,6 +28,7 @@ struct Requirements {
   bool output_projection = false;      ///< used where the trace has one; the method says what it does without
   bool accumulated_attention = false;  ///< recorded attention mass, or all prompt queries
   bool all_queries = false;            ///< all prompt queries
+  bool keys_or_values = false;  ///< beside combinations, Head::keys() or values() as a whole: for planning memory
   /// Combinations of the window's attention that score() will ask for: told here, those of all policies of a run are
   /// computed in one pass. One that is not told is computed when it is asked for.
   std::vector<WindowCombination> combinations = {};

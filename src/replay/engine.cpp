@@ -6,10 +6,15 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <limits>
+#include <memory>
 
 #include "base/error.h"
 #include "base/parallel.h"
+#include "base/printable.h"
+#include "kernels/kernels.h"
 #include "replay/evaluation.h"
+#include "replay/layer_projection.h"
 #include "replay/measurement.h"
 #include "replay/selection.h"
 
@@ -109,30 +114,120 @@ std::vector<ReplayUnit> ReplayEngine::units() const {
 }
 
 Work ReplayEngine::cost(const ReplayUnit& unit) const {
-  const TraceReplay& outline = outlines_[static_cast<std::size_t>(unit.replay)];
+  const auto replay = static_cast<std::size_t>(unit.replay);
+  const TraceReplay& outline = outlines_[replay];
   const ModelInfo& model = outline.model;
+  const TraceReader& trace = trace_of(unit);
+  const double prompt = outline.eviction_position;
   const double tokens = outline.evaluation_positions.back() + 1;
   const double heads = model.num_attention_heads;
   const double head_dim = model.head_dim;
   const auto queries = static_cast<double>(outline.evaluation_positions.size());
-  const auto settings = static_cast<double>(outline.results.size());
-  const auto stored = static_cast<double>(size_of(trace_of(unit).stored_tensors().front().type));
-  Work work;
-  work.bytes = (2 * model.num_key_value_heads * tokens + heads * queries) * head_dim * stored;
-  work.operations = 4 * heads * queries * tokens * head_dim;  // full attention of the evaluation queries
-  for (const ReplayResult& result : outline.results) {
-    work.operations += 4 * heads * queries * (result.capacity + queries) * head_dim;
+  const auto stored = static_cast<double>(size_of(trace.element_type()));
+  const double weight = trace.has_output_projection(unit.layer) ? heads * head_dim * model.hidden_size : 0;
+
+  // Ranking: logits of the window, then per combination its attention, its output and the distances from it.
+  std::vector<WindowCombination> combinations;
+  std::size_t window = 0;
+  const Policy* previous = nullptr;
+  for (const Setting& setting : settings_[replay]) {
+    if (!setting.policy->ranking || setting.policy == previous || setting.keeps_all(outline.eviction_position))
+      continue;
+    previous = setting.policy;
+    for (WindowCombination& combination : setting.policy->ranking->requirements().combinations) {
+      window = std::max(window, combination.weights.size());
+      if (std::ranges::find(combinations, combination) == combinations.end()) {
+        combinations.push_back(std::move(combination));
+      }
+    }
   }
-  if (trace_of(unit).has_output_projection(unit.layer)) {
-    work.bytes += heads * head_dim * model.hidden_size * stored;
-    work.operations += 2 * settings * queries * heads * head_dim * model.hidden_size;
+  const auto with_distance = static_cast<double>(std::ranges::count_if(
+      combinations, [](const auto& c) { return c.distance != WindowCombination::Distance::none; }));
+  Work work;
+  work.bytes = model.num_key_value_heads * prompt * head_dim * stored * (with_distance > 0 ? 3 : 1);
+  work.operations =
+      2 * heads * prompt * static_cast<double>(window) * (head_dim + static_cast<double>(combinations.size()));
+  work.operations += 4 * heads * prompt * head_dim * with_distance;
+  if (needs_projection(unit)) {
+    work.bytes += weight * stored;
+    work.operations += weight * head_dim + heads * prompt * head_dim * head_dim;
+  }
+
+  // Measures: full attention of the evaluation queries, then per setting what is kept, and the projection of the
+  // difference.
+  work.bytes += (2 * model.num_key_value_heads * tokens + heads * queries) * head_dim * stored + weight * stored;
+  work.operations += 4 * heads * queries * tokens * head_dim;
+  for (const ReplayResult& result : outline.results) {
+    work.operations += 2 * heads * queries * result.capacity * head_dim + 2 * queries * weight;
   }
   return work;
 }
 
-Index ReplayEngine::memory() const { return memory_; }
+ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
+  constexpr Index kCombinations = Index{256} << 20;
+  constexpr Index kDifferences = Index{512} << 20;
+  const int threads = omp_get_max_threads();
+  Plan plan;
+  for (plan.heads_at_once = threads; plan.heads_at_once >= 1; --plan.heads_at_once) {
+    plan.combination_bytes = kCombinations;
+    plan.settings_at_once = std::numeric_limits<Index>::max();
+    plan.memory = 0;
+    bool fits = true;
+    for (std::size_t r = 0; r < outlines_.size(); ++r) {
+      const TraceReplay& outline = outlines_[r];
+      const std::vector<Setting>& settings = settings_[r];
+      const auto queries = static_cast<Index>(outline.evaluation_positions.size());
+      const auto count = static_cast<Index>(settings.size());
+      const Index width = Index{outline.model.num_attention_heads} * outline.model.head_dim;
+      Index capacity = 0;
+      for (const Setting& setting : settings) capacity = std::max<Index>(capacity, setting.capacity);
+      const Index unit = LayerSelection::memory_of_layer(outline, settings) + LayerProjection::memory(outline.model);
 
-void ReplayEngine::limit_memory(Index bytes) { memory_ = std::min(memory_, bytes); }
+      const Index ranked = LayerSelection::memory_of_head(outline, settings);
+      const Index least = LayerSelection::least_combination_bytes(outline, settings);
+      Index combinations = std::max(least, kCombinations);
+      if (limit > 0) combinations = std::min(combinations, (limit - unit) / plan.heads_at_once - ranked);
+      fits = fits && combinations >= least;
+      plan.combination_bytes = std::min(plan.combination_bytes, combinations);
+      plan.memory = std::max(plan.memory, unit + plan.heads_at_once * (ranked + std::max(least, combinations)));
+
+      const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1, capacity);
+      const Index projected = 2 * kernels::kPanel * width * static_cast<Index>(sizeof(float));
+      const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries);
+      const Index fixed = unit + plan.heads_at_once * std::max(evaluated, projected) + setting;
+      Index at_once = std::clamp<Index>(kDifferences / setting, 1, count);
+      if (limit > 0) at_once = std::min(at_once, (limit - fixed) / setting);
+      fits = fits && at_once >= 1;
+      plan.settings_at_once = std::min(plan.settings_at_once, std::max<Index>(at_once, 1));
+      plan.memory = std::max(plan.memory, fixed + std::max<Index>(at_once, 1) * setting);
+    }
+    if (limit == 0 || fits) return plan;
+  }
+  throw Error(
+      fmt::format("{} of memory are too little: one head at a time takes {}; give --memory as much, or replay "
+                  "fewer settings at once",
+                  size_text(limit), size_text(plan.memory)));
+}
+
+Index ReplayEngine::memory() const { return plan_for(memory_limit_).memory; }
+
+void ReplayEngine::limit_memory(Index bytes) {
+  static_cast<void>(plan_for(bytes));
+  memory_limit_ = bytes;
+}
+
+bool ReplayEngine::needs_projection(const ReplayUnit& unit) const {
+  const auto replay = static_cast<std::size_t>(unit.replay);
+  const int prompt = outlines_[replay].eviction_position;
+  if (!trace_of(unit).has_output_projection(unit.layer)) return false;
+  return std::ranges::any_of(settings_[replay], [prompt](const Setting& setting) {
+    if (!setting.policy->ranking || setting.keeps_all(prompt)) return false;
+    const std::vector<WindowCombination> combinations = setting.policy->ranking->requirements().combinations;
+    return std::ranges::any_of(combinations, [](const WindowCombination& combination) {
+      return combination.distance == WindowCombination::Distance::projected;
+    });
+  });
+}
 
 const TraceReader& ReplayEngine::trace_of(const ReplayUnit& unit) const {
   return traces_[trace_of_outline_[static_cast<std::size_t>(unit.replay)]];
@@ -156,43 +251,87 @@ std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units) const
 
 void ReplayEngine::run(std::span<const ReplayUnit> units,
                        const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const {
+  const Plan plan = plan_for(memory_limit_);
   while (!units.empty()) {
     const std::span<const ReplayUnit> group = units.first(units_at_once(units));
     units = units.subspan(group.size());
-    std::vector<LayerSelection> selections;
-    std::vector<std::pair<int, int>> heads;     // (index in the group, KV head)
-    std::vector<std::pair<int, int>> settings;  // (index in the group, setting)
+    replay_group(group, plan, done);
+  }
+}
+
+// Every stage is spread over threads for all units together.
+void ReplayEngine::replay_group(std::span<const ReplayUnit> group, const Plan& plan,
+                                const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const {
+  const int threads = plan.heads_at_once;
+  const auto each = [&](const auto& pieces_of, const auto& work) {
+    std::vector<std::pair<std::size_t, int>> pieces;
     for (std::size_t i = 0; i < group.size(); ++i) {
-      const auto replay = static_cast<std::size_t>(group[i].replay);
-      const TraceReplay& outline = outlines_[replay];
-      selections.emplace_back(trace_of(group[i]), settings_[replay], group[i].layer, outline.eviction_position);
-      for (int head = 0; head < outline.model.num_key_value_heads; ++head) heads.emplace_back(i, head);
-      for (std::size_t s = 0; s < settings_[replay].size(); ++s) settings.emplace_back(i, static_cast<int>(s));
+      for (int piece = 0; piece < pieces_of(i); ++piece) pieces.emplace_back(i, piece);
     }
-    parallel_for(static_cast<int>(heads.size()), [&](int i) {
-      const auto [unit, head] = heads[static_cast<std::size_t>(i)];
-      selections[static_cast<std::size_t>(unit)].rank_head(head);
-    });
-    parallel_for(static_cast<int>(settings.size()), [&](int i) {
-      const auto [unit, setting] = settings[static_cast<std::size_t>(i)];
-      selections[static_cast<std::size_t>(unit)].select_together(setting);
-    });
+    parallel_for(
+        static_cast<int>(pieces.size()),
+        [&](int p) { work(pieces[static_cast<std::size_t>(p)].first, pieces[static_cast<std::size_t>(p)].second); },
+        threads);
+  };
+  const auto outline = [&](std::size_t i) -> const TraceReplay& {
+    return outlines_[static_cast<std::size_t>(group[i].replay)];
+  };
+  const auto settings = [&](std::size_t i) -> const std::vector<Setting>& {
+    return settings_[static_cast<std::size_t>(group[i].replay)];
+  };
+  const auto kv_heads = [&](std::size_t i) { return outline(i).model.num_key_value_heads; };
+
+  std::vector<std::unique_ptr<LayerProjection>> projections(group.size());
+  for (std::size_t i = 0; i < group.size(); ++i) {
+    if (!needs_projection(group[i])) continue;
+    projections[i] = std::make_unique<LayerProjection>(trace_of(group[i]), group[i].layer);
+  }
+  each([&](std::size_t i) { return projections[i] ? projection_slices(outline(i).model) : 0; },
+       [&](std::size_t i, int slice) { projections[i]->read_slice(slice); });
+  each([&](std::size_t i) { return projections[i] ? outline(i).model.num_attention_heads : 0; },
+       [&](std::size_t i, int head) { projections[i]->decompose(head); });
+
+  std::vector<LayerSelection> selections;
+  for (std::size_t i = 0; i < group.size(); ++i) {
+    selections.emplace_back(trace_of(group[i]), settings(i), group[i].layer, outline(i).eviction_position,
+                            projections[i].get(), plan.combination_bytes);
+  }
+  each(kv_heads, [&](std::size_t i, int head) { selections[i].rank_head(head); });
+  each([&](std::size_t i) { return static_cast<int>(settings(i).size()); },
+       [&](std::size_t i, int setting) { selections[i].select_together(setting); });
+  std::vector<std::vector<LayerSets>> kept;
+  for (std::size_t i = 0; i < group.size(); ++i) {
+    kept.push_back(selections[i].take());
+    improve_oracles(trace_of(group[i]), group[i].layer, outline(i).eviction_position, settings(i), kept.back());
+  }
+  selections.clear();
+  projections.clear();
+
+  std::vector<std::vector<LayerResult>> results(group.size());
+  std::size_t most = 0;
+  for (const std::vector<LayerSets>& sets : kept) most = std::max(most, sets.size());
+  const auto step = static_cast<std::size_t>(plan.settings_at_once);
+  for (std::size_t first = 0; first < most; first += step) {
+    std::vector<LayerMeasurement> measurements;
     for (std::size_t i = 0; i < group.size(); ++i) {
-      const auto replay = static_cast<std::size_t>(group[i].replay);
-      const TraceReplay& outline = outlines_[replay];
-      const TraceReader& trace = trace_of(group[i]);
-      std::vector<LayerSets> kept = selections[i].take();
-      improve_oracles(trace, group[i].layer, outline.eviction_position, settings_[replay], kept);
-      std::vector<const LayerSets*> all;
-      for (const LayerSets& sets : kept) all.push_back(&sets);
-      const std::vector<LayerMeasures> measures = measure_layer(trace, group[i].layer, outline.eviction_position, all);
-      std::vector<LayerResult> results;
-      for (std::size_t s = 0; s < kept.size(); ++s) {
-        results.push_back(result_of(std::move(kept[s]), measures[s], outline));
+      std::vector<const LayerSets*> sets;
+      for (std::size_t s = first; s < std::min(kept[i].size(), first + step); ++s) sets.push_back(&kept[i][s]);
+      measurements.emplace_back(trace_of(group[i]), group[i].layer, outline(i).eviction_position, std::move(sets));
+    }
+    const auto is_open = [&](std::size_t i) { return kept[i].size() > first; };
+    each([&](std::size_t i) { return is_open(i) ? kv_heads(i) : 0; },
+         [&](std::size_t i, int head) { measurements[i].measure_head(head); });
+    each([&](std::size_t i) { return is_open(i) ? measurements[i].slices() : 0; },
+         [&](std::size_t i, int slice) { measurements[i].project_slice(slice); });
+    for (std::size_t i = 0; i < group.size(); ++i) {
+      if (!is_open(i)) continue;
+      const std::vector<LayerMeasures> measures = measurements[i].take();
+      for (std::size_t m = 0; m < measures.size(); ++m) {
+        results[i].push_back(result_of(std::move(kept[i][first + m]), measures[m], outline(i)));
       }
-      done(group[i], std::move(results));
     }
   }
+  for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(results[i]));
 }
 
 void allocate_tables(TraceReplay& replay) {

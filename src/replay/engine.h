@@ -54,11 +54,12 @@ class ReplayEngine {
   /// What a unit takes: bytes of the trace that are read, floating-point operations.
   Work cost(const ReplayUnit& unit) const;
 
-  /// The most memory that run() takes at once, in bytes, results that were handed out excepted.
+  /// The most memory that run() takes at once with OpenMP's present number of threads, in bytes, results that were
+  /// handed out excepted.
   Index memory() const;
 
-  /// Works in smaller pieces where `bytes` would be exceeded. Throws Error, naming what it takes at least, where that
-  /// cannot be done.
+  /// Works in smaller pieces, or on fewer heads at once, where `bytes` would be exceeded. Throws Error, naming what it
+  /// takes at least, where that cannot be done.
   void limit_memory(Index bytes);
 
   /// Does `units`, and calls `done` on the calling thread for each, in their order, with a result per setting of the
@@ -67,7 +68,19 @@ class ReplayEngine {
            const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const;
 
  private:
+  // How work is divided so that it fits into memory.
+  struct Plan {
+    int heads_at_once = 1;
+    Index combination_bytes = 0;  // per head that is ranked
+    Index settings_at_once = 1;   // that are measured together
+    Index memory = 0;
+  };
+
+  Plan plan_for(Index limit) const;
+  void replay_group(std::span<const ReplayUnit> group, const Plan& plan,
+                    const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const;
   const TraceReader& trace_of(const ReplayUnit& unit) const;
+  bool needs_projection(const ReplayUnit& unit) const;
   std::size_t units_at_once(std::span<const ReplayUnit> units) const;
 
   std::span<const TraceReader> traces_;
@@ -75,7 +88,7 @@ class ReplayEngine {
   std::vector<TraceReplay> outlines_;
   std::vector<std::size_t> trace_of_outline_;
   std::vector<std::vector<Setting>> settings_;  // per outline
-  Index memory_ = Index{1} << 30;
+  Index memory_limit_ = 0;                      // 0: none was given
 };
 
 /// Gives the results of an outline their tables, filled with zeros.

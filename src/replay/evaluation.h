@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "base/buffer.h"
 #include "policy/head.h"
 #include "trace/reader.h"
 
@@ -28,24 +29,36 @@ struct HeadMeasures {
 };
 
 /// Measures kept sets of one KV head. The cache of an evaluation query at position t is the kept set and all positions
-/// from the eviction on, up to t. Arithmetic is float32; sums of attention mass are double.
+/// from the eviction on, up to t. Logits and weighted values are summed in float32, over blocks of 512 positions the
+/// latter; blocks, and sums of attention, in double. Sets that are equal are measured once.
 class HeadEvaluation {
  public:
   /// Reads keys and values up to the last evaluation query. Throws Error as TraceReader::read does.
   HeadEvaluation(const TraceReader& trace, int layer, int kv_head, int eviction_position);
 
-  /// Throws Error, naming the query, where attention leaves float32's range.
   /// Measures `kept_sets` for the group's query head `member`. `outputs` [E, D] receives the full output, `differences`
-  /// (one [E, D] per kept set) what eviction adds to it: ô − o.
+  /// (one [E, D] per kept set) what eviction adds to it: ô − o. Throws Error, naming the query, where attention leaves
+  /// float32's range.
   std::vector<HeadMeasures> measure(int member, std::span<const std::vector<int>* const> kept_sets,
                                     Eigen::Ref<Matrix> outputs, std::span<Eigen::Ref<Matrix>> differences) const;
 
+  /// The most bytes that an evaluation takes for `tokens` positions, kept sets of up to `capacity`.
+  static Index memory(const ModelInfo& model, Index tokens, Index capacity);
+
  private:
+  // Queries that are measured together, and what the full cache is to them.
+  struct Block;
+  void attend(int member, Index first, Block& block) const;
+  void sum_over(std::span<const int> positions, const Block& block, Block& sums) const;
+  Eigen::RowVectorXd attend_directly(int member, Index query, std::span<const int> kept) const;
+
   const TraceReader& trace_;
   HeadShape shape_;
   EvaluationQueries queries_;
-  Matrix keys_;  // [last evaluation position + 1, D]
-  Matrix values_;
+  Index tokens_;   // last evaluation position + 1
+  Index width_;    // floats of a row of keys or values, zeros beyond the head dimension
+  Buffer keys_;    // [tokens, width]
+  Buffer values_;  // [tokens, width]
 };
 
 }  // namespace kvreplay

@@ -3,9 +3,16 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
 
+#include "base/buffer.h"
 #include "base/error.h"
 #include "base/parallel.h"
+#include "base/work.h"
+#include "kernels/kernels.h"
+#include "replay/layer_projection.h"
 #include "replay/reconstruction_oracle.h"
 
 namespace kvreplay {
@@ -20,61 +27,122 @@ double mean_square(const std::vector<float>& layer_error) {
 
 }  // namespace
 
-std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, int eviction_position,
-                                         const std::vector<const LayerSets*>& settings) {
+LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, int eviction_position,
+                                   std::vector<const LayerSets*> settings)
+    : trace_(trace), layer_(layer), eviction_position_(eviction_position) {
+  const auto less = [](const LayerSets* a, const LayerSets* b) { return *a < *b; };
+  std::map<const LayerSets*, std::size_t, decltype(less)> kinds(less);
+  for (const LayerSets* sets : settings) {
+    const auto [kind, is_new] = kinds.try_emplace(sets, distinct_.size());
+    if (is_new) distinct_.push_back(sets);
+    kind_.push_back(kind->second);
+  }
   const ModelInfo& model = trace.info().model;
   const auto queries = static_cast<Index>(evaluation_queries(trace.info(), eviction_position).count());
-  const Index width = static_cast<Index>(model.num_attention_heads) * model.head_dim;
-  Matrix outputs(queries, width);
-  std::vector<Matrix> differences(settings.size(), Matrix(queries, width));
-  std::vector<LayerMeasures> measures(settings.size());
-  for (LayerMeasures& m : measures) m.heads.resize(static_cast<std::size_t>(model.num_attention_heads));
+  outputs_.resize((static_cast<Index>(distinct_.size()) + 1) * queries,
+                  Index{model.num_attention_heads} * model.head_dim);
+  measures_.resize(distinct_.size());
+  for (LayerMeasures& m : measures_) m.heads.resize(static_cast<std::size_t>(model.num_attention_heads));
+  squared_lengths_.resize(static_cast<std::size_t>(slices()));
+}
 
-  parallel_for(model.num_key_value_heads, [&](int kv_head) {
-    const HeadEvaluation evaluation(trace, layer, kv_head, eviction_position);
-    for (int member = 0; member < model.group_size(); ++member) {
-      const int query_head = kv_head * model.group_size() + member;
-      const Index column = static_cast<Index>(query_head) * model.head_dim;
-      std::vector<const std::vector<int>*> kept;
-      std::vector<Eigen::Ref<Matrix>> head_differences;
-      for (std::size_t i = 0; i < settings.size(); ++i) {
-        const bool per_query_head = static_cast<int>(settings[i]->size()) == model.num_attention_heads;
-        kept.push_back(&(*settings[i])[static_cast<std::size_t>(per_query_head ? query_head : kv_head)]);
-        head_differences.emplace_back(differences[i].middleCols(column, model.head_dim));
-      }
-      std::vector<HeadMeasures> found =
-          evaluation.measure(member, kept, outputs.middleCols(column, model.head_dim), head_differences);
-      for (std::size_t i = 0; i < found.size(); ++i) {
-        measures[i].heads[static_cast<std::size_t>(query_head)] = std::move(found[i]);
-      }
+void LayerMeasurement::measure_head(int kv_head) {
+  const ModelInfo& model = trace_.info().model;
+  const HeadEvaluation evaluation(trace_, layer_, kv_head, eviction_position_);
+  const Index queries = outputs_.rows() / (static_cast<Index>(distinct_.size()) + 1);
+  for (int member = 0; member < model.group_size(); ++member) {
+    const int query_head = kv_head * model.group_size() + member;
+    auto columns = outputs_.middleCols(Index{query_head} * model.head_dim, model.head_dim);
+    std::vector<const std::vector<int>*> kept;
+    std::vector<Eigen::Ref<Matrix>> differences;
+    for (std::size_t kind = 0; kind < distinct_.size(); ++kind) {
+      const bool per_query_head = static_cast<int>(distinct_[kind]->size()) == model.num_attention_heads;
+      kept.push_back(&(*distinct_[kind])[static_cast<std::size_t>(per_query_head ? query_head : kv_head)]);
+      differences.emplace_back(columns.middleRows((static_cast<Index>(kind) + 1) * queries, queries));
     }
-  });
-
-  Matrix projection;  // [C, H·D]
-  if (trace.has_output_projection(layer)) {
-    projection.resize(model.hidden_size, width);
-    for (int head = 0; head < model.num_attention_heads; ++head) {
-      projection.middleCols(static_cast<Index>(head) * model.head_dim, model.head_dim) =
-          trace.read_output_projection(layer, head);
+    std::vector<HeadMeasures> found = evaluation.measure(member, kept, columns.topRows(queries), differences);
+    for (std::size_t kind = 0; kind < found.size(); ++kind) {
+      measures_[kind].heads[static_cast<std::size_t>(query_head)] = std::move(found[kind]);
     }
   }
-  const auto lengths = [&](const Matrix& rows) -> Eigen::VectorXf {
-    Eigen::VectorXf norms = projection.size() == 0 ? Eigen::VectorXf(rows.rowwise().norm())
-                                                   : Eigen::VectorXf((rows * projection.transpose()).rowwise().norm());
-    if (!norms.allFinite()) {
-      throw Error(fmt::format("{}: layer {}: the outputs exceed float32's range", trace.path().string(), layer));
+}
+
+int LayerMeasurement::slices() const {
+  return trace_.has_output_projection(layer_) ? projection_slices(trace_.info().model) : 1;
+}
+
+void LayerMeasurement::project_slice(int slice) {
+  const Index width = outputs_.cols();
+  std::vector<double>& squares = squared_lengths_[static_cast<std::size_t>(slice)];
+  squares.assign(static_cast<std::size_t>(outputs_.rows()), 0.0);
+  if (!trace_.has_output_projection(layer_)) {
+    for (Index row = 0; row < outputs_.rows(); ++row) {
+      squares[static_cast<std::size_t>(row)] = outputs_.row(row).cast<double>().squaredNorm();
     }
-    return norms;
-  };
-  const Eigen::VectorXf reference = lengths(outputs);
-  parallel_for(static_cast<int>(settings.size()), [&](int i) {
-    const Eigen::VectorXf error = lengths(differences[static_cast<std::size_t>(i)]);
-    for (Index e = 0; e < queries; ++e) {
-      measures[static_cast<std::size_t>(i)].layer_error.push_back(reference(e) > 0 ? error(e) / reference(e)
-                                                                                   : (error(e) > 0 ? 1.0f : 0.0f));
+    return;
+  }
+  // Rows of the projection become the columns of a panel; a part of its depth stays in the innermost cache while all
+  // outputs pass by.
+  constexpr Index kDepth = 128;
+  const Index first = slice * kProjectionSlice;
+  const Index end = std::min<Index>(first + kProjectionSlice, trace_.info().model.hidden_size);
+  Buffer rows(kernels::kPanel * width);
+  Buffer panel(kernels::kPanel * width);
+  Buffer projected(outputs_.rows() * kernels::kPanel);
+  for (Index row = first; row < end; row += kernels::kPanel) {
+    const Index count = std::min(kernels::kPanel, end - row);
+    trace_.read_projection_rows(layer_, row, count, rows.data());
+    kernels::to_panels(rows.data(), width, count, width, panel.data());
+    for (Index k = 0; k < width; k += kDepth) {
+      kernels::multiply(outputs_.rows(), kernels::kPanel, std::min(kDepth, width - k), outputs_.data() + k, width, 1,
+                        panel.data() + k * kernels::kPanel, kernels::kPanel, projected.data(), kernels::kPanel, k > 0);
     }
-  });
+    for (Index i = 0; i < outputs_.rows(); ++i) {
+      double& sum = squares[static_cast<std::size_t>(i)];
+      for (const float x : projected.part(i * kernels::kPanel, kernels::kPanel)) {
+        sum += static_cast<double>(x) * static_cast<double>(x);
+      }
+    }
+  }
+  count_operations(2 * outputs_.size() * (end - first));
+}
+
+std::vector<LayerMeasures> LayerMeasurement::take() {
+  const Index queries = outputs_.rows() / (static_cast<Index>(distinct_.size()) + 1);
+  std::vector<double> lengths(static_cast<std::size_t>(outputs_.rows()), 0.0);
+  for (const std::vector<double>& slice : squared_lengths_) {
+    for (std::size_t row = 0; row < lengths.size(); ++row) lengths[row] += slice[row];
+  }
+  for (double& length : lengths) {
+    length = std::sqrt(length);
+    if (length <= static_cast<double>(std::numeric_limits<float>::max())) continue;
+    throw Error(fmt::format("{}: layer {}: the outputs exceed float32's range", trace_.path().string(), layer_));
+  }
+  for (std::size_t kind = 0; kind < measures_.size(); ++kind) {
+    for (Index query = 0; query < queries; ++query) {
+      const double reference = lengths[static_cast<std::size_t>(query)];
+      const double error = lengths[(kind + 1) * static_cast<std::size_t>(queries) + static_cast<std::size_t>(query)];
+      measures_[kind].layer_error.push_back(static_cast<float>(reference > 0 ? error / reference : error > 0 ? 1 : 0));
+    }
+  }
+  std::vector<LayerMeasures> measures;
+  for (const std::size_t kind : kind_) measures.push_back(measures_[kind]);
   return measures;
+}
+
+Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries) {
+  const Index width = Index{model.num_attention_heads} * model.head_dim;
+  return queries *
+         (width * static_cast<Index>(sizeof(float)) + projection_slices(model) * static_cast<Index>(sizeof(double)) +
+          3 * model.num_attention_heads * static_cast<Index>(sizeof(float)));
+}
+
+std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, int eviction_position,
+                                         const std::vector<const LayerSets*>& settings) {
+  LayerMeasurement measurement(trace, layer, eviction_position, settings);
+  parallel_for(trace.info().model.num_key_value_heads, [&](int kv_head) { measurement.measure_head(kv_head); });
+  parallel_for(measurement.slices(), [&](int slice) { measurement.project_slice(slice); });
+  return measurement.take();
 }
 
 void improve_oracles(const TraceReader& trace, int layer, int eviction_position, const std::vector<Setting>& settings,

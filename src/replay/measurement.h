@@ -14,8 +14,44 @@ struct LayerMeasures {
   std::vector<float> layer_error;   ///< [E]
 };
 
-/// Measures several kept sets of a layer against the same full outputs. Throws Error, naming the query, where attention
-/// leaves float32's range.
+/// Measures several kept sets of a layer against the same full outputs: head by head, then slice by slice of the output
+/// projection. Settings whose sets are all equal are measured once. What passes the projection is summed in float32
+/// over heads and dimensions, and its squares in double.
+class LayerMeasurement {
+ public:
+  /// The trace and the sets must outlive it.
+  LayerMeasurement(const TraceReader& trace, int layer, int eviction_position, std::vector<const LayerSets*> settings);
+
+  /// Measures one KV head. Heads may be measured by different threads at once. Throws Error, naming the query, where
+  /// attention leaves float32's range.
+  void measure_head(int kv_head);
+
+  /// How many slices there are to project.
+  int slices() const;
+
+  /// Once all heads are measured: adds one slice to the layer error. Slices may be projected by different threads at
+  /// once.
+  void project_slice(int slice);
+
+  /// Once all slices are projected: the measures of every setting. Throws Error where an output leaves float32's range.
+  std::vector<LayerMeasures> take();
+
+  /// The most bytes that an object of this class takes per setting, and all that measure_head() and project_slice()
+  /// take while they run excepted.
+  static Index memory_per_setting(const ModelInfo& model, Index queries);
+
+ private:
+  const TraceReader& trace_;
+  int layer_;
+  int eviction_position_;
+  std::vector<const LayerSets*> distinct_;
+  std::vector<std::size_t> kind_;        // [setting]: which of the distinct ones
+  Matrix outputs_;                       // [E, H · D], then the differences of every kind below each other
+  std::vector<LayerMeasures> measures_;  // [kind]
+  std::vector<std::vector<double>> squared_lengths_;  // [slice][row of outputs_]
+};
+
+/// All of the above.
 std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, int eviction_position,
                                          const std::vector<const LayerSets*>& settings);
 

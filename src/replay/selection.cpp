@@ -41,11 +41,12 @@ int capacity_for(const std::vector<int>& capacities, int set) {
 }  // namespace
 
 LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings, int layer,
-                               int eviction_position, Index combination_bytes)
+                               int eviction_position, const LayerProjection* projection, Index combination_bytes)
     : trace_(trace),
       settings_(settings),
       layer_(layer),
       prompt_(eviction_position),
+      projection_(projection),
       combination_bytes_(combination_bytes),
       model_(trace.info().model) {
   const auto kv_heads = static_cast<std::size_t>(model_.num_key_value_heads);
@@ -56,7 +57,7 @@ LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setti
 }
 
 void LayerSelection::rank_head(int kv_head) {
-  const TraceHead source(trace_, layer_, kv_head, prompt_);
+  const TraceHead source(trace_, layer_, kv_head, prompt_, projection_);
   const Head head(source, combination_bytes_);
   HeadScores scores;
   Matrix raw(model_.group_size(), prompt_);
@@ -98,8 +99,7 @@ void LayerSelection::rank_head(int kv_head) {
 // the first that is left out.
 std::size_t LayerSelection::prepare(const Head& head, std::size_t first) const {
   const auto bytes_of = [&head](std::size_t combinations) {
-    const auto count = static_cast<Index>(combinations);
-    return Head::memory(head.shape(), 0, count) - Head::memory(head.shape(), 0, 0);
+    return Head::combination_memory(head.shape(), static_cast<Index>(combinations));
   };
   std::vector<WindowCombination> combinations;
   std::size_t i = first;
@@ -256,6 +256,61 @@ std::vector<int> LayerSelection::checked(std::vector<int> kept) const {
 Error LayerSelection::in_context(const Setting& setting, int kv_head, const Error& error) const {
   return Error(fmt::format("{}: {}, layer {}{}: {}", trace_.path().string(), setting.policy->canonical, layer_,
                            kv_head < 0 ? "" : fmt::format(", KV head {}", kv_head), error.what()));
+}
+
+namespace {
+
+// The shape of the outline's heads, for what memory they take.
+HeadShape shape_of(const TraceReplay& outline) {
+  return {.num_layers = outline.model.num_layers,
+          .num_kv_heads = outline.model.num_key_value_heads,
+          .group_size = outline.model.group_size(),
+          .head_dim = outline.model.head_dim,
+          .prompt_length = outline.eviction_position};
+}
+
+}  // namespace
+
+Index LayerSelection::memory_of_head(const TraceReplay& outline, const std::vector<Setting>& settings) {
+  int window = 0;
+  bool whole_tensors = false;
+  for (const Setting& setting : settings) {
+    if (!setting.policy->ranking || setting.keeps_all(outline.eviction_position)) continue;
+    const Requirements needs = setting.policy->ranking->requirements();
+    for (const WindowCombination& combination : needs.combinations) {
+      window = std::max(window, static_cast<int>(combination.weights.size()));
+    }
+    window = std::max(window, needs.window_queries);
+    whole_tensors = whole_tensors || needs.keys_or_values || needs.combinations.empty();
+  }
+  const ModelInfo& model = outline.model;
+  const Index prompt = outline.eviction_position;
+  // Raw and smoothed scores of the group, what it shares, and neighbours while they are pooled.
+  const Index scores = prompt * (2 * model.group_size() + 3);
+  const Index tensors = whole_tensors ? 2 * prompt * model.head_dim : 0;
+  return Head::memory(shape_of(outline), window) + (scores + tensors) * static_cast<Index>(sizeof(float));
+}
+
+Index LayerSelection::memory_of_layer(const TraceReplay& outline, const std::vector<Setting>& settings) {
+  const ModelInfo& model = outline.model;
+  Index bytes = 0;
+  for (const Setting& setting : settings) {
+    bytes += Index{model.num_key_value_heads} * setting.sets_per_kv_head(model) * setting.capacity *
+             static_cast<Index>(sizeof(int));
+    if (setting.is_local() || setting.policy->pattern || setting.keeps_all(outline.eviction_position)) continue;
+    bytes += Index{model.num_key_value_heads} * (model.group_size() + 1) * outline.eviction_position *
+             static_cast<Index>(sizeof(float));
+  }
+  return bytes;
+}
+
+Index LayerSelection::least_combination_bytes(const TraceReplay& outline, const std::vector<Setting>& settings) {
+  std::size_t most = 0;
+  for (const Setting& setting : settings) {
+    if (!setting.policy->ranking || setting.keeps_all(outline.eviction_position)) continue;
+    most = std::max(most, setting.policy->ranking->requirements().combinations.size());
+  }
+  return Head::combination_memory(shape_of(outline), static_cast<Index>(most));
 }
 
 }  // namespace kvreplay

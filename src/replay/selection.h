@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "replay/engine.h"
+#include "replay/layer_projection.h"
 #include "replay/setting.h"
 
 namespace kvreplay {
@@ -12,10 +13,10 @@ namespace kvreplay {
 /// The kept sets of a layer's settings, drawn head by head and then, where heads depend on each other, together.
 class LayerSelection {
  public:
-  /// All must outlive it. `combination_bytes`: what combinations of attention may take per KV head that is ranked at a
-  /// time.
+  /// All must outlive it; `projection` may be null and is decomposed before heads are ranked. `combination_bytes`: what
+  /// combinations of attention may take per KV head that is ranked at a time.
   LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings, int layer, int eviction_position,
-                 Index combination_bytes = Index{1} << 28);
+                 const LayerProjection* projection, Index combination_bytes);
 
   /// Draws what one KV head can draw without the others. Heads may be drawn by different threads at once.
   void rank_head(int kv_head);
@@ -26,6 +27,13 @@ class LayerSelection {
 
   /// The kept sets of every setting, once all of them are drawn.
   std::vector<LayerSets> take() { return std::move(kept_); }
+
+  /// The most bytes that rank_head() takes beside `combination_bytes`, and that one of these objects takes in all.
+  static Index memory_of_head(const TraceReplay& outline, const std::vector<Setting>& settings);
+  static Index memory_of_layer(const TraceReplay& outline, const std::vector<Setting>& settings);
+
+  /// The fewest `combination_bytes` that every policy can work with.
+  static Index least_combination_bytes(const TraceReplay& outline, const std::vector<Setting>& settings);
 
  private:
   // Scores of one KV head after step 3; a part is empty where nothing asks for it.
@@ -49,6 +57,7 @@ class LayerSelection {
   const std::vector<Setting>& settings_;
   int layer_;
   int prompt_;
+  const LayerProjection* projection_;
   Index combination_bytes_;
   const ModelInfo& model_;
   std::vector<std::vector<HeadScores>> deferred_;  // [setting][KV head]: scores that wait for the other heads

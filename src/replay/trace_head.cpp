@@ -20,8 +20,9 @@ HeadShape head_shape(const TraceInfo& info, int layer, int kv_head, int eviction
   };
 }
 
-TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, int eviction_position)
-    : trace_(trace), shape_(head_shape(trace.info(), layer, kv_head, eviction_position)) {
+TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, int eviction_position,
+                     const LayerProjection* projection)
+    : trace_(trace), projection_(projection), shape_(head_shape(trace.info(), layer, kv_head, eviction_position)) {
   const std::span<const int> positions = trace.info().query_positions;
   const auto before = std::ranges::lower_bound(positions, eviction_position) - positions.begin();
   query_positions_ = positions.first(static_cast<std::size_t>(before));
@@ -53,6 +54,11 @@ bool TraceHead::has_output_projection() const { return trace_.has_output_project
 
 Matrix TraceHead::output_projection(int member) const {
   return trace_.read_output_projection(shape_.layer, shape_.query_head(member));
+}
+
+Matrix TraceHead::projection_factor(int member) const {
+  return projection_ != nullptr ? projection_->factor(shape_.query_head(member))
+                                : HeadSource::projection_factor(member);
 }
 
 std::optional<std::vector<float>> TraceHead::attention_mass(int member) const {

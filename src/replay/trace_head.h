@@ -2,6 +2,7 @@
 #pragma once
 
 #include "policy/head.h"
+#include "replay/layer_projection.h"
 #include "trace/reader.h"
 
 namespace kvreplay {
@@ -10,8 +11,9 @@ namespace kvreplay {
 /// oracles can see. The reader must outlive it.
 class TraceHead : public HeadSource {
  public:
-  /// `eviction_position` is in [1, T].
-  TraceHead(const TraceReader& trace, int layer, int kv_head, int eviction_position);
+  /// `eviction_position` is in [1, T]. Takes projection factors from `projection`, where it is given and decomposed.
+  TraceHead(const TraceReader& trace, int layer, int kv_head, int eviction_position,
+            const LayerProjection* projection = nullptr);
 
   const HeadShape& shape() const override { return shape_; }
   void read_keys(Index first, Index count, float* rows) const override;
@@ -20,6 +22,7 @@ class TraceHead : public HeadSource {
   Matrix queries(int member, Index first, Index count) const override;
   bool has_output_projection() const override;
   Matrix output_projection(int member) const override;
+  Matrix projection_factor(int member) const override;
   std::optional<std::vector<float>> attention_mass(int member) const override;
   std::span<const int> evaluation_positions() const override { return evaluation_positions_; }
   Matrix evaluation_queries(int member) const override;
@@ -27,6 +30,7 @@ class TraceHead : public HeadSource {
 
  private:
   const TraceReader& trace_;
+  const LayerProjection* projection_;
   HeadShape shape_;
   std::span<const int> query_positions_;
   std::span<const int> evaluation_positions_;

@@ -3,8 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "base/printable.h"
 
@@ -115,17 +116,48 @@ std::string name_of(HeadTensor tensor) {
   return "";
 }
 
-std::optional<std::size_t> find_non_finite(std::span<const float> values) {
-  constexpr std::uint32_t kExponent = 0x7f800000;
+namespace {
+
+// Index of the first element all of whose exponent bits are set, which only NaN and infinity have.
+template <class Bits>
+std::optional<std::size_t> find_exponent(std::span<const std::byte> elements, Bits exponent) {
+  const auto load = [](const std::byte* from) {
+    Bits bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return bits;
+  };
   // Counted in blocks, without an exit from the inner loop, so that it runs as vector instructions.
   constexpr std::size_t kBlock = 4096;
-  for (std::size_t start = 0; start < values.size(); start += kBlock) {
-    const auto block = values.subspan(start, std::min(kBlock, values.size() - start));
-    std::uint32_t count = 0;
-    for (const float value : block) count += (std::bit_cast<std::uint32_t>(value) & kExponent) == kExponent ? 1U : 0U;
-    if (count == 0) continue;
-    const auto first = std::find_if(block.begin(), block.end(), [](float value) { return !std::isfinite(value); });
-    return start + static_cast<std::size_t>(first - block.begin());
+  const std::size_t size = elements.size() / sizeof(Bits);
+  for (std::size_t start = 0; start < size; start += kBlock) {
+    const std::byte* block = elements.data() + start * sizeof(Bits);
+    const std::size_t count = std::min(kBlock, size - start);
+    Bits found = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      found |= static_cast<Bits>((load(block + i * sizeof(Bits)) & exponent) == exponent ? 1 : 0);
+    }
+    if (found == 0) continue;
+    std::size_t first = 0;
+    while ((load(block + first * sizeof(Bits)) & exponent) != exponent) ++first;
+    return start + first;
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::optional<std::size_t> find_non_finite(std::span<const float> values) {
+  return find_exponent<std::uint32_t>(std::as_bytes(values), 0x7f800000);
+}
+
+std::optional<std::size_t> find_non_finite(DType type, std::span<const std::byte> stored) {
+  switch (type) {
+    case DType::float32:
+      return find_exponent<std::uint32_t>(stored, 0x7f800000);
+    case DType::float16:
+      return find_exponent<std::uint16_t>(stored, 0x7c00);
+    case DType::bfloat16:
+      return find_exponent<std::uint16_t>(stored, 0x7f80);
   }
   return std::nullopt;
 }

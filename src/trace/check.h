@@ -29,4 +29,7 @@ std::string name_of(HeadTensor tensor);
 /// Index of the first NaN or infinity in `values`, or nothing.
 std::optional<std::size_t> find_non_finite(std::span<const float> values);
 
+/// The same among elements of `type`, as from_float32 makes them.
+std::optional<std::size_t> find_non_finite(DType type, std::span<const std::byte> stored);
+
 }  // namespace kvreplay

@@ -312,6 +312,8 @@ void TraceReader::prefetch(int layer, HeadTensor tensor, int head) const {
   dataset.prefetch({head, 0, 0}, {1, shape[1], shape[2]});
 }
 
+DType TraceReader::element_type() const { return *state_->layer(0).head_tensors[0].float_type(); }
+
 bool TraceReader::has_output_projection(int layer) const { return state_->layer(layer).output_projection.has_value(); }
 
 Matrix TraceReader::read_output_projection(int layer, int head) const {

@@ -47,6 +47,9 @@ class TraceReader {
   /// once. Does nothing where the tensor is filtered: its bytes are HDF5's to find.
   void prefetch(int layer, HeadTensor tensor, int head) const;
 
+  /// How keys are stored.
+  DType element_type() const;
+
   bool has_output_projection(int layer) const;
 
   /// The columns of the layer's output projection that query head `head` is multiplied by: [C, D].

@@ -1,6 +1,7 @@
 // Writes kvtrace files that are complete or absent.
 #pragma once
 
+#include <cstddef>
 #include <filesystem>
 #include <memory>
 #include <span>
@@ -23,17 +24,33 @@ class TraceWriter {
   /// Writes one layer's tensor whole. `data` is [K, T, D] or [H, Q, D] in row-major order. Throws Error.
   void write(int layer, HeadTensor tensor, std::span<const float> data);
 
+  /// Writes the next rows of one layer's tensor: `rows` is [n, D], the rows of `head` from `first` on (positions of
+  /// keys and values, numbers of captured queries otherwise). n may reach into the heads that follow. A tensor is
+  /// written from its first row to its last, while pieces of different tensors may alternate; no more than a piece is
+  /// held in memory. Throws Error, also where another row comes next.
+  void write_rows(int layer, HeadTensor tensor, int head, Index first, std::span<const float> rows);
+
+  /// The same for rows that were brought to the trace's type before, by from_float32.
+  void write_rows(int layer, HeadTensor tensor, int head, Index first, std::span<const std::byte> stored);
+
   /// `weight` is [C, H·D], as PyTorch stores the layer's o_proj. Throws Error.
   void write_output_projection(int layer, std::span<const float> weight);
+
+  /// Its next rows, from `first` on: [n, H·D]. Throws Error.
+  void write_output_projection_rows(int layer, Index first, std::span<const float> rows);
 
   /// `mass` is [H, P]; always stored as float32. Throws Error.
   void write_attention_mass(int layer, std::span<const float> mass);
 
-  /// Marks the file complete and puts it in its place. Throws Error if a required tensor of a layer was not written,
-  /// or if the disk is full.
+  /// The next heads, from `head` on: [n, P]. Throws Error.
+  void write_attention_mass_of(int layer, int head, std::span<const float> mass);
+
+  /// Marks the file complete and puts it in its place. Throws Error if a required tensor of a layer was not written, if
+  /// one was not written to its end, or if the disk is full.
   void finish();
 
  private:
+  struct Tensor;
   struct State;
   std::unique_ptr<State> state_;
 };

@@ -1,6 +1,7 @@
 #include "base/dtype.h"
 
 #include <gtest/gtest.h>
+#include <hwy/targets.h>
 
 #include <bit>
 #include <cmath>
@@ -91,6 +92,83 @@ TEST_P(SixteenBits, ReadsFromAnyAddress) {
   EXPECT_EQ(values[1], -2.0F);
 }
 
+// Every set of instructions that this processor has and the library was compiled for, one after the other.
+class EveryProcessor {
+ public:
+  EveryProcessor() : all_(hwy::SupportedTargets()) {}
+  ~EveryProcessor() { hwy::GetChosenTarget().Update(all_); }
+  EveryProcessor(const EveryProcessor&) = delete;
+  EveryProcessor& operator=(const EveryProcessor&) = delete;
+
+  template <class Action>
+  void for_each(const Action& action) {
+    for (std::int64_t rest = all_; rest != 0; rest &= rest - 1) {
+      const std::int64_t target = rest & -rest;
+      SCOPED_TRACE(hwy::TargetName(target));
+      hwy::GetChosenTarget().Update(target);
+      action();
+    }
+  }
+
+ private:
+  std::int64_t all_;
+};
+
+TEST_P(SixteenBits, EveryProcessorReadsEveryPatternAlike) {
+  const auto patterns = all_patterns();
+  const auto* bytes = reinterpret_cast<const std::byte*>(patterns.data());
+  EveryProcessor().for_each([&] {
+    std::vector<float> values(patterns.size());
+    EXPECT_FALSE(to_float32_checked(GetParam(), bytes, values));
+    for (std::size_t i = 0; i < patterns.size(); ++i) {
+      const double expected = by_definition(patterns[i], exponent_bits(), mantissa_bits());
+      if (std::isnan(expected)) {
+        ASSERT_TRUE(std::isnan(values[i])) << i;
+        ASSERT_EQ(std::signbit(values[i]), patterns[i] >> 15 != 0) << i;
+      } else {
+        ASSERT_EQ(std::bit_cast<std::uint32_t>(values[i]), std::bit_cast<std::uint32_t>(static_cast<float>(expected)))
+            << i;
+      }
+    }
+  });
+}
+
+TEST_P(SixteenBits, EveryLengthIsReadWholeAndNoFurther) {
+  EveryProcessor().for_each([&] {
+    for (std::size_t count = 0; count < 150; ++count) {
+      std::vector<std::uint16_t> stored(count);
+      for (std::size_t i = 0; i < count; ++i) stored[i] = rounded(static_cast<float>(i) - 70);
+      // At an odd address, of a block that ends where the elements do.
+      std::vector<std::byte> bytes(2 * count + 1);
+      if (count > 0) std::memcpy(bytes.data() + 1, stored.data(), 2 * count);
+      std::vector<float> values(count + 1, -99);
+      ASSERT_TRUE(to_float32_checked(GetParam(), bytes.data() + 1, std::span(values).first(count)));
+      for (std::size_t i = 0; i < count; ++i) ASSERT_EQ(values[i], static_cast<float>(i) - 70);
+      ASSERT_EQ(values[count], -99);
+    }
+  });
+}
+
+TEST_P(SixteenBits, OneValueThatIsNotFiniteIsNoticedAnywhere) {
+  const auto infinity = static_cast<std::uint16_t>(((1U << exponent_bits()) - 1) << mantissa_bits());
+  EveryProcessor().for_each([&] {
+    for (const std::size_t count : {1, 7, 64, 97}) {
+      for (std::size_t at = 0; at < count; ++at) {
+        // Negative infinity, quiet and signalling NaN, and the largest values that are none of these.
+        for (const unsigned bits :
+             {infinity + 0U, infinity | 0x8000U, infinity + 1U, 0xffffU, infinity - 1U, (infinity - 1U) | 0x8000U}) {
+          std::vector<std::uint16_t> stored(count, 0x8001);
+          stored[at] = static_cast<std::uint16_t>(bits);
+          std::vector<float> values(count);
+          const bool finite = (bits & 0x7fffU) < infinity;
+          ASSERT_EQ(to_float32_checked(GetParam(), reinterpret_cast<const std::byte*>(stored.data()), values), finite);
+          ASSERT_EQ(all_finite(values), finite);
+        }
+      }
+    }
+  });
+}
+
 INSTANTIATE_TEST_SUITE_P(Formats, SixteenBits, testing::Values(DType::float16, DType::bfloat16),
                          [](const auto& tested) { return std::string(name_of(tested.param)); });
 
@@ -102,6 +180,27 @@ TEST(DType, Float32KeepsEveryBit) {
   std::vector<std::uint32_t> again(patterns.size());
   from_float32(DType::float32, values, reinterpret_cast<std::byte*>(again.data()));
   EXPECT_EQ(again, patterns);
+}
+
+TEST(DType, Float32IsCheckedWhileItIsCopied) {
+  const float largest = std::numeric_limits<float>::max();
+  const float infinity = std::numeric_limits<float>::infinity();
+  EveryProcessor().for_each([&] {
+    for (const std::size_t count : {1, 5, 64, 9001}) {
+      for (const float value : {largest, -largest, infinity, -infinity, std::numeric_limits<float>::quiet_NaN(),
+                                std::numeric_limits<float>::signaling_NaN()}) {
+        for (std::size_t at = 0; at < count; at += 1 + count / 50) {
+          std::vector<float> stored(count, -1.5F);
+          stored[at] = value;
+          std::vector<float> values(count);
+          ASSERT_EQ(to_float32_checked(DType::float32, reinterpret_cast<const std::byte*>(stored.data()), values),
+                    std::isfinite(value));
+          ASSERT_EQ(std::memcmp(values.data(), stored.data(), count * sizeof(float)), 0);
+        }
+      }
+    }
+  });
+  EXPECT_TRUE(all_finite({}));
 }
 
 TEST(DType, NamesAreTheirOwnInverse) {

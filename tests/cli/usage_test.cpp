@@ -30,6 +30,10 @@ TEST_F(Usage, HelpOfEveryCommandNamesItsOptions) {
       {"capture",
        {"--model", "--prompt", "--tokens", "--generate", "--queries", "--dtype", "--no-projection", "--spans",
         "--threads", "--output", "run.h5"}},
+      {"synth",
+       {"--tokens", "--prompt-tokens", "--generate", "--layers", "--heads", "--kv-heads", "--head-dim", "--hidden",
+        "--queries", "--dtype", "--no-projection", "--attention-mass", "--seed", "--threads", "--output",
+        "synthetic.h5"}},
       {"inspect", {"--json", "--verify", "--threads"}},
       {"replay",
        {"--policy", "--capacity", "--evict-at", "--heads", "query|kv|layer", "--share", "mean|max|sum", "--output",
@@ -50,7 +54,7 @@ TEST_F(Usage, HelpOfEveryCommandNamesItsOptions) {
 TEST_F(Usage, VersionIsOneLine) { EXPECT_THAT(succeed({"--version"}).output, StartsWith("kvreplay ")); }
 
 TEST_F(Usage, UnknownCommandsAndOptionsAreNamedWithTheNearest) {
-  refuse_words("", {"name a command: capture, inspect, replay"});
+  refuse_words("", {"name a command: capture, synth, inspect, replay"});
   refuse_words("replai run.h5", {"unknown command 'replai'. Did you mean 'replay'?"});
   refuse_words("frobnicate", {"unknown command 'frobnicate'", "capture", "inspect", "replay", "policies"});
   refuse_words("--versoin", {"unknown option --versoin. Did you mean '--version'?"});

@@ -6,10 +6,12 @@
 #include <hdf5.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <string>
+#include <vector>
 
 #include "base/error.h"
 #include "hdf5/hdf5.h"
@@ -58,7 +60,16 @@ void read_all(const TraceReader& trace) {
   for (int layer = 0; layer < info.model.num_layers; ++layer) {
     for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
       const std::vector<Index> shape = shape_of(info, tensor);
-      for (int head = 0; head < shape[0]; ++head) static_cast<void>(trace.read(layer, tensor, head, 0, shape[1]));
+      for (int head = 0; head < shape[0]; ++head) {
+        trace.prefetch(layer, tensor, head);
+        static_cast<void>(trace.read(layer, tensor, head, 0, shape[1]));
+      }
+    }
+    if (trace.has_output_projection(layer)) {
+      const ModelInfo& model = info.model;
+      const Index count = std::min(model.hidden_size, 16);
+      std::vector<float> rows(static_cast<std::size_t>(count * model.num_attention_heads * model.head_dim));
+      trace.read_projection_rows(layer, model.hidden_size - count, count, rows.data());
     }
     for (int head = 0; head < info.model.num_attention_heads; ++head) {
       if (trace.has_output_projection(layer)) static_cast<void>(trace.read_output_projection(layer, head));

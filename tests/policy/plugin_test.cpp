@@ -67,7 +67,7 @@ TEST(Plugin, ExchangesMatricesWhateverProcessorItIsCompiledFor) {
       head.member_projections = {random_matrix(2 * size + 1, size, 5)};
       const std::vector<float> scores = test::scores_of(*policy.ranking, head);
       for (Index n = 0; n < 3 * size; ++n) {
-        const float length = (head.member_projections[0] * head.values().row(n).transpose()).norm();
+        const float length = (head.member_projections[0] * Head(head).values().row(n).transpose()).norm();
         ASSERT_NEAR(scores[static_cast<std::size_t>(n)], length, 1e-4f * (1 + length)) << spec << ", " << n;
       }
     }

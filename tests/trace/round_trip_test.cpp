@@ -126,6 +126,57 @@ TEST_P(RoundTrip, StorageAndDigests) {
   }
 }
 
+// Heads of keys and values in turn, in pieces of 5 rows; the rest as bytes, in pieces that reach into the next head.
+TEST_P(RoundTrip, PiecesMakeTheSameTensorsAsTheWhole) {
+  const TraceInfo info = sample_info();
+  write_sample(folder_ / "whole.h5", GetParam());
+  {
+    TraceWriter writer(folder_ / "pieces.h5", info, GetParam());
+    for (int layer = 0; layer < 2; ++layer) {
+      const auto keys = sample_tensor(info, layer, HeadTensor::keys);
+      const auto values = sample_tensor(info, layer, HeadTensor::values);
+      for (int head = 0; head < 2; ++head) {
+        for (Index row = 0; row < 12; row += 5) {
+          const Index count = std::min<Index>(5, 12 - row);
+          writer.write_rows(layer, HeadTensor::keys, head, row, part(keys, (head * 12 + row) * 8, count * 8));
+          writer.write_rows(layer, HeadTensor::values, head, row, part(values, (head * 12 + row) * 8, count * 8));
+        }
+      }
+      for (const HeadTensor tensor : {HeadTensor::queries, HeadTensor::outputs}) {
+        const auto rows = sample_tensor(info, layer, tensor);
+        std::vector<std::byte> stored(rows.size() * size_of(GetParam()));
+        from_float32(GetParam(), rows, stored.data());
+        const std::size_t row_bytes = 8 * size_of(GetParam());
+        Index row = 0;
+        for (const Index count : {2, 12, 6}) {  // within a head; its rest, a whole one and part of the third; the rest
+          writer.write_rows(layer, tensor, static_cast<int>(row / 5), row % 5,
+                            std::span<const std::byte>(stored).subspan(static_cast<std::size_t>(row) * row_bytes,
+                                                                       static_cast<std::size_t>(count) * row_bytes));
+          row += count;
+        }
+      }
+      const auto weight = sample_output_projection(info, layer);
+      writer.write_output_projection_rows(layer, 0, part(weight, 0, 7 * 32));
+      writer.write_output_projection_rows(layer, 7, part(weight, 7 * 32, 17 * 32));
+      const auto mass = sample_attention_mass(info, layer);
+      for (int head = 0; head < 4; ++head) writer.write_attention_mass_of(layer, head, part(mass, head * 9, 9));
+    }
+    writer.finish();
+  }
+  const TraceReader whole(folder_ / "whole.h5");
+  const TraceReader pieces(folder_ / "pieces.h5");
+  const std::vector<StoredTensor> found = pieces.stored_tensors();
+  const std::vector<StoredTensor> expected = whole.stored_tensors();
+  ASSERT_EQ(found.size(), expected.size());
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    const StoredTensor& tensor = found[i];
+    EXPECT_EQ(tensor.path, expected[i].path);
+    EXPECT_EQ(tensor.xxh64, expected[i].xxh64) << tensor.path;
+    EXPECT_EQ(tensor.storage, "contiguous");
+    EXPECT_EQ(pieces.compute_xxh64(tensor.path), tensor.xxh64) << tensor.path;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Formats, RoundTrip, testing::Values(DType::float32, DType::float16, DType::bfloat16),
                          [](const auto& tested) { return std::string(name_of(tested.param)); });
 
@@ -248,6 +299,86 @@ TEST_F(Writer, RefusesValuesThatTheTypeCannotHold) {
   EXPECT_THAT(error(DType::float32), HasSubstr("NaN at layer 0, head 0, position 5"));
   queries[1] = -std::numeric_limits<float>::infinity();
   EXPECT_THAT(error(DType::float32), HasSubstr("infinity at layer 0, head 0, position 5"));
+}
+
+TEST_F(Writer, PiecesComeInOrder) {
+  const TraceInfo info = sample_info();
+  TraceWriter writer(folder_ / "run.h5", info, DType::float32);
+  const auto keys = sample_tensor(info, 0, HeadTensor::keys);
+  const auto error = [&](int head, Index row, Index first, Index count) {
+    return error_of([&] { writer.write_rows(0, HeadTensor::keys, head, row, part(keys, first * 8, count * 8)); });
+  };
+  EXPECT_THAT(error(0, 1, 1, 1), HasSubstr("run.h5: /layers/0/keys: layer 0, head 0, position 0 comes next, not layer "
+                                           "0, head 0, position 1"));
+  EXPECT_EQ(error(0, 0, 0, 7), "");
+  EXPECT_THAT(error(0, 0, 0, 7), HasSubstr("position 7 comes next, not layer 0, head 0, position 0"));
+  EXPECT_THAT(error(1, 0, 12, 1), HasSubstr("head 0, position 7 comes next, not layer 0, head 1, position 0"));
+  EXPECT_THAT(error(2, 0, 0, 1), HasSubstr("there is no head 2; the trace has 2"));
+  EXPECT_THAT(error(0, 12, 0, 1), HasSubstr("head 0 has no row 12; there are 12"));
+  EXPECT_THAT(error(0, -1, 0, 1), HasSubstr("head 0 has no row -1"));
+  EXPECT_THAT(error(0, 7, 6, 18), HasSubstr("144 values are not rows of 8 that the shape (2, 12, 8) has left"));
+  EXPECT_THAT(error(0, 7, 7, 0), HasSubstr("0 values are not rows"));
+  EXPECT_THAT(error_of([&] { writer.write_rows(0, HeadTensor::keys, 0, 7, part(keys, 0, 9)); }),
+              HasSubstr("9 values are not rows"));
+  EXPECT_THAT(error_of([&] { writer.write(0, HeadTensor::keys, keys); }), HasSubstr("was written already"));
+  EXPECT_EQ(error(0, 7, 7, 17), "");
+  EXPECT_THAT(error(0, 0, 0, 1), HasSubstr("was written already"));
+
+  const auto weight = sample_output_projection(info, 0);
+  EXPECT_THAT(error_of([&] { writer.write_output_projection_rows(0, 1, part(weight, 0, 32)); }),
+              HasSubstr("/layers/0/output_projection: layer 0, head 0, row 0 comes next, not layer 0, head 0, row 1"));
+  EXPECT_THAT(error_of([&] { writer.write_output_projection_rows(0, 24, part(weight, 0, 32)); }),
+              HasSubstr("not row 24 of 24"));
+  EXPECT_THAT(error_of([&] { writer.write_attention_mass_of(0, 2, std::vector<float>(9)); }),
+              HasSubstr("head 0, position 0 comes next, not layer 0, head 2, position 0"));
+}
+
+TEST_F(Writer, ATensorMustHaveBeenWrittenToItsEnd) {
+  const TraceInfo info = sample_info();
+  const auto error = [&](const std::function<void(TraceWriter&)>& begin) {
+    TraceWriter writer(folder_ / "run.h5", info, DType::float32);
+    for (int layer = 0; layer < 2; ++layer) {
+      for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::queries, HeadTensor::outputs}) {
+        writer.write(layer, tensor, sample_tensor(info, layer, tensor));
+      }
+    }
+    writer.write(0, HeadTensor::values, sample_tensor(info, 0, HeadTensor::values));
+    begin(writer);
+    return error_of([&] { writer.finish(); });
+  };
+  const auto values = sample_tensor(info, 1, HeadTensor::values);
+  EXPECT_THAT(
+      error([&](TraceWriter& writer) { writer.write_rows(1, HeadTensor::values, 0, 0, part(values, 0, 23 * 8)); }),
+      HasSubstr("/layers/1/values: was not written to its end; layer 1, head 1, position 11 comes next"));
+  EXPECT_THAT(error([&](TraceWriter& writer) {
+                writer.write(1, HeadTensor::values, values);
+                writer.write_output_projection_rows(0, 0, std::vector<float>(32));
+              }),
+              HasSubstr("/layers/0/output_projection: was not written to its end; layer 0, head 0, row 1 comes next"));
+  EXPECT_THAT(
+      error([&](TraceWriter& writer) {
+        writer.write(1, HeadTensor::values, values);
+        writer.write_attention_mass_of(1, 0, std::vector<float>(27));
+      }),
+      HasSubstr("/layers/1/attention_mass: was not written to its end; layer 1, head 3, position 0 comes next"));
+  EXPECT_TRUE(folder_.names().empty());
+}
+
+TEST_F(Writer, RefusesPiecesWithoutNumbers) {
+  const TraceInfo info = sample_info();
+  std::vector<float> rows(3 * 8, 1.0F);
+  rows[2 * 8] = std::numeric_limits<float>::quiet_NaN();
+  for (const DType type : {DType::float32, DType::float16, DType::bfloat16}) {
+    std::vector<std::byte> stored(rows.size() * size_of(type));
+    from_float32(type, rows, stored.data());
+    TraceWriter writer(folder_ / "run.h5", info, type);
+    writer.write_rows(0, HeadTensor::outputs, 0, 0, std::vector<float>(6 * 8, 1.0F));
+    EXPECT_THAT(error_of([&] { writer.write_rows(0, HeadTensor::outputs, 1, 1, rows); }),
+                HasSubstr("NaN at layer 0, head 1, position 9"));
+    EXPECT_THAT(error_of([&] { writer.write_rows(0, HeadTensor::outputs, 1, 1, std::span<const std::byte>(stored)); }),
+                HasSubstr("NaN or infinity at layer 0, head 1, position 9"))
+        << name_of(type);
+  }
 }
 
 TEST_F(Writer, RefusesATraceThatContradictsItself) {

@@ -25,6 +25,7 @@ class CriticalKV : public Ranking {
   Requirements requirements() const override {
     Requirements needs = base_->requirements();
     needs.output_projection = true;
+    needs.keys_or_values = true;
     return needs;
   }
   bool depends_on_capacity() const override { return true; }

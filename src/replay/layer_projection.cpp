@@ -1,0 +1,61 @@
+#include "replay/layer_projection.h"
+
+#include <algorithm>
+
+#include "base/buffer.h"
+
+namespace kvreplay {
+namespace {
+
+// Rows that are read at a time, and taken apart into heads while they are in the cache.
+constexpr Index kRows = 32;
+
+}  // namespace
+
+int projection_slices(const ModelInfo& model) {
+  return static_cast<int>((model.hidden_size + kProjectionSlice - 1) / kProjectionSlice);
+}
+
+LayerProjection::LayerProjection(const TraceReader& trace, int layer)
+    : trace_(trace),
+      layer_(layer),
+      grams_(static_cast<std::size_t>(projection_slices(trace.info().model))),
+      factors_(static_cast<std::size_t>(trace.info().model.num_attention_heads)) {}
+
+void LayerProjection::read_slice(int slice) {
+  const ModelInfo& model = trace_.info().model;
+  const Index depth = model.head_dim;
+  const Index width = factor_width(depth);
+  const Index heads = model.num_attention_heads;
+  Matrix& gram = grams_[static_cast<std::size_t>(slice)];
+  gram.setZero(heads * depth, width);
+  const Index first = slice * kProjectionSlice;
+  const Index end = std::min<Index>(first + kProjectionSlice, model.hidden_size);
+  Buffer rows(kRows * heads * depth);
+  Buffer part(kRows * width);
+  std::fill_n(part.data(), part.size(), 0.0f);
+  for (Index row = first; row < end; row += kRows) {
+    const Index count = std::min(kRows, end - row);
+    trace_.read_projection_rows(layer_, row, count, rows.data());
+    for (Index head = 0; head < heads; ++head) {
+      for (Index i = 0; i < count; ++i) {
+        std::copy_n(rows.data() + (i * heads + head) * depth, depth, part.data() + i * width);
+      }
+      add_projection_gram(part.data(), width, count, depth, gram.data() + head * depth * width);
+    }
+  }
+}
+
+void LayerProjection::decompose(int query_head) {
+  const Index depth = trace_.info().model.head_dim;
+  Eigen::MatrixXd gram = Eigen::MatrixXd::Zero(depth, depth);
+  for (const Matrix& slice : grams_) gram += slice.block(query_head * depth, 0, depth, depth).cast<double>();
+  factors_[static_cast<std::size_t>(query_head)] = projection_factor_from(gram);
+}
+
+Index LayerProjection::memory(const ModelInfo& model) {
+  const Index head = Index{model.head_dim} * factor_width(model.head_dim) * static_cast<Index>(sizeof(float));
+  return (projection_slices(model) + 1) * model.num_attention_heads * head;
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,41 @@
+// A layer's output projection as distances see it, computed once for all heads.
+#pragma once
+
+#include <vector>
+
+#include "policy/projection.h"
+#include "trace/reader.h"
+
+namespace kvreplay {
+
+/// How many slices of kProjectionSlice rows a layer's output projection has.
+int projection_slices(const ModelInfo& model);
+
+/// The projection factors of a layer's query heads. Rows of the projection hold all heads, so they are read slice by
+/// slice for all heads at once, and each slice only once.
+class LayerProjection {
+ public:
+  /// The reader must outlive it, and the layer have an output projection.
+  LayerProjection(const TraceReader& trace, int layer);
+
+  /// Reads one slice. Slices may be read by different threads at once. Throws Error as TraceReader does.
+  void read_slice(int slice);
+
+  /// Once all slices are read: computes the factor of one query head. Heads may be computed by different threads at
+  /// once.
+  void decompose(int query_head);
+
+  /// projection_factor_of the head's part, to the bit.
+  const Matrix& factor(int query_head) const { return factors_[static_cast<std::size_t>(query_head)]; }
+
+  /// Bytes that an object of this class takes.
+  static Index memory(const ModelInfo& model);
+
+ private:
+  const TraceReader& trace_;
+  int layer_;
+  std::vector<Matrix> grams_;  // [slice]: of all heads below each other, [H · D, factor_width(D)]
+  std::vector<Matrix> factors_;
+};
+
+}  // namespace kvreplay

@@ -1,0 +1,182 @@
+// The matrix products that occur in a replay, by Eigen, OpenBLAS and Highway: one thread, float32, operands in the
+// cache. Every library's result is compared with one in double precision before it is timed.
+#include <benchmark/benchmark.h>
+#include <cblas.h>
+
+#include <Eigen/Core>
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "base/matrix.h"
+#include "highway_product.h"
+
+namespace kvreplay::benchmarks {
+namespace {
+
+// c [rows, columns] = a [rows, depth] · b [depth, columns].
+struct Shape {
+  std::string name;
+  Index rows;
+  Index columns;
+  Index depth;
+  bool a_transposed = false;  // a lies as [depth, rows]
+  bool b_transposed = false;  // b lies as [columns, depth]
+};
+
+// Positions are taken in blocks of 512, heads have 128 dimensions, the observation window 32 queries.
+const std::vector<Shape> kShapes = {
+    {.name = "window logits, 1 query head: Q[32,128] K[512,128]^T",
+     .rows = 32,
+     .columns = 512,
+     .depth = 128,
+     .b_transposed = true},
+    {.name = "window logits, 4 query heads: Q[128,128] K[512,128]^T",
+     .rows = 128,
+     .columns = 512,
+     .depth = 128,
+     .b_transposed = true},
+    {.name = "the same, transposed: K[512,128] Q[128,128]^T",
+     .rows = 512,
+     .columns = 128,
+     .depth = 128,
+     .b_transposed = true},
+    {.name = "projected values: V[512,128] R[128,128]^T",
+     .rows = 512,
+     .columns = 128,
+     .depth = 128,
+     .b_transposed = true},
+    {.name = "Gram matrix: W[4096,128]^T W[4096,128]",
+     .rows = 128,
+     .columns = 128,
+     .depth = 4096,
+     .a_transposed = true},
+    {.name = "smoothing: weights[1,32] attention[32,512]", .rows = 1, .columns = 512, .depth = 32},
+    {.name = "smoothing: weights[9,32] attention[32,512]", .rows = 9, .columns = 512, .depth = 32},
+    {.name = "smoothing: weights[27,32] attention[32,512]", .rows = 27, .columns = 512, .depth = 32},
+    {.name = "outputs: a[1,512] V[512,128]", .rows = 1, .columns = 128, .depth = 512},
+    {.name = "outputs: a[4,512] V[512,128]", .rows = 4, .columns = 128, .depth = 512},
+    {.name = "outputs: a[36,512] V[512,128]", .rows = 36, .columns = 128, .depth = 512},
+    {.name = "square: 1024", .rows = 1024, .columns = 1024, .depth = 1024},
+};
+
+struct Operands {
+  explicit Operands(const Shape& given) : shape(given) {
+    std::mt19937 random(1);
+    const auto filled = [&](Index rows, Index columns) {
+      Matrix matrix(rows, columns);
+      for (float& number : matrix.reshaped<Eigen::RowMajor>()) {
+        number = static_cast<float>(random()) * 0x1p-31f - 1.0f;
+      }
+      return matrix;
+    };
+    a = shape.a_transposed ? filled(shape.depth, shape.rows) : filled(shape.rows, shape.depth);
+    b = shape.b_transposed ? filled(shape.columns, shape.depth) : filled(shape.depth, shape.columns);
+    c.setZero(shape.rows, shape.columns);
+    panels.resize(static_cast<std::size_t>(shape.depth * shape.columns));
+    pack(strided_b(), shape.depth, shape.columns, panels.data());
+  }
+
+  Strided strided_a() const {
+    return shape.a_transposed ? Strided{a.data(), 1, a.cols()} : Strided{a.data(), a.cols(), 1};
+  }
+  Strided strided_b() const {
+    return shape.b_transposed ? Strided{b.data(), 1, b.cols()} : Strided{b.data(), b.cols(), 1};
+  }
+  Panels in_panels() const { return {panels.data(), shape.depth * kPanelColumns, kPanelColumns}; }
+
+  // Whether c is the product: rounding errors of random numbers add up like the square root of their count.
+  bool right() const {
+    const Eigen::MatrixXd exact_a = (shape.a_transposed ? Matrix(a.transpose()) : a).cast<double>();
+    const Eigen::MatrixXd exact_b = (shape.b_transposed ? Matrix(b.transpose()) : b).cast<double>();
+    const Eigen::ArrayXXd error = (exact_a * exact_b - c.cast<double>()).array().abs();
+    const Eigen::ArrayXXd size = (exact_a.cwiseAbs() * exact_b.cwiseAbs()).array();
+    return (error <= size * 8 * std::sqrt(static_cast<double>(shape.depth)) * 0x1p-24).all();
+  }
+
+  Shape shape;
+  Matrix a;
+  Matrix b;
+  Matrix c;
+  std::vector<float, Eigen::aligned_allocator<float>> panels;
+};
+
+void by_eigen(Operands& o) {
+  if (o.shape.a_transposed) {
+    o.c.noalias() = o.a.transpose() * o.b;
+  } else if (o.shape.b_transposed) {
+    o.c.noalias() = o.a * o.b.transpose();
+  } else {
+    o.c.noalias() = o.a * o.b;
+  }
+}
+
+void by_openblas(Operands& o) {
+  const auto size = [](Index count) { return static_cast<blasint>(count); };
+  cblas_sgemm(CblasRowMajor, o.shape.a_transposed ? CblasTrans : CblasNoTrans,
+              o.shape.b_transposed ? CblasTrans : CblasNoTrans, size(o.shape.rows), size(o.shape.columns),
+              size(o.shape.depth), 1.0f, o.a.data(), size(o.a.cols()), o.b.data(), size(o.b.cols()), 0.0f, o.c.data(),
+              size(o.c.cols()));
+}
+
+// With the right operand in panels already, as one that is used more than once would be.
+void by_highway(Operands& o) {
+  multiply(o.strided_a(), o.in_panels(), o.shape.rows, o.shape.depth, o.shape.columns, o.c.data());
+}
+
+// From the same operands as the libraries, which pack as well.
+void by_highway_with_packing(Operands& o) {
+  pack(o.strided_b(), o.shape.depth, o.shape.columns, o.panels.data());
+  by_highway(o);
+}
+
+// With a row-major right operand as it lies.
+void by_highway_in_place(Operands& o) {
+  multiply(o.strided_a(), {o.b.data(), kPanelColumns, o.b.cols()}, o.shape.rows, o.shape.depth, o.shape.columns,
+           o.c.data());
+}
+
+void add(const Shape& shape, const std::string& library, void (*product)(Operands&)) {
+  benchmark::RegisterBenchmark((shape.name + "/" + library).c_str(), [shape, product](benchmark::State& state) {
+    Operands operands(shape);
+    product(operands);
+    if (!operands.right()) {
+      state.SkipWithError("the product is wrong");
+      return;
+    }
+    for (auto _ : state) {
+      product(operands);
+      benchmark::DoNotOptimize(operands.c.data());
+      benchmark::ClobberMemory();
+    }
+    state.counters["GFLOP/s"] = benchmark::Counter(2e-9 * static_cast<double>(shape.rows * shape.columns * shape.depth),
+                                                   benchmark::Counter::kIsIterationInvariantRate);
+  });
+}
+
+void add_all() {
+  for (const Shape& shape : kShapes) {
+    add(shape, "Eigen", by_eigen);
+    add(shape, "OpenBLAS", by_openblas);
+    add(shape, "Highway", by_highway);
+    add(shape, "Highway, packing", by_highway_with_packing);
+    if (!shape.b_transposed) add(shape, "Highway, in place", by_highway_in_place);
+  }
+}
+
+}  // namespace
+}  // namespace kvreplay::benchmarks
+
+int main(int argc, char** argv) {
+  openblas_set_num_threads(1);
+  benchmark::AddCustomContext("Eigen", Eigen::SimdInstructionSetsInUse());
+  benchmark::AddCustomContext("OpenBLAS", std::string(openblas_get_corename()) + ", " + openblas_get_config());
+  benchmark::AddCustomContext("Highway", kvreplay::benchmarks::instruction_set());
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  kvreplay::benchmarks::add_all();
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+  return 0;
+}

@@ -63,13 +63,12 @@ const std::vector<std::string>& configuration_keys() {
   return keys;
 }
 
-CLI::Option& option_of(const CLI::App& command, const std::string& key) {
-  // CLI11 has no other way to an option that can be given more results.
-  return *const_cast<CLI::App&>(command).get_option(key == "traces" ? key : "--" + key);
+CLI::Option& option_of(CLI::App& command, const std::string& key) {
+  return *command.get_option(key == "traces" ? key : "--" + key);
 }
 
 // Gives the options what the file says, unless the command line says it already.
-void read_configuration_file(const CLI::App& command, const std::string& path) {
+void read_configuration_file(CLI::App& command, const std::string& path) {
   std::ifstream stream(path, std::ios::binary);
   const std::string text{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
   if (!stream.is_open() || stream.bad() || (text.empty() && std::filesystem::is_directory(path))) {
@@ -93,7 +92,7 @@ void read_configuration_file(const CLI::App& command, const std::string& path) {
 }
 
 // The options as a configuration file that says the same.
-std::string configuration_of(const CLI::App& command) {
+std::string configuration_of(CLI::App& command) {
   std::vector<ConfigurationEntry> entries;
   for (const std::string& key : configuration_keys()) {
     const CLI::Option& option = option_of(command, key);
@@ -210,7 +209,7 @@ void run_part(const Preparation& sweep, Ranks& ranks) {
   };
   tell_interruption(0);
 
-  const double total = cost_of(*sweep.engine, part).operations;
+  const double total = std::max(1.0, cost_of(*sweep.engine, part).operations);
   const std::size_t settings = sweep.engine->outlines().front().results.size();
   const auto started = std::chrono::steady_clock::now();
   const Work work_before = work_done();
@@ -331,7 +330,7 @@ void with_advice(const Preparation& sweep, const Action& action) {
   }
 }
 
-void run_sweep(const CLI::App& command, SweepOptions& options) {
+void run_sweep(CLI::App& command, const SweepOptions& options) {
   const std::unique_ptr<Ranks> ranks = launched_ranks();
   Preparation sweep;
   const auto started = std::chrono::steady_clock::now();

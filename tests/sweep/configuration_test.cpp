@@ -18,7 +18,7 @@ std::string refusal(const std::string& text) {
 }
 
 TEST(Configuration, TomlIsRead) {
-  const auto entries = read_configuration(R"(# a sweep
+  const auto entries = read_configuration(R"toml(# a sweep
 traces = ["a.h5", 'b "2".h5']   # two
 policy = [
   "restkv(alpha={0.1:0.9:0.1})",  # a grid
@@ -30,7 +30,7 @@ evict-at = [ 10, 20 ]
 "output" = "C:\\sweep\t\"1\".h5"
 kept = true
 heads = []
-)",
+)toml",
                                           "sweep.toml");
   ASSERT_EQ(entries.size(), 7u);
   EXPECT_EQ(entries[0].key, "traces");

@@ -41,10 +41,10 @@ void Progress::follow(std::function<State()> state) {
   follower_ = std::thread([this, state = std::move(state)]() {
     constexpr std::chrono::milliseconds kInterval(250);
     std::unique_lock guard(lock_);
-    while (!end_.wait_for(guard, kInterval, [this]() { return ended_; })) {
-      const State now_shown = state();
-      show(now_shown.text, now_shown.share);
-    }
+    do {
+      const State present = state();
+      show(present.text, present.share);
+    } while (!end_.wait_for(guard, kInterval, [this]() { return ended_; }));
   });
 }
 

@@ -19,6 +19,7 @@
 #include <new>
 #include <optional>
 #include <sstream>
+#include <system_error>
 #include <utility>
 
 #include "analysis/parameter_effects.h"
@@ -69,11 +70,12 @@ CLI::Option& option_of(CLI::App& command, const std::string& key) {
 
 // Gives the options what the file says, unless the command line says it already.
 void read_configuration_file(CLI::App& command, const std::string& path) {
+  std::error_code ignored;
   std::ifstream stream(path, std::ios::binary);
-  const std::string text{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
-  if (!stream.is_open() || stream.bad() || (text.empty() && std::filesystem::is_directory(path))) {
+  if (!stream.is_open() || std::filesystem::is_directory(path, ignored)) {
     throw UsageError(fmt::format("--config: {}: cannot be read", path));
   }
+  const std::string text{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
   for (ConfigurationEntry& entry : read_configuration(text, path)) {
     const std::vector<std::string>& keys = configuration_keys();
     if (std::ranges::find(keys, entry.key) == keys.end()) {

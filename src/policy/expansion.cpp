@@ -28,18 +28,21 @@ std::optional<Decimal> decimal_from(std::string_view text) {
     negative = text.front() == '-';
     text.remove_prefix(1);
   }
-  int count = 0;
+  bool any = false;
+  int significant = 0;
   bool point = false;
   for (const char c : text) {
     if (c == '.' && !point) {
       point = true;
       continue;
     }
-    if (std::isdigit(static_cast<unsigned char>(c)) == 0 || ++count > kMostDigits) return std::nullopt;
+    if (std::isdigit(static_cast<unsigned char>(c)) == 0) return std::nullopt;
+    any = true;
     number.digits = 10 * number.digits + (c - '0');
-    if (point) ++number.places;
+    if (number.digits != 0 && ++significant > kMostDigits) return std::nullopt;
+    if (point && ++number.places > kMostDigits) return std::nullopt;
   }
-  if (count == 0) return std::nullopt;
+  if (!any) return std::nullopt;
   if (negative) number.digits = -number.digits;
   return number;
 }

@@ -158,8 +158,7 @@ TEST_F(Sweep, WrongConfigurationsAreNamedWithTheirLine) {
     test::write_file(folder_ / "sweep.toml", text);
     refuse_words("sweep --config sweep.toml", 2, {reason});
   };
-  refuse_file("traces = 'a.h5'\npolicies = 'full'",
-              "sweep.toml: line 2: unknown option 'policies'. Did you mean 'policy'?");
+  refuse_file("traces = 'a.h5'\npolcy = 'full'", "sweep.toml: line 2: unknown option 'polcy'. Did you mean 'policy'?");
   refuse_file("resume = true", "line 1: unknown option 'resume'");
   refuse_file("heads = 'all'", "line 1: --heads: must be query, kv or layer");
   refuse_file("heads = ['kv', 'query']", "line 1: --heads");

@@ -1,6 +1,7 @@
 #include "analysis/summary.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <string_view>
@@ -45,89 +46,86 @@ Distribution distribution_of(std::vector<float> numbers, bool lower_is_better) {
           .worst = static_cast<double>(lower_is_better ? numbers.back() : numbers.front())};
 }
 
-std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays) {
+std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayResult& result) {
   std::vector<MeasureSummary> rows;
-  for (const TraceReplay& replay : replays) {
-    for (const ReplayResult& result : replay.results) {
-      MeasureSummary row{.trace = result.trace,
-                         .policy = result.policy,
-                         .capacity_request = result.capacity_request,
-                         .capacity = result.capacity,
-                         .kept = result.kept.mean_size(),
-                         .eviction_position = result.eviction_position,
-                         .granularity = result.granularity,
-                         .share = result.share,
-                         .oracle = result.oracle,
-                         .layer = -1,
-                         .measure = {},
-                         .distribution = {}};
-      for (const Measure& measure : kMeasures) {
-        const std::vector<float>& numbers = (result.*measure.table).numbers;
-        if (numbers.empty()) continue;
-        row.measure = measure.name;
-        row.layer = -1;
-        row.distribution = distribution_of(numbers, measure.lower_is_better);
-        rows.push_back(row);
-        const auto per_layer = static_cast<std::ptrdiff_t>(numbers.size()) / replay.model.num_layers;
-        for (row.layer = 0; row.layer < replay.model.num_layers; ++row.layer) {
-          const auto first = numbers.begin() + row.layer * per_layer;
-          row.distribution = distribution_of({first, first + per_layer}, measure.lower_is_better);
-          rows.push_back(row);
-        }
-      }
+  MeasureSummary row{.trace = result.trace,
+                     .policy = result.policy,
+                     .capacity_request = result.capacity_request,
+                     .capacity = result.capacity,
+                     .kept = result.kept.mean_size(),
+                     .eviction_position = result.eviction_position,
+                     .granularity = result.granularity,
+                     .share = result.share,
+                     .oracle = result.oracle,
+                     .layer = -1,
+                     .measure = {},
+                     .distribution = {}};
+  for (const Measure& measure : kMeasures) {
+    const std::vector<float>& numbers = (result.*measure.table).numbers;
+    if (numbers.empty()) continue;
+    row.measure = measure.name;
+    row.layer = -1;
+    row.distribution = distribution_of(numbers, measure.lower_is_better);
+    rows.push_back(row);
+    const auto per_layer = static_cast<std::ptrdiff_t>(numbers.size()) / replay.model.num_layers;
+    for (row.layer = 0; row.layer < replay.model.num_layers; ++row.layer) {
+      const auto first = numbers.begin() + row.layer * per_layer;
+      row.distribution = distribution_of({first, first + per_layer}, measure.lower_is_better);
+      rows.push_back(row);
     }
   }
   return rows;
 }
 
-std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays) {
-  struct Sum {
-    PolicyRow row;
-    int count = 0;
-    int with_spans = 0;
-  };
-  std::vector<Sum> sums;
-  std::vector<std::string> capacities = {std::string(kAllPositions)};
+std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays) {
+  std::vector<MeasureSummary> rows;
   for (const TraceReplay& replay : replays) {
     for (const ReplayResult& result : replay.results) {
-      if (std::ranges::find(capacities, result.capacity_request) == capacities.end()) {
-        capacities.push_back(result.capacity_request);
-      }
-      auto sum = std::ranges::find_if(sums, [&result](const Sum& s) {
-        return s.row.policy == result.policy && s.row.capacity_request == result.capacity_request;
-      });
-      if (sum == sums.end()) {
-        sum = sums.insert(sums.end(), Sum{});
-        sum->row.policy = result.policy;
-        sum->row.capacity_request = result.capacity_request;
-        sum->row.granularity = result.granularity;
-        sum->row.oracle = result.oracle;
-      }
-      ++sum->count;
-      PolicyRow& row = sum->row;
-      row.kept += result.kept.mean_size();
-      row.kept_share += result.kept.mean_size() / result.eviction_position;
-      row.layer_error += mean_of(result.layer_error);
-      row.head_error += mean_of(result.head_error);
-      row.attention_recall += mean_of(result.attention_recall);
-      row.cosine += mean_of(result.cosine);
-      if (!result.span_recall.numbers.empty()) {
-        row.span_recall += mean_of(result.span_recall);
-        ++sum->with_spans;
-      }
+      std::ranges::move(summarize(replay, result), std::back_inserter(rows));
     }
   }
+  return rows;
+}
+
+void PolicyRanking::add(const ReplayResult& result) {
+  if (std::ranges::find(capacities_, result.capacity_request) == capacities_.end()) {
+    capacities_.push_back(result.capacity_request);
+  }
+  const auto [place, is_new] = place_.try_emplace({result.policy, result.capacity_request}, sums_.size());
+  if (is_new) {
+    PolicyRow& row = sums_.emplace_back().row;
+    row.policy = result.policy;
+    row.capacity_request = result.capacity_request;
+    row.granularity = result.granularity;
+    row.oracle = result.oracle;
+  }
+  Sum& sum = sums_[place->second];
+  ++sum.count;
+  PolicyRow& row = sum.row;
+  row.kept += result.kept.mean_size();
+  row.kept_share += result.kept.mean_size() / result.eviction_position;
+  row.layer_error += mean_of(result.layer_error);
+  row.head_error += mean_of(result.head_error);
+  row.attention_recall += mean_of(result.attention_recall);
+  row.cosine += mean_of(result.cosine);
+  if (!result.span_recall.numbers.empty()) {
+    row.span_recall += mean_of(result.span_recall);
+    ++sum.with_spans;
+  }
+}
+
+std::vector<PolicyRow> PolicyRanking::rows() const {
   std::vector<PolicyRow> rows;
-  for (Sum& sum : sums) {
+  for (const Sum& sum : sums_) {
+    PolicyRow& row = rows.emplace_back(sum.row);
     for (double PolicyRow::*number : {&PolicyRow::kept, &PolicyRow::kept_share, &PolicyRow::layer_error,
                                       &PolicyRow::head_error, &PolicyRow::attention_recall, &PolicyRow::cosine}) {
-      sum.row.*number /= sum.count;
+      row.*number /= sum.count;
     }
-    sum.row.span_recall /= sum.with_spans;  // 0/0 where no trace has spans: NaN, as promised
-    rows.push_back(sum.row);
+    row.span_recall /= sum.with_spans;  // 0/0 where no trace has spans: NaN, as promised
   }
-  const auto capacity_rank = [&capacities](const PolicyRow& row) {
-    return std::ranges::find(capacities, row.capacity_request) - capacities.begin();
+  const auto capacity_rank = [this](const PolicyRow& row) {
+    return std::ranges::find(capacities_, row.capacity_request) - capacities_.begin();
   };
   std::ranges::stable_sort(rows, [&](const PolicyRow& a, const PolicyRow& b) {
     const auto rank_a = capacity_rank(a);
@@ -135,6 +133,14 @@ std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays) {
     return rank_a != rank_b ? rank_a < rank_b : a.layer_error < b.layer_error;
   });
   return rows;
+}
+
+std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays) {
+  PolicyRanking ranking;
+  for (const TraceReplay& replay : replays) {
+    for (const ReplayResult& result : replay.results) ranking.add(result);
+  }
+  return ranking.rows();
 }
 
 }  // namespace kvreplay

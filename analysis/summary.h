@@ -1,7 +1,10 @@
 // Result tables turned into the few numbers that a person compares.
 #pragma once
 
+#include <cstddef>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "replay/replay.h"
@@ -39,6 +42,9 @@ struct MeasureSummary {
 /// head and evaluation query alike; span recall weighs every head and span alike.
 std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays);
 
+/// The same for one result of `replay`.
+std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayResult& result);
+
 /// A row of the table that a replay prints: a policy at a capacity, averaged over traces and eviction positions, each
 /// of them weighing the same.
 struct PolicyRow {
@@ -55,7 +61,27 @@ struct PolicyRow {
   double span_recall = 0;  ///< NaN where no trace has spans
 };
 
-/// What is kept whole first, then by capacity in the order asked for; best (smallest mean layer error) first within.
+/// Makes such rows from results that come one after the other.
+class PolicyRanking {
+ public:
+  void add(const ReplayResult& result);
+
+  /// What is kept whole first, then by capacity in the order of the results; best (smallest mean layer error) first
+  /// within.
+  std::vector<PolicyRow> rows() const;
+
+ private:
+  struct Sum {
+    PolicyRow row;
+    int count = 0;
+    int with_spans = 0;
+  };
+  std::vector<Sum> sums_;                                             // in the order of the results
+  std::map<std::pair<std::string, std::string>, std::size_t> place_;  // of a policy and capacity among the sums
+  std::vector<std::string> capacities_ = {std::string(kAllPositions)};
+};
+
+/// The rows of a whole replay.
 std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays);
 
 }  // namespace kvreplay

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 namespace kvreplay {
 namespace {
@@ -55,6 +56,54 @@ std::vector<std::string> broken_spec(const std::string& spec, std::size_t width)
   }
   return lines;
 }
+
+using Json = nlohmann::ordered_json;
+
+// What a summary says about the traces.
+Json json_of(const std::vector<TraceReplay>& replays) {
+  Json document;
+  document["format"] = "kvreplay-summary";
+  document["format_version"] = 1;
+  for (const TraceReplay& replay : replays) {
+    Json spans = Json::array();
+    for (const Span& span : replay.spans) {
+      spans.push_back({{"label", span.label}, {"start", span.start}, {"end", span.end}});
+    }
+    document["traces"].push_back({{"trace", replay.trace},
+                                  {"model", replay.model.name},
+                                  {"num_layers", replay.model.num_layers},
+                                  {"num_attention_heads", replay.model.num_attention_heads},
+                                  {"num_key_value_heads", replay.model.num_key_value_heads},
+                                  {"prompt_length", replay.prompt_length},
+                                  {"evict_at", replay.eviction_position},
+                                  {"evaluation_queries", replay.evaluation_positions.size()},
+                                  {"spans", spans},
+                                  {"notes", replay.notes}});
+  }
+  return document;
+}
+
+Json json_of(const MeasureSummary& row) {
+  Json layer = row.layer;
+  if (row.layer < 0) layer = "all";
+  return {{"trace", row.trace},
+          {"policy", row.policy},
+          {"oracle", row.oracle},
+          {"capacity_request", row.capacity_request},
+          {"capacity", row.capacity},
+          {"kept", row.kept},
+          {"evict_at", row.eviction_position},
+          {"heads", name_of(row.granularity)},
+          {"share", name_of(row.share)},
+          {"layer", layer},
+          {"measure", row.measure},
+          {"mean", row.distribution.mean},
+          {"median", row.distribution.median},
+          {"p90", row.distribution.p90},
+          {"worst", row.distribution.worst}};
+}
+
+std::string dump(const Json& json) { return json.dump(1, ' ', false, Json::error_handler_t::replace); }
 
 }  // namespace
 
@@ -130,9 +179,37 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
   return aligned_table(cells);
 }
 
-std::string summary_csv(const std::vector<MeasureSummary>& rows) {
-  std::string text =
-      "trace,policy,oracle,capacity_request,capacity,kept,evict_at,heads,share,layer,measure,mean,median,p90,worst\n";
+std::string parameter_table(const std::vector<ParameterEffect>& effects) {
+  std::vector<std::vector<std::string>> cells = {
+      {"parameter", "value", "layer error", "to the best", "range", "settings each"}};
+  for (const ParameterEffect& effect : effects) {
+    const std::string name = fmt::format("{}: {}", effect.method, effect.parameter);
+    for (const ParameterValue& value : effect.values) {
+      const bool first = &value == &effect.values.front();
+      std::vector<std::string> line = {first ? name : "", value.value.empty() ? "-" : value.value};
+      if (effect.groups == 0) {
+        line.insert(line.end(), {"-", "-"});
+      } else {
+        line.push_back(fmt::format("{:.4f}", value.layer_error));
+        line.push_back(value.difference == 0 ? "best" : fmt::format("+{:.4f}", value.difference));
+      }
+      if (first) {
+        line.push_back(effect.groups == 0 ? "-" : fmt::format("{:.4f}", effect.range));
+        line.push_back(effect.groups == 0 ? "not balanced" : fmt::format("{}", effect.groups));
+      }
+      cells.push_back(std::move(line));
+    }
+  }
+  return aligned_table(cells);
+}
+
+std::string summary_csv_head() {
+  return "trace,policy,oracle,capacity_request,capacity,kept,evict_at,heads,share,layer,measure,mean,median,p90,"
+         "worst\n";
+}
+
+std::string summary_csv_rows(const std::vector<MeasureSummary>& rows) {
+  std::string text;
   for (const MeasureSummary& row : rows) {
     text += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(row.trace), csv_field(row.policy),
                         row.oracle ? 1 : 0, csv_field(row.capacity_request), row.capacity, row.kept,
@@ -143,47 +220,34 @@ std::string summary_csv(const std::vector<MeasureSummary>& rows) {
   return text;
 }
 
+std::string summary_csv(const std::vector<MeasureSummary>& rows) { return summary_csv_head() + summary_csv_rows(rows); }
+
+std::string summary_json_head(const std::vector<TraceReplay>& replays) {
+  std::string text = dump(json_of(replays));
+  text.erase(text.rfind('\n'));  // before the closing brace
+  return text + ",\n \"summary\": [\n";
+}
+
+std::string summary_json_rows(const std::vector<MeasureSummary>& rows, bool first) {
+  std::string text;
+  for (const MeasureSummary& row : rows) {
+    if (!std::exchange(first, false)) text += ",\n";
+    std::string lines = "  ";
+    for (const char c : dump(json_of(row))) {
+      lines += c;
+      if (c == '\n') lines += "  ";
+    }
+    text += lines;
+  }
+  return text;
+}
+
+std::string summary_json_foot() { return "\n ]\n}\n"; }
+
 std::string summary_json(const std::vector<TraceReplay>& replays, const std::vector<MeasureSummary>& rows,
                          const std::vector<OverlapTable>& overlaps) {
-  using Json = nlohmann::ordered_json;
-  Json document;
-  document["format"] = "kvreplay-summary";
-  document["format_version"] = 1;
-  for (const TraceReplay& replay : replays) {
-    Json spans = Json::array();
-    for (const Span& span : replay.spans) {
-      spans.push_back({{"label", span.label}, {"start", span.start}, {"end", span.end}});
-    }
-    document["traces"].push_back({{"trace", replay.trace},
-                                  {"model", replay.model.name},
-                                  {"num_layers", replay.model.num_layers},
-                                  {"num_attention_heads", replay.model.num_attention_heads},
-                                  {"num_key_value_heads", replay.model.num_key_value_heads},
-                                  {"prompt_length", replay.prompt_length},
-                                  {"evict_at", replay.eviction_position},
-                                  {"evaluation_queries", replay.evaluation_positions.size()},
-                                  {"spans", spans},
-                                  {"notes", replay.notes}});
-  }
-  for (const MeasureSummary& row : rows) {
-    Json layer = row.layer;
-    if (row.layer < 0) layer = "all";
-    document["summary"].push_back({{"trace", row.trace},
-                                   {"policy", row.policy},
-                                   {"oracle", row.oracle},
-                                   {"capacity_request", row.capacity_request},
-                                   {"capacity", row.capacity},
-                                   {"kept", row.kept},
-                                   {"evict_at", row.eviction_position},
-                                   {"heads", name_of(row.granularity)},
-                                   {"share", name_of(row.share)},
-                                   {"layer", layer},
-                                   {"measure", row.measure},
-                                   {"mean", row.distribution.mean},
-                                   {"median", row.distribution.median},
-                                   {"p90", row.distribution.p90},
-                                   {"worst", row.distribution.worst}});
-  }
+  Json document = json_of(replays);
+  for (const MeasureSummary& row : rows) document["summary"].push_back(json_of(row));
   for (const OverlapTable& table : overlaps) {
     const std::size_t policies = table.policies.size();
     const std::size_t cells = table.jaccard.numbers.size() / (policies * policies);
@@ -200,7 +264,7 @@ std::string summary_json(const std::vector<TraceReplay>& replays, const std::vec
       }
     }
   }
-  return document.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
+  return dump(document) + "\n";
 }
 
 }  // namespace kvreplay

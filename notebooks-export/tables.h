@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "analysis/parameter_effects.h"
 #include "analysis/summary.h"
 #include "replay/overlap.h"
 #include "replay/replay.h"
@@ -19,11 +20,22 @@ std::string wrapped(const std::string& text, std::size_t indent, std::size_t wid
 /// The table that a replay ends with: a row per policy and capacity, best first.
 std::string policy_table(const std::vector<PolicyRow>& rows);
 
+/// What each parameter changed: a row per value.
+std::string parameter_table(const std::vector<ParameterEffect>& effects);
+
 /// One row per trace, policy, capacity, eviction position, layer (or "all") and measure.
 std::string summary_csv(const std::vector<MeasureSummary>& rows);
 
 /// The same summaries with models, notes, and mean overlaps between policies.
 std::string summary_json(const std::vector<TraceReplay>& replays, const std::vector<MeasureSummary>& rows,
                          const std::vector<OverlapTable>& overlaps);
+
+/// The parts of summary_csv and summary_json, for summaries that come one after the other. A CSV file is the head and
+/// then rows; a JSON file the head, rows (the first of all without a comma before it), and the foot.
+std::string summary_csv_head();
+std::string summary_csv_rows(const std::vector<MeasureSummary>& rows);
+std::string summary_json_head(const std::vector<TraceReplay>& replays);
+std::string summary_json_rows(const std::vector<MeasureSummary>& rows, bool first);
+std::string summary_json_foot();
 
 }  // namespace kvreplay

@@ -2,7 +2,7 @@
 # Installs what the build needs and this machine lacks. Where nothing is missing it changes nothing and needs no rights.
 #   scripts/install-dependencies.sh         the compiler, the build tools and the libraries
 #   scripts/install-dependencies.sh --ci    also clang and its tools, for `make tidy`, `make fuzz` and `make check-format`,
-#                                           and h5py, for the examples in Python
+#                                           h5py, for the examples in Python, and Open MPI, for the preset mpi
 #   scripts/install-dependencies.sh --benchmarks  also what the benchmarks compare (KVREPLAY_BENCHMARKS)
 set -euo pipefail
 
@@ -26,8 +26,9 @@ case "${1-}" in
   '') ;;
   --ci)
     # clang brings neither libFuzzer's and the sanitizers' runtime (libclang-rt-dev) nor OpenMP's header (libomp-dev).
-    packages+=(clang clang-tidy clang-format libclang-rt-dev libomp-dev python3 python3-h5py python3-numpy)
-    commands+=(clang++ clang-tidy clang-format python3)
+    packages+=(clang clang-tidy clang-format libclang-rt-dev libomp-dev python3 python3-h5py python3-numpy
+      libopenmpi-dev openmpi-bin)
+    commands+=(clang++ clang-tidy clang-format python3 mpirun)
     for_ci=1
     ;;
   --benchmarks)
@@ -100,7 +101,7 @@ kvreplay needs: a C++20 compiler with OpenMP (GCC 12 or Clang 14, or newer), CMa
   Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, xxHash, Highway 1.0.3, SentencePiece and GoogleTest 1.12, or newer.
   ccache is optional.
   `make tidy`, `make fuzz` and `make check-format` need clang, clang-tidy, clang-format, compiler-rt and libomp as well;
-  .ci/run also Python with h5py; the benchmarks Google Benchmark, OpenBLAS and Highway.
+  .ci/run also Python with h5py and an MPI; the benchmarks Google Benchmark, OpenBLAS and Highway.
 Installed on Debian 12, Ubuntu 24.04 and newer by this script; elsewhere by you, where CMake and pkg-config find them
   (CMAKE_PREFIX_PATH, PKG_CONFIG_PATH).
 EOF

@@ -116,4 +116,23 @@ void OutputFile::write_text(const std::filesystem::path& path, std::string_view 
   output.commit();
 }
 
+TextOutput::TextOutput(const std::filesystem::path& path)
+    : output_(path), stream_(output_.temporary(), std::ios::binary | std::ios::trunc) {
+  if (!stream_) fail();
+}
+
+void TextOutput::add(std::string_view text) {
+  if (!stream_.write(text.data(), static_cast<std::streamsize>(text.size()))) fail();
+}
+
+void TextOutput::finish() {
+  stream_.close();
+  if (!stream_) fail();
+  output_.commit();
+}
+
+void TextOutput::fail() const {
+  throw Error(fmt::format("{}: cannot be written: {}", output_.path().string(), std::strerror(errno)));
+}
+
 }  // namespace kvreplay

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <fstream>
 #include <mutex>
 #include <string_view>
 
@@ -40,6 +41,24 @@ class OutputFile {
   std::filesystem::path destination_;  ///< with symbolic links followed
   std::filesystem::path temporary_;
   bool committed_ = false;
+};
+
+/// A text that is written piece by piece, with an OutputFile's promises.
+class TextOutput {
+ public:
+  explicit TextOutput(const std::filesystem::path& path);
+
+  /// Throws Error.
+  void add(std::string_view text);
+
+  /// Puts the file in its place. Throws Error.
+  void finish();
+
+ private:
+  [[noreturn]] void fail() const;
+
+  OutputFile output_;
+  std::ofstream stream_;
 };
 
 }  // namespace kvreplay

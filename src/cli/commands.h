@@ -12,6 +12,7 @@ void add_capture_command(CLI::App& app);
 void add_synth_command(CLI::App& app);
 void add_inspect_command(CLI::App& app);
 void add_replay_command(CLI::App& app);
+void add_sweep_command(CLI::App& app);
 void add_policies_command(CLI::App& app);
 void add_variants_command(CLI::App& app);
 

@@ -3,12 +3,31 @@
 #include <unistd.h>
 
 #include <csignal>
-#include <string_view>
+#include <mutex>
+#include <string>
 #include <thread>
+#include <utility>
 
 #include "base/output_file.h"
 
 namespace kvreplay::cli {
+namespace {
+
+std::mutex& message_lock() {
+  static std::mutex lock;
+  return lock;
+}
+std::string& message() {
+  static std::string text = "nothing is left half-written";
+  return text;
+}
+
+}  // namespace
+
+void say_when_interrupted(std::string text) {
+  const std::lock_guard guard(message_lock());
+  message() = std::move(text);
+}
 
 void clean_up_when_interrupted() {
   sigset_t signals;
@@ -24,8 +43,11 @@ void clean_up_when_interrupted() {
     int number = 0;
     if (::sigwait(&signals, &number) != 0) return;
     const auto held = OutputFile::abandon_all();
-    constexpr std::string_view kMessage = "\nkvreplay: interrupted; nothing is left half-written\n";
-    [[maybe_unused]] const auto told = ::write(STDERR_FILENO, kMessage.data(), kMessage.size());
+    {
+      const std::lock_guard guard(message_lock());
+      const std::string text = message().empty() ? "" : "\nkvreplay: interrupted; " + message() + "\n";
+      [[maybe_unused]] const auto told = ::write(STDERR_FILENO, text.data(), text.size());
+    }
     std::signal(number, SIG_DFL);
     ::pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
     ::raise(number);

@@ -13,12 +13,14 @@
 #include <iostream>
 #include <new>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/error.h"
 #include "cli/commands.h"
 #include "cli/interruption.h"
 #include "policy/parameter.h"
+#include "sweep/ranks.h"
 
 namespace {
 
@@ -27,7 +29,11 @@ using kvreplay::suggestion;
 constexpr int kFailed = 1;
 constexpr int kWrongUsage = 2;
 
+// Whether another process of a sweep says what is wrong: all of them fail together.
+bool told_elsewhere = false;
+
 int report(std::string message, int exit_code) {
+  if (told_elsewhere) return exit_code;
   std::ranges::replace(message, '\n', ' ');
   // Not with fmt, which throws where standard error cannot be written to.
   std::fprintf(stderr, "kvreplay: %s\n", message.c_str());
@@ -75,6 +81,7 @@ int run(int argc, char** argv) {
   kvreplay::cli::add_synth_command(app);
   kvreplay::cli::add_inspect_command(app);
   kvreplay::cli::add_replay_command(app);
+  kvreplay::cli::add_sweep_command(app);
   kvreplay::cli::add_policies_command(app);
   kvreplay::cli::add_variants_command(app);
   try {
@@ -116,6 +123,7 @@ int main(int argc, char** argv) {
   // So that a limit on the size of files is an error that is told, like a full disk.
   std::signal(SIGXFSZ, SIG_IGN);
   kvreplay::cli::clean_up_when_interrupted();
+  told_elsewhere = argc > 1 && std::string_view(argv[1]) == "sweep" && kvreplay::launched_rank().rank > 0;
   const int exit_code = run_and_report(argc, argv);
   errno = 0;
   std::cout.flush();

@@ -5,9 +5,12 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cctype>
 #include <charconv>
+#include <cmath>
 #include <limits>
 #include <string_view>
+#include <system_error>
 
 #include "base/error.h"
 #include "policy/parameter.h"
@@ -42,6 +45,28 @@ Check integer_in(int minimum, int maximum, std::string what) {
                        maximum == std::numeric_limits<int>::max() ? fmt::format("at least {}", minimum)
                                                                   : fmt::format("{} to {}", minimum, maximum));
   };
+}
+
+std::int64_t memory_size(const std::string& value) {
+  double number = 0;
+  const char* end = value.data() + value.size();
+  const auto [stop, failure] = std::from_chars(value.data(), end, number);
+  if (failure != std::errc()) return -1;
+  constexpr std::string_view kSuffixes = "KMGT";
+  if (end - stop == 1) {
+    const std::size_t power = kSuffixes.find(static_cast<char>(std::toupper(static_cast<unsigned char>(*stop))));
+    if (power == std::string_view::npos) return -1;
+    number *= std::pow(1024.0, static_cast<double>(power + 1));
+  } else if (stop != end) {
+    return -1;
+  }
+  constexpr double kMost = 1e15;
+  return number >= 1 && number <= kMost ? static_cast<std::int64_t>(number) : -1;
+}
+
+std::string is_memory_size(const std::string& value) {
+  if (memory_size(value) > 0) return "";
+  return fmt::format("'{}' is not an amount of memory: bytes, or a number with K, M, G or T, as in 2G", value);
 }
 
 std::string names_a_file(const std::string& value) { return value.empty() ? "the file's name is empty" : ""; }

@@ -1,6 +1,7 @@
 // What the options of several commands have in common.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <optional>
 #include <string>
@@ -27,6 +28,12 @@ Check one_of(std::vector<std::string> choices);
 
 /// The value is an integer in [minimum, maximum]; `what` is the noun of the message, as in "a position".
 Check integer_in(int minimum, int maximum, std::string what);
+
+/// The value is an amount of memory: a number of bytes, or one with K, M, G or T for powers of 1024, as in 1.5G.
+std::string is_memory_size(const std::string& value);
+
+/// The bytes of such a value.
+std::int64_t memory_size(const std::string& value);
 
 /// The value names a file. An empty one is a script's unset variable, and hours of work would go nowhere.
 std::string names_a_file(const std::string& value);

@@ -6,212 +6,24 @@
 #include <chrono>
 #include <cstdio>
 #include <exception>
-#include <filesystem>
-#include <limits>
+#include <iterator>
 #include <memory>
-#include <set>
-#include <utility>
 
 #include "analysis/summary.h"
 #include "base/error.h"
 #include "base/output_file.h"
-#include "base/printable.h"
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "cli/plugins.h"
 #include "cli/progress.h"
+#include "cli/replay_options.h"
 #include "notebooks-export/tables.h"
-#include "policy/spec.h"
 #include "replay/overlap.h"
 #include "replay/replay.h"
 #include "replay/results_file.h"
 
 namespace kvreplay::cli {
 namespace {
-
-struct ReplayOptions {
-  std::vector<std::string> traces;
-  std::vector<std::string> policies;
-  std::vector<std::string> capacities;
-  std::vector<int> eviction_positions;
-  std::string heads;
-  std::string share;
-  std::string results;
-  std::string csv;
-  std::string json;
-  std::string kept;
-  int threads = 0;
-};
-
-// A policy's spec, or a file that was meant as a trace: an option that takes several values takes those after it too.
-Policy policy_from(const std::string& spec) {
-  try {
-    return make_policy(spec);
-  } catch (const UsageError&) {
-    std::error_code ignored;  // a spec may be no possible name of a file
-    if (!std::filesystem::exists(spec, ignored)) throw;
-    throw UsageError(fmt::format("--policy: {} is a file, not a policy; name traces before --policy", spec));
-  }
-}
-
-ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string>& notes) {
-  ReplayRequest request;
-  std::set<std::string> seen;
-  for (const std::string& spec : options.policies) {
-    Policy policy = policy_from(spec);
-    if (!seen.insert(policy.canonical).second) {
-      notes.push_back(fmt::format("policy {} is given more than once and replayed once", policy.canonical));
-      continue;
-    }
-    request.policies.push_back(std::move(policy));
-  }
-  seen.clear();
-  for (const std::string& text : options.capacities) {
-    CapacityRequest capacity = CapacityRequest::parse(text);
-    if (seen.insert(capacity.text).second) request.capacities.push_back(std::move(capacity));
-  }
-  for (const int position : options.eviction_positions) {
-    if (std::ranges::find(request.eviction_positions, position) == request.eviction_positions.end()) {
-      request.eviction_positions.push_back(position);
-    }
-  }
-  for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
-    if (options.heads == name_of(granularity)) request.granularity = granularity;
-  }
-  for (const Share share : {Share::mean, Share::max, Share::sum}) {
-    if (options.share == name_of(share)) request.share = share;
-  }
-  return request;
-}
-
-// One name for a file, however it is written; also for what does not exist yet or cannot be looked at.
-std::filesystem::path place_of(const std::string& path) {
-  std::error_code failure;
-  const auto place = std::filesystem::weakly_canonical(path, failure);
-  return failure ? std::filesystem::absolute(path).lexically_normal() : place;
-}
-
-// A trace that is given twice would count twice in every mean.
-std::vector<std::string> distinct_traces(const ReplayOptions& options, std::vector<std::string>& notes) {
-  std::vector<std::string> traces;
-  std::set<std::filesystem::path> seen;
-  for (const std::string& trace : options.traces) {
-    if (seen.insert(place_of(trace)).second) {
-      traces.push_back(trace);
-    } else {
-      notes.push_back(fmt::format("{}: is given more than once and replayed once", trace));
-    }
-  }
-  return traces;
-}
-
-// Files that a policy reads: an output must not replace them.
-void add_input_files(const std::string& spec, std::set<std::filesystem::path>& files) {
-  bool first = true;
-  for (const SpecPart& part : parse_spec(spec)) {
-    const Method& method = *find_method(fmt::format("{}{}", std::exchange(first, false) ? "" : "+", part.name));
-    const Arguments arguments(part, method.parameters);
-    for (const Parameter& parameter : method.parameters) {
-      const std::string& value = arguments.text(parameter.name);
-      if (value.empty()) continue;
-      if (parameter.kind == Parameter::Kind::file) files.insert(place_of(value));
-      if (parameter.kind == Parameter::Kind::spec) add_input_files(value, files);
-    }
-  }
-}
-
-// A results file that is also a trace to be read, or another result, would be lost.
-void check_outputs(const ReplayOptions& options, const ReplayRequest& request) {
-  std::set<std::filesystem::path> taken;
-  for (const std::string& trace : options.traces) taken.insert(place_of(trace));
-  for (const Policy& policy : request.policies) add_input_files(policy.canonical, taken);
-  for (const std::string& output : {options.results, options.csv, options.json, options.kept}) {
-    if (output.empty()) continue;
-    if (!taken.insert(place_of(output)).second) {
-      throw UsageError(fmt::format("{}: would overwrite what is read, or another result; name another file", output));
-    }
-    // Tells now, not after the work, that a place cannot be written to.
-    const OutputFile probe(output);
-  }
-}
-
-std::string counted(std::size_t count, std::string_view noun) {
-  return fmt::format("{} {}{}", count, noun, count == 1 ? "" : "s");
-}
-
-std::string shape_of(const ModelInfo& model) {
-  const auto count = [](int number) { return static_cast<std::size_t>(number); };
-  return fmt::format("{}, {} on {}", counted(count(model.num_layers), "layer"),
-                     counted(count(model.num_attention_heads), "query head"),
-                     counted(count(model.num_key_value_heads), "KV head"));
-}
-
-// What was replayed: a line, and where models differ another one for each.
-std::string headline(const std::vector<TraceReplay>& replays) {
-  std::set<std::string> traces;
-  std::set<int> evictions;
-  std::vector<std::string> models;
-  std::size_t queries = 0;
-  for (const TraceReplay& replay : replays) {
-    traces.insert(replay.trace);
-    evictions.insert(replay.eviction_position);
-    queries += replay.evaluation_positions.size();
-    std::string model = fmt::format("{}: {}", printable(replay.model.name), shape_of(replay.model));
-    if (std::ranges::find(models, model) == models.end()) models.push_back(std::move(model));
-  }
-  const std::string work =
-      fmt::format("evicted at {}, {}",
-                  evictions.size() == 1 ? fmt::format("{}", *evictions.begin())
-                                        : fmt::format("{} to {}", *evictions.begin(), *evictions.rbegin()),
-                  queries == 1 ? "1 evaluation query" : fmt::format("{} evaluation queries", queries));
-  if (models.size() == 1) return fmt::format("{} of {}; {}", counted(traces.size(), "trace"), models.front(), work);
-  std::string text =
-      fmt::format("{} of {}; {}", counted(traces.size(), "trace"), counted(models.size(), "model"), work);
-  for (const std::string& model : models) text += fmt::format("\n  {}", model);
-  return text;
-}
-
-// What the table's numbers are.
-std::string legend(const std::vector<TraceReplay>& replays, double seconds) {
-  std::set<std::string> traces;
-  std::set<int> evictions_of_one;
-  bool spans = false;
-  for (const TraceReplay& replay : replays) {
-    traces.insert(replay.trace);
-    if (replay.trace == replays.front().trace) evictions_of_one.insert(replay.eviction_position);
-    spans = spans || !replay.spans.empty();
-  }
-  std::string over;
-  if (traces.size() > 1) over = "; every trace weighs the same";
-  if (evictions_of_one.size() > 1) {
-    over = traces.size() > 1 ? "; every trace and eviction position weighs the same"
-                             : "; every eviction position weighs the same";
-  }
-  return fmt::format(
-      "layer error, head error: ‖ô−o‖/‖o‖ after and before the output projection; recall: attention mass still "
-      "cached;\n{}means over layers, heads and evaluation queries{}.\nBest first at each capacity. Replayed in {:.1f} "
-      "s.\n",
-      spans ? "spans kept: share of the annotated spans' positions that is kept, mean over layers and heads;\n" : "",
-      over, seconds);
-}
-
-// The same note about several traces is one line.
-void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays) {
-  for (const std::string& note : notes) fmt::print(stderr, "note: {}\n", note);
-  std::vector<std::pair<std::string, std::vector<std::string>>> about;
-  for (const TraceReplay& replay : replays) {
-    for (const std::string& note : replay.notes) {
-      auto found = std::ranges::find(about, note, &std::pair<std::string, std::vector<std::string>>::first);
-      if (found == about.end()) found = about.insert(about.end(), {note, {}});
-      if (std::ranges::find(found->second, replay.trace) == found->second.end()) found->second.push_back(replay.trace);
-    }
-  }
-  for (const auto& [note, traces] : about) {
-    const std::size_t others = traces.size() - 1;
-    fmt::print(stderr, "note: {}{}: {}\n", traces.front(),
-               others == 0 ? "" : fmt::format(" and {} more trace{}", others, others == 1 ? "" : "s"), note);
-  }
-}
 
 // Writes what was asked for; `written` tells how far it came.
 void write_files(const ReplayOptions& options, const std::vector<TraceReplay>& replays,
@@ -279,41 +91,9 @@ void run_replay(const ReplayOptions& options) {
 void add_replay_command(CLI::App& app) {
   auto options = std::make_shared<ReplayOptions>();
   CLI::App* command = app.add_subcommand("replay", "Replay eviction policies over traces and measure what they lose");
-  const auto any_position = integer_in(1, std::numeric_limits<int>::max(), "a position to evict at");
-  command->add_option("traces", options->traces, "kvtrace files, before --policy")->type_name("FILE");
-  command->add_option("-p,--policy", options->policies, "Policies, as in restkv(alpha=0.5); see 'kvreplay policies'")
-      ->required()
-      ->type_name("SPEC");
+  add_request_options(*command, *options, true);
   add_plugin_option(*command);
-  // Of these every option takes one value, so that a trace may follow.
-  command
-      ->add_option("-c,--capacity", options->capacities,
-                   "Positions that a head keeps: counts, or shares of the prompt, as in 64,128,25%")
-      ->required()
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->type_name("N|P%,...");
-  command
-      ->add_option("--evict-at", options->eviction_positions, "Positions at which to evict (default: the prompt's end)")
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->check(any_position)
-      ->type_name("N,...");
-  command->add_option("--heads", options->heads, "Who shares a kept set (default: the policy's own, or kv)")
-      ->check(one_of({"query", "kv", "layer"}))
-      ->type_name("query|kv|layer");
-  command->add_option("--share", options->share, "How shared scores are combined (default: the policy's own, or mean)")
-      ->check(one_of({"mean", "max", "sum"}))
-      ->type_name("mean|max|sum");
-  command->add_option("-o,--output", options->results, "Results at full resolution (HDF5); replaced if it exists")
-      ->check(names_a_file)
-      ->type_name("FILE");
-  command->add_option("--csv", options->csv, "Summaries per layer and measure (CSV)")
-      ->check(names_a_file)
-      ->type_name("FILE");
-  command->add_option("--json", options->json, "The same and overlaps (JSON)")->check(names_a_file)->type_name("FILE");
-  command->add_option("--kept", options->kept, "Kept sets (HDF5)")->check(names_a_file)->type_name("FILE");
-  add_threads_option(*command, options->threads);
+  add_output_options(*command, *options);
   command->callback([options]() { run_replay(*options); });
 }
 

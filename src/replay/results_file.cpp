@@ -5,9 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "base/output_file.h"
-#include "hdf5/hdf5.h"
-
 namespace kvreplay {
 namespace {
 
@@ -32,89 +29,101 @@ void write_spans(hdf5::File& file, const std::string& path, const std::vector<Sp
   file.write(path, ranges);
 }
 
-template <class Write>
-void write_whole(const std::filesystem::path& path, std::string_view format, const Write& write) {
-  OutputFile output(path);
-  hdf5::File file = hdf5::File::create(output.temporary(), path);
-  file.write_string("/", "format", format);
-  file.write_int("/", "format_version", 1);
-  file.write_string("/", "created_by", "kvreplay " KVREPLAY_VERSION);
-  write(file);
-  file.write_int("/", "complete", 1);
-  file.close();
-  output.commit();
+}  // namespace
+
+ResultStream::ResultStream(const std::filesystem::path& path, std::string_view format)
+    : output_(path), file_(hdf5::File::create(output_.temporary(), path)) {
+  file_.write_string("/", "format", format);
+  file_.write_int("/", "format_version", 1);
+  file_.write_string("/", "created_by", "kvreplay " KVREPLAY_VERSION);
 }
 
-}  // namespace
+void ResultStream::finish() {
+  file_.write_int("/", "complete", 1);
+  file_.close();
+  output_.commit();
+}
+
+ResultsWriter::ResultsWriter(const std::filesystem::path& path, std::span<const TraceReplay> replays)
+    : stream_(path, "kvreplay-results") {
+  hdf5::File& file = stream_.file();
+  const bool same_queries = std::ranges::all_of(replays, [&replays](const TraceReplay& replay) {
+    return replay.evaluation_positions == replays.front().evaluation_positions;
+  });
+  if (same_queries && !replays.empty()) {
+    const std::vector<std::int32_t>& positions = replays.front().evaluation_positions;
+    file.write("/evaluation_positions", positions, {static_cast<Index>(positions.size())});
+  }
+  file.create_group("/results");
+  file.create_group("/overlap");
+}
+
+void ResultsWriter::add(const TraceReplay& replay, const ReplayResult& result) {
+  hdf5::File& file = stream_.file();
+  const std::string group = fmt::format("/results/{}", results_++);
+  write_identity(file, group, result);
+  file.write_string(group, "heads", name_of(result.granularity));
+  file.write_string(group, "model", replay.model.name);
+  file.write_int(group, "oracle", result.oracle ? 1 : 0);
+  file.write_double(group, "kept", result.kept.mean_size());
+  const std::vector<std::int32_t>& positions = replay.evaluation_positions;
+  file.write(group + "/evaluation_positions", positions, {static_cast<Index>(positions.size())});
+  write_table(file, group + "/head_error", result.head_error);
+  write_table(file, group + "/layer_error", result.layer_error);
+  write_table(file, group + "/attention_recall", result.attention_recall);
+  write_table(file, group + "/cosine", result.cosine);
+  if (!replay.spans.empty()) {
+    write_spans(file, group + "/spans", replay.spans);
+    write_table(file, group + "/span_recall", result.span_recall);
+  }
+  if (!replay.notes.empty()) {
+    file.write(group + "/notes", replay.notes, {static_cast<Index>(replay.notes.size())});
+  }
+}
+
+void ResultsWriter::add(const OverlapTable& table) {
+  hdf5::File& file = stream_.file();
+  const std::string group = fmt::format("/overlap/{}", overlaps_++);
+  file.create_group(group);
+  file.write_string(group, "trace", table.trace);
+  file.write_string(group, "capacity_request", table.capacity_request);
+  file.write_int(group, "evict_at", table.eviction_position);
+  file.write(group + "/policies", table.policies, {static_cast<Index>(table.policies.size())});
+  write_table(file, group + "/jaccard", table.jaccard);
+  write_table(file, group + "/containment", table.containment);
+}
+
+void KeptSetsWriter::add(const ReplayResult& result) {
+  hdf5::File& file = stream_.file();
+  const std::string group = fmt::format("/kept/{}", results_++);
+  write_identity(file, group, result);
+  file.write_string(group, "heads", name_of(result.kept.granularity));
+  std::vector<std::int32_t> kept;
+  std::vector<std::int64_t> offsets = {0};
+  for (const std::vector<int>& set : result.kept.sets) {
+    kept.insert(kept.end(), set.begin(), set.end());
+    offsets.push_back(static_cast<std::int64_t>(kept.size()));
+  }
+  file.write(group + "/kept", kept, {static_cast<Index>(kept.size())});
+  file.write(group + "/offsets", offsets, {static_cast<Index>(offsets.size())});
+}
 
 void write_results(const std::filesystem::path& path, const std::vector<TraceReplay>& replays,
                    const std::vector<OverlapTable>& overlaps) {
-  write_whole(path, "kvreplay-results", [&](hdf5::File& file) {
-    const bool same_queries = std::ranges::all_of(replays, [&replays](const TraceReplay& replay) {
-      return replay.evaluation_positions == replays.front().evaluation_positions;
-    });
-    if (same_queries && !replays.empty()) {
-      const std::vector<std::int32_t>& positions = replays.front().evaluation_positions;
-      file.write("/evaluation_positions", positions, {static_cast<Index>(positions.size())});
-    }
-    int i = 0;
-    for (const TraceReplay& replay : replays) {
-      for (const ReplayResult& result : replay.results) {
-        const std::string group = fmt::format("/results/{}", i++);
-        write_identity(file, group, result);
-        file.write_string(group, "heads", name_of(result.granularity));
-        file.write_string(group, "model", replay.model.name);
-        file.write_int(group, "oracle", result.oracle ? 1 : 0);
-        file.write_double(group, "kept", result.kept.mean_size());
-        const std::vector<std::int32_t>& positions = replay.evaluation_positions;
-        file.write(group + "/evaluation_positions", positions, {static_cast<Index>(positions.size())});
-        write_table(file, group + "/head_error", result.head_error);
-        write_table(file, group + "/layer_error", result.layer_error);
-        write_table(file, group + "/attention_recall", result.attention_recall);
-        write_table(file, group + "/cosine", result.cosine);
-        if (!replay.spans.empty()) {
-          write_spans(file, group + "/spans", replay.spans);
-          write_table(file, group + "/span_recall", result.span_recall);
-        }
-        if (!replay.notes.empty()) {
-          file.write(group + "/notes", replay.notes, {static_cast<Index>(replay.notes.size())});
-        }
-      }
-    }
-    file.create_group("/overlap");
-    for (std::size_t t = 0; t < overlaps.size(); ++t) {
-      const OverlapTable& table = overlaps[t];
-      const std::string group = fmt::format("/overlap/{}", t);
-      file.create_group(group);
-      file.write_string(group, "trace", table.trace);
-      file.write_string(group, "capacity_request", table.capacity_request);
-      file.write_int(group, "evict_at", table.eviction_position);
-      file.write(group + "/policies", table.policies, {static_cast<Index>(table.policies.size())});
-      write_table(file, group + "/jaccard", table.jaccard);
-      write_table(file, group + "/containment", table.containment);
-    }
-  });
+  ResultsWriter writer(path, replays);
+  for (const TraceReplay& replay : replays) {
+    for (const ReplayResult& result : replay.results) writer.add(replay, result);
+  }
+  for (const OverlapTable& table : overlaps) writer.add(table);
+  writer.finish();
 }
 
 void write_kept_sets(const std::filesystem::path& path, const std::vector<TraceReplay>& replays) {
-  write_whole(path, "kvreplay-kept", [&](hdf5::File& file) {
-    int i = 0;
-    for (const TraceReplay& replay : replays) {
-      for (const ReplayResult& result : replay.results) {
-        const std::string group = fmt::format("/kept/{}", i++);
-        write_identity(file, group, result);
-        file.write_string(group, "heads", name_of(result.kept.granularity));
-        std::vector<std::int32_t> kept;
-        std::vector<std::int64_t> offsets = {0};
-        for (const std::vector<int>& set : result.kept.sets) {
-          kept.insert(kept.end(), set.begin(), set.end());
-          offsets.push_back(static_cast<std::int64_t>(kept.size()));
-        }
-        file.write(group + "/kept", kept, {static_cast<Index>(kept.size())});
-        file.write(group + "/offsets", offsets, {static_cast<Index>(offsets.size())});
-      }
-    }
-  });
+  KeptSetsWriter writer(path);
+  for (const TraceReplay& replay : replays) {
+    for (const ReplayResult& result : replay.results) writer.add(result);
+  }
+  writer.finish();
 }
 
 }  // namespace kvreplay

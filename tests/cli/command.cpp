@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 #include <gmock/gmock.h>
 #include <poll.h>
+#include <pty.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -38,8 +39,10 @@ namespace {
 }
 
 bool holds_file_like(const std::filesystem::path& folder, const std::string& part) {
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    if (entry.path().filename().string().find(part) != std::string::npos) return true;
+  std::error_code gone;  // files and folders vanish while one looks
+  for (std::filesystem::recursive_directory_iterator entry(folder, gone), end; !gone && entry != end;
+       entry.increment(gone)) {
+    if (entry->path().filename().string().find(part) != std::string::npos) return true;
   }
   return false;
 }
@@ -51,13 +54,16 @@ Outcome run_in(const std::filesystem::path& folder, const Invocation& invocation
   write_file(aside / "input", invocation.input);
   std::vector<std::string> arguments = invocation.arguments;
   arguments.insert(arguments.begin(), KVREPLAY_EXECUTABLE);
+  arguments.insert(arguments.begin(), invocation.launcher.begin(), invocation.launcher.end());
   std::vector<char*> argv;
   for (std::string& argument : arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
 
   std::array<int, 2> output{};
   std::array<int, 2> errors{};
-  if (::pipe2(output.data(), O_CLOEXEC) != 0 || ::pipe2(errors.data(), O_CLOEXEC) != 0) {
+  if (::pipe2(output.data(), O_CLOEXEC) != 0 ||
+      (invocation.terminal ? ::openpty(&errors[0], &errors[1], nullptr, nullptr, nullptr)
+                           : ::pipe2(errors.data(), O_CLOEXEC)) != 0) {
     throw std::runtime_error("no pipe");
   }
   const int input = ::open((aside / "input").c_str(), O_RDONLY | O_CLOEXEC);
@@ -77,7 +83,7 @@ Outcome run_in(const std::filesystem::path& folder, const Invocation& invocation
   while (streams[0].fd >= 0 || streams[1].fd >= 0) {
     ::poll(streams.data(), streams.size(), interrupted ? -1 : 1);
     if (!interrupted && holds_file_like(folder, invocation.interrupt_when)) {
-      ::kill(process, SIGINT);
+      ::kill(process, invocation.interrupt_with);
       interrupted = true;
     }
     for (std::size_t i = 0; i < streams.size(); ++i) {

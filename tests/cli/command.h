@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <csignal>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -26,7 +27,10 @@ struct Invocation {
   bool closed_output = false;                      ///< standard output is closed
   std::string output_file = {};                    ///< standard output goes there instead
   bool unprivileged = false;                       ///< as nobody, where the test runs as root
-  std::string interrupt_when = {};  ///< once the folder holds a file whose name contains this, the process gets SIGINT
+  std::string interrupt_when = {};  ///< once a file below the folder has a name that contains this, the process gets …
+  int interrupt_with = SIGINT;      ///< … this signal
+  std::vector<std::string> launcher = {};  ///< a program with arguments that starts kvreplay, such as mpirun
+  bool terminal = false;                   ///< standard error is a terminal
 };
 
 /// Runs the program in `folder` and waits for it.

@@ -38,6 +38,8 @@ TEST_F(Usage, HelpOfEveryCommandNamesItsOptions) {
       {"replay",
        {"--policy", "--capacity", "--evict-at", "--heads", "query|kv|layer", "--share", "mean|max|sum", "--output",
         "--csv", "--json", "--kept", "--threads", "traces"}},
+      {"sweep",
+       {"--policy", "--capacity", "--output", "--memory", "--config", "--print-config", "--dry-run", "--resume"}},
       {"policies", {"SPEC"}},
   };
   const test::Outcome all = succeed({"--help"});

@@ -1,0 +1,65 @@
+// What the commands that replay policies have in common: their options, what becomes of them, and what is said about
+// the results.
+#pragma once
+
+#include <set>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "replay/replay.h"
+
+namespace CLI {
+class App;
+class Option;
+}  // namespace CLI
+
+namespace kvreplay::cli {
+
+/// What to replay, as it was given.
+struct ReplayOptions {
+  std::vector<std::string> traces;
+  std::vector<std::string> policies;  ///< with braces
+  std::vector<std::string> capacities;
+  std::vector<int> eviction_positions;
+  std::string heads;
+  std::string share;
+  std::string results;
+  std::string csv;
+  std::string json;
+  std::string kept;
+  int threads = 0;
+};
+
+/// The options that name traces, policies and capacities; where they are required, CLI11 says so.
+void add_request_options(CLI::App& command, ReplayOptions& options, bool required);
+
+/// The options that name what is written, and the number of threads.
+void add_output_options(CLI::App& command, ReplayOptions& options);
+
+/// The request that the options stand for; what was left out is told in `notes`. Throws UsageError.
+ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string>& notes);
+
+/// The traces without those that are given twice, which would count twice in every mean.
+std::vector<std::string> distinct_traces(const ReplayOptions& options, std::vector<std::string>& notes);
+
+/// The files that the policies of a request read, as they name them.
+std::set<std::string> policy_files(const ReplayRequest& request);
+
+/// Throws UsageError where an output would replace what is read, or another output, and Error where one cannot be
+/// written to: now, not after the work.
+void check_outputs(const ReplayOptions& options, const ReplayRequest& request);
+
+/// "1 trace", "2 traces", "2 policies", "2 processes".
+std::string counted(std::size_t count, std::string_view noun);
+
+/// What was replayed: a line, and where models differ another one for each.
+std::string headline(const std::vector<TraceReplay>& replays);
+
+/// What the table's numbers are.
+std::string legend(const std::vector<TraceReplay>& replays, double seconds);
+
+/// Tells notes on standard error; the same note about several traces is one line.
+void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays);
+
+}  // namespace kvreplay::cli

@@ -1,0 +1,416 @@
+#include "sweep/sweep.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <omp.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <new>
+#include <optional>
+#include <sstream>
+#include <system_error>
+#include <utility>
+
+#include "analysis/parameter_effects.h"
+#include "analysis/summary.h"
+#include "base/error.h"
+#include "base/output_file.h"
+#include "base/printable.h"
+#include "base/work.h"
+#include "cli/commands.h"
+#include "cli/interruption.h"
+#include "cli/launched_ranks.h"
+#include "cli/options.h"
+#include "cli/plugins.h"
+#include "cli/progress.h"
+#include "cli/replay_options.h"
+#include "notebooks-export/tables.h"
+#include "policy/expansion.h"
+#include "policy/parameter.h"
+#include "policy/plugin.h"
+#include "replay/results_file.h"
+#include "sweep/configuration.h"
+#include "sweep/unit_store.h"
+
+namespace kvreplay::cli {
+namespace {
+
+struct SweepOptions {
+  ReplayOptions replay;
+  std::vector<std::string> plugins;
+  std::string memory;
+  std::string config;
+  bool print_config = false;
+  bool dry_run = false;
+  bool resume = false;
+};
+
+// What a configuration file may hold: options by their long names, and the traces.
+const std::vector<std::string>& configuration_keys() {
+  static const std::vector<std::string> keys = {"traces", "policy",  "capacity", "evict-at", "heads",
+                                                "share",  "output",  "csv",      "json",     "kept",
+                                                "memory", "threads", "plugin"};
+  return keys;
+}
+
+CLI::Option& option_of(CLI::App& command, const std::string& key) {
+  return *command.get_option(key == "traces" ? key : "--" + key);
+}
+
+// Gives the options what the file says, unless the command line says it already.
+void read_configuration_file(CLI::App& command, const std::string& path) {
+  std::error_code ignored;
+  std::ifstream stream(path, std::ios::binary);
+  if (!stream.is_open() || std::filesystem::is_directory(path, ignored)) {
+    throw UsageError(fmt::format("--config: {}: cannot be read", path));
+  }
+  const std::string text{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+  for (ConfigurationEntry& entry : read_configuration(text, path)) {
+    const std::vector<std::string>& keys = configuration_keys();
+    if (std::ranges::find(keys, entry.key) == keys.end()) {
+      throw UsageError(fmt::format("{}: line {}: unknown option '{}'.{} Known are: {}", path, entry.line,
+                                   printable(entry.key), suggestion(entry.key, keys), fmt::join(keys, ", ")));
+    }
+    CLI::Option& option = option_of(command, entry.key);
+    if (option.count() > 0 || entry.values.empty()) continue;
+    try {
+      option.add_result(std::move(entry.values));
+      option.run_callback();
+    } catch (const CLI::ParseError& error) {
+      throw UsageError(fmt::format("{}: line {}: {}", path, entry.line, error.what()));
+    }
+  }
+}
+
+// The options as a configuration file that says the same.
+std::string configuration_of(CLI::App& command) {
+  std::vector<ConfigurationEntry> entries;
+  for (const std::string& key : configuration_keys()) {
+    const CLI::Option& option = option_of(command, key);
+    if (option.count() == 0) continue;
+    entries.push_back({key, option.results(), option.get_items_expected_max() > 1, 0});
+  }
+  return write_configuration(entries);
+}
+
+void require(bool given, const std::string& what) {
+  if (!given) throw UsageError(fmt::format("{} is required, on the command line or in a --config file", what));
+}
+
+// Threads of this process where nothing is said: its share of the node's processors.
+int threads_of(const SweepOptions& options, const Ranks& ranks) {
+  if (options.replay.threads > 0) return options.replay.threads;
+  const int usable = omp_get_max_threads();
+  const bool said = std::getenv("OMP_NUM_THREADS") != nullptr;
+  const auto processors = static_cast<int>(::sysconf(_SC_NPROCESSORS_ONLN));
+  // Where the launcher has bound this process to some of the processors, they are its share.
+  if (said || usable < processors) return usable;
+  return std::max(1, usable / ranks.size_on_node());
+}
+
+// Everything that is known before the work begins.
+struct Preparation {
+  ReplayRequest request;
+  std::vector<std::string> notes;
+  std::vector<TraceReader> traces;
+  std::unique_ptr<ReplayEngine> engine;
+  std::optional<UnitStore> store;
+  std::vector<ReplayUnit> left;                ///< units that are not done yet
+  std::vector<std::vector<ReplayUnit>> parts;  ///< of each process
+};
+
+void prepare(const SweepOptions& options, Preparation& sweep) {
+  for (const std::string& plugin : options.plugins) load_plugin(plugin);
+  require(!options.replay.traces.empty(), "a trace");
+  require(!options.replay.policies.empty(), "--policy");
+  require(!options.replay.capacities.empty(), "--capacity");
+  require(options.dry_run || !options.replay.results.empty(), "--output");
+  sweep.request = request_from(options.replay, sweep.notes);
+  if (sweep.request.policies.size() > kMostSpecs / sweep.request.capacities.size()) {
+    throw UsageError(fmt::format("more than {} settings: {}, each at {}", kMostSpecs,
+                                 counted(sweep.request.policies.size(), "policy"),
+                                 counted(sweep.request.capacities.size(), "capacity")));
+  }
+  const std::vector<std::string> files = distinct_traces(options.replay, sweep.notes);
+  for (const std::string& file : files) sweep.traces.emplace_back(file);
+  sweep.engine = std::make_unique<ReplayEngine>(sweep.traces, sweep.request);
+  if (!options.memory.empty()) sweep.engine->limit_memory(memory_size(options.memory));
+  sweep.left = sweep.engine->units();
+}
+
+std::vector<std::filesystem::path> files_of(const SweepOptions& options, const ReplayRequest& request) {
+  std::vector<std::filesystem::path> files(options.plugins.begin(), options.plugins.end());
+  for (const std::string& file : policy_files(request)) files.emplace_back(file);
+  return files;
+}
+
+// How much there is to do.
+void print_plan(const Preparation& sweep, const Ranks& ranks, const Speed& speed, std::size_t finished) {
+  std::size_t settings = 0;
+  const std::vector<TraceReplay>& outlines = sweep.engine->outlines();
+  for (const TraceReplay& outline : outlines) settings += outline.results.size();
+  const std::size_t units = sweep.engine->units().size();
+  fmt::print(stderr, "sweep: {}: {}, {}, {}, {}\n", counted(settings, "setting"),
+             counted(sweep.request.policies.size(), "policy"), counted(sweep.request.capacities.size(), "capacity"),
+             counted(outlines.size() / sweep.traces.size(), "eviction position"),
+             counted(sweep.traces.size(), "trace"));
+  double seconds = 0;
+  for (const std::vector<ReplayUnit>& part : sweep.parts) {
+    seconds = std::max(seconds, speed.seconds(cost_of(*sweep.engine, part)));
+  }
+  fmt::print(stderr, "sweep: {}, one per layer, trace and eviction position{}{}\n", counted(units, "unit"),
+             finished == 0 ? "" : fmt::format("; {} finished already", finished),
+             ranks.size() == 1
+                 ? fmt::format("; {}", counted(static_cast<std::size_t>(omp_get_max_threads()), "thread"))
+                 : fmt::format("; {} with {} each", counted(static_cast<std::size_t>(ranks.size()), "process"),
+                               counted(static_cast<std::size_t>(omp_get_max_threads()), "thread")));
+  fmt::print(stderr, "sweep: about {} (a guess, until the first units are done), at most {} of memory{}\n",
+             duration_text(std::max(1.0, seconds)), size_text(sweep.engine->memory() + memory_of_results(outlines)),
+             ranks.size() == 1 ? "" : " per process");
+}
+
+// Units as text, for the other processes.
+std::string text_of(const std::vector<ReplayUnit>& units) {
+  std::string text;
+  for (const ReplayUnit& unit : units) text += fmt::format("{} {}\n", unit.replay, unit.layer);
+  return text;
+}
+
+std::vector<ReplayUnit> units_from(const std::string& text) {
+  std::istringstream stream(text);
+  std::vector<ReplayUnit> units;
+  for (ReplayUnit unit; stream >> unit.replay >> unit.layer;) units.push_back(unit);
+  return units;
+}
+
+// Does this process's part, with a line on the terminal.
+void run_part(const Preparation& sweep, Ranks& ranks) {
+  const std::vector<ReplayUnit>& part = sweep.parts[static_cast<std::size_t>(ranks.rank())];
+  const std::size_t all = sweep.engine->units().size();
+  const std::size_t before = all - sweep.left.size();
+  const auto tell_interruption = [&](std::size_t done) {
+    if (!ranks.is_first()) {
+      say_when_interrupted("");
+      return;
+    }
+    const std::string folder = sweep.store->folder().string();
+    say_when_interrupted(ranks.size() == 1 ? fmt::format("{} of {} are finished and kept in {}; go on with --resume",
+                                                         before + done, counted(all, "unit"), folder)
+                                           : fmt::format("finished units are kept in {}; go on with --resume", folder));
+  };
+  tell_interruption(0);
+
+  const double total = std::max(1.0, cost_of(*sweep.engine, part).operations);
+  const std::size_t settings = sweep.engine->outlines().front().results.size();
+  const auto started = std::chrono::steady_clock::now();
+  const Work work_before = work_done();
+  std::atomic<std::size_t> done = 0;
+  std::atomic<double> done_cost = 0;
+  std::atomic<double> counted_when_done = 0;
+  std::optional<Progress> progress;
+  if (ranks.is_first()) {
+    progress.emplace();
+    progress->follow([&]() {
+      const Work work = work_done();
+      const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+      const double operations = work.operations - work_before.operations;
+      // Finished units say how what is counted relates to what a unit takes; until then it is taken as it is.
+      double share = done_cost / total;
+      if (counted_when_done > 0) {
+        share *= operations / counted_when_done;
+      } else if (done == 0) {
+        share = operations / total;
+      }
+      return Progress::State{
+          fmt::format("settings {}, layers {}/{}, {:.1f} GB/s, {:.1f} GFLOP/s", settings, before + done, all,
+                      (work.bytes - work_before.bytes) / seconds / 1e9, operations / seconds / 1e9),
+          std::clamp(share, 0.0, 0.999)};
+    });
+  }
+  run_units(*sweep.engine, part, *sweep.store, [&](const ReplayUnit& unit) {
+    ++done;
+    done_cost = done_cost + sweep.engine->cost(unit).operations;
+    counted_when_done = work_done().operations - work_before.operations;
+    tell_interruption(done);
+    return !ranks.others_stopped();
+  });
+}
+
+// Reads the finished units, one setting at a time, into all that was asked for. Returns the files written.
+std::vector<std::string> write_outputs(const SweepOptions& options, const Preparation& sweep, PolicyRanking& ranking) {
+  const std::vector<TraceReplay>& outlines = sweep.engine->outlines();
+  const ReplayOptions& files = options.replay;
+  ResultsWriter results(files.results, outlines);
+  std::optional<KeptSetsWriter> kept;
+  std::optional<TextOutput> csv;
+  std::optional<TextOutput> json;
+  if (!files.kept.empty()) kept.emplace(files.kept);
+  if (!files.csv.empty()) csv.emplace(files.csv).add(summary_csv_head());
+  if (!files.json.empty()) json.emplace(files.json).add(summary_json_head(outlines));
+  bool first = true;
+  for_each_result(outlines, *sweep.store, [&](const TraceReplay& replay, const ReplayResult& result) {
+    results.add(replay, result);
+    ranking.add(result);
+    if (kept) kept->add(result);
+    if (!csv && !json) return;
+    const std::vector<MeasureSummary> rows = summarize(replay, result);
+    if (csv) csv->add(summary_csv_rows(rows));
+    if (json) json->add(summary_json_rows(rows, first));
+    first = false;
+  });
+  if (kept) kept->finish();
+  if (csv) csv->finish();
+  if (json) {
+    json->add(summary_json_foot());
+    json->finish();
+  }
+  results.finish();
+  std::vector<std::string> written;
+  for (const std::string& file : {files.results, files.kept, files.csv, files.json}) {
+    if (!file.empty()) written.push_back(file);
+  }
+  return written;
+}
+
+void print_tables(const SweepOptions& options, const Preparation& sweep, const PolicyRanking& ranking, double seconds) {
+  constexpr std::size_t kMostRows = 40;
+  constexpr std::size_t kBest = 10;
+  const std::vector<PolicyRow> rows = ranking.rows();
+  const RankingExcerpt shown = excerpt(rows, kMostRows, kBest);
+  fmt::print("{}\n\n{}", headline(sweep.engine->outlines()), policy_table(shown.rows));
+  if (shown.left_out > 0) {
+    fmt::print("Not shown: {} behind the best {} of their capacity; all are in {}.\n",
+               counted(shown.left_out, "setting"), kBest,
+               options.replay.csv.empty() ? options.replay.results : options.replay.csv);
+  }
+  const std::vector<ParameterEffect> effects = parameter_effects(rows);
+  if (!effects.empty()) {
+    fmt::print("\nWhat each parameter changes, on average over all settings that differ in nothing else:\n\n{}",
+               parameter_table(effects));
+  }
+  fmt::print("\n{}", legend(sweep.engine->outlines(), seconds));
+}
+
+// Does something in every process. Where it fails in one, all of them fail, with the message of the lowest.
+template <class Action>
+void together(Ranks& ranks, const Action& action) {
+  std::string failure;
+  try {
+    action();
+  } catch (const UsageError& error) {
+    failure = fmt::format("u{}", error.what());
+  } catch (const std::bad_alloc&) {
+    failure = "eout of memory";
+  } catch (const std::exception& error) {
+    failure = fmt::format("e{}", error.what());
+  }
+  failure = ranks.first_failure(failure);
+  if (failure.empty()) return;
+  if (failure.front() == 'u') throw UsageError(failure.substr(1));
+  throw Error(failure.substr(1));
+}
+
+// The units of a finished or failed part are kept: says how to go on.
+template <class Action>
+void with_advice(const Preparation& sweep, const Action& action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    throw Error(fmt::format("{}; finished units are kept in {}, go on with --resume", error.what(),
+                            sweep.store->folder().string()));
+  }
+}
+
+void run_sweep(CLI::App& command, const SweepOptions& options) {
+  const std::unique_ptr<Ranks> ranks = launched_ranks();
+  Preparation sweep;
+  const auto started = std::chrono::steady_clock::now();
+  together(*ranks, [&]() {
+    if (!options.config.empty()) read_configuration_file(command, options.config);
+    if (options.print_config) return;
+    omp_set_num_threads(threads_of(options, *ranks));
+    prepare(options, sweep);
+    // Not before the plug-ins are loaded, and by one process: they would see each other's probes.
+    if (ranks->is_first()) check_outputs(options.replay, sweep.request);
+  });
+  if (options.print_config) {
+    if (ranks->is_first()) fmt::print("{}", configuration_of(command));
+    return;
+  }
+
+  std::size_t finished = 0;
+  together(*ranks, [&]() {
+    if (options.dry_run) return;
+    const SweepIdentity identity(sweep.request, sweep.traces, files_of(options, sweep.request));
+    sweep.store.emplace(options.replay.results, sweep.engine->outlines(), identity);
+    if (!ranks->is_first()) return;
+    sweep.store->open(options.resume);
+    const std::vector<ReplayUnit> done = sweep.store->finished(sweep.notes);
+    std::erase_if(sweep.left, [&](const ReplayUnit& unit) { return std::ranges::find(done, unit) != done.end(); });
+    finished = done.size();
+  });
+  sweep.left = units_from(ranks->from_first(text_of(sweep.left)));
+  sweep.parts = divide_units(*sweep.engine, sweep.left, ranks->size());
+  if (ranks->is_first()) print_plan(sweep, *ranks, guess_speed(), finished);
+  if (options.dry_run) {
+    if (ranks->is_first()) print_notes(sweep.notes, sweep.engine->outlines());
+    return;
+  }
+
+  together(*ranks, [&]() {
+    with_advice(sweep, [&]() {
+      try {
+        run_part(sweep, *ranks);
+      } catch (...) {
+        ranks->announce_stop();
+        throw;
+      }
+    });
+  });
+  together(*ranks, [&]() {
+    if (!ranks->is_first()) return;
+    PolicyRanking ranking;
+    std::vector<std::string> written;
+    with_advice(sweep, [&]() { written = write_outputs(options, sweep, ranking); });
+    sweep.store->remove();
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+    print_tables(options, sweep, ranking, seconds);
+    for (const std::string& file : written) fmt::print("wrote {}\n", file);
+    std::fflush(stdout);
+    print_notes(sweep.notes, sweep.engine->outlines());
+  });
+}
+
+}  // namespace
+
+void add_sweep_command(CLI::App& app) {
+  auto options = std::make_shared<SweepOptions>();
+  CLI::App* command =
+      app.add_subcommand("sweep", "Replay grids of settings, resumably, and say what each parameter changes");
+  add_request_options(*command, options->replay, false);
+  add_plugin_option(*command, options->plugins);
+  add_output_options(*command, options->replay);
+  command->add_option("--memory", options->memory, "Most memory of a process, as in 8G; smaller pieces where needed")
+      ->check(is_memory_size)
+      ->type_name("SIZE");
+  command->add_option("--config", options->config, "TOML file with these options; the command line wins over it")
+      ->check(names_a_file)
+      ->type_name("FILE");
+  command->add_flag("--print-config", options->print_config, "Print such a file for these options, and end");
+  command->add_flag("--dry-run", options->dry_run, "Say how much there is to do, and end");
+  command->add_flag("--resume", options->resume, "Go on with a sweep that was interrupted");
+  command->callback([command, options]() { run_sweep(*command, *options); });
+}
+
+}  // namespace kvreplay::cli

@@ -1,0 +1,120 @@
+#include "sweep/sweep.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+#include <utility>
+
+#include "base/matrix.h"
+#include "base/parallel.h"
+
+namespace kvreplay {
+namespace {
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Both parts of a unit's cost in one number: at this many operations in the time of a byte.
+double weight_of(const Work& work) {
+  constexpr double kOperationsPerByte = 10;
+  return work.operations + kOperationsPerByte * work.bytes;
+}
+
+}  // namespace
+
+Work cost_of(const ReplayEngine& engine, std::span<const ReplayUnit> units) {
+  Work sum;
+  for (const ReplayUnit& unit : units) {
+    const Work work = engine.cost(unit);
+    sum.bytes += work.bytes;
+    sum.operations += work.operations;
+  }
+  return sum;
+}
+
+double Speed::seconds(const Work& work) const {
+  return work.bytes / bytes_per_second + work.operations / operations_per_second;
+}
+
+Speed guess_speed() {
+  constexpr double kDuration = 0.1;
+  constexpr double kDiskBytesPerSecond = 5e8;
+  // A replay does more than products: exponentials, gathering of rows, selection.
+  constexpr double kShareOfProducts = 0.25;
+  constexpr Index kQueries = 64;
+  constexpr Index kHeadDim = 128;
+  constexpr Index kTokens = 1024;
+  const int threads = omp_get_max_threads();
+  std::vector<double> operations(static_cast<std::size_t>(threads), 0);
+  std::vector<float> sink(static_cast<std::size_t>(threads), 0);
+  const double started = now();
+  parallel_for(threads, [&](int thread) {
+    const Matrix queries = Matrix::Constant(kQueries, kHeadDim, 0.5f);
+    const Matrix keys = Matrix::Constant(kTokens, kHeadDim, 0.25f);
+    Matrix logits(kQueries, kTokens);
+    const auto t = static_cast<std::size_t>(thread);
+    while (now() - started < kDuration) {
+      logits.noalias() = queries * keys.transpose();
+      sink[t] += logits(0, 0);
+      operations[t] += 2.0 * kQueries * kHeadDim * kTokens;
+    }
+  });
+  const double seconds = now() - started;
+  const double done = std::accumulate(operations.begin(), operations.end(), 0.0);
+  return {kDiskBytesPerSecond, std::max(1e9, kShareOfProducts * done / seconds)};
+}
+
+Index memory_of_results(const std::vector<TraceReplay>& outlines) {
+  Index most = 0;
+  for (const TraceReplay& outline : outlines) {
+    const auto heads = static_cast<Index>(outline.model.num_attention_heads);
+    const auto queries = static_cast<Index>(outline.evaluation_positions.size());
+    const auto spans = static_cast<Index>(outline.spans.size());
+    Index bytes = 0;
+    for (const ReplayResult& result : outline.results) {
+      const Index numbers = 3 * heads * queries + queries + heads * spans;
+      const Index positions = static_cast<Index>(result.kept.sets_per_layer) * result.capacity;
+      // Kept positions once as the engine gives them, once as they are stored.
+      bytes += static_cast<Index>(sizeof(float)) * numbers + 2 * static_cast<Index>(sizeof(int)) * positions;
+    }
+    most = std::max(most, bytes);
+  }
+  return most;
+}
+
+std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, std::vector<ReplayUnit> units,
+                                                  int processes) {
+  std::ranges::stable_sort(units, [&engine](const ReplayUnit& a, const ReplayUnit& b) {
+    return weight_of(engine.cost(a)) > weight_of(engine.cost(b));
+  });
+  std::vector<std::vector<ReplayUnit>> parts(static_cast<std::size_t>(processes));
+  std::vector<double> loads(parts.size(), 0);
+  for (const ReplayUnit& unit : units) {
+    const auto least = static_cast<std::size_t>(std::ranges::min_element(loads) - loads.begin());
+    parts[least].push_back(unit);
+    loads[least] += weight_of(engine.cost(unit));
+  }
+  return parts;
+}
+
+namespace {
+
+// Leaves the engine's loop; never seen outside this file.
+struct Stopped {};
+
+}  // namespace
+
+void run_units(const ReplayEngine& engine, std::span<const ReplayUnit> units, const UnitStore& store,
+               const std::function<bool(const ReplayUnit&)>& stored) {
+  try {
+    engine.run(units, [&](const ReplayUnit& unit, const std::vector<LayerResult>& results) {
+      store.save(unit, results);
+      if (!stored(unit)) throw Stopped();
+    });
+  } catch (const Stopped&) {
+    // What is not done yet is not wanted any more.
+  }
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,42 @@
+// The units of a sweep: how much there is, who does which, and doing them.
+#pragma once
+
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "replay/engine.h"
+#include "sweep/unit_store.h"
+
+namespace kvreplay {
+
+/// What all of `units` take together.
+Work cost_of(const ReplayEngine& engine, std::span<const ReplayUnit> units);
+
+/// How fast something works.
+struct Speed {
+  double bytes_per_second = 0;
+  double operations_per_second = 0;
+
+  /// Seconds that `work` takes: reading and calculating one after the other.
+  double seconds(const Work& work) const;
+};
+
+/// What this machine does with OpenMP's threads, from products of matrices of a replay's shape that take a tenth of a
+/// second. A guess until the first units tell.
+Speed guess_speed();
+
+/// Memory of the results of one unit while they are stored, in bytes, of the unit that has most.
+Index memory_of_results(const std::vector<TraceReplay>& outlines);
+
+/// Divides units among processes: the largest first, each to the process that has least to do. Depends on nothing but
+/// the units' cost. Within a process the largest come first.
+std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, std::vector<ReplayUnit> units,
+                                                  int processes);
+
+/// Replays `units` and stores each as soon as it is done; then calls `stored`, which says whether to go on. Throws
+/// Error; what was stored stays.
+void run_units(const ReplayEngine& engine, std::span<const ReplayUnit> units, const UnitStore& store,
+               const std::function<bool(const ReplayUnit&)>& stored);
+
+}  // namespace kvreplay

@@ -1,0 +1,337 @@
+#include "sweep/unit_store.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/file.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <system_error>
+#include <utility>
+
+#include "base/error.h"
+#include "base/output_file.h"
+
+namespace kvreplay {
+namespace {
+
+constexpr std::string_view kFormat = "kvreplay-unit";
+constexpr std::string_view kUnitPrefix = "unit-";
+constexpr std::string_view kTemporary = ".tmp-";  // as OutputFile names them
+
+// A measure's numbers of one layer and where they go: [H, E], [E] or [H, S] of every setting.
+struct StoredTable {
+  const char* path;
+  std::vector<float> LayerResult::*numbers;
+  hdf5::Shape shape;  // of one setting
+};
+
+std::vector<StoredTable> tables_of(const TraceReplay& outline) {
+  const Index heads = outline.model.num_attention_heads;
+  const auto queries = static_cast<Index>(outline.evaluation_positions.size());
+  const auto spans = static_cast<Index>(outline.spans.size());
+  std::vector<StoredTable> tables = {
+      {"/head_error", &LayerResult::head_error, {heads, queries}},
+      {"/layer_error", &LayerResult::layer_error, {queries}},
+      {"/attention_recall", &LayerResult::attention_recall, {heads, queries}},
+      {"/cosine", &LayerResult::cosine, {heads, queries}},
+  };
+  if (spans > 0) tables.push_back({"/span_recall", &LayerResult::span_recall, {heads, spans}});
+  return tables;
+}
+
+hdf5::Shape with_settings(const hdf5::Shape& shape, std::size_t settings) {
+  hdf5::Shape stacked = {static_cast<Index>(settings)};
+  stacked.insert(stacked.end(), shape.begin(), shape.end());
+  return stacked;
+}
+
+std::string digest_of(std::string_view text) { return fmt::format("{:016x}", XXH64(text.data(), text.size(), 0)); }
+
+// The names of what is in a folder, in the order of their bytes. Not by asking for names that may not be there: network
+// file systems remember for a while that they were not.
+std::vector<std::string> names_in(const std::filesystem::path& folder) {
+  std::vector<std::string> names;
+  std::error_code failure;
+  for (std::filesystem::directory_iterator entry(folder, failure), end; !failure && entry != end;
+       entry.increment(failure)) {
+    names.push_back(entry->path().filename().string());
+  }
+  if (failure) throw Error(fmt::format("{}: cannot be read: {}", folder.string(), failure.message()));
+  std::ranges::sort(names);
+  return names;
+}
+
+std::string file_text(const std::filesystem::path& path) {
+  std::ifstream stream(path, std::ios::binary);
+  std::string text{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+  if (!stream.is_open() || stream.bad()) throw Error(fmt::format("{}: cannot be read", path.string()));
+  return text;
+}
+
+bool is_ours(const std::string& name) {
+  return name.starts_with(kUnitPrefix) || name == "sweep.toml" || name.find(kTemporary) != std::string::npos;
+}
+
+}  // namespace
+
+StoredUnit::StoredUnit(const std::filesystem::path& path, const TraceReplay& outline, const ReplayUnit& unit,
+                       const std::string& sweep)
+    : file_(hdf5::File::open(path)), outline_(outline) {
+  const auto refuse = [&path](std::string_view reason) { return Error(fmt::format("{}: {}", path.string(), reason)); };
+  const std::size_t settings = outline.results.size();
+  if (file_.read_string("/", "format") != kFormat || file_.read_int("/", "complete") != 1) {
+    throw refuse("is not a finished unit of a sweep");
+  }
+  if (file_.read_string("/", "sweep") != sweep || file_.read_int("/", "replay") != unit.replay ||
+      file_.read_int("/", "layer") != unit.layer) {
+    throw refuse("is a unit of another sweep");
+  }
+  for (const StoredTable& table : tables_of(outline)) {
+    tables_.push_back(file_.dataset(table.path));
+    if (tables_.back().shape() != with_settings(table.shape, settings) ||
+        tables_.back().float_type() != DType::float32) {
+      throw refuse(fmt::format("{} does not fit the sweep", table.path));
+    }
+  }
+  offsets_ = file_.read_int64s("/offsets");
+  first_set_.push_back(0);
+  for (const ReplayResult& result : outline.results) {
+    first_set_.push_back(first_set_.back() + static_cast<std::size_t>(result.kept.sets_per_layer));
+  }
+  if (offsets_.size() != first_set_.back() + 1 || offsets_.front() != 0 || !std::ranges::is_sorted(offsets_)) {
+    throw refuse("/offsets does not fit the sweep");
+  }
+  if (offsets_.back() > 0) {
+    positions_.push_back(file_.dataset("/kept"));
+    if (positions_.back().shape() != hdf5::Shape{offsets_.back()} ||
+        positions_.back().element_size() != sizeof(std::int32_t)) {
+      throw refuse("/kept does not fit the sweep");
+    }
+  }
+}
+
+void StoredUnit::verify() const {
+  const auto check = [this](const hdf5::Dataset& dataset) {
+    if (dataset.compute_xxh64() != file_.read_string(dataset.path(), "xxh64")) {
+      throw Error(fmt::format("{}: {} does not match its digest", file_.path().string(), dataset.path()));
+    }
+  };
+  for (const hdf5::Dataset& table : tables_) check(table);
+  for (const hdf5::Dataset& positions : positions_) check(positions);
+  check(file_.dataset("/offsets"));
+}
+
+LayerResult StoredUnit::read(std::size_t setting) const {
+  LayerResult result;
+  const std::vector<StoredTable> tables = tables_of(outline_);
+  std::vector<std::byte> bytes;
+  for (std::size_t t = 0; t < tables.size(); ++t) {
+    hdf5::Shape first(tables[t].shape.size() + 1, 0);
+    first.front() = static_cast<Index>(setting);
+    std::vector<float>& numbers = result.*tables[t].numbers;
+    numbers.resize(static_cast<std::size_t>(hdf5::elements(tables[t].shape)));
+    bytes.resize(numbers.size() * sizeof(float));
+    tables_[t].read_raw(first, with_settings(tables[t].shape, 1), bytes.data());
+    to_float32(DType::float32, bytes.data(), numbers);
+  }
+  const std::int64_t start = offsets_[first_set_[setting]];
+  const std::int64_t end = offsets_[first_set_[setting + 1]];
+  std::vector<std::int32_t> positions(static_cast<std::size_t>(end - start));
+  if (!positions.empty()) {
+    positions_.front().read_raw({start}, {end - start}, reinterpret_cast<std::byte*>(positions.data()));
+  }
+  for (std::size_t set = first_set_[setting]; set < first_set_[setting + 1]; ++set) {
+    result.kept.emplace_back(positions.begin() + (offsets_[set] - start),
+                             positions.begin() + (offsets_[set + 1] - start));
+  }
+  return result;
+}
+
+UnitStore::UnitStore(const std::filesystem::path& output, const std::vector<TraceReplay>& outlines,
+                     SweepIdentity identity)
+    : output_(output),
+      folder_(output.string() + ".units"),
+      outlines_(outlines),
+      identity_(std::move(identity)),
+      sweep_(digest_of(identity_.text())) {}
+
+UnitStore::~UnitStore() {
+  if (lock_ >= 0) ::close(lock_);
+}
+
+std::filesystem::path UnitStore::place_of(const ReplayUnit& unit) const {
+  return folder_ / fmt::format("{}{}-{}.h5", kUnitPrefix, unit.replay, unit.layer);
+}
+
+void UnitStore::open(bool resume) {
+  const auto refuse = [this](std::string_view reason) {
+    return Error(fmt::format("{}: {}", folder_.string(), reason));
+  };
+  std::error_code failure;
+  bool has_manifest = false;
+  if (!std::filesystem::create_directory(folder_, failure)) {
+    if (failure) throw refuse(fmt::format("cannot be made: {}", failure.message()));
+    const std::vector<std::string> names = names_in(folder_);
+    has_manifest = std::ranges::find(names, "sweep.toml") != names.end();
+    if (!std::ranges::all_of(names, is_ours)) {
+      throw refuse("is not a sweep's folder; remove or rename it, or choose another output");
+    }
+    if (!resume) {
+      const auto units = std::ranges::count_if(
+          names, [](const std::string& name) { return name.starts_with(kUnitPrefix) && name.ends_with(".h5"); });
+      throw refuse(fmt::format(
+          "holds {} finished unit{} of an earlier sweep; go on with --resume, or remove the folder to begin "
+          "again",
+          units, units == 1 ? "" : "s"));
+    }
+  }
+  if (has_manifest) {
+    SweepIdentity before;
+    try {
+      before = SweepIdentity::from_text(file_text(manifest()), manifest().string());
+    } catch (const Error& error) {
+      throw refuse(fmt::format("cannot be resumed, remove it to begin again ({})", error.what()));
+    }
+    const std::string differs = difference(before, identity_);
+    if (!differs.empty()) {
+      throw refuse(
+          fmt::format("holds units of a sweep that differs: {}; ask for the same, choose another output, or remove the "
+                      "folder",
+                      differs));
+    }
+  } else {
+    OutputFile::write_text(manifest(), identity_.text());
+  }
+  lock();
+}
+
+// The lock goes with the process, however it ends.
+void UnitStore::lock() {
+  lock_ = ::open(manifest().c_str(), O_RDONLY | O_CLOEXEC);
+  if (lock_ < 0) throw Error(fmt::format("{}: cannot be opened: {}", manifest().string(), std::strerror(errno)));
+  // File systems without locks have to do without.
+  if (::flock(lock_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+    throw Error(fmt::format("{}: another kvreplay works in this folder; wait for it, or choose another output",
+                            folder_.string()));
+  }
+}
+
+std::vector<ReplayUnit> UnitStore::finished(std::vector<std::string>& notes) {
+  std::map<std::string, ReplayUnit> expected;
+  for (std::size_t r = 0; r < outlines_.size(); ++r) {
+    for (int layer = 0; layer < outlines_[r].model.num_layers; ++layer) {
+      const ReplayUnit unit{static_cast<int>(r), layer};
+      expected.emplace(place_of(unit).filename().string(), unit);
+    }
+  }
+  std::vector<ReplayUnit> units;
+  for (const std::string& name : names_in(folder_)) {
+    if (name == manifest().filename()) continue;
+    std::string reason;
+    const auto found = expected.find(name);
+    if (found == expected.end()) {
+      if (name.find(kTemporary) == std::string::npos)
+        reason = fmt::format("{}: is no unit of this sweep", (folder_ / name).string());
+    } else {
+      try {
+        read(found->second).verify();
+        units.push_back(found->second);
+        continue;
+      } catch (const Error& error) {
+        reason = error.what();
+      }
+    }
+    // What was being written when a process was killed is expected and needs no word.
+    if (!reason.empty()) notes.push_back(fmt::format("{}; it is removed and done again", reason));
+    std::error_code failure;
+    std::filesystem::remove(folder_ / name, failure);
+    if (failure) throw Error(fmt::format("{}: cannot be removed: {}", (folder_ / name).string(), failure.message()));
+  }
+  std::ranges::sort(units, [](const ReplayUnit& a, const ReplayUnit& b) {
+    return std::pair(a.replay, a.layer) < std::pair(b.replay, b.layer);
+  });
+  return units;
+}
+
+void UnitStore::save(const ReplayUnit& unit, const std::vector<LayerResult>& results) const {
+  const TraceReplay& outline = outlines_[static_cast<std::size_t>(unit.replay)];
+  const std::filesystem::path path = place_of(unit);
+  OutputFile output(path);
+  hdf5::File file = hdf5::File::create(output.temporary(), path);
+  file.write_string("/", "format", kFormat);
+  file.write_string("/", "sweep", sweep_);
+  file.write_int("/", "replay", unit.replay);
+  file.write_int("/", "layer", unit.layer);
+  for (const StoredTable& table : tables_of(outline)) {
+    hdf5::Dataset dataset = file.create_dataset(table.path, DType::float32, with_settings(table.shape, results.size()));
+    std::vector<std::byte> bytes(static_cast<std::size_t>(hdf5::elements(table.shape)) * sizeof(float));
+    hdf5::Shape first(table.shape.size() + 1, 0);
+    for (const LayerResult& result : results) {
+      from_float32(DType::float32, result.*table.numbers, bytes.data());
+      dataset.write_raw(first, with_settings(table.shape, 1), bytes.data());
+      ++first.front();
+    }
+    file.write_string(table.path, "xxh64", dataset.compute_xxh64());
+  }
+  std::vector<std::int32_t> kept;
+  std::vector<std::int64_t> offsets = {0};
+  for (const LayerResult& result : results) {
+    for (const std::vector<int>& set : result.kept) {
+      kept.insert(kept.end(), set.begin(), set.end());
+      offsets.push_back(static_cast<std::int64_t>(kept.size()));
+    }
+  }
+  if (!kept.empty()) {
+    const hdf5::Dataset dataset = file.write("/kept", kept, {static_cast<Index>(kept.size())});
+    file.write_string("/kept", "xxh64", dataset.compute_xxh64());
+  }
+  const hdf5::Dataset dataset = file.write("/offsets", offsets, {static_cast<Index>(offsets.size())});
+  file.write_string("/offsets", "xxh64", dataset.compute_xxh64());
+  file.write_int("/", "complete", 1);
+  file.close();
+  output.commit();
+}
+
+StoredUnit UnitStore::read(const ReplayUnit& unit) const {
+  return {place_of(unit), outlines_[static_cast<std::size_t>(unit.replay)], unit, sweep_};
+}
+
+void UnitStore::remove() {
+  std::error_code failure;
+  for (const std::string& name : names_in(folder_)) {
+    // The manifest last: as long as there are units it says whose they are.
+    if (is_ours(name) && name != manifest().filename()) std::filesystem::remove(folder_ / name, failure);
+  }
+  std::filesystem::remove(manifest(), failure);
+  std::filesystem::remove(folder_, failure);
+}
+
+void for_each_result(const std::vector<TraceReplay>& outlines, const UnitStore& store,
+                     const std::function<void(const TraceReplay&, const ReplayResult&)>& take) {
+  for (std::size_t r = 0; r < outlines.size(); ++r) {
+    TraceReplay one = outlines[r];  // holds one result at a time
+    std::vector<StoredUnit> layers;
+    for (int layer = 0; layer < one.model.num_layers; ++layer)
+      layers.push_back(store.read({static_cast<int>(r), layer}));
+    for (std::size_t i = 0; i < outlines[r].results.size(); ++i) {
+      one.results.assign(1, outlines[r].results[i]);
+      allocate_tables(one);
+      for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+        std::vector<LayerResult> part;
+        part.push_back(layers[layer].read(i));
+        store_layer(one, static_cast<int>(layer), std::move(part));
+      }
+      settle_capacities(one);
+      take(one, one.results.front());
+    }
+  }
+}
+
+}  // namespace kvreplay

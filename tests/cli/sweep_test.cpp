@@ -1,0 +1,346 @@
+// Sweeps as a user runs them: grids, configuration files, interruption and resumption, and all that can go wrong.
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+
+#include <csignal>
+#include <filesystem>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+#include "cli/command.h"
+#include "hdf5/hdf5.h"
+#include "support/random_trace.h"
+#include "support/sample_trace.h"
+
+namespace kvreplay {
+namespace {
+
+using nlohmann::json;
+using test::RandomTrace;
+using testing::AllOf;
+using testing::AnyOf;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::Not;
+using testing::StartsWith;
+
+class Sweep : public test::Commands {
+ protected:
+  Sweep() {
+    RandomTrace{.num_layers = 3, .spans = {{10, 14, "needle"}}}.write(folder_ / "a.h5");
+    RandomTrace{.seed = 2}.write(folder_ / "b.h5");
+  }
+
+  static constexpr const char* kGrid =
+      " a.h5 b.h5 --policy full restkv(alpha={0.3,0.6},window={4,8}) snapkv(window=4) --capacity 20,50% --evict-at "
+      "40,60 ";
+
+  std::string bytes(const std::string& name) const { return test::read_file(folder_ / name); }
+
+  bool there(const std::string& name) const { return std::filesystem::exists(folder_ / name); }
+
+  // Refused, leaving everything as it was, units included.
+  void refuse_words(const std::string& arguments, int exit_code, const std::vector<std::string>& reasons) const {
+    refuse(test::words(arguments), exit_code, reasons);
+  }
+
+  test::TemporaryFolder elsewhere_;
+};
+
+TEST_F(Sweep, GivesTheNumbersThatReplayGives) {
+  succeed(
+      test::words(std::string("sweep") + kGrid + "-o sweep.h5 --kept sweep-kept.h5 --csv sweep.csv --json sweep.json"));
+  succeed(
+      test::words("replay a.h5 b.h5 --policy full restkv(alpha=0.3,window=4) restkv(alpha=0.3,window=8) "
+                  "restkv(alpha=0.6,window=4) restkv(alpha=0.6,window=8) snapkv(window=4) --capacity 20,50% --evict-at "
+                  "40,60 -o replay.h5 --kept replay-kept.h5 --csv replay.csv --json replay.json"));
+  const auto sweep = hdf5::File::open(folder_ / "sweep.h5");
+  const auto replay = hdf5::File::open(folder_ / "replay.h5");
+  ASSERT_EQ(sweep.list("/results"), replay.list("/results"));
+  EXPECT_EQ(sweep.list("/results").size(), 4u * 11u);
+  for (const std::string& index : replay.list("/results")) {
+    const std::string group = "/results/" + index;
+    for (const char* text : {"trace", "policy", "capacity_request", "heads", "share", "model"}) {
+      EXPECT_EQ(sweep.read_string(group, text), replay.read_string(group, text)) << group << text;
+    }
+    for (const char* number : {"capacity", "evict_at", "oracle"}) {
+      EXPECT_EQ(sweep.read_int(group, number), replay.read_int(group, number)) << group << number;
+    }
+    EXPECT_EQ(sweep.read_double(group, "kept"), replay.read_double(group, "kept"));
+    ASSERT_EQ(sweep.list(group), replay.list(group));
+    for (const std::string& name : replay.list(group)) {
+      const std::string path = group + "/" + name;
+      EXPECT_EQ(sweep.dataset(path).shape(), replay.dataset(path).shape()) << path;
+      EXPECT_EQ(sweep.dataset(path).compute_xxh64(), replay.dataset(path).compute_xxh64()) << path;
+    }
+  }
+  EXPECT_TRUE(sweep.list("/overlap").empty()) << "sweeps hold none";
+  EXPECT_TRUE(bytes("sweep-kept.h5") == bytes("replay-kept.h5"));
+  EXPECT_EQ(bytes("sweep.csv"), bytes("replay.csv"));
+  json with_overlap = json::parse(bytes("replay.json"));
+  with_overlap.erase("overlap");
+  EXPECT_EQ(json::parse(bytes("sweep.json")), with_overlap);
+  EXPECT_FALSE(there("sweep.h5.units"));
+}
+
+TEST_F(Sweep, SaysWhatEachParameterChanges) {
+  const test::Outcome outcome = succeed(test::words(std::string("sweep") + kGrid + "-o sweep.h5"));
+  EXPECT_THAT(outcome.output, AllOf(HasSubstr("2 traces of"), HasSubstr("restkv: alpha"), HasSubstr("restkv: window"),
+                                    HasSubstr("best"), HasSubstr("wrote sweep.h5"), Not(HasSubstr("snapkv: "))));
+  EXPECT_THAT(outcome.errors, AllOf(HasSubstr("44 settings: 6 policies, 2 capacities, 2 eviction positions, 2 traces"),
+                                    HasSubstr("10 units"), HasSubstr("of memory"), Not(HasSubstr("\r"))))
+      << "no progress where standard error is no terminal";
+}
+
+TEST_F(Sweep, ManySettingsAreShownInPart) {
+  const test::Outcome outcome =
+      succeed(test::words("sweep b.h5 --policy random(seed={1:45}) recent --capacity 20 -o sweep.h5"));
+  EXPECT_THAT(outcome.output,
+              AllOf(HasSubstr("Not shown: 35 settings"), HasSubstr("all are in sweep.h5"), HasSubstr("\nrecent ")));
+}
+
+TEST_F(Sweep, ShowsProgressOnATerminal) {
+  RandomTrace{.num_layers = 6, .head_dim = 64, .prompt_length = 900, .num_tokens = 1000}.write(folder_ / "long.h5");
+  const test::Outcome outcome =
+      run({.arguments =
+               test::words("sweep long.h5 --policy restkv(window={8,16,32,64}) h2o --capacity 100,200 -o s.h5 -t 1"),
+           .terminal = true});
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+  EXPECT_THAT(outcome.errors, AllOf(HasSubstr("settings 10, layers "), HasSubstr("/6"), HasSubstr("GFLOP/s")));
+}
+
+TEST_F(Sweep, DryRunSaysHowMuchThereIsAndWritesNothing) {
+  const auto before = files();
+  const test::Outcome outcome = succeed(test::words(std::string("sweep") + kGrid + "--dry-run --memory 2G"));
+  EXPECT_EQ(outcome.output, "");
+  EXPECT_THAT(outcome.errors, AllOf(HasSubstr("44 settings"), HasSubstr("10 units"), HasSubstr("about ")));
+  EXPECT_EQ(files(), before);
+  EXPECT_EQ(succeed(test::words(std::string("sweep") + kGrid + "--dry-run -o sweep.h5")).output, "");
+  EXPECT_EQ(files(), before);
+}
+
+TEST_F(Sweep, PrintedConfigurationDoesTheSame) {
+  const std::string options = "--heads query --share max --csv one.csv --memory 1G --threads 2 -o one.h5";
+  const test::Outcome printed = succeed(test::words(std::string("sweep") + kGrid + options + " --print-config"));
+  EXPECT_EQ(printed.errors, "");
+  EXPECT_FALSE(there("one.h5"));
+  test::write_file(folder_ / "sweep.toml", printed.output);
+  EXPECT_EQ(succeed(test::words("sweep --config sweep.toml --print-config")).output, printed.output);
+  succeed(test::words("sweep --config sweep.toml"));
+  const std::string from_file = bytes("one.h5");
+  std::filesystem::remove(folder_ / "one.h5");
+  succeed(test::words(std::string("sweep") + kGrid + options));
+  EXPECT_TRUE(bytes("one.h5") == from_file);
+}
+
+TEST_F(Sweep, TheCommandLineWinsOverTheConfiguration) {
+  test::write_file(folder_ / "sweep.toml", R"(
+# what the group agreed on
+traces = ["a.h5", "b.h5"]
+policy = 'snapkv(window={4,8})'
+capacity = [20, "50%"]
+evict-at = 60
+heads = "query"
+output = "file.h5"
+)");
+  succeed(test::words("sweep --config sweep.toml b.h5 --capacity 30 -o line.h5"));
+  EXPECT_FALSE(there("file.h5"));
+  const auto file = hdf5::File::open(folder_ / "line.h5");
+  ASSERT_THAT(file.list("/results"), ElementsAre("0", "1"));
+  EXPECT_EQ(file.read_string("/results/1", "trace"), "b.h5");
+  EXPECT_EQ(file.read_string("/results/1", "policy"), "snapkv(window=8)");
+  EXPECT_EQ(file.read_int("/results/1", "capacity"), 30);
+  EXPECT_EQ(file.read_string("/results/1", "heads"), "query");
+}
+
+TEST_F(Sweep, WrongConfigurationsAreNamedWithTheirLine) {
+  const auto refuse_file = [&](const std::string& text, const std::string& reason) {
+    test::write_file(folder_ / "sweep.toml", text);
+    refuse_words("sweep --config sweep.toml", 2, {reason});
+  };
+  refuse_file("traces = 'a.h5'\npolcy = 'full'", "sweep.toml: line 2: unknown option 'polcy'. Did you mean 'policy'?");
+  refuse_file("resume = true", "line 1: unknown option 'resume'");
+  refuse_file("heads = 'all'", "line 1: --heads: must be query, kv or layer");
+  refuse_file("heads = ['kv', 'query']", "line 1: --heads");
+  refuse_file("evict-at = ['x']", "line 1: --evict-at");
+  refuse_file("memory = 'much'", "line 1: --memory");
+  refuse_file("threads = 0", "line 1: --threads");
+  refuse_file("policy 'full'", "line 1: expected '='");
+  refuse_file("policy = 'full'\ncapacity = 9\noutput = 'x.h5'", "a trace is required");
+  refuse_words("sweep --config nowhere.toml", 2, {"nowhere.toml: cannot be read"});
+  refuse_words("sweep --config .", 2, {".: cannot be read"});
+}
+
+TEST_F(Sweep, WrongOptionsAreNamed) {
+  refuse_words("sweep", 2, {"a trace is required"});
+  refuse_words("sweep a.h5 --capacity 20 -o s.h5", 2,
+               {"--policy is required, on the command line or in a --config file"});
+  refuse_words("sweep a.h5 --policy full -o s.h5", 2, {"--capacity is required"});
+  refuse_words("sweep a.h5 --policy full --capacity 20", 2, {"--output is required"});
+  for (const std::string memory : {"much", "0", "-1G", "1X", "1GB", "", "nan"}) {
+    refuse({"sweep", "a.h5", "--policy", "full", "--capacity", "20", "-o", "s.h5", "--memory", memory}, 2,
+           {"--memory: '" + memory + "' is not an amount of memory"});
+  }
+  refuse_words("sweep a.h5 --policy snapkv(window={}) --capacity 20 -o s.h5", 2, {"braces with nothing in them"});
+  refuse_words("sweep a.h5 --policy snapkv(windw={4,8}) --capacity 20 -o s.h5", 2, {"Did you mean 'window'?"});
+  refuse_words("sweep a.h5 --policy random(seed={1:60000}) --capacity 20,30 -o s.h5", 2, {"more than 100000 settings"});
+  refuse_words("sweep a.h5 --policy full --capacity 20 -o a.h5", 2, {"would overwrite"});
+  refuse_words("sweep a.h5 --policy snapkv --capacity 20 -o s.h5", 1, {"below the 32 positions"});
+  refuse_words("sweep c.h5 --policy full --capacity 20 -o s.h5 --resume", 1, {"c.h5: cannot be opened"});
+}
+
+TEST_F(Sweep, BracesStandForManyInAReplayToo) {
+  const test::Outcome outcome =
+      succeed(test::words("replay a.h5 --policy snapkv(window={4,8}) snapkv(window=8) --capacity 20 -o results.h5"));
+  EXPECT_EQ(hdf5::File::open(folder_ / "results.h5").list("/results").size(), 2u);
+  EXPECT_EQ(outcome.errors, "note: policy snapkv(window=8) is given more than once and replayed once\n");
+}
+
+class Interrupted : public Sweep {
+ protected:
+  Interrupted() {
+    RandomTrace{.num_layers = 6, .head_dim = 32, .prompt_length = 300, .num_tokens = 340, .spans = {{3, 30, "x"}}}
+        .write(folder_ / "c.h5");
+    succeed(test::words(command_ + "whole.h5"));
+    whole_ = bytes("whole.h5");
+  }
+
+  // Runs the sweep until a file like this appears; whether it was killed before it had finished.
+  bool kill_when(const std::string& file, int signal, const std::string& more = "") {
+    std::vector<std::string> arguments = test::words(command_ + "s.h5 " + more);
+    last_ = run({.arguments = arguments, .interrupt_when = file, .interrupt_with = signal});
+    return last_.signal == signal;
+  }
+
+  std::string command_ =
+      "sweep a.h5 c.h5 --policy restkv(window={8,16,24},alpha={0.2,0.5}) h2o tova --capacity 50,100 --evict-at 60 -o ";
+  std::string whole_;
+  test::Outcome last_;
+};
+
+TEST_F(Interrupted, KilledAtAnyMomentItGoesOnToTheSameBytes) {
+  int killed = 0;
+  for (const std::string moment :
+       {"sweep.toml.tmp-", "sweep.toml", "unit-0-0.h5", "unit-1-0.h5", "unit-1-3.h5", "unit-1-5.h5", "s.h5.tmp-"}) {
+    SCOPED_TRACE(moment);
+    std::filesystem::remove_all(folder_ / "s.h5.units");
+    std::filesystem::remove(folder_ / "s.h5");
+    for (const auto& entry : std::filesystem::directory_iterator(folder_.path())) {
+      if (entry.path().filename().string().starts_with("s.h5.tmp-")) std::filesystem::remove(entry.path());
+    }
+    if (kill_when(moment, SIGKILL)) {
+      ++killed;
+      EXPECT_FALSE(there("s.h5"));
+      EXPECT_TRUE(there("s.h5.units"));
+    }
+    succeed(test::words(command_ + "s.h5 --resume"));
+    EXPECT_TRUE(bytes("s.h5") == whole_);
+    EXPECT_FALSE(there("s.h5.units"));
+  }
+  EXPECT_GT(killed, 2);
+}
+
+TEST_F(Interrupted, KeepsWhatIsFinishedAndSaysHowToGoOn) {
+  ASSERT_TRUE(kill_when("unit-1-1.h5", SIGINT));
+  EXPECT_THAT(last_.errors,
+              AllOf(HasSubstr("kvreplay: interrupted; "), HasSubstr(" of 9 units are finished and kept in "),
+                    HasSubstr("s.h5.units; go on with --resume\n")));
+  refuse_words(command_ + "s.h5", 1, {"s.h5.units: holds ", "--resume"});
+  refuse_words(command_ + "s.h5 --resume --capacity 60", 1, {"--capacity was 50, 100, is 50, 100, 60"});
+  refuse_words(command_ + "s.h5 --resume --heads query", 1, {"--heads was not given, is query"});
+  const test::Outcome resumed = succeed(test::words(command_ + "s.h5 --resume --threads 1"));
+  EXPECT_THAT(resumed.errors, HasSubstr(" finished already"));
+  EXPECT_TRUE(bytes("s.h5") == whole_);
+}
+
+TEST_F(Interrupted, DamagedUnitsAreDoneAgainWithANote) {
+  ASSERT_TRUE(kill_when("unit-1-1.h5", SIGKILL));
+  std::string unit;
+  for (const auto& entry : std::filesystem::directory_iterator(folder_ / "s.h5.units")) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with("unit-") && name.ends_with(".h5")) unit = name;
+  }
+  ASSERT_FALSE(unit.empty());
+  std::filesystem::resize_file(folder_ / "s.h5.units" / unit, 600);
+  EXPECT_THAT(succeed(test::words(command_ + "s.h5 --resume")).errors,
+              AllOf(HasSubstr("note: s.h5.units/" + unit), HasSubstr("done again")));
+  EXPECT_TRUE(bytes("s.h5") == whole_);
+}
+
+TEST_F(Interrupted, AFullDiskLosesNothing) {
+  const test::Outcome outcome =
+      run({.arguments = test::words(command_ + "s.h5"), .largest_file = std::uint64_t{whole_.size() / 2}});
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_THAT(outcome.errors, AllOf(HasSubstr("s.h5"), HasSubstr("go on with --resume")));
+  EXPECT_FALSE(there("s.h5"));
+  succeed(test::words(command_ + "s.h5 --resume"));
+  EXPECT_TRUE(bytes("s.h5") == whole_);
+}
+
+TEST_F(Interrupted, ResumingNothingBegins) {
+  succeed(test::words(command_ + "s.h5 --resume"));
+  EXPECT_TRUE(bytes("s.h5") == whole_);
+}
+
+#ifdef KVREPLAY_MPIEXEC
+class SweepWithMpi : public Interrupted {
+ protected:
+  static std::vector<std::string> launcher(int processes) {
+    return {KVREPLAY_MPIEXEC,         "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n",
+            std::to_string(processes)};
+  }
+};
+
+TEST_F(SweepWithMpi, AnyNumberOfProcessesGivesTheSameBytes) {
+  for (const int processes : {1, 2, 3}) {
+    SCOPED_TRACE(processes);
+    const test::Outcome outcome =
+        run({.arguments = test::words(command_ + "s.h5 --threads 1"), .launcher = launcher(processes)});
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+    EXPECT_TRUE(bytes("s.h5") == whole_);
+    EXPECT_FALSE(there("s.h5.units"));
+    const std::size_t first = outcome.output.find("wrote s.h5");
+    ASSERT_NE(first, std::string::npos);
+    EXPECT_EQ(outcome.output.find("wrote s.h5", first + 1), std::string::npos) << "one process speaks";
+  }
+}
+
+TEST_F(SweepWithMpi, FailsTogetherInOneLine) {
+  const auto failed = [&](const std::string& arguments, const std::string& line) {
+    const test::Outcome outcome = run({.arguments = test::words(arguments), .launcher = launcher(3)});
+    EXPECT_NE(outcome.exit_code, 0);
+    EXPECT_EQ(outcome.output, "");
+    const std::size_t first = outcome.errors.find("kvreplay: " + line);
+    ASSERT_NE(first, std::string::npos) << outcome.errors;
+    EXPECT_EQ(outcome.errors.find("kvreplay: ", first + 1), std::string::npos) << outcome.errors;
+  };
+  failed("sweep a.h5 --policy full --capacity 20", "--output is required");
+  failed("sweep a.h5 --polcy full", "unknown option --polcy");
+  failed("sweep nowhere.h5 --policy full --capacity 20 -o s.h5", "nowhere.h5: cannot be opened");
+}
+
+TEST_F(SweepWithMpi, WhatOneProcessFindsDamagedEndsAllOfThem) {
+  RandomTrace{.num_layers = 6}.write(folder_ / "bad.h5");
+  test::edit(folder_ / "bad.h5", [](auto file) {
+    test::poke(file, "/layers/5/values", {1, 37, 3}, std::numeric_limits<float>::quiet_NaN());
+  });
+  const test::Outcome outcome =
+      run({.arguments = test::words("sweep bad.h5 --policy recent --capacity 20 -o s.h5"), .launcher = launcher(3)});
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_THAT(outcome.errors, AllOf(HasSubstr("kvreplay: bad.h5: /layers/5/values: NaN"), HasSubstr("--resume")));
+  EXPECT_FALSE(there("s.h5"));
+}
+
+TEST_F(SweepWithMpi, KilledItGoesOnWithAnyNumberOfProcesses) {
+  const test::Outcome outcome = run({.arguments = test::words(command_ + "s.h5 --threads 1"),
+                                     .interrupt_when = "unit-1-1.h5",
+                                     .interrupt_with = SIGTERM,
+                                     .launcher = launcher(2)});
+  EXPECT_NE(outcome.exit_code, 0);
+  succeed(test::words(command_ + "s.h5 --resume"));
+  EXPECT_TRUE(bytes("s.h5") == whole_);
+}
+#endif
+
+}  // namespace
+}  // namespace kvreplay

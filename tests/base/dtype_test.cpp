@@ -1,7 +1,6 @@
 #include "base/dtype.h"
 
 #include <gtest/gtest.h>
-#include <hwy/targets.h>
 
 #include <bit>
 #include <cmath>
@@ -9,8 +8,12 @@
 #include <limits>
 #include <vector>
 
+#include "support/every_processor.h"
+
 namespace kvreplay {
 namespace {
+
+using test::EveryProcessor;
 
 // What a 16-bit pattern means by the definition of the format, without any conversion instruction.
 double by_definition(unsigned bits, int exponent_bits, int mantissa_bits) {
@@ -91,28 +94,6 @@ TEST_P(SixteenBits, ReadsFromAnyAddress) {
   EXPECT_EQ(values[0], 1.5F);
   EXPECT_EQ(values[1], -2.0F);
 }
-
-// Every set of instructions that this processor has and the library was compiled for, one after the other.
-class EveryProcessor {
- public:
-  EveryProcessor() : all_(hwy::SupportedTargets()) {}
-  ~EveryProcessor() { hwy::GetChosenTarget().Update(all_); }
-  EveryProcessor(const EveryProcessor&) = delete;
-  EveryProcessor& operator=(const EveryProcessor&) = delete;
-
-  template <class Action>
-  void for_each(const Action& action) {
-    for (std::int64_t rest = all_; rest != 0; rest &= rest - 1) {
-      const std::int64_t target = rest & -rest;
-      SCOPED_TRACE(hwy::TargetName(target));
-      hwy::GetChosenTarget().Update(target);
-      action();
-    }
-  }
-
- private:
-  std::int64_t all_;
-};
 
 TEST_P(SixteenBits, EveryProcessorReadsEveryPatternAlike) {
   const auto patterns = all_patterns();

@@ -21,6 +21,13 @@ class MatrixHead : public HeadSource {
     std::iota(positions_.begin(), positions_.end(), 0);
   }
 
+  /// Attends in this way instead of with a scale of 1, to all that came before, and with nothing to bend logits.
+  void attend_with(double softmax_scale, int sliding_window = 0, double softcapping = 0) {
+    shape_.softmax_scale = softmax_scale;
+    shape_.sliding_window = sliding_window;
+    shape_.attn_logit_softcapping = softcapping;
+  }
+
   std::vector<Matrix> member_queries;      ///< [group][P, D]
   std::vector<Matrix> member_projections;  ///< [group][C, D]; empty: the model has none
 

@@ -20,7 +20,7 @@ RANDOM=${SEED-1}
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-sweep=("$kvreplay" sweep "${traces[@]}" --policy 'restkv(alpha={0.3,0.5},window={16,32})' --policy snapkv --policy h2o
+sweep=("$kvreplay" sweep "${traces[@]}" --policy 'restkv(alpha={0.1:0.9:0.2},window={16,32})' --policy snapkv --policy h2o
   --policy random --capacity 64,256)
 
 start=$(date +%s%N)
@@ -53,7 +53,7 @@ while [ $((killed + finished)) -lt "$kills" ]; do
     }
     killed=$((killed + 1))
     [ ! -e "$folder/killed.h5" ] || cmp "$folder/whole.h5" "$folder/killed.h5"
-    found=$(find "$folder/killed.h5.units" -name 'unit-*.h5' 2>/dev/null | wc -l)
+    found=$({ find "$folder/killed.h5.units" -name 'unit-*.h5' 2>/dev/null || true; } | wc -l)
     units=$((units > found ? units : found))
   fi
 done

@@ -241,7 +241,8 @@ def processor():
 def revision(checkout):
     """The checkout's commit; empty where git does not say."""
     try:
-        git = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        git = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True,
+                             check=True)
         return git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
@@ -299,8 +300,8 @@ def main():
     print(f"rest-kv {environment['commit'][:12] or 'sha256 ' + environment['source_sha256'][:12]}, PyTorch "
           f"{environment['torch']} ({environment['cpu_capability']}), {environment['threads']} threads, "
           f"{environment['processor']}")
-    print(f"{options.tokens} positions, {options.heads} query heads on {options.kv_heads} KV heads of {options.head_dim}, "
-          f"hidden {options.hidden}, window {options.window}, capacity {options.capacity}: "
+    print(f"{options.tokens} positions, {options.heads} query heads on {options.kv_heads} KV heads of "
+          f"{options.head_dim}, hidden {options.hidden}, window {options.window}, capacity {options.capacity}: "
           f"one layer, {options.runs} runs\n", flush=True)
     rows = [in_process(name, measure, name, options) for name in options.methods]
     print_table(rows)

@@ -85,7 +85,8 @@ class Dataset {
   /// where the box leaves the dataset.
   void read_raw(const Shape& first, const Shape& count, std::byte* out) const;
 
-  /// Whether read_raw() goes past HDF5, without the lock: contiguous datasets, and chunked ones without filters.
+  /// Whether read_raw() goes past HDF5, without the lock: contiguous datasets, and chunked ones without filters
+  /// where HDF5 says in good time where their chunks lie.
   bool reads_directly() const { return offset_ >= 0 || chunks_ != nullptr; }
 
   /// Asks the system to read a box ahead, where reads are direct, and does not wait for it. Throws Error as read_raw().

@@ -1,7 +1,8 @@
 #include "kernels/kernels.h"
 
 #include <algorithm>
-#include <cmath>
+#include <bit>
+#include <cstring>
 #include <limits>
 
 #undef HWY_TARGET_INCLUDE
@@ -91,6 +92,9 @@ void multiply(Index rows, Index columns, Index depth, const float* a, Index a_ro
   Index j = 0;
   for (; j + kWide <= columns; j += kWide) {
     multiply_columns<kVectors>(rows, depth, a, a_row, a_step, b + j, b_row, c + j, c_row, accumulate);
+  }
+  for (; j + 2 * static_cast<Index>(kVectorLanes) <= columns; j += 2 * static_cast<Index>(kVectorLanes)) {
+    multiply_columns<2>(rows, depth, a, a_row, a_step, b + j, b_row, c + j, c_row, accumulate);
   }
   for (; j < columns; j += static_cast<Index>(kVectorLanes)) {
     multiply_columns<1>(rows, depth, a, a_row, a_step, b + j, b_row, c + j, c_row, accumulate);
@@ -297,48 +301,176 @@ bool distances(const float* lengths, const float* products, float reference, flo
   return cancelled;
 }
 
+template <class Join>
+HWY_INLINE void slide(const float* values, Index width, Index count, float* out, const Join& join) {
+  const Floats d;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  Index i = 0;
+  for (; i + n <= count; i += n) {
+    auto joined = hn::LoadU(d, values + i);
+    for (Index j = 1; j < width; ++j) joined = join.both(joined, hn::LoadU(d, values + i + j));
+    hn::StoreU(join.finish(joined), d, out + i);
+  }
+  const hn::CappedTag<float, 1> single;
+  for (; i < count; ++i) {
+    auto joined = hn::LoadU(single, values + i);
+    for (Index j = 1; j < width; ++j) joined = join.both(joined, hn::LoadU(single, values + i + j));
+    hn::StoreU(join.finish(joined), single, out + i);
+  }
+}
+
+struct ScaledSum {
+  float scale;
+  template <class V>
+  HWY_INLINE V both(V a, V b) const {
+    return hn::Add(a, b);
+  }
+  template <class V>
+  HWY_INLINE V finish(V sum) const {
+    return hn::Mul(sum, hn::Set(hn::DFromV<V>(), scale));
+  }
+};
+
+struct Maximum {
+  template <class V>
+  HWY_INLINE V both(V a, V b) const {
+    return hn::Max(a, b);
+  }
+  template <class V>
+  HWY_INLINE V finish(V maximum) const {
+    return maximum;
+  }
+};
+
+void sliding_sums(const float* values, Index width, float scale, Index count, float* out) {
+  slide(values, width, count, out, ScaledSum{scale});
+}
+
+void sliding_maxima(const float* values, Index width, Index count, float* out) {
+  slide(values, width, count, out, Maximum{});
+}
+
 void add_gram(const float* x, Index row, Index rows, Index depth, float* gram) {
   const Index width = rounded_up(depth, kLanes);
-  for (Index j = 0; j < width; j += kPanel) {
-    const Index columns = std::min(kPanel, width - j);
+  // Half a panel wide: narrower, more of what lies below the diagonal is left out; wider, more vectors share a load.
+  constexpr Index kColumns = kPanel / 2;
+  for (Index j = 0; j < width; j += kColumns) {
+    const Index columns = std::min(kColumns, width - j);
     multiply(std::min(depth, j + columns), columns, rows, x, 1, row, x + j, row, gram + j, width, true);
   }
 }
 
-// The largest of every `size` values, into `maxima`; a rest that fills no group is left out.
-void group_maxima(const float* values, Index groups, Index size, float* maxima) {
-  const Floats d;
-  constexpr Index n = static_cast<Index>(kVectorLanes);
-  if (size % n != 0) {
-    for (Index g = 0; g < groups; ++g) maxima[g] = *std::max_element(values + g * size, values + (g + 1) * size);
-    return;
-  }
-  for (Index g = 0; g < groups; ++g) {
-    auto maximum = hn::LoadU(d, values + g * size);
-    for (Index j = n; j < size; j += n) maximum = hn::Max(maximum, hn::LoadU(d, values + g * size + j));
-    maxima[g] = hn::GetLane(hn::MaxOfLanes(d, maximum));
-  }
+// Whole numbers in the order of the floats that they stand for; 0 and −0 are the same.
+template <class V>
+HWY_INLINE auto orderable(Floats d, V values) {
+  const hn::RebindToUnsigned<Floats> du;
+  const hn::RebindToSigned<Floats> di;
+  const auto bits = hn::BitCast(di, hn::Add(values, hn::Zero(d)));
+  const auto negative = hn::BitCast(du, hn::ShiftRight<31>(bits));
+  return hn::Xor(hn::BitCast(du, bits), hn::Or(negative, hn::Set(du, 0x80000000U)));
 }
 
-// The positions of all values of at least `threshold`, ascending; returns how many. `positions` has room for all and
-// another vector.
-Index collect(const float* values, Index count, float threshold, std::uint32_t* positions) {
+// The count-th largest of `keys`, bit by bit from the highest: a bit is set if at least `count` keys reach what it
+// makes. No comparison decides a branch, so that nothing is mispredicted. `keys` are followed by zeros to the next
+// vector.
+std::uint32_t nth_largest(const std::uint32_t* keys, Index size, Index count) {
+  const hn::RebindToUnsigned<Floats> du;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  std::uint32_t found = 0;
+  for (std::uint32_t bit = 0x80000000U; bit != 0; bit >>= 1) {
+    const std::uint32_t least = found | bit;
+    const auto threshold = hn::Set(du, least);
+    Index reaching = rounded_up(size, n);
+    for (Index j = 0; j < size; j += n) {
+      reaching -= static_cast<Index>(hn::CountTrue(du, hn::Gt(threshold, hn::LoadU(du, keys + j))));
+    }
+    if (reaching >= count) found = least;
+  }
+  return found;
+}
+
+// A threshold that at least `count` values reach comes cheap: the count-th largest of the maxima of disjoint groups.
+// Few values lie above it but those that are looked for, and only they are compared with each other.
+void largest(const float* values, Index size, Index count, std::vector<std::uint32_t>& positions) {
   const Floats d;
   const hn::RebindToUnsigned<Floats> du;
   constexpr Index n = static_cast<Index>(kVectorLanes);
-  const auto least = hn::Set(d, threshold);
+  thread_local std::vector<std::uint32_t> keys;
+  const auto room = static_cast<std::size_t>(size + 2 * n);
+  if (keys.size() < room) keys.resize(room);
+  if (positions.size() < room) positions.resize(room);
+
+  // A group is one lane of as many vectors as still leave twice the groups that are needed.
+  const Index vectors = std::clamp<Index>(size / (2 * count), 1, 64);
+  const Index groups = size / (vectors * n) * n;
+  std::uint32_t threshold = 0;
+  if (groups >= count) {
+    for (Index g = 0; g < groups; g += n) {
+      const float* const from = values + g * vectors;
+      auto maximum = hn::LoadU(d, from);
+      for (Index v = 1; v < vectors; ++v) maximum = hn::Max(maximum, hn::LoadU(d, from + v * n));
+      hn::StoreU(orderable(d, maximum), du, keys.data() + g);
+    }
+    std::fill_n(keys.begin() + groups, n, 0U);
+    threshold = nth_largest(keys.data(), groups, count);
+  }
+
+  // What reaches it, in the order of positions: few of many, so they are picked out of the bits of the comparisons.
+  const auto least = hn::Set(du, threshold);
   Index found = 0;
+  const auto pick = [&](std::uint64_t bits, Index first) {
+    for (; bits != 0; bits &= bits - 1) {
+      positions[static_cast<std::size_t>(found++)] = static_cast<std::uint32_t>(first + std::countr_zero(bits));
+    }
+  };
+  constexpr Index kBits = 64;
   Index j = 0;
-  for (; j + n <= count; j += n) {
-    const auto mask = hn::Ge(hn::LoadU(d, values + j), least);
-    if (hn::AllFalse(d, mask)) continue;
-    const auto places = hn::Iota(du, static_cast<std::uint32_t>(j));
-    found += static_cast<Index>(hn::CompressStore(places, hn::RebindMask(du, mask), du, positions + found));
+  for (; j + kBits <= size; j += kBits) {
+    std::uint64_t bits = 0;
+    for (Index v = 0; v < kBits; v += n) {
+      const auto mask = hn::Not(hn::Gt(least, orderable(d, hn::LoadU(d, values + j + v))));
+      std::uint8_t bytes[8] = {};
+      hn::StoreMaskBits(du, mask, bytes);
+      std::uint64_t part = 0;
+      std::memcpy(&part, bytes, sizeof part);
+      bits |= part << v;
+    }
+    pick(bits, j);
   }
-  for (; j < count; ++j) {
-    if (values[j] >= threshold) positions[found++] = static_cast<std::uint32_t>(j);
+  for (; j < size; ++j) {
+    pick(hn::GetLane(orderable(d, hn::Set(d, values[j]))) >= threshold ? 1 : 0, j);
   }
-  return found;
+  for (Index i = 0; i < found; ++i) {
+    const float value = values[positions[static_cast<std::size_t>(i)]] + 0.0f;
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    keys[static_cast<std::size_t>(i)] = bits ^ ((bits >> 31) != 0 ? 0xffffffffU : 0x80000000U);
+  }
+  std::fill_n(keys.begin() + found, n, 0U);
+  if (found > count) {
+    const std::uint32_t last = nth_largest(keys.data(), found, count);
+    const auto bound = hn::Set(du, last);
+    Index equal = count;  // how many of those that equal the last one are among the largest
+    for (Index i = 0; i < found; i += n) {
+      equal -= static_cast<Index>(hn::CountTrue(du, hn::Gt(hn::LoadU(du, keys.data() + i), bound)));
+    }
+    Index kept = 0;
+    for (Index i = 0; i < found; i += n) {
+      const auto key = hn::LoadU(du, keys.data() + i);
+      const auto place = hn::LoadU(du, positions.data() + i);
+      if (equal == 0 || hn::AllFalse(du, hn::Eq(key, bound))) {
+        kept += static_cast<Index>(hn::CompressStore(place, hn::Gt(key, bound), du, positions.data() + kept));
+        continue;
+      }
+      for (Index lane = i; lane < std::min(found, i + n); ++lane) {
+        const std::uint32_t each = keys[static_cast<std::size_t>(lane)];
+        if (each < last || (each == last && equal == 0)) continue;
+        if (each == last) --equal;
+        positions[static_cast<std::size_t>(kept++)] = positions[static_cast<std::size_t>(lane)];
+      }
+    }
+    found = kept;
+  }
+  positions.resize(static_cast<std::size_t>(found));
 }
 
 bool has_nan(const float* values, Index count) {
@@ -369,8 +501,9 @@ HWY_EXPORT(squared_lengths);
 HWY_EXPORT(squared_lengths_after);
 HWY_EXPORT(distances);
 HWY_EXPORT(add_gram);
-HWY_EXPORT(group_maxima);
-HWY_EXPORT(collect);
+HWY_EXPORT(sliding_sums);
+HWY_EXPORT(sliding_maxima);
+HWY_EXPORT(largest);
 HWY_EXPORT(has_nan);
 HWY_EXPORT(instruction_set);
 
@@ -407,6 +540,14 @@ bool distances(const float* lengths, const float* products, float reference, flo
   return HWY_DYNAMIC_DISPATCH(distances)(lengths, products, reference, share, count, out);
 }
 
+void sliding_sums(const float* values, Index width, float scale, Index count, float* out) {
+  HWY_DYNAMIC_DISPATCH(sliding_sums)(values, width, scale, count, out);
+}
+
+void sliding_maxima(const float* values, Index width, Index count, float* out) {
+  HWY_DYNAMIC_DISPATCH(sliding_maxima)(values, width, count, out);
+}
+
 void add_gram(const float* x, Index row, Index rows, Index depth, float* gram) {
   HWY_DYNAMIC_DISPATCH(add_gram)(x, row, rows, depth, gram);
 }
@@ -425,33 +566,13 @@ void pad_rows(float* rows, Index count, Index depth, Index width) {
   }
 }
 
-// A threshold that at least `count` values reach comes cheap: the count-th largest of the maxima of disjoint groups.
-// Few values lie above it but those that are looked for, and only they are compared with each other.
 void largest(std::span<const float> values, Index count, std::vector<std::uint32_t>& positions) {
   const auto size = static_cast<Index>(values.size());
   count = std::clamp<Index>(count, 0, size);
-  positions.resize(static_cast<std::size_t>(size + kLanes));
-  Index found = size;
-  Index group = 64;
-  while (group > 1 && size / group < 2 * count) group /= 2;
   if (count == 0) {
-    found = 0;
-  } else if (group == 1) {
-    for (Index i = 0; i < size; ++i) positions[static_cast<std::size_t>(i)] = static_cast<std::uint32_t>(i);
+    positions.clear();
   } else {
-    thread_local std::vector<float> maxima;
-    maxima.resize(static_cast<std::size_t>(size / group));
-    HWY_DYNAMIC_DISPATCH(group_maxima)(values.data(), size / group, group, maxima.data());
-    std::nth_element(maxima.begin(), maxima.begin() + (count - 1), maxima.end(), std::greater<>());
-    found = HWY_DYNAMIC_DISPATCH(collect)(values.data(), size, maxima[static_cast<std::size_t>(count - 1)],
-                                          positions.data());
-  }
-  positions.resize(static_cast<std::size_t>(found));
-  if (found > count) {
-    std::nth_element(
-        positions.begin(), positions.begin() + count, positions.end(),
-        [values](std::uint32_t a, std::uint32_t b) { return values[a] != values[b] ? values[a] > values[b] : a < b; });
-    positions.resize(static_cast<std::size_t>(count));
+    HWY_DYNAMIC_DISPATCH(largest)(values.data(), size, count, positions);
   }
 }
 

@@ -81,12 +81,18 @@ void squared_lengths_after(const float* factor, Index row, const float* panel, I
 bool distances(const float* lengths, const float* products, float reference, float share, Index count,
                float* distances);
 
+/// out[i] = scale · Σ_j values[i + j] over j < width, added in their order, for `count` places.
+void sliding_sums(const float* values, Index width, float scale, Index count, float* out);
+
+/// out[i] = the largest of values[i] … values[i + width − 1], for `count` places.
+void sliding_maxima(const float* values, Index width, Index count, float* out);
+
 /// gram[i, j] += Σ_k x[k, i] · x[k, j] for `rows` rows of `depth` elements, `row` floats apart; `gram` has rows of
 /// rounded_up(depth, kLanes) floats, and so have the rows of x at least. Elements below the diagonal's panels are left
 /// out.
 void add_gram(const float* x, Index row, Index rows, Index depth, float* gram);
 
-/// The positions of the `count` largest of `values`, in no particular order; among equal ones the earlier. All of them
+/// The positions of the `count` largest of `values`, ascending; among equal ones the earlier. All of them
 /// where there are no more. NaN is not allowed.
 void largest(std::span<const float> values, Index count, std::vector<std::uint32_t>& positions);
 

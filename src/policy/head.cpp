@@ -30,6 +30,10 @@ constexpr Index kBlock = 512;
 // Where a squared distance is below this share of the squares that it is the difference of, rounding would show in it.
 constexpr float kCancelled = 1.0f / 64;
 
+// Values of up to so many bytes are kept between the two passes over them: from the cache they come sooner than from
+// the source.
+constexpr Index kKeptValues = Index{8} << 20;
+
 Index padded(Index positions) { return kernels::rounded_up(positions, kPanel); }
 
 // Not a multiple of a page, or the rows of many combinations would compete for the same lines of the cache.
@@ -158,6 +162,7 @@ struct Head::Shared {
   std::vector<std::optional<std::vector<float>>> accumulated;  // [member]
   std::vector<Matrix> factors;                                 // [member]
   std::vector<Matrix> factors_transposed;
+  Buffer value_rows;         // [P, factor_width(D)], where they are few
   Buffer value_lengths;      // [P] ‖v‖²
   Buffer projected_lengths;  // [member][P] ‖W v‖²
 };
@@ -232,11 +237,34 @@ Index Head::memory(const HeadShape& shape, int window) {
   const Index floats = prompt * shape.group_size * window  // exponentials
                        + prompt * (shape.group_size + 1)   // squared lengths
                        + 4 * kBlock * (shape.head_dim + window) + 4 * Index{shape.head_dim} * shape.head_dim;
-  return floats * static_cast<Index>(sizeof(float));
+  const Index values = prompt * factor_width(shape.head_dim) * static_cast<Index>(sizeof(float));
+  return floats * static_cast<Index>(sizeof(float)) + (values <= kKeptValues ? values : 0);
 }
 
 Index Head::combination_memory(const HeadShape& shape, Index combinations) {
   return 2 * combinations * shape.group_size * row_stride(shape.prompt_length) * static_cast<Index>(sizeof(float));
+}
+
+// `count` values from `first` on, a row every factor_width(D) floats; `memory` has room for kBlock of them.
+const float* Head::value_rows(Index first, Index count, Buffer& memory) const {
+  const Index depth = shape_.head_dim;
+  const Index width = factor_width(depth);
+  const Index whole = shape_.prompt_length * width;
+  if (whole * static_cast<Index>(sizeof(float)) > kKeptValues) {
+    source_.read_values(first, count, memory.data());
+    kernels::pad_rows(memory.data(), count, depth, width);
+    return memory.data();
+  }
+  Buffer& kept = shared_->value_rows;
+  if (kept.size() == 0) {
+    kept = Buffer(whole);
+    for (Index at = 0; at < shape_.prompt_length; at += kBlock) {
+      const Index rows = std::min<Index>(kBlock, shape_.prompt_length - at);
+      source_.read_values(at, rows, kept.data() + at * width);
+      kernels::pad_rows(kept.data() + at * width, rows, depth, width);
+    }
+  }
+  return kept.data() + first * width;
 }
 
 void Head::prepare(std::span<const WindowCombination> combinations) const {
@@ -297,8 +325,7 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
       }
     }
     if (distances == 0) continue;
-    source_.read_values(first, positions, rows.data());
-    kernels::pad_rows(rows.data(), positions, depth, width);
+    const float* values_of_block = value_rows(first, positions, rows);
     for (Index c = 0; c < distances;) {
       const Index end = end_of_output(combination(c));
       Index next = c;
@@ -307,7 +334,7 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
       if (summed > 0) {
         auto part = outputs_of_block.middleRows(c * group, (next - c) * group);
         kernels::multiply(part.rows(), width, summed, batch->attention.data() + c * group * stride + first, stride, 1,
-                          rows.data(), width, part.data(), width);
+                          values_of_block, width, part.data(), width);
         outputs.middleRows(c * group, (next - c) * group) += part.cast<double>();
       }
       c = next;
@@ -372,13 +399,13 @@ void Head::measure_distances(Batch& batch, Index distances, const Matrix& output
   const bool new_projected = projected && shared.projected_lengths.size() == 0;
   if (new_plain) shared.value_lengths = Buffer(padded(prompt));
   if (new_projected) shared.projected_lengths = Buffer(padded(prompt) * group);
-  Buffer rows(kBlock * depth);
+  Buffer memory(kBlock * width);
   Buffer panels(kBlock * depth);
   Buffer products(outputs.rows() * kPanel);
   for (Index first = 0; first < prompt; first += kBlock) {
     const Index positions = std::min(kBlock, prompt - first);
-    source_.read_values(first, positions, rows.data());
-    kernels::to_panels(rows.data(), depth, positions, depth, panels.data());
+    const float* rows = value_rows(first, positions, memory);
+    kernels::to_panels(rows, width, positions, depth, panels.data());
     for (Index at = first; at < first + positions; at += kPanel) {
       const float* panel = panels.data() + (at - first) * depth;
       if (new_plain) kernels::squared_lengths(panel, depth, shared.value_lengths.data() + at);
@@ -400,7 +427,7 @@ void Head::measure_distances(Batch& batch, Index distances, const Matrix& output
           if (out[n] >= 0) continue;
           const Eigen::RowVectorXf difference =
               outputs.row(row).head(depth) -
-              Eigen::Map<const Eigen::RowVectorXf>(rows.data() + (at - first + n) * depth, depth);
+              Eigen::Map<const Eigen::RowVectorXf>(rows + (at - first + n) * width, depth);
           out[n] =
               through
                   ? (shared.factors[static_cast<std::size_t>(member)].leftCols(depth) * difference.transpose()).norm()

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "base/buffer.h"
 #include "base/matrix.h"
 
 namespace kvreplay {
@@ -159,6 +160,7 @@ class Head {
   struct Shared;
   Matrix logits(const Matrix& queries) const;
   const WindowPass& window_pass(int window) const;
+  const float* value_rows(Index first, Index count, Buffer& memory) const;
   void measure_distances(Batch& batch, Index distances, const Matrix& outputs) const;
 
   const HeadSource& source_;

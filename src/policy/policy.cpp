@@ -199,7 +199,6 @@ std::vector<int> select_top(std::span<const float> scores, Protection protection
   }
   thread_local std::vector<std::uint32_t> best;
   kernels::largest(ranked, capacity - first - (size - last), best);
-  std::ranges::sort(best);
   std::vector<int> kept(static_cast<std::size_t>(first));
   kept.reserve(best.size() + static_cast<std::size_t>(first + size - last));
   std::iota(kept.begin(), kept.end(), 0);

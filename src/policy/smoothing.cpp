@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "kernels/kernels.h"
 #include "policy/policy.h"
 
 namespace kvreplay {
@@ -51,9 +52,6 @@ Spatial spatial_named(const std::string& name) {
 
 namespace {
 
-// Scores that are pooled at a time: they and what they become stay in the innermost cache.
-constexpr std::size_t kPooled = 1024;
-
 // The scores with `before` and `after` copies of an edge's value around them.
 std::span<const float> extended(std::span<const float> scores, std::size_t before, float front, std::size_t after,
                                 float back) {
@@ -65,31 +63,17 @@ std::span<const float> extended(std::span<const float> scores, std::size_t befor
   return memory;
 }
 
-// pooled[i] = join of the `width` values from values[i] on, joined in their order.
-template <class Join>
-void join_neighbours(std::span<const float> values, std::size_t width, std::span<float> pooled, const Join& join) {
-  for (std::size_t first = 0; first < pooled.size(); first += kPooled) {
-    const std::size_t count = std::min(kPooled, pooled.size() - first);
-    float* const to = pooled.data() + first;
-    const float* const from = values.data() + first;
-    std::copy_n(from, count, to);
-    for (std::size_t j = 1; j < width; ++j) {
-      for (std::size_t i = 0; i < count; ++i) to[i] = join(to[i], from[i + j]);
-    }
-  }
-}
-
-// The same sums for windows so wide that adding each up would take long: every window is the end of one block of
+// Scaled sums over windows so wide that adding each up would take long: every window is the end of one block of
 // `width` values and the beginning of the next, both summed from their common edge. Nothing is subtracted, so that
 // small scores do not drown in the rounding of large ones.
-void sum_wide(std::span<const float> values, std::size_t width, std::span<float> sums) {
+void sum_wide(std::span<const float> values, std::size_t width, float scale, std::span<float> sums) {
   std::vector<double> ends(width + 1);  // ends[i]: of the block's values from i on
   for (std::size_t block = 0; block < sums.size(); block += width) {
     ends[width] = 0;
     for (std::size_t i = width; i-- > 0;) ends[i] = ends[i + 1] + static_cast<double>(values[block + i]);
     double beginning = 0;
     for (std::size_t i = 0; i < width && block + i < sums.size(); ++i) {
-      sums[block + i] = static_cast<float>(ends[i] + beginning);
+      sums[block + i] = static_cast<float>(ends[i] + beginning) * scale;
       if (block + width + i < values.size()) beginning += static_cast<double>(values[block + width + i]);
     }
   }
@@ -100,13 +84,13 @@ void average(std::size_t width, std::size_t before, float front, std::size_t aft
              std::span<float> scores) {
   constexpr std::size_t kWide = 32;
   const auto values = extended(scores, before, front, after, back);
-  if (width <= kWide) {
-    join_neighbours(values, width, scores, [](float a, float b) { return a + b; });
-  } else {
-    sum_wide(values, width, scores);
-  }
   const float share = 1.0f / static_cast<float>(width);
-  for (float& score : scores) score *= share;
+  if (width <= kWide) {
+    kernels::sliding_sums(values.data(), static_cast<Index>(width), share, static_cast<Index>(scores.size()),
+                          scores.data());
+  } else {
+    sum_wide(values, width, share, scores);
+  }
 }
 
 }  // namespace
@@ -117,7 +101,7 @@ void pool(Spatial spatial, int kernel, std::span<float> scores) {
   if (spatial == Spatial::maximum) {
     const float lowest = -std::numeric_limits<float>::infinity();
     const auto values = extended(scores, width / 2, lowest, width / 2, lowest);
-    join_neighbours(values, width, scores, [](float a, float b) { return a > b ? a : b; });
+    kernels::sliding_maxima(values.data(), kernel, static_cast<Index>(scores.size()), scores.data());
   } else {
     average(width, width / 2, 0, width / 2, 0, scores);
   }

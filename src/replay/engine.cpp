@@ -255,58 +255,80 @@ void ReplayEngine::run(std::span<const ReplayUnit> units,
   while (!units.empty()) {
     const std::span<const ReplayUnit> group = units.first(units_at_once(units));
     units = units.subspan(group.size());
-    replay_group(group, plan, done);
+    std::vector<std::vector<LayerResult>> results = measure_group(group, plan, select_group(group, plan));
+    for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(results[i]));
   }
 }
 
-// Every stage is spread over threads for all units together.
-void ReplayEngine::replay_group(std::span<const ReplayUnit> group, const Plan& plan,
-                                const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const {
-  const int threads = plan.heads_at_once;
-  const auto each = [&](const auto& pieces_of, const auto& work) {
-    std::vector<std::pair<std::size_t, int>> pieces;
-    for (std::size_t i = 0; i < group.size(); ++i) {
-      for (int piece = 0; piece < pieces_of(i); ++piece) pieces.emplace_back(i, piece);
-    }
-    parallel_for(
-        static_cast<int>(pieces.size()),
-        [&](int p) { work(pieces[static_cast<std::size_t>(p)].first, pieces[static_cast<std::size_t>(p)].second); },
-        threads);
-  };
+void ReplayEngine::select(std::span<const ReplayUnit> units,
+                          const std::function<void(const ReplayUnit&, std::vector<LayerSets>)>& done) const {
+  const Plan plan = plan_for(memory_limit_);
+  while (!units.empty()) {
+    const std::span<const ReplayUnit> group = units.first(units_at_once(units));
+    units = units.subspan(group.size());
+    std::vector<std::vector<LayerSets>> kept = select_group(group, plan);
+    for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(kept[i]));
+  }
+}
+
+// Calls work(index in the group, piece) for pieces_of(index) pieces of every unit, spread over threads.
+template <class Pieces, class Work>
+void ReplayEngine::for_each_piece(std::span<const ReplayUnit> group, const Plan& plan, const Pieces& pieces_of,
+                                  const Work& work) const {
+  std::vector<std::pair<std::size_t, int>> pieces;
+  for (std::size_t i = 0; i < group.size(); ++i) {
+    for (int piece = 0; piece < static_cast<int>(pieces_of(i)); ++piece) pieces.emplace_back(i, piece);
+  }
+  parallel_for(
+      static_cast<int>(pieces.size()),
+      [&](int p) { work(pieces[static_cast<std::size_t>(p)].first, pieces[static_cast<std::size_t>(p)].second); },
+      plan.heads_at_once);
+}
+
+std::vector<std::vector<LayerSets>> ReplayEngine::select_group(std::span<const ReplayUnit> group,
+                                                               const Plan& plan) const {
   const auto outline = [&](std::size_t i) -> const TraceReplay& {
     return outlines_[static_cast<std::size_t>(group[i].replay)];
   };
   const auto settings = [&](std::size_t i) -> const std::vector<Setting>& {
     return settings_[static_cast<std::size_t>(group[i].replay)];
   };
-  const auto kv_heads = [&](std::size_t i) { return outline(i).model.num_key_value_heads; };
-
   std::vector<std::unique_ptr<LayerProjection>> projections(group.size());
   for (std::size_t i = 0; i < group.size(); ++i) {
     if (!needs_projection(group[i])) continue;
     projections[i] = std::make_unique<LayerProjection>(trace_of(group[i]), group[i].layer);
   }
-  each([&](std::size_t i) { return projections[i] ? projection_slices(outline(i).model) : 0; },
-       [&](std::size_t i, int slice) { projections[i]->read_slice(slice); });
-  each([&](std::size_t i) { return projections[i] ? outline(i).model.num_attention_heads : 0; },
-       [&](std::size_t i, int head) { projections[i]->decompose(head); });
+  for_each_piece(
+      group, plan, [&](std::size_t i) { return projections[i] ? projection_slices(outline(i).model) : 0; },
+      [&](std::size_t i, int slice) { projections[i]->read_slice(slice); });
+  for_each_piece(
+      group, plan, [&](std::size_t i) { return projections[i] ? outline(i).model.num_attention_heads : 0; },
+      [&](std::size_t i, int head) { projections[i]->decompose(head); });
 
   std::vector<LayerSelection> selections;
   for (std::size_t i = 0; i < group.size(); ++i) {
     selections.emplace_back(trace_of(group[i]), settings(i), group[i].layer, outline(i).eviction_position,
                             projections[i].get(), plan.combination_bytes);
   }
-  each(kv_heads, [&](std::size_t i, int head) { selections[i].rank_head(head); });
-  each([&](std::size_t i) { return static_cast<int>(settings(i).size()); },
-       [&](std::size_t i, int setting) { selections[i].select_together(setting); });
+  for_each_piece(
+      group, plan, [&](std::size_t i) { return outline(i).model.num_key_value_heads; },
+      [&](std::size_t i, int head) { selections[i].rank_head(head); });
+  for_each_piece(
+      group, plan, [&](std::size_t i) { return settings(i).size(); },
+      [&](std::size_t i, int setting) { selections[i].select_together(setting); });
   std::vector<std::vector<LayerSets>> kept;
   for (std::size_t i = 0; i < group.size(); ++i) {
     kept.push_back(selections[i].take());
     improve_oracles(trace_of(group[i]), group[i].layer, outline(i).eviction_position, settings(i), kept.back());
   }
-  selections.clear();
-  projections.clear();
+  return kept;
+}
 
+std::vector<std::vector<LayerResult>> ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& plan,
+                                                                  std::vector<std::vector<LayerSets>> kept) const {
+  const auto outline = [&](std::size_t i) -> const TraceReplay& {
+    return outlines_[static_cast<std::size_t>(group[i].replay)];
+  };
   std::vector<std::vector<LayerResult>> results(group.size());
   std::size_t most = 0;
   for (const std::vector<LayerSets>& sets : kept) most = std::max(most, sets.size());
@@ -319,10 +341,12 @@ void ReplayEngine::replay_group(std::span<const ReplayUnit> group, const Plan& p
       measurements.emplace_back(trace_of(group[i]), group[i].layer, outline(i).eviction_position, std::move(sets));
     }
     const auto is_open = [&](std::size_t i) { return kept[i].size() > first; };
-    each([&](std::size_t i) { return is_open(i) ? kv_heads(i) : 0; },
-         [&](std::size_t i, int head) { measurements[i].measure_head(head); });
-    each([&](std::size_t i) { return is_open(i) ? measurements[i].slices() : 0; },
-         [&](std::size_t i, int slice) { measurements[i].project_slice(slice); });
+    for_each_piece(
+        group, plan, [&](std::size_t i) { return is_open(i) ? outline(i).model.num_key_value_heads : 0; },
+        [&](std::size_t i, int head) { measurements[i].measure_head(head); });
+    for_each_piece(
+        group, plan, [&](std::size_t i) { return is_open(i) ? measurements[i].slices() : 0; },
+        [&](std::size_t i, int slice) { measurements[i].project_slice(slice); });
     for (std::size_t i = 0; i < group.size(); ++i) {
       if (!is_open(i)) continue;
       const std::vector<LayerMeasures> measures = measurements[i].take();
@@ -331,7 +355,7 @@ void ReplayEngine::replay_group(std::span<const ReplayUnit> group, const Plan& p
       }
     }
   }
-  for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(results[i]));
+  return results;
 }
 
 void allocate_tables(TraceReplay& replay) {

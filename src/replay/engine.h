@@ -67,6 +67,10 @@ class ReplayEngine {
   void run(std::span<const ReplayUnit> units,
            const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const;
 
+  /// Draws kept sets alone, without measuring what they do; `done` receives them, a LayerSets per setting.
+  void select(std::span<const ReplayUnit> units,
+              const std::function<void(const ReplayUnit&, std::vector<LayerSets>)>& done) const;
+
  private:
   // How work is divided so that it fits into memory.
   struct Plan {
@@ -77,8 +81,12 @@ class ReplayEngine {
   };
 
   Plan plan_for(Index limit) const;
-  void replay_group(std::span<const ReplayUnit> group, const Plan& plan,
-                    const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const;
+  std::vector<std::vector<LayerSets>> select_group(std::span<const ReplayUnit> group, const Plan& plan) const;
+  std::vector<std::vector<LayerResult>> measure_group(std::span<const ReplayUnit> group, const Plan& plan,
+                                                      std::vector<std::vector<LayerSets>> kept) const;
+  template <class Pieces, class Work>
+  void for_each_piece(std::span<const ReplayUnit> group, const Plan& plan, const Pieces& pieces_of,
+                      const Work& work) const;
   const TraceReader& trace_of(const ReplayUnit& unit) const;
   bool needs_projection(const ReplayUnit& unit) const;
   std::size_t units_at_once(std::span<const ReplayUnit> units) const;

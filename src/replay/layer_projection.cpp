@@ -8,7 +8,7 @@ namespace kvreplay {
 namespace {
 
 // Rows that are read at a time, and taken apart into heads while they are in the cache.
-constexpr Index kRows = 32;
+constexpr Index kRows = 64;
 
 }  // namespace
 

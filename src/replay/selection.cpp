@@ -20,17 +20,24 @@ std::span<float> row_of(Matrix& matrix, Index row) {
   return {matrix.data() + row * matrix.cols(), static_cast<std::size_t>(matrix.cols())};
 }
 
-// What the heads behind `rows` share: [1, P]. Rows are taken in their order.
+// What the heads behind `rows` share: [1, P]. Rows are taken in their order, a piece of all of them at a time that
+// stays in the cache.
 void combine(const Matrix& rows, Share share, Matrix& shared) {
-  shared = rows.row(0);
-  for (Index row = 1; row < rows.rows(); ++row) {
-    if (share == Share::max) {
-      shared = shared.cwiseMax(rows.row(row));
-    } else {
-      shared += rows.row(row);
+  constexpr Index kPiece = 1024;
+  shared.resize(1, rows.cols());
+  for (Index first = 0; first < rows.cols(); first += kPiece) {
+    const Index count = std::min(kPiece, rows.cols() - first);
+    auto piece = shared.row(0).segment(first, count);
+    piece = rows.row(0).segment(first, count);
+    for (Index row = 1; row < rows.rows(); ++row) {
+      if (share == Share::max) {
+        piece = piece.cwiseMax(rows.row(row).segment(first, count));
+      } else {
+        piece += rows.row(row).segment(first, count);
+      }
     }
+    if (share == Share::mean) piece /= static_cast<float>(rows.rows());
   }
-  if (share == Share::mean) shared /= static_cast<float>(rows.rows());
 }
 
 // Without a budget, or at granularity layer, one capacity serves all sets.

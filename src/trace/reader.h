@@ -44,7 +44,7 @@ class TraceReader {
   void read_rows(int layer, HeadTensor tensor, int head, Index first, Index count, float* out) const;
 
   /// Asks the system to bring one head's tensor into memory, so that read_rows() does not wait for the disk; returns at
-  /// once. Does nothing where the tensor is filtered: its bytes are HDF5's to find.
+  /// once. Does nothing where only HDF5 finds the bytes, as of filtered tensors.
   void prefetch(int layer, HeadTensor tensor, int head) const;
 
   /// How keys are stored.

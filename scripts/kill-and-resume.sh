@@ -21,7 +21,7 @@ RANDOM=${SEED-1}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 sweep=("$kvreplay" sweep "${traces[@]}" --policy 'restkv(alpha={0.1:0.9:0.2},window={16,32})' --policy snapkv --policy h2o
-  --policy random --capacity 64,256)
+  --policy random --capacity '64,256')
 
 start=$(date +%s%N)
 "${sweep[@]}" -o "$folder/whole.h5" >"$folder/log" 2>&1 || {
@@ -36,7 +36,7 @@ finished=0
 units=0
 while [ $((killed + finished)) -lt "$kills" ]; do
   # Most kills hit early in a run, so that one sweep survives several of them before it is done.
-  delay=$((RANDOM * milliseconds / 32768 * (1 + RANDOM % 4) / 4))
+  delay=$((RANDOM * milliseconds * (1 + RANDOM % 4) / (4 * 32768)))
   "${sweep[@]}" -o "$folder/killed.h5" --resume >"$folder/log" 2>&1 &
   process=$!
   sleep "$(printf '%d.%03d' $((delay / 1000)) $((delay % 1000)))"

@@ -201,7 +201,7 @@ void finish_logits(const QueryColumns& queries, Index first_key, Index count, fl
   const auto factor = hn::Set(d, queries.scale);
   const auto cap = hn::Set(d, queries.softcapping);
   const auto inverse_cap = hn::Set(d, queries.softcapping > 0 ? 1.0f / queries.softcapping : 0.0f);
-  for (Index j = 0; j < kPanel; j += n) {
+  for (Index j = 0; j < queries.columns; j += n) {
     const auto last = hn::LoadU(di, queries.positions + j);
     auto maximum = hn::LoadU(d, maxima + j);
     for (Index key = 0; key < count; ++key) {
@@ -220,11 +220,11 @@ void finish_logits(const QueryColumns& queries, Index first_key, Index count, fl
   }
 }
 
-void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums) {
+void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums, Index columns) {
   const Floats d;
   constexpr Index n = static_cast<Index>(kVectorLanes);
   float added[kPanel];
-  for (Index j = 0; j < kPanel; j += n) {
+  for (Index j = 0; j < columns; j += n) {
     const auto maximum = hn::LoadU(d, maxima + j);
     auto sum = hn::Zero(d);
     for (Index key = 0; key < count; ++key) {
@@ -234,7 +234,7 @@ void exponentiate_columns(Index count, const float* maxima, float* logits, doubl
     }
     hn::StoreU(sum, d, added + j);
   }
-  for (Index q = 0; q < kPanel; ++q) sums[q] += static_cast<double>(added[q]);
+  for (Index q = 0; q < columns; ++q) sums[q] += static_cast<double>(added[q]);
 }
 
 void squared_lengths(const float* panel, Index depth, float* lengths) {
@@ -524,8 +524,8 @@ void finish_logits(const QueryColumns& queries, Index first_key, Index count, fl
   HWY_DYNAMIC_DISPATCH(finish_logits)(queries, first_key, count, products, maxima);
 }
 
-void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums) {
-  HWY_DYNAMIC_DISPATCH(exponentiate_columns)(count, maxima, logits, sums);
+void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums, Index columns) {
+  HWY_DYNAMIC_DISPATCH(exponentiate_columns)(count, maxima, logits, sums, columns);
 }
 
 void squared_lengths(const float* panel, Index depth, float* lengths) {

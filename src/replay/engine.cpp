@@ -192,7 +192,7 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
       plan.memory = std::max(plan.memory, unit + plan.heads_at_once * (ranked + std::max(least, combinations)));
 
       const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1, capacity);
-      const Index projected = 2 * kernels::kPanel * width * static_cast<Index>(sizeof(float));
+      const Index projected = kProjectionSlice * (width + kernels::kPanel) * static_cast<Index>(sizeof(float));
       const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries);
       const Index fixed = unit + plan.heads_at_once * std::max(evaluated, projected) + setting;
       Index at_once = std::clamp<Index>(kDifferences / setting, 1, count);
@@ -351,6 +351,9 @@ std::vector<std::vector<LayerResult>> ReplayEngine::measure_group(std::span<cons
     for_each_piece(
         group, plan, [&](std::size_t i) { return is_open(i) ? outline(i).model.num_key_value_heads : 0; },
         [&](std::size_t i, int head) { measurements[i].measure_head(head); });
+    for_each_piece(
+        group, plan, [&](std::size_t i) { return is_open(i) ? measurements[i].panels() : 0; },
+        [&](std::size_t i, int panel) { measurements[i].lay_out_panel(panel); });
     for_each_piece(
         group, plan, [&](std::size_t i) { return is_open(i) ? measurements[i].slices() : 0; },
         [&](std::size_t i, int slice) { measurements[i].project_slice(slice); });

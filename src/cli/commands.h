@@ -15,5 +15,6 @@ void add_replay_command(CLI::App& app);
 void add_sweep_command(CLI::App& app);
 void add_policies_command(CLI::App& app);
 void add_variants_command(CLI::App& app);
+void add_bench_command(CLI::App& app);
 
 }  // namespace kvreplay::cli

@@ -85,6 +85,7 @@ int run(int argc, char** argv) {
   kvreplay::cli::add_sweep_command(app);
   kvreplay::cli::add_policies_command(app);
   kvreplay::cli::add_variants_command(app);
+  kvreplay::cli::add_bench_command(app);
   try {
     app.parse(argc, argv);
     return 0;

@@ -183,7 +183,7 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
       for (const Setting& setting : settings) capacity = std::max<Index>(capacity, setting.capacity);
       const Index unit = LayerSelection::memory_of_layer(outline, settings) + LayerProjection::memory(outline.model);
 
-      const Index ranked = LayerSelection::memory_of_head(outline, settings);
+      const Index ranked = LayerSelection::memory_of_head(traces_[trace_of_outline_[r]], outline, settings);
       const Index least = LayerSelection::least_combination_bytes(outline, settings);
       Index combinations = std::max(least, kCombinations);
       if (limit > 0) combinations = std::min(combinations, (limit - unit) / plan.heads_at_once - ranked);
@@ -312,7 +312,14 @@ std::vector<std::vector<LayerSets>> ReplayEngine::select_group(std::span<const R
   }
   for_each_piece(
       group, plan, [&](std::size_t i) { return outline(i).model.num_key_value_heads; },
-      [&](std::size_t i, int head) { selections[i].rank_head(head); });
+      [&](std::size_t i, int head) {
+        // Read ahead: this head's values while its keys are worked on, and the keys of the next.
+        trace_of(group[i]).prefetch(group[i].layer, HeadTensor::values, head);
+        if (head + 1 < outline(i).model.num_key_value_heads) {
+          trace_of(group[i]).prefetch(group[i].layer, HeadTensor::keys, head + 1);
+        }
+        selections[i].rank_head(head);
+      });
   for_each_piece(
       group, plan, [&](std::size_t i) { return settings(i).size(); },
       [&](std::size_t i, int setting) { selections[i].select_together(setting); });

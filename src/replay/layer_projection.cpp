@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "base/buffer.h"
-
 namespace kvreplay {
 namespace {
 
@@ -27,15 +25,17 @@ void LayerProjection::read_slice(int slice) {
   const Index depth = model.head_dim;
   const Index width = factor_width(depth);
   const Index heads = model.num_attention_heads;
-  Matrix& gram = grams_[static_cast<std::size_t>(slice)];
-  gram.setZero(heads * depth, width);
+  Buffer& gram = grams_[static_cast<std::size_t>(slice)];
+  gram = Buffer(heads * depth * width);
+  std::fill_n(gram.data(), gram.size(), 0.0f);
   const Index first = slice * kProjectionSlice;
   const Index end = std::min<Index>(first + kProjectionSlice, model.hidden_size);
-  Buffer rows(kRows * heads * depth);
-  Buffer part(kRows * width);
+  const Index at_once = trace_.reads_projection_directly(layer_) ? kRows : kProjectionSlice;
+  Buffer rows(at_once * heads * depth);
+  Buffer part(at_once * width);
   std::fill_n(part.data(), part.size(), 0.0f);
-  for (Index row = first; row < end; row += kRows) {
-    const Index count = std::min(kRows, end - row);
+  for (Index row = first; row < end; row += at_once) {
+    const Index count = std::min(at_once, end - row);
     trace_.read_projection_rows(layer_, row, count, rows.data());
     for (Index head = 0; head < heads; ++head) {
       for (Index i = 0; i < count; ++i) {
@@ -48,9 +48,13 @@ void LayerProjection::read_slice(int slice) {
 
 void LayerProjection::decompose(int query_head) {
   const Index depth = trace_.info().model.head_dim;
-  Eigen::MatrixXd gram = Eigen::MatrixXd::Zero(depth, depth);
-  for (const Matrix& slice : grams_) gram += slice.block(query_head * depth, 0, depth, depth).cast<double>();
-  factors_[static_cast<std::size_t>(query_head)] = projection_factor_from(gram);
+  const Index width = factor_width(depth);
+  // In the order of memory: slices are rows of floats.
+  Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> gram = Eigen::MatrixXd::Zero(depth, width);
+  for (const Buffer& slice : grams_) {
+    gram += MatrixView(slice.data() + query_head * depth * width, depth, width).cast<double>();
+  }
+  factors_[static_cast<std::size_t>(query_head)] = projection_factor_from(gram.leftCols(depth));
 }
 
 Index LayerProjection::memory(const ModelInfo& model) {

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "base/buffer.h"
 #include "policy/projection.h"
 #include "trace/reader.h"
 
@@ -34,7 +35,7 @@ class LayerProjection {
  private:
   const TraceReader& trace_;
   int layer_;
-  std::vector<Matrix> grams_;  // [slice]: of all heads below each other, [H · D, factor_width(D)]
+  std::vector<Buffer> grams_;  // [slice]: of all heads below each other, [H · D, factor_width(D)]
   std::vector<Matrix> factors_;
 };
 

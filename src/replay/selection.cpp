@@ -278,7 +278,8 @@ HeadShape shape_of(const TraceReplay& outline) {
 
 }  // namespace
 
-Index LayerSelection::memory_of_head(const TraceReplay& outline, const std::vector<Setting>& settings) {
+Index LayerSelection::memory_of_head(const TraceReader& trace, const TraceReplay& outline,
+                                     const std::vector<Setting>& settings) {
   int window = 0;
   bool whole_tensors = false;
   for (const Setting& setting : settings) {
@@ -294,7 +295,8 @@ Index LayerSelection::memory_of_head(const TraceReplay& outline, const std::vect
   const Index prompt = outline.eviction_position;
   // Raw and smoothed scores of the group, what it shares, and neighbours while they are pooled.
   const Index scores = prompt * (2 * model.group_size() + 3);
-  const Index tensors = whole_tensors ? 2 * prompt * model.head_dim : 0;
+  const bool unpacked = !trace.reads_directly(0, HeadTensor::keys) || !trace.reads_directly(0, HeadTensor::values);
+  const Index tensors = ((whole_tensors ? 2 : 0) + (unpacked ? 2 : 0)) * prompt * model.head_dim;
   return Head::memory(shape_of(outline), window) + (scores + tensors) * static_cast<Index>(sizeof(float));
 }
 

@@ -29,7 +29,8 @@ class LayerSelection {
   std::vector<LayerSets> take() { return std::move(kept_); }
 
   /// The most bytes that rank_head() takes beside `combination_bytes`, and that one of these objects takes in all.
-  static Index memory_of_head(const TraceReplay& outline, const std::vector<Setting>& settings);
+  static Index memory_of_head(const TraceReader& trace, const TraceReplay& outline,
+                              const std::vector<Setting>& settings);
   static Index memory_of_layer(const TraceReplay& outline, const std::vector<Setting>& settings);
 
   /// The fewest `combination_bytes` that every policy can work with.

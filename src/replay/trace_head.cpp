@@ -30,11 +30,23 @@ TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, int evict
 }
 
 void TraceHead::read_keys(Index first, Index count, float* rows) const {
-  trace_.read_rows(shape_.layer, HeadTensor::keys, shape_.kv_head, first, count, rows);
+  read(HeadTensor::keys, unpacked_keys_, first, count, rows);
 }
 
 void TraceHead::read_values(Index first, Index count, float* rows) const {
-  trace_.read_rows(shape_.layer, HeadTensor::values, shape_.kv_head, first, count, rows);
+  read(HeadTensor::values, unpacked_values_, first, count, rows);
+}
+
+void TraceHead::read(HeadTensor tensor, Buffer& unpacked, Index first, Index count, float* rows) const {
+  if (trace_.reads_directly(shape_.layer, tensor)) {
+    trace_.read_rows(shape_.layer, tensor, shape_.kv_head, first, count, rows);
+    return;
+  }
+  if (unpacked.size() == 0) {
+    unpacked = Buffer(Index{shape_.prompt_length} * shape_.head_dim);
+    trace_.read_rows(shape_.layer, tensor, shape_.kv_head, 0, shape_.prompt_length, unpacked.data());
+  }
+  std::copy_n(unpacked.data() + first * shape_.head_dim, count * shape_.head_dim, rows);
 }
 
 Matrix TraceHead::queries(int member, Index first, Index count) const {

@@ -1,6 +1,7 @@
 // A head of a trace, as policies see it.
 #pragma once
 
+#include "base/buffer.h"
 #include "policy/head.h"
 #include "replay/layer_projection.h"
 #include "trace/reader.h"
@@ -8,7 +9,7 @@
 namespace kvreplay {
 
 /// Reads one (layer, KV head) of a trace on request, cut off at the eviction position: what stands behind it only
-/// oracles can see. The reader must outlive it.
+/// oracles can see. The reader must outlive it. Not for use by several threads at once.
 class TraceHead : public HeadSource {
  public:
   /// `eviction_position` is in [1, T]. Takes projection factors from `projection`, where it is given and decomposed.
@@ -29,11 +30,15 @@ class TraceHead : public HeadSource {
   Matrix evaluation_keys() const override;
 
  private:
+  void read(HeadTensor tensor, Buffer& unpacked, Index first, Index count, float* rows) const;
+
   const TraceReader& trace_;
   const LayerProjection* projection_;
   HeadShape shape_;
   std::span<const int> query_positions_;
   std::span<const int> evaluation_positions_;
+  mutable Buffer unpacked_keys_;  // [P, D] where parts of them cannot be read alone
+  mutable Buffer unpacked_values_;
 };
 
 /// The shape of a trace's head at an eviction position.

@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "base/printable.h"
+#include "base/work.h"
 #include "hdf5/hdf5.h"
 #include "trace/check.h"
 
@@ -297,6 +298,7 @@ void TraceReader::read_rows(int layer, HeadTensor tensor, int head, Index first,
   const hdf5::Dataset& dataset = state_->head_tensor(layer, tensor);
   state_->check_rows(dataset, head, first, count);
   const Index width = dataset.shape()[2];
+  count_bytes(count * width * static_cast<Index>(size_of(*dataset.float_type())));
   state_->read_box(dataset, {head, first, 0}, {1, count, width}, out, [&](Index offset) {
     const Index row = first + offset / width;
     const bool by_position = tensor == HeadTensor::keys || tensor == HeadTensor::values;
@@ -310,6 +312,14 @@ void TraceReader::prefetch(int layer, HeadTensor tensor, int head) const {
   const hdf5::Shape& shape = dataset.shape();
   state_->check_rows(dataset, head, 0, shape[1]);
   dataset.prefetch({head, 0, 0}, {1, shape[1], shape[2]});
+}
+
+bool TraceReader::reads_directly(int layer, HeadTensor tensor) const {
+  return state_->head_tensor(layer, tensor).reads_directly();
+}
+
+bool TraceReader::reads_projection_directly(int layer) const {
+  return state_->output_projection(layer).reads_directly();
 }
 
 DType TraceReader::element_type() const { return *state_->layer(0).head_tensors[0].float_type(); }
@@ -337,6 +347,7 @@ void TraceReader::read_projection_rows(int layer, Index first_row, Index count, 
     state_->fail(dataset.path(),
                  fmt::format("rows {} to {} are outside its {} rows", first_row, first_row + count, rows));
   }
+  count_bytes(count * width * static_cast<Index>(size_of(*dataset.float_type())));
   state_->read_box(dataset, {first_row, 0}, {count, width}, out, [&](Index offset) {
     return fmt::format("layer {}, head {}, row {}", layer, offset % width / state_->info.model.head_dim,
                        first_row + offset / width);

@@ -47,6 +47,12 @@ class TraceReader {
   /// once. Does nothing where only HDF5 finds the bytes, as of filtered tensors.
   void prefetch(int layer, HeadTensor tensor, int head) const;
 
+  /// Whether any rows are read without unpacking more than them. If not, whole heads come cheapest.
+  bool reads_directly(int layer, HeadTensor tensor) const;
+
+  /// The same of the output projection, which the layer must have: if not, many rows at a time come cheapest.
+  bool reads_projection_directly(int layer) const;
+
   /// How keys are stored.
   DType element_type() const;
 

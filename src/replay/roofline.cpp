@@ -1,0 +1,208 @@
+#include "replay/roofline.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <omp.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <span>
+
+#include "base/buffer.h"
+#include "base/error.h"
+#include "base/parallel.h"
+#include "base/work.h"
+#include "kernels/kernels.h"
+#include "replay/engine.h"
+
+namespace kvreplay {
+namespace {
+
+double seconds_of(const std::function<void()>& work) {
+  const auto started = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+}
+
+// The best of several tries: a ceiling is not what a disturbed moment allows.
+double best_of(int tries, const std::function<void()>& work) {
+  double best = seconds_of(work);
+  for (int i = 1; i < tries; ++i) best = std::min(best, seconds_of(work));
+  return best;
+}
+
+double median(std::vector<double> numbers) {
+  const auto middle = numbers.begin() + static_cast<std::ptrdiff_t>(numbers.size() / 2);
+  std::ranges::nth_element(numbers, middle);
+  return *middle;
+}
+
+double product_rate() {
+  constexpr Index kRows = 120;
+  constexpr Index kDepth = 128;
+  constexpr int kRepeats = 2000;
+  const int threads = omp_get_max_threads();
+  const auto multiply = [&](int) {
+    Buffer left(kRows * kDepth);
+    Buffer right(kDepth * kernels::kPanel);
+    Buffer result(kRows * kernels::kPanel);
+    std::fill_n(left.data(), left.size(), 1.0f);
+    std::fill_n(right.data(), right.size(), 1.0f);
+    for (int i = 0; i < kRepeats; ++i) {
+      kernels::multiply(kRows, kernels::kPanel, kDepth, left.data(), kDepth, 1, right.data(), kernels::kPanel,
+                        result.data(), kernels::kPanel);
+    }
+  };
+  const double operations = 2.0 * kRows * kDepth * kernels::kPanel * kRepeats * threads;
+  return operations / best_of(5, [&] { parallel_for(threads, multiply); });
+}
+
+double memory_rate() {
+  constexpr Index kFloats = Index{64} << 20;
+  const int threads = omp_get_max_threads();
+  std::vector<Buffer> parts;
+  for (int i = 0; i < threads; ++i) parts.emplace_back(kFloats / threads);
+  std::vector<float> sums(static_cast<std::size_t>(threads));
+  parallel_for(threads, [&](int i) {
+    Buffer& part = parts[static_cast<std::size_t>(i)];
+    std::fill_n(part.data(), part.size(), 1.0f);
+  });
+  const double seconds = best_of(5, [&] {
+    parallel_for(threads, [&](int i) {
+      const Buffer& part = parts[static_cast<std::size_t>(i)];
+      sums[static_cast<std::size_t>(i)] = Eigen::Map<const Eigen::ArrayXf>(part.data(), part.size()).sum();
+    });
+  });
+  for (Buffer& part : parts) part = Buffer();
+  Buffer::trim();
+  return static_cast<double>(kFloats / threads * threads) * sizeof(float) / seconds;
+}
+
+// Reads up to 1 GiB of the file by `threads` threads, block after block.
+double file_rate(const std::filesystem::path& path, int threads) {
+  constexpr std::int64_t kBlock = 1 << 20;
+  constexpr std::int64_t kMost = std::int64_t{1} << 30;
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) throw Error(fmt::format("{}: cannot be read", path.string()));
+  const std::int64_t size = std::min<std::int64_t>(::lseek(descriptor, 0, SEEK_END), kMost);
+  const std::int64_t blocks = std::max<std::int64_t>(size / kBlock, 1);
+  std::atomic<std::int64_t> bytes{0};
+  const auto read_all = [&] {
+    bytes = 0;
+    std::atomic<std::int64_t> next{0};
+    parallel_for(
+        threads,
+        [&](int) {
+          std::vector<std::byte> memory(kBlock);
+          for (std::int64_t block = next++; block < blocks; block = next++) {
+            const ssize_t got = ::pread(descriptor, memory.data(), memory.size(), block * kBlock);
+            if (got > 0) bytes += got;
+          }
+        },
+        threads);
+  };
+  const double seconds = best_of(4, read_all);
+  ::close(descriptor);
+  return static_cast<double>(bytes) / seconds;
+}
+
+// Runs `work` for every unit alone and puts down what it took.
+Stage measure_stage(std::string name, int settings, std::span<const ReplayUnit> units, int runs,
+                    const std::function<void(const ReplayUnit&)>& work) {
+  Stage stage{.name = std::move(name), .settings = settings};
+  std::vector<double> seconds;
+  work(units.front());  // the first time, files are opened and memory is asked for
+  const Work before = work_done();
+  for (int run = 0; run < runs; ++run) {
+    for (const ReplayUnit& unit : units) seconds.push_back(seconds_of([&] { work(unit); }));
+  }
+  const Work after = work_done();
+  stage.seconds = median(seconds);
+  stage.bytes = (after.bytes - before.bytes) / static_cast<double>(seconds.size());
+  stage.operations = (after.operations - before.operations) / static_cast<double>(seconds.size());
+  return stage;
+}
+
+ReplayRequest request_for(const std::vector<std::string>& specs, const std::vector<int>& capacities,
+                          Granularity granularity) {
+  ReplayRequest request;
+  for (const std::string& spec : specs) request.policies.push_back(make_policy(spec));
+  for (const int capacity : capacities)
+    request.capacities.push_back(CapacityRequest::parse(fmt::format("{}", capacity)));
+  request.granularity = granularity;
+  return request;
+}
+
+}  // namespace
+
+Ceilings measure_ceilings(const TraceReader& trace) {
+  Ceilings ceilings;
+  ceilings.products = product_rate();
+  ceilings.memory = memory_rate();
+  ceilings.file_by_one_thread = file_rate(trace.path(), 1);
+  ceilings.file = std::max(file_rate(trace.path(), omp_get_max_threads()), ceilings.file_by_one_thread);
+  return ceilings;
+}
+
+double Stage::floor(const Ceilings& ceilings) const {
+  return std::max(bytes / ceilings.file, operations / ceilings.products);
+}
+
+std::vector<Stage> measure_stages(const TraceReader& trace, int capacity, int runs) {
+  const std::span<const TraceReader> traces(&trace, 1);
+  const ModelInfo& model = trace.info().model;
+  std::vector<Stage> stages;
+
+  const auto select = [&](const std::string& name, const std::vector<std::string>& specs,
+                          const std::vector<int>& capacities, Granularity granularity) {
+    const ReplayEngine engine(traces, request_for(specs, capacities, granularity));
+    stages.push_back(measure_stage(name, static_cast<int>(specs.size() * capacities.size()), engine.units(), runs,
+                                   [&](const ReplayUnit& unit) {
+                                     engine.select({&unit, 1}, [](const ReplayUnit&, std::vector<LayerSets>) {});
+                                   }));
+  };
+
+  {
+    const ReplayEngine engine(traces, request_for({"recent"}, {capacity}, Granularity::kv));
+    const auto read = [&](const ReplayUnit& unit) {
+      parallel_for(2 * model.num_key_value_heads, [&](int piece) {
+        constexpr Index kRows = 512;
+        Buffer rows(kRows * model.head_dim);
+        const HeadTensor tensor = piece % 2 == 0 ? HeadTensor::keys : HeadTensor::values;
+        for (Index first = 0; first < trace.info().num_tokens(); first += kRows) {
+          trace.read_rows(unit.layer, tensor, piece / 2, first,
+                          std::min<Index>(kRows, trace.info().num_tokens() - first), rows.data());
+        }
+      });
+    };
+    stages.push_back(measure_stage("reading keys and values", 0, engine.units(), runs, read));
+  }
+  select("snapkv", {"snapkv"}, {capacity}, Granularity::query);
+  select("restkv without projection", {"restkv(projection=false)"}, {capacity}, Granularity::query);
+  select("restkv", {"restkv"}, {capacity}, Granularity::query);
+
+  const std::vector<int> capacities = {64, 128, 256, 512};
+  std::vector<std::string> in_time_and_space;
+  std::vector<std::string> in_time;
+  for (int i = 1; i <= 100; ++i) {
+    in_time_and_space.push_back(
+        fmt::format("restkv(alpha={},beta={})", 0.05 * ((i - 1) / 10 + 1), 200 * ((i - 1) % 10 + 1)));
+    in_time.push_back(fmt::format("restkv(alpha={})", i / 101.0));
+  }
+  select("restkv, 4 capacities", {"restkv"}, capacities, Granularity::kv);
+  select("restkv, 10 alphas x 10 betas", in_time_and_space, capacities, Granularity::kv);
+  select("restkv, 100 alphas", in_time, capacities, Granularity::kv);
+  {
+    const ReplayEngine engine(traces, request_for({"recent"}, {capacity}, Granularity::kv));
+    stages.push_back(measure_stage("measuring one setting", 1, engine.units(), runs, [&](const ReplayUnit& unit) {
+      engine.run({&unit, 1}, [](const ReplayUnit&, std::vector<LayerResult>) {});
+    }));
+  }
+  return stages;
+}
+
+}  // namespace kvreplay

@@ -108,6 +108,7 @@ HWY_INLINE void transpose_square(const float* from, Index from_row, float* to, I
   constexpr int n = static_cast<int>(kVectorLanes);
   Vector rows[n];
   for (int i = 0; i < n; ++i) rows[i] = hn::LoadU(d, from + i * from_row);
+#if HWY_TARGET != HWY_SCALAR  // a single lane is turned already
   for (int round = 1; round < n; round *= 2) {
     Vector next[n];
     for (int i = 0; i < n / 2; ++i) {
@@ -116,6 +117,7 @@ HWY_INLINE void transpose_square(const float* from, Index from_row, float* to, I
     }
     for (int i = 0; i < n; ++i) rows[i] = next[i];
   }
+#endif
   for (int i = 0; i < n; ++i) hn::StoreU(rows[i], d, to + i * to_row);
 }
 

@@ -152,9 +152,12 @@ BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softca
   const auto inverse_cap = hn::Set(d, softcapping > 0 ? 1.0f / softcapping : 0.0f);
   const bool all_visible = block.first_visible <= 0 && block.end_visible >= block.panels * kPanel;
   auto maximum = lowest;
+  // Where the scale is all that is done to products, they need not be written down in between.
+  const bool as_they_are = all_visible && softcapping <= 0 && scale > 0;
   for (Index p = 0; p < block.panels; ++p) {
     float* row = block.logits + p * block.panel_step;
-    for (Index j = 0; j < kPanel; j += n) {
+    for (Index j = 0; as_they_are && j < kPanel; j += n) maximum = hn::Max(maximum, hn::LoadU(d, row + j));
+    for (Index j = 0; !as_they_are && j < kPanel; j += n) {
       auto logit = hn::Mul(hn::LoadU(d, row + j), factor);
       if (softcapping > 0) logit = hn::Mul(hn::Tanh(d, hn::Mul(logit, inverse_cap)), cap);
       if (!all_visible) {
@@ -167,6 +170,8 @@ BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softca
       maximum = hn::Max(maximum, logit);
     }
   }
+  const auto rest_of_scale = hn::Set(d, as_they_are ? scale : 1.0f);
+  maximum = hn::Mul(maximum, rest_of_scale);
   const float largest = hn::GetLane(hn::MaxOfLanes(d, maximum));
   if (largest == -std::numeric_limits<float>::infinity()) {
     for (Index p = 0; p < block.panels; ++p) std::fill_n(block.logits + p * block.panel_step, kPanel, 0.0f);
@@ -181,7 +186,8 @@ BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softca
     float* row = block.logits + p * block.panel_step;
     for (Index j = 0; j < kPanel; j += kLanes) {
       for (int v = 0; v < kSums; ++v) {
-        const auto weight = hn::Exp(d, hn::Sub(hn::LoadU(d, row + j + v * n), shift));
+        const auto logit = hn::Mul(hn::LoadU(d, row + j + v * n), rest_of_scale);
+        const auto weight = hn::Exp(d, hn::Sub(logit, shift));
         hn::StoreU(weight, d, row + j + v * n);
         sums[v] = hn::Add(sums[v], weight);
       }

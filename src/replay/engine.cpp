@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 
+#include "base/buffer.h"
 #include "base/error.h"
 #include "base/parallel.h"
 #include "base/printable.h"
@@ -52,6 +53,9 @@ TraceReplay prepare(const TraceReader& trace, int eviction_position) {
   }
   return replay;
 }
+
+// The share of a memory limit that given-up buffers may hold.
+constexpr Index kShareKept = 8;
 
 // A result of the outline: what the setting is, without numbers.
 ReplayResult outline_of(const Setting& setting, const TraceReplay& replay) {
@@ -164,6 +168,8 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
 }
 
 ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
+  const Index asked = limit;
+  limit -= limit / kShareKept;
   constexpr Index kCombinations = Index{256} << 20;
   constexpr Index kDifferences = Index{512} << 20;
   const int threads = omp_get_max_threads();
@@ -206,7 +212,7 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
   throw Error(
       fmt::format("{} of memory are too little: one head at a time takes {}; give --memory as much, or replay "
                   "fewer settings at once",
-                  size_text(limit), size_text(plan.memory)));
+                  size_text(asked), size_text(plan.memory + plan.memory / (kShareKept - 1))));
 }
 
 Index ReplayEngine::memory() const { return plan_for(memory_limit_).memory; }
@@ -214,6 +220,8 @@ Index ReplayEngine::memory() const { return plan_for(memory_limit_).memory; }
 void ReplayEngine::limit_memory(Index bytes) {
   static_cast<void>(plan_for(bytes));
   memory_limit_ = bytes;
+  // What one stage gives up must not stand beside what the next one takes.
+  Buffer::keep_at_most(bytes / kShareKept);
 }
 
 bool ReplayEngine::needs_projection(const ReplayUnit& unit) const {

@@ -102,6 +102,7 @@ nlohmann::ordered_json document(const TraceReader& trace, const Ceilings& ceilin
   json["threads"] = omp_get_max_threads();
   json["instruction_set"] = kernels::instruction_set();
   json["ceilings"] = {{"products", ceilings.products},
+                      {"exponentials", ceilings.exponentials},
                       {"memory", ceilings.memory},
                       {"file_by_one_thread", ceilings.file_by_one_thread},
                       {"file", ceilings.file}};
@@ -111,6 +112,7 @@ nlohmann::ordered_json document(const TraceReader& trace, const Ceilings& ceilin
                               {"seconds", stage.seconds},
                               {"bytes", stage.bytes},
                               {"operations", stage.operations},
+                              {"exponentials", stage.exponentials},
                               {"floor", stage.floor(ceilings)}});
   }
   return json;

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/kernels.cpp"
@@ -437,11 +438,12 @@ void largest(const float* values, Index size, Index count, std::vector<std::uint
     std::uint64_t bits = 0;
     for (Index v = 0; v < kBits; v += n) {
       const auto mask = hn::Not(hn::Gt(least, orderable(d, hn::LoadU(d, values + j + v))));
-      std::uint8_t bytes[8] = {};
+      // Read back as wide as it was written, or the processor waits for the write.
+      std::conditional_t<(n > 8), std::uint16_t, std::uint8_t> part = 0;
+      std::uint8_t bytes[8];
       hn::StoreMaskBits(du, mask, bytes);
-      std::uint64_t part = 0;
       std::memcpy(&part, bytes, sizeof part);
-      bits |= part << v;
+      bits |= static_cast<std::uint64_t>(part) << v;
     }
     pick(bits, j);
   }

@@ -187,7 +187,10 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
       const Index width = Index{outline.model.num_attention_heads} * outline.model.head_dim;
       Index capacity = 0;
       for (const Setting& setting : settings) capacity = std::max<Index>(capacity, setting.capacity);
-      const Index unit = LayerSelection::memory_of_layer(outline, settings) + LayerProjection::memory(outline.model);
+      const std::vector<ReplayUnit> layers(static_cast<std::size_t>(outline.model.num_layers),
+                                           ReplayUnit{static_cast<int>(r), 0});
+      const Index unit = static_cast<Index>(units_at_once(layers)) *
+                         (LayerSelection::memory_of_layer(outline, settings) + LayerProjection::memory(outline.model));
 
       const Index ranked = LayerSelection::memory_of_head(traces_[trace_of_outline_[r]], outline, settings);
       const Index least = LayerSelection::least_combination_bytes(outline, settings);
@@ -199,7 +202,8 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
 
       const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1, capacity);
       const Index projected = kProjectionSlice * (width + kernels::kPanel) * static_cast<Index>(sizeof(float));
-      const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries);
+      const Index setting =
+          static_cast<Index>(units_at_once(layers)) * LayerMeasurement::memory_per_setting(outline.model, queries);
       const Index fixed = unit + plan.heads_at_once * std::max(evaluated, projected) + setting;
       Index at_once = std::clamp<Index>(kDifferences / setting, 1, count);
       if (limit > 0) at_once = std::min(at_once, (limit - fixed) / setting);
@@ -241,18 +245,21 @@ const TraceReader& ReplayEngine::trace_of(const ReplayUnit& unit) const {
   return traces_[trace_of_outline_[static_cast<std::size_t>(unit.replay)]];
 }
 
-// The fewest units whose heads keep all threads busy to the end, or nearly.
+// The fewest units whose heads keep all threads busy to the end, or nearly: enough rounds of them that a thread which
+// is late matters little, and hardly one that is not full.
 std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units) const {
+  constexpr std::size_t kRounds = 8;
   constexpr double kBusyEnough = 0.95;
   const auto threads = static_cast<std::size_t>(omp_get_max_threads());
   std::size_t heads = 0;
   std::size_t count = 0;
   while (count < units.size()) {
-    heads +=
-        static_cast<std::size_t>(outlines_[static_cast<std::size_t>(units[count].replay)].model.num_key_value_heads);
+    const TraceReplay& outline = outlines_[static_cast<std::size_t>(units[count].replay)];
+    heads += static_cast<std::size_t>(outline.model.num_key_value_heads);
     ++count;
     const std::size_t rounds = (heads + threads - 1) / threads;
-    if (static_cast<double>(heads) >= kBusyEnough * static_cast<double>(rounds * threads)) break;
+    const bool full = static_cast<double>(heads) >= kBusyEnough * static_cast<double>(rounds * threads);
+    if (rounds >= kRounds && full) break;
   }
   return count;
 }

@@ -112,6 +112,7 @@ void HeadEvaluation::attend(int member, Index first, Block& block) const {
                                   block.columns);
   }
   count_operations(2 * tokens_ * block.count * depth);
+  count_exponentials(tokens_ * block.count);
 }
 
 // Mass and weighted values of `positions`, with the weights of `block`.

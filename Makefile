@@ -16,7 +16,7 @@ configure = cmake --preset $(1) --log-level=WARNING -DKVREPLAY_WERROR=$(WERROR) 
   -DCMAKE_CXX_COMPILER_LAUNCHER="$${CMAKE_CXX_COMPILER_LAUNCHER-$$(command -v ccache)}"
 compile = cmake --build --preset $(1) --parallel $(JOBS) $(addprefix --target ,$(TARGETS))
 
-.PHONY: build test demo check-format format tidy fuzz sanitize install clean help setup setup-ci
+.PHONY: build test demo bench check-format format tidy fuzz sanitize install clean help setup setup-ci
 .DEFAULT_GOAL := build
 
 build: setup ## Install what is missing and build, tuned for this processor (the default)
@@ -52,6 +52,13 @@ sanitize: setup ## Run the tests under AddressSanitizer and UndefinedBehaviorSan
 	@$(call configure,sanitize)
 	@$(call compile,sanitize)
 	@ctest --preset sanitize --parallel $(JOBS)
+
+# REFERENCE is a checkout of the authors' code and PYTHON a Python with PyTorch; LONG=1 takes 17 GB of disk.
+bench: setup ## Measure what docs/performance.md claims (REFERENCE=dir PYTHON=python LONG=1)
+	@$(call configure,$(PRESET))
+	@cmake --build --preset $(PRESET) --parallel $(JOBS) --target kvreplay_cli
+	@scripts/bench.py --kvreplay build/$(PRESET)/kvreplay $(if $(REFERENCE),--reference $(REFERENCE)) \
+	  $(if $(PYTHON),--python $(PYTHON)) $(if $(LONG),--long) $(if $(wildcard build/mpi/kvreplay),--mpi build/mpi/kvreplay)
 
 install: build ## Install the program, the library and its headers (PREFIX=/usr/local)
 	@cmake --install build/$(PRESET) --prefix "$(abspath $(patsubst ~/%,$(HOME)/%,$(PREFIX)))"

@@ -20,8 +20,8 @@ RANDOM=${SEED-1}
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-sweep=("$kvreplay" sweep "${traces[@]}" --policy 'restkv(alpha={0.3,0.5},window={16,32})' --policy snapkv --policy h2o
-  --policy random --capacity 64,256)
+sweep=("$kvreplay" sweep "${traces[@]}" --policy 'restkv(alpha={0.1:0.9:0.2},window={16,32})' --policy snapkv --policy h2o
+  --policy random --capacity '64,256')
 
 start=$(date +%s%N)
 "${sweep[@]}" -o "$folder/whole.h5" >"$folder/log" 2>&1 || {
@@ -36,7 +36,7 @@ finished=0
 units=0
 while [ $((killed + finished)) -lt "$kills" ]; do
   # Most kills hit early in a run, so that one sweep survives several of them before it is done.
-  delay=$((RANDOM * milliseconds / 32768 * (1 + RANDOM % 4) / 4))
+  delay=$((RANDOM * milliseconds * (1 + RANDOM % 4) / (4 * 32768)))
   "${sweep[@]}" -o "$folder/killed.h5" --resume >"$folder/log" 2>&1 &
   process=$!
   sleep "$(printf '%d.%03d' $((delay / 1000)) $((delay % 1000)))"
@@ -53,7 +53,7 @@ while [ $((killed + finished)) -lt "$kills" ]; do
     }
     killed=$((killed + 1))
     [ ! -e "$folder/killed.h5" ] || cmp "$folder/whole.h5" "$folder/killed.h5"
-    found=$(find "$folder/killed.h5.units" -name 'unit-*.h5' 2>/dev/null | wc -l)
+    found=$({ find "$folder/killed.h5.units" -name 'unit-*.h5' 2>/dev/null || true; } | wc -l)
     units=$((units > found ? units : found))
   fi
 done

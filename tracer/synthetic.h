@@ -57,11 +57,11 @@ std::optional<int> asked_span(const SyntheticTrace& trace, int position);
 /// What the trace will say about itself. Throws UsageError if no trace can have this shape.
 TraceInfo describe(const SyntheticTrace& trace);
 
-/// Writes the trace. Outputs, and the attention mass, are computed from the queries, keys and values as they are stored.
-/// The tensors' bits depend on `trace` and on the instruction set, not on the number of threads. `on_progress`, unless
-/// empty, is told the share of the work that is done. Memory: some MiB per thread, the captured queries' outputs of one
-/// KV head's group (and its attention mass), and some bytes per token; not more for more layers or heads.
-/// Throws UsageError for a shape that no trace can have and Error if it cannot be written, and leaves no file.
+/// Writes the trace. Outputs, and the attention mass, are computed from the queries, keys and values as they are
+/// stored. The tensors' bits depend on `trace` and on the instruction set, not on the number of threads. `on_progress`,
+/// unless empty, is told the share of the work that is done. Memory: some MiB per thread, the captured queries' outputs
+/// of one KV head's group (and its attention mass), and some bytes per token; not more for more layers or heads. Throws
+/// UsageError for a shape that no trace can have and Error if it cannot be written, and leaves no file.
 void write_synthetic(const SyntheticTrace& trace, const std::filesystem::path& path, const Execution& execution,
                      const std::function<void(double share)>& on_progress = {});
 

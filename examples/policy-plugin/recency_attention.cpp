@@ -14,9 +14,7 @@ class RecencyAttention : public kvreplay::Ranking {
   RecencyAttention(int window, double half_life) : window_(window), half_life_(half_life) {}
 
   kvreplay::Protection protection() const override { return {.window = window_}; }
-  kvreplay::Requirements requirements() const override {
-    return {.window_queries = window_, .combinations = {mean()}};
-  }
+  kvreplay::Requirements requirements() const override { return {.window_queries = window_, .combinations = {mean()}}; }
 
   void score(const kvreplay::Head& head, int member, std::span<float> scores) const override {
     const kvreplay::CombinedAttention window = head.combined_attention(member, mean());

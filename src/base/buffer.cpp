@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 #include <vector>
 
@@ -18,31 +19,51 @@ struct Block {
   std::size_t bytes;
 };
 
-// What a thread keeps, the one given up last at the end.
-struct Kept {
+// What was given up and is kept, the latest at the end.
+struct Pool {
+  std::mutex lock;
   std::vector<Block> blocks;
-  ~Kept() {
-    for (const Block& block : blocks) std::free(block.memory);
+  std::size_t bytes = 0;
+  std::size_t limit = std::size_t{256} << 20;
+
+  // With the lock held.
+  Block take(std::vector<Block>::iterator block) {
+    const Block taken = *block;
+    bytes -= taken.bytes;
+    blocks.erase(block);
+    return taken;
+  }
+  void shrink_to(std::size_t most) {
+    while (bytes > most) std::free(take(blocks.begin()).memory);
   }
 };
-thread_local Kept kept;
+
+Pool& pool() {
+  // Never destroyed: buffers of static duration may be given up after everything else.
+  static auto* const instance = new Pool;
+  return *instance;
+}
 
 }  // namespace
 
 Buffer::Buffer(Index size) : size_(size) {
   const auto bytes = static_cast<std::size_t>(size) * sizeof(float);
   if (bytes == 0) return;
-  // The smallest that fits and is not more than half empty.
-  auto best = kept.blocks.end();
-  for (auto block = kept.blocks.begin(); block != kept.blocks.end(); ++block) {
-    const bool fits = block->bytes >= bytes && block->bytes / 2 <= bytes;
-    if (fits && (best == kept.blocks.end() || block->bytes < best->bytes)) best = block;
-  }
-  if (best != kept.blocks.end()) {
-    data_ = static_cast<float*>(best->memory);
-    capacity_ = best->bytes;
-    kept.blocks.erase(best);
-    return;
+  {
+    Pool& kept = pool();
+    const std::lock_guard guard(kept.lock);
+    // The smallest that fits and is not more than half empty.
+    auto best = kept.blocks.end();
+    for (auto block = kept.blocks.begin(); block != kept.blocks.end(); ++block) {
+      const bool fits = block->bytes >= bytes && block->bytes / 2 <= bytes;
+      if (fits && (best == kept.blocks.end() || block->bytes < best->bytes)) best = block;
+    }
+    if (best != kept.blocks.end()) {
+      const Block taken = kept.take(best);
+      data_ = static_cast<float*>(taken.memory);
+      capacity_ = taken.bytes;
+      return;
+    }
   }
   const bool large = bytes >= kHugePage;
   const std::size_t unit = large ? kHugePage : kAlignment;
@@ -55,17 +76,24 @@ Buffer::Buffer(Index size) : size_(size) {
 
 void Buffer::release() {
   if (data_ == nullptr) return;
-  if (kept.blocks.size() == kKept) {
-    std::free(kept.blocks.front().memory);
-    kept.blocks.erase(kept.blocks.begin());
-  }
-  kept.blocks.push_back({data_, capacity_});
-  data_ = nullptr;
+  Pool& kept = pool();
+  const std::lock_guard guard(kept.lock);
+  kept.blocks.push_back({std::exchange(data_, nullptr), capacity_});
+  kept.bytes += capacity_;
+  kept.shrink_to(kept.limit);
 }
 
-void Buffer::trim() {
-  for (const Block& block : kept.blocks) std::free(block.memory);
-  kept.blocks.clear();
+void Buffer::keep_at_most(Index bytes) {
+  Pool& kept = pool();
+  const std::lock_guard guard(kept.lock);
+  kept.limit = static_cast<std::size_t>(bytes);
+  kept.shrink_to(kept.limit);
+}
+
+void Buffer::give_back() {
+  Pool& kept = pool();
+  const std::lock_guard guard(kept.lock);
+  kept.shrink_to(0);
 }
 
 }  // namespace kvreplay

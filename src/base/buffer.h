@@ -9,8 +9,9 @@
 
 namespace kvreplay {
 
-/// Uninitialised floats, aligned to 64 bytes. A thread keeps the memory of the buffers that it has given up, up to
-/// kKept of them, and hands it to the next that fit: fresh pages from the system cost as much as filling them.
+/// Uninitialised floats, aligned to 64 bytes. The memory of buffers that were given up is kept, by default up to 256
+/// MiB of it, and handed to the next that fit, of whatever thread: fresh pages from the system cost as much as filling
+/// them.
 class Buffer {
  public:
   Buffer() = default;
@@ -35,10 +36,11 @@ class Buffer {
     return {data_ + first, static_cast<std::size_t>(count)};
   }
 
-  /// Gives back to the system what the calling thread keeps.
-  static void trim();
+  /// How much memory is kept from now on.
+  static void keep_at_most(Index bytes);
 
-  static constexpr std::size_t kKept = 16;
+  /// Gives back to the system what is kept.
+  static void give_back();
 
  private:
   void release();

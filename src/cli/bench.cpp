@@ -91,9 +91,9 @@ std::string report(const TraceReader& trace, const Ceilings& ceilings, const std
   }
   text += "\n" + aligned_table(rows);
   return text +
-         "\nfloor: reading at the file's rate or calculating at that of products, whichever takes longer. Bytes and\n"
-         "operations are counted as they are done. Policies rank and select; only the last row measures what is "
-         "lost.\n";
+         "\nfloor: what is read, multiplied and exponentiated, each at its ceiling, one after the other: the same "
+         "cores "
+         "do\nall of it. Policies rank and select; only the last row measures what is lost.\n";
 }
 
 nlohmann::ordered_json document(const TraceReader& trace, const Ceilings& ceilings, const std::vector<Stage>& stages) {
@@ -102,6 +102,7 @@ nlohmann::ordered_json document(const TraceReader& trace, const Ceilings& ceilin
   json["threads"] = omp_get_max_threads();
   json["instruction_set"] = kernels::instruction_set();
   json["ceilings"] = {{"products", ceilings.products},
+                      {"exponentials", ceilings.exponentials},
                       {"memory", ceilings.memory},
                       {"file_by_one_thread", ceilings.file_by_one_thread},
                       {"file", ceilings.file}};
@@ -111,6 +112,7 @@ nlohmann::ordered_json document(const TraceReader& trace, const Ceilings& ceilin
                               {"seconds", stage.seconds},
                               {"bytes", stage.bytes},
                               {"operations", stage.operations},
+                              {"exponentials", stage.exponentials},
                               {"floor", stage.floor(ceilings)}});
   }
   return json;

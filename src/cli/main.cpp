@@ -29,11 +29,12 @@ using kvreplay::suggestion;
 constexpr int kFailed = 1;
 constexpr int kWrongUsage = 2;
 
-// Whether another process of a sweep says what is wrong: all of them fail together.
+// Whether another process of a sweep says what is wrong, and ends with the exit code: all of them fail together, and
+// MPI's launcher ends the others as soon as it sees one fail, even that which still has to speak.
 bool told_elsewhere = false;
 
 int report(std::string message, int exit_code) {
-  if (told_elsewhere) return exit_code;
+  if (told_elsewhere) return 0;
   std::ranges::replace(message, '\n', ' ');
   // Not with fmt, which throws where standard error cannot be written to.
   std::fprintf(stderr, "kvreplay: %s\n", message.c_str());
@@ -124,7 +125,11 @@ int main(int argc, char** argv) {
   // So that a limit on the size of files is an error that is told, like a full disk.
   std::signal(SIGXFSZ, SIG_IGN);
   kvreplay::cli::clean_up_when_interrupted();
-  told_elsewhere = argc > 1 && std::string_view(argv[1]) == "sweep" && kvreplay::launched_rank().rank > 0;
+  const kvreplay::LaunchedRank launched = kvreplay::launched_rank();
+  if (launched.size > 1 && argc > 1 && std::string_view(argv[1]) == "sweep") {
+    told_elsewhere = launched.rank > 0;
+    kvreplay::cli::say_when_interrupted("");
+  }
   const int exit_code = run_and_report(argc, argv);
   errno = 0;
   std::cout.flush();

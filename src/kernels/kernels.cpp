@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/kernels.cpp"
@@ -108,6 +109,7 @@ HWY_INLINE void transpose_square(const float* from, Index from_row, float* to, I
   constexpr int n = static_cast<int>(kVectorLanes);
   Vector rows[n];
   for (int i = 0; i < n; ++i) rows[i] = hn::LoadU(d, from + i * from_row);
+#if HWY_TARGET != HWY_SCALAR  // a single lane is turned already
   for (int round = 1; round < n; round *= 2) {
     Vector next[n];
     for (int i = 0; i < n / 2; ++i) {
@@ -116,6 +118,7 @@ HWY_INLINE void transpose_square(const float* from, Index from_row, float* to, I
     }
     for (int i = 0; i < n; ++i) rows[i] = next[i];
   }
+#endif
   for (int i = 0; i < n; ++i) hn::StoreU(rows[i], d, to + i * to_row);
 }
 
@@ -150,9 +153,12 @@ BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softca
   const auto inverse_cap = hn::Set(d, softcapping > 0 ? 1.0f / softcapping : 0.0f);
   const bool all_visible = block.first_visible <= 0 && block.end_visible >= block.panels * kPanel;
   auto maximum = lowest;
+  // Where the scale is all that is done to products, they need not be written down in between.
+  const bool as_they_are = all_visible && softcapping <= 0 && scale > 0;
   for (Index p = 0; p < block.panels; ++p) {
     float* row = block.logits + p * block.panel_step;
-    for (Index j = 0; j < kPanel; j += n) {
+    for (Index j = 0; as_they_are && j < kPanel; j += n) maximum = hn::Max(maximum, hn::LoadU(d, row + j));
+    for (Index j = 0; !as_they_are && j < kPanel; j += n) {
       auto logit = hn::Mul(hn::LoadU(d, row + j), factor);
       if (softcapping > 0) logit = hn::Mul(hn::Tanh(d, hn::Mul(logit, inverse_cap)), cap);
       if (!all_visible) {
@@ -165,6 +171,8 @@ BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softca
       maximum = hn::Max(maximum, logit);
     }
   }
+  const auto rest_of_scale = hn::Set(d, as_they_are ? scale : 1.0f);
+  maximum = hn::Mul(maximum, rest_of_scale);
   const float largest = hn::GetLane(hn::MaxOfLanes(d, maximum));
   if (largest == -std::numeric_limits<float>::infinity()) {
     for (Index p = 0; p < block.panels; ++p) std::fill_n(block.logits + p * block.panel_step, kPanel, 0.0f);
@@ -179,7 +187,8 @@ BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softca
     float* row = block.logits + p * block.panel_step;
     for (Index j = 0; j < kPanel; j += kLanes) {
       for (int v = 0; v < kSums; ++v) {
-        const auto weight = hn::Exp(d, hn::Sub(hn::LoadU(d, row + j + v * n), shift));
+        const auto logit = hn::Mul(hn::LoadU(d, row + j + v * n), rest_of_scale);
+        const auto weight = hn::Exp(d, hn::Sub(logit, shift));
         hn::StoreU(weight, d, row + j + v * n);
         sums[v] = hn::Add(sums[v], weight);
       }
@@ -201,7 +210,7 @@ void finish_logits(const QueryColumns& queries, Index first_key, Index count, fl
   const auto factor = hn::Set(d, queries.scale);
   const auto cap = hn::Set(d, queries.softcapping);
   const auto inverse_cap = hn::Set(d, queries.softcapping > 0 ? 1.0f / queries.softcapping : 0.0f);
-  for (Index j = 0; j < kPanel; j += n) {
+  for (Index j = 0; j < queries.columns; j += n) {
     const auto last = hn::LoadU(di, queries.positions + j);
     auto maximum = hn::LoadU(d, maxima + j);
     for (Index key = 0; key < count; ++key) {
@@ -220,11 +229,11 @@ void finish_logits(const QueryColumns& queries, Index first_key, Index count, fl
   }
 }
 
-void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums) {
+void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums, Index columns) {
   const Floats d;
   constexpr Index n = static_cast<Index>(kVectorLanes);
   float added[kPanel];
-  for (Index j = 0; j < kPanel; j += n) {
+  for (Index j = 0; j < columns; j += n) {
     const auto maximum = hn::LoadU(d, maxima + j);
     auto sum = hn::Zero(d);
     for (Index key = 0; key < count; ++key) {
@@ -234,7 +243,7 @@ void exponentiate_columns(Index count, const float* maxima, float* logits, doubl
     }
     hn::StoreU(sum, d, added + j);
   }
-  for (Index q = 0; q < kPanel; ++q) sums[q] += static_cast<double>(added[q]);
+  for (Index q = 0; q < columns; ++q) sums[q] += static_cast<double>(added[q]);
 }
 
 void squared_lengths(const float* panel, Index depth, float* lengths) {
@@ -429,11 +438,12 @@ void largest(const float* values, Index size, Index count, std::vector<std::uint
     std::uint64_t bits = 0;
     for (Index v = 0; v < kBits; v += n) {
       const auto mask = hn::Not(hn::Gt(least, orderable(d, hn::LoadU(d, values + j + v))));
-      std::uint8_t bytes[8] = {};
+      // Read back as wide as it was written, or the processor waits for the write.
+      std::conditional_t<(n > 8), std::uint16_t, std::uint8_t> part = 0;
+      std::uint8_t bytes[8];
       hn::StoreMaskBits(du, mask, bytes);
-      std::uint64_t part = 0;
       std::memcpy(&part, bytes, sizeof part);
-      bits |= part << v;
+      bits |= static_cast<std::uint64_t>(part) << v;
     }
     pick(bits, j);
   }
@@ -524,8 +534,8 @@ void finish_logits(const QueryColumns& queries, Index first_key, Index count, fl
   HWY_DYNAMIC_DISPATCH(finish_logits)(queries, first_key, count, products, maxima);
 }
 
-void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums) {
-  HWY_DYNAMIC_DISPATCH(exponentiate_columns)(count, maxima, logits, sums);
+void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums, Index columns) {
+  HWY_DYNAMIC_DISPATCH(exponentiate_columns)(count, maxima, logits, sums, columns);
 }
 
 void squared_lengths(const float* panel, Index depth, float* lengths) {

@@ -54,7 +54,8 @@ BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softca
 
 /// Queries that attend to the same keys, side by side: a row of kPanel logits per key.
 struct QueryColumns {
-  const std::int32_t* positions = nullptr;  ///< [kPanel]
+  const std::int32_t* positions = nullptr;  ///< [columns]
+  Index columns = kPanel;                   ///< that are looked at: a multiple of kLanes, at most kPanel
   std::int32_t sliding_window = 0;          ///< keys that a query sees, its own included; 0: all before it
   float scale = 1;
   float softcapping = 0;  ///< 0: none
@@ -66,7 +67,7 @@ void finish_logits(const QueryColumns& queries, Index first_key, Index count, fl
 
 /// Replaces each logit by exp(logit − maxima[q]) and adds their sums to sums[q]: in float32 over the call, in double
 /// over calls.
-void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums);
+void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums, Index columns = kPanel);
 
 /// lengths[n] = Σ_d panel[d, n]² for the kPanel positions of a panel of `depth` rows.
 void squared_lengths(const float* panel, Index depth, float* lengths);

@@ -123,6 +123,7 @@ Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(win
     }
   }
   count_operations(2 * prompt * rows_ * depth);
+  count_exponentials(prompt * rows_);
   factors_.resize(parts.size());
   for (Index row = 0; row < rows_; ++row) {
     const auto part = [&](Index block) -> const kernels::BlockSoftmax& {

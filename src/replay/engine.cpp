@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 
+#include "base/buffer.h"
 #include "base/error.h"
 #include "base/parallel.h"
 #include "base/printable.h"
@@ -52,6 +53,9 @@ TraceReplay prepare(const TraceReader& trace, int eviction_position) {
   }
   return replay;
 }
+
+// The share of a memory limit that given-up buffers may hold.
+constexpr Index kShareKept = 8;
 
 // A result of the outline: what the setting is, without numbers.
 ReplayResult outline_of(const Setting& setting, const TraceReplay& replay) {
@@ -164,6 +168,8 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
 }
 
 ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
+  const Index asked = limit;
+  limit -= limit / kShareKept;
   constexpr Index kCombinations = Index{256} << 20;
   constexpr Index kDifferences = Index{512} << 20;
   const int threads = omp_get_max_threads();
@@ -181,7 +187,10 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
       const Index width = Index{outline.model.num_attention_heads} * outline.model.head_dim;
       Index capacity = 0;
       for (const Setting& setting : settings) capacity = std::max<Index>(capacity, setting.capacity);
-      const Index unit = LayerSelection::memory_of_layer(outline, settings) + LayerProjection::memory(outline.model);
+      const std::vector<ReplayUnit> layers(static_cast<std::size_t>(outline.model.num_layers),
+                                           ReplayUnit{static_cast<int>(r), 0});
+      const Index unit = static_cast<Index>(units_at_once(layers)) *
+                         (LayerSelection::memory_of_layer(outline, settings) + LayerProjection::memory(outline.model));
 
       const Index ranked = LayerSelection::memory_of_head(traces_[trace_of_outline_[r]], outline, settings);
       const Index least = LayerSelection::least_combination_bytes(outline, settings);
@@ -192,8 +201,9 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
       plan.memory = std::max(plan.memory, unit + plan.heads_at_once * (ranked + std::max(least, combinations)));
 
       const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1, capacity);
-      const Index projected = 2 * kernels::kPanel * width * static_cast<Index>(sizeof(float));
-      const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries);
+      const Index projected = kProjectionSlice * (width + kernels::kPanel) * static_cast<Index>(sizeof(float));
+      const Index setting =
+          static_cast<Index>(units_at_once(layers)) * LayerMeasurement::memory_per_setting(outline.model, queries);
       const Index fixed = unit + plan.heads_at_once * std::max(evaluated, projected) + setting;
       Index at_once = std::clamp<Index>(kDifferences / setting, 1, count);
       if (limit > 0) at_once = std::min(at_once, (limit - fixed) / setting);
@@ -206,7 +216,7 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
   throw Error(
       fmt::format("{} of memory are too little: one head at a time takes {}; give --memory as much, or replay "
                   "fewer settings at once",
-                  size_text(limit), size_text(plan.memory)));
+                  size_text(asked), size_text(plan.memory + plan.memory / (kShareKept - 1))));
 }
 
 Index ReplayEngine::memory() const { return plan_for(memory_limit_).memory; }
@@ -214,6 +224,8 @@ Index ReplayEngine::memory() const { return plan_for(memory_limit_).memory; }
 void ReplayEngine::limit_memory(Index bytes) {
   static_cast<void>(plan_for(bytes));
   memory_limit_ = bytes;
+  // What one stage gives up must not stand beside what the next one takes.
+  Buffer::keep_at_most(bytes / kShareKept);
 }
 
 bool ReplayEngine::needs_projection(const ReplayUnit& unit) const {
@@ -233,18 +245,21 @@ const TraceReader& ReplayEngine::trace_of(const ReplayUnit& unit) const {
   return traces_[trace_of_outline_[static_cast<std::size_t>(unit.replay)]];
 }
 
-// The fewest units whose heads keep all threads busy to the end, or nearly.
+// The fewest units whose heads keep all threads busy to the end, or nearly: enough rounds of them that a thread which
+// is late matters little, and hardly one that is not full.
 std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units) const {
+  constexpr std::size_t kRounds = 8;
   constexpr double kBusyEnough = 0.95;
   const auto threads = static_cast<std::size_t>(omp_get_max_threads());
   std::size_t heads = 0;
   std::size_t count = 0;
   while (count < units.size()) {
-    heads +=
-        static_cast<std::size_t>(outlines_[static_cast<std::size_t>(units[count].replay)].model.num_key_value_heads);
+    const TraceReplay& outline = outlines_[static_cast<std::size_t>(units[count].replay)];
+    heads += static_cast<std::size_t>(outline.model.num_key_value_heads);
     ++count;
     const std::size_t rounds = (heads + threads - 1) / threads;
-    if (static_cast<double>(heads) >= kBusyEnough * static_cast<double>(rounds * threads)) break;
+    const bool full = static_cast<double>(heads) >= kBusyEnough * static_cast<double>(rounds * threads);
+    if (rounds >= kRounds && full) break;
   }
   return count;
 }
@@ -351,6 +366,9 @@ std::vector<std::vector<LayerResult>> ReplayEngine::measure_group(std::span<cons
     for_each_piece(
         group, plan, [&](std::size_t i) { return is_open(i) ? outline(i).model.num_key_value_heads : 0; },
         [&](std::size_t i, int head) { measurements[i].measure_head(head); });
+    for_each_piece(
+        group, plan, [&](std::size_t i) { return is_open(i) ? measurements[i].panels() : 0; },
+        [&](std::size_t i, int panel) { measurements[i].lay_out_panel(panel); });
     for_each_piece(
         group, plan, [&](std::size_t i) { return is_open(i) ? measurements[i].slices() : 0; },
         [&](std::size_t i, int slice) { measurements[i].project_slice(slice); });

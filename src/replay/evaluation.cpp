@@ -42,10 +42,11 @@ double cosine(const Eigen::RowVectorXd& a, const Eigen::RowVectorXd& b) {
 
 struct HeadEvaluation::Block {
   std::array<std::int32_t, kPanel> positions;
-  Index count = 0;                  // queries; the columns beyond repeat the last one
+  Index count = 0;                  // queries
+  Index columns = 0;                // the same in whole vectors; those beyond repeat the last query
   Buffer weights;                   // [tokens, kPanel] exponentials against each query's maximum
   std::array<double, kPanel> mass;  // of all positions that are summed
-  DoubleMatrix sums;                // [kPanel, width] of their weighted values
+  DoubleMatrix sums;                // [columns, width] of their weighted values
 };
 
 EvaluationQueries evaluation_queries(const TraceInfo& info, int eviction_position) {
@@ -78,6 +79,7 @@ Index HeadEvaluation::memory(const ModelInfo& model, Index tokens, Index capacit
 // Weights of the queries from `first` on over all positions.
 void HeadEvaluation::attend(int member, Index first, Block& block) const {
   block.count = std::min<Index>(kPanel, queries_.count() - first);
+  block.columns = kernels::rounded_up(block.count, kernels::kLanes);
   const Index depth = shape_.head_dim;
   Matrix queries(kPanel, depth);
   trace_.read_rows(shape_.layer, HeadTensor::queries, shape_.query_head(member), queries_.first + first, block.count,
@@ -90,6 +92,7 @@ void HeadEvaluation::attend(int member, Index first, Block& block) const {
   Buffer panel(depth * kPanel);
   kernels::to_panels(queries.data(), depth, kPanel, depth, panel.data());
   const kernels::QueryColumns columns{.positions = block.positions.data(),
+                                      .columns = block.columns,
                                       .sliding_window = shape_.sliding_window,
                                       .scale = static_cast<float>(shape_.softmax_scale),
                                       .softcapping = static_cast<float>(shape_.attn_logit_softcapping)};
@@ -98,25 +101,27 @@ void HeadEvaluation::attend(int member, Index first, Block& block) const {
   for (Index key = 0; key < tokens_; key += kPositions) {
     const Index count = std::min(kPositions, tokens_ - key);
     float* const logits = block.weights.data() + key * kPanel;
-    kernels::multiply(count, kPanel, depth, keys_.data() + key * width_, width_, 1, panel.data(), kPanel, logits,
+    kernels::multiply(count, block.columns, depth, keys_.data() + key * width_, width_, 1, panel.data(), kPanel, logits,
                       kPanel);
     kernels::finish_logits(columns, key, count, logits, maxima.data());
   }
   std::array<double, kPanel> ignored{};
   for (Index key = 0; key < tokens_; key += kPositions) {
     const Index count = std::min(kPositions, tokens_ - key);
-    kernels::exponentiate_columns(count, maxima.data(), block.weights.data() + key * kPanel, ignored.data());
+    kernels::exponentiate_columns(count, maxima.data(), block.weights.data() + key * kPanel, ignored.data(),
+                                  block.columns);
   }
   count_operations(2 * tokens_ * block.count * depth);
+  count_exponentials(tokens_ * block.count);
 }
 
 // Mass and weighted values of `positions`, with the weights of `block`.
 void HeadEvaluation::sum_over(std::span<const int> positions, const Block& block, Block& sums) const {
   sums.mass.fill(0);
-  sums.sums.setZero(kPanel, width_);
+  sums.sums.setZero(block.columns, width_);
   Buffer weights(kPositions * kPanel);
   Buffer values(kPositions * width_);
-  Matrix part(kPanel, width_);
+  Matrix part(block.columns, width_);
   for (std::size_t first = 0; first < positions.size(); first += kPositions) {
     const auto here = positions.subspan(first, std::min<std::size_t>(kPositions, positions.size() - first));
     const auto count = static_cast<Index>(here.size());
@@ -133,11 +138,11 @@ void HeadEvaluation::sum_over(std::span<const int> positions, const Block& block
       value_rows = values.data();
     }
     for (Index k = 0; k < count; ++k) {
-      for (Index q = 0; q < kPanel; ++q) {
+      for (Index q = 0; q < block.columns; ++q) {
         sums.mass[static_cast<std::size_t>(q)] += static_cast<double>(weight_rows[k * kPanel + q]);
       }
     }
-    kernels::multiply(kPanel, width_, count, weight_rows, 1, kPanel, value_rows, width_, part.data(), width_);
+    kernels::multiply(block.columns, width_, count, weight_rows, 1, kPanel, value_rows, width_, part.data(), width_);
     sums.sums += part.cast<double>();
   }
   count_operations(2 * static_cast<Index>(positions.size()) * block.count * shape_.head_dim);

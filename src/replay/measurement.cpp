@@ -41,6 +41,9 @@ LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, int evic
   const auto queries = static_cast<Index>(evaluation_queries(trace.info(), eviction_position).count());
   outputs_.resize((static_cast<Index>(distinct_.size()) + 1) * queries,
                   Index{model.num_attention_heads} * model.head_dim);
+  if (trace.has_output_projection(layer)) {
+    panels_ = Buffer(kernels::rounded_up(outputs_.rows(), kernels::kPanel) * outputs_.cols());
+  }
   measures_.resize(distinct_.size());
   for (LayerMeasures& m : measures_) m.heads.resize(static_cast<std::size_t>(model.num_attention_heads));
   squared_lengths_.resize(static_cast<std::size_t>(slices()));
@@ -67,8 +70,20 @@ void LayerMeasurement::measure_head(int kv_head) {
   }
 }
 
+int LayerMeasurement::panels() const {
+  if (!trace_.has_output_projection(layer_)) return 0;
+  return static_cast<int>(kernels::rounded_up(outputs_.rows(), kernels::kPanel) / kernels::kPanel);
+}
+
 int LayerMeasurement::slices() const {
   return trace_.has_output_projection(layer_) ? projection_slices(trace_.info().model) : 1;
+}
+
+void LayerMeasurement::lay_out_panel(int panel) {
+  const Index width = outputs_.cols();
+  const Index first = panel * kernels::kPanel;
+  kernels::to_panels(outputs_.data() + first * width, width, std::min(kernels::kPanel, outputs_.rows() - first), width,
+                     panels_.data() + first * width);
 }
 
 void LayerMeasurement::project_slice(int slice) {
@@ -81,26 +96,28 @@ void LayerMeasurement::project_slice(int slice) {
     }
     return;
   }
-  // Rows of the projection become the columns of a panel; a part of its depth stays in the innermost cache while all
-  // outputs pass by.
+  // Some rows of the projection with a panel of outputs at a time, of whose depth a part stays in the innermost cache.
   constexpr Index kDepth = 128;
+  const Index rows_at_once = trace_.reads_projection_directly(layer_) ? kernels::kPanel : kProjectionSlice;
   const Index first = slice * kProjectionSlice;
   const Index end = std::min<Index>(first + kProjectionSlice, trace_.info().model.hidden_size);
-  Buffer rows(kernels::kPanel * width);
-  Buffer panel(kernels::kPanel * width);
-  Buffer projected(outputs_.rows() * kernels::kPanel);
-  for (Index row = first; row < end; row += kernels::kPanel) {
-    const Index count = std::min(kernels::kPanel, end - row);
+  Buffer rows(rows_at_once * width);
+  Buffer projected(rows_at_once * kernels::kPanel);
+  for (Index row = first; row < end; row += rows_at_once) {
+    const Index count = std::min(rows_at_once, end - row);
     trace_.read_projection_rows(layer_, row, count, rows.data());
-    kernels::to_panels(rows.data(), width, count, width, panel.data());
-    for (Index k = 0; k < width; k += kDepth) {
-      kernels::multiply(outputs_.rows(), kernels::kPanel, std::min(kDepth, width - k), outputs_.data() + k, width, 1,
-                        panel.data() + k * kernels::kPanel, kernels::kPanel, projected.data(), kernels::kPanel, k > 0);
-    }
-    for (Index i = 0; i < outputs_.rows(); ++i) {
-      double& sum = squares[static_cast<std::size_t>(i)];
-      for (const float x : projected.part(i * kernels::kPanel, kernels::kPanel)) {
-        sum += static_cast<double>(x) * static_cast<double>(x);
+    for (Index output = 0; output < outputs_.rows(); output += kernels::kPanel) {
+      const float* panel = panels_.data() + output * width;
+      for (Index k = 0; k < width; k += kDepth) {
+        kernels::multiply(count, kernels::kPanel, std::min(kDepth, width - k), rows.data() + k, width, 1,
+                          panel + k * kernels::kPanel, kernels::kPanel, projected.data(), kernels::kPanel, k > 0);
+      }
+      const Index columns = std::min(kernels::kPanel, outputs_.rows() - output);
+      for (Index i = 0; i < count; ++i) {
+        for (Index j = 0; j < columns; ++j) {
+          const auto x = static_cast<double>(projected.data()[i * kernels::kPanel + j]);
+          squares[static_cast<std::size_t>(output + j)] += x * x;
+        }
       }
     }
   }
@@ -141,6 +158,7 @@ std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, in
                                          const std::vector<const LayerSets*>& settings) {
   LayerMeasurement measurement(trace, layer, eviction_position, settings);
   parallel_for(trace.info().model.num_key_value_heads, [&](int kv_head) { measurement.measure_head(kv_head); });
+  parallel_for(measurement.panels(), [&](int panel) { measurement.lay_out_panel(panel); });
   parallel_for(measurement.slices(), [&](int slice) { measurement.project_slice(slice); });
   return measurement.take();
 }

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "base/buffer.h"
 #include "replay/engine.h"
 #include "replay/evaluation.h"
 
@@ -26,10 +27,15 @@ class LayerMeasurement {
   /// attention leaves float32's range.
   void measure_head(int kv_head);
 
-  /// How many slices there are to project.
+  /// How many panels of outputs there are to lay out, and how many slices to project.
+  int panels() const;
   int slices() const;
 
-  /// Once all heads are measured: adds one slice to the layer error. Slices may be projected by different threads at
+  /// Once all heads are measured: puts some of the outputs side by side, as project_slice() multiplies them. Panels may
+  /// be laid out by different threads at once.
+  void lay_out_panel(int panel);
+
+  /// Once all panels are laid out: adds one slice to the layer error. Slices may be projected by different threads at
   /// once.
   void project_slice(int slice);
 
@@ -47,6 +53,7 @@ class LayerMeasurement {
   std::vector<const LayerSets*> distinct_;
   std::vector<std::size_t> kind_;        // [setting]: which of the distinct ones
   Matrix outputs_;                       // [E, H · D], then the differences of every kind below each other
+  Buffer panels_;                        // the same, transposed: [panel][H · D][kPanel], where there is a projection
   std::vector<LayerMeasures> measures_;  // [kind]
   std::vector<std::vector<double>> squared_lengths_;  // [slice][row of outputs_]
 };

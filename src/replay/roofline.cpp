@@ -61,6 +61,25 @@ double product_rate() {
   return operations / best_of(5, [&] { parallel_for(threads, multiply); });
 }
 
+double exponential_rate() {
+  constexpr Index kRows = 512;
+  constexpr int kRepeats = 500;
+  const int threads = omp_get_max_threads();
+  const auto exponentiate = [&](int) {
+    Buffer logits(kRows * kernels::kPanel);
+    std::fill_n(logits.data(), logits.size(), 0.5f);
+    for (int i = 0; i < kRepeats; ++i) {
+      static_cast<void>(kernels::exponentiate({.logits = logits.data(),
+                                               .panels = kRows,
+                                               .panel_step = kernels::kPanel,
+                                               .end_visible = kRows * kernels::kPanel},
+                                              1.0f, 0));
+    }
+  };
+  const double exponentials = static_cast<double>(kRows) * kernels::kPanel * kRepeats * threads;
+  return exponentials / best_of(5, [&] { parallel_for(threads, exponentiate); });
+}
+
 double memory_rate() {
   constexpr Index kFloats = Index{64} << 20;
   const int threads = omp_get_max_threads();
@@ -78,7 +97,7 @@ double memory_rate() {
     });
   });
   for (Buffer& part : parts) part = Buffer();
-  Buffer::trim();
+  Buffer::give_back();
   return static_cast<double>(kFloats / threads * threads) * sizeof(float) / seconds;
 }
 
@@ -110,20 +129,19 @@ double file_rate(const std::filesystem::path& path, int threads) {
   return static_cast<double>(bytes) / seconds;
 }
 
-// Runs `work` for every unit alone and puts down what it took.
-Stage measure_stage(std::string name, int settings, std::span<const ReplayUnit> units, int runs,
-                    const std::function<void(const ReplayUnit&)>& work) {
+// Runs `work`, which takes all layers, and puts down what one of them took.
+Stage measure_stage(std::string name, int settings, int layers, int runs, const std::function<void()>& work) {
   Stage stage{.name = std::move(name), .settings = settings};
+  work();  // the first time, memory is asked for
   std::vector<double> seconds;
-  work(units.front());  // the first time, files are opened and memory is asked for
   const Work before = work_done();
-  for (int run = 0; run < runs; ++run) {
-    for (const ReplayUnit& unit : units) seconds.push_back(seconds_of([&] { work(unit); }));
-  }
+  for (int run = 0; run < runs; ++run) seconds.push_back(seconds_of(work) / layers);
   const Work after = work_done();
+  const double times = static_cast<double>(runs) * layers;
   stage.seconds = median(seconds);
-  stage.bytes = (after.bytes - before.bytes) / static_cast<double>(seconds.size());
-  stage.operations = (after.operations - before.operations) / static_cast<double>(seconds.size());
+  stage.bytes = (after.bytes - before.bytes) / times;
+  stage.operations = (after.operations - before.operations) / times;
+  stage.exponentials = (after.exponentials - before.exponentials) / times;
   return stage;
 }
 
@@ -142,6 +160,7 @@ ReplayRequest request_for(const std::vector<std::string>& specs, const std::vect
 Ceilings measure_ceilings(const TraceReader& trace) {
   Ceilings ceilings;
   ceilings.products = product_rate();
+  ceilings.exponentials = exponential_rate();
   ceilings.memory = memory_rate();
   ceilings.file_by_one_thread = file_rate(trace.path(), 1);
   ceilings.file = std::max(file_rate(trace.path(), omp_get_max_threads()), ceilings.file_by_one_thread);
@@ -149,7 +168,7 @@ Ceilings measure_ceilings(const TraceReader& trace) {
 }
 
 double Stage::floor(const Ceilings& ceilings) const {
-  return std::max(bytes / ceilings.file, operations / ceilings.products);
+  return bytes / ceilings.file + operations / ceilings.products + exponentials / ceilings.exponentials;
 }
 
 std::vector<Stage> measure_stages(const TraceReader& trace, int capacity, int runs) {
@@ -160,27 +179,23 @@ std::vector<Stage> measure_stages(const TraceReader& trace, int capacity, int ru
   const auto select = [&](const std::string& name, const std::vector<std::string>& specs,
                           const std::vector<int>& capacities, Granularity granularity) {
     const ReplayEngine engine(traces, request_for(specs, capacities, granularity));
-    stages.push_back(measure_stage(name, static_cast<int>(specs.size() * capacities.size()), engine.units(), runs,
-                                   [&](const ReplayUnit& unit) {
-                                     engine.select({&unit, 1}, [](const ReplayUnit&, std::vector<LayerSets>) {});
-                                   }));
+    stages.push_back(
+        measure_stage(name, static_cast<int>(specs.size() * capacities.size()), model.num_layers, runs,
+                      [&] { engine.select(engine.units(), [](const ReplayUnit&, std::vector<LayerSets>) {}); }));
   };
 
-  {
-    const ReplayEngine engine(traces, request_for({"recent"}, {capacity}, Granularity::kv));
-    const auto read = [&](const ReplayUnit& unit) {
-      parallel_for(2 * model.num_key_value_heads, [&](int piece) {
-        constexpr Index kRows = 512;
-        Buffer rows(kRows * model.head_dim);
-        const HeadTensor tensor = piece % 2 == 0 ? HeadTensor::keys : HeadTensor::values;
-        for (Index first = 0; first < trace.info().num_tokens(); first += kRows) {
-          trace.read_rows(unit.layer, tensor, piece / 2, first,
-                          std::min<Index>(kRows, trace.info().num_tokens() - first), rows.data());
-        }
-      });
-    };
-    stages.push_back(measure_stage("reading keys and values", 0, engine.units(), runs, read));
-  }
+  const auto read = [&](int piece) {
+    constexpr Index kRows = 512;
+    const int heads = 2 * model.num_key_value_heads;
+    const HeadTensor tensor = piece % 2 == 0 ? HeadTensor::keys : HeadTensor::values;
+    Buffer rows(kRows * model.head_dim);
+    for (Index first = 0; first < trace.info().num_tokens(); first += kRows) {
+      const Index count = std::min<Index>(kRows, trace.info().num_tokens() - first);
+      trace.read_rows(piece / heads, tensor, piece % heads / 2, first, count, rows.data());
+    }
+  };
+  stages.push_back(measure_stage("reading keys and values", 0, model.num_layers, runs,
+                                 [&] { parallel_for(model.num_layers * 2 * model.num_key_value_heads, read); }));
   select("snapkv", {"snapkv"}, {capacity}, Granularity::query);
   select("restkv without projection", {"restkv(projection=false)"}, {capacity}, Granularity::query);
   select("restkv", {"restkv"}, {capacity}, Granularity::query);
@@ -196,12 +211,10 @@ std::vector<Stage> measure_stages(const TraceReader& trace, int capacity, int ru
   select("restkv, 4 capacities", {"restkv"}, capacities, Granularity::kv);
   select("restkv, 10 alphas x 10 betas", in_time_and_space, capacities, Granularity::kv);
   select("restkv, 100 alphas", in_time, capacities, Granularity::kv);
-  {
-    const ReplayEngine engine(traces, request_for({"recent"}, {capacity}, Granularity::kv));
-    stages.push_back(measure_stage("measuring one setting", 1, engine.units(), runs, [&](const ReplayUnit& unit) {
-      engine.run({&unit, 1}, [](const ReplayUnit&, std::vector<LayerResult>) {});
-    }));
-  }
+  const ReplayEngine engine(traces, request_for({"recent"}, {capacity}, Granularity::kv));
+  stages.push_back(measure_stage("measuring one setting", 1, model.num_layers, runs, [&] {
+    engine.run(engine.units(), [](const ReplayUnit&, std::vector<LayerResult>) {});
+  }));
   return stages;
 }
 

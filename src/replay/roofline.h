@@ -11,6 +11,7 @@ namespace kvreplay {
 /// Rates that nothing here exceeds, measured on this machine with OpenMP's present number of threads.
 struct Ceilings {
   double products = 0;            ///< operations per second of float32 matrix products with both factors in the cache
+  double exponentials = 0;        ///< per second, of logits in the cache
   double memory = 0;              ///< bytes per second that are read from memory
   double file_by_one_thread = 0;  ///< bytes per second of the trace's file, in blocks of 1 MiB, as dd copies them
   double file = 0;                ///< the same by all threads
@@ -22,12 +23,14 @@ Ceilings measure_ceilings(const TraceReader& trace);
 /// A part of a replay, per layer.
 struct Stage {
   std::string name;
-  int settings = 0;       ///< policies × capacities
-  double seconds = 0;     ///< the median of the layers and runs
-  double bytes = 0;       ///< of tensors
-  double operations = 0;  ///< a multiplication and an addition count as two
+  int settings = 0;         ///< policies × capacities
+  double seconds = 0;       ///< the median of the layers and runs
+  double bytes = 0;         ///< of tensors
+  double operations = 0;    ///< of products: a multiplication and an addition count as two
+  double exponentials = 0;  ///< of softmax
 
-  /// The least time that the ceilings allow: as long as reading takes, or as calculating takes, whichever is longer.
+  /// The least time that the ceilings allow: that of reading, products and exponentials one after the other, since the
+  /// same cores do all of them, copying from the system's cache included.
   double floor(const Ceilings& ceilings) const;
 };
 

@@ -339,7 +339,7 @@ SweepIdentity SweepIdentity::from_text(std::string_view text, const std::string&
   identity.eviction_positions = values("evict-at");
   identity.heads = single("heads");
   identity.share = single("share");
-  const auto read_files = [&](const std::string& key, std::vector<FileIdentity>& files) {
+  const auto read_files = [&](const std::string& key, std::vector<FileIdentity>& identities) {
     const auto& names = values(key);
     const auto& sizes = values(key + "-size");
     const auto& contents = values(key + "-content");
@@ -349,7 +349,7 @@ SweepIdentity SweepIdentity::from_text(std::string_view text, const std::string&
     for (std::size_t i = 0; i < names.size(); ++i) {
       std::int64_t size = -1;
       std::from_chars(sizes[i].data(), sizes[i].data() + sizes[i].size(), size);
-      files.push_back({names[i], size, contents[i]});
+      identities.push_back({names[i], size, contents[i]});
     }
   };
   read_files("traces", identity.traces);

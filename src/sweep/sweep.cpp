@@ -15,6 +15,9 @@ namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+// Leaves the engine's loop; never seen outside this file.
+struct Stopped {};
+
 // Both parts of a unit's cost in one number: at this many operations in the time of a byte.
 double weight_of(const Work& work) {
   constexpr double kOperationsPerByte = 10;
@@ -97,13 +100,6 @@ std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, st
   }
   return parts;
 }
-
-namespace {
-
-// Leaves the engine's loop; never seen outside this file.
-struct Stopped {};
-
-}  // namespace
 
 void run_units(const ReplayEngine& engine, std::span<const ReplayUnit> units, const UnitStore& store,
                const std::function<bool(const ReplayUnit&)>& stored) {

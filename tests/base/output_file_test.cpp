@@ -34,6 +34,23 @@ TEST(OutputFile, WritesTextAsAWhole) {
   EXPECT_THAT(folder.names(), ElementsAre("result.csv"));
 }
 
+TEST(TextOutput, WritesPieceByPieceAndPutsTheWholeInItsPlace) {
+  const TemporaryFolder folder;
+  OutputFile::write_text(folder / "result.csv", "first");
+  {
+    TextOutput output(folder / "result.csv");
+    output.add("half of the second");
+    EXPECT_EQ(content(folder / "result.csv"), "first");
+  }
+  EXPECT_EQ(content(folder / "result.csv"), "first") << "abandoned";
+  TextOutput output(folder / "result.csv");
+  output.add("a,b\n");
+  output.add("1,2\n");
+  output.finish();
+  EXPECT_EQ(content(folder / "result.csv"), "a,b\n1,2\n");
+  EXPECT_THAT(folder.names(), ElementsAre("result.csv"));
+}
+
 TEST(OutputFile, ReplacesWhatStoodThere) {
   const TemporaryFolder folder;
   OutputFile::write_text(folder / "result.csv", "a long first version");

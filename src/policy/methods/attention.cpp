@@ -26,7 +26,9 @@ class Attention : public Ranking {
   explicit Attention(AttentionParameters parameters) : p_(parameters) {}
 
   Protection protection() const override { return {.window = p_.window}; }
-  Requirements requirements() const override { return {.window_queries = p_.window, .keys_or_values = p_.values, .combinations = {combination()}}; }
+  Requirements requirements() const override {
+    return {.window_queries = p_.window, .keys_or_values = p_.values, .combinations = {combination()}};
+  }
   bool depends_on_capacity() const override { return p_.spatial == Spatial::adaptive; }
 
   void score(const Head& head, int member, std::span<float> scores) const override {

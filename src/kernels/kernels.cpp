@@ -379,6 +379,9 @@ HWY_INLINE auto orderable(Floats d, V values) {
   return hn::Xor(hn::BitCast(du, bits), hn::Or(negative, hn::Set(du, 0x80000000U)));
 }
 
+// The float that an orderable number stands for.
+inline float float_of(std::uint32_t key) { return std::bit_cast<float>((key >> 31) != 0 ? key ^ 0x80000000U : ~key); }
+
 // The count-th largest of `keys`, bit by bit from the highest: a bit is set if at least `count` keys reach what it
 // makes. No comparison decides a branch, so that nothing is mispredicted. `keys` are followed by zeros to the next
 // vector.
@@ -425,7 +428,8 @@ void largest(const float* values, Index size, Index count, std::vector<std::uint
   }
 
   // What reaches it, in the order of positions: few of many, so they are picked out of the bits of the comparisons.
-  const auto least = hn::Set(du, threshold);
+  const float lowest = threshold == 0 ? -std::numeric_limits<float>::infinity() : float_of(threshold);
+  const auto least = hn::Set(d, lowest);
   Index found = 0;
   const auto pick = [&](std::uint64_t bits, Index first) {
     for (; bits != 0; bits &= bits - 1) {
@@ -437,7 +441,7 @@ void largest(const float* values, Index size, Index count, std::vector<std::uint
   for (; j + kBits <= size; j += kBits) {
     std::uint64_t bits = 0;
     for (Index v = 0; v < kBits; v += n) {
-      const auto mask = hn::Not(hn::Gt(least, orderable(d, hn::LoadU(d, values + j + v))));
+      const auto mask = hn::RebindMask(du, hn::Ge(hn::LoadU(d, values + j + v), least));
       // Read back as wide as it was written, or the processor waits for the write.
       std::conditional_t<(n > 8), std::uint16_t, std::uint8_t> part = 0;
       std::uint8_t bytes[8];
@@ -447,13 +451,12 @@ void largest(const float* values, Index size, Index count, std::vector<std::uint
     }
     pick(bits, j);
   }
-  for (; j < size; ++j) {
-    pick(hn::GetLane(orderable(d, hn::Set(d, values[j]))) >= threshold ? 1 : 0, j);
-  }
-  for (Index i = 0; i < found; ++i) {
-    const float value = values[positions[static_cast<std::size_t>(i)]] + 0.0f;
-    const auto bits = std::bit_cast<std::uint32_t>(value);
-    keys[static_cast<std::size_t>(i)] = bits ^ ((bits >> 31) != 0 ? 0xffffffffU : 0x80000000U);
+  for (; j < size; ++j) pick(values[j] >= lowest ? 1 : 0, j);
+  // Places beyond the last are any that exist.
+  std::fill_n(positions.begin() + found, n, 0U);
+  for (Index i = 0; i < found; i += n) {
+    const auto places = hn::BitCast(hn::RebindToSigned<Floats>(), hn::LoadU(du, positions.data() + i));
+    hn::StoreU(orderable(d, hn::GatherIndex(d, values, places)), du, keys.data() + i);
   }
   std::fill_n(keys.begin() + found, n, 0U);
   if (found > count) {

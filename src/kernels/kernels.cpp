@@ -195,13 +195,13 @@ BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softca
     }
   }
   const auto rest_of_scale = hn::Set(d, as_they_are ? scale : 1.0f);
-  maximum = hn::Mul(maximum, rest_of_scale);
-  const float largest = hn::GetLane(hn::MaxOfLanes(d, maximum));
+  maximum = hn::MaxOfLanes(d, maximum);
+  const auto shift = maximum;
+  const float largest = hn::GetLane(hn::Mul(maximum, rest_of_scale));
   if (largest == -std::numeric_limits<float>::infinity()) {
     for (Index p = 0; p < block.panels; ++p) std::fill_n(block.logits + p * block.panel_step, kPanel, 0.0f);
     return {largest, 0};
   }
-  const auto shift = hn::Set(d, largest);
   // Always kLanes partial sums, whatever the width of a vector.
   constexpr int kSums = static_cast<int>(kLanes / n);
   Vector sums[kSums];
@@ -210,8 +210,9 @@ BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softca
     float* row = block.logits + p * block.panel_step;
     for (Index j = 0; j < kPanel; j += kLanes) {
       for (int v = 0; v < kSums; ++v) {
-        const auto logit = hn::Mul(hn::LoadU(d, row + j + v * n), rest_of_scale);
-        const auto weight = exp_of_negative(d, hn::Sub(logit, shift));
+        // Subtracted before it is scaled: a compiler may fuse the other order, and then the largest is not 1.
+        const auto below = hn::Sub(hn::LoadU(d, row + j + v * n), shift);
+        const auto weight = exp_of_negative(d, hn::Mul(below, rest_of_scale));
         hn::StoreU(weight, d, row + j + v * n);
         sums[v] = hn::Add(sums[v], weight);
       }

@@ -1,6 +1,8 @@
 #include "policy/projection.h"
 
 #include <Eigen/Cholesky>
+#include <Eigen/Eigenvalues>
+#include <Eigen/QR>
 #include <algorithm>
 #include <cmath>
 
@@ -10,18 +12,19 @@
 namespace kvreplay {
 namespace {
 
-// Cholesky's decomposition of a matrix that has directions of length 0, or of less than rounding.
+// For a matrix that has directions of length 0, or of less than rounding, where Cholesky's decomposition would divide
+// by what is nothing but rounding.
 Eigen::MatrixXd semidefinite_factor(const Eigen::MatrixXd& gram) {
-  const Index size = gram.rows();
-  const double negligible = 1e-9 * std::max(gram.diagonal().maxCoeff(), 0.0);
-  Eigen::MatrixXd factor = Eigen::MatrixXd::Zero(size, size);
-  for (Index j = 0; j < size; ++j) {
-    const double pivot = gram(j, j) - factor.col(j).head(j).squaredNorm();
-    if (pivot <= negligible) continue;
-    factor(j, j) = std::sqrt(pivot);
-    for (Index i = j + 1; i < size; ++i) {
-      factor(j, i) = (gram(j, i) - factor.col(j).head(j).dot(factor.col(i).head(j))) / factor(j, j);
-    }
+  const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(Eigen::MatrixXd(gram.selfadjointView<Eigen::Upper>()));
+  const Eigen::VectorXd& squares = solver.eigenvalues();  // ascending
+  // None is negative but by rounding, which so tells how large it is.
+  const double negligible = std::max(-4 * squares(0), 1e-9 * squares(squares.size() - 1));
+  const Eigen::VectorXd lengths =
+      squares.unaryExpr([negligible](double x) { return x > negligible ? std::sqrt(x) : 0; });
+  const Eigen::HouseholderQR<Eigen::MatrixXd> triangle(lengths.asDiagonal() * solver.eigenvectors().transpose());
+  Eigen::MatrixXd factor = triangle.matrixQR().triangularView<Eigen::Upper>();
+  for (Index i = 0; i < factor.rows(); ++i) {
+    if (factor.row(i).norm() <= 1e-9 * lengths(lengths.size() - 1)) factor.row(i).setZero();
   }
   return factor;
 }

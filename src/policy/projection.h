@@ -18,8 +18,8 @@ Index factor_width(Index head_dim);
 void add_projection_gram(const float* rows, Index row, Index count, Index head_dim, float* gram);
 
 /// R, upper triangular [D, factor_width(D)] and 0 beyond column D, with RᵀR = WᵀW and so ‖R x‖ = ‖W x‖ for every x.
-/// `gram` is the sum of what add_projection_gram() gave for slices of kProjectionSlice rows. Directions that W maps to
-/// nothing become rows of zeros.
+/// `gram` is the sum of what add_projection_gram() gave for slices of kProjectionSlice rows. Where W maps directions to
+/// nothing, as many rows are zeros or of the size of rounding.
 Matrix projection_factor_from(const Eigen::MatrixXd& gram);
 
 /// The same from W [C, D] itself.

@@ -269,23 +269,29 @@ TEST(Exponentiate, FollowsItsDefinitionUnderAnyMask) {
 
 TEST(Exponentiate, HugeLogitsStayNumbers) {
   EveryProcessor().for_each([] {
-    for (const float size : {1e3f, 1e10f, 1e30f}) {
-      for (const float softcapping : {0.0f, 30.0f}) {
-        std::vector<float> logits = normal(2 * kPanel, 12, size);
-        const auto largest_product = std::ranges::max_element(logits) - logits.begin();
-        const BlockSoftmax found = exponentiate(
-            {.logits = logits.data(), .panels = 2, .panel_step = kPanel, .first_visible = 0, .end_visible = 128}, 1,
-            softcapping);
-        EXPECT_TRUE(std::isfinite(found.maximum));
-        EXPECT_TRUE(std::isfinite(found.sum));
-        for (const float weight : logits) {
-          ASSERT_GE(weight, 0.0f);
-          ASSERT_LE(weight, 1.0f);
-        }
-        EXPECT_EQ(logits[static_cast<std::size_t>(largest_product)], 1.0f);
-        EXPECT_GE(found.sum, 1.0f);
-        if (softcapping > 0) {
-          EXPECT_NEAR(found.maximum, softcapping, 1e-5);
+    for (const float size : {1e3f, 1e6f, 1e10f, 1e30f}) {
+      for (const float scale : {1.0f, 0.35f, 0.088388346f}) {
+        for (const float softcapping : {0.0f, 30.0f}) {
+          for (const Index end : {127, 128}) {
+            SCOPED_TRACE(testing::Message() << "products of " << size << " times " << scale << ", capped at "
+                                            << softcapping << ", " << end << " visible");
+            std::vector<float> logits = normal(2 * kPanel, 12, size);
+            const auto largest_product = std::max_element(logits.begin(), logits.begin() + end) - logits.begin();
+            const BlockSoftmax found = exponentiate(
+                {.logits = logits.data(), .panels = 2, .panel_step = kPanel, .first_visible = 0, .end_visible = end},
+                scale, softcapping);
+            EXPECT_TRUE(std::isfinite(found.maximum));
+            EXPECT_TRUE(std::isfinite(found.sum));
+            for (const float weight : logits) {
+              ASSERT_GE(weight, 0.0f);
+              ASSERT_LE(weight, 1.0f);
+            }
+            EXPECT_EQ(logits[static_cast<std::size_t>(largest_product)], 1.0f);
+            EXPECT_GE(found.sum, 1.0f);
+            if (softcapping > 0) {
+              EXPECT_NEAR(found.maximum, softcapping, 1e-5);
+            }
+          }
         }
       }
     }
@@ -343,6 +349,36 @@ TEST(Columns, LogitsAndExponentialsFollowTheirDefinition) {
           }
           ASSERT_NEAR(sums[at(q)], sum, 1e-5 * sum);
         }
+      }
+    }
+  });
+}
+
+TEST(Columns, TheOthersAreNotLookedAt) {
+  EveryProcessor().for_each([] {
+    for (const Index columns : {16, 32, 48}) {
+      constexpr Index kKeys = 5;
+      const std::vector<std::int32_t> positions(at(columns), 3);
+      const std::vector<float> products = normal(kKeys * kPanel, 18);
+      std::vector<float> logits = products;
+      std::vector<float> maxima(at(kPanel), -5);
+      std::vector<double> sums(at(kPanel), 0);
+      finish_logits({.positions = positions.data(), .columns = columns}, 0, kKeys, logits.data(), maxima.data());
+      exponentiate_columns(kKeys, maxima.data(), logits.data(), sums.data(), columns);
+      for (Index q = 0; q < kPanel; ++q) {
+        double sum = 0;
+        for (Index key = 0; key < kKeys; ++key) {
+          const std::size_t place = at(key * kPanel + q);
+          if (q >= columns) {
+            ASSERT_EQ(logits[place], products[place]);
+          } else if (key <= 3) {
+            sum += std::exp(static_cast<double>(products[place]) - static_cast<double>(maxima[at(q)]));
+          } else {
+            ASSERT_EQ(logits[place], 0.0f);
+          }
+        }
+        ASSERT_NEAR(sums[at(q)], sum, 1e-5 * sum);
+        ASSERT_TRUE(q < columns || maxima[at(q)] == -5);
       }
     }
   });

@@ -238,7 +238,7 @@ void finish_logits(const QueryColumns& queries, Index first_key, Index count, fl
     const auto last = hn::LoadU(di, queries.positions + j);
     auto maximum = hn::LoadU(d, maxima + j);
     for (Index key = 0; key < count; ++key) {
-      auto logit = hn::Mul(hn::LoadU(d, products + key * kPanel + j), factor);
+      auto logit = hn::Mul(hn::LoadU(d, products + key * queries.columns + j), factor);
       if (queries.softcapping > 0) logit = hn::Mul(hn::Tanh(d, hn::Mul(logit, inverse_cap)), cap);
       const auto position = hn::Set(di, static_cast<std::int32_t>(first_key + key));
       auto hidden = hn::Gt(position, last);
@@ -246,28 +246,22 @@ void finish_logits(const QueryColumns& queries, Index first_key, Index count, fl
         hidden = hn::Or(hidden, hn::Gt(hn::Sub(last, position), hn::Set(di, queries.sliding_window - 1)));
       }
       logit = hn::IfThenElse(hn::RebindMask(d, hidden), lowest, logit);
-      hn::StoreU(logit, d, products + key * kPanel + j);
+      hn::StoreU(logit, d, products + key * queries.columns + j);
       maximum = hn::Max(maximum, logit);
     }
     hn::StoreU(maximum, d, maxima + j);
   }
 }
 
-void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums, Index columns) {
+void exponentiate_columns(Index count, Index columns, const float* maxima, float* logits) {
   const Floats d;
-  constexpr Index n = static_cast<Index>(kVectorLanes);
-  float added[kPanel];
-  for (Index j = 0; j < columns; j += n) {
+  for (Index j = 0; j < columns; j += static_cast<Index>(kVectorLanes)) {
     const auto maximum = hn::LoadU(d, maxima + j);
-    auto sum = hn::Zero(d);
     for (Index key = 0; key < count; ++key) {
-      const auto weight = exp_of_negative(d, hn::Sub(hn::LoadU(d, logits + key * kPanel + j), maximum));
-      hn::StoreU(weight, d, logits + key * kPanel + j);
-      sum = hn::Add(sum, weight);
+      float* const place = logits + key * columns + j;
+      hn::StoreU(exp_of_negative(d, hn::Sub(hn::LoadU(d, place), maximum)), d, place);
     }
-    hn::StoreU(sum, d, added + j);
   }
-  for (Index q = 0; q < columns; ++q) sums[q] += static_cast<double>(added[q]);
 }
 
 void squared_lengths(const float* panel, Index depth, float* lengths) {
@@ -561,8 +555,8 @@ void finish_logits(const QueryColumns& queries, Index first_key, Index count, fl
   HWY_DYNAMIC_DISPATCH(finish_logits)(queries, first_key, count, products, maxima);
 }
 
-void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums, Index columns) {
-  HWY_DYNAMIC_DISPATCH(exponentiate_columns)(count, maxima, logits, sums, columns);
+void exponentiate_columns(Index count, Index columns, const float* maxima, float* logits) {
+  HWY_DYNAMIC_DISPATCH(exponentiate_columns)(count, columns, maxima, logits);
 }
 
 void squared_lengths(const float* panel, Index depth, float* lengths) {

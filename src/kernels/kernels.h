@@ -52,10 +52,10 @@ struct BlockSoftmax {
 };
 BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softcapping);
 
-/// Queries that attend to the same keys, side by side: a row of kPanel logits per key.
+/// Queries that attend to the same keys, side by side: a row of logits per key.
 struct QueryColumns {
   const std::int32_t* positions = nullptr;  ///< [columns]
-  Index columns = kPanel;                   ///< that are looked at: a multiple of kLanes, at most kPanel
+  Index columns = kPanel;                   ///< queries: a multiple of kLanes; so many floats make a row
   std::int32_t sliding_window = 0;          ///< keys that a query sees, its own included; 0: all before it
   float scale = 1;
   float softcapping = 0;  ///< 0: none
@@ -65,9 +65,8 @@ struct QueryColumns {
 /// −∞, and raises maxima[q] to the largest of each column.
 void finish_logits(const QueryColumns& queries, Index first_key, Index count, float* products, float* maxima);
 
-/// Replaces each logit by exp(logit − maxima[q]) and adds their sums to sums[q]: in float32 over the call, in double
-/// over calls.
-void exponentiate_columns(Index count, const float* maxima, float* logits, double* sums, Index columns = kPanel);
+/// Replaces each logit of `count` rows of `columns` by exp(logit − maxima[q]).
+void exponentiate_columns(Index count, Index columns, const float* maxima, float* logits);
 
 /// lengths[n] = Σ_d panel[d, n]² for the kPanel positions of a panel of `depth` rows.
 void squared_lengths(const float* panel, Index depth, float* lengths);

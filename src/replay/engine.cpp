@@ -185,8 +185,6 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
       const auto queries = static_cast<Index>(outline.evaluation_positions.size());
       const auto count = static_cast<Index>(settings.size());
       const Index width = Index{outline.model.num_attention_heads} * outline.model.head_dim;
-      Index capacity = 0;
-      for (const Setting& setting : settings) capacity = std::max<Index>(capacity, setting.capacity);
       const std::vector<ReplayUnit> layers(static_cast<std::size_t>(outline.model.num_layers),
                                            ReplayUnit{static_cast<int>(r), 0});
       const Index unit = static_cast<Index>(units_at_once(layers)) *
@@ -200,7 +198,7 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
       plan.combination_bytes = std::min(plan.combination_bytes, combinations);
       plan.memory = std::max(plan.memory, unit + plan.heads_at_once * (ranked + std::max(least, combinations)));
 
-      const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1, capacity);
+      const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1);
       const Index projected = kProjectionSlice * (width + kernels::kPanel) * static_cast<Index>(sizeof(float));
       const Index setting =
           static_cast<Index>(units_at_once(layers)) * LayerMeasurement::memory_per_setting(outline.model, queries);

@@ -22,6 +22,9 @@ using kernels::kPanel;
 // Positions whose weighted values are summed in float32.
 constexpr Index kPositions = 512;
 
+// Queries of a group that attend together: as many as a block of keys is still in the cache for.
+constexpr Index kColumns = 2 * kPanel;
+
 // Below this sum of exponentials, against the full cache's maximum, too few of their bits are left.
 constexpr double kFaint = 1e-30;
 
@@ -40,13 +43,28 @@ double cosine(const Eigen::RowVectorXd& a, const Eigen::RowVectorXd& b) {
 
 }  // namespace
 
-struct HeadEvaluation::Block {
-  std::array<std::int32_t, kPanel> positions;
-  Index count = 0;                  // queries
-  Index columns = 0;                // the same in whole vectors; those beyond repeat the last query
-  Buffer weights;                   // [tokens, kPanel] exponentials against each query's maximum
-  std::array<double, kPanel> mass;  // of all positions that are summed
-  DoubleMatrix sums;                // [columns, width] of their weighted values
+// Queries of some query heads that are measured together.
+struct HeadEvaluation::Attention {
+  Index first = 0;                      // index of the first query
+  Index count = 0;                      // queries of each query head
+  Index columns = 0;                    // the same in whole vectors; those beyond repeat the last query
+  int first_member = 0;                 // of the group
+  int members = 0;                      // side by side
+  std::vector<std::int32_t> positions;  // [members · columns]
+  Buffer weights;                       // [tokens, members · columns] exponentials against each query's maximum
+
+  Index row() const { return members * columns; }
+};
+
+// What the queries of one query head get from some positions.
+struct HeadEvaluation::Sums {
+  std::vector<double> mass;  // [columns]
+  DoubleMatrix values;       // [columns, width], weighted
+
+  void clear(Index columns, Index width) {
+    mass.assign(static_cast<std::size_t>(columns), 0.0);
+    values.setZero(columns, width);
+  }
 };
 
 EvaluationQueries evaluation_queries(const TraceInfo& info, int eviction_position) {
@@ -60,178 +78,225 @@ HeadEvaluation::HeadEvaluation(const TraceReader& trace, int layer, int kv_head,
       shape_(head_shape(trace.info(), layer, kv_head, eviction_position)),
       queries_(evaluation_queries(trace.info(), eviction_position)),
       tokens_(queries_.positions.back() + 1),
-      width_(kernels::rounded_up(shape_.head_dim, kernels::kLanes)),
-      keys_(tokens_ * width_),
-      values_(tokens_ * width_) {
-  for (const auto& [tensor, rows] : {std::pair{HeadTensor::keys, &keys_}, {HeadTensor::values, &values_}}) {
-    trace.read_rows(layer, tensor, kv_head, 0, tokens_, rows->data());
-    kernels::pad_rows(rows->data(), tokens_, shape_.head_dim, width_);
-  }
-}
+      width_(kernels::rounded_up(shape_.head_dim, kernels::kLanes)) {}
 
-Index HeadEvaluation::memory(const ModelInfo& model, Index tokens, Index capacity) {
+Index HeadEvaluation::memory(const ModelInfo& model, Index tokens) {
   const Index width = kernels::rounded_up(model.head_dim, kernels::kLanes);
-  const Index floats =
-      tokens * (2 * width + kPanel) + std::min(capacity, kPositions) * (width + kPanel) + 8 * kPanel * width;
-  return floats * static_cast<Index>(sizeof(float));
+  // Values, weights, and what is gathered of them; keys whole where parts of them cannot be read alone.
+  const Index floats = tokens * (width + kColumns) + kPositions * (3 * width + kColumns);
+  return (floats + tokens * width) * static_cast<Index>(sizeof(float));
 }
 
-// Weights of the queries from `first` on over all positions.
-void HeadEvaluation::attend(int member, Index first, Block& block) const {
-  block.count = std::min<Index>(kPanel, queries_.count() - first);
-  block.columns = kernels::rounded_up(block.count, kernels::kLanes);
+// Weights over all positions, block after block of keys, then the values that they weigh, before and after the
+// eviction.
+void HeadEvaluation::attend(Attention& attention, Buffer& values, std::vector<Sums>& before,
+                            std::vector<Sums>& after) const {
   const Index depth = shape_.head_dim;
-  Matrix queries(kPanel, depth);
-  trace_.read_rows(shape_.layer, HeadTensor::queries, shape_.query_head(member), queries_.first + first, block.count,
-                   queries.data());
-  for (Index q = block.count; q < kPanel; ++q) queries.row(q) = queries.row(block.count - 1);
-  for (Index q = 0; q < kPanel; ++q) {
-    block.positions[static_cast<std::size_t>(q)] =
-        queries_.positions[static_cast<std::size_t>(first + std::min(q, block.count - 1))];
+  const Index row = attention.row();
+  // The queries as the columns of a matrix [D, members · columns].
+  Buffer queries(depth * row);
+  Matrix rows(attention.count, depth);
+  attention.positions.clear();
+  for (int m = 0; m < attention.members; ++m) {
+    trace_.read_rows(shape_.layer, HeadTensor::queries, shape_.query_head(attention.first_member + m),
+                     queries_.first + attention.first, attention.count, rows.data());
+    for (Index c = 0; c < attention.columns; ++c) {
+      const Index query = std::min(c, attention.count - 1);
+      for (Index d = 0; d < depth; ++d) queries.data()[d * row + m * attention.columns + c] = rows(query, d);
+      attention.positions.push_back(queries_.positions[static_cast<std::size_t>(attention.first + query)]);
+    }
   }
-  Buffer panel(depth * kPanel);
-  kernels::to_panels(queries.data(), depth, kPanel, depth, panel.data());
-  const kernels::QueryColumns columns{.positions = block.positions.data(),
-                                      .columns = block.columns,
+  const kernels::QueryColumns columns{.positions = attention.positions.data(),
+                                      .columns = row,
                                       .sliding_window = shape_.sliding_window,
                                       .scale = static_cast<float>(shape_.softmax_scale),
                                       .softcapping = static_cast<float>(shape_.attn_logit_softcapping)};
-  std::array<float, kPanel> maxima;
-  maxima.fill(-std::numeric_limits<float>::infinity());
-  for (Index key = 0; key < tokens_; key += kPositions) {
-    const Index count = std::min(kPositions, tokens_ - key);
-    float* const logits = block.weights.data() + key * kPanel;
-    kernels::multiply(count, block.columns, depth, keys_.data() + key * width_, width_, 1, panel.data(), kPanel, logits,
-                      kPanel);
-    kernels::finish_logits(columns, key, count, logits, maxima.data());
+  std::vector<float> maxima(static_cast<std::size_t>(row), -std::numeric_limits<float>::infinity());
+  const bool by_blocks = trace_.reads_directly(shape_.layer, HeadTensor::keys);
+  Buffer keys((by_blocks ? kPositions : tokens_) * width_);
+  for (Index first = 0; first < tokens_; first += kPositions) {
+    const Index count = std::min(kPositions, tokens_ - first);
+    if (by_blocks || first == 0) {
+      const Index read = by_blocks ? count : tokens_;
+      trace_.read_rows(shape_.layer, HeadTensor::keys, shape_.kv_head, first, read, keys.data());
+      kernels::pad_rows(keys.data(), read, depth, width_);
+    }
+    float* const logits = attention.weights.data() + first * row;
+    kernels::multiply(count, row, depth, keys.data() + (by_blocks ? 0 : first * width_), width_, 1, queries.data(), row,
+                      logits, row);
+    kernels::finish_logits(columns, first, count, logits, maxima.data());
   }
-  std::array<double, kPanel> ignored{};
-  for (Index key = 0; key < tokens_; key += kPositions) {
-    const Index count = std::min(kPositions, tokens_ - key);
-    kernels::exponentiate_columns(count, maxima.data(), block.weights.data() + key * kPanel, ignored.data(),
-                                  block.columns);
+  count_operations(2 * tokens_ * attention.members * attention.count * depth);
+  count_exponentials(tokens_ * attention.members * attention.count);
+
+  if (values.size() == 0) {
+    values = Buffer(tokens_ * width_);
+    trace_.read_rows(shape_.layer, HeadTensor::values, shape_.kv_head, 0, tokens_, values.data());
+    kernels::pad_rows(values.data(), tokens_, depth, width_);
   }
-  count_operations(2 * tokens_ * block.count * depth);
-  count_exponentials(tokens_ * block.count);
+  const Index prompt = shape_.prompt_length;
+  for (Index first = 0; first < tokens_;) {
+    // No block reaches over the eviction, so that the parts add up as those of a kept set that is the whole prompt.
+    const Index end = first < prompt ? std::min(first + kPositions, prompt) : std::min(first + kPositions, tokens_);
+    float* const weights = attention.weights.data() + first * row;
+    kernels::exponentiate_columns(end - first, row, maxima.data(), weights);
+    for (int m = 0; m < attention.members; ++m) {
+      Sums& sums = (first < prompt ? before : after)[static_cast<std::size_t>(m)];
+      add_range(end - first, attention, weights + m * attention.columns, row, values.data() + first * width_, sums);
+    }
+    first = end;
+  }
 }
 
-// Mass and weighted values of `positions`, with the weights of `block`.
-void HeadEvaluation::sum_over(std::span<const int> positions, const Block& block, Block& sums) const {
-  sums.mass.fill(0);
-  sums.sums.setZero(block.columns, width_);
-  Buffer weights(kPositions * kPanel);
-  Buffer values(kPositions * width_);
-  Matrix part(block.columns, width_);
+// Adds `count` neighbouring positions of one query head, whose weights are `step` floats apart.
+void HeadEvaluation::add_range(Index count, const Attention& attention, const float* weights, Index step,
+                               const float* rows, Sums& sums) const {
+  for (Index k = 0; k < count; ++k) {
+    for (Index c = 0; c < attention.columns; ++c) {
+      sums.mass[static_cast<std::size_t>(c)] += static_cast<double>(weights[k * step + c]);
+    }
+  }
+  Matrix part(attention.columns, width_);
+  kernels::multiply(attention.columns, width_, count, weights, 1, step, rows, width_, part.data(), width_);
+  sums.values += part.cast<double>();
+  count_operations(2 * count * attention.count * shape_.head_dim);
+}
+
+// Adds any positions, ascending.
+void HeadEvaluation::add(std::span<const int> positions, int member, const Attention& attention, const Buffer& values,
+                         Sums& sums) const {
+  const Index row = attention.row();
+  const Index column = (member - attention.first_member) * attention.columns;
+  Buffer weights(kPositions * attention.columns);
+  Buffer rows(kPositions * width_);
   for (std::size_t first = 0; first < positions.size(); first += kPositions) {
     const auto here = positions.subspan(first, std::min<std::size_t>(kPositions, positions.size() - first));
     const auto count = static_cast<Index>(here.size());
-    const bool adjacent = here.back() - here.front() == static_cast<int>(count) - 1;
-    const float* weight_rows = block.weights.data() + here.front() * kPanel;
-    const float* value_rows = values_.data() + here.front() * width_;
-    if (!adjacent) {
-      for (Index k = 0; k < count; ++k) {
-        const Index position = here[static_cast<std::size_t>(k)];
-        std::copy_n(block.weights.data() + position * kPanel, kPanel, weights.data() + k * kPanel);
-        std::copy_n(values_.data() + position * width_, width_, values.data() + k * width_);
-      }
-      weight_rows = weights.data();
-      value_rows = values.data();
+    if (here.back() - here.front() == static_cast<int>(count) - 1) {
+      add_range(count, attention, attention.weights.data() + here.front() * row + column, row,
+                values.data() + here.front() * width_, sums);
+      continue;
     }
     for (Index k = 0; k < count; ++k) {
-      for (Index q = 0; q < block.columns; ++q) {
-        sums.mass[static_cast<std::size_t>(q)] += static_cast<double>(weight_rows[k * kPanel + q]);
-      }
+      const Index position = here[static_cast<std::size_t>(k)];
+      std::copy_n(attention.weights.data() + position * row + column, attention.columns,
+                  weights.data() + k * attention.columns);
+      std::copy_n(values.data() + position * width_, width_, rows.data() + k * width_);
     }
-    kernels::multiply(block.columns, width_, count, weight_rows, 1, kPanel, value_rows, width_, part.data(), width_);
-    sums.sums += part.cast<double>();
+    add_range(count, attention, weights.data(), attention.columns, rows.data(), sums);
   }
-  count_operations(2 * static_cast<Index>(positions.size()) * block.count * shape_.head_dim);
 }
 
 // The output of one query whose attention on what is cached vanishes beside what was evicted: against its own maximum.
-Eigen::RowVectorXd HeadEvaluation::attend_directly(int member, Index query, std::span<const int> kept) const {
-  const Matrix row =
-      trace_.read(shape_.layer, HeadTensor::queries, shape_.query_head(member), queries_.first + query, 1);
+Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, std::span<const int> kept,
+                                                   const Buffer& values) const {
+  const auto row = trace_.read(shape_.layer, HeadTensor::queries, query_head, queries_.first + query, 1)
+                       .row(0)
+                       .cast<double>()
+                       .eval();
+  const Matrix keys = trace_.read(shape_.layer, HeadTensor::keys, shape_.kv_head, 0, tokens_);
   const int position = queries_.positions[static_cast<std::size_t>(query)];
   const int first = shape_.sliding_window > 0 ? std::max(0, position - shape_.sliding_window + 1) : 0;
   std::vector<int> cached;
   std::ranges::copy_if(kept, std::back_inserter(cached), [first](int n) { return n >= first; });
   for (int n = std::max(first, shape_.prompt_length); n <= position; ++n) cached.push_back(n);
-  const auto row_of = [&](const Buffer& rows, int n) {
-    return Eigen::Map<const Eigen::RowVectorXf>(rows.data() + n * width_, shape_.head_dim).cast<double>();
-  };
   Eigen::VectorXd weights(static_cast<Index>(cached.size()));
   for (std::size_t i = 0; i < cached.size(); ++i) {
-    double logit = row.row(0).cast<double>().dot(row_of(keys_, cached[i])) * shape_.softmax_scale;
+    double logit = row.dot(keys.row(cached[i]).cast<double>()) * shape_.softmax_scale;
     const double cap = shape_.attn_logit_softcapping;
     if (cap > 0) logit = cap * std::tanh(logit / cap);
     weights(static_cast<Index>(i)) = logit;
   }
   weights = (weights.array() - weights.maxCoeff()).exp();
   Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(shape_.head_dim);
-  for (std::size_t i = 0; i < cached.size(); ++i) sum += weights(static_cast<Index>(i)) * row_of(values_, cached[i]);
+  for (std::size_t i = 0; i < cached.size(); ++i) {
+    const Eigen::Map<const Eigen::RowVectorXf> value(values.data() + cached[i] * width_, shape_.head_dim);
+    sum += weights(static_cast<Index>(i)) * value.cast<double>();
+  }
   return sum / weights.sum();
 }
 
-std::vector<HeadMeasures> HeadEvaluation::measure(int member, std::span<const std::vector<int>* const> kept_sets,
-                                                  Eigen::Ref<Matrix> outputs,
-                                                  std::span<Eigen::Ref<Matrix>> differences) const {
-  // The first of each kind.
-  const auto same = [](const std::vector<int>* a, const std::vector<int>* b) { return *a < *b; };
-  std::map<const std::vector<int>*, std::size_t, decltype(same)> distinct(same);
-  std::vector<std::size_t> first_like(kept_sets.size());
-  for (std::size_t set = 0; set < kept_sets.size(); ++set) {
-    first_like[set] = distinct.try_emplace(kept_sets[set], set).first->second;
-  }
-  std::vector<int> everything(static_cast<std::size_t>(tokens_));
-  std::iota(everything.begin(), everything.end(), 0);
-  const std::span<const int> before = std::span(everything).first(static_cast<std::size_t>(shape_.prompt_length));
-  const std::span<const int> after = std::span(everything).subspan(before.size());
-  std::vector<HeadMeasures> measures(kept_sets.size());
+std::vector<std::vector<HeadMeasures>> HeadEvaluation::measure(
+    std::span<const std::vector<const std::vector<int>*>> kept_sets, Eigen::Ref<Matrix> outputs,
+    std::span<Eigen::Ref<Matrix>> differences) const {
   const Index depth = shape_.head_dim;
-  Block block;
-  block.weights = Buffer(tokens_ * kPanel);
-  Block full;
-  Block tail;
-  Block kept;
-  for (Index first = 0; first < queries_.count(); first += kPanel) {
-    attend(member, first, block);
-    // In these two parts, as every cache is summed, so that keeping everything makes no difference at all.
-    sum_over(before, block, full);
-    sum_over(after, block, tail);
-    full.sums += tail.sums;
-    for (std::size_t q = 0; q < kPanel; ++q) full.mass[q] += tail.mass[q];
-    DoubleMatrix exact(block.count, depth);
-    for (Index q = 0; q < block.count; ++q) {
-      exact.row(q) = full.sums.row(q).head(depth) / full.mass[static_cast<std::size_t>(q)];
-      if (exact.row(q).allFinite()) continue;
-      throw Error(
-          fmt::format("{}: layer {}, query head {}: the attention of the query at position {} exceeds float32's range",
-                      trace_.path().string(), shape_.layer, shape_.query_head(member),
-                      block.positions[static_cast<std::size_t>(q)]));
+  const auto group = static_cast<int>(kept_sets.size());
+  std::vector<std::vector<HeadMeasures>> measures(kept_sets.size());
+  std::vector<std::vector<std::size_t>> first_like;  // [member][set]: the first of those that are equal
+  for (int member = 0; member < group; ++member) {
+    const auto& sets = kept_sets[static_cast<std::size_t>(member)];
+    const auto less = [](const std::vector<int>* a, const std::vector<int>* b) { return *a < *b; };
+    std::map<const std::vector<int>*, std::size_t, decltype(less)> distinct(less);
+    std::vector<std::size_t>& first = first_like.emplace_back();
+    for (std::size_t set = 0; set < sets.size(); ++set) {
+      first.push_back(distinct.try_emplace(sets[set], set).first->second);
     }
-    outputs.middleRows(first, block.count) = exact.cast<float>();
-    for (std::size_t set = 0; set < kept_sets.size(); ++set) {
-      if (first_like[set] != set) continue;
-      sum_over(*kept_sets[set], block, kept);
-      for (Index q = 0; q < block.count; ++q) {
-        const auto column = static_cast<std::size_t>(q);
-        const double mass = kept.mass[column] + tail.mass[column];
-        const Eigen::RowVectorXd evicted =
-            mass > kFaint ? Eigen::RowVectorXd((kept.sums.row(q).head(depth) + tail.sums.row(q).head(depth)) / mass)
-                          : attend_directly(member, first + q, *kept_sets[set]);
-        const Eigen::RowVectorXd difference = evicted - exact.row(q);
-        differences[set].row(first + q) = difference.cast<float>();
-        measures[set].head_error.push_back(static_cast<float>(relative_error(difference.norm(), exact.row(q).norm())));
-        measures[set].cosine.push_back(static_cast<float>(cosine(evicted, exact.row(q))));
-        measures[set].attention_recall.push_back(static_cast<float>(mass / full.mass[column]));
+    measures[static_cast<std::size_t>(member)].resize(sets.size());
+  }
+
+  Buffer values;
+  Attention attention;
+  Sums kept;
+  for (attention.first = 0; attention.first < queries_.count(); attention.first += kPanel) {
+    attention.count = std::min<Index>(kPanel, queries_.count() - attention.first);
+    attention.columns = kernels::rounded_up(attention.count, kernels::kLanes);
+    const auto at_once = static_cast<int>(kColumns / attention.columns);
+    for (attention.first_member = 0; attention.first_member < group; attention.first_member += at_once) {
+      attention.members = std::min(at_once, group - attention.first_member);
+      attention.weights = Buffer(tokens_ * attention.row());
+      std::vector<Sums> full(static_cast<std::size_t>(attention.members));
+      std::vector<Sums> after(static_cast<std::size_t>(attention.members));
+      for (auto* const sums : {&full, &after}) {
+        for (Sums& each : *sums) each.clear(attention.columns, width_);
+      }
+      attend(attention, values, full, after);
+      for (int m = 0; m < attention.members; ++m) {
+        const int member = attention.first_member + m;
+        const auto& sets = kept_sets[static_cast<std::size_t>(member)];
+        Sums& whole = full[static_cast<std::size_t>(m)];
+        const Sums& tail = after[static_cast<std::size_t>(m)];
+        whole.values += tail.values;
+        for (std::size_t c = 0; c < whole.mass.size(); ++c) whole.mass[c] += tail.mass[c];
+        DoubleMatrix exact(attention.count, depth);
+        for (Index q = 0; q < attention.count; ++q) {
+          exact.row(q) = whole.values.row(q).head(depth) / whole.mass[static_cast<std::size_t>(q)];
+          if (exact.row(q).allFinite()) continue;
+          throw Error(fmt::format(
+              "{}: layer {}, query head {}: the attention of the query at position {} exceeds float32's range",
+              trace_.path().string(), shape_.layer, shape_.query_head(member),
+              attention.positions[static_cast<std::size_t>(q)]));
+        }
+        outputs.block(attention.first, member * depth, attention.count, depth) = exact.cast<float>();
+        for (std::size_t set = 0; set < sets.size(); ++set) {
+          if (first_like[static_cast<std::size_t>(member)][set] != set) continue;
+          kept.clear(attention.columns, width_);
+          add(*sets[set], member, attention, values, kept);
+          HeadMeasures& found = measures[static_cast<std::size_t>(member)][set];
+          for (Index q = 0; q < attention.count; ++q) {
+            const auto column = static_cast<std::size_t>(q);
+            const double mass = kept.mass[column] + tail.mass[column];
+            const Eigen::RowVectorXd evicted =
+                mass > kFaint
+                    ? Eigen::RowVectorXd((kept.values.row(q).head(depth) + tail.values.row(q).head(depth)) / mass)
+                    : attend_directly(shape_.query_head(member), attention.first + q, *sets[set], values);
+            const Eigen::RowVectorXd difference = evicted - exact.row(q);
+            differences[set].row(attention.first + q).segment(member * depth, depth) = difference.cast<float>();
+            found.head_error.push_back(static_cast<float>(relative_error(difference.norm(), exact.row(q).norm())));
+            found.cosine.push_back(static_cast<float>(cosine(evicted, exact.row(q))));
+            found.attention_recall.push_back(static_cast<float>(mass / whole.mass[column]));
+          }
+        }
       }
     }
   }
-  for (std::size_t set = 0; set < kept_sets.size(); ++set) {
-    if (first_like[set] == set) continue;
-    measures[set] = measures[first_like[set]];
-    differences[set] = differences[first_like[set]];
+  for (int member = 0; member < group; ++member) {
+    std::vector<HeadMeasures>& of_member = measures[static_cast<std::size_t>(member)];
+    for (std::size_t set = 0; set < of_member.size(); ++set) {
+      const std::size_t like = first_like[static_cast<std::size_t>(member)][set];
+      if (like == set) continue;
+      of_member[set] = of_member[like];
+      differences[set].middleCols(member * depth, depth) = differences[like].middleCols(member * depth, depth);
+    }
   }
   return measures;
 }

@@ -33,32 +33,36 @@ struct HeadMeasures {
 /// latter; blocks, and sums of attention, in double. Sets that are equal are measured once.
 class HeadEvaluation {
  public:
-  /// Reads keys and values up to the last evaluation query. Throws Error as TraceReader::read does.
+  /// The reader must outlive it.
   HeadEvaluation(const TraceReader& trace, int layer, int kv_head, int eviction_position);
 
-  /// Measures `kept_sets` for the group's query head `member`. `outputs` [E, D] receives the full output, `differences`
-  /// (one [E, D] per kept set) what eviction adds to it: ô − o. Throws Error, naming the query, where attention leaves
-  /// float32's range.
-  std::vector<HeadMeasures> measure(int member, std::span<const std::vector<int>* const> kept_sets,
-                                    Eigen::Ref<Matrix> outputs, std::span<Eigen::Ref<Matrix>> differences) const;
+  /// Measures `kept_sets` ([member][set], as many for each query head of the group). `outputs` [E, group · D] receives
+  /// the full output of the query heads side by side, `differences` (one [E, group · D] per kept set) what eviction
+  /// adds to it: ô − o. Returns [member][set]. Reads keys and values up to the last evaluation query; throws Error as
+  /// TraceReader::read does, and, naming the query, where attention leaves float32's range.
+  std::vector<std::vector<HeadMeasures>> measure(std::span<const std::vector<const std::vector<int>*>> kept_sets,
+                                                 Eigen::Ref<Matrix> outputs,
+                                                 std::span<Eigen::Ref<Matrix>> differences) const;
 
-  /// The most bytes that an evaluation takes for `tokens` positions, kept sets of up to `capacity`.
-  static Index memory(const ModelInfo& model, Index tokens, Index capacity);
+  /// The most bytes that measuring takes for `tokens` positions.
+  static Index memory(const ModelInfo& model, Index tokens);
 
  private:
-  // Queries that are measured together, and what the full cache is to them.
-  struct Block;
-  void attend(int member, Index first, Block& block) const;
-  void sum_over(std::span<const int> positions, const Block& block, Block& sums) const;
-  Eigen::RowVectorXd attend_directly(int member, Index query, std::span<const int> kept) const;
+  struct Attention;
+  struct Sums;
+  void attend(Attention& attention, Buffer& values, std::vector<Sums>& before, std::vector<Sums>& after) const;
+  void add(std::span<const int> positions, int member, const Attention& attention, const Buffer& values,
+           Sums& sums) const;
+  void add_range(Index count, const Attention& attention, const float* weights, Index step, const float* rows,
+                 Sums& sums) const;
+  Eigen::RowVectorXd attend_directly(int query_head, Index query, std::span<const int> kept,
+                                     const Buffer& values) const;
 
   const TraceReader& trace_;
   HeadShape shape_;
   EvaluationQueries queries_;
-  Index tokens_;   // last evaluation position + 1
-  Index width_;    // floats of a row of keys or values, zeros beyond the head dimension
-  Buffer keys_;    // [tokens, width]
-  Buffer values_;  // [tokens, width]
+  Index tokens_;  // last evaluation position + 1
+  Index width_;   // floats of a row of keys or values, zeros beyond the head dimension
 };
 
 }  // namespace kvreplay

@@ -53,19 +53,23 @@ void LayerMeasurement::measure_head(int kv_head) {
   const ModelInfo& model = trace_.info().model;
   const HeadEvaluation evaluation(trace_, layer_, kv_head, eviction_position_);
   const Index queries = outputs_.rows() / (static_cast<Index>(distinct_.size()) + 1);
-  for (int member = 0; member < model.group_size(); ++member) {
-    const int query_head = kv_head * model.group_size() + member;
-    auto columns = outputs_.middleCols(Index{query_head} * model.head_dim, model.head_dim);
-    std::vector<const std::vector<int>*> kept;
-    std::vector<Eigen::Ref<Matrix>> differences;
-    for (std::size_t kind = 0; kind < distinct_.size(); ++kind) {
-      const bool per_query_head = static_cast<int>(distinct_[kind]->size()) == model.num_attention_heads;
-      kept.push_back(&(*distinct_[kind])[static_cast<std::size_t>(per_query_head ? query_head : kv_head)]);
-      differences.emplace_back(columns.middleRows((static_cast<Index>(kind) + 1) * queries, queries));
+  const int group = model.group_size();
+  auto columns = outputs_.middleCols(Index{kv_head} * group * model.head_dim, Index{group} * model.head_dim);
+  std::vector<std::vector<const std::vector<int>*>> kept(static_cast<std::size_t>(group));
+  std::vector<Eigen::Ref<Matrix>> differences;
+  for (std::size_t kind = 0; kind < distinct_.size(); ++kind) {
+    const bool per_query_head = static_cast<int>(distinct_[kind]->size()) == model.num_attention_heads;
+    for (int member = 0; member < group; ++member) {
+      const int set = per_query_head ? kv_head * group + member : kv_head;
+      kept[static_cast<std::size_t>(member)].push_back(&(*distinct_[kind])[static_cast<std::size_t>(set)]);
     }
-    std::vector<HeadMeasures> found = evaluation.measure(member, kept, columns.topRows(queries), differences);
-    for (std::size_t kind = 0; kind < found.size(); ++kind) {
-      measures_[kind].heads[static_cast<std::size_t>(query_head)] = std::move(found[kind]);
+    differences.emplace_back(columns.middleRows((static_cast<Index>(kind) + 1) * queries, queries));
+  }
+  std::vector<std::vector<HeadMeasures>> found = evaluation.measure(kept, columns.topRows(queries), differences);
+  for (int member = 0; member < group; ++member) {
+    for (std::size_t kind = 0; kind < distinct_.size(); ++kind) {
+      measures_[kind].heads[static_cast<std::size_t>(kv_head * group + member)] =
+          std::move(found[static_cast<std::size_t>(member)][kind]);
     }
   }
 }

@@ -57,6 +57,14 @@ TraceReplay prepare(const TraceReader& trace, int eviction_position) {
 // The share of a memory limit that given-up buffers may hold.
 constexpr Index kShareKept = 8;
 
+// As size_text, but never less: whoever gives what it says gives enough.
+std::string enough_text(Index bytes) {
+  Index unit = 1;
+  while (bytes / unit >= 1024) unit *= 1024;
+  const Index tenths = (10 * bytes + unit - 1) / unit;
+  return size_text((tenths * unit + 9) / 10);
+}
+
 // A result of the outline: what the setting is, without numbers.
 ReplayResult outline_of(const Setting& setting, const TraceReplay& replay) {
   ReplayResult result;
@@ -185,8 +193,6 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
       const auto queries = static_cast<Index>(outline.evaluation_positions.size());
       const auto count = static_cast<Index>(settings.size());
       const Index width = Index{outline.model.num_attention_heads} * outline.model.head_dim;
-      Index capacity = 0;
-      for (const Setting& setting : settings) capacity = std::max<Index>(capacity, setting.capacity);
       const std::vector<ReplayUnit> layers(static_cast<std::size_t>(outline.model.num_layers),
                                            ReplayUnit{static_cast<int>(r), 0});
       const Index unit = static_cast<Index>(units_at_once(layers)) *
@@ -200,7 +206,7 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
       plan.combination_bytes = std::min(plan.combination_bytes, combinations);
       plan.memory = std::max(plan.memory, unit + plan.heads_at_once * (ranked + std::max(least, combinations)));
 
-      const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1, capacity);
+      const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1);
       const Index projected = kProjectionSlice * (width + kernels::kPanel) * static_cast<Index>(sizeof(float));
       const Index setting =
           static_cast<Index>(units_at_once(layers)) * LayerMeasurement::memory_per_setting(outline.model, queries);
@@ -213,10 +219,12 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
     }
     if (limit == 0 || fits) return plan;
   }
+  // The share of what was given up on top, rounded up.
+  const Index least_limit = plan.memory + (plan.memory - 1) / (kShareKept - 1);
   throw Error(
       fmt::format("{} of memory are too little: one head at a time takes {}; give --memory as much, or replay "
                   "fewer settings at once",
-                  size_text(asked), size_text(plan.memory + plan.memory / (kShareKept - 1))));
+                  size_text(asked), enough_text(least_limit)));
 }
 
 Index ReplayEngine::memory() const { return plan_for(memory_limit_).memory; }

@@ -69,10 +69,9 @@ HeadEvaluation::HeadEvaluation(const TraceReader& trace, int layer, int kv_head,
   }
 }
 
-Index HeadEvaluation::memory(const ModelInfo& model, Index tokens, Index capacity) {
+Index HeadEvaluation::memory(const ModelInfo& model, Index tokens) {
   const Index width = kernels::rounded_up(model.head_dim, kernels::kLanes);
-  const Index floats =
-      tokens * (2 * width + kPanel) + std::min(capacity, kPositions) * (width + kPanel) + 8 * kPanel * width;
+  const Index floats = tokens * (2 * width + kPanel + 1) + kPositions * (width + kPanel) + 8 * kPanel * width;
   return floats * static_cast<Index>(sizeof(float));
 }
 

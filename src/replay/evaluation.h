@@ -42,8 +42,8 @@ class HeadEvaluation {
   std::vector<HeadMeasures> measure(int member, std::span<const std::vector<int>* const> kept_sets,
                                     Eigen::Ref<Matrix> outputs, std::span<Eigen::Ref<Matrix>> differences) const;
 
-  /// The most bytes that an evaluation takes for `tokens` positions, kept sets of up to `capacity`.
-  static Index memory(const ModelInfo& model, Index tokens, Index capacity);
+  /// The most bytes that an evaluation takes for `tokens` positions.
+  static Index memory(const ModelInfo& model, Index tokens);
 
  private:
   // Queries that are measured together, and what the full cache is to them.

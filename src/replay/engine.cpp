@@ -57,6 +57,14 @@ TraceReplay prepare(const TraceReader& trace, int eviction_position) {
 // The share of a memory limit that given-up buffers may hold.
 constexpr Index kShareKept = 8;
 
+// As size_text, but never less: whoever gives what it says gives enough.
+std::string enough_text(Index bytes) {
+  Index unit = 1;
+  while (bytes / unit >= 1024) unit *= 1024;
+  const Index tenths = (10 * bytes + unit - 1) / unit;
+  return size_text((tenths * unit + 9) / 10);
+}
+
 // A result of the outline: what the setting is, without numbers.
 ReplayResult outline_of(const Setting& setting, const TraceReplay& replay) {
   ReplayResult result;
@@ -211,10 +219,12 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
     }
     if (limit == 0 || fits) return plan;
   }
+  // The share of what was given up on top, rounded up.
+  const Index least_limit = plan.memory + (plan.memory - 1) / (kShareKept - 1);
   throw Error(
       fmt::format("{} of memory are too little: one head at a time takes {}; give --memory as much, or replay "
                   "fewer settings at once",
-                  size_text(asked), size_text(plan.memory + plan.memory / (kShareKept - 1))));
+                  size_text(asked), enough_text(least_limit)));
 }
 
 Index ReplayEngine::memory() const { return plan_for(memory_limit_).memory; }

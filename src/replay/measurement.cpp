@@ -153,9 +153,10 @@ std::vector<LayerMeasures> LayerMeasurement::take() {
 
 Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries) {
   const Index width = Index{model.num_attention_heads} * model.head_dim;
-  return queries *
-         (width * static_cast<Index>(sizeof(float)) + projection_slices(model) * static_cast<Index>(sizeof(double)) +
-          3 * model.num_attention_heads * static_cast<Index>(sizeof(float)));
+  // Outputs twice: as they come, and laid out for the projection.
+  return queries * (2 * width * static_cast<Index>(sizeof(float)) +
+                    projection_slices(model) * static_cast<Index>(sizeof(double)) +
+                    3 * model.num_attention_heads * static_cast<Index>(sizeof(float)));
 }
 
 std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, int eviction_position,

@@ -53,6 +53,31 @@ TEST(Pool, MaximumIgnoresWhatLiesBeyondTheEdges) {
   EXPECT_EQ(scores, (std::vector<float>{-3, -3, -1, -1}));
 }
 
+TEST(Pool, FollowsItsDefinitionForAnyWidth) {
+  for (const int size : {1, 2, 31, 40, 500}) {
+    // Large scores beside tiny ones, which must not drown in them.
+    std::vector<float> raw = random_scores(size, 8);
+    for (int i = 0; i < size; ++i) raw[static_cast<std::size_t>(i)] *= i / 50 % 2 == 0 ? 1e6f : 1e-6f;
+    for (const int width : {1, 3, 15, 31, 33, 35, 64 + 1, 301}) {
+      std::vector<float> average = raw;
+      std::vector<float> maximum = raw;
+      pool(Spatial::average, width, average);
+      pool(Spatial::maximum, width, maximum);
+      for (int i = 0; i < size; ++i) {
+        double sum = 0;
+        float most = -1;
+        for (int j = std::max(0, i - width / 2); j <= std::min(size - 1, i + width / 2); ++j) {
+          sum += static_cast<double>(raw[static_cast<std::size_t>(j)]);
+          most = std::max(most, raw[static_cast<std::size_t>(j)]);
+        }
+        ASSERT_NEAR(average[static_cast<std::size_t>(i)], sum / width, 3e-6 * sum / width)
+            << "position " << i << " of " << size << ", width " << width;
+        ASSERT_EQ(maximum[static_cast<std::size_t>(i)], most);
+      }
+    }
+  }
+}
+
 TEST(Pool, KernelsWiderThanTheScoresWork) {
   std::vector<float> scores = {1, 2};
   pool(Spatial::average, 21, scores);

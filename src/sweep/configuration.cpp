@@ -2,10 +2,10 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <toml++/toml.h>
 #include <xxhash.h>
 
 #include <algorithm>
-#include <cctype>
 #include <charconv>
 #include <fstream>
 #include <iterator>
@@ -20,125 +20,28 @@
 namespace kvreplay {
 namespace {
 
-class TomlReader {
- public:
-  TomlReader(std::string_view text, const std::string& shown_as) : text_(text), shown_as_(shown_as) {}
+[[noreturn]] void fail(const std::string& shown_as, const toml::source_region& where, std::string_view reason) {
+  throw UsageError(fmt::format("{}: line {}: {}", shown_as, where.begin.line, reason));
+}
 
-  std::vector<ConfigurationEntry> read() {
-    std::vector<ConfigurationEntry> entries;
-    std::set<std::string> seen;
-    for (skip_blank(true); at_ < text_.size(); skip_blank(true)) {
-      ConfigurationEntry entry;
-      entry.line = line_;
-      if (peek() == '[') fail("tables are not known here; every option stands by itself, as in capacity = \"64,128\"");
-      entry.key = peek() == '"' || peek() == '\'' ? quoted() : bare("a key");
-      if (!seen.insert(entry.key).second) fail(fmt::format("'{}' stands twice", printable(entry.key)));
-      skip_blank(false);
-      if (peek() != '=') fail(fmt::format("expected '=' after '{}'", printable(entry.key)));
-      ++at_;
-      skip_blank(false);
-      entry.list = peek() == '[';
-      if (entry.list) {
-        entry.values = list();
-      } else {
-        entry.values.push_back(value());
-      }
-      skip_blank(false);
-      if (at_ < text_.size() && peek() != '\n') fail(fmt::format("unexpected text after the value of '{}'", entry.key));
-      entries.push_back(std::move(entry));
-    }
-    return entries;
-  }
+// For the most likely mistake, which the parser cannot know from others: "; text goes in quotes", or nothing.
+std::string advice(std::string_view text, toml::source_index line) {
+  for (; line > 1; --line) text.remove_prefix(std::min(text.find('\n'), text.size() - 1) + 1);
+  const std::string_view wrong = text.substr(0, text.find('\n'));
+  const bool quoted = wrong.find_first_of("\"'") != std::string_view::npos;
+  return wrong.find('=') == std::string_view::npos || quoted ? "" : "; text goes in quotes";
+}
 
- private:
-  std::vector<std::string> list() {
-    std::vector<std::string> values;
-    ++at_;
-    for (skip_blank(true); peek() != ']'; skip_blank(true)) {
-      values.push_back(value());
-      skip_blank(true);
-      if (peek() == ',') {
-        ++at_;
-      } else if (peek() != ']') {
-        fail("expected ',' or ']' in a list");
-      }
-    }
-    ++at_;
-    return values;
-  }
-
-  std::string value() {
-    if (peek() == '"' || peek() == '\'') return quoted();
-    std::string text = bare("a value");
-    const bool number = std::ranges::all_of(text, [](char c) {
-      return std::isdigit(static_cast<unsigned char>(c)) != 0 || c == '.' || c == '-' || c == '+';
-    });
-    if (!number && text != "true" && text != "false") fail(fmt::format("text goes in quotes: \"{}\"", text));
-    return text;
-  }
-
-  std::string bare(std::string_view expected) {
-    const std::size_t start = at_;
-    while (at_ < text_.size() && (std::isalnum(static_cast<unsigned char>(peek())) != 0 || peek() == '-' ||
-                                  peek() == '_' || peek() == '.' || peek() == '+')) {
-      ++at_;
-    }
-    if (at_ == start) fail(fmt::format("expected {}", expected));
-    return std::string(text_.substr(start, at_ - start));
-  }
-
-  std::string quoted() {
-    const char quote = text_[at_++];
-    std::string value;
-    while (peek() != quote) {
-      if (at_ == text_.size() || peek() == '\n') fail(fmt::format("expected a closing {}", quote));
-      if (peek() != '\\' || quote == '\'') {
-        value += text_[at_++];
-        continue;
-      }
-      ++at_;
-      constexpr std::pair<char, char> kEscapes[] = {{'"', '"'}, {'\\', '\\'}, {'n', '\n'}, {'t', '\t'}, {'r', '\r'}};
-      const auto* escape = std::ranges::find(kEscapes, peek(), &std::pair<char, char>::first);
-      if (peek() == 'u' && at_ + 4 < text_.size()) {
-        // Only what write_configuration writes: control characters.
-        unsigned code = 0;
-        const char* first = text_.data() + at_ + 1;
-        const auto [end, failure] = std::from_chars(first, first + 4, code, 16);
-        if (failure != std::errc() || end != first + 4 || code > 0x7f) fail("\\u is known up to 007F");
-        value += static_cast<char>(code);
-        at_ += 5;
-      } else if (escape != std::end(kEscapes)) {
-        value += escape->second;
-        ++at_;
-      } else {
-        fail("an unknown escape; text in '…' has none");
-      }
-    }
-    ++at_;
-    return value;
-  }
-
-  void skip_blank(bool lines) {
-    while (at_ < text_.size()) {
-      if (peek() == '#') at_ = std::min(text_.find('\n', at_), text_.size());
-      if (at_ == text_.size() || (peek() == '\n' && !lines)) return;
-      if (std::isspace(static_cast<unsigned char>(peek())) == 0) return;
-      if (peek() == '\n') ++line_;
-      ++at_;
-    }
-  }
-
-  char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
-
-  [[noreturn]] void fail(std::string_view reason) const {
-    throw UsageError(fmt::format("{}: line {}: {}", shown_as_, line_, reason));
-  }
-
-  std::string_view text_;
-  const std::string& shown_as_;
-  std::size_t at_ = 0;
-  int line_ = 1;
-};
+// A string, number or truth as text. Arrays in arrays, tables and dates are none.
+std::string text_of(const toml::node& value, const std::string& key, const std::string& shown_as) {
+  if (const auto* text = value.as_string()) return text->get();
+  if (const auto* number = value.as_integer()) return fmt::format("{}", number->get());
+  if (const auto* number = value.as_floating_point()) return fmt::format("{}", number->get());
+  if (const auto* truth = value.as_boolean()) return fmt::format("{}", truth->get());
+  fail(shown_as, value.source(),
+       fmt::format("the value of '{}' is neither text in quotes nor a number, true, false or an array of these",
+                   printable(key)));
+}
 
 std::string in_quotes(const std::string& text) {
   std::string quoted = "\"";
@@ -222,12 +125,39 @@ std::vector<std::string> names_of(const std::vector<FileIdentity>& files) {
 }  // namespace
 
 std::vector<ConfigurationEntry> read_configuration(std::string_view text, const std::string& shown_as) {
-  return TomlReader(text, shown_as).read();
+  toml::table table;
+  try {
+    table = toml::parse(text);
+  } catch (const toml::parse_error& error) {
+    fail(shown_as, error.source(), printable(error.description()) + advice(text, error.source().begin.line));
+  }
+  std::vector<ConfigurationEntry> entries;
+  for (const auto& [key, value] : table) {
+    const std::string name(key.str());
+    if (value.is_table() || value.is_array_of_tables()) {
+      fail(shown_as, key.source(),
+           fmt::format("'{}' is a table; every option stands by itself, as in capacity = \"64,128\"", printable(name)));
+    }
+    ConfigurationEntry entry{name, {}, value.is_array(), static_cast<int>(key.source().begin.line)};
+    if (const auto* array = value.as_array()) {
+      for (const toml::node& element : *array) entry.values.push_back(text_of(element, name, shown_as));
+    } else {
+      entry.values.push_back(text_of(value, name, shown_as));
+    }
+    entries.push_back(std::move(entry));
+  }
+  // A table is sorted by its keys; a line holds one entry at most.
+  std::ranges::sort(entries, {}, &ConfigurationEntry::line);
+  return entries;
 }
 
 std::string write_configuration(const std::vector<ConfigurationEntry>& entries) {
   std::string text;
   for (const ConfigurationEntry& entry : entries) {
+    for (const std::string& value : entry.values) {
+      if (!find_invalid_utf8(value)) continue;
+      throw UsageError(fmt::format("{} '{}' is not UTF-8 text, and TOML is", entry.key, printable(value)));
+    }
     text += entry.key + " = ";
     if (!entry.list) {
       text += in_quotes(entry.values.front()) + "\n";
@@ -273,7 +203,7 @@ FileIdentity identity_of(const TraceReader& trace) {
     if (failure) throw Error(fmt::format("{}: cannot be looked at: {}", trace.path().string(), failure.message()));
     digest.add(fmt::format("{}", static_cast<std::int64_t>(time.time_since_epoch().count())));
   }
-  return {trace.path().string(), size_of_file(trace.path()), digest.text()};
+  return {printable(trace.path().string()), size_of_file(trace.path()), digest.text()};
 }
 
 FileIdentity identity_of(const std::filesystem::path& file) {
@@ -286,13 +216,13 @@ FileIdentity identity_of(const std::filesystem::path& file) {
     size += stream.gcount();
   }
   if (!stream.eof()) throw Error(fmt::format("{}: cannot be read", file.string()));
-  return {file.string(), size, digest.text()};
+  return {printable(file.string()), size, digest.text()};
 }
 
 SweepIdentity::SweepIdentity(const ReplayRequest& request, const std::vector<TraceReader>& readers,
                              const std::vector<std::filesystem::path>& other_files)
     : version(KVREPLAY_VERSION) {
-  for (const Policy& policy : request.policies) policies.push_back(policy.canonical);
+  for (const Policy& policy : request.policies) policies.push_back(printable(policy.canonical));
   for (const CapacityRequest& capacity : request.capacities) capacities.push_back(capacity.text);
   for (const int position : request.eviction_positions) eviction_positions.push_back(fmt::format("{}", position));
   if (request.granularity) heads = name_of(*request.granularity);

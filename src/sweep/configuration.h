@@ -20,17 +20,16 @@ struct ConfigurationEntry {
   int line = 0;  ///< in the file, from 1
 };
 
-/// Reads TOML as far as a flat configuration needs it: comments, strings in "…" and '…', numbers, true and false, and
-/// arrays of these over several lines. Throws UsageError as "`shown_as`: line 3: …" for anything else, and for a key
-/// that stands twice.
+/// Reads TOML whose values are strings, numbers, true and false, and arrays of these. Entries come in the order of the
+/// file. Throws UsageError as "`shown_as`: line 3: …" for tables, other values and what is not TOML.
 std::vector<ConfigurationEntry> read_configuration(std::string_view text, const std::string& shown_as);
 
-/// The same as TOML, every value a string.
+/// The same as TOML, every value a string. Throws UsageError for a value that is not UTF-8.
 std::string write_configuration(const std::vector<ConfigurationEntry>& entries);
 
 /// A file that results depend on.
 struct FileIdentity {
-  std::string file;  ///< as given
+  std::string file;  ///< as given, but printable
   std::int64_t size = 0;
   std::string content;  ///< a digest
 

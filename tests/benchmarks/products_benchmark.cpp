@@ -1,16 +1,18 @@
-// The matrix products that occur in a replay, by Eigen, OpenBLAS and Highway: one thread, float32, operands in the
-// cache. Every library's result is compared with one in double precision before it is timed.
+// The matrix products that occur in a replay, by Eigen, OpenBLAS and the project's own kernels, which are written with
+// Highway: one thread, float32, operands in the cache. Every result is compared with one in double precision before it
+// is timed.
 #include <benchmark/benchmark.h>
 #include <cblas.h>
 
 #include <Eigen/Core>
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "base/matrix.h"
-#include "highway_product.h"
+#include "kernels/kernels.h"
 
 namespace kvreplay::benchmarks {
 namespace {
@@ -74,17 +76,13 @@ struct Operands {
     a = shape.a_transposed ? filled(shape.depth, shape.rows) : filled(shape.rows, shape.depth);
     b = shape.b_transposed ? filled(shape.columns, shape.depth) : filled(shape.depth, shape.columns);
     c.setZero(shape.rows, shape.columns);
-    panels.resize(static_cast<std::size_t>(shape.depth * shape.columns));
-    pack(strided_b(), shape.depth, shape.columns, panels.data());
+    if (!shape.b_transposed) return;
+    panels.resize(static_cast<std::size_t>(shape.depth * kernels::rounded_up(shape.columns, kernels::kPanel)));
+    pack();
   }
 
-  Strided strided_a() const {
-    return shape.a_transposed ? Strided{a.data(), 1, a.cols()} : Strided{a.data(), a.cols(), 1};
-  }
-  Strided strided_b() const {
-    return shape.b_transposed ? Strided{b.data(), 1, b.cols()} : Strided{b.data(), b.cols(), 1};
-  }
-  Panels in_panels() const { return {panels.data(), shape.depth * kPanelColumns, kPanelColumns}; }
+  // As the engine keeps keys: only for a b that lies as [columns, depth].
+  void pack() { kernels::to_panels(b.data(), b.cols(), shape.columns, shape.depth, panels.data()); }
 
   // Whether c is the product: rounding errors of random numbers add up like the square root of their count.
   bool right() const {
@@ -120,21 +118,35 @@ void by_openblas(Operands& o) {
               size(o.c.cols()));
 }
 
+// All rows of a by `columns` columns of `depth` rows of b, which begin at row `k` of it and are b_row floats apart.
+void by_kernel(Operands& o, Index k, Index columns, Index depth, const float* b, Index b_row, float* c) {
+  const Index a_row = o.shape.a_transposed ? 1 : o.a.cols();
+  const Index a_step = o.shape.a_transposed ? o.a.cols() : 1;
+  kernels::multiply(o.shape.rows, columns, depth, o.a.data() + k * a_step, a_row, a_step, b, b_row, c, o.c.cols(),
+                    k > 0);
+}
+
 // With the right operand in panels already, as one that is used more than once would be.
-void by_highway(Operands& o) {
-  multiply(o.strided_a(), o.in_panels(), o.shape.rows, o.shape.depth, o.shape.columns, o.c.data());
+void by_highway_in_panels(Operands& o) {
+  for (Index first = 0; first < o.shape.columns; first += kernels::kPanel) {
+    by_kernel(o, 0, kernels::kPanel, o.shape.depth, o.panels.data() + first * o.shape.depth, kernels::kPanel,
+              o.c.data() + first);
+  }
 }
 
 // From the same operands as the libraries, which pack as well.
 void by_highway_with_packing(Operands& o) {
-  pack(o.strided_b(), o.shape.depth, o.shape.columns, o.panels.data());
-  by_highway(o);
+  o.pack();
+  by_highway_in_panels(o);
 }
 
-// With a row-major right operand as it lies.
+// With a row-major right operand as it lies, a block of positions after the other.
 void by_highway_in_place(Operands& o) {
-  multiply(o.strided_a(), {o.b.data(), kPanelColumns, o.b.cols()}, o.shape.rows, o.shape.depth, o.shape.columns,
-           o.c.data());
+  constexpr Index kBlock = 512;
+  for (Index k = 0; k < o.shape.depth; k += kBlock) {
+    by_kernel(o, k, o.shape.columns, std::min(kBlock, o.shape.depth - k), o.b.data() + k * o.b.cols(), o.b.cols(),
+              o.c.data());
+  }
 }
 
 void add(const Shape& shape, const std::string& library, void (*product)(Operands&)) {
@@ -159,9 +171,12 @@ void add_all() {
   for (const Shape& shape : kShapes) {
     add(shape, "Eigen", by_eigen);
     add(shape, "OpenBLAS", by_openblas);
-    add(shape, "Highway", by_highway);
-    add(shape, "Highway, packing", by_highway_with_packing);
-    if (!shape.b_transposed) add(shape, "Highway, in place", by_highway_in_place);
+    if (shape.b_transposed) {
+      add(shape, "Highway, panels", by_highway_in_panels);
+      add(shape, "Highway, packing", by_highway_with_packing);
+    } else {
+      add(shape, "Highway, in place", by_highway_in_place);
+    }
   }
 }
 
@@ -172,7 +187,7 @@ int main(int argc, char** argv) {
   openblas_set_num_threads(1);
   benchmark::AddCustomContext("Eigen", Eigen::SimdInstructionSetsInUse());
   benchmark::AddCustomContext("OpenBLAS", std::string(openblas_get_corename()) + ", " + openblas_get_config());
-  benchmark::AddCustomContext("Highway", kvreplay::benchmarks::instruction_set());
+  benchmark::AddCustomContext("Highway", kvreplay::kernels::instruction_set());
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   kvreplay::benchmarks::add_all();

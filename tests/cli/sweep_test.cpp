@@ -165,7 +165,10 @@ TEST_F(Sweep, WrongConfigurationsAreNamedWithTheirLine) {
   refuse_file("evict-at = ['x']", "line 1: --evict-at");
   refuse_file("memory = 'much'", "line 1: --memory");
   refuse_file("threads = 0", "line 1: --threads");
-  refuse_file("policy 'full'", "line 1: expected '='");
+  refuse_file("policy 'full'", "line 1: Error while parsing key-value pair: expected '='");
+  refuse_file("traces = 'a.h5'\npolicy = full", "line 2: Error while parsing boolean");
+  refuse_file("capacity = 25%", "; text goes in quotes");
+  refuse_file("[policy]\nname = 'full'", "line 1: 'policy' is a table");
   refuse_file("policy = 'full'\ncapacity = 9\noutput = 'x.h5'", "a trace is required");
   refuse_words("sweep --config nowhere.toml", 2, {"nowhere.toml: cannot be read"});
   refuse_words("sweep --config .", 2, {".: cannot be read"});

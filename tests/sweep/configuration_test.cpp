@@ -30,9 +30,17 @@ evict-at = [ 10, 20 ]
 "output" = "C:\\sweep\t\"1\".h5"
 kept = true
 heads = []
+csv = """
+one\
+   \u00e9"""
+json = """two
+lines"""
+memory = -1_000
+seed = 0x10
+share = 0.25
 )toml",
                                           "sweep.toml");
-  ASSERT_EQ(entries.size(), 7u);
+  ASSERT_EQ(entries.size(), 12u);
   EXPECT_EQ(entries[0].key, "traces");
   EXPECT_EQ(entries[0].line, 2);
   EXPECT_THAT(entries[0].values, ElementsAre("a.h5", "b \"2\".h5"));
@@ -45,6 +53,11 @@ heads = []
   EXPECT_THAT(entries[5].values, ElementsAre("true"));
   EXPECT_TRUE(entries[6].list);
   EXPECT_THAT(entries[6].values, IsEmpty());
+  EXPECT_THAT(entries[7].values, ElementsAre("oneé"));
+  EXPECT_THAT(entries[8].values, ElementsAre("two\nlines"));
+  EXPECT_THAT(entries[9].values, ElementsAre("-1000"));
+  EXPECT_THAT(entries[10].values, ElementsAre("16"));
+  EXPECT_THAT(entries[11].values, ElementsAre("0.25"));
   EXPECT_THAT(read_configuration("", "x"), IsEmpty());
   EXPECT_THAT(read_configuration("a = 1", "x")[0].values, ElementsAre("1")) << "without an end of line";
 }
@@ -68,24 +81,38 @@ TEST(Configuration, WhatIsWrongIsNamedWithItsLine) {
     std::string text;
     std::string reason;
   } cases[] = {
-      {"a = 1\nb", "line 2: expected '=' after 'b'"},
-      {"a =", "line 1: expected a value"},
-      {"a = kv", "line 1: text goes in quotes: \"kv\""},
-      {"a = \"kv", "expected a closing \""},
-      {"a = 'kv\n'", "line 1: expected a closing '"},
-      {"a = \"\\q\"", "unknown escape"},
-      {"a = [1, 2", "expected ',' or ']'"},
-      {"a = [1 2]", "expected ',' or ']'"},
-      {"a = [[1]]", "expected a value"},
-      {"a = 1 2", "unexpected text after the value of 'a'"},
-      {"a = 1\na = 2", "line 2: 'a' stands twice"},
-      {"[sweep]\na = 1", "line 1: tables are not known"},
-      {"= 1", "expected a key"},
-      {"a = {b = 1}", "expected a value"},
+      {"a = 1\nb\nc = 2", "line 2: Error while parsing key-value pair: expected '='"},
+      {"a =", "line 1: Error while parsing key-value pair: encountered end-of-file"},
+      {"a = 1\nb = kv\n", "line 2: Error while parsing value: could not determine value type; text goes in quotes"},
+      {"a = 25%", "line 1: Error while parsing decimal integer: expected digit, saw '%'; text goes in quotes"},
+      {"a = \"kv", "line 1: Error while parsing string: encountered end-of-file"},
+      {"a = 'kv\n'", "line 1: Error while parsing literal string"},
+      {"a = \"\\q\"", "unknown escape sequence"},
+      {"a = [1, 2", "Error while parsing array: encountered end-of-file"},
+      {"a = [1 2]", "expected comma or closing ']'"},
+      {"a = [\n  1,\n  [1]\n]", "line 3: the value of 'a' is neither text"},
+      {"a = [1, {b = 1}]", "line 1: the value of 'a' is neither text"},
+      {"a = 2024-02-29", "line 1: the value of 'a' is neither text"},
+      {"a = 1 2", "line 1: Error while parsing key-value pair: expected a comment"},
+      {"a = 1\na = 2", "line 2: Error while parsing key-value pair: cannot redefine existing integer 'a'"},
+      {"b = 1\n[sweep]\na = 1", "line 2: 'sweep' is a table; every option stands by itself"},
+      {"[[sweep]]\na = 1", "line 1: 'sweep' is a table"},
+      {"a.b = 1", "line 1: 'a' is a table"},
+      {"a = {b = 1}", "line 1: 'a' is a table"},
+      {"= 1", "line 1: Error while parsing root table"},
+      {"a = 1\nb = '\xe9.h5'", "line 2: Encountered invalid utf-8 sequence"},
   };
   for (const auto& [text, reason] : cases) {
     EXPECT_THAT(refusal(text), testing::AllOf(HasSubstr("sweep.toml: line "), HasSubstr(reason))) << text;
+    EXPECT_THAT(refusal(text), testing::Not(HasSubstr("\n"))) << text;
   }
+}
+
+TEST(Configuration, OnlyTextIsWritten) {
+  EXPECT_EQ(test::message_of<UsageError>([]() {
+              write_configuration({{"traces", {"a.h5", "\xe9.h5"}, true, 0}});
+            }),
+            "traces '\\xe9.h5' is not UTF-8 text, and TOML is");
 }
 
 TEST(SweepIdentityTest, SurvivesItsFile) {
@@ -94,7 +121,9 @@ TEST(SweepIdentityTest, SurvivesItsFile) {
   identity.policies = {"snapkv", "kept(file=\"a,b\")"};
   identity.capacities = {"64", "25%"};
   identity.traces = {{"a b.h5", 1234567890123, "00ff"}};
-  identity.files = {{"plugin.so", 1, "11"}, {"sets.h5", 2, "22"}};
+  const test::TemporaryFolder folder;
+  test::write_file(folder / "\xe9.so", "not UTF-8");
+  identity.files = {identity_of(folder / "\xe9.so"), {"sets.h5", 2, "22"}};
   const SweepIdentity back = SweepIdentity::from_text(identity.text(), "x");
   EXPECT_EQ(difference(identity, back), "");
   EXPECT_EQ(back.text(), identity.text());

@@ -108,30 +108,33 @@ class Bench:
             rows.append([f"{threads}", f"{rate / 1e9:.1f}", f"{dd / 1e9:.1f}", f"{100 * rate / dd:.0f} %"])
         table("Reading keys and values into float32, from the system's cache", ["threads", "GB/s", "dd, GB/s", "share"], rows)
 
+    def threads(self, trace):
+        command = [self.kvreplay, "replay", trace, "-p", "restkv", "-c", "160", "--threads"]
+        counts = sorted({1, self.options.threads})
+        seconds = {count: min(run(*command, count) for _ in range(3)) for count in counts}
+        table("Whole replays of 32 layers of 8,192 positions, measures included", ["threads", "seconds", "1 thread / this"],
+              [[f"{count}", f"{s:.2f}", f"{seconds[1] / s:.2f}"] for count, s in seconds.items()])
+
     def lengths(self):
         seconds = {}
         for tokens in (8192, 65536):
-            trace = self.synth(f"length-{tokens}.h5", tokens, 2)
+            trace = self.synth(f"length-{tokens}.h5", tokens, 4)
             command = [self.kvreplay, "replay", trace, "-p", "restkv", "-c", "160"]
             run(*command)
             seconds[tokens] = min(run(*command) for _ in range(3))
             trace.unlink()
-        table("Twice through two layers, measures included", ["positions", "seconds", "times 8,192"],
+        table("Whole replays of 4 layers, measures included", ["positions", "seconds", "times 8,192"],
               [[f"{tokens:,}", f"{s:.2f}", f"{s / seconds[8192]:.2f}"] for tokens, s in seconds.items()])
 
-    def ranks(self):
-        trace = self.synth("ranks.h5", 16384, 8)
-        sweep = [self.options.mpi, "sweep", trace, "-p", "restkv(alpha={0.2,0.4})", "-c", "160", "--threads", "1", "-o"]
+    def ranks(self, trace):
+        sweep = [self.options.mpi, "sweep", trace, "-p", "restkv(alpha={0.1:0.9:0.1})", "-c", "160,1024", "--threads", "1",
+                 "-o"]
         mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n"]
-        seconds = {}
-        for ranks in (1, 2):
-            best = []
-            for attempt in range(3):
-                output = self.folder / f"ranks-{ranks}.h5"
-                best.append(run(*mpirun, ranks, *sweep, output))
-            seconds[ranks] = min(best)
-        same = (self.folder / "ranks-1.h5").read_bytes() == (self.folder / "ranks-2.h5").read_bytes()
-        table("Ranks of one thread", ["ranks", "seconds", "1 rank / this", "same bytes"],
+        outputs = {ranks: self.folder / f"ranks-{ranks}.h5" for ranks in (1, 2)}
+        seconds = {ranks: min(run(*mpirun, ranks, *sweep, output) for _ in range(2)) for ranks, output in outputs.items()}
+        same = outputs[1].read_bytes() == outputs[2].read_bytes()
+        table("Sweeps of 18 settings over 32 layers of 8,192 positions, ranks of one thread",
+              ["ranks", "seconds", "1 rank / this", "same bytes"],
               [[f"{ranks}", f"{s:.2f}", f"{seconds[1] / s:.2f}", "yes" if same else "NO"] for ranks, s in seconds.items()])
 
     def long(self):
@@ -165,8 +168,10 @@ def main():
             bench.reference(stages)
         bench.reading(trace)
         bench.lengths()
+        layers = bench.synth("layers.h5", 8192, 32)
+        bench.threads(layers)
         if options.mpi:
-            bench.ranks()
+            bench.ranks(layers)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -176,55 +176,63 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
 }
 
 ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
-  const Index asked = limit;
-  limit -= limit / kShareKept;
-  constexpr Index kCombinations = Index{256} << 20;
-  constexpr Index kDifferences = Index{512} << 20;
   const int threads = omp_get_max_threads();
+  const Index used = limit - limit / kShareKept;
   Plan plan;
-  for (plan.heads_at_once = threads; plan.heads_at_once >= 1; --plan.heads_at_once) {
-    plan.combination_bytes = kCombinations;
-    plan.settings_at_once = std::numeric_limits<Index>::max();
-    plan.memory = 0;
-    bool fits = true;
-    for (std::size_t r = 0; r < outlines_.size(); ++r) {
-      const TraceReplay& outline = outlines_[r];
-      const std::vector<Setting>& settings = settings_[r];
-      const auto queries = static_cast<Index>(outline.evaluation_positions.size());
-      const auto count = static_cast<Index>(settings.size());
-      const Index width = Index{outline.model.num_attention_heads} * outline.model.head_dim;
-      const std::vector<ReplayUnit> layers(static_cast<std::size_t>(outline.model.num_layers),
-                                           ReplayUnit{static_cast<int>(r), 0});
-      const Index unit = static_cast<Index>(units_at_once(layers)) *
-                         (LayerSelection::memory_of_layer(outline, settings) + LayerProjection::memory(outline.model));
-
-      const Index ranked = LayerSelection::memory_of_head(traces_[trace_of_outline_[r]], outline, settings);
-      const Index least = LayerSelection::least_combination_bytes(outline, settings);
-      Index combinations = std::max(least, kCombinations);
-      if (limit > 0) combinations = std::min(combinations, (limit - unit) / plan.heads_at_once - ranked);
-      fits = fits && combinations >= least;
-      plan.combination_bytes = std::min(plan.combination_bytes, combinations);
-      plan.memory = std::max(plan.memory, unit + plan.heads_at_once * (ranked + std::max(least, combinations)));
-
-      const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1);
-      const Index projected = kProjectionSlice * (width + kernels::kPanel) * static_cast<Index>(sizeof(float));
-      const Index setting =
-          static_cast<Index>(units_at_once(layers)) * LayerMeasurement::memory_per_setting(outline.model, queries);
-      const Index fixed = unit + plan.heads_at_once * std::max(evaluated, projected) + setting;
-      Index at_once = std::clamp<Index>(kDifferences / setting, 1, count);
-      if (limit > 0) at_once = std::min(at_once, (limit - fixed) / setting);
-      fits = fits && at_once >= 1;
-      plan.settings_at_once = std::min(plan.settings_at_once, std::max<Index>(at_once, 1));
-      plan.memory = std::max(plan.memory, fixed + std::max<Index>(at_once, 1) * setting);
+  // Fewer layers at once cost little; fewer heads leave threads idle.
+  for (int heads = threads; heads >= 1; --heads) {
+    for (const int rounds : {8, 2, 1}) {
+      plan = plan_of(heads, rounds, used);
+      if (plan.fits) return plan;
     }
-    if (limit == 0 || fits) return plan;
   }
   // The share of what was given up on top, rounded up.
   const Index least_limit = plan.memory + (plan.memory - 1) / (kShareKept - 1);
   throw Error(
       fmt::format("{} of memory are too little: one head at a time takes {}; give --memory as much, or replay "
                   "fewer settings at once",
-                  size_text(asked), enough_text(least_limit)));
+                  size_text(limit), enough_text(least_limit)));
+}
+
+// The division of work with so many heads at once and so many rounds of them in a group; a limit of 0 is none.
+ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index limit) const {
+  constexpr Index kCombinations = Index{256} << 20;
+  constexpr Index kDifferences = Index{512} << 20;
+  Plan plan{.heads_at_once = heads_at_once,
+            .rounds = rounds,
+            .combination_bytes = kCombinations,
+            .settings_at_once = std::numeric_limits<Index>::max()};
+  for (std::size_t r = 0; r < outlines_.size(); ++r) {
+    const TraceReplay& outline = outlines_[r];
+    const std::vector<Setting>& settings = settings_[r];
+    const auto queries = static_cast<Index>(outline.evaluation_positions.size());
+    const auto count = static_cast<Index>(settings.size());
+    const Index width = Index{outline.model.num_attention_heads} * outline.model.head_dim;
+    const std::vector<ReplayUnit> layers(static_cast<std::size_t>(outline.model.num_layers),
+                                         ReplayUnit{static_cast<int>(r), 0});
+    const Index unit = static_cast<Index>(units_at_once(layers, plan)) *
+                       (LayerSelection::memory_of_layer(outline, settings) + LayerProjection::memory(outline.model));
+
+    const Index ranked = LayerSelection::memory_of_head(traces_[trace_of_outline_[r]], outline, settings);
+    const Index least = LayerSelection::least_combination_bytes(outline, settings);
+    Index combinations = std::max(least, kCombinations);
+    if (limit > 0) combinations = std::min(combinations, (limit - unit) / plan.heads_at_once - ranked);
+    plan.fits = plan.fits && combinations >= least;
+    plan.combination_bytes = std::min(plan.combination_bytes, combinations);
+    plan.memory = std::max(plan.memory, unit + plan.heads_at_once * (ranked + std::max(least, combinations)));
+
+    const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1);
+    const Index projected = kProjectionSlice * (width + kernels::kPanel) * static_cast<Index>(sizeof(float));
+    const Index setting =
+        static_cast<Index>(units_at_once(layers, plan)) * LayerMeasurement::memory_per_setting(outline.model, queries);
+    const Index fixed = unit + plan.heads_at_once * std::max(evaluated, projected) + setting;
+    Index at_once = std::clamp<Index>(kDifferences / setting, 1, count);
+    if (limit > 0) at_once = std::min(at_once, (limit - fixed) / setting);
+    plan.fits = plan.fits && at_once >= 1;
+    plan.settings_at_once = std::min(plan.settings_at_once, std::max<Index>(at_once, 1));
+    plan.memory = std::max(plan.memory, fixed + std::max<Index>(at_once, 1) * setting);
+  }
+  return plan;
 }
 
 Index ReplayEngine::memory() const { return plan_for(memory_limit_).memory; }
@@ -255,19 +263,18 @@ const TraceReader& ReplayEngine::trace_of(const ReplayUnit& unit) const {
 
 // The fewest units whose heads keep all threads busy to the end, or nearly: enough rounds of them that a thread which
 // is late matters little, and hardly one that is not full.
-std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units) const {
-  constexpr std::size_t kRounds = 8;
+std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units, const Plan& plan) const {
   constexpr double kBusyEnough = 0.95;
-  const auto threads = static_cast<std::size_t>(omp_get_max_threads());
+  const auto at_once = static_cast<std::size_t>(plan.heads_at_once);
   std::size_t heads = 0;
   std::size_t count = 0;
   while (count < units.size()) {
     const TraceReplay& outline = outlines_[static_cast<std::size_t>(units[count].replay)];
     heads += static_cast<std::size_t>(outline.model.num_key_value_heads);
     ++count;
-    const std::size_t rounds = (heads + threads - 1) / threads;
-    const bool full = static_cast<double>(heads) >= kBusyEnough * static_cast<double>(rounds * threads);
-    if (rounds >= kRounds && full) break;
+    const std::size_t rounds = (heads + at_once - 1) / at_once;
+    const bool full = static_cast<double>(heads) >= kBusyEnough * static_cast<double>(rounds * at_once);
+    if (rounds >= static_cast<std::size_t>(plan.rounds) && full) break;
   }
   return count;
 }
@@ -276,7 +283,7 @@ void ReplayEngine::run(std::span<const ReplayUnit> units,
                        const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const {
   const Plan plan = plan_for(memory_limit_);
   while (!units.empty()) {
-    const std::span<const ReplayUnit> group = units.first(units_at_once(units));
+    const std::span<const ReplayUnit> group = units.first(units_at_once(units, plan));
     units = units.subspan(group.size());
     std::vector<std::vector<LayerResult>> results = measure_group(group, plan, select_group(group, plan));
     for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(results[i]));
@@ -287,7 +294,7 @@ void ReplayEngine::select(std::span<const ReplayUnit> units,
                           const std::function<void(const ReplayUnit&, std::vector<LayerSets>)>& done) const {
   const Plan plan = plan_for(memory_limit_);
   while (!units.empty()) {
-    const std::span<const ReplayUnit> group = units.first(units_at_once(units));
+    const std::span<const ReplayUnit> group = units.first(units_at_once(units, plan));
     units = units.subspan(group.size());
     std::vector<std::vector<LayerSets>> kept = select_group(group, plan);
     for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(kept[i]));

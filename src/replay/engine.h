@@ -74,13 +74,16 @@ class ReplayEngine {
  private:
   // How work is divided so that it fits into memory.
   struct Plan {
-    int heads_at_once = 1;
+    int heads_at_once = 1;        // by as many threads
+    int rounds = 1;               // of them that the layers of a group make at least
     Index combination_bytes = 0;  // per head that is ranked
     Index settings_at_once = 1;   // that are measured together
     Index memory = 0;
+    bool fits = true;
   };
 
   Plan plan_for(Index limit) const;
+  Plan plan_of(int heads_at_once, int rounds, Index limit) const;
   std::vector<std::vector<LayerSets>> select_group(std::span<const ReplayUnit> group, const Plan& plan) const;
   std::vector<std::vector<LayerResult>> measure_group(std::span<const ReplayUnit> group, const Plan& plan,
                                                       std::vector<std::vector<LayerSets>> kept) const;
@@ -89,7 +92,7 @@ class ReplayEngine {
                       const Work& work) const;
   const TraceReader& trace_of(const ReplayUnit& unit) const;
   bool needs_projection(const ReplayUnit& unit) const;
-  std::size_t units_at_once(std::span<const ReplayUnit> units) const;
+  std::size_t units_at_once(std::span<const ReplayUnit> units, const Plan& plan) const;
 
   std::span<const TraceReader> traces_;
   ReplayRequest request_;

@@ -59,7 +59,7 @@ std::filesystem::path write_trace(const std::filesystem::path& folder, const Ben
   trace.later_tokens = 32;
   trace.prompt_tokens = options.tokens;
   trace.dtype = DType::float16;
-  const std::filesystem::path path = folder / "bench.h5";
+  std::filesystem::path path = folder / "bench.h5";
   Progress progress;
   tracer::write_synthetic(trace, path, tracer::Execution(omp_get_max_threads()),
                           [&](double share) { progress.show("writing a synthetic trace", share); });

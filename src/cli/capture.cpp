@@ -4,13 +4,13 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
 #include <iterator>
 #include <memory>
 #include <string>
 
 #include "base/error.h"
+#include "base/file_text.h"
 #include "base/printable.h"
 #include "cli/commands.h"
 #include "cli/options.h"
@@ -36,10 +36,7 @@ struct CaptureArguments {
 
 std::string read_input(const std::string& path) {
   if (path == "-") return {std::istreambuf_iterator<char>(std::cin), std::istreambuf_iterator<char>()};
-  if (std::filesystem::is_directory(path)) throw Error(fmt::format("{}: is a folder, not a file", path));
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream) throw Error(fmt::format("{}: cannot be read", path));
-  return {std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+  return file_text(path);
 }
 
 std::string input_name(const std::string& path) {

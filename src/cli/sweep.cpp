@@ -13,18 +13,16 @@
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <memory>
 #include <new>
 #include <optional>
 #include <sstream>
-#include <system_error>
 #include <utility>
 
 #include "analysis/parameter_effects.h"
 #include "analysis/summary.h"
 #include "base/error.h"
+#include "base/file_text.h"
 #include "base/output_file.h"
 #include "base/printable.h"
 #include "base/work.h"
@@ -68,15 +66,17 @@ CLI::Option& option_of(CLI::App& command, const std::string& key) {
   return *command.get_option(key == "traces" ? key : "--" + key);
 }
 
+std::string configuration_text(const std::string& path) {
+  try {
+    return file_text(path);
+  } catch (const Error& error) {
+    throw UsageError(fmt::format("--config: {}", error.what()));
+  }
+}
+
 // Gives the options what the file says, unless the command line says it already.
 void read_configuration_file(CLI::App& command, const std::string& path) {
-  std::error_code ignored;
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream.is_open() || std::filesystem::is_directory(path, ignored)) {
-    throw UsageError(fmt::format("--config: {}: cannot be read", path));
-  }
-  const std::string text{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
-  for (ConfigurationEntry& entry : read_configuration(text, path)) {
+  for (ConfigurationEntry& entry : read_configuration(configuration_text(path), path)) {
     const std::vector<std::string>& keys = configuration_keys();
     if (std::ranges::find(keys, entry.key) == keys.end()) {
       throw UsageError(fmt::format("{}: line {}: unknown option '{}'.{} Known are: {}", path, entry.line,

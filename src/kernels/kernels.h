@@ -75,11 +75,10 @@ void squared_lengths(const float* panel, Index depth, float* lengths);
 /// floats from row to row.
 void squared_lengths_after(const float* factor, Index row, const float* panel, Index depth, float* lengths);
 
-/// distances[n] = √(lengths[n] − 2·products[n] + reference): how far x_n is from a reference whose squared length is
+/// out[n] = √(lengths[n] − 2·products[n] + reference): how far x_n is from a reference whose squared length is
 /// `reference`. Where the difference is below `share` of what it is the difference of, so that rounding would show,
 /// −1 is put instead; returns whether there is such a place.
-bool distances(const float* lengths, const float* products, float reference, float share, Index count,
-               float* distances);
+bool distances(const float* lengths, const float* products, float reference, float share, Index count, float* out);
 
 /// out[i] = scale · Σ_j values[i + j] over j < width, added in their order, for `count` places.
 void sliding_sums(const float* values, Index width, float scale, Index count, float* out);

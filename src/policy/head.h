@@ -121,7 +121,7 @@ class Head {
 
   /// The window's attention, combined. Without an output projection, Distance::projected is Distance::values. Throws
   /// Error if a query of the window was not captured.
-  CombinedAttention combined_attention(int member, const WindowCombination& combination) const;
+  CombinedAttention combined_attention(int member, const WindowCombination& asked) const;
 
   /// Softmax attention of the prompt query at position P − 1 − age over all positions: [P], zero where it cannot look.
   /// Throws Error if that query was not captured.

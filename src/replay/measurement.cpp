@@ -28,7 +28,7 @@ double mean_square(const std::vector<float>& layer_error) {
 }  // namespace
 
 LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, int eviction_position,
-                                   std::vector<const LayerSets*> settings)
+                                   const std::vector<const LayerSets*>& settings)
     : trace_(trace), layer_(layer), eviction_position_(eviction_position) {
   const auto less = [](const LayerSets* a, const LayerSets* b) { return *a < *b; };
   std::map<const LayerSets*, std::size_t, decltype(less)> kinds(less);

@@ -21,7 +21,8 @@ struct LayerMeasures {
 class LayerMeasurement {
  public:
   /// The trace and the sets must outlive it.
-  LayerMeasurement(const TraceReader& trace, int layer, int eviction_position, std::vector<const LayerSets*> settings);
+  LayerMeasurement(const TraceReader& trace, int layer, int eviction_position,
+                   const std::vector<const LayerSets*>& settings);
 
   /// Measures one KV head. Heads may be measured by different threads at once. Throws Error, naming the query, where
   /// attention leaves float32's range.

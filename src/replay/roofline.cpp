@@ -98,7 +98,8 @@ double memory_rate() {
   });
   for (Buffer& part : parts) part = Buffer();
   Buffer::give_back();
-  return static_cast<double>(kFloats / threads * threads) * sizeof(float) / seconds;
+  const Index read = kFloats / threads * threads;
+  return static_cast<double>(read) * sizeof(float) / seconds;
 }
 
 // Reads up to 1 GiB of the file by `threads` threads, block after block.
@@ -181,7 +182,7 @@ std::vector<Stage> measure_stages(const TraceReader& trace, int capacity, int ru
     const ReplayEngine engine(traces, request_for(specs, capacities, granularity));
     stages.push_back(
         measure_stage(name, static_cast<int>(specs.size() * capacities.size()), model.num_layers, runs,
-                      [&] { engine.select(engine.units(), [](const ReplayUnit&, std::vector<LayerSets>) {}); }));
+                      [&] { engine.select(engine.units(), [](const ReplayUnit&, const std::vector<LayerSets>&) {}); }));
   };
 
   const auto read = [&](int piece) {
@@ -203,17 +204,18 @@ std::vector<Stage> measure_stages(const TraceReader& trace, int capacity, int ru
   const std::vector<int> capacities = {64, 128, 256, 512};
   std::vector<std::string> in_time_and_space;
   std::vector<std::string> in_time;
-  for (int i = 1; i <= 100; ++i) {
-    in_time_and_space.push_back(
-        fmt::format("restkv(alpha={},beta={})", 0.05 * ((i - 1) / 10 + 1), 200 * ((i - 1) % 10 + 1)));
-    in_time.push_back(fmt::format("restkv(alpha={})", i / 101.0));
+  for (int alpha = 1; alpha <= 10; ++alpha) {
+    for (int beta = 1; beta <= 10; ++beta) {
+      in_time_and_space.push_back(fmt::format("restkv(alpha={},beta={})", 0.05 * alpha, 200 * beta));
+    }
   }
+  for (int i = 1; i <= 100; ++i) in_time.push_back(fmt::format("restkv(alpha={})", i / 101.0));
   select("restkv, 4 capacities", {"restkv"}, capacities, Granularity::kv);
   select("restkv, 10 alphas x 10 betas", in_time_and_space, capacities, Granularity::kv);
   select("restkv, 100 alphas", in_time, capacities, Granularity::kv);
   const ReplayEngine engine(traces, request_for({"recent"}, {capacity}, Granularity::kv));
   stages.push_back(measure_stage("measuring one setting", 1, model.num_layers, runs, [&] {
-    engine.run(engine.units(), [](const ReplayUnit&, std::vector<LayerResult>) {});
+    engine.run(engine.units(), [](const ReplayUnit&, const std::vector<LayerResult>&) {});
   }));
   return stages;
 }

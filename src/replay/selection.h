@@ -21,9 +21,9 @@ class LayerSelection {
   /// Draws what one KV head can draw without the others. Heads may be drawn by different threads at once.
   void rank_head(int kv_head);
 
-  /// Draws the kept sets of one setting whose heads depend on each other, once all heads are ranked; does nothing for
-  /// other settings. Settings may be drawn by different threads at once.
-  void select_together(int setting);
+  /// Draws the kept sets of the setting `index` whose heads depend on each other, once all heads are ranked; does
+  /// nothing for other settings. Settings may be drawn by different threads at once.
+  void select_together(int index);
 
   /// The kept sets of every setting, once all of them are drawn.
   std::vector<LayerSets> take() { return std::move(kept_); }

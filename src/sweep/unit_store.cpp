@@ -9,13 +9,12 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <fstream>
-#include <iterator>
 #include <map>
 #include <system_error>
 #include <utility>
 
 #include "base/error.h"
+#include "base/file_text.h"
 #include "base/output_file.h"
 
 namespace kvreplay {
@@ -66,13 +65,6 @@ std::vector<std::string> names_in(const std::filesystem::path& folder) {
   if (failure) throw Error(fmt::format("{}: cannot be read: {}", folder.string(), failure.message()));
   std::ranges::sort(names);
   return names;
-}
-
-std::string file_text(const std::filesystem::path& path) {
-  std::ifstream stream(path, std::ios::binary);
-  std::string text{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
-  if (!stream.is_open() || stream.bad()) throw Error(fmt::format("{}: cannot be read", path.string()));
-  return text;
 }
 
 bool is_ours(const std::string& name) {

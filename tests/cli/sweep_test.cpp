@@ -171,7 +171,7 @@ TEST_F(Sweep, WrongConfigurationsAreNamedWithTheirLine) {
   refuse_file("[policy]\nname = 'full'", "line 1: 'policy' is a table");
   refuse_file("policy = 'full'\ncapacity = 9\noutput = 'x.h5'", "a trace is required");
   refuse_words("sweep --config nowhere.toml", 2, {"nowhere.toml: cannot be read"});
-  refuse_words("sweep --config .", 2, {".: cannot be read"});
+  refuse_words("sweep --config .", 2, {".: is a folder, not a file"});
 }
 
 TEST_F(Sweep, WrongOptionsAreNamed) {

@@ -62,28 +62,35 @@ HWY_INLINE void multiply_tile(Index depth, const float* HWY_RESTRICT a, Index a_
   }
 }
 
+// Rows in strips of nearly the same height: a low one at the end would hold few sums and wait for each of them.
 template <int vectors>
 HWY_INLINE void multiply_columns(Index rows, Index depth, const float* a, Index a_row, Index a_step, const float* b,
                                  Index b_row, float* c, Index c_row, bool accumulate) {
-  Index i = 0;
-  for (; i + kRows <= rows; i += kRows) {
-    multiply_tile<kRows, vectors>(depth, a + i * a_row, a_row, a_step, b, b_row, c + i * c_row, c_row, accumulate);
-  }
-  a += i * a_row;
-  c += i * c_row;
-  switch (rows - i) {
-    case 1:
-      return multiply_tile<1, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
-    case 2:
-      return multiply_tile<2, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
-    case 3:
-      return multiply_tile<3, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
-    case 4:
-      return multiply_tile<4, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
-    case 5:
-      return multiply_tile<5, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
-    default:
-      return;
+  const Index strips = (rows + kRows - 1) / kRows;
+  for (Index strip = 0; strip < strips; ++strip) {
+    const Index height = rows / strips + (strip < rows % strips ? 1 : 0);
+    switch (height) {
+      case 1:
+        multiply_tile<1, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        break;
+      case 2:
+        multiply_tile<2, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        break;
+      case 3:
+        multiply_tile<3, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        break;
+      case 4:
+        multiply_tile<4, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        break;
+      case 5:
+        multiply_tile<5, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        break;
+      default:
+        multiply_tile<kRows, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        break;
+    }
+    a += height * a_row;
+    c += height * c_row;
   }
 }
 

@@ -70,6 +70,7 @@ class Bench:
         one = self.stages(trace, 1)[1]
         table("Ceilings", ["", "measured"], [
             ["float32 products in cache", f"{ceilings['products'] / 1e9:.0f} GFLOP/s"],
+            ["exponentials in cache", f"{ceilings['exponentials'] / 1e9:.2f} G/s"],
             ["memory", f"{ceilings['memory'] / 1e9:.1f} GB/s"],
             ["the file, one thread / all", f"{ceilings['file_by_one_thread'] / 1e9:.1f} / {ceilings['file'] / 1e9:.1f} GB/s"]])
         table(f"Per layer of 8,192 positions, {self.options.threads} threads",

@@ -78,6 +78,7 @@ std::string report(const TraceReader& trace, const Ceilings& ceilings, const std
   text +=
       aligned_table({{"ceiling", "measured"},
                      {"float32 products in cache", fmt::format("{:.0f} GFLOP/s", ceilings.products / 1e9)},
+                     {"exponentials in cache", fmt::format("{:.2f} G/s", ceilings.exponentials / 1e9)},
                      {"reading memory", fmt::format("{:.1f} GB/s", ceilings.memory / 1e9)},
                      {"reading the file, one thread", fmt::format("{:.1f} GB/s", ceilings.file_by_one_thread / 1e9)},
                      {"reading the file, all threads", fmt::format("{:.1f} GB/s", ceilings.file / 1e9)}});
@@ -124,6 +125,11 @@ void run_bench(const BenchOptions& options) {
   const ScratchFolder folder;
   const TraceReader trace(options.trace.empty() ? write_trace(folder.path(), options)
                                                 : std::filesystem::path(options.trace));
+  if (options.capacity >= trace.info().prompt_length) {
+    throw UsageError(
+        fmt::format("--capacity {}: keeps all of the trace's {} prompt positions, which leaves nothing to rank",
+                    options.capacity, trace.info().prompt_length));
+  }
   const std::vector<Stage> stages = measure_stages(trace, options.capacity, options.runs);
   const Ceilings ceilings = measure_ceilings(trace);
   fmt::print("{}", report(trace, ceilings, stages));

@@ -41,6 +41,15 @@ CapacityRequest CapacityRequest::parse(std::string_view text) {
   return request;
 }
 
+ReplayRequest make_request(const std::vector<std::string>& specs, const std::vector<std::string>& capacities,
+                           std::optional<Granularity> granularity) {
+  ReplayRequest request;
+  for (const std::string& spec : specs) request.policies.push_back(make_policy(spec));
+  for (const std::string& capacity : capacities) request.capacities.push_back(CapacityRequest::parse(capacity));
+  request.granularity = granularity;
+  return request;
+}
+
 Table Table::of_shape(std::vector<Index> shape) {
   const Index size = std::accumulate(shape.begin(), shape.end(), Index{1}, std::multiplies<>());
   return {std::move(shape), std::vector<float>(static_cast<std::size_t>(size), 0.0f)};

@@ -34,6 +34,10 @@ struct ReplayRequest {
   std::optional<Share> share;              ///< none: the policy's own, or mean
 };
 
+/// The request of these specs at these capacities, written as on the command line. Throws UsageError.
+ReplayRequest make_request(const std::vector<std::string>& specs, const std::vector<std::string>& capacities,
+                           std::optional<Granularity> granularity = {});
+
 /// The capacity_request of results that keep every position, whatever was asked for.
 constexpr std::string_view kAllPositions = "all";
 

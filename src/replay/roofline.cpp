@@ -146,16 +146,6 @@ Stage measure_stage(std::string name, int settings, int layers, int runs, const 
   return stage;
 }
 
-ReplayRequest request_for(const std::vector<std::string>& specs, const std::vector<int>& capacities,
-                          Granularity granularity) {
-  ReplayRequest request;
-  for (const std::string& spec : specs) request.policies.push_back(make_policy(spec));
-  for (const int capacity : capacities)
-    request.capacities.push_back(CapacityRequest::parse(fmt::format("{}", capacity)));
-  request.granularity = granularity;
-  return request;
-}
-
 }  // namespace
 
 Ceilings measure_ceilings(const TraceReader& trace) {
@@ -175,11 +165,12 @@ double Stage::floor(const Ceilings& ceilings) const {
 std::vector<Stage> measure_stages(const TraceReader& trace, int capacity, int runs) {
   const std::span<const TraceReader> traces(&trace, 1);
   const ModelInfo& model = trace.info().model;
+  const std::string positions = fmt::format("{}", capacity);
   std::vector<Stage> stages;
 
   const auto select = [&](const std::string& name, const std::vector<std::string>& specs,
-                          const std::vector<int>& capacities, Granularity granularity) {
-    const ReplayEngine engine(traces, request_for(specs, capacities, granularity));
+                          const std::vector<std::string>& capacities, Granularity granularity) {
+    const ReplayEngine engine(traces, make_request(specs, capacities, granularity));
     stages.push_back(
         measure_stage(name, static_cast<int>(specs.size() * capacities.size()), model.num_layers, runs,
                       [&] { engine.select(engine.units(), [](const ReplayUnit&, const std::vector<LayerSets>&) {}); }));
@@ -197,11 +188,11 @@ std::vector<Stage> measure_stages(const TraceReader& trace, int capacity, int ru
   };
   stages.push_back(measure_stage("reading keys and values", 0, model.num_layers, runs,
                                  [&] { parallel_for(model.num_layers * 2 * model.num_key_value_heads, read); }));
-  select("snapkv", {"snapkv"}, {capacity}, Granularity::query);
-  select("restkv without projection", {"restkv(projection=false)"}, {capacity}, Granularity::query);
-  select("restkv", {"restkv"}, {capacity}, Granularity::query);
+  select("snapkv", {"snapkv"}, {positions}, Granularity::query);
+  select("restkv without projection", {"restkv(projection=false)"}, {positions}, Granularity::query);
+  select("restkv", {"restkv"}, {positions}, Granularity::query);
 
-  const std::vector<int> capacities = {64, 128, 256, 512};
+  const std::vector<std::string> capacities = {"64", "128", "256", "512"};
   std::vector<std::string> in_time_and_space;
   std::vector<std::string> in_time;
   for (int alpha = 1; alpha <= 10; ++alpha) {
@@ -213,7 +204,7 @@ std::vector<Stage> measure_stages(const TraceReader& trace, int capacity, int ru
   select("restkv, 4 capacities", {"restkv"}, capacities, Granularity::kv);
   select("restkv, 10 alphas x 10 betas", in_time_and_space, capacities, Granularity::kv);
   select("restkv, 100 alphas", in_time, capacities, Granularity::kv);
-  const ReplayEngine engine(traces, request_for({"recent"}, {capacity}, Granularity::kv));
+  const ReplayEngine engine(traces, make_request({"recent"}, {positions}, Granularity::kv));
   stages.push_back(measure_stage("measuring one setting", 1, model.num_layers, runs, [&] {
     engine.run(engine.units(), [](const ReplayUnit&, const std::vector<LayerResult>&) {});
   }));

@@ -26,15 +26,6 @@
 namespace kvreplay::test {
 namespace {
 
-ReplayRequest request(const std::vector<std::string>& specs, const std::vector<std::string>& capacities,
-                      std::optional<Granularity> granularity = {}) {
-  ReplayRequest request;
-  for (const std::string& spec : specs) request.policies.push_back(make_policy(spec));
-  for (const std::string& capacity : capacities) request.capacities.push_back(CapacityRequest::parse(capacity));
-  request.granularity = granularity;
-  return request;
-}
-
 // Policies that look at all that a head has to tell, with windows of several sizes.
 std::vector<std::string> policies() {
   return {"full",
@@ -249,7 +240,7 @@ TEST_P(EngineOn, MeasuresFollowTheirDefinitions) {
   for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
     std::vector<std::string> specs = policies();
     if (granularity == Granularity::layer) std::erase(specs, "snapkv(window=8,kernel=3)+adakv");
-    ReplayRequest asked = request(specs, {"9", "40%"}, granularity);
+    ReplayRequest asked = make_request(specs, {"9", "40%"}, granularity);
     if (granularity == Granularity::kv) {
       const int prompt = trace.info().prompt_length;
       asked.eviction_positions = {prompt - 5, prompt};
@@ -262,7 +253,7 @@ TEST_P(EngineOn, MeasuresFollowTheirDefinitions) {
 
 TEST_P(EngineOn, SelectAndRunKeepTheSameSets) {
   const TraceReader trace = reader();
-  const ReplayEngine engine(std::span(&trace, 1), request(policies(), {"9", "40%"}));
+  const ReplayEngine engine(std::span(&trace, 1), make_request(policies(), {"9", "40%"}));
   const Results results = run(engine);
   std::vector<ReplayUnit> units = engine.units();
   std::ranges::reverse(units);
@@ -278,7 +269,7 @@ TEST_P(EngineOn, SelectAndRunKeepTheSameSets) {
 
 TEST_P(EngineOn, TheSameBitsHoweverTheWorkIsDivided) {
   const TraceReader trace = reader();
-  const ReplayRequest asked = request(policies(), {"9", "40%"});
+  const ReplayRequest asked = make_request(policies(), {"9", "40%"});
   Results expected;
   {
     const Threads one(1);
@@ -317,7 +308,7 @@ Index least_memory(ReplayEngine& engine) {
 
 TEST_P(EngineOn, TheSameBitsInAnyMemory) {
   const TraceReader trace = reader();
-  const ReplayRequest asked = request(policies(), {"9", "40%"});
+  const ReplayRequest asked = make_request(policies(), {"9", "40%"});
   const Results expected = run(ReplayEngine(std::span(&trace, 1), asked));
   for (const int count : {1, 3}) {
     const Threads threads(count);
@@ -351,13 +342,13 @@ TEST_P(EngineOn, TheSameBitsInAnyMemory) {
 TEST_P(EngineOn, TheSameBitsInAnyCompany) {
   const TraceReader trace = reader();
   const std::vector<std::string> specs = policies();
-  const ReplayEngine together(std::span(&trace, 1), request(specs, {"9", "12"}));
+  const ReplayEngine together(std::span(&trace, 1), make_request(specs, {"9", "12"}));
   const Results all = run(together);
   // Backwards, and some of them twice.
   std::vector<std::string> others(specs.rbegin(), specs.rend());
   others.push_back(specs[4]);
   others.push_back(specs[6]);
-  const ReplayEngine twice(std::span(&trace, 1), request(others, {"12"}));
+  const ReplayEngine twice(std::span(&trace, 1), make_request(others, {"12"}));
   const std::vector<ReplayResult>& outline = together.outlines()[0].results;
   const std::vector<ReplayResult>& other_outline = twice.outlines()[0].results;
   EXPECT_EQ(other_outline.size(), others.size());
@@ -410,7 +401,7 @@ void store_in_chunks(const std::filesystem::path& path, int layers, unsigned gzi
 }
 
 TEST_P(EngineOn, TheSameBitsFromAnyStorage) {
-  const ReplayRequest asked = request(policies(), {"9", "40%"});
+  const ReplayRequest asked = make_request(policies(), {"9", "40%"});
   const TraceReader contiguous = reader();
   const Results expected = run(ReplayEngine(std::span(&contiguous, 1), asked));
   for (const unsigned gzip_level : {0U, 1U}) {
@@ -455,7 +446,7 @@ TEST(Engine, ManyTracesAreWorkedOnTogether) {
     shapes[t].write(path);
     traces.emplace_back(path);
   }
-  const ReplayRequest asked = request(policies(), {"9", "40%"});
+  const ReplayRequest asked = make_request(policies(), {"9", "40%"});
   for (const int count : {1, 8}) {
     const Threads threads(count);
     ReplayEngine engine(traces, asked);
@@ -498,7 +489,7 @@ TEST(Engine, WhatIsLeftOfTheAttentionMayVanish) {
       }
       write(folder / "t.h5", shape, tensors);
       const TraceReader trace(folder / "t.h5");
-      const ReplayEngine engine(std::span(&trace, 1), request({"recent", "full"}, {"12"}));
+      const ReplayEngine engine(std::span(&trace, 1), make_request({"recent", "full"}, {"12"}));
       const Results results = run(engine);
       expect_defined(engine, results, shape, tensors);
       for (const float recall : results.at({0, 0}).at(0).attention_recall) EXPECT_LT(recall, 1e-9f);
@@ -511,11 +502,11 @@ TEST(Engine, APromptShorterThanTheWindowIsRefused) {
   const TemporaryFolder folder;
   RandomTrace{.prompt_length = 6, .num_tokens = 9}.write(folder / "t.h5");
   const TraceReader trace(folder / "t.h5");
-  const std::string message =
-      message_of<Error>([&] { const ReplayEngine engine(std::span(&trace, 1), request({"snapkv(window=8)"}, {"5"})); });
+  const std::string message = message_of<Error>(
+      [&] { const ReplayEngine engine(std::span(&trace, 1), make_request({"snapkv(window=8)"}, {"5"})); });
   EXPECT_NE(message.find("capacity 5 is below the 8 positions that snapkv(window=8)"), std::string::npos) << message;
   // Whoever asks for more than the prompt gets all of it.
-  const ReplayEngine engine(std::span(&trace, 1), request({"snapkv(window=8)"}, {"8"}));
+  const ReplayEngine engine(std::span(&trace, 1), make_request({"snapkv(window=8)"}, {"8"}));
   for (const auto& [unit, results] : run(engine)) {
     for (const std::vector<int>& set : results.at(0).kept) EXPECT_EQ(set, (std::vector<int>{0, 1, 2, 3, 4, 5}));
   }
@@ -531,12 +522,12 @@ TEST(Engine, CostIsPositiveAndGrowsWithSettings) {
     for (const std::string& spec : policies()) {
       if (spec == "full") continue;  // which has one setting, whatever is asked for
       specs.push_back(spec);
-      const ReplayEngine engine(std::span(&trace, 1), request(specs, {"9"}));
+      const ReplayEngine engine(std::span(&trace, 1), make_request(specs, {"9"}));
       const Work cost = engine.cost(engine.units().front());
       EXPECT_GT(cost.operations, before.operations) << spec;
       EXPECT_GE(cost.bytes, before.bytes) << spec;
       EXPECT_GT(cost.bytes, 0) << spec;
-      const ReplayEngine more(std::span(&trace, 1), request(specs, {"9", "20"}));
+      const ReplayEngine more(std::span(&trace, 1), make_request(specs, {"9", "20"}));
       EXPECT_GT(more.cost(more.units().front()).operations, cost.operations) << spec;
       before = cost;
     }

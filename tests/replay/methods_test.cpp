@@ -19,11 +19,7 @@ namespace {
 
 std::vector<TraceReplay> run(const TraceReader& trace, const std::vector<std::string>& specs,
                              const std::vector<std::string>& capacities, std::optional<Granularity> granularity = {}) {
-  ReplayRequest request;
-  for (const std::string& spec : specs) request.policies.push_back(make_policy(spec));
-  for (const std::string& capacity : capacities) request.capacities.push_back(CapacityRequest::parse(capacity));
-  request.granularity = granularity;
-  return replay(trace, request);
+  return replay(trace, make_request(specs, capacities, granularity));
 }
 
 class Methods : public testing::Test {

@@ -16,15 +16,6 @@
 namespace kvreplay::test {
 namespace {
 
-ReplayRequest request(const std::vector<std::string>& specs, const std::vector<std::string>& capacities,
-                      std::optional<Granularity> granularity = {}) {
-  ReplayRequest request;
-  for (const std::string& spec : specs) request.policies.push_back(make_policy(spec));
-  for (const std::string& capacity : capacities) request.capacities.push_back(CapacityRequest::parse(capacity));
-  request.granularity = granularity;
-  return request;
-}
-
 // Every policy that needs nothing but a trace, with a window that small prompts can hold.
 std::vector<std::string> policies() {
   return {"full",
@@ -78,7 +69,7 @@ TEST_P(OddShapes, KeptSetsHoldTheCapacityAndWhatIsProtected) {
   for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
     // Half of a short prompt would be below the windows.
     const std::string share = prompt < 10 ? "100%" : "50%";
-    const ReplayRequest asked = request(policies(), {"5", "9", share, "1000"}, granularity);
+    const ReplayRequest asked = make_request(policies(), {"5", "9", share, "1000"}, granularity);
     const std::vector<TraceReplay> replays = replay(trace, asked);
     for (const ReplayResult& result : replays.at(0).results) {
       SCOPED_TRACE(fmt::format("{} at {}, {}", result.policy, result.capacity_request, name_of(granularity)));
@@ -124,7 +115,7 @@ TEST(Replay, CapacityOneIsLegalWhereNothingIsProtected) {
   const TemporaryFolder folder;
   RandomTrace().write(folder / "t.h5");
   const auto replays =
-      replay(TraceReader(folder / "t.h5"), request({"recent", "random", "tova", "h2o(window=0)"}, {"1"}));
+      replay(TraceReader(folder / "t.h5"), make_request({"recent", "random", "tova", "h2o(window=0)"}, {"1"}));
   for (const ReplayResult& result : replays.at(0).results) {
     for (const std::vector<int>& set : result.kept.sets) EXPECT_EQ(set.size(), 1u) << result.policy;
   }
@@ -134,7 +125,7 @@ TEST(Replay, ThreadsDoNotChangeABit) {
   const TemporaryFolder folder;
   RandomTrace{.num_layers = 3, .num_attention_heads = 12, .num_key_value_heads = 6}.write(folder / "t.h5");
   const TraceReader trace(folder / "t.h5");
-  const ReplayRequest asked = request(policies(), {"8", "30%"});
+  const ReplayRequest asked = make_request(policies(), {"8", "30%"});
   const int threads = omp_get_max_threads();
   omp_set_num_threads(1);
   const auto expected = replay(trace, asked);
@@ -159,9 +150,9 @@ TEST(Replay, APolicyDoesNotDependOnItsCompany) {
   const TemporaryFolder folder;
   RandomTrace().write(folder / "t.h5");
   const TraceReader trace(folder / "t.h5");
-  const auto together = replay(trace, request(policies(), {"8", "12"}));
+  const auto together = replay(trace, make_request(policies(), {"8", "12"}));
   for (const std::string& spec : policies()) {
-    const auto alone = replay(trace, request({spec}, {"12"}));
+    const auto alone = replay(trace, make_request({spec}, {"12"}));
     const ReplayResult& expected = alone.at(0).results.at(0);
     const auto same = std::ranges::find_if(together.at(0).results, [&](const ReplayResult& result) {
       return result.policy == expected.policy && result.capacity == expected.capacity;
@@ -179,7 +170,7 @@ TEST(Replay, MeasuresFollowTheirDefinitions) {
     const TemporaryFolder folder;
     shape.write(folder / "t.h5");
     const RandomTrace::Tensors tensors = shape.tensors();
-    const auto replays = replay(TraceReader(folder / "t.h5"), request({"streamingllm(sinks=3)"}, {"10"}));
+    const auto replays = replay(TraceReader(folder / "t.h5"), make_request({"streamingllm(sinks=3)"}, {"10"}));
     const ReplayResult& result = replays.at(0).results.at(0);
     const int group = shape.num_attention_heads / shape.num_key_value_heads;
     const int d = shape.head_dim;
@@ -265,7 +256,7 @@ TEST(Replay, MoreCapacityNeverLosesAttention) {
   for (const std::string& spec : policies()) {
     const Policy policy = make_policy(spec);
     if (policy.ranking && policy.ranking->depends_on_capacity()) continue;
-    const auto replays = replay(trace, request({spec}, {"6", "11", "23", "50"}));
+    const auto replays = replay(trace, make_request({spec}, {"6", "11", "23", "50"}));
     for (std::size_t i = 1; i < replays.at(0).results.size(); ++i) {
       const auto& smaller = replays[0].results[i - 1].attention_recall.numbers;
       const auto& larger = replays[0].results[i].attention_recall.numbers;
@@ -284,8 +275,8 @@ TEST(Replay, PermutingHeadsPermutesResults) {
   std::vector<std::string> specs = policies();
   std::erase_if(specs, [](const std::string& spec) { return spec.starts_with("random"); });  // draws by head number
   for (const Granularity granularity : {Granularity::query, Granularity::kv}) {
-    const auto a = replay(TraceReader(folder / "a.h5"), request(specs, {"9"}, granularity));
-    const auto b = replay(TraceReader(folder / "b.h5"), request(specs, {"9"}, granularity));
+    const auto a = replay(TraceReader(folder / "a.h5"), make_request(specs, {"9"}, granularity));
+    const auto b = replay(TraceReader(folder / "b.h5"), make_request(specs, {"9"}, granularity));
     for (std::size_t i = 0; i < a.at(0).results.size(); ++i) {
       for (int layer = 0; layer < 2; ++layer) {
         for (int head = 0; head < 6; ++head) {
@@ -305,8 +296,8 @@ TEST(Replay, StorageTypeDoesNotMatterWhereItLosesNothing) {
   shape.write(folder / "float32.h5");
   shape.type = DType::float16;
   shape.write(folder / "float16.h5");
-  const auto a = replay(TraceReader(folder / "float32.h5"), request(policies(), {"12"}));
-  const auto b = replay(TraceReader(folder / "float16.h5"), request(policies(), {"12"}));
+  const auto a = replay(TraceReader(folder / "float32.h5"), make_request(policies(), {"12"}));
+  const auto b = replay(TraceReader(folder / "float16.h5"), make_request(policies(), {"12"}));
   for (std::size_t i = 0; i < a.at(0).results.size(); ++i) {
     EXPECT_EQ(a[0].results[i].kept.sets, b.at(0).results[i].kept.sets) << a[0].results[i].policy;
     EXPECT_EQ(a[0].results[i].layer_error.numbers, b[0].results[i].layer_error.numbers);
@@ -321,10 +312,10 @@ TEST(Replay, EvictingEarlierSeesNothingThatCameLater) {
   RandomTrace prompt_ends_there = shape;
   prompt_ends_there.prompt_length = 40;
   prompt_ends_there.write(folder / "short.h5");
-  ReplayRequest early = request(policies(), {"12"});
+  ReplayRequest early = make_request(policies(), {"12"});
   early.eviction_positions = {40};
   const auto a = replay(TraceReader(folder / "long.h5"), early);
-  const auto b = replay(TraceReader(folder / "short.h5"), request(policies(), {"12"}));
+  const auto b = replay(TraceReader(folder / "short.h5"), make_request(policies(), {"12"}));
   EXPECT_EQ(a.at(0).evaluation_positions.size(), 30u);
   for (std::size_t i = 0; i < a[0].results.size(); ++i) {
     EXPECT_EQ(a[0].results[i].kept.sets, b.at(0).results[i].kept.sets) << a[0].results[i].policy;
@@ -337,7 +328,7 @@ TEST(Replay, RecordedAttentionMassIsUsedOnlyAtTheEndOfThePrompt) {
   // The random trace records the same mass for all positions: a tie, which earlier positions win.
   RandomTrace().write(folder / "t.h5");
   const TraceReader trace(folder / "t.h5");
-  ReplayRequest asked = request({"h2o(window=2)"}, {"5"});
+  ReplayRequest asked = make_request({"h2o(window=2)"}, {"5"});
   EXPECT_EQ(replay(trace, asked).at(0).results.at(0).kept.sets.at(0), (std::vector<int>{0, 1, 2, 58, 59}));
   asked.eviction_positions = {50};
   EXPECT_NE(replay(trace, asked).at(0).results.at(0).kept.sets.at(0), (std::vector<int>{0, 1, 2, 48, 49}));
@@ -346,7 +337,7 @@ TEST(Replay, RecordedAttentionMassIsUsedOnlyAtTheEndOfThePrompt) {
 TEST(Replay, SpanRecallCountsWhatSurvives) {
   const TemporaryFolder folder;
   RandomTrace{.spans = {{50, 54, "half"}, {58, 65, "across"}, {62, 65, "later"}}}.write(folder / "t.h5");
-  const auto replays = replay(TraceReader(folder / "t.h5"), request({"recent"}, {"8"}));
+  const auto replays = replay(TraceReader(folder / "t.h5"), make_request({"recent"}, {"8"}));
   ASSERT_EQ(replays.at(0).spans.size(), 2u) << "a span after the eviction cannot be evicted";
   const ReplayResult& result = replays[0].results.at(0);
   EXPECT_EQ(result.span_recall.shape, (std::vector<Index>{2, 4, 2}));
@@ -358,7 +349,7 @@ TEST(Replay, MissingOutputProjectionIsTold) {
   const TemporaryFolder folder;
   RandomTrace{.output_projection = false}.write(folder / "t.h5");
   const TraceReader trace(folder / "t.h5");
-  const auto replays = replay(trace, request({"restkv(window=4)", "restkv(window=4,projection=false)"}, {"9"}));
+  const auto replays = replay(trace, make_request({"restkv(window=4)", "restkv(window=4,projection=false)"}, {"9"}));
   ASSERT_EQ(replays.at(0).notes.size(), 2u);
   EXPECT_NE(replays[0].notes[0].find("restkv(window=4): the trace has no output projection"), std::string::npos);
   EXPECT_NE(replays[0].notes[1].find("layer error"), std::string::npos);
@@ -366,19 +357,19 @@ TEST(Replay, MissingOutputProjectionIsTold) {
 }
 
 TEST(Replay, WhatCannotBeReplayedIsRefusedBeforehand) {
-  EXPECT_NE(message_of({}, request({"snapkv"}, {"16"})).find("capacity 16 is below the 32 positions that snapkv"),
+  EXPECT_NE(message_of({}, make_request({"snapkv"}, {"16"})).find("capacity 16 is below the 32 positions that snapkv"),
             std::string::npos);
-  EXPECT_NE(message_of({}, request({"snapkv"}, {"10%"})).find("capacity 10% (6 of 60 positions) is below"),
+  EXPECT_NE(message_of({}, make_request({"snapkv"}, {"10%"})).find("capacity 10% (6 of 60 positions) is below"),
             std::string::npos);
-  EXPECT_NE(message_of({.captured_prompt_queries = 8}, request({"snapkv"}, {"40"})).find("--queries window:32"),
+  EXPECT_NE(message_of({.captured_prompt_queries = 8}, make_request({"snapkv"}, {"40"})).find("--queries window:32"),
             std::string::npos);
-  EXPECT_NE(message_of({.captured_prompt_queries = 8, .attention_mass = false}, request({"h2o"}, {"40"}))
+  EXPECT_NE(message_of({.captured_prompt_queries = 8, .attention_mass = false}, make_request({"h2o"}, {"40"}))
                 .find("--queries all"),
             std::string::npos);
-  EXPECT_EQ(message_of({.captured_prompt_queries = 8}, request({"h2o"}, {"40"})), "");
-  EXPECT_NE(message_of({.prompt_length = 60, .num_tokens = 60}, request({"recent"}, {"8"})).find("--generate"),
+  EXPECT_EQ(message_of({.captured_prompt_queries = 8}, make_request({"h2o"}, {"40"})), "");
+  EXPECT_NE(message_of({.prompt_length = 60, .num_tokens = 60}, make_request({"recent"}, {"8"})).find("--generate"),
             std::string::npos);
-  ReplayRequest outside = request({"recent"}, {"8"});
+  ReplayRequest outside = make_request({"recent"}, {"8"});
   outside.eviction_positions = {71};
   EXPECT_NE(message_of({}, outside).find("outside the trace's 70 tokens"), std::string::npos);
 }
@@ -386,7 +377,7 @@ TEST(Replay, WhatCannotBeReplayedIsRefusedBeforehand) {
 TEST(Replay, ACapacityAboveThePromptKeepsAllAndSaysSo) {
   const TemporaryFolder folder;
   RandomTrace().write(folder / "t.h5");
-  const auto replays = replay(TraceReader(folder / "t.h5"), request({"snapkv"}, {"1000"}));
+  const auto replays = replay(TraceReader(folder / "t.h5"), make_request({"snapkv"}, {"1000"}));
   ASSERT_EQ(replays.at(0).notes.size(), 1u);
   EXPECT_NE(replays[0].notes[0].find("everything is kept"), std::string::npos);
   EXPECT_EQ(replays[0].results.at(0).kept.mean_size(), 60);
@@ -412,8 +403,8 @@ TEST(Overlap, FollowsItsDefinition) {
 TEST(Overlap, ComparesAllPoliciesPerLayerAndHead) {
   const TemporaryFolder folder;
   RandomTrace().write(folder / "t.h5");
-  const auto replays =
-      replay(TraceReader(folder / "t.h5"), request({"full", "recent", "streamingllm(sinks=4)", "tova"}, {"8", "16"}));
+  const auto replays = replay(TraceReader(folder / "t.h5"),
+                              make_request({"full", "recent", "streamingllm(sinks=4)", "tova"}, {"8", "16"}));
   const std::vector<OverlapTable> tables = overlaps(replays.at(0));
   ASSERT_EQ(tables.size(), 2u);
   EXPECT_EQ(tables[0].capacity_request, "8");
@@ -448,7 +439,7 @@ TEST(Replay, OverflowIsNamedAndNotMeasured) {
   writer.finish();
   for (const std::string spec : {"full", "recent", "snapkv(window=4)"}) {
     try {
-      replay(TraceReader(folder / "t.h5"), request({spec}, {"8"}));
+      replay(TraceReader(folder / "t.h5"), make_request({spec}, {"8"}));
       FAIL() << spec;
     } catch (const Error& error) {
       EXPECT_NE(std::string(error.what()).find("layer 1"), std::string::npos) << error.what();
@@ -470,7 +461,7 @@ TEST(Replay, LayersWithoutProjectionAreCounted) {
     if (layer == 0) writer.write_output_projection(layer, tensors.projection[l]);
   }
   writer.finish();
-  const auto replays = replay(TraceReader(folder / "t.h5"), request({"restkv(window=4)"}, {"9"}));
+  const auto replays = replay(TraceReader(folder / "t.h5"), make_request({"restkv(window=4)"}, {"9"}));
   ASSERT_EQ(replays.at(0).notes.size(), 2u);
   EXPECT_NE(replays[0].notes[0].find("1 of 2 layers have no output projection"), std::string::npos);
 }
@@ -488,7 +479,7 @@ TEST(Replay, KeptSetsThatAreNoPositionsAreRefused) {
   const TemporaryFolder folder;
   RandomTrace().write(folder / "t.h5");
   for (const std::vector<int>& set : {std::vector<int>{}, {-1, 2}, {3, 60}, {3, 3}, {5, 4}}) {
-    ReplayRequest wild = request({}, {"8"});
+    ReplayRequest wild = make_request({}, {"8"});
     wild.policies.push_back(Policy{.canonical = "wild", .pattern = std::make_shared<Wild>(set)});
     EXPECT_THROW(replay(TraceReader(folder / "t.h5"), wild), Error);
   }

@@ -88,6 +88,8 @@ void OutputFile::commit() {
   committed_ = true;
 }
 
+std::unique_lock<std::mutex> OutputFile::hold_off_abandoning() { return std::unique_lock(unfinished_lock()); }
+
 std::unique_lock<std::mutex> OutputFile::abandon_all() {
   std::unique_lock lock(unfinished_lock());
   for (const std::filesystem::path& file : unfinished()) {

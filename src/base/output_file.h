@@ -32,6 +32,10 @@ class OutputFile {
   /// Writes `text` to `path` as a whole. Throws Error.
   static void write_text(const std::filesystem::path& path, std::string_view text);
 
+  /// Holds abandon_all() off as long as the lock lives: for who creates the temporary file anew, as a library may that
+  /// is given its name, and would leave it behind if it had been removed just before.
+  [[nodiscard]] static std::unique_lock<std::mutex> hold_off_abandoning();
+
   /// Removes what all files of the process have written and not committed, and holds everybody else off as long as the
   /// lock lives. For a process that is about to be ended by a signal, which runs no destructors.
   [[nodiscard]] static std::unique_lock<std::mutex> abandon_all();

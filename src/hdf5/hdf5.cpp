@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/output_file.h"
 #include "base/printable.h"
 
 namespace kvreplay::hdf5 {
@@ -709,6 +710,7 @@ File File::create(const std::filesystem::path& path, const std::filesystem::path
   const Handle creation(H5Pcreate(H5P_FILE_CREATE));
   // The same content makes the same bytes.
   H5Pset_obj_track_times(creation.id(), false);
+  const auto undisturbed = OutputFile::hold_off_abandoning();
   Handle file(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, creation.id(), access.id()));
   if (!file) throw Error(fmt::format("{}: cannot be written: {}", shown.string(), last_error()));
   return File(shown, std::move(file), true);

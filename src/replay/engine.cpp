@@ -279,26 +279,32 @@ std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units, const
   return count;
 }
 
-void ReplayEngine::run(std::span<const ReplayUnit> units,
-                       const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const {
+// Takes the units group by group and hands out, in their order, what work(group, plan) makes of each.
+template <class Work, class Done>
+void ReplayEngine::for_each_group(std::span<const ReplayUnit> units, const Work& work, const Done& done) const {
   const Plan plan = plan_for(memory_limit_);
   while (!units.empty()) {
     const std::span<const ReplayUnit> group = units.first(units_at_once(units, plan));
     units = units.subspan(group.size());
-    std::vector<std::vector<LayerResult>> results = measure_group(group, plan, select_group(group, plan));
+    auto results = work(group, plan);
     for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(results[i]));
   }
 }
 
+void ReplayEngine::run(std::span<const ReplayUnit> units,
+                       const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const {
+  for_each_group(
+      units,
+      [this](std::span<const ReplayUnit> group, const Plan& plan) {
+        return measure_group(group, plan, select_group(group, plan));
+      },
+      done);
+}
+
 void ReplayEngine::select(std::span<const ReplayUnit> units,
                           const std::function<void(const ReplayUnit&, std::vector<LayerSets>)>& done) const {
-  const Plan plan = plan_for(memory_limit_);
-  while (!units.empty()) {
-    const std::span<const ReplayUnit> group = units.first(units_at_once(units, plan));
-    units = units.subspan(group.size());
-    std::vector<std::vector<LayerSets>> kept = select_group(group, plan);
-    for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(kept[i]));
-  }
+  for_each_group(
+      units, [this](std::span<const ReplayUnit> group, const Plan& plan) { return select_group(group, plan); }, done);
 }
 
 // Calls work(index in the group, piece) for pieces_of(index) pieces of every unit, spread over threads.

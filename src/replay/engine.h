@@ -87,6 +87,8 @@ class ReplayEngine {
   std::vector<std::vector<LayerSets>> select_group(std::span<const ReplayUnit> group, const Plan& plan) const;
   std::vector<std::vector<LayerResult>> measure_group(std::span<const ReplayUnit> group, const Plan& plan,
                                                       std::vector<std::vector<LayerSets>> kept) const;
+  template <class Work, class Done>
+  void for_each_group(std::span<const ReplayUnit> units, const Work& work, const Done& done) const;
   template <class Pieces, class Work>
   void for_each_piece(std::span<const ReplayUnit> group, const Plan& plan, const Pieces& pieces_of,
                       const Work& work) const;

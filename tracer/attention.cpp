@@ -25,13 +25,23 @@ struct Workspace {
 
 struct HeadView {
   Index head_dim;
-  Index query_width;         // floats from one token's queries to the next's
-  Index earlier;             // keys in the cache before the new tokens
-  const float* packed_keys;  // panels of tile_rows keys
-  const float* values;       // [keys, D]
-  const float* queries;      // [count, query_width], at this head
-  float* outputs;            // the same
+  Index query_width;                        // floats from one token's queries to the next's
+  Index earlier;                            // keys in the cache before the new tokens
+  std::span<const std::int32_t> positions;  // of the keys
+  Index window;                             // 0: none
+  const float* packed_keys;                 // panels of tile_rows keys
+  const float* values;                      // [keys, D]
+  const float* queries;                     // [count, query_width], at this head
+  float* outputs;                           // the same
   float scale;
+  float softcapping;  // 0: none
+
+  // The first key that new token `query` sees.
+  Index first_seen(Index query) const {
+    if (window == 0) return 0;
+    const Index first_position = positions[static_cast<std::size_t>(earlier + query)] - window + 1;
+    return std::lower_bound(positions.begin(), positions.end(), first_position) - positions.begin();
+  }
 };
 
 // Attends up to kQueryBlock queries, whose logits are kept key by key, a column per query, so that every step of the
@@ -44,13 +54,20 @@ void attend_block(const Kernels& kernels, const HeadView& head, Index first, Ind
     for (Index q = 0; q < rows; ++q) column[q] = head.queries[(first + q) * head.query_width + d] * head.scale;
     for (Index q = rows; q < kQueryBlock; ++q) column[q] = 0;
   }
-  const Index keys = head.earlier + first + rows;
+  // Keys are counted from the panel in which the first query's window begins.
+  const Index begin = head.first_seen(first) / kernels.tile_rows * kernels.tile_rows;
+  const Index own = head.earlier + first - begin;  // the first query's key
+  const Index keys = own + rows;
   float* logits = work.logits.data();
-  kernels.multiply(keys, kQueryBlock, dim, head.packed_keys, kernels.tile_rows * dim, kernels.tile_rows,
+  kernels.multiply(keys, kQueryBlock, dim, head.packed_keys + begin * dim, kernels.tile_rows * dim, kernels.tile_rows,
                    work.queries.data(), kernels.tile_columns, kQueryBlock, logits, kQueryBlock, false);
-  for (Index j = head.earlier + first + 1; j < keys; ++j) {
-    const Index before = j - head.earlier - first;
-    std::fill_n(logits + j * kQueryBlock, before, -std::numeric_limits<float>::infinity());
+  if (head.softcapping > 0) kernels.soft_cap(keys * kQueryBlock, head.softcapping, logits);
+  for (Index j = own + 1; j < keys; ++j) {
+    std::fill_n(logits + j * kQueryBlock, j - own, -std::numeric_limits<float>::infinity());
+  }
+  for (Index q = 0; q < rows && head.window > 0; ++q) {
+    const Index seen = head.first_seen(first + q) - begin;
+    for (Index j = 0; j < seen; ++j) logits[j * kQueryBlock + q] = -std::numeric_limits<float>::infinity();
   }
 
   float maxima[kQueryBlock];
@@ -62,13 +79,13 @@ void attend_block(const Kernels& kernels, const HeadView& head, Index first, Ind
     const Index count = std::min(kKeyBlock, keys - start);
     float* weights = logits + start * kQueryBlock;
     kernels.exponentiate(count, weights, maxima, sums);
-    kernels.multiply(dim, kQueryBlock, count, head.values + start * dim, kernels.tile_rows, dim, weights,
+    kernels.multiply(dim, kQueryBlock, count, head.values + (begin + start) * dim, kernels.tile_rows, dim, weights,
                      kernels.tile_columns, kQueryBlock, work.outputs.data(), kQueryBlock, true);
   }
 
   float factors[kQueryBlock] = {};
   for (Index q = 0; q < rows; ++q) factors[q] = static_cast<float>(1.0 / sums[q]);
-  if (mass != nullptr) kernels.accumulate_mass(keys, logits, factors, mass);
+  if (mass != nullptr) kernels.accumulate_mass(keys, logits, factors, mass + begin);
   for (Index q = 0; q < rows; ++q) {
     float* out = head.outputs + (first + q) * head.query_width;
     for (Index d = 0; d < dim; ++d) out[d] = work.outputs[static_cast<std::size_t>(d * kQueryBlock + q)] * factors[q];
@@ -97,27 +114,32 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
                  kernels.tile_rows, packed.data());
   });
 
+  const Index seen =
+      shape.sliding_window > 0 ? std::min(longest, shape.sliding_window + kQueryBlock + kernels.tile_rows) : longest;
   const Index blocks = (count + kQueryBlock - 1) / kQueryBlock;
   const Index pieces = shape.num_attention_heads * kPiecesPerHead;
   const Index mass_width = mass.empty() ? 0 : static_cast<Index>(mass.size()) / shape.num_attention_heads;
   std::vector<double> partial_mass(static_cast<std::size_t>(pieces * mass_width));
   std::vector<Workspace> workspaces(static_cast<std::size_t>(execution.threads()));
-  execution.share(pieces, count * longest * query_width, [&](Index piece, int worker) {
+  execution.share(pieces, count * seen * query_width, [&](Index piece, int worker) {
     Workspace& work = workspaces[static_cast<std::size_t>(worker)];
     work.queries.resize(static_cast<std::size_t>(dim * kQueryBlock));
     work.outputs.resize(static_cast<std::size_t>(dim * kQueryBlock));
-    work.logits.resize(static_cast<std::size_t>(longest * kQueryBlock));
+    work.logits.resize(static_cast<std::size_t>(seen * kQueryBlock));
     const Index query_head = piece / kPiecesPerHead;
     const int kv_head = static_cast<int>(query_head / group);
     HeadView head;
     head.head_dim = dim;
     head.query_width = query_width;
     head.earlier = cache.length(layer, kv_head) - count;
+    head.positions = cache.positions(layer, kv_head);
+    head.window = shape.sliding_window;
     head.packed_keys = packed_keys[static_cast<std::size_t>(kv_head)].data();
     head.values = cache.values(layer, kv_head);
     head.queries = queries.data() + query_head * dim;
     head.outputs = outputs.data() + query_head * dim;
     head.scale = static_cast<float>(shape.softmax_scale);
+    head.softcapping = static_cast<float>(shape.softcapping);
     double* piece_mass = mass.empty() ? nullptr : partial_mass.data() + piece * mass_width;
     for (Index block = piece % kPiecesPerHead; block < blocks; block += kPiecesPerHead) {
       const Index first = block * kQueryBlock;
@@ -141,8 +163,14 @@ void attend_one(const Execution& execution, const AttentionShape& shape, const K
   const Index work_size = 2 * cache.length(layer, 0) * dim * shape.num_attention_heads;
   execution.share(shape.num_key_value_heads, work_size, [&](Index piece, int) {
     const int kv_head = static_cast<int>(piece);
-    const Index keys = cache.length(layer, kv_head);
-    const float* head_keys = cache.keys(layer, kv_head);
+    const auto positions = cache.positions(layer, kv_head);
+    const Index begin = shape.sliding_window == 0 ? 0
+                                                  : std::lower_bound(positions.begin(), positions.end(),
+                                                                     positions.back() - shape.sliding_window + 1) -
+                                                        positions.begin();
+    const Index keys = cache.length(layer, kv_head) - begin;
+    const float* head_keys = cache.keys(layer, kv_head) + begin * dim;
+    const float* head_values = cache.values(layer, kv_head) + begin * dim;
     const Index first_head = kv_head * group;
     std::vector<float> weights(static_cast<std::size_t>(group * keys));
     std::vector<float> query(static_cast<std::size_t>(dim));
@@ -157,11 +185,14 @@ void attend_one(const Execution& execution, const AttentionShape& shape, const K
                                 weights.data() + member * keys + start);
       }
     }
+    if (shape.softcapping > 0) {
+      kernels.soft_cap(group * keys, static_cast<float>(shape.softcapping), weights.data());
+    }
     for (Index member = 0; member < group; ++member) kernels.softmax(keys, weights.data() + member * keys);
     for (Index start = 0; start < keys; start += kKeyBlock) {
       for (Index member = 0; member < group; ++member) {
         kernels.multiply(1, dim, std::min(kKeyBlock, keys - start), weights.data() + member * keys + start, 0, 1,
-                         cache.values(layer, kv_head) + start * dim, kernels.tile_columns, dim,
+                         head_values + start * dim, kernels.tile_columns, dim,
                          outputs.data() + (first_head + member) * dim, 0, start > 0);
       }
     }

@@ -14,14 +14,17 @@ struct AttentionShape {
   int num_key_value_heads = 0;
   int head_dim = 0;
   double softmax_scale = 0;  ///< what q·k is multiplied by
+  double softcapping = 0;    ///< c in c·tanh(logit / c), before the softmax; 0: none
+  int sliding_window = 0;    ///< keys that a query sees, its own included; 0: all before it
 };
 
-/// Attends the last `count` tokens of a layer's cache to everything up to themselves. The cache holds the new tokens'
-/// keys and values already; what stood in a head before them is seen by all of them.
+/// Attends the last `count` tokens of a layer's cache to everything up to themselves, or to what of it is less than a
+/// sliding window away from their positions. The cache holds the new tokens' keys and values already.
 /// `queries` and `outputs` are [count, H·D]. `mass`, unless empty, is [H, N] for the N tokens that went through the
 /// model so far, new ones included: the attention that each key received from the new queries, summed in double. It
 /// needs a cache from which nothing was taken.
-/// Memory beside the arguments: the keys of the layer once more, and 64 floats per cached token and thread.
+/// Memory beside the arguments: the keys of the layer once more, and 64 floats per key that a block of 64 queries sees
+/// and thread.
 void attend(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
             std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass);
 

@@ -6,6 +6,7 @@
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <functional>
 #include <memory>
 
 #include "base/error.h"
@@ -186,6 +187,10 @@ TraceInfo describe(const CaptureOptions& options, const ModelConfig& config, con
   info.model.hidden_size = config.hidden_size;
   info.model.rope_theta = config.rotary.theta;
   info.model.softmax_scale = config.softmax_scale;
+  info.model.attn_logit_softcapping = config.attn_logit_softcapping;
+  const auto& windows = config.sliding_windows;
+  const bool all_alike = std::adjacent_find(windows.begin(), windows.end(), std::not_equal_to<>()) == windows.end();
+  info.model.sliding_window = all_alike ? windows.front() : 0;
   info.source = fmt::format("model {}, prompt {}, greedy decoding in float32", config.name, options.prompt_name);
   info.token_ids.assign(token_ids.begin(), token_ids.end());
   info.prompt_length = static_cast<int>(prompt.ids.size());
@@ -196,7 +201,7 @@ TraceInfo describe(const CaptureOptions& options, const ModelConfig& config, con
     info.query_positions.push_back(static_cast<std::int32_t>(position));
   }
   info.spans = prompt.spans;
-  info.layer_sliding_window.assign(static_cast<std::size_t>(config.num_layers), 0);
+  info.layer_sliding_window = config.sliding_windows;
   return info;
 }
 

@@ -119,6 +119,19 @@ struct Generic {
     return vanishes ? Floats{} : result;
   }
 
+  // Near 0 Cephes' tanhf, where 1 - 2 / (exp(2x) + 1) would lose what is small.
+  KVREPLAY_INLINE Floats tangent(const Floats& x) {
+    const Floats square = x * x;
+    Floats polynomial = square * -5.70498872745e-3f + 2.06390887954e-2f;
+    polynomial = polynomial * square - 5.37397155531e-2f;
+    polynomial = polynomial * square + 1.33314422036e-1f;
+    polynomial = polynomial * square - 3.33332819422e-1f;
+    const Floats near = polynomial * square * x + x;
+    const Floats far = 1.0f - 2.0f / (exponential(x + x) + 1.0f);
+    const Ints is_near = (x < 0.625f) & (x > -0.625f);
+    return is_near ? near : far;
+  }
+
   template <int tile_rows>
   KVREPLAY_INLINE void tile(Index depth, const float* a, Index a_step, const float* b, Index b_step, float* c,
                             Index c_row, Index n, bool accumulate) {
@@ -303,6 +316,13 @@ struct Generic {
     for (Index i = 0; i < n; ++i) logits[i] *= factor;
   }
 
+  KVREPLAY_INLINE void soft_cap(Index n, float cap, float* logits) {
+    const float inverse = 1 / cap;
+    Index i = 0;
+    for (; i + lanes <= n; i += lanes) store(logits + i, tangent(load(logits + i) * inverse) * cap);
+    for (; i < n; ++i) logits[i] = std::tanh(logits[i] * inverse) * cap;
+  }
+
   KVREPLAY_INLINE void silu_multiply(Index n, float* gate, const float* up) {
     Index i = 0;
     for (; i + lanes <= n; i += lanes) {
@@ -310,6 +330,22 @@ struct Generic {
       store(gate + i, x / (exponential(-x) + 1.0f) * load(up + i));
     }
     for (; i < n; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+  }
+
+  // x/2·(1 + tanh(u)) with u = sqrt(2/pi)·(x + 0.044715·x³) is x / (1 + exp(-2u)).
+  KVREPLAY_INLINE void gelu_multiply(Index n, float* gate, const float* up) {
+    const float outer = -1.59576912f;  // -2·sqrt(2/pi)
+    const float inner = 0.044715f;
+    Index i = 0;
+    for (; i + lanes <= n; i += lanes) {
+      const Floats x = load(gate + i);
+      const Floats argument = x * (x * x * inner + 1.0f) * outer;
+      store(gate + i, x / (exponential(argument) + 1.0f) * load(up + i));
+    }
+    for (; i < n; ++i) {
+      const float x = gate[i];
+      gate[i] = x / (1.0f + std::exp(x * (x * x * inner + 1.0f) * outer)) * up[i];
+    }
   }
 };
 
@@ -339,9 +375,12 @@ struct Generic {
     Body::accumulate_mass(keys, weights, factors, mass);                                                               \
   }                                                                                                                    \
   target void softmax(Index n, float* logits) { Body::softmax(n, logits); }                                            \
+  target void soft_cap(Index n, float cap, float* logits) { Body::soft_cap(n, cap, logits); }                          \
   target void silu_multiply(Index n, float* gate, const float* up) { Body::silu_multiply(n, gate, up); }               \
-  constexpr Kernels table = {label,         rows,         Body::columns,   multiply, pack,         multiply_vector,    \
-                             update_maxima, exponentiate, accumulate_mass, softmax,  silu_multiply};                   \
+  target void gelu_multiply(Index n, float* gate, const float* up) { Body::gelu_multiply(n, gate, up); }               \
+  constexpr Kernels table = {label,           rows,          Body::columns, multiply,        pack,                     \
+                             multiply_vector, update_maxima, exponentiate,  accumulate_mass, softmax,                  \
+                             soft_cap,        silu_multiply, gelu_multiply};                                           \
   static_assert(kQueryBlock % Body::columns == 0);                                                                     \
   }
 

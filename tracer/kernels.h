@@ -48,8 +48,14 @@ struct Kernels {
   /// Turns n logits into their softmax.
   void (*softmax)(Index n, float* logits);
 
+  /// Bends n logits to cap·tanh(logit / cap).
+  void (*soft_cap)(Index n, float cap, float* logits);
+
   /// gate[i] = silu(gate[i]) * up[i].
   void (*silu_multiply)(Index n, float* gate, const float* up);
+
+  /// gate[i] = gelu(gate[i]) * up[i], in the approximation by tanh that models are trained with.
+  void (*gelu_multiply)(Index n, float* gate, const float* up);
 };
 
 /// Queries that are attended together: the width of the softmax kernels' rows.

@@ -8,7 +8,7 @@ KvCache::KvCache(int num_layers, int num_key_value_heads, int head_dim, Index ca
     : num_heads_(num_key_value_heads),
       head_dim_(head_dim),
       capacity_(capacity),
-      lengths_(static_cast<std::size_t>(num_layers) * static_cast<std::size_t>(num_key_value_heads)),
+      positions_(static_cast<std::size_t>(num_layers) * static_cast<std::size_t>(num_key_value_heads)),
       keys_(static_cast<std::size_t>(num_layers)),
       values_(static_cast<std::size_t>(num_layers)) {
   const auto floats = static_cast<std::size_t>(num_key_value_heads * capacity * head_dim + kReadAhead);
@@ -16,25 +16,27 @@ KvCache::KvCache(int num_layers, int num_key_value_heads, int head_dim, Index ca
   for (auto& layer : values_) layer.resize(floats);
 }
 
-KvCache::Rows KvCache::append(int layer, int head, Index rows) {
-  Index& length = lengths_[index(layer, head)];
-  const Index at = offset(head) + length * head_dim_;
-  length += rows;
+KvCache::Rows KvCache::append(int layer, int head, Index first, Index rows) {
+  std::vector<std::int32_t>& positions = positions_[index(layer, head)];
+  const Index at = offset(head) + static_cast<Index>(positions.size()) * head_dim_;
+  for (Index row = 0; row < rows; ++row) positions.push_back(static_cast<std::int32_t>(first + row));
   return {keys_[layer_of(layer)].data() + at, values_[layer_of(layer)].data() + at};
 }
 
 void KvCache::keep(int layer, int head, std::span<const Index> rows) {
   float* keys = keys_[layer_of(layer)].data() + offset(head);
   float* values = values_[layer_of(layer)].data() + offset(head);
+  std::vector<std::int32_t>& positions = positions_[index(layer, head)];
   Index kept = 0;
   for (const Index row : rows) {
     if (row != kept) {
       std::copy_n(keys + row * head_dim_, head_dim_, keys + kept * head_dim_);
       std::copy_n(values + row * head_dim_, head_dim_, values + kept * head_dim_);
+      positions[static_cast<std::size_t>(kept)] = positions[static_cast<std::size_t>(row)];
     }
     ++kept;
   }
-  lengths_[index(layer, head)] = kept;
+  positions.resize(static_cast<std::size_t>(kept));
 }
 
 }  // namespace kvreplay::tracer

@@ -1,6 +1,7 @@
 // The keys and values that attention reads.
 #pragma once
 
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -9,8 +10,8 @@
 namespace kvreplay::tracer {
 
 /// Keys and values of every layer and KV head, a row per cached token, in float32 as they are attended to (keys after
-/// rotary embedding). Every head counts its own rows, and what a row is does not depend on its place, so that heads may
-/// hold different tokens.
+/// rotary embedding). Every head counts its own rows and knows their positions, so that heads may hold different
+/// tokens.
 class KvCache {
  public:
   /// Room for `capacity` rows in each head.
@@ -23,10 +24,13 @@ class KvCache {
   void advance(Index tokens) { next_position_ += tokens; }
 
   /// Rows that a head holds.
-  Index length(int layer, int head) const { return lengths_[index(layer, head)]; }
+  Index length(int layer, int head) const { return static_cast<Index>(positions_[index(layer, head)].size()); }
 
   /// Leaves only these rows of a head, which are ascending. What came after them is appended behind them.
   void keep(int layer, int head, std::span<const Index> rows);
+
+  /// The ascending positions of a head's rows, [length].
+  std::span<const std::int32_t> positions(int layer, int head) const { return positions_[index(layer, head)]; }
 
   /// [length, D].
   const float* keys(int layer, int head) const { return keys_[layer_of(layer)].data() + offset(head); }
@@ -35,13 +39,13 @@ class KvCache {
   /// Floats behind the last row that may be read, though they mean nothing.
   static constexpr Index kReadAhead = 64;
 
-  /// Makes room for `rows` more rows at the end of a head and gives the place of the first of them.
-  /// Precondition: they fit the capacity.
+  /// Makes room for `rows` more rows at the end of a head, of tokens from position `first` on, and gives the place of
+  /// the first of them. Precondition: they fit the capacity.
   struct Rows {
     float* keys;
     float* values;
   };
-  Rows append(int layer, int head, Index rows);
+  Rows append(int layer, int head, Index first, Index rows);
 
  private:
   std::size_t layer_of(int layer) const { return static_cast<std::size_t>(layer); }
@@ -54,7 +58,7 @@ class KvCache {
   int head_dim_;
   Index capacity_;
   Index next_position_ = 0;
-  std::vector<Index> lengths_;
+  std::vector<std::vector<std::int32_t>> positions_;
   std::vector<std::vector<float>> keys_;
   std::vector<std::vector<float>> values_;
 };

@@ -2,7 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
+#include <string_view>
 
 namespace kvreplay::tracer {
 
@@ -22,6 +25,13 @@ LinearWeights find_linear(const SafeTensors& files, const std::string& name, Ind
   return linear;
 }
 
+// The first place at which the files have such a tensor; the usual one where they have none, for the message.
+std::string place_of(const SafeTensors& files, std::initializer_list<std::string_view> candidates) {
+  const auto found = std::find_if(candidates.begin(), candidates.end(),
+                                  [&](std::string_view name) { return files.contains(std::string(name)); });
+  return std::string(found != candidates.end() ? *found : *candidates.begin());
+}
+
 }  // namespace
 
 Model::Model(const std::filesystem::path& folder) : config(read_model_config(folder)), files(folder) {
@@ -30,29 +40,51 @@ Model::Model(const std::filesystem::path& folder) : config(read_model_config(fol
   const Index query_size = Index{config.num_attention_heads} * config.head_dim;
   const Index kv_size = Index{config.num_key_value_heads} * config.head_dim;
 
-  embedding = files.get("model.embed_tokens.weight", {config.vocab_size, hidden});
+  // Multimodal checkpoints, old and new, hold the language model beside others.
+  constexpr std::string_view kEmbedding = "embed_tokens.weight";
+  std::string root = place_of(files, {"model.embed_tokens.weight", "language_model.model.embed_tokens.weight",
+                                      "model.language_model.embed_tokens.weight"});
+  embedding = files.get(root, {config.vocab_size, hidden});
+  root.resize(root.size() - kEmbedding.size());
+
+  const auto norm = [&](const std::string& name, Index size) {
+    std::vector<float> weight = read_vector(files, name + ".weight", size);
+    for (float& value : weight) value += static_cast<float>(config.norm_offset);
+    return weight;
+  };
   for (int layer = 0; layer < config.num_layers; ++layer) {
-    const std::string prefix = fmt::format("model.layers.{}.", layer);
+    const std::string prefix = fmt::format("{}layers.{}.", root, layer);
     const auto linear = [&](const char* name, Index out, Index in, bool has_bias) {
       return find_linear(files, prefix + name, out, in, has_bias);
     };
     LayerWeights weights;
-    weights.attention_norm = read_vector(files, prefix + "input_layernorm.weight", hidden);
-    weights.query = linear("self_attn.q_proj", query_size, hidden, config.attention_bias);
-    weights.key = linear("self_attn.k_proj", kv_size, hidden, config.attention_bias);
-    weights.value = linear("self_attn.v_proj", kv_size, hidden, config.attention_bias);
-    weights.output = linear("self_attn.o_proj", hidden, query_size, config.attention_bias);
-    weights.mlp_norm = read_vector(files, prefix + "post_attention_layernorm.weight", hidden);
+    weights.attention_norm = norm(prefix + "input_layernorm", hidden);
+    weights.query = linear("self_attn.q_proj", query_size, hidden, config.query_key_value_bias);
+    weights.key = linear("self_attn.k_proj", kv_size, hidden, config.query_key_value_bias);
+    weights.value = linear("self_attn.v_proj", kv_size, hidden, config.query_key_value_bias);
+    weights.output = linear("self_attn.o_proj", hidden, query_size, config.output_bias);
+    if (config.query_key_norm) {
+      weights.query_norm = norm(prefix + "self_attn.q_norm", config.head_dim);
+      weights.key_norm = norm(prefix + "self_attn.k_norm", config.head_dim);
+    }
+    if (config.norm_after) {
+      weights.output_norm = norm(prefix + "post_attention_layernorm", hidden);
+      weights.mlp_norm = norm(prefix + "pre_feedforward_layernorm", hidden);
+      weights.down_norm = norm(prefix + "post_feedforward_layernorm", hidden);
+    } else {
+      weights.mlp_norm = norm(prefix + "post_attention_layernorm", hidden);
+    }
     weights.gate = linear("mlp.gate_proj", intermediate, hidden, config.mlp_bias);
     weights.up = linear("mlp.up_proj", intermediate, hidden, config.mlp_bias);
     weights.down = linear("mlp.down_proj", hidden, intermediate, config.mlp_bias);
     layers.push_back(std::move(weights));
   }
-  final_norm = read_vector(files, "model.norm.weight", hidden);
+  final_norm = norm(root + "norm", hidden);
   if (config.tie_word_embeddings) {
     output_head.weight = embedding;
   } else {
-    output_head.weight = files.get("lm_head.weight", {config.vocab_size, hidden});
+    output_head.weight =
+        files.get(place_of(files, {"lm_head.weight", "language_model.lm_head.weight"}), {config.vocab_size, hidden});
   }
 }
 

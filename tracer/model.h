@@ -17,15 +17,19 @@ struct LinearWeights {
 
 /// One block of a model.
 struct LayerWeights {
-  std::vector<float> attention_norm;  ///< [C]
+  std::vector<float> attention_norm;  ///< [C], like every norm with the model's offset added
   LinearWeights query;                ///< [H·D, C]
   LinearWeights key;                  ///< [K·D, C]
   LinearWeights value;                ///< [K·D, C]
   LinearWeights output;               ///< [C, H·D]
+  std::vector<float> query_norm;      ///< [D], or empty for none
+  std::vector<float> key_norm;        ///< [D], or empty for none
+  std::vector<float> output_norm;     ///< [C], or empty for none
   std::vector<float> mlp_norm;        ///< [C]
   LinearWeights gate;                 ///< [I, C]
   LinearWeights up;                   ///< [I, C]
   LinearWeights down;                 ///< [C, I]
+  std::vector<float> down_norm;       ///< [C], or empty for none
 };
 
 /// A model that is ready to run. Matrices stay in the mapped files; vectors are copied to float32.

@@ -26,7 +26,14 @@ struct RotaryEmbedding {
   std::vector<float> inverse_frequencies(int head_dim) const;
 };
 
-/// A decoder-only transformer: pre-norm blocks of rotary attention and a gated MLP.
+/// What a gated MLP bends its gate with.
+enum class Activation {
+  silu,
+  gelu_tanh,  ///< the approximation of GELU by tanh
+};
+
+/// A decoder-only transformer of blocks of rotary attention and a gated MLP, each of which reads its input through an
+/// RMSNorm and adds what it gives to it.
 struct ModelConfig {
   std::string name;        ///< the folder's
   std::string model_type;  ///< such as llama
@@ -40,18 +47,33 @@ struct ModelConfig {
   int vocab_size = 0;
   int max_position_embeddings = 0;  ///< tokens that the model was made for; 0: not said
 
+  double embedding_scale = 1;  ///< what embeddings are multiplied by
   double rms_norm_eps = 1e-6;
-  double softmax_scale = 0;
-  RotaryEmbedding rotary;
-  bool attention_bias = false;  ///< on the query, key, value and output projections
+  double norm_offset = 0;       ///< what is added to the weights of every norm: 1 where they are stored less 1
+  bool norm_after = false;      ///< whether what attention and MLP give goes through a norm as well, before it is added
+  bool query_key_norm = false;  ///< whether every head's queries and keys do, before rotary embedding
+
+  bool query_key_value_bias = false;
+  bool output_bias = false;  ///< of the output projection
   bool mlp_bias = false;
+  Activation activation = Activation::silu;
   bool tie_word_embeddings = false;
+
+  double softmax_scale = 0;
+  double attn_logit_softcapping = 0;   ///< c in c·tanh(logit / c), before the softmax; 0: none
+  double final_logit_softcapping = 0;  ///< the same for the logits of the vocabulary
+  std::vector<int> sliding_windows;    ///< [num_layers], keys that a query sees, its own included; 0: all before it
+  RotaryEmbedding rotary;
+  RotaryEmbedding local_rotary;  ///< of layers with a sliding window
 
   std::optional<std::int32_t> bos_token_id;
   std::vector<std::int32_t> eos_token_ids;  ///< generation stops after any of them
 
   /// Query heads that read one KV head.
   int group_size() const { return num_attention_heads / num_key_value_heads; }
+
+  int sliding_window(int layer) const { return sliding_windows[static_cast<std::size_t>(layer)]; }
+  const RotaryEmbedding& rotary_of(int layer) const { return sliding_window(layer) > 0 ? local_rotary : rotary; }
 };
 
 /// Reads `folder`/config.json, and the end-of-sequence ids from generation_config.json where that has some.

@@ -49,7 +49,8 @@ Transformer::Transformer(const Model& model, const Options& options)
     : model_(model),
       execution_(options.threads, *options.kernels),
       block_tokens_(options.block_tokens),
-      inverse_frequencies_(model.config.rotary.inverse_frequencies(model.config.head_dim)) {}
+      inverse_frequencies_(model.config.rotary.inverse_frequencies(model.config.head_dim)),
+      local_inverse_frequencies_(model.config.local_rotary.inverse_frequencies(model.config.head_dim)) {}
 
 std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCache& cache, ForwardObserver* observer) {
   const ModelConfig& config = model_.config;
@@ -57,8 +58,8 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
   const Index width = config.hidden_size;
   const Index query_width = Index{config.num_attention_heads} * config.head_dim;
   const Index first_position = cache.next_position();
-  const AttentionShape shape = {config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-                                config.softmax_scale};
+  AttentionShape shape = {config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.softmax_scale,
+                          config.attn_logit_softcapping};
 
   std::vector<float> hidden_rows(static_cast<std::size_t>(count * width));
   const std::span<float> hidden(hidden_rows);
@@ -66,6 +67,9 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
   for (Index token = 0; token < count; ++token) {
     const Index offset = ids[static_cast<std::size_t>(token)] * width * static_cast<Index>(size_of(embedding.type));
     to_float32(embedding.type, embedding.data + offset, block_of(hidden, token, 1, width));
+  }
+  if (config.embedding_scale != 1) {
+    for (float& value : hidden) value *= static_cast<float>(config.embedding_scale);
   }
 
   const bool wants_mass = observer != nullptr && observer->wants_attention_mass();
@@ -88,6 +92,7 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
     }
 
     if (wants_mass) mass.assign(static_cast<std::size_t>(config.num_attention_heads * (first_position + count)), 0);
+    shape.sliding_window = config.sliding_window(number);
     attend(execution_, shape, cache, number, queries, count, outputs, mass);
     check_rows(outputs, "attention output", number, "query", query_width, config.head_dim, first_position);
     if (observer != nullptr) observer->on_attention({number, first_position, count, queries, outputs, mass}, cache);
@@ -106,6 +111,10 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
   normalize(block_of(hidden, count - 1, 1, width), model_.final_norm, last);
   std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
   LinearInput(execution_, last, 1).multiply(model_.output_head, logits);
+  if (config.final_logit_softcapping > 0) {
+    execution_.kernels().soft_cap(static_cast<Index>(logits.size()), static_cast<float>(config.final_logit_softcapping),
+                                  logits.data());
+  }
   if (first_not_finite(logits) >= 0) {
     throw Error(
         fmt::format("the model computed NaN or infinity in the logits after position {}: its weights or its "
@@ -130,14 +139,20 @@ void Transformer::project(const LayerWeights& layer, std::span<const float> hidd
   input.multiply(layer.query, queries);
   input.multiply(layer.key, keys);
   input.multiply(layer.value, values);
-  rotate(queries, count, query_width, first);
-  rotate(keys, count, kv_width, first);
+  if (config.query_key_norm) {
+    normalize(queries, layer.query_norm, queries);
+    normalize(keys, layer.key_norm, keys);
+  }
+  const std::vector<float>& frequencies =
+      config.sliding_window(layer_number) > 0 ? local_inverse_frequencies_ : inverse_frequencies_;
+  rotate(queries, count, query_width, first, frequencies);
+  rotate(keys, count, kv_width, first, frequencies);
   check_rows(queries, "queries", layer_number, "query", query_width, dim, first);
   check_rows(keys, "keys", layer_number, "KV", kv_width, dim, first);
   check_rows(values, "values", layer_number, "KV", kv_width, dim, first);
 
   for (int head = 0; head < config.num_key_value_heads; ++head) {
-    const KvCache::Rows rows = cache.append(layer_number, head, count);
+    const KvCache::Rows rows = cache.append(layer_number, head, first, count);
     for (Index token = 0; token < count; ++token) {
       const Index from = token * kv_width + head * dim;
       std::copy_n(keys.data() + from, dim, rows.keys + token * dim);
@@ -154,6 +169,7 @@ void Transformer::feed_forward(const LayerWeights& layer, std::span<const float>
     for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] += rows[i];
   };
   LinearInput(execution_, attended, count).multiply(layer.output, rows);
+  if (model_.config.norm_after) normalize(rows, layer.output_norm, rows);
   add_to_hidden();
 
   normalize(hidden, layer.mlp_norm, rows);
@@ -164,15 +180,18 @@ void Transformer::feed_forward(const LayerWeights& layer, std::span<const float>
     input.multiply(layer.gate, gate);
     input.multiply(layer.up, up);
   }
+  const Kernels& kernels = execution_.kernels();
+  const auto multiply_gate =
+      model_.config.activation == Activation::silu ? kernels.silu_multiply : kernels.gelu_multiply;
   execution_.share(count, count * intermediate * 10, [&](Index token, int) {
-    execution_.kernels().silu_multiply(intermediate, gate.data() + token * intermediate,
-                                       up.data() + token * intermediate);
+    multiply_gate(intermediate, gate.data() + token * intermediate, up.data() + token * intermediate);
   });
   LinearInput(execution_, gate, count).multiply(layer.down, rows);
+  if (model_.config.norm_after) normalize(rows, layer.down_norm, rows);
   add_to_hidden();
 }
 
-// RMSNorm of every row, whose width is the weight's.
+// RMSNorm of every row, whose width is the weight's. `out` may be `hidden`.
 void Transformer::normalize(std::span<const float> hidden, std::span<const float> weight, std::span<float> out) const {
   const Index width = static_cast<Index>(weight.size());
   const Index count = static_cast<Index>(hidden.size()) / width;
@@ -188,14 +207,15 @@ void Transformer::normalize(std::span<const float> hidden, std::span<const float
 }
 
 // Turns the halves of every head against each other, as Hugging Face checkpoints expect.
-void Transformer::rotate(std::span<float> heads, Index count, Index width, Index first) const {
+void Transformer::rotate(std::span<float> heads, Index count, Index width, Index first,
+                         const std::vector<float>& frequencies) const {
   const Index half = model_.config.head_dim / 2;
   execution_.share(count, count * width * 4, [&](Index token, int) {
     std::vector<float> cosines(static_cast<std::size_t>(half));
     std::vector<float> sines(cosines.size());
     for (std::size_t i = 0; i < cosines.size(); ++i) {
       // The angle is rounded to float32, as where the model was trained; at position 100,000 that is 0.004 rad.
-      const float angle = static_cast<float>(first + token) * inverse_frequencies_[i];
+      const float angle = static_cast<float>(first + token) * frequencies[i];
       cosines[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
       sines[i] = static_cast<float>(std::sin(static_cast<double>(angle)));
     }

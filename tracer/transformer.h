@@ -66,12 +66,14 @@ class Transformer {
                int layer_number, std::span<float> queries);
   void feed_forward(const LayerWeights& layer, std::span<const float> attended, Index count, std::span<float> hidden);
   void normalize(std::span<const float> hidden, std::span<const float> weight, std::span<float> out) const;
-  void rotate(std::span<float> heads, Index count, Index width, Index first) const;
+  void rotate(std::span<float> heads, Index count, Index width, Index first,
+              const std::vector<float>& frequencies) const;
 
   const Model& model_;
   Execution execution_;
   Index block_tokens_;
   std::vector<float> inverse_frequencies_;
+  std::vector<float> local_inverse_frequencies_;  // of layers with a sliding window
 };
 
 /// The index of the largest logit, the lowest of equal ones.

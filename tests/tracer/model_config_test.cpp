@@ -61,7 +61,8 @@ TEST(ModelConfig, ReadsWhatIsSaid) {
   EXPECT_EQ(model.num_key_value_heads, 2);
   EXPECT_EQ(model.group_size(), 2);
   EXPECT_EQ(model.head_dim, 64);
-  EXPECT_TRUE(model.attention_bias);
+  EXPECT_TRUE(model.query_key_value_bias);
+  EXPECT_TRUE(model.output_bias);
   EXPECT_TRUE(model.mlp_bias);
   EXPECT_TRUE(model.tie_word_embeddings);
   EXPECT_EQ(model.bos_token_id, 1);

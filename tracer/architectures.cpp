@@ -27,6 +27,12 @@ constexpr Architecture kQwen3 = {.class_name = "Qwen3ForCausalLM",
                                  .head_dim = 128,
                                  .sliding_window = 4096};
 
+constexpr Architecture kPhi3 = {.class_name = "Phi3ForCausalLM",
+                                .model_type = "phi3",
+                                .fused_projections = true,
+                                .windowed_layers = WindowedLayers::all,
+                                .rms_norm_eps = 1e-5};
+
 constexpr Architecture kGemma = {.class_name = "GemmaForCausalLM",
                                  .model_type = "gemma",
                                  .norm_stored_minus_one = true,
@@ -77,8 +83,8 @@ constexpr Architecture multimodal_gemma3() {
   return gemma;
 }
 
-constexpr Architecture kArchitectures[] = {kLlama, kMistral, kQwen2,   kQwen3,
-                                           kGemma, gemma2(), gemma3(), multimodal_gemma3()};
+constexpr Architecture kArchitectures[] = {kLlama,   kMistral,           kQwen2, kQwen3, kPhi3, kGemma, gemma2(),
+                                           gemma3(), multimodal_gemma3()};
 
 }  // namespace
 

@@ -26,6 +26,7 @@ struct Architecture {
 
   // Fixed.
   bool query_key_value_bias = false;  ///< on these three, rather than on all four as attention_bias says
+  bool fused_projections = false;
   bool query_key_norm = false;
   bool norm_after = false;
   bool norm_stored_minus_one = false;
@@ -42,6 +43,7 @@ struct Architecture {
   int num_key_value_heads = 0;  ///< 0: as many as attention heads
   int head_dim = 0;             ///< 0: hidden size / attention heads
   int vocab_size = 0;
+  double rms_norm_eps = 1e-6;
   int sliding_window = 0;
   int max_window_layers = 28;
   int sliding_window_pattern = 0;

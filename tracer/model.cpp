@@ -25,6 +25,16 @@ LinearWeights find_linear(const SafeTensors& files, const std::string& name, Ind
   return linear;
 }
 
+// `count` rows of a matrix from `first` on, with their biases.
+LinearWeights rows_of(const LinearWeights& linear, Index first, Index count) {
+  LinearWeights rows;
+  rows.weight = linear.weight;
+  rows.weight.shape[0] = count;
+  rows.weight.data += first * linear.weight.columns() * static_cast<Index>(size_of(linear.weight.type));
+  if (!linear.bias.empty()) rows.bias.assign(linear.bias.begin() + first, linear.bias.begin() + first + count);
+  return rows;
+}
+
 // The first place at which the files have such a tensor; the usual one where they have none, for the message.
 std::string place_of(const SafeTensors& files, std::initializer_list<std::string_view> candidates) {
   const auto found = std::find_if(candidates.begin(), candidates.end(),
@@ -59,9 +69,17 @@ Model::Model(const std::filesystem::path& folder) : config(read_model_config(fol
     };
     LayerWeights weights;
     weights.attention_norm = norm(prefix + "input_layernorm", hidden);
-    weights.query = linear("self_attn.q_proj", query_size, hidden, config.query_key_value_bias);
-    weights.key = linear("self_attn.k_proj", kv_size, hidden, config.query_key_value_bias);
-    weights.value = linear("self_attn.v_proj", kv_size, hidden, config.query_key_value_bias);
+    if (config.fused_projections) {
+      const LinearWeights all =
+          linear("self_attn.qkv_proj", query_size + 2 * kv_size, hidden, config.query_key_value_bias);
+      weights.query = rows_of(all, 0, query_size);
+      weights.key = rows_of(all, query_size, kv_size);
+      weights.value = rows_of(all, query_size + kv_size, kv_size);
+    } else {
+      weights.query = linear("self_attn.q_proj", query_size, hidden, config.query_key_value_bias);
+      weights.key = linear("self_attn.k_proj", kv_size, hidden, config.query_key_value_bias);
+      weights.value = linear("self_attn.v_proj", kv_size, hidden, config.query_key_value_bias);
+    }
     weights.output = linear("self_attn.o_proj", hidden, query_size, config.output_bias);
     if (config.query_key_norm) {
       weights.query_norm = norm(prefix + "self_attn.q_norm", config.head_dim);
@@ -74,8 +92,14 @@ Model::Model(const std::filesystem::path& folder) : config(read_model_config(fol
     } else {
       weights.mlp_norm = norm(prefix + "post_attention_layernorm", hidden);
     }
-    weights.gate = linear("mlp.gate_proj", intermediate, hidden, config.mlp_bias);
-    weights.up = linear("mlp.up_proj", intermediate, hidden, config.mlp_bias);
+    if (config.fused_projections) {
+      const LinearWeights both = linear("mlp.gate_up_proj", 2 * intermediate, hidden, config.mlp_bias);
+      weights.gate = rows_of(both, 0, intermediate);
+      weights.up = rows_of(both, intermediate, intermediate);
+    } else {
+      weights.gate = linear("mlp.gate_proj", intermediate, hidden, config.mlp_bias);
+      weights.up = linear("mlp.up_proj", intermediate, hidden, config.mlp_bias);
+    }
     weights.down = linear("mlp.down_proj", hidden, intermediate, config.mlp_bias);
     layers.push_back(std::move(weights));
   }

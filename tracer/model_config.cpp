@@ -365,10 +365,11 @@ ModelConfig read_model_config(const std::filesystem::path& folder) {
 
   read_sizes(config, architecture, model);
   model.embedding_scale = architecture.embedding_scaled ? std::sqrt(static_cast<double>(model.hidden_size)) : 1;
-  model.rms_norm_eps = config.positive_or("rms_norm_eps", model.rms_norm_eps);
+  model.rms_norm_eps = config.positive_or("rms_norm_eps", architecture.rms_norm_eps);
   model.norm_offset = architecture.norm_stored_minus_one ? 1 : 0;
   model.norm_after = architecture.norm_after;
   model.query_key_norm = architecture.query_key_norm;
+  model.fused_projections = architecture.fused_projections;
   model.output_bias = !architecture.query_key_value_bias && config.flag_or("attention_bias", false);
   model.query_key_value_bias = architecture.query_key_value_bias || model.output_bias;
   model.mlp_bias = config.flag_or("mlp_bias", false);

@@ -48,11 +48,12 @@ struct ModelConfig {
   int max_position_embeddings = 0;  ///< tokens that the model was made for; 0: not said
 
   double embedding_scale = 1;  ///< what embeddings are multiplied by
-  double rms_norm_eps = 1e-6;
+  double rms_norm_eps = 0;
   double norm_offset = 0;       ///< what is added to the weights of every norm: 1 where they are stored less 1
   bool norm_after = false;      ///< whether what attention and MLP give goes through a norm as well, before it is added
   bool query_key_norm = false;  ///< whether every head's queries and keys do, before rotary embedding
 
+  bool fused_projections = false;  ///< one matrix for query, key and value, and one for gate and up
   bool query_key_value_bias = false;
   bool output_bias = false;  ///< of the output projection
   bool mlp_bias = false;

@@ -84,8 +84,8 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
       observer->on_progress(layers / config.num_layers);
     };
 
-    for (Index first = 0; first < count; first += block_tokens_) {
-      const Index block = std::min(block_tokens_, count - first);
+    for (Index first = 0, block = 0; first < count; first += block) {
+      block = next_block(count - first);
       project(layer, block_of(hidden, first, block, width), block, first_position + first, cache, number,
               block_of(queries, first, block, query_width));
       report(first + block, 0);
@@ -99,8 +99,8 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
 
     // Nothing reads what the last layer makes of any token but the last.
     const Index first_needed = number + 1 < config.num_layers ? 0 : count - 1;
-    for (Index first = first_needed; first < count; first += block_tokens_) {
-      const Index block = std::min(block_tokens_, count - first);
+    for (Index first = first_needed, block = 0; first < count; first += block) {
+      block = next_block(count - first);
       feed_forward(layer, block_of(outputs, first, block, query_width), block, block_of(hidden, first, block, width));
       report(first + block, 1);
     }
@@ -123,6 +123,10 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
   }
   return logits;
 }
+
+// No token is left for a block of its own: single ones are multiplied in another order, and the bits that come out must
+// not depend on how the prompt was divided.
+Index Transformer::next_block(Index left) const { return left <= block_tokens_ + 1 ? left : block_tokens_; }
 
 void Transformer::project(const LayerWeights& layer, std::span<const float> hidden, Index count, Index first,
                           KvCache& cache, int layer_number, std::span<float> queries) {

@@ -62,6 +62,7 @@ class Transformer {
   std::vector<float> forward(std::span<const std::int32_t> ids, KvCache& cache, ForwardObserver* observer = nullptr);
 
  private:
+  Index next_block(Index left) const;
   void project(const LayerWeights& layer, std::span<const float> hidden, Index count, Index first, KvCache& cache,
                int layer_number, std::span<float> queries);
   void feed_forward(const LayerWeights& layer, std::span<const float> attended, Index count, std::span<float> hidden);

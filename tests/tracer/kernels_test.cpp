@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numbers>
 #include <random>
 
 namespace kvreplay::tracer {
@@ -168,10 +169,45 @@ TEST_P(KernelSet, GatesOverTheWholeRange) {
   }
 }
 
+TEST_P(KernelSet, GatesWithGeluOverTheWholeRange) {
+  std::vector<float> gate;
+  for (float x = -200; x <= 200; x += 0.37f) gate.push_back(x);
+  for (float x = -2; x <= 2; x += 0.01f) gate.push_back(x);
+  const auto up = random_values(gate.size(), 8);
+  auto out = gate;
+  GetParam().gelu_multiply(static_cast<Index>(out.size()), out.data(), up.data());
+  for (std::size_t i = 0; i < gate.size(); ++i) {
+    const double x = gate[i];
+    const double bent = 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::numbers::pi) * (x + 0.044715 * x * x * x)));
+    const double expected = bent * static_cast<double>(up[i]);
+    ASSERT_NEAR(out[i], expected, 4e-6 * std::abs(expected) + 1e-12) << x;
+  }
+}
+
+TEST_P(KernelSet, CapsLogitsOfAnySize) {
+  for (const float cap : {0.5f, 30.0f}) {
+    std::vector<float> logits = {0, 1e-30f, -1e-30f, 1e-6f, -1e6f, 1e6f, kInfinity, -kInfinity};
+    for (float x = -300; x <= 300; x += 0.11f) logits.push_back(x);
+    auto out = logits;
+    GetParam().soft_cap(static_cast<Index>(out.size()), cap, out.data());
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+      const double expected = static_cast<double>(cap) * std::tanh(static_cast<double>(logits[i] / cap));
+      ASSERT_NEAR(out[i], expected, 5e-7 * std::abs(expected)) << logits[i];
+    }
+  }
+}
+
 TEST_P(KernelSet, PassesNotANumberOn) {
   std::vector<float> row = {1, std::nanf(""), 2};
   GetParam().softmax(3, row.data());
   EXPECT_TRUE(std::isnan(row[0]));
+  std::vector<float> many(20, std::nanf(""));
+  GetParam().soft_cap(20, 30, many.data());
+  EXPECT_TRUE(std::isnan(many[0]) && std::isnan(many[19]));
+  many.assign(20, std::nanf(""));
+  const std::vector<float> ones(20, 1);
+  GetParam().gelu_multiply(20, many.data(), ones.data());
+  EXPECT_TRUE(std::isnan(many[0]) && std::isnan(many[19]));
   std::vector<float> logits(kQueryBlock, 0);
   logits[5] = std::nanf("");
   std::vector<float> maxima(kQueryBlock, 0);

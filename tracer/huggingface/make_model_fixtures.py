@@ -7,7 +7,7 @@ Each family gets a folder with
   prompt.ids         token ids of a prompt
   expected.h5        /prompt_ids [P], /generated_ids [G] (greedy), /logits [G, V]: for each generated token the logits
                      that it is the largest of, so the first row is that of the prompt's last position
-  trace.h5           the capture of that run by the package kvtrace: float32, all queries, with attention_mass
+  trace.h5           the capture of that run by the package kvtrace: float32, window:24, with attention_mass
 Models, prompts and ids are the same bytes on every machine; logits and traces differ in the last bits from processor to
 processor. --check makes everything anew and compares it with what is there.
 """
@@ -28,6 +28,9 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import kvtrace
 
 # What the weights' values are like, by the end of their names; the first that fits counts. "around one" is what a norm's
 # weights are near after training; families that add 1 to them have them near zero.
@@ -226,11 +229,12 @@ def load(folder):
     return model.eval()
 
 
-def run(model, prompt, generate):
-    """Greedy decoding: the generated ids [G] and the logits [G, V] that they are the largest of."""
-    result = model.generate(
-        torch.tensor([prompt.tolist()]), max_new_tokens=generate, do_sample=False, output_logits=True,
-        return_dict_in_generate=True)
+def run(model, prompt, generate, trace):
+    """Greedy decoding, captured: the generated ids [G] and the logits [G, V] that they are the largest of."""
+    with kvtrace.capture(model, trace, queries="window:24", attention_mass=True, source="prompt prompt.ids"):
+        result = model.generate(
+            torch.tensor([prompt.tolist()]), max_new_tokens=generate, do_sample=False, output_logits=True,
+            return_dict_in_generate=True)
     generated = result.sequences[0, len(prompt):].numpy()
     logits = torch.cat(result.logits).float().numpy()
     if len(generated) != generate:
@@ -250,7 +254,7 @@ def make(root, name, family):
     folder.mkdir(parents=True)
     prompt = make_model(folder, family)
     model = load(folder)
-    generated, logits = run(model, prompt, family["generate"])
+    generated, logits = run(model, prompt, family["generate"], folder / "trace.h5")
     with h5py.File(folder / "expected.h5", "w", libver=("v110", "v110")) as file:
         file["prompt_ids"] = prompt.astype("<i4")
         file["generated_ids"] = generated.astype("<i4")
@@ -258,16 +262,68 @@ def make(root, name, family):
     return logits
 
 
+def contents(path):
+    """The datasets and the attributes of an HDF5 file, but for what names versions and the processor."""
+    found = {}
+
+    def add(name, thing):
+        if isinstance(thing, h5py.Dataset):
+            found[name] = thing[()]
+        found.update({f"{name}@{key}": value for key, value in thing.attrs.items()})
+
+    with h5py.File(path) as file:
+        add("", file)
+        file.visititems(add)
+    varies = ("@created_by", "@source", "provenance@")
+    return {name: value for name, value in found.items() if not name.startswith(varies)}
+
+
+def differences(made, committed):
+    """What differs between two folders of a family, a line each: bytes, or in results more than the last bits."""
+    for name in ("config.json", "model.safetensors", "prompt.ids"):
+        if (made / name).read_bytes() != (committed / name).read_bytes():
+            yield f"{committed / name}: differs"
+    for name in ("expected.h5", "trace.h5"):
+        ours, theirs = contents(made / name), contents(committed / name)
+        if ours.keys() != theirs.keys():
+            yield f"{committed / name}: {sorted(ours.keys() ^ theirs.keys())} in one only"
+            continue
+        for key, value in ours.items():
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                other = theirs[key]
+                same = value.shape == other.shape and np.linalg.norm(value - other) <= 1e-5 * np.linalg.norm(other)
+            else:
+                same = np.array_equal(value, theirs[key])
+            if not same:
+                yield f"{committed / name}: {key} differs"
+
+
+def check(root, names):
+    """Makes the families anew and says what differs from `root`. Returns whether nothing does."""
+    faults = []
+    with tempfile.TemporaryDirectory() as folder:
+        made = pathlib.Path(folder)
+        for name in names:
+            make(made, name, FAMILIES[name])
+            faults += differences(made / name, root / name)
+    print("\n".join(faults) if faults else f"{len(names)} families are what this script makes")
+    return not faults
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, help="where the families stand: tests/tracer/families")
     parser.add_argument("--family", action="append", choices=FAMILIES, help="only this one")
+    parser.add_argument("--check", action="store_true", help="write nothing; say what differs from what is there")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for name in arguments.family or FAMILIES:
+    names = arguments.family or list(FAMILIES)
+    if arguments.check:
+        sys.exit(0 if check(arguments.folder, names) else 1)
+    for name in names:
         shutil.rmtree(arguments.folder / name, ignore_errors=True)
         logits = make(arguments.folder, name, FAMILIES[name])
         size = sum(file.stat().st_size for file in (arguments.folder / name).iterdir())

@@ -1,0 +1,198 @@
+"""Writes kvtrace files piece by piece, while the run that they record goes on."""
+
+import datetime
+import os
+
+import h5py
+import numpy as np
+import torch
+from h5py import h5d, h5p, h5s, h5t
+
+from .errors import CaptureError
+from .output_file import OutputFile
+
+# A chunk holds all heads of a range of positions: large enough to be read at the disk's speed, small enough that the
+# one at a tensor's end, which is stored whole, wastes little.
+_CHUNK_BYTES = 1 << 20
+_LEAST_ROWS = 16
+_PIECES = 16
+
+
+def _bfloat16():
+    kind = h5t.IEEE_F16LE.copy()
+    kind.set_fields(15, 7, 8, 0, 7)
+    kind.set_ebias(127)
+    return kind
+
+
+_TYPES = {
+    torch.float32: (h5t.IEEE_F32LE, np.dtype("<f4")),
+    torch.float16: (h5t.IEEE_F16LE, np.dtype("<f2")),
+    torch.bfloat16: (_bfloat16(), np.dtype("<i2")),  # NumPy has none; its bits
+}
+FLOAT_TYPES = tuple(_TYPES)
+
+
+def _bits(tensor):
+    """The tensor's elements as an array of what is stored."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+class Rows:
+    """A tensor [heads, n, D] that grows along n. Holds less than a chunk in memory."""
+
+    def __init__(self, file, path, heads, dim, dtype, expected):
+        """`expected`: about how many rows there will be."""
+        kind, self._array_type = _TYPES[dtype]
+        self.path, self.dtype, self.shape, self.count = path, dtype, (heads, dim), 0
+        row_bytes = heads * dim * self._array_type.itemsize
+        self._rows = max(_LEAST_ROWS, min(-(-expected // _PIECES), _CHUNK_BYTES // row_bytes))
+        self._buffer = np.zeros((heads, self._rows, dim), self._array_type)
+        self._filled = 0
+        creation = h5p.create(h5p.DATASET_CREATE)
+        creation.set_chunk((heads, self._rows, dim))
+        creation.set_fill_time(h5d.FILL_TIME_NEVER)
+        creation.set_obj_track_times(False)  # the same run gives the same bytes
+        # Two axes without a limit, though only one grows: HDF5 1.10 misnames the chunks where it is one.
+        space = h5s.create_simple((heads, 0, dim), (h5s.UNLIMITED, h5s.UNLIMITED, dim))
+        self._dataset = h5d.create(file.id, path.encode(), kind, space, creation)
+
+    def append(self, tensor):
+        """`tensor`: [heads, n, D], on the CPU."""
+        values = _bits(tensor)
+        done = 0
+        while done < values.shape[1]:
+            count = min(values.shape[1] - done, self._rows - self._filled)
+            self._buffer[:, self._filled : self._filled + count] = values[:, done : done + count]
+            self._filled += count
+            self.count += count
+            done += count
+            if self._filled == self._rows:
+                self.flush()
+
+    def flush(self):
+        """Writes what is in memory. Only the last piece may be less than a chunk."""
+        if self._filled == 0:
+            return
+        self._dataset.set_extent((self.shape[0], self.count, self.shape[1]))
+        # HDF5 would pass every value through its own buffers; the bytes are right as they are.
+        self._dataset.write_direct_chunk((0, self.count - self._filled, 0), self._buffer.tobytes(), 0)
+        self._buffer[:] = 0
+        self._filled = 0
+
+
+class TraceFile:
+    """A kvtrace file in the making: it gets its name when finish() succeeds; abandon() leaves nothing."""
+
+    def __init__(self, path):
+        self._output = OutputFile(path)
+        self._rows = {}
+        try:
+            # These bounds have checksums and can be read by HDF5 from 1.10 on.
+            self._file = h5py.File(self._output.temporary, "w", libver=("v110", "v110"))
+        except OSError as problem:
+            self._output.abandon()
+            raise self._failure(problem) from None
+        self._file.attrs["format"] = "kvtrace"
+        self._file.attrs["format_version"] = 1
+
+    @property
+    def path(self):
+        return self._output.path
+
+    def _failure(self, problem):
+        reason = os.strerror(problem.errno) if getattr(problem, "errno", None) else str(problem).splitlines()[0]
+        return CaptureError(f"{self.path}: cannot be written: {reason}")
+
+    def fail(self, where, reason):
+        raise CaptureError(f"{self.path}: {where}: {reason}")
+
+    def _check_finite(self, tensor, path, place):
+        if bool(torch.isfinite(tensor).all()):
+            return
+        at = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        what = "NaN" if bool(torch.isnan(tensor[tuple(at)])) else "infinity"
+        self.fail(path, f"{what} at {place(at)}; the run itself produced it")
+
+    def append(self, layer, name, tensor, first, expected):
+        """The next rows [heads, n, D] of a layer's tensor, whose first is that of position `first`."""
+        path = f"/layers/{layer}/{name}"
+        self._check_finite(tensor, path, lambda at: f"layer {layer}, head {at[0]}, position {first + at[1]}")
+        try:
+            rows = self._rows.get(path)
+            if rows is None:
+                self._file.require_group(f"layers/{layer}")
+                rows = Rows(self._file, path, tensor.shape[0], tensor.shape[2], tensor.dtype, expected)
+                self._rows[path] = rows
+            if rows.shape != (tensor.shape[0], tensor.shape[2]) or rows.dtype != tensor.dtype:
+                self.fail(path, "changes its shape or type during the run")
+            rows.append(tensor)
+        except (OSError, RuntimeError) as problem:
+            raise self._failure(problem) from None
+
+    def count(self, layer, name):
+        """Rows of a layer's tensor so far."""
+        rows = self._rows.get(f"/layers/{layer}/{name}")
+        return rows.count if rows else 0
+
+    def write(self, layer, name, tensor):
+        """A layer's tensor that is written at once: output_projection, attention_mass."""
+        path = f"/layers/{layer}/{name}"
+        self._check_finite(tensor, path, lambda at: f"layer {layer}, row {at[0]}, column {at[1]}")
+        kind = _TYPES[tensor.dtype][0]
+        try:
+            self._file.require_group(f"layers/{layer}")
+            creation = h5p.create(h5p.DATASET_CREATE)
+            creation.set_obj_track_times(False)
+            dataset = h5d.create(self._file.id, path.encode(), kind, h5s.create_simple(tuple(tensor.shape)), creation)
+            dataset.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(_bits(tensor)), kind)
+        except (OSError, RuntimeError) as problem:
+            raise self._failure(problem) from None
+
+    def finish(self, *, model, layers, ids, prompt_length, pieces, query_positions, spans, source, provenance):
+        """Writes everything but the tensors, marks the file complete and puts it in its place.
+
+        `model`: the attributes of /model; `layers`: those of each layer's group; `spans`: (start, end, label).
+        """
+        from . import __version__
+
+        seconds = int(os.environ["SOURCE_DATE_EPOCH"]) if "SOURCE_DATE_EPOCH" in os.environ else None
+        now = datetime.datetime.now(datetime.timezone.utc) if seconds is None else datetime.datetime.fromtimestamp(
+            seconds, datetime.timezone.utc)
+        try:
+            for rows in self._rows.values():
+                rows.flush()
+            file = self._file
+            file.attrs["created_by"] = f"kvtrace {__version__}"
+            file.attrs["created_at"] = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+            file.attrs["source"] = source
+            file.create_group("model").attrs.update(model)
+            file.create_group("provenance").attrs.update(provenance)
+            for layer, attributes in enumerate(layers):
+                file[f"layers/{layer}"].attrs.update(attributes)
+            file.create_group("tokens")  # on the way to a dataset it would be dated
+            file["tokens/ids"] = np.asarray(ids, "<i4")
+            file["tokens"].attrs["prompt_length"] = np.int64(prompt_length)
+            file["tokens/ids"].attrs["prompt_length"] = np.int64(prompt_length)
+            if pieces is not None:
+                file.create_dataset("tokens/pieces", data=pieces, dtype=h5py.string_dtype())
+            file["query_positions"] = np.asarray(query_positions, "<i4")
+            if spans:
+                kind = np.dtype([("start", "<i4"), ("end", "<i4"), ("label", h5py.string_dtype())])
+                file.create_group("annotations")
+                file["annotations/spans"] = np.array(spans, dtype=kind)
+            file.flush()
+            # Last, so that a file in which anything is missing cannot carry it.
+            file.attrs["complete"] = 1
+            file.close()
+        except (OSError, RuntimeError) as problem:
+            raise self._failure(problem) from None
+        self._output.commit()
+
+    def abandon(self):
+        # The name first: what follows may fail on a full disk.
+        self._output.abandon()
+        try:
+            self._file.close()
+        except (OSError, RuntimeError):
+            pass

@@ -111,12 +111,20 @@ TEST(ModelConfig, ReadsEveryWayToScaleRotaryEmbedding) {
 
 TEST(ModelConfig, RefusesWhatItCannotComputeExactly) {
   const std::pair<json, std::string> cases[] = {
-      {{{"architectures", {"Qwen2ForCausalLM"}}},
-       "architectures [\"Qwen2ForCausalLM\"] is not supported; supported: LlamaForCausalLM"},
-      {{{"architectures", nullptr}, {"model_type", "gemma"}},
-       "model_type \"gemma\" is not supported; supported: LlamaForCausalLM"},
+      {{{"architectures", {"Qwen3MoeForCausalLM"}}},
+       "architectures [\"Qwen3MoeForCausalLM\"] is not supported; supported: LlamaForCausalLM, MistralForCausalLM, "
+       "Qwen2ForCausalLM, Qwen3ForCausalLM, Phi3ForCausalLM, GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, "
+       "Gemma3ForConditionalGeneration"},
+      {{{"architectures", nullptr}, {"model_type", "mixtral"}},
+       "model_type \"mixtral\" is not supported; supported: LlamaForCausalLM"},
       {{{"architectures", nullptr}, {"model_type", nullptr}}, "model_type is missing"},
-      {{{"hidden_act", "gelu"}}, "hidden_act \"gelu\" is not supported; supported: silu"},
+      {{{"hidden_act", "gelu"}}, "hidden_act \"gelu\" is not supported; supported: silu, gelu_pytorch_tanh"},
+      {{{"use_bidirectional_attention", true}}, "use_bidirectional_attention true is not supported; supported: false"},
+      {{{"attn_logit_softcapping", 50.0}}, "attn_logit_softcapping 50.0 is not supported; supported: null"},
+      {{{"layer_types", {"full_attention", "sliding_attention"}}},
+       "supported: full_attention in every layer of LlamaForCausalLM"},
+      {{{"layer_types", {"full_attention"}}}, "layer_types must be a list with the types of 2 layers"},
+      {{{"layer_types", {"full_attention", "chunked_attention"}}}, "supported: full_attention, sliding_attention"},
       {{{"quantization_config", {{"bits", 4}}}}, "quantization_config {\"bits\":4} is not supported"},
       {{{"partial_rotary_factor", 0.5}}, "partial_rotary_factor 0.5 is not supported"},
       {{{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 2}}}},
@@ -140,6 +148,163 @@ TEST(ModelConfig, RefusesWhatItCannotComputeExactly) {
     EXPECT_NE(message.find(reason), std::string::npos) << changes << ": " << message;
     EXPECT_NE(message.find("config.json"), std::string::npos) << message;
   }
+}
+
+json of_class(const char* name, const json& changes = json::object()) {
+  json config = with({{"num_hidden_layers", 6}, {"head_dim", 12}, {"rope_scaling", nullptr}, {"rope_theta", nullptr}});
+  config["architectures"] = {name};
+  config.merge_patch(changes);
+  return config;
+}
+
+// merge_patch would take null for "leave it out".
+json with_null(json config, const char* key) {
+  config[key] = nullptr;
+  return config;
+}
+
+TEST(ModelConfig, ReadsWhichLayersSeeAWindow) {
+  using Windows = std::vector<int>;
+  const auto windows = [](const json& config) { return read(config).sliding_windows; };
+  EXPECT_EQ(windows(of_class("LlamaForCausalLM", {{"sliding_window", 7}})), Windows(6, 0));
+  EXPECT_EQ(windows(of_class("MistralForCausalLM", {{"sliding_window", 7}})), Windows(6, 7));
+  EXPECT_EQ(windows(of_class("MistralForCausalLM")), Windows(6, 4096)) << "as transformers takes it";
+  EXPECT_EQ(windows(with_null(of_class("MistralForCausalLM"), "sliding_window")), Windows(6, 0));
+  for (const char* name : {"Qwen2ForCausalLM", "Qwen3ForCausalLM"}) {
+    const json late = {{"sliding_window", 7}, {"max_window_layers", 4}};
+    EXPECT_EQ(windows(of_class(name, late)), Windows(6, 0)) << "a window that is not used";
+    json used = of_class(name, late);
+    used["use_sliding_window"] = true;
+    EXPECT_EQ(windows(used), (Windows{0, 0, 0, 0, 7, 7}));
+    used["max_window_layers"] = 0;
+    EXPECT_EQ(windows(used), Windows(6, 7));
+    const char* full = "full_attention";
+    used["layer_types"] = {"sliding_attention", full, full, full, full, full};
+    EXPECT_EQ(windows(used), (Windows{7, 0, 0, 0, 0, 0}));
+  }
+  EXPECT_EQ(windows(of_class("Gemma2ForCausalLM", {{"sliding_window", 7}})), (Windows{7, 0, 7, 0, 7, 0}));
+  EXPECT_EQ(windows(of_class("Gemma3ForCausalLM", {{"sliding_window", 7}})), (Windows{7, 7, 7, 7, 7, 0}));
+  for (const char* key : {"sliding_window_pattern", "_sliding_window_pattern"}) {
+    EXPECT_EQ(windows(of_class("Gemma3ForCausalLM", {{"sliding_window", 7}, {key, 3}})), (Windows{7, 7, 0, 7, 7, 0}));
+  }
+  EXPECT_NE(message_of<Error>([&] {
+              windows(with_null(of_class("Gemma2ForCausalLM"), "sliding_window"));
+            }).find("sliding_window is missing, but layer 0 attends to one"),
+            std::string::npos);
+}
+
+TEST(ModelConfig, ReadsBothRotaryEmbeddingsOfGemma3) {
+  const auto check = [](const json& config) {
+    const ModelConfig model = read(config);
+    EXPECT_EQ(model.rotary_of(5).theta, 500000);
+    EXPECT_EQ(model.rotary_of(5).scaling, RotaryEmbedding::Scaling::linear);
+    EXPECT_EQ(model.rotary_of(5).factor, 8);
+    EXPECT_EQ(model.rotary_of(0).theta, 20000);
+    EXPECT_EQ(model.rotary_of(0).scaling, RotaryEmbedding::Scaling::none);
+  };
+  const char* name = "Gemma3ForCausalLM";
+  const json scaling = {{"rope_type", "linear"}, {"factor", 8.0}};
+  check(of_class(name, {{"rope_theta", 500000}, {"rope_local_base_freq", 20000}, {"rope_scaling", scaling}}));
+  json full = scaling;
+  full["rope_theta"] = 500000;
+  const json sliding = {{"rope_type", "default"}, {"rope_theta", 20000}};
+  check(of_class(name, {{"rope_parameters", {{"full_attention", full}, {"sliding_attention", sliding}}}}));
+  const ModelConfig neither = read(of_class(name));
+  EXPECT_EQ(neither.rotary.theta, 1000000);
+  EXPECT_EQ(neither.local_rotary.theta, 10000);
+  const std::string message = message_of<Error>([&] { read(of_class(name, {{"rope_parameters", sliding}})); });
+  EXPECT_NE(message.find("supported: objects for full_attention and sliding_attention"), std::string::npos) << message;
+}
+
+TEST(ModelConfig, TakesTheSameRotaryEmbeddingInEveryLayerElsewhere) {
+  const ModelConfig model = read(
+      of_class("Qwen2ForCausalLM", {{"use_sliding_window", true}, {"max_window_layers", 1}, {"rope_theta", 1000000}}));
+  EXPECT_EQ(model.rotary_of(0).theta, 1000000);
+  EXPECT_EQ(model.rotary_of(5).theta, 1000000);
+  // What rope_parameters says comes first, and what it leaves out stands beside it.
+  const auto theta = [](const json& changes) { return read(with(changes)).rotary.theta; };
+  EXPECT_EQ(theta({{"rope_theta", 5}, {"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 7}}}}), 7);
+  EXPECT_EQ(theta({{"rope_theta", 5}, {"rope_parameters", {{"rope_type", "default"}}}}), 5);
+}
+
+TEST(ModelConfig, TakesTheContextOfLlama3RopeFromTheModelWhereItIsNotSaid) {
+  const json scaling = {{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0}};
+  EXPECT_EQ(read(with({{"rope_scaling", scaling}})).rotary.original_max_position_embeddings, 1024);
+}
+
+TEST(ModelConfig, KnowsWhatAFamilysConfigNeedNotSay) {
+  const ModelConfig qwen2 = read(of_class("Qwen2ForCausalLM"));
+  EXPECT_TRUE(qwen2.query_key_value_bias);
+  EXPECT_FALSE(qwen2.output_bias);
+  EXPECT_FALSE(qwen2.query_key_norm);
+  EXPECT_TRUE(read(of_class("Qwen3ForCausalLM")).query_key_norm);
+  json qwen3 = of_class("Qwen3ForCausalLM");
+  qwen3.erase("head_dim");
+  EXPECT_EQ(read(qwen3).head_dim, 128);
+  EXPECT_TRUE(read(of_class("Phi3ForCausalLM")).fused_projections);
+
+  json gemma = of_class("GemmaForCausalLM", {{"hidden_size", 64}});
+  for (const char* key : {"head_dim", "hidden_act", "tie_word_embeddings"}) gemma.erase(key);
+  const ModelConfig gemma1 = read(gemma);
+  EXPECT_EQ(gemma1.head_dim, 256);
+  EXPECT_EQ(gemma1.activation, Activation::gelu_tanh);
+  EXPECT_EQ(gemma1.embedding_scale, 8);
+  EXPECT_EQ(gemma1.norm_offset, 1);
+  EXPECT_FALSE(gemma1.norm_after);
+  EXPECT_TRUE(gemma1.tie_word_embeddings);
+  EXPECT_EQ(gemma1.final_logit_softcapping, 0);
+  gemma["hidden_act"] = "gelu";
+  EXPECT_EQ(read(gemma).activation, Activation::gelu_tanh) << "what released checkpoints mean by it";
+}
+
+TEST(ModelConfig, ReadsSoftCapsAndTheQueryScale) {
+  json config = of_class("Gemma2ForCausalLM");
+  ModelConfig model = read(config);
+  EXPECT_EQ(model.attn_logit_softcapping, 50);
+  EXPECT_EQ(model.final_logit_softcapping, 30);
+  EXPECT_DOUBLE_EQ(model.softmax_scale, 1.0 / 16);
+  EXPECT_TRUE(model.norm_after);
+  config["attn_logit_softcapping"] = nullptr;
+  config["final_logit_softcapping"] = 7.5;
+  config["query_pre_attn_scalar"] = 144;
+  model = read(config);
+  EXPECT_EQ(model.attn_logit_softcapping, 0);
+  EXPECT_EQ(model.final_logit_softcapping, 7.5);
+  EXPECT_DOUBLE_EQ(model.softmax_scale, 1.0 / 12);
+  EXPECT_EQ(read(of_class("Gemma3ForCausalLM")).final_logit_softcapping, 0);
+  const std::string message = message_of<Error>([&] {
+    read(of_class("Gemma3ForCausalLM", {{"attn_logit_softcapping", 50.0}}));
+  });
+  EXPECT_NE(message.find("attn_logit_softcapping 50.0 is not supported"), std::string::npos) << message;
+}
+
+TEST(ModelConfig, ReadsTheTextPartOfAMultimodalModel) {
+  // What google/gemma-3-4b-it says, and no more.
+  const json text = {{"hidden_size", 2560},
+                     {"intermediate_size", 10240},
+                     {"model_type", "gemma3_text"},
+                     {"num_hidden_layers", 34},
+                     {"rope_scaling", {{"factor", 8.0}, {"rope_type", "linear"}}},
+                     {"sliding_window", 1024}};
+  json config = {{"architectures", {"Gemma3ForConditionalGeneration"}},
+                 {"eos_token_id", {1, 106}},
+                 {"model_type", "gemma3"},
+                 {"text_config", text}};
+  const ModelConfig model = read(config);
+  EXPECT_EQ(model.num_layers, 34);
+  EXPECT_EQ(model.num_attention_heads, 8);
+  EXPECT_EQ(model.num_key_value_heads, 4);
+  EXPECT_EQ(model.head_dim, 256);
+  EXPECT_EQ(model.vocab_size, 262208);
+  EXPECT_EQ(model.eos_token_ids, (std::vector<std::int32_t>{1, 106}));
+  EXPECT_TRUE(model.tie_word_embeddings);
+  EXPECT_EQ(model.sliding_window(4), 1024);
+  EXPECT_EQ(model.sliding_window(5), 0);
+  config["text_config"]["hidden_activation"] = "relu";
+  EXPECT_NE(message_of<Error>([&] { read(config); }).find("config.json: text_config: hidden_activation \"relu\""),
+            std::string::npos);
+  config["text_config"] = 3;
+  EXPECT_NE(message_of<Error>([&] { read(config); }).find("text_config must be an object"), std::string::npos);
 }
 
 TEST(ModelConfig, NamesMissingAndBrokenFiles) {

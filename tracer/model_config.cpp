@@ -353,7 +353,9 @@ ModelConfig read_model_config(const std::filesystem::path& folder) {
   const Section config = architecture.text_config.empty() ? top : top.section(architecture.text_config.data());
 
   ModelConfig model;
-  model.model_type = architecture.model_type;
+  // Of a multimodal model, that of its language model.
+  const bool has_own_type = !architecture.text_config.empty() && config.has("model_type");
+  model.model_type = has_own_type ? config.text("model_type") : architecture.model_type;
   const auto full_path = std::filesystem::canonical(folder);
   model.name = full_path.filename().string();
   for (const Section& section : {top, config}) {

@@ -291,6 +291,7 @@ TEST(ModelConfig, ReadsTheTextPartOfAMultimodalModel) {
                  {"model_type", "gemma3"},
                  {"text_config", text}};
   const ModelConfig model = read(config);
+  EXPECT_EQ(model.model_type, "gemma3_text");
   EXPECT_EQ(model.num_layers, 34);
   EXPECT_EQ(model.num_attention_heads, 8);
   EXPECT_EQ(model.num_key_value_heads, 4);

@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "base/output_file.h"
 #include "trace/writer.h"
+#include "tracer/scratch_file.h"
 
 namespace kvreplay::tracer {
 
@@ -35,41 +36,60 @@ void check_fits_float16(std::span<const float> values, std::string_view what, in
                   what, layer, *found, kLargestFloat16));
 }
 
-// Keeps what attention saw and produced at the captured positions.
+std::vector<float> output_projection(const Model& model, int layer) {
+  const Tensor& weight = model.layers[static_cast<std::size_t>(layer)].output.weight;
+  std::vector<float> values(static_cast<std::size_t>(weight.rows() * weight.columns()));
+  to_float32(weight.type, weight.data, values);
+  return values;
+}
+
+// Brings what attention saw and produced at the captured positions into the trace: layer by layer during the prompt
+// where a writer is there already, and with write() otherwise.
 class Recorder final : public ForwardObserver {
  public:
-  Recorder(const CaptureOptions& options, const ModelConfig& config, Index prompt_length, Index first_captured)
+  Recorder(const CaptureOptions& options, const Model& model, Index prompt_length, Index first_captured,
+           TraceWriter* writer)
       : options_(options),
-        config_(config),
+        model_(model),
+        config_(model.config),
         prompt_length_(prompt_length),
         first_captured_(first_captured),
-        layers_(static_cast<std::size_t>(config.num_layers)),
-        start_(Clock::now()) {}
+        writer_(writer),
+        layers_(static_cast<std::size_t>(config_.num_layers)),
+        start_(Clock::now()) {
+    if (writer_ == nullptr) scratch_ = std::make_unique<ScratchFile>(options.output);
+  }
 
   bool wants_attention_mass() const override { return !prompt_done_; }
 
   void on_attention(const LayerAttention& attention, KvCache& cache) override {
-    Layer& layer = layers_[static_cast<std::size_t>(attention.layer)];
-    const Index width = Index{config_.num_attention_heads} * config_.head_dim;
-    const Index skipped = std::max<Index>(0, first_captured_ - attention.first_position) * width;
+    const auto start = Clock::now();
+    const Index skipped = std::max<Index>(0, first_captured_ - attention.first_position) * width();
     const auto queries = attention.queries.subspan(static_cast<std::size_t>(skipped));
     const auto outputs = attention.outputs.subspan(static_cast<std::size_t>(skipped));
-    layer.queries.insert(layer.queries.end(), queries.begin(), queries.end());
-    layer.outputs.insert(layer.outputs.end(), outputs.begin(), outputs.end());
-    if (!attention.attention_mass.empty()) {
-      layer.mass.assign(attention.attention_mass.begin(), attention.attention_mass.end());
-    }
-    if (options_.dtype == DType::float16) {
-      check_fits_float16(queries, "queries", attention.layer);
-      check_fits_float16(outputs, "attention outputs", attention.layer);
-      for (int head = 0; head < config_.num_key_value_heads; ++head) {
-        const Index new_rows = cache.length(attention.layer, head) - attention.count;
-        const auto floats = static_cast<std::size_t>(attention.count * config_.head_dim);
-        const Index offset = new_rows * config_.head_dim;
-        check_fits_float16({cache.keys(attention.layer, head) + offset, floats}, "keys", attention.layer);
-        check_fits_float16({cache.values(attention.layer, head) + offset, floats}, "values", attention.layer);
+    if (options_.dtype == DType::float16) check_all_fit_float16(attention, queries, outputs, cache);
+    Layer& layer = layers_[static_cast<std::size_t>(attention.layer)];
+    if (prompt_done_) {
+      layer.later_queries.insert(layer.later_queries.end(), queries.begin(), queries.end());
+      layer.later_outputs.insert(layer.later_outputs.end(), outputs.begin(), outputs.end());
+    } else if (writer_ != nullptr) {
+      write_keys_and_values(*writer_, attention.layer, cache);
+      cache.release(attention.layer);
+      for (int head = 0; head < config_.num_attention_heads; ++head) {
+        writer_->write_rows(attention.layer, HeadTensor::queries, head, 0, rows_of(queries, head));
       }
+      for (int head = 0; head < config_.num_attention_heads; ++head) {
+        writer_->write_rows(attention.layer, HeadTensor::outputs, head, 0, rows_of(outputs, head));
+      }
+      write_projection(*writer_, attention.layer);
+      writer_->write_attention_mass(attention.layer, mass_of(attention));
+    } else {
+      layer.queries = put_aside(queries);
+      layer.outputs = put_aside(outputs);
+      const std::vector<float> mass = mass_of(attention);
+      layer.mass = scratch_->append(std::as_bytes(std::span(mass)));
     }
+    seconds_ += seconds_since(start);
   }
 
   void on_progress(double fraction) override {
@@ -81,40 +101,110 @@ class Recorder final : public ForwardObserver {
 
   void end_prompt() { prompt_done_ = true; }
 
-  // [Q, H·D] to [H, Q, D].
-  std::vector<float> queries(int layer) const { return by_head(layers_[static_cast<std::size_t>(layer)].queries); }
-  std::vector<float> outputs(int layer) const { return by_head(layers_[static_cast<std::size_t>(layer)].outputs); }
+  // What following the run took so far.
+  double seconds() const { return seconds_; }
 
-  std::span<const float> attention_mass(int layer) const { return layers_[static_cast<std::size_t>(layer)].mass; }
-
-  void forget(int layer) { layers_[static_cast<std::size_t>(layer)] = {}; }
+  // Everything of a layer, where it was not written during the prompt.
+  void write(TraceWriter& writer, int number, const KvCache& cache) {
+    const Layer& layer = layers_[static_cast<std::size_t>(number)];
+    write_keys_and_values(writer, number, cache);
+    write_in_two_parts(writer, number, HeadTensor::queries, layer.queries, layer.later_queries);
+    write_in_two_parts(writer, number, HeadTensor::outputs, layer.outputs, layer.later_outputs);
+    write_projection(writer, number);
+    std::vector<float> mass(static_cast<std::size_t>(config_.num_attention_heads * prompt_length_));
+    scratch_->read(layer.mass, std::as_writable_bytes(std::span(mass)));
+    writer.write_attention_mass(number, mass);
+  }
 
  private:
   struct Layer {
-    std::vector<float> queries;
-    std::vector<float> outputs;
-    std::vector<float> mass;
+    std::int64_t queries = 0;  // of the prompt, in the scratch file: [H, prompt queries, D] of the trace's type
+    std::int64_t outputs = 0;
+    std::int64_t mass = 0;             // [H, P] in float32
+    std::vector<float> later_queries;  // [queries after the prompt, H·D]
+    std::vector<float> later_outputs;
   };
 
-  std::vector<float> by_head(const std::vector<float>& rows) const {
+  Index width() const { return Index{config_.num_attention_heads} * config_.head_dim; }
+
+  void check_all_fit_float16(const LayerAttention& attention, std::span<const float> queries,
+                             std::span<const float> outputs, const KvCache& cache) const {
+    check_fits_float16(queries, "queries", attention.layer);
+    check_fits_float16(outputs, "attention outputs", attention.layer);
+    for (int head = 0; head < config_.num_key_value_heads; ++head) {
+      const Index new_rows = cache.length(attention.layer, head) - attention.count;
+      const auto floats = static_cast<std::size_t>(attention.count * config_.head_dim);
+      const Index offset = new_rows * config_.head_dim;
+      check_fits_float16({cache.keys(attention.layer, head) + offset, floats}, "keys", attention.layer);
+      check_fits_float16({cache.values(attention.layer, head) + offset, floats}, "values", attention.layer);
+    }
+  }
+
+  static std::vector<float> mass_of(const LayerAttention& attention) {
+    return {attention.attention_mass.begin(), attention.attention_mass.end()};
+  }
+
+  // One head's part of rows of all heads: [count, H·D] to [count, D].
+  std::vector<float> rows_of(std::span<const float> all, int head) const {
     const Index dim = config_.head_dim;
-    const Index width = Index{config_.num_attention_heads} * dim;
-    const Index count = static_cast<Index>(rows.size()) / width;
-    std::vector<float> heads(rows.size());
+    const Index count = static_cast<Index>(all.size()) / width();
+    std::vector<float> rows(static_cast<std::size_t>(count * dim));
     for (Index row = 0; row < count; ++row) {
-      for (Index head = 0; head < config_.num_attention_heads; ++head) {
-        std::copy_n(rows.data() + row * width + head * dim, dim, heads.data() + (head * count + row) * dim);
+      std::copy_n(all.data() + row * width() + head * dim, dim, rows.data() + row * dim);
+    }
+    return rows;
+  }
+
+  // [count, H·D] to [H, count, D] in the trace's type, in the scratch file.
+  std::int64_t put_aside(std::span<const float> all) {
+    std::int64_t place = 0;
+    std::vector<std::byte> stored;
+    for (int head = 0; head < config_.num_attention_heads; ++head) {
+      const std::vector<float> rows = rows_of(all, head);
+      stored.resize(rows.size() * size_of(options_.dtype));
+      from_float32(options_.dtype, rows, stored.data());
+      const std::int64_t at = scratch_->append(stored);
+      if (head == 0) place = at;
+    }
+    return place;
+  }
+
+  void write_keys_and_values(TraceWriter& writer, int layer, const KvCache& cache) const {
+    for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values}) {
+      for (int head = 0; head < config_.num_key_value_heads; ++head) {
+        const float* rows = tensor == HeadTensor::keys ? cache.keys(layer, head) : cache.values(layer, head);
+        const auto floats = static_cast<std::size_t>(cache.length(layer, head) * config_.head_dim);
+        writer.write_rows(layer, tensor, head, 0, std::span(rows, floats));
       }
     }
-    return heads;
+  }
+
+  // Prompt queries from the scratch file, and later ones, head by head.
+  void write_in_two_parts(TraceWriter& writer, int layer, HeadTensor tensor, std::int64_t place,
+                          std::span<const float> later) const {
+    const Index count = prompt_length_ - first_captured_;
+    std::vector<std::byte> stored(static_cast<std::size_t>(count * config_.head_dim) * size_of(options_.dtype));
+    for (int head = 0; head < config_.num_attention_heads; ++head) {
+      scratch_->read(place + head * static_cast<std::int64_t>(stored.size()), stored);
+      writer.write_rows(layer, tensor, head, 0, std::span<const std::byte>(stored));
+      if (!later.empty()) writer.write_rows(layer, tensor, head, count, rows_of(later, head));
+    }
+  }
+
+  void write_projection(TraceWriter& writer, int layer) const {
+    if (options_.output_projection) writer.write_output_projection(layer, output_projection(model_, layer));
   }
 
   const CaptureOptions& options_;
+  const Model& model_;
   const ModelConfig& config_;
   Index prompt_length_;
   Index first_captured_;
+  TraceWriter* writer_;
+  std::unique_ptr<ScratchFile> scratch_;
   std::vector<Layer> layers_;
   Clock::time_point start_;
+  double seconds_ = 0;
   bool prompt_done_ = false;
 };
 
@@ -205,37 +295,8 @@ TraceInfo describe(const CaptureOptions& options, const ModelConfig& config, con
   return info;
 }
 
-std::vector<float> output_projection(const Model& model, int layer) {
-  const Tensor& weight = model.layers[static_cast<std::size_t>(layer)].output.weight;
-  std::vector<float> values(static_cast<std::size_t>(weight.rows() * weight.columns()));
-  to_float32(weight.type, weight.data, values);
-  return values;
-}
-
-void write_trace(const CaptureOptions& options, const Model& model, TraceInfo info, const KvCache& cache,
-                 Recorder& recorder) {
-  const ModelConfig& config = model.config;
-  const auto head_floats = static_cast<std::size_t>(info.num_tokens()) * static_cast<std::size_t>(config.head_dim);
-  TraceWriter writer(options.output, std::move(info), options.dtype);
-  std::vector<float> rows(static_cast<std::size_t>(config.num_key_value_heads) * head_floats);
-  for (int layer = 0; layer < config.num_layers; ++layer) {
-    for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values}) {
-      for (int head = 0; head < config.num_key_value_heads; ++head) {
-        const float* from = tensor == HeadTensor::keys ? cache.keys(layer, head) : cache.values(layer, head);
-        std::copy_n(from, head_floats, rows.data() + static_cast<std::size_t>(head) * head_floats);
-      }
-      writer.write(layer, tensor, rows);
-    }
-    writer.write(layer, HeadTensor::queries, recorder.queries(layer));
-    writer.write(layer, HeadTensor::outputs, recorder.outputs(layer));
-    if (options.output_projection) writer.write_output_projection(layer, output_projection(model, layer));
-    writer.write_attention_mass(layer, recorder.attention_mass(layer));
-    recorder.forget(layer);
-    if (options.on_progress) {
-      options.on_progress({CaptureProgress::Stage::write, (layer + 1.0) / config.num_layers, 0});
-    }
-  }
-  writer.finish();
+void report_written(const CaptureOptions& options, double fraction) {
+  if (options.on_progress) options.on_progress({CaptureProgress::Stage::write, fraction, 0});
 }
 
 }  // namespace
@@ -285,13 +346,19 @@ CaptureSummary capture(const CaptureOptions& options) {
   CaptureSummary summary;
   KvCache cache(config.num_layers, config.num_key_value_heads, config.head_dim, capacity);
   Transformer transformer(model, options.execution);
-  Recorder recorder(options, config, prompt_length, first_captured);
   std::vector<std::int32_t> token_ids = prompt.ids;
+  // The last generated token is not fed back: with no more than one, all shapes are known now.
+  std::unique_ptr<TraceWriter> writer;
+  if (options.generate < 2) {
+    writer = std::make_unique<TraceWriter>(options.output, describe(options, config, prompt, token_ids, first_captured),
+                                           options.dtype);
+  }
+  Recorder recorder(options, model, prompt_length, first_captured, writer.get());
 
   const auto prefill_start = Clock::now();
   std::vector<float> logits = transformer.forward(prompt.ids, cache, &recorder);
   recorder.end_prompt();
-  summary.prefill_seconds = seconds_since(prefill_start);
+  summary.prefill_seconds = seconds_since(prefill_start) - recorder.seconds();
 
   const auto decode_start = Clock::now();
   while (static_cast<int>(summary.generated_ids.size()) < options.generate) {
@@ -311,7 +378,17 @@ CaptureSummary capture(const CaptureOptions& options) {
     if (summary.ended) break;
   }
 
-  write_trace(options, model, describe(options, config, prompt, token_ids, first_captured), cache, recorder);
+  if (writer == nullptr) {
+    writer = std::make_unique<TraceWriter>(options.output, describe(options, config, prompt, token_ids, first_captured),
+                                           options.dtype);
+    for (int layer = 0; layer < config.num_layers; ++layer) {
+      recorder.write(*writer, layer, cache);
+      cache.release(layer);
+      report_written(options, static_cast<double>(layer) / config.num_layers);
+    }
+  }
+  writer->finish();
+  report_written(options, 1);
   summary.output = options.output;
   summary.file_bytes = std::filesystem::file_size(options.output);
   summary.num_layers = config.num_layers;

@@ -52,16 +52,18 @@ struct CaptureSummary {
   std::vector<std::int32_t> generated_ids;
   std::optional<std::string> generated_text;  ///< nothing where the model's folder has no tokenizer
   bool ended = false;                         ///< the last generated token ends the sequence
-  double prefill_seconds = 0;
-  double decode_seconds = 0;  ///< of all generated tokens but the first, which prefill gives
+  double prefill_seconds = 0;                 ///< without what writing took
+  double decode_seconds = 0;                  ///< of all generated tokens but the first, which prefill gives
 };
 
 /// Reads whitespace-separated decimal token ids. Throws Error, beginning with `name`, at anything else, and if there
 /// are none.
 std::vector<std::int32_t> parse_token_ids(std::string_view text, std::string_view name);
 
-/// Runs the model on the prompt, generates, and writes the trace. Keys and values are held in float32 until the end, as
-/// are the captured queries and outputs, since the file's shapes depend on how much was generated.
+/// Runs the model on the prompt, generates, and writes the trace. Where nothing generated goes through the model, every
+/// layer is written and forgotten as soon as it is done. Otherwise the file's shapes depend on how much will have been
+/// generated: keys and values, which generation needs, are held in float32, while the prompt's queries and outputs wait
+/// in a scratch file beside the trace.
 /// Throws Error, leaving no file, if anything cannot be read, run or written; what can be known before the model runs
 /// is checked before.
 CaptureSummary capture(const CaptureOptions& options);

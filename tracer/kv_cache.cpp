@@ -10,15 +10,16 @@ KvCache::KvCache(int num_layers, int num_key_value_heads, int head_dim, Index ca
       capacity_(capacity),
       positions_(static_cast<std::size_t>(num_layers) * static_cast<std::size_t>(num_key_value_heads)),
       keys_(static_cast<std::size_t>(num_layers)),
-      values_(static_cast<std::size_t>(num_layers)) {
-  const auto floats = static_cast<std::size_t>(num_key_value_heads * capacity * head_dim + kReadAhead);
-  for (auto& layer : keys_) layer.resize(floats);
-  for (auto& layer : values_) layer.resize(floats);
-}
+      values_(static_cast<std::size_t>(num_layers)) {}
 
 KvCache::Rows KvCache::append(int layer, int head, Index first, Index rows) {
   std::vector<std::int32_t>& positions = positions_[index(layer, head)];
   const Index at = offset(head) + static_cast<Index>(positions.size()) * head_dim_;
+  if (keys_[layer_of(layer)].empty()) {
+    const auto floats = static_cast<std::size_t>(num_heads_ * capacity_ * head_dim_ + kReadAhead);
+    keys_[layer_of(layer)].resize(floats);
+    values_[layer_of(layer)].resize(floats);
+  }
   for (Index row = 0; row < rows; ++row) positions.push_back(static_cast<std::int32_t>(first + row));
   return {keys_[layer_of(layer)].data() + at, values_[layer_of(layer)].data() + at};
 }
@@ -37,6 +38,12 @@ void KvCache::keep(int layer, int head, std::span<const Index> rows) {
     ++kept;
   }
   positions.resize(static_cast<std::size_t>(kept));
+}
+
+void KvCache::release(int layer) {
+  for (int head = 0; head < num_heads_; ++head) positions_[index(layer, head)].clear();
+  std::vector<float>().swap(keys_[layer_of(layer)]);
+  std::vector<float>().swap(values_[layer_of(layer)]);
 }
 
 }  // namespace kvreplay::tracer

@@ -14,7 +14,7 @@ namespace kvreplay::tracer {
 /// tokens.
 class KvCache {
  public:
-  /// Room for `capacity` rows in each head.
+  /// Room for `capacity` rows in each head. A layer takes its memory when the first row comes.
   KvCache(int num_layers, int num_key_value_heads, int head_dim, Index capacity);
 
   Index capacity() const { return capacity_; }
@@ -31,6 +31,9 @@ class KvCache {
 
   /// The ascending positions of a head's rows, [length].
   std::span<const std::int32_t> positions(int layer, int head) const { return positions_[index(layer, head)]; }
+
+  /// Forgets a layer and gives its memory back.
+  void release(int layer);
 
   /// [length, D].
   const float* keys(int layer, int head) const { return keys_[layer_of(layer)].data() + offset(head); }

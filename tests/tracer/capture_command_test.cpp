@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 
+#include "base/error.h"
 #include "support/temporary_folder.h"
 #include "support/tiny_model.h"
 #include "trace/reader.h"
@@ -68,6 +69,56 @@ TEST_F(CaptureCommand, ReadsStandardInputAndSpans) {
   EXPECT_EQ(trace.info().spans[0].end - trace.info().spans[0].start, 5) << "digits are tokens of their own";
   EXPECT_FALSE(trace.has_output_projection(0));
   EXPECT_NE(trace.info().source.find("prompt standard input"), std::string::npos);
+}
+
+// With and without tokens that follow the prompt: then the trace is written at the end, otherwise during the prompt.
+TEST_F(CaptureCommand, LeavesNothingWhereTheDiskIsFull) {
+  for (const int generate : {0, 3}) {
+    for (const int blocks : {0, 2, 8, 16}) {  // of 512 or 1024 bytes, as the shell has it
+      const std::string command = fmt::format(
+          "cd '{}' && (ulimit -f {}; '{}' capture --model tiny --tokens ids --generate {} -o full.h5 2>&1; "
+          "echo exit $?) | cat >said",
+          folder_.path().string(), blocks, KVREPLAY_EXECUTABLE, generate);
+      ASSERT_EQ(std::system(command.c_str()), 0);
+      EXPECT_NE(read_file(folder_ / "said").find("exit 1\n"), std::string::npos) << blocks;
+      EXPECT_NE(read_file(folder_ / "said").find("full.h5: "), std::string::npos) << read_file(folder_ / "said");
+      EXPECT_NE(read_file(folder_ / "said").find("cannot be written"), std::string::npos);
+      for (const std::string& name : folder_.names()) EXPECT_FALSE(name.starts_with("full.h5")) << name;
+    }
+  }
+}
+
+// Killed after a while that grows until it comes too late; whatever stands there by then, a reader takes none of it for
+// a trace but the whole one.
+TEST_F(CaptureCommand, LeavesNoTraceWhereItIsKilled) {
+  std::string ids;
+  for (int i = 0; i < 1500; ++i) ids += fmt::format("{} ", i % 97);
+  write_file(folder_ / "many", ids);
+  int killed = 0;
+  for (const int generate : {0, 3}) {
+    for (const int milliseconds : {5, 20, 50, 100, 150}) {
+      std::filesystem::remove(folder_ / "killed.h5");
+      const std::string command = fmt::format(
+          "cd '{}' && timeout -s KILL 0.{:03} '{}' capture --model tiny --tokens many --generate {} -o killed.h5 "
+          ">out 2>err",
+          folder_.path().string(), milliseconds, KVREPLAY_EXECUTABLE, generate);
+      const bool whole = std::system(command.c_str()) == 0;
+      killed += whole ? 0 : 1;
+      for (const std::string& name : folder_.names()) {
+        if (!name.starts_with("killed.h5")) continue;
+        bool accepted = true;
+        try {
+          const TraceReader trace(folder_ / name);
+          EXPECT_EQ(trace.info().num_tokens(), generate == 0 ? 1500 : 1502);
+        } catch (const Error&) {
+          accepted = false;
+        }
+        EXPECT_EQ(accepted, whole) << name;
+        if (name != "killed.h5") std::filesystem::remove(folder_ / name);
+      }
+    }
+  }
+  EXPECT_GT(killed, 0);
 }
 
 TEST_F(CaptureCommand, ExplainsWhatIsWrong) {

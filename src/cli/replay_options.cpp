@@ -144,12 +144,8 @@ ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string
       request.eviction_positions.push_back(position);
     }
   }
-  for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
-    if (options.heads == name_of(granularity)) request.granularity = granularity;
-  }
-  for (const Share share : {Share::mean, Share::max, Share::sum}) {
-    if (options.share == name_of(share)) request.share = share;
-  }
+  request.granularity = granularity_named(options.heads);
+  request.share = share_named(options.share);
   return request;
 }
 

@@ -18,6 +18,7 @@
 #include "replay/layer_projection.h"
 #include "replay/measurement.h"
 #include "replay/selection.h"
+#include "trace/identity.h"
 
 namespace kvreplay {
 namespace {
@@ -106,10 +107,12 @@ LayerResult result_of(LayerSets kept, const LayerMeasures& measures, const Trace
 ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest request)
     : traces_(traces), request_(std::move(request)) {
   for (std::size_t t = 0; t < traces_.size(); ++t) {
+    const std::string digest = trace_digest(traces_[t]);
     std::vector<int> evictions = request_.eviction_positions;
     if (evictions.empty()) evictions.push_back(traces_[t].info().prompt_length);
     for (const int eviction : evictions) {
       TraceReplay& outline = outlines_.emplace_back(prepare(traces_[t], eviction));
+      outline.trace_digest = digest;
       settings_.push_back(settings_for(traces_[t], request_, eviction, outline.notes));
       for (const Setting& setting : settings_.back()) outline.results.push_back(outline_of(setting, outline));
       trace_of_outline_.push_back(t);

@@ -77,11 +77,14 @@ struct ReplayResult {
   Table attention_recall;  ///< [L, H, E]
   Table cosine;            ///< [L, H, E]
   Table span_recall;       ///< [L, H, S] share of each span's positions before the eviction that is kept
+  Table spearman;          ///< [L, H] rank agreement with the oracle's importance; empty unless it was asked for
+  Table kendall;           ///< [L, H] the same, Kendall's τ_b
 };
 
 /// All results of one trace at one eviction position: comparable with each other, number by number.
 struct TraceReplay {
   std::string trace;
+  std::string trace_digest;  ///< what tells captures apart whatever their files are called
   ModelInfo model;
   int prompt_length = 0;
   int eviction_position = 0;

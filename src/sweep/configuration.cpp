@@ -3,19 +3,19 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <toml++/toml.h>
-#include <xxhash.h>
 
 #include <algorithm>
 #include <charconv>
 #include <fstream>
 #include <iterator>
-#include <memory>
 #include <set>
 #include <system_error>
 #include <utility>
 
+#include "base/digest.h"
 #include "base/error.h"
 #include "base/printable.h"
+#include "trace/identity.h"
 
 namespace kvreplay {
 namespace {
@@ -57,23 +57,6 @@ std::string in_quotes(const std::string& text) {
   }
   return quoted + '"';
 }
-
-// A digest over values of any type, each with its end marked.
-class Digest {
- public:
-  Digest() : state_(XXH64_createState(), XXH64_freeState) { XXH64_reset(state_.get(), 0); }
-
-  void add(std::string_view text) {
-    add_bytes(text.data(), text.size());
-    add_bytes("\0", 1);
-  }
-  void add_bytes(const char* data, std::size_t size) { XXH64_update(state_.get(), data, size); }
-
-  std::string text() const { return fmt::format("{:016x}", XXH64_digest(state_.get())); }
-
- private:
-  std::unique_ptr<XXH64_state_t, decltype(&XXH64_freeState)> state_;
-};
 
 std::int64_t size_of_file(const std::filesystem::path& file) {
   std::error_code failure;
@@ -173,37 +156,17 @@ std::string write_configuration(const std::vector<ConfigurationEntry>& entries) 
 }
 
 FileIdentity identity_of(const TraceReader& trace) {
-  const TraceInfo& info = trace.info();
-  Digest digest;
-  const ModelInfo& model = info.model;
-  for (const std::string& text : {model.name, model.architecture, info.created_by, info.created_at, info.source}) {
-    digest.add(text);
-  }
-  for (const int number : {model.num_layers, model.num_attention_heads, model.num_key_value_heads, model.head_dim,
-                           model.hidden_size, model.sliding_window, info.prompt_length}) {
-    digest.add(fmt::format("{}", number));
-  }
-  for (const double number : {model.rope_theta, model.softmax_scale, model.attn_logit_softcapping})
-    digest.add(fmt::format("{}", number));
-  for (const auto* numbers : {&info.token_ids, &info.turn_starts, &info.query_positions}) {
-    digest.add(fmt::format("{}", fmt::join(*numbers, ",")));
-  }
-  digest.add(fmt::format("{}", fmt::join(info.layer_sliding_window, ",")));
-  for (const std::string& piece : info.token_pieces) digest.add(piece);
-  for (const Span& span : info.spans) digest.add(fmt::format("{},{},{}", span.start, span.end, span.label));
-  bool all = true;
-  for (const StoredTensor& tensor : trace.stored_tensors()) {
-    digest.add(
-        fmt::format("{} {} {} {}", tensor.path, name_of(tensor.type), fmt::join(tensor.shape, ","), tensor.xxh64));
-    all = all && !tensor.xxh64.empty();
-  }
-  if (!all) {
+  std::string content = trace_digest(trace);
+  if (!has_tensor_digests(trace)) {
     std::error_code failure;
     const auto time = std::filesystem::last_write_time(trace.path(), failure);
     if (failure) throw Error(fmt::format("{}: cannot be looked at: {}", trace.path().string(), failure.message()));
+    Digest digest;
+    digest.add(content);
     digest.add(fmt::format("{}", static_cast<std::int64_t>(time.time_since_epoch().count())));
+    content = digest.text();
   }
-  return {printable(trace.path().string()), size_of_file(trace.path()), digest.text()};
+  return {printable(trace.path().string()), size_of_file(trace.path()), content};
 }
 
 FileIdentity identity_of(const std::filesystem::path& file) {

@@ -66,7 +66,7 @@ TEST_F(Outputs, ResultsHaveTheLayoutThatIsPromised) {
                   "--share max -o results.h5"));
   const hdf5::File file = open("results.h5");
   EXPECT_EQ(file.read_string("/", "format"), "kvreplay-results");
-  EXPECT_EQ(file.read_int("/", "format_version"), 1);
+  EXPECT_EQ(file.read_int("/", "format_version"), 2);
   EXPECT_EQ(file.read_int("/", "complete"), 1);
   EXPECT_THAT(file.read_string("/", "created_by"), HasSubstr("kvreplay "));
   EXPECT_EQ(file.list("/results").size(), 7u);  // full once, the others at two capacities
@@ -90,6 +90,10 @@ TEST_F(Outputs, ResultsHaveTheLayoutThatIsPromised) {
     EXPECT_EQ(file.read_string(group, "heads"), "query");
     EXPECT_EQ(file.read_string(group, "share"), "max");
     EXPECT_EQ(file.read_string(group, "model"), "random");
+    EXPECT_EQ(file.read_string(group, "trace_digest").size(), 16u);
+    EXPECT_EQ(file.read_int(group, "num_layers"), 2);
+    EXPECT_EQ(file.read_int(group, "num_query_heads"), 4);
+    EXPECT_EQ(file.read_int(group, "prompt_length"), 60);
     EXPECT_EQ(file.read_int(group, "oracle"), 0);
     EXPECT_EQ(file.read_int32s(group + "/evaluation_positions"), positions);
     for (const char* measure : {"head_error", "attention_recall", "cosine"}) {

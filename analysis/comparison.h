@@ -66,9 +66,9 @@ struct ComparisonRow {
 
 struct ComparisonOptions {
   Measure measure = Measure::layer_error;
-  Grouping grouping;
-  std::string baseline;  ///< a policy's spec, or a method's name that one policy has; empty: none
-  BootstrapOptions bootstrap;
+  Grouping grouping = {};
+  std::string baseline = {};  ///< a policy's spec, or a method's name that one policy has; empty: none
+  BootstrapOptions bootstrap = {};
 };
 
 /// A row per group: capacities in the order of the results, then traces, eviction positions, layers and heads, and best

@@ -4,24 +4,11 @@
 #include <iterator>
 #include <limits>
 #include <numeric>
-#include <string_view>
+
+#include "replay/measure.h"
 
 namespace kvreplay {
 namespace {
-
-struct Measure {
-  std::string_view name;
-  Table ReplayResult::*table;
-  bool lower_is_better;
-};
-
-constexpr Measure kMeasures[] = {
-    {"layer_error", &ReplayResult::layer_error, true},
-    {"head_error", &ReplayResult::head_error, true},
-    {"attention_recall", &ReplayResult::attention_recall, false},
-    {"cosine", &ReplayResult::cosine, false},
-    {"span_recall", &ReplayResult::span_recall, false},
-};
 
 double mean_of(const Table& table) {
   if (table.numbers.empty()) return std::numeric_limits<double>::quiet_NaN();
@@ -60,7 +47,7 @@ std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayRes
                      .layer = -1,
                      .measure = {},
                      .distribution = {}};
-  for (const Measure& measure : kMeasures) {
+  for (const MeasureTraits& measure : measures()) {
     const std::vector<float>& numbers = (result.*measure.table).numbers;
     if (numbers.empty()) continue;
     row.measure = measure.name;
@@ -112,6 +99,11 @@ void PolicyRanking::add(const ReplayResult& result) {
     row.span_recall += mean_of(result.span_recall);
     ++sum.with_spans;
   }
+  if (!result.spearman.numbers.empty()) {
+    row.spearman += mean_of(result.spearman);
+    row.kendall += mean_of(result.kendall);
+    ++sum.with_ranks;
+  }
 }
 
 std::vector<PolicyRow> PolicyRanking::rows() const {
@@ -123,6 +115,8 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
       row.*number /= sum.count;
     }
     row.span_recall /= sum.with_spans;  // 0/0 where no trace has spans: NaN, as promised
+    row.spearman /= sum.with_ranks;
+    row.kendall /= sum.with_ranks;
   }
   const auto capacity_rank = [this](const PolicyRow& row) {
     return std::ranges::find(capacities_, row.capacity_request) - capacities_.begin();

@@ -296,20 +296,21 @@ TEST(RankAgreement, IsOfPoliciesThatRankAndOnlyWhereItIsAskedFor) {
                                           "snapkv(window=4)",
                                           "snapkv(window=4)+adakv"};
   const RandomTrace shape;
-  for (const ReplayResult& result : replayed(shape, with_ranks(specs, {"20", "100%"})).at(0).results) {
+  const std::vector<TraceReplay> asked = replayed(shape, with_ranks(specs, {"20", "100%"}));
+  for (const ReplayResult& result : asked.at(0).results) {
     const bool ranks = result.policy.starts_with("snapkv") && result.capacity < shape.prompt_length;
     EXPECT_EQ(result.rank_agreement, ranks) << result.policy;
     EXPECT_EQ(result.spearman.numbers.size(), ranks ? 8u : 0u) << result.policy;
     EXPECT_EQ(result.kendall.numbers.size(), ranks ? 8u : 0u) << result.policy;
   }
-  for (const ReplayResult& result : replayed(shape, make_request(specs, {"20"})).at(0).results) {
+  const std::vector<TraceReplay> not_asked = replayed(shape, make_request(specs, {"20"}));
+  for (const ReplayResult& result : not_asked.at(0).results) {
     EXPECT_THAT(result.spearman.numbers, IsEmpty()) << result.policy;
   }
   // One position is left to rank: no order.
   const RandomTrace small{.prompt_length = 9, .num_tokens = 14};
-  for (const ReplayResult& result : replayed(small, with_ranks({"snapkv(window=8)"}, {"8"})).at(0).results) {
-    EXPECT_THAT(result.spearman.numbers, IsEmpty());
-  }
+  const std::vector<TraceReplay> unordered = replayed(small, with_ranks({"snapkv(window=8)"}, {"8"}));
+  EXPECT_THAT(unordered.at(0).results.at(0).spearman.numbers, IsEmpty());
 }
 
 TEST(RankAgreement, WhereNoPositionIsSeenAgainThereIsNone) {

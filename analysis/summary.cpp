@@ -33,6 +33,38 @@ Distribution distribution_of(std::vector<float> numbers, bool lower_is_better) {
           .worst = static_cast<double>(lower_is_better ? numbers.back() : numbers.front())};
 }
 
+Distribution weighted_distribution(std::vector<WeightedNumber> numbers, bool lower_is_better) {
+  std::ranges::sort(numbers, {}, &WeightedNumber::number);
+  double sum = 0;
+  double weight = 0;
+  for (const WeightedNumber& each : numbers) {
+    sum += each.weight * static_cast<double>(each.number);
+    weight += each.weight;
+  }
+  const double first = numbers.front().weight / 2;
+  const double span = weight - first - numbers.back().weight / 2;
+  const auto quantile_at = [&](double share) {
+    const double place = first + share * span;
+    double before = 0;  // the middle of the number that was looked at before
+    double passed = 0;  // the weight up to the one that is looked at
+    for (std::size_t i = 0; i < numbers.size(); ++i) {
+      const double middle = passed + numbers[i].weight / 2;
+      if (middle >= place && i == 0) break;
+      if (middle >= place) {
+        const double part = (place - before) / (middle - before);
+        return (1 - part) * static_cast<double>(numbers[i - 1].number) + part * static_cast<double>(numbers[i].number);
+      }
+      before = middle;
+      passed += numbers[i].weight;
+    }
+    return static_cast<double>(passed == 0 ? numbers.front().number : numbers.back().number);
+  };
+  return {.mean = sum / weight,
+          .median = quantile_at(0.5),
+          .p90 = quantile_at(lower_is_better ? 0.9 : 0.1),
+          .worst = static_cast<double>(lower_is_better ? numbers.back().number : numbers.front().number)};
+}
+
 std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayResult& result) {
   std::vector<MeasureSummary> rows;
   MeasureSummary row{.trace = result.trace,

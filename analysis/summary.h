@@ -22,6 +22,16 @@ struct Distribution {
 /// Of `numbers`, at least one; `lower_is_better` says which end is the worst. Quantiles interpolate linearly.
 Distribution distribution_of(std::vector<float> numbers, bool lower_is_better);
 
+/// A number that counts as many times as its weight says.
+struct WeightedNumber {
+  float number = 0;
+  double weight = 1;  ///< above 0
+};
+
+/// The same of numbers with weights. Sorted, each number lies in the middle of its weight, and quantiles interpolate
+/// linearly from the middle of the first to that of the last: with equal weights as above.
+Distribution weighted_distribution(std::vector<WeightedNumber> numbers, bool lower_is_better);
+
 /// One measure of one replayed setting, over one layer or all of them.
 struct MeasureSummary {
   std::string trace;

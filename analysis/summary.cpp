@@ -131,6 +131,11 @@ void PolicyRanking::add(const ReplayResult& result) {
     row.span_recall += mean_of(result.span_recall);
     ++sum.with_spans;
   }
+  if (!result.spearman.numbers.empty()) {
+    row.spearman += mean_of(result.spearman);
+    row.kendall += mean_of(result.kendall);
+    ++sum.with_ranks;
+  }
 }
 
 std::vector<PolicyRow> PolicyRanking::rows() const {
@@ -142,6 +147,8 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
       row.*number /= sum.count;
     }
     row.span_recall /= sum.with_spans;  // 0/0 where no trace has spans: NaN, as promised
+    row.spearman /= sum.with_ranks;
+    row.kendall /= sum.with_ranks;
   }
   const auto capacity_rank = [this](const PolicyRow& row) {
     return std::ranges::find(capacities_, row.capacity_request) - capacities_.begin();

@@ -69,6 +69,8 @@ struct PolicyRow {
   double attention_recall = 0;
   double cosine = 0;
   double span_recall = 0;  ///< NaN where no trace has spans
+  double spearman = 0;     ///< rank agreement; NaN where it was not measured
+  double kendall = 0;
 };
 
 /// Makes such rows from results that come one after the other.
@@ -85,6 +87,7 @@ class PolicyRanking {
     PolicyRow row;
     int count = 0;
     int with_spans = 0;
+    int with_ranks = 0;
   };
   std::vector<Sum> sums_;                                             // in the order of the results
   std::map<std::pair<std::string, std::string>, std::size_t> place_;  // of a policy and capacity among the sums

@@ -196,6 +196,9 @@ KeptSetsReader::KeptSetsReader(const std::filesystem::path& path)
     kept.capacity_request = file_.read_string(group, "capacity_request");
     kept.eviction_position = read_count(file_, group, "evict_at");
     kept.granularity = read_granularity(file_, group);
+    const hdf5::Shape offsets = file_.dataset(group + "/offsets").shape();
+    if (offsets.size() != 1 || offsets.front() < 2) fail(file_, group + "/offsets", "is no list of sets");
+    kept.num_sets = offsets.front() - 1;
   }
 }
 

@@ -30,7 +30,10 @@ case "${1-}" in
     packages+=(clang clang-tidy clang-format libclang-rt-dev libomp-dev python3 python3-h5py python3-numpy
       python3-venv libopenmpi-dev openmpi-bin)
     # Ubuntu's is a snap, which a container does not run: reports are not checked there unless a browser is on the PATH.
-    [ "$(sed -n 's/^ID=//p' /etc/os-release 2>/dev/null)" = ubuntu ] || packages+=(chromium fonts-liberation)
+    [ "$(sed -n 's/^ID=//p' /etc/os-release 2>/dev/null)" = ubuntu ] || {
+      packages+=(chromium fonts-liberation)
+      commands+=(chromium)
+    }
     commands+=(clang++ clang-tidy clang-format python3 mpirun)
     for_ci=1
     ;;

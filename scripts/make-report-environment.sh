@@ -24,7 +24,8 @@ if [ "${1-}" = --checks ]; then
   lists+=("$scripts/report-checks.txt")
   shift
 fi
-[ $# -le 1 ] && [[ ${1-} != -* ]] || usage
+[ $# -le 1 ] || usage
+[[ ${1-} != -* ]] || usage
 folder=${1-}
 if [ -z "$folder" ]; then
   [ -n "${XDG_DATA_HOME-}${HOME-}" ] || die "neither XDG_DATA_HOME nor HOME is set: name a folder"
@@ -67,7 +68,7 @@ trap 'rm -rf "$building"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-say "making $folder: downloads $((checks ? 150 : 105)) MB, takes $((checks ? 560 : 395)) MB"
+say "making $folder: downloads $((checks ? 130 : 80)) MB, takes $((checks ? 560 : 395)) MB"
 "$python" -m venv "$building" || die "$python could not make a virtual environment"
 requirements=()
 for list in "${lists[@]}"; do

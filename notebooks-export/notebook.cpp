@@ -50,8 +50,7 @@ def table(name, text=()):
 def figure(name, data):
     """A figure of the report as a chart of Altair that shows `data`, which has the columns of its table."""
     specification = json.loads(Path("figures", f"{name}.vl.json").read_text(encoding="utf-8"))
-    specification.pop("data", None)
-    chart = alt.Chart.from_dict(specification)
+    chart = alt.Chart.from_dict(specification | {"data": {"name": name}})
     chart.data = data
     return chart
 
@@ -69,7 +68,7 @@ def stored(specification, **options):
 alt.data_transformers.disable_max_rows()
 alt.theme.enable("none")  # the figures bring their own
 alt.renderers.register("report", stored)
-alt.renderers.enable("report"))py";
+alt.renderers.enable("report");)py";
 
 // Text as it stands, in a line of Markdown.
 std::string markdown(std::string_view text) {
@@ -255,14 +254,15 @@ std::string notebook_text(const std::string& title, const std::vector<Figure>& f
     cells.push_back(markdown_cell(cell_id("text", figure.name), text));
     cells.push_back(code_cell(cell_id("figure", figure.name), count, code_of(figure), std::move(outputs)));
   }
-  const ordered_json notebook = {
-      {"cells", std::move(cells)},
-      {"metadata",
-       {{"kernelspec", {{"display_name", "Python 3"}, {"language", "python"}, {"name", "python3"}}},
-        {"language_info", {{"name", "python"}}}}},
-      {"nbformat", 4},
-      {"nbformat_minor", 5}};
-  return notebook.dump(1, ' ', false, ordered_json::error_handler_t::replace) + '\n';
+  // With its keys in the order that Jupyter saves them in, so that opening and saving it changes nothing.
+  const nlohmann::json notebook =
+      ordered_json{{"cells", std::move(cells)},
+                   {"metadata",
+                    {{"kernelspec", {{"display_name", "Python 3"}, {"language", "python"}, {"name", "python3"}}},
+                     {"language_info", {{"name", "python"}}}}},
+                   {"nbformat", 4},
+                   {"nbformat_minor", 5}};
+  return notebook.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + '\n';
 }
 
 }  // namespace kvreplay

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <optional>
-#include <set>
 #include <tuple>
 #include <utility>
 
@@ -101,9 +101,10 @@ std::string name_of(const StoredKeptSets& kept) {
 // What kept sets and their result have in common.
 using Identity = std::tuple<std::string, std::string, std::string, int>;
 
+// `trace` is what the set of results calls it.
 template <class Stored>
-Identity identity_of(const Stored& stored) {
-  return {stored.trace, stored.policy, stored.capacity_request, stored.eviction_position};
+Identity identity_of(const Stored& stored, const std::string& trace) {
+  return {trace, stored.policy, stored.capacity_request, stored.eviction_position};
 }
 
 // Throws where sets cannot be those of the result.
@@ -206,14 +207,8 @@ HeadPairs head_pairs(const StoredResult& result, const KeptSets& kept, const std
 }  // namespace
 
 std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results) {
-  std::vector<std::string> capacities;  // in the order of the results
   std::map<std::string, bool> oracles;
-  for (const StoredResult& result : results.results()) {
-    if (std::ranges::find(capacities, result.capacity_request) == capacities.end()) {
-      capacities.push_back(result.capacity_request);
-    }
-    oracles[result.policy] = result.oracle;
-  }
+  for (const StoredResult& result : results.results()) oracles[result.policy] = result.oracle;
   struct Pair {
     LayerMeans jaccard;
     LayerMeans containment;
@@ -248,7 +243,7 @@ std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results) {
     }
   }
   std::vector<PolicyOverlap> rows;
-  for (const std::string& capacity : capacities) {
+  for (const std::string& capacity : results.capacities()) {
     for (const std::string& policy : policies[capacity]) {
       for (const std::string& other : policies[capacity]) {
         const auto found = of_pairs[capacity].find({policy, other});
@@ -335,7 +330,9 @@ RetentionSet RetentionSet::open(std::span<const std::filesystem::path> files, co
   RetentionSet set;
   std::map<std::size_t, Entry> found;
   std::map<Identity, std::size_t> place;
-  for (std::size_t i = 0; i < results.results().size(); ++i) place.emplace(identity_of(results.results()[i]), i);
+  for (std::size_t i = 0; i < results.results().size(); ++i) {
+    place.emplace(identity_of(results.results()[i], results.results()[i].trace), i);
+  }
   for (const std::filesystem::path& file : files) {
     const std::size_t r = set.readers_.size();
     set.readers_.emplace_back(file);
@@ -343,7 +340,7 @@ RetentionSet RetentionSet::open(std::span<const std::filesystem::path> files, co
     std::size_t left_out = 0;
     std::size_t repeated = 0;
     for (std::size_t k = 0; k < kept.size(); ++k) {
-      const auto result = place.find(identity_of(kept[k]));
+      const auto result = place.find(identity_of(kept[k], results.trace_called(kept[k].trace)));
       if (result == place.end()) {
         ++left_out;
         continue;

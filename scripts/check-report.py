@@ -254,3 +254,122 @@ def text_of_marks(page):
     return page.page.evaluate(
         "() => [...document.querySelectorAll('figure svg .role-mark, figure canvas')].map("
         "mark => mark.toDataURL ? mark.toDataURL() : mark.innerHTML).join('')")
+
+
+# The notebook
+
+def check_notebook(report, names):
+    """That it is valid, shows every figure as it is, and draws every figure again."""
+    import nbformat
+    from nbconvert.preprocessors import CellExecutionError, ExecutePreprocessor
+
+    path = report / "notebook.ipynb"
+    text = path.read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=4)
+    try:
+        nbformat.validate(json.loads(text))
+    except nbformat.ValidationError as error:
+        expect(False, f"notebook: {error}")
+    expect(nbformat.writes(notebook) + "\n" == text, "notebook: saving it unchanged changes it")
+
+    def drawn(cells, when):
+        code = [cell for cell in cells if cell.cell_type == "code"][1:]  # the first one sets up
+        expect(len(code) == len(names), f"notebook {when}: {len(code)} cells for {len(names)} figures")
+        for cell in code:
+            data = [output.data for output in cell.outputs if "data" in output]
+            charts = [part for part in data if "image/png" in part or "application/vnd.vegalite.v5+json" in part]
+            expect(charts, f"notebook {when}: {cell.id} shows nothing")
+            for part in charts:
+                picture = part.get("image/png", "")
+                expect(not picture or len(picture) > 1000, f"notebook {when}: {cell.id} has an empty picture")
+        for cell in cells:
+            for output in cell.get("outputs", []):
+                expect(output.output_type not in ("stream", "error"),
+                       f"notebook {when}: {cell.id} says {str(output.get('text', output.get('evalue')))[:300]}")
+
+    drawn(notebook.cells, "as it is opened")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / "report"
+        shutil.copytree(report, copy)
+        try:
+            executed, _ = ExecutePreprocessor(
+                timeout=300, kernel_name="python3", extra_arguments=["--log-level=ERROR"]).preprocess(
+                    notebook, {"metadata": {"path": str(copy)}})
+        except CellExecutionError as error:
+            expect(False, f"notebook: {error}")
+        else:
+            drawn(executed.cells, "run again")
+    say(f"notebook of {len(text) / 1e6:.1f} MB with {len(names)} figures, run again in {time.monotonic() - started:.1f} s")
+
+
+def check_page(report, options):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(options.browser), args=["--no-sandbox"])
+        browser.new_page().close()  # the first page of a browser waits for it to be ready
+        page = Page(browser, report, color_scheme="light")
+        loaded, first = page.open()
+        drawn = page.draw_all()
+        figures = page.check_figures("as it is opened")
+        say(f"page of {(report / 'index.html').stat().st_size / 1e6:.1f} MB: there after {loaded:.2f} s, with its first figure "
+            f"after {first:.2f} s; {figures} figures drawn in another {drawn:.2f} s")
+        page.screenshot(options.screenshots, "light")
+        light = page.page.evaluate(BRIGHTNESS)
+        reached = page.check_keyboard()
+        say(f"keyboard: Tab comes to {reached} controls")
+        changed = page.check_filters(options.screenshots)
+        say(f"filters: {changed}")
+        page.check_theme(light, options.screenshots)
+        page.context.close()
+        # The reader's own preference.
+        page = Page(browser, report, color_scheme="dark")
+        page.open()
+        expect(page.page.evaluate(BRIGHTNESS) < 128, "page: is bright for readers who prefer dark")
+        page.draw_all()
+        page.check_figures("dark")
+        page.screenshot(options.screenshots, "dark")
+        page.context.close()
+        # A telephone: nothing wider than it.
+        page = Page(browser, report, color_scheme="light")
+        page.page.set_viewport_size({"width": 400, "height": 800})
+        page.open()
+        page.draw_all()
+        width = page.page.evaluate("() => document.documentElement.scrollWidth")
+        expect(width <= 400, f"page: {width} wide in a window of 400")
+        page.screenshot(options.screenshots, "narrow")
+        browser.close()
+    return figures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=pathlib.Path)
+    parser.add_argument("--screenshots", type=pathlib.Path, metavar="DIR", help="writes what was seen there")
+    parser.add_argument("--browser", metavar="NAME", help="default: the first there is of " + ", ".join(BROWSERS))
+    parser.add_argument("--skip", default="", metavar="LIST", help="of pictures, page, notebook")
+    options = parser.parse_args()
+    report = options.report.resolve()
+    if not (report / "index.html").is_file():
+        sys.exit(f"check-report: {options.report}: is no report, it has no index.html")
+    skipped = options.skip.split(",")
+    names = sorted(path.name.removesuffix(".vl.json") for path in (report / "figures").glob("*.vl.json"))
+    expect(names, "there are no figures")
+
+    check_tables(report, names)
+    check_specifications(report, names)
+    if "pictures" not in skipped:
+        check_pictures(report, names)
+    if "page" not in skipped:
+        figures = check_page(report, options)
+        expect(figures == len(names), f"page: {figures} figures, and there are {len(names)} specifications")
+    if "notebook" not in skipped:
+        check_notebook(report, names)
+    if failures:
+        sys.exit(f"check-report: {len(failures)} things are wrong with {options.report}")
+    say(f"{options.report} is as it should be: {len(names)} figures")
+
+
+if __name__ == "__main__":
+    main()

@@ -52,3 +52,4 @@ results.json, the sets that each policy kept in kept.h5, and the report. What to
   $kvreplay replay ${traces[0]} --policy snapkv --policy restkv --capacity 32,64,128,256,512
 
 The report: $out/report/index.html
+EOF

@@ -1,8 +1,12 @@
 // Which policy is best where, by how much, and how sure: aggregates, and paired comparisons with a baseline.
 #pragma once
 
+#include <cstddef>
 #include <optional>
+#include <span>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "analysis/bootstrap.h"
@@ -40,18 +44,20 @@ struct GroupKey {
 struct PairedDifference {
   double mean = 0;  ///< less than 0: smaller numbers than the baseline's
   Interval interval;
-  double relative = 0;  ///< of the baseline's mean
-  double wins = 0;      ///< share of the pairs in which it is better than the baseline; ties count half
-  double p_value = 0;   ///< that there is no difference
+  double relative = 0;  ///< of the baseline's mean; NaN where that is 0
+  double wins = 0;      ///< share of the pairs, weighed like means, in which it is better; ties count half
+  double p_value = 0;   ///< that there is no difference; NaN where nothing can be said
   double adjusted = 0;  ///< the same, corrected for the number of rows of the comparison (Holm)
   int pairs = 0;        ///< layer, head and query of all traces
+  int traces = 0;       ///< those that both were replayed on
 };
 
 struct ComparisonRow {
   GroupKey key;
   bool oracle = false;
-  double kept = 0;            ///< mean positions in a kept set
-  double kept_share = 0;      ///< of the positions before the eviction
+  Granularity granularity = Granularity::kv;  ///< of its first result
+  double kept = 0;                            ///< mean positions in a kept set
+  double kept_share = 0;                      ///< of the positions before the eviction
   Distribution distribution;  ///< every trace and eviction position weighs the same; worst over all numbers
   Interval interval;          ///< of the mean
   int traces = 0;
@@ -60,14 +66,25 @@ struct ComparisonRow {
 
 struct ComparisonOptions {
   Measure measure = Measure::layer_error;
-  Grouping grouping;
-  std::string baseline;  ///< canonical spec, or a method's name that one policy has; empty: none
-  BootstrapOptions bootstrap;
+  Grouping grouping = {};
+  std::string baseline = {};  ///< a policy's spec, or a method's name that one policy has; empty: none
+  BootstrapOptions bootstrap = {};
 };
 
-/// A row per group: capacities in the order of the results, best mean first within. Throws UsageError, naming those
-/// there are, where the baseline is not among the policies; Error where no result has the measure or where a head or
-/// layer is asked for that the measure does not tell apart.
+/// A row per group: capacities in the order of the results, then traces, eviction positions, layers and heads, and best
+/// mean first within. A baseline that keeps everything is compared with at every capacity. Throws UsageError, naming
+/// those there are, where the baseline is not among the policies, and where the measure does not tell heads apart that
+/// are asked for; Error where no result has the measure.
 std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOptions& options);
+
+/// A result and what it is compared with, of one trace and eviction position.
+using ResultPair = std::pair<std::size_t, std::size_t>;
+
+/// Differences of pairs, as in a row of a comparison: over all layers, then per layer (ascending, with its number).
+/// Pairs of which one lacks the measure do not count; none are left, nothing is returned. `adjusted` is the plain p
+/// value.
+std::vector<std::pair<int, PairedDifference>> paired_differences(const ResultSet& results,
+                                                                 std::span<const ResultPair> pairs, Measure measure,
+                                                                 const BootstrapOptions& bootstrap);
 
 }  // namespace kvreplay

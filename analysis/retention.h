@@ -21,7 +21,8 @@ struct PolicyOverlap {
   double containment = 0;
 };
 
-/// All pairs, each policy with itself included, over all layers and per layer.
+/// All pairs in both orders, each policy with itself included, over all layers and per layer. Every trace and eviction
+/// position that has both policies weighs the same.
 std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results);
 
 /// Which part of each span survives.
@@ -36,6 +37,7 @@ struct SpanRecall {
   double recall = 0;  ///< mean over query heads (and layers)
 };
 
+/// In the order of the results, spans within, all layers before each.
 std::vector<SpanRecall> span_recalls(const ResultSet& results);
 
 /// Rank agreement between a policy's scores and the oracle's importance, over all layers and per layer.
@@ -43,7 +45,7 @@ struct RankAgreement {
   std::string policy;
   std::string capacity_request;
   int layer = -1;
-  double spearman = 0;  ///< mean over query heads, traces and eviction positions
+  double spearman = 0;  ///< mean over query heads; every trace and eviction position weighs the same
   double kendall = 0;
 };
 
@@ -53,7 +55,9 @@ std::vector<RankAgreement> rank_agreements(const ResultSet& results);
 /// Kept sets of one or several files, of results that a set has.
 class RetentionSet {
  public:
-  /// Throws Error where sets belong to no result of `results`, or do not fit its shape.
+  /// Throws Error where a file has no sets of any of `results`, where sets do not fit the result that they are of, or
+  /// where two files have different sets for one result. Sets of other results than the chosen are left out, and equal
+  /// ones counted once; notes() tells both.
   static RetentionSet open(std::span<const std::filesystem::path> files, const ResultSet& results);
 
   bool empty() const { return entries_.empty(); }
@@ -63,12 +67,20 @@ class RetentionSet {
     std::size_t reader;
     std::size_t index;  ///< in the reader
   };
+
+  /// In the order of the results.
   const std::vector<Entry>& entries() const { return entries_; }
+
+  /// Throws Error also where as many positions are kept as the result does not say.
   KeptSets read(const Entry& entry, const ResultSet& results) const;
+
+  /// What whoever reads the numbers has to know, each once.
+  const std::vector<std::string>& notes() const { return notes_; }
 
  private:
   std::vector<KeptSetsReader> readers_;
   std::vector<Entry> entries_;
+  std::vector<std::string> notes_;
 };
 
 /// How far the heads of a layer keep the same.
@@ -76,10 +88,12 @@ struct HeadOverlap {
   std::string policy;
   std::string capacity_request;
   int layer = -1;             ///< −1: all layers
-  bool within_group = false;  ///< between query heads of one KV head (granularity query); else between KV heads
-  double jaccard = 0;         ///< mean over pairs of heads, traces and eviction positions
+  bool within_group = false;  ///< between query heads of one KV head; else between heads of different KV heads
+  double jaccard = 0;         ///< mean over pairs of heads; every trace and eviction position weighs the same
 };
 
+/// By setting: within groups (at granularity query), then between them, over all layers and then per layer. None of
+/// settings that keep everything, and of granularity layer, where all heads keep the same.
 std::vector<HeadOverlap> head_overlaps(const ResultSet& results, const RetentionSet& kept);
 
 /// How a policy's kept sets change when the eviction comes later.
@@ -95,7 +109,8 @@ struct Stability {
                         ///< that evicts at `from` cannot get back
 };
 
-/// Between each eviction position of a trace and the next, and between the first and all later ones.
+/// Between each eviction position of a trace and the next, and between the first and all later ones: means over query
+/// heads (and layers). None of settings that keep everything.
 std::vector<Stability> stabilities(const ResultSet& results, const RetentionSet& kept);
 
 /// Where a setting keeps: a row of a raster.

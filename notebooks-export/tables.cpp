@@ -153,6 +153,8 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
   std::vector<std::vector<std::string>> cells = {
       {"policy", "capacity", "kept", "of prompt", "heads", "layer error", "head error", "recall", "cosine"}};
   if (spans) cells[0].emplace_back("spans kept");
+  const bool ranks = std::ranges::any_of(rows, [](const PolicyRow& row) { return !std::isnan(row.spearman); });
+  if (ranks) cells[0].insert(cells[0].end(), {"Spearman", "Kendall"});
   for (const PolicyRow& row : rows) {
     const std::vector<std::string> spec = broken_spec(row.policy + (row.oracle ? " (ORACLE)" : ""), kPolicyWidth);
     std::vector<std::string> line{spec.front(),
@@ -165,6 +167,9 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
                                   fmt::format("{:.4f}", row.attention_recall),
                                   fmt::format("{:.4f}", row.cosine)};
     if (spans) line.push_back(std::isnan(row.span_recall) ? "-" : fmt::format("{:.1f} %", 100 * row.span_recall));
+    for (const double agreement : {row.spearman, row.kendall}) {
+      if (ranks) line.push_back(std::isnan(agreement) ? "-" : fmt::format("{:.3f}", agreement));
+    }
     cells.push_back(std::move(line));
     for (std::size_t i = 1; i < spec.size(); ++i) cells.push_back({spec[i]});
   }

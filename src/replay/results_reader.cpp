@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/printable.h"
 #include "replay/results_file.h"
 
 namespace kvreplay {
@@ -19,11 +20,21 @@ namespace {
   throw Error(fmt::format("{}: {}: {}", file.path().string(), where, reason));
 }
 
+// What a file of another kind is, for whoever named it by mistake.
+std::string kind_of(const hdf5::File& file) {
+  if (!file.has_attribute("/", "format")) return "a file of something else";
+  const std::string format = file.read_string("/", "format");
+  if (format == "kvreplay-results") return "a file of results, as --output writes it";
+  if (format == "kvreplay-kept") return "a file of kept sets, as --kept writes it";
+  if (format == "kvtrace") return "a trace, which a replay makes results of";
+  return fmt::format("a file of the format '{}'", printable(format));
+}
+
 // Opens a file that ResultStream wrote.
 hdf5::File open_complete(const std::filesystem::path& path, std::string_view format, std::string_view what) {
   hdf5::File file = hdf5::File::open(path);
   if (!file.has_attribute("/", "format") || file.read_string("/", "format") != format) {
-    fail(file, "/", fmt::format("is not a file of {}: its attribute 'format' is not '{}'", what, format));
+    fail(file, "/", fmt::format("is not a file of {}, but {}", what, kind_of(file)));
   }
   const std::int64_t version = file.read_int("/", "format_version");
   if (version != kResultsFormatVersion) {
@@ -185,6 +196,9 @@ KeptSetsReader::KeptSetsReader(const std::filesystem::path& path)
     kept.capacity_request = file_.read_string(group, "capacity_request");
     kept.eviction_position = read_count(file_, group, "evict_at");
     kept.granularity = read_granularity(file_, group);
+    const hdf5::Shape offsets = file_.dataset(group + "/offsets").shape();
+    if (offsets.size() != 1 || offsets.front() < 2) fail(file_, group + "/offsets", "is no list of sets");
+    kept.num_sets = offsets.front() - 1;
   }
 }
 

@@ -66,6 +66,7 @@ struct StoredKeptSets {
   std::string capacity_request;
   int eviction_position = 0;
   Granularity granularity = Granularity::kv;  ///< query or kv: what one set is for
+  Index num_sets = 0;                         ///< of all layers
 };
 
 /// Reads what KeptSetsWriter wrote, like ResultsReader.

@@ -190,6 +190,7 @@ SweepIdentity::SweepIdentity(const ReplayRequest& request, const std::vector<Tra
   for (const int position : request.eviction_positions) eviction_positions.push_back(fmt::format("{}", position));
   if (request.granularity) heads = name_of(*request.granularity);
   if (request.share) share = name_of(*request.share);
+  rank_agreement = request.rank_agreement;
   for (const TraceReader& reader : readers) traces.push_back(identity_of(reader));
   for (const std::filesystem::path& file : other_files) files.push_back(identity_of(file));
 }
@@ -199,6 +200,8 @@ std::string SweepIdentity::text() const {
       {"version", {version}, false, 0},          {"policy", policies, true, 0}, {"capacity", capacities, true, 0},
       {"evict-at", eviction_positions, true, 0}, {"heads", {heads}, false, 0},  {"share", {share}, false, 0},
   };
+  // Not named unless it was asked for: an earlier sweep's folder says nothing of it.
+  if (rank_agreement) entries.push_back({"rank-agreement", {"true"}, false, 0});
   for (const auto& [key, identities] : {std::pair<std::string, const std::vector<FileIdentity>&>{"traces", traces},
                                         std::pair<std::string, const std::vector<FileIdentity>&>{"files", files}}) {
     ConfigurationEntry names{key, {}, true, 0};
@@ -232,6 +235,7 @@ SweepIdentity SweepIdentity::from_text(std::string_view text, const std::string&
   identity.eviction_positions = values("evict-at");
   identity.heads = single("heads");
   identity.share = single("share");
+  identity.rank_agreement = std::ranges::find(entries, "rank-agreement", &ConfigurationEntry::key) != entries.end();
   const auto read_files = [&](const std::string& key, std::vector<FileIdentity>& identities) {
     const auto& names = values(key);
     const auto& sizes = values(key + "-size");
@@ -265,6 +269,7 @@ std::string difference(const SweepIdentity& before, const SweepIdentity& now) {
   add(list_difference("--evict-at", before.eviction_positions, now.eviction_positions));
   add_text("--heads", before.heads, now.heads);
   add_text("--share", before.share, now.share);
+  add_text("--rank-agreement", before.rank_agreement ? "given" : "", now.rank_agreement ? "given" : "");
   const auto add_files = [&](std::string_view noun, const std::vector<FileIdentity>& old_files,
                              const std::vector<FileIdentity>& new_files) {
     if (names_of(old_files) != names_of(new_files)) {

@@ -2,7 +2,7 @@
 """Checks a report that `kvreplay report` wrote as its readers use it: opens the page in a browser without a network, looks
 at every figure, works its controls with pointer and keys, reads the pictures, and runs the notebook in a copy.
 
-    ENVIRONMENT/bin/python scripts/check-report.py REPORT [--screenshots DIR] [--skip notebook,pictures,page]
+    ENVIRONMENT/bin/python scripts/check-report.py REPORT [--screenshots DIR] [--open-within S] [--skip LIST]
 
 ENVIRONMENT is what `scripts/make-report-environment.sh --checks` makes; the browser is the system's Chromium. Prints what was
 checked and how long the page took; fails with a line for each thing that is wrong.
@@ -315,6 +315,7 @@ def check_page(report, options):
         figures = page.check_figures("as it is opened")
         say(f"page of {(report / 'index.html').stat().st_size / 1e6:.1f} MB: there after {loaded:.2f} s, with its first figure "
             f"after {first:.2f} s; {figures} figures drawn in another {drawn:.2f} s")
+        expect(loaded < options.open_within, f"page: there after {loaded:.1f} s")
         page.screenshot(options.screenshots, "light")
         light = page.page.evaluate(BRIGHTNESS)
         reached = page.check_keyboard()
@@ -348,6 +349,9 @@ def main():
     parser.add_argument("report", type=pathlib.Path)
     parser.add_argument("--screenshots", type=pathlib.Path, metavar="DIR", help="writes what was seen there")
     parser.add_argument("--browser", metavar="NAME", help="default: the first there is of " + ", ".join(BROWSERS))
+    parser.add_argument("--open-within", type=float, default=30, metavar="S",
+                        help="seconds until the page is there, default %(default)s: for the page's own limit the machine "
+                             "has to be idle")
     parser.add_argument("--skip", default="", metavar="LIST", help="of pictures, page, notebook")
     options = parser.parse_args()
     report = options.report.resolve()

@@ -16,12 +16,13 @@ namespace kvreplay {
 
 struct AnalysisOptions {
   Measure measure = Measure::layer_error;
-  /// Canonical spec or method name; empty: snapkv where it is among the policies, else the policy that has the middle
-  /// mean of the first capacity, oracles and full apart.
+  /// A policy's spec, or a method's name that one policy has; empty: snapkv where it is among the policies, else the
+  /// policy that has the middle mean of the first capacity, oracles and what keeps everything apart.
   std::string baseline;
   std::optional<double> goal;  ///< none: the baseline's mean at its middle capacity
   BootstrapOptions bootstrap;
   int raster_bins = 512;
+  bool details = true;  ///< also what no terminal shows: by_layer, by_head, rasters and importance
 };
 
 /// What one trace is.
@@ -44,19 +45,19 @@ struct Analysis {
   std::vector<SettingKey> settings;
   std::vector<ComparisonRow> comparison;  ///< by policy and capacity
   std::vector<ComparisonRow> by_layer;    ///< by policy, capacity and layer
-  std::vector<ComparisonRow> by_head;     ///< head error by policy, capacity, layer and head
+  std::vector<ComparisonRow> by_head;     ///< head error by policy, capacity, layer and head; intervals in closed form
   std::vector<CapacityCurve> curves;
   std::vector<StepEffect> step_effects;
   std::vector<ParameterPoint> parameter_points;
   std::vector<PolicyOverlap> overlaps;
   std::vector<SpanRecall> span_recalls;
   std::vector<RankAgreement> rank_agreements;
-  std::vector<ComparisonRow> regret;  ///< against the oracle with the smallest mean, by policy and capacity
+  std::vector<ComparisonRow> regret;  ///< against the best oracle, by policy and capacity: those with a difference
   std::string oracle;                 ///< which one; empty: none was replayed
   std::vector<HeadOverlap> head_overlaps;
   std::vector<Stability> stabilities;
   std::vector<KeptRaster> rasters;
-  std::vector<ImportanceMap> importance;  ///< of one head of one trace, where the trace was found
+  std::vector<ImportanceMap> importance;  ///< of the restkv setting's worst head, where the trace was found
   std::vector<std::string> notes;  ///< what could not be computed and what it takes; what whoever reads has to know
 };
 
@@ -67,7 +68,7 @@ struct AnalysisInput {
   std::vector<TraceReader> traces;  ///< those of the results that were found, for token text and importance
 };
 
-/// Computes all of it. Throws as its parts do.
+/// Computes all of it. What files lack is left out, and told in notes where one may wonder. Throws as its parts do.
 Analysis analyze(const AnalysisInput& input, AnalysisOptions options);
 
 }  // namespace kvreplay

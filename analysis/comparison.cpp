@@ -28,6 +28,11 @@ constexpr std::array<std::pair<std::string_view, bool Grouping::*>, 6> kKeys = {
     {"head", &Grouping::head},
 }};
 
+// Whether numbers of neighbouring queries stand beside each other.
+bool is_per_query(const MeasureTraits& measure) {
+  return measure.per == MeasureTraits::Per::query || measure.per == MeasureTraits::Per::head_and_query;
+}
+
 // A result with its numbers [layers, heads, per row], and those of what it is compared with.
 struct Numbers {
   const StoredResult* result = nullptr;
@@ -197,8 +202,7 @@ double difference(const Numbers& numbers, std::size_t at) {
 
 PairedDifference difference_of(const Weighed& pairs, Cell cell, const MeasureTraits& measure,
                                const BootstrapOptions& bootstrap) {
-  const bool per_query = measure.per == MeasureTraits::Per::query || measure.per == MeasureTraits::Per::head_and_query;
-  const MeanEstimate estimate = bootstrap_mean(series_of(pairs, cell, per_query, difference), bootstrap);
+  const MeanEstimate estimate = bootstrap_mean(series_of(pairs, cell, is_per_query(measure), difference), bootstrap);
   PairedDifference result;
   result.mean = estimate.mean;
   result.interval = estimate.interval;
@@ -240,6 +244,18 @@ Distribution distribution_in(const Weighed& weighed, Cell cell, bool lower_is_be
     for (std::size_t at = first; at < numbers.size(); ++at) numbers[at].weight = weight;
   }
   return weighted_distribution(std::move(numbers), lower_is_better);
+}
+
+// Positions in a kept set, and as a share of those before the eviction.
+std::pair<double, double> kept_by(const Weighed& weighed) {
+  double kept = 0;
+  double share = 0;
+  for (std::size_t i = 0; i < weighed.members.size(); ++i) {
+    const StoredResult& result = *weighed.members[i]->result;
+    kept += weighed.weights[i] * result.kept;
+    share += weighed.weights[i] * result.kept / result.eviction_position;
+  }
+  return {kept, share};
 }
 
 // The results of a group, layers and heads not yet told apart.
@@ -320,7 +336,6 @@ std::vector<Cell> cells_of(const std::vector<Numbers>& members, const Grouping& 
 std::vector<ComparisonRow> rows_of(const ResultSet& results, const Group& group, const Baseline* baseline,
                                    const ComparisonOptions& options) {
   const MeasureTraits& measure = traits_of(options.measure);
-  const bool per_query = measure.per == MeasureTraits::Per::query || measure.per == MeasureTraits::Per::head_and_query;
   std::vector<Numbers> members;
   for (const std::size_t i : group.results) {
     Numbers numbers = numbers_of(results, i, options.measure);
@@ -345,14 +360,11 @@ std::vector<ComparisonRow> rows_of(const ResultSet& results, const Group& group,
     row.key.head = cell.head;
     row.granularity = weighed.members.front()->result->granularity;
     row.traces = weighed.traces;
-    for (std::size_t i = 0; i < weighed.members.size(); ++i) {
-      const StoredResult& result = *weighed.members[i]->result;
-      row.oracle = row.oracle || (options.grouping.policy && result.oracle);
-      row.kept += weighed.weights[i] * result.kept;
-      row.kept_share += weighed.weights[i] * result.kept / result.eviction_position;
-    }
+    row.oracle = options.grouping.policy && weighed.members.front()->result->oracle;
+    std::tie(row.kept, row.kept_share) = kept_by(weighed);
     row.distribution = distribution_in(weighed, cell, measure.lower_is_better);
-    const MeanEstimate estimate = bootstrap_mean(series_of(weighed, cell, per_query, number), options.bootstrap);
+    const MeanEstimate estimate =
+        bootstrap_mean(series_of(weighed, cell, is_per_query(measure), number), options.bootstrap);
     row.distribution.mean = estimate.mean;
     row.interval = estimate.interval;
     if (!pairs.empty()) row.difference = difference_of(weigh(std::move(pairs)), cell, measure, options.bootstrap);
@@ -430,6 +442,23 @@ std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOpt
     if (rows[i].difference) rows[i].difference->adjusted = p_values[i];
   }
   return rows;
+}
+
+std::optional<Aggregate> aggregate(const ResultSet& results, std::span<const std::size_t> which, Measure measure,
+                                   const BootstrapOptions& bootstrap) {
+  std::vector<Numbers> members;
+  for (const std::size_t i : which) {
+    Numbers numbers = numbers_of(results, i, measure);
+    if (!numbers.table.numbers.empty()) members.push_back(std::move(numbers));
+  }
+  if (members.empty()) return std::nullopt;
+  std::vector<const Numbers*> all;
+  for (const Numbers& member : members) all.push_back(&member);
+  const Weighed weighed = weigh(std::move(all));
+  Aggregate found;
+  found.estimate = bootstrap_mean(series_of(weighed, {}, is_per_query(traits_of(measure)), number), bootstrap);
+  std::tie(found.kept, found.kept_share) = kept_by(weighed);
+  return found;
 }
 
 std::vector<std::pair<int, PairedDifference>> paired_differences(const ResultSet& results,

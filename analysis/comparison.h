@@ -77,6 +77,17 @@ struct ComparisonOptions {
 /// are asked for; Error where no result has the measure.
 std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOptions& options);
 
+/// Results taken together, as in a row of a comparison.
+struct Aggregate {
+  MeanEstimate estimate;
+  double kept = 0;
+  double kept_share = 0;
+};
+
+/// Of those that have the measure; nothing where none has.
+std::optional<Aggregate> aggregate(const ResultSet& results, std::span<const std::size_t> which, Measure measure,
+                                   const BootstrapOptions& bootstrap);
+
 /// A result and what it is compared with, of one trace and eviction position.
 using ResultPair = std::pair<std::size_t, std::size_t>;
 

@@ -2,7 +2,9 @@
 // counterpart of a paper's ablation tables.
 #pragma once
 
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "analysis/comparison.h"
@@ -22,23 +24,22 @@ struct StepEffect {
   PairedDifference difference;
 };
 
-/// Of every method with several settings, and of methods whose specs share all smoothing parameters (attention is
-/// ReST-KV without its indicator): a row per change and capacity over all layers, then the same per layer. p values are
-/// corrected over the rows of all layers, and over those per layer.
+/// Of every method with several settings, and of methods that are another one without a step (attention is ReST-KV
+/// without its indicator) where all parameters that both have are the same: a row per change and capacity over all
+/// layers, then the same per layer. p values are corrected over the rows of all layers, and over those per layer.
 std::vector<StepEffect> step_effects(const ResultSet& results, Measure measure, const BootstrapOptions& bootstrap);
 
 /// A setting of a method as a point in the space of its numeric parameters, for curves and heat maps.
 struct ParameterPoint {
   std::string policy;
-  std::string method;  ///< with all parameters that are the same for all points: "restkv(window=32)"
+  std::string method;  ///< with what is the same for all its points and not the default: "restkv(window=16)"
   std::string capacity_request;
   std::vector<std::pair<std::string, double>> parameters;  ///< those that vary, in order of declaration
   double mean = 0;
   Interval interval;
 };
 
-/// Of every method with settings that differ in numeric parameters.
-std::vector<ParameterPoint> parameter_points(const ResultSet& results, Measure measure,
-                                             const BootstrapOptions& bootstrap);
+/// Of every method with settings that differ in numeric parameters. `rows`: a comparison by policy and capacity.
+std::vector<ParameterPoint> parameter_points(std::span<const ComparisonRow> rows);
 
 }  // namespace kvreplay

@@ -2,7 +2,7 @@
 """Checks a report that `kvreplay report` wrote as its readers use it: opens the page in a browser without a network, looks
 at every figure, works its controls with pointer and keys, reads the pictures, and runs the notebook in a copy.
 
-    ENVIRONMENT/bin/python scripts/check-report.py REPORT [--screenshots DIR] [--skip notebook,pictures,page]
+    ENVIRONMENT/bin/python scripts/check-report.py REPORT [--screenshots DIR] [--open-within S] [--skip LIST]
 
 ENVIRONMENT is what `scripts/make-report-environment.sh --checks` makes; the browser is the system's Chromium. Prints what was
 checked and how long the page took; fails with a line for each thing that is wrong.
@@ -113,16 +113,8 @@ def check_specifications(report, names):
 
 # The page
 
-# The marks that a drawn figure has, beside its axes, legends and background: of an SVG by counting what is visible, of a
-# canvas by its colours.
+# The marks that a drawn figure has, beside its axes and legends, as far as they have a size.
 COUNT_MARKS = """figure => {
-  const canvas = figure.querySelector('canvas');
-  if (canvas) {
-    const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
-    const colours = new Set();
-    for (let i = 0; i < pixels.length; i += 4) colours.add((pixels[i] << 16) | (pixels[i + 1] << 8) | pixels[i + 2]);
-    return colours.size;
-  }
   let marks = 0;
   for (const group of figure.querySelectorAll('svg .role-mark')) {
     for (const mark of group.querySelectorAll('path, text, image, line')) {
@@ -138,8 +130,7 @@ CONTROLS = """() => {
   const seen = new Set();
   const controls = [];
   for (const control of document.querySelectorAll('a[href], button, select, input, textarea, summary, [tabindex]')) {
-    const box = control.getBoundingClientRect();
-    if (control.disabled || control.tabIndex < 0 || box.width === 0 || box.height === 0) continue;
+    if (control.disabled || control.tabIndex < 0 || !control.checkVisibility({visibilityProperty: true})) continue;
     if (control.type === 'radio') {
       if (seen.has(control.name)) continue;
       seen.add(control.name);
@@ -160,11 +151,12 @@ FOCUSED = """() => {
 }"""
 
 BRIGHTNESS = """() => {
-  const colour = getComputedStyle(document.body).backgroundColor.match(/[\\d.]+/g).map(Number);
-  const own = colour.length === 4 && colour[3] === 0 ? getComputedStyle(document.documentElement).backgroundColor
-    .match(/[\\d.]+/g).map(Number) : colour;
-  return (own[0] + own[1] + own[2]) / 3;
+  const [red, green, blue] = getComputedStyle(document.body).backgroundColor.match(/[\\d.]+/g).map(Number);
+  return (red + green + blue) / 3;
 }"""
+
+# What is drawn, to see whether it changed.
+DRAWN = "() => [...document.querySelectorAll('figure .plot')].map(plot => plot.innerHTML).join('')"
 
 
 def chromium(named):
@@ -213,13 +205,15 @@ class Page:
         figures = self.page.query_selector_all("figure")
         shown = [figure for figure in figures if figure.is_visible()]
         for figure in shown:
-            name = figure.get_attribute("id") or figure.get_attribute("data-name") or "a figure"
-            failed = figure.get_attribute("data-failed")
-            if not expect(failed is None, f"{when}: {name} failed: {failed}"):
+            name = figure.get_attribute("id")
+            if figure.get_attribute("data-failed"):
+                expect(False, f"{when}: {name}: {figure.query_selector('.message').inner_text()}")
                 continue
-            if expect(figure.get_attribute("data-drawn") == "true", f"{when}: {name} is not drawn"):
+            empty = figure.query_selector(".message").inner_text()  # filters may leave nothing, which it says
+            if expect(figure.get_attribute("data-drawn") == "true", f"{when}: {name} is not drawn") and not empty:
                 marks = figure.evaluate(COUNT_MARKS)
-                expect(marks > 2, f"{when}: {name} has {marks} marks")
+                expect(marks > 0, f"{when}: {name} has no marks")
+            expect(not empty or when not in ("as it is opened", "dark"), f"{when}: {name} says: {empty}")
         return len(shown)
 
     def check_keyboard(self):
@@ -248,12 +242,56 @@ class Page:
             folder.mkdir(parents=True, exist_ok=True)
             self.page.screenshot(path=folder / f"{name}.png", full_page=True)
 
+    def check_change(self, what, change):
+        """That figures look different after a change, and that none is lost by it."""
+        before = self.page.evaluate(DRAWN)
+        change()
+        self.draw_all()
+        if self.check_figures(what):
+            expect(self.page.evaluate(DRAWN) != before, f"{what}: no figure changed")
 
-def text_of_marks(page):
-    """What is drawn, to see whether it changed."""
-    return page.page.evaluate(
-        "() => [...document.querySelectorAll('figure svg .role-mark, figure canvas')].map("
-        "mark => mark.toDataURL ? mark.toDataURL() : mark.innerHTML).join('')")
+    def check_filters(self, screenshots):
+        """That each filter changes figures and that every figure comes back; what was filtered."""
+        tried = []
+        unfiltered = self.page.evaluate(DRAWN)
+        for select in self.page.query_selector_all("#filters select"):
+            label = select.evaluate("select => select.labels[0].firstChild.textContent.trim()")
+            value = select.evaluate("select => select.options[select.options.length - 1].value")
+            self.check_change(f"{label} {value}", lambda: select.select_option(value))
+            self.check_change(f"{label} all again", lambda: select.select_option(index=0))
+            tried.append(label.lower())
+        boxes = self.page.query_selector_all("#filters input[type=checkbox]")
+        if boxes:
+            if not boxes[0].is_visible():
+                self.page.click("#filters summary")
+            self.check_change("one policy", lambda: [box.uncheck() for box in boxes[1:]])
+            self.screenshot(screenshots, "one-policy")
+            self.check_change("all policies again", lambda: [box.check() for box in boxes[1:]])
+            tried.append(f"{len(boxes)} policies")
+        names = re.compile(r'(?<=["#])[a-zA-Z-]*\d+[^")]*')  # of clips and gradients, which are counted up
+        expect(names.sub("", self.page.evaluate(DRAWN)) == names.sub("", unfiltered),
+               "filters: taken back they leave other figures than before")
+        return ", ".join(tried) or "none"
+
+    def check_choices(self):
+        """That each figure draws whatever its own lists offer last; how many lists."""
+        lists = len(self.page.query_selector_all("figure .choices select"))
+        for index in range(lists):
+            select = self.page.query_selector_all("figure .choices select")[index]
+            select.select_option(index=select.evaluate("select => select.options.length - 1"))
+        self.page.wait_for_timeout(200)
+        self.check_figures("with other choices")
+        return lists
+
+    def check_theme(self, screenshots):
+        before = self.page.evaluate(BRIGHTNESS)
+        self.page.click("#theme")
+        after = self.page.evaluate(BRIGHTNESS)
+        expect(before > 128 > after, f"page: brightness {before:.0f}, and {after:.0f} when dark is asked for")
+        self.check_figures("switched to dark")
+        self.screenshot(screenshots, "switched-to-dark")
+        self.page.click("#theme")
+        expect(self.page.evaluate(BRIGHTNESS) == before, "page: does not become light again")
 
 
 # The notebook
@@ -315,13 +353,12 @@ def check_page(report, options):
         figures = page.check_figures("as it is opened")
         say(f"page of {(report / 'index.html').stat().st_size / 1e6:.1f} MB: there after {loaded:.2f} s, with its first figure "
             f"after {first:.2f} s; {figures} figures drawn in another {drawn:.2f} s")
+        expect(loaded < options.open_within, f"page: there after {loaded:.1f} s")
         page.screenshot(options.screenshots, "light")
-        light = page.page.evaluate(BRIGHTNESS)
         reached = page.check_keyboard()
         say(f"keyboard: Tab comes to {reached} controls")
-        changed = page.check_filters(options.screenshots)
-        say(f"filters: {changed}")
-        page.check_theme(light, options.screenshots)
+        say(f"filters: {page.check_filters(options.screenshots)}; {page.check_choices()} lists of single figures")
+        page.check_theme(options.screenshots)
         page.context.close()
         # The reader's own preference.
         page = Page(browser, report, color_scheme="dark")
@@ -348,6 +385,9 @@ def main():
     parser.add_argument("report", type=pathlib.Path)
     parser.add_argument("--screenshots", type=pathlib.Path, metavar="DIR", help="writes what was seen there")
     parser.add_argument("--browser", metavar="NAME", help="default: the first there is of " + ", ".join(BROWSERS))
+    parser.add_argument("--open-within", type=float, default=30, metavar="S",
+                        help="seconds until the page is there, default %(default)s: for the page's own limit the machine "
+                             "has to be idle")
     parser.add_argument("--skip", default="", metavar="LIST", help="of pictures, page, notebook")
     options = parser.parse_args()
     report = options.report.resolve()

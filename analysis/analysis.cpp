@@ -104,19 +104,25 @@ std::vector<TraceOverview> overview(const AnalysisInput& input) {
   return traces;
 }
 
-// Policies whose means stand beside each other though they are of other traces.
-void note_missing(const std::vector<ComparisonRow>& rows, std::size_t traces, std::vector<std::string>& notes) {
+// Settings whose means stand beside those of others at the same capacity though they are of fewer places.
+void note_missing(const ResultSet& results, std::vector<std::string>& notes) {
+  std::map<std::string, std::size_t> most;
+  for (const SettingKey& key : results.settings()) {
+    most[key.capacity_request] = std::max(most[key.capacity_request], results.of_setting(key).size());
+  }
   std::vector<std::string> of_some;
-  for (const ComparisonRow& row : rows) {
-    if (static_cast<std::size_t>(row.traces) < traces) {
-      of_some.push_back(fmt::format("{} at {}", printable(row.key.policy), printable(row.key.capacity_request)));
-    }
+  for (const SettingKey& key : results.settings()) {
+    if (results.of_setting(key).size() == most[key.capacity_request]) continue;
+    of_some.push_back(fmt::format("{} at {}", printable(key.policy), printable(key.capacity_request)));
   }
   if (of_some.empty()) return;
-  notes.push_back(fmt::format(
-      "{}{} not of all {} traces: means of other traces cannot be compared, differences are of those that both have",
-      of_some.front(), of_some.size() == 1 ? " is" : fmt::format(" and {} more settings are", of_some.size() - 1),
-      traces));
+  const std::size_t rest = of_some.size() - 1;
+  notes.push_back(fmt::format("{}{} not of all traces and eviction positions that others are of at that capacity: "
+                              "means cannot be compared with theirs, and differences are over those that both have",
+                              of_some.front(),
+                              rest == 0   ? " is"
+                              : rest == 1 ? " and 1 more setting are"
+                                          : fmt::format(" and {} more settings are", rest)));
 }
 
 const StoredResult* find_result(const ResultSet& results, const std::string& policy, const std::string& capacity,
@@ -187,7 +193,7 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   comparison.baseline = options.baseline;
   comparison.bootstrap = options.bootstrap;
   analysis.comparison = compare(results, comparison);
-  note_missing(analysis.comparison, analysis.traces.size(), analysis.notes);
+  note_missing(results, analysis.notes);
   if (!options.goal) options.goal = chosen_goal(analysis.comparison, options.baseline);
   analysis.curves = capacity_curves(results, options.measure, options.goal, options.bootstrap);
   analysis.step_effects = step_effects(results, options.measure, options.bootstrap);

@@ -56,7 +56,7 @@ TraceReplay prepare(const TraceReader& trace, int eviction_position) {
 }
 
 // What putting a position into its ranks and counting inversions takes, in operations of a replay.
-constexpr double kOperationsPerRank = 300;
+constexpr double kOperationsPerRank = 1000;
 
 // The share of a memory limit that given-up buffers may hold.
 constexpr Index kShareKept = 8;

@@ -106,9 +106,9 @@ TEST_F(ImportanceTest, FollowsTheEquations) {
   DoubleMatrix attention = DoubleMatrix::Zero(kWindow, prompt);
   for (Index i = 0; i < kWindow; ++i) {
     const Index t = prompt - kWindow + i;
-    const Eigen::RowVectorXd logits =
-        queries.row(t) * keys.topRows(t + 1).transpose() * shape.info().model.softmax_scale;
-    attention.row(i).head(t + 1) = logits.array().exp() / logits.array().exp().sum();
+    Eigen::RowVectorXd weights = queries.row(t) * keys.topRows(t + 1).transpose() * shape.info().model.softmax_scale;
+    for (double& weight : weights) weight = std::exp(weight);
+    attention.row(i).head(t + 1) = weights / weights.sum();
   }
   const Index past = prompt - kWindow;
 

@@ -230,7 +230,12 @@ TEST_F(RetentionTest, SetsOfOtherResultsAreRefused) {
   EXPECT_THAT(refusal(replay_of({.trace = "b.h5"}, "snapkv", four), here), HasSubstr("none of its 1 kept sets"));
   EXPECT_THAT(refusal(replay_of({.eviction_position = 90}, "snapkv", four), here),
               HasSubstr("it begins with snapkv at 3, a.h5 evicted at 90"));
-  EXPECT_THAT(refusal({MadeReplay{}.replay()}, here), HasSubstr("holds no kept sets"));
+  ResultStream empty(at("empty.h5"), "kvreplay-kept");
+  empty.file().create_group("/kept");
+  empty.finish();
+  const ResultSet of = results(here);
+  EXPECT_THAT(test::message_of<Error>([&]() { RetentionSet::open(std::vector{at("empty.h5")}, of); }),
+              HasSubstr("empty.h5: holds no kept sets; give the kept sets of the replay whose results these are"));
   EXPECT_THAT(refusal(replay_of({.layers = 3}, "snapkv", six), here),
               HasSubstr("are 6, and its result has 2 layers of 2 heads; give the files of one replay"));
   EXPECT_THAT(refusal(replay_of({}, "snapkv", eight), here),

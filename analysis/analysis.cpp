@@ -19,27 +19,6 @@ namespace {
 // A result is told apart from what keeps everything and from what looks ahead.
 bool is_candidate(const ComparisonRow& row) { return !row.oracle && row.key.capacity_request != kAllPositions; }
 
-std::string chosen_baseline(const ResultSet& results, Measure measure) {
-  const std::vector<std::string> policies = results.policies();
-  std::vector<std::string> of_snapkv;
-  for (const std::string& policy : policies) {
-    if (policy == "snapkv") return policy;
-    if (is_policy(policy, "snapkv")) of_snapkv.push_back(policy);
-  }
-  if (of_snapkv.size() == 1) return of_snapkv.front();
-  ComparisonOptions options;
-  options.measure = measure;
-  options.bootstrap.resamples = 0;
-  std::vector<std::string> ranked;
-  std::string capacity;
-  for (const ComparisonRow& row : compare(results, options)) {
-    if (!is_candidate(row)) continue;
-    if (capacity.empty()) capacity = row.key.capacity_request;
-    if (row.key.capacity_request == capacity) ranked.push_back(row.key.policy);
-  }
-  return ranked.size() < 2 ? "" : ranked[ranked.size() / 2];
-}
-
 // The baseline's mean at the middle one of its capacities.
 std::optional<double> chosen_goal(const std::vector<ComparisonRow>& rows, const std::string& baseline) {
   std::vector<const ComparisonRow*> of_baseline;
@@ -117,12 +96,13 @@ void note_missing(const ResultSet& results, std::vector<std::string>& notes) {
   }
   if (of_some.empty()) return;
   const std::size_t rest = of_some.size() - 1;
-  notes.push_back(fmt::format("{}{} not of all traces and eviction positions that others are of at that capacity: "
-                              "means cannot be compared with theirs, and differences are over those that both have",
-                              of_some.front(),
-                              rest == 0   ? " is"
-                              : rest == 1 ? " and 1 more setting are"
-                                          : fmt::format(" and {} more settings are", rest)));
+  notes.push_back(
+      fmt::format("{}{} not of all traces and eviction positions that others are of at that capacity: "
+                  "means cannot be compared with theirs, and differences are over those that both have",
+                  of_some.front(),
+                  rest == 0   ? " is"
+                  : rest == 1 ? " and 1 more setting are"
+                              : fmt::format(" and {} more settings are", rest)));
 }
 
 const StoredResult* find_result(const ResultSet& results, const std::string& policy, const std::string& capacity,
@@ -174,11 +154,32 @@ void add_importance(const AnalysisInput& input, Analysis& analysis) {
 
 }  // namespace
 
+std::string default_baseline(const ResultSet& results, Measure measure) {
+  const std::vector<std::string> policies = results.policies();
+  std::vector<std::string> of_snapkv;
+  for (const std::string& policy : policies) {
+    if (policy == "snapkv") return policy;
+    if (is_policy(policy, "snapkv")) of_snapkv.push_back(policy);
+  }
+  if (of_snapkv.size() == 1) return of_snapkv.front();
+  ComparisonOptions options;
+  options.measure = measure;
+  options.bootstrap.resamples = 0;
+  std::vector<std::string> ranked;
+  std::string capacity;
+  for (const ComparisonRow& row : compare(results, options)) {
+    if (!is_candidate(row)) continue;
+    if (capacity.empty()) capacity = row.key.capacity_request;
+    if (row.key.capacity_request == capacity) ranked.push_back(row.key.policy);
+  }
+  return ranked.size() < 2 ? "" : ranked[ranked.size() / 2];
+}
+
 Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   const ResultSet& results = input.results;
   Analysis analysis;
   if (options.baseline.empty()) {
-    options.baseline = chosen_baseline(results, options.measure);
+    options.baseline = default_baseline(results, options.measure);
   } else {
     options.baseline = results.policy_named(options.baseline);
   }

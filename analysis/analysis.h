@@ -68,6 +68,9 @@ struct AnalysisInput {
   std::vector<TraceReader> traces;  ///< those of the results that were found, for token text and importance
 };
 
+/// The baseline where none is asked for; empty where there is nothing to choose.
+std::string default_baseline(const ResultSet& results, Measure measure);
+
 /// Computes all of it. What files lack is left out, and told in notes where one may wonder. Throws as its parts do.
 Analysis analyze(const AnalysisInput& input, AnalysisOptions options);
 

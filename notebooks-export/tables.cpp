@@ -32,23 +32,6 @@ std::string count_text(double count) {
   return count == std::floor(count) ? fmt::format("{:.0f}", count) : fmt::format("{:.1f}", count);
 }
 
-// The lines of a policy's spec that is too long for a table's column, broken after ',' and before '+' and ' '.
-std::vector<std::string> broken_spec(const std::string& spec, std::size_t width) {
-  std::vector<std::string> lines = {""};
-  for (std::size_t at = 0; at < spec.size();) {
-    std::size_t end = at + 1;
-    while (end < spec.size() && spec[end - 1] != ',' && spec[end] != '+' && spec[end] != ' ') ++end;
-    std::string piece = spec.substr(at, end - at);
-    if (!lines.back().empty() && display_width(lines.back() + piece) > width) {
-      lines.emplace_back("  ");
-      piece.erase(0, piece.find_first_not_of(' '));
-    }
-    lines.back() += piece;
-    at = end;
-  }
-  return lines;
-}
-
 using Json = nlohmann::ordered_json;
 
 // What a summary says about the traces.
@@ -146,6 +129,22 @@ std::string wrapped(const std::string& text, std::size_t indent, std::size_t wid
   }
   if (!line.empty()) end_line();
   return result;
+}
+
+std::vector<std::string> broken_spec(const std::string& spec, std::size_t width) {
+  std::vector<std::string> lines = {""};
+  for (std::size_t at = 0; at < spec.size();) {
+    std::size_t end = at + 1;
+    while (end < spec.size() && spec[end - 1] != ',' && spec[end] != '+' && spec[end] != ' ') ++end;
+    std::string piece = spec.substr(at, end - at);
+    if (!lines.back().empty() && display_width(lines.back() + piece) > width) {
+      lines.emplace_back("  ");
+      piece.erase(0, piece.find_first_not_of(' '));
+    }
+    lines.back() += piece;
+    at = end;
+  }
+  return lines;
 }
 
 std::string policy_table(const std::vector<PolicyRow>& rows) {

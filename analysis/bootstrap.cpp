@@ -104,15 +104,24 @@ class Blocks {
   std::vector<double> rest_sums_;  // [size], or none
 };
 
-// The end of the sorted numbers below which `share` of them lie; interpolated.
-double quantile_of(std::vector<double>& numbers, double share) {
+// The number below which `share` of the sorted numbers lie, interpolated. `share` is small: only numbers up to `likely`
+// are looked at, unless it turns out not to be among them.
+double low_quantile(const std::vector<double>& numbers, double share, double likely) {
   const double place = share * static_cast<double>(numbers.size() - 1);
   const auto below = static_cast<std::size_t>(place);
-  const auto at = numbers.begin() + static_cast<std::ptrdiff_t>(below);
-  std::nth_element(numbers.begin(), at, numbers.end());
+  std::vector<double> lowest(numbers.size());
+  std::size_t count = 0;
+  for (const double number : numbers) {
+    lowest[count] = number;
+    count += number <= likely ? 1 : 0;
+  }
+  lowest.resize(count);
+  if (count < below + 2) lowest = numbers;
+  const auto at = lowest.begin() + static_cast<std::ptrdiff_t>(below);
+  std::nth_element(lowest.begin(), at, lowest.end());
   const double lower = *at;
-  if (below + 1 >= numbers.size()) return lower;
-  const double upper = *std::min_element(at + 1, numbers.end());
+  if (at + 1 == lowest.end()) return lower;
+  const double upper = *std::min_element(at + 1, lowest.end());
   return lower + (place - static_cast<double>(below)) * (upper - lower);
 }
 
@@ -136,9 +145,14 @@ void finish(MeanEstimate& estimate, const Spread& spread, std::vector<double> de
     return;
   }
   // Quantiles of few blocks lie too near: they are those of a normal distribution where t would be right.
-  const double wider = bound / student_t_bound(confidence, std::numeric_limits<double>::infinity());
-  estimate.interval = {estimate.mean + wider * quantile_of(deviations, (1 - confidence) / 2),
-                       estimate.mean + wider * quantile_of(deviations, (1 + confidence) / 2)};
+  const double normal_bound = student_t_bound(confidence, std::numeric_limits<double>::infinity());
+  const double wider = bound / normal_bound;
+  const double likely = -0.8 * normal_bound * estimate.standard_error;
+  const double share = (1 - confidence) / 2;
+  const double low = low_quantile(deviations, share, likely);
+  for (double& deviation : deviations) deviation = -deviation;
+  const double high = -low_quantile(deviations, share, likely);
+  estimate.interval = {estimate.mean + wider * low, estimate.mean + wider * high};
 }
 
 }  // namespace

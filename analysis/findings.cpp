@@ -126,8 +126,8 @@ class Findings {
     constexpr std::size_t kListed = 4;
     for (const CapacityCurve* curve : reached) {
       if (parts.size() == kListed) break;
-      parts.push_back(fmt::format("{} keeps {}{:.0f}", curve->policy, curve->reached_at_smallest ? "at most " : "",
-                                  *curve->kept_for_goal));
+      parts.push_back(fmt::format("{}{} {}{:.0f}", curve->policy, parts.empty() ? " keeps" : "",
+                                  curve->reached_at_smallest ? "at most " : "", *curve->kept_for_goal));
     }
     const std::size_t rest = all - reached.size();
     return fmt::format(

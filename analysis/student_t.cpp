@@ -7,6 +7,9 @@
 namespace kvreplay {
 namespace {
 
+// Of more degrees of freedom it is the normal distribution, as far as any data can tell.
+constexpr double kNormal = 1e8;
+
 // The regularised incomplete beta function I_x(a, b) by its continued fraction (Lentz's method), which converges fast
 // for x < (a + 1)/(a + b + 2); beyond that it is 1 − I_{1−x}(b, a).
 double incomplete_beta(double a, double b, double x) {
@@ -40,22 +43,31 @@ double incomplete_beta(double a, double b, double x) {
 
 double student_t_tails(double t, double degrees) {
   if (std::isinf(t)) return 0;
-  // Far beyond any data the two distributions agree, and the fraction would need many terms.
-  constexpr double kNormal = 1e8;
   if (degrees > kNormal) return std::erfc(t / std::numbers::sqrt2);
   return incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t));
 }
 
 double student_t_bound(double share, double degrees) {
   const double tails = 1 - share;
-  double low = 0;
-  double high = 1;
-  while (student_t_tails(high, degrees) > tails) high *= 2;
-  for (int i = 0; i < 200 && high - low > 1e-14 * high; ++i) {
-    const double middle = (low + high) / 2;
-    (student_t_tails(middle, degrees) > tails ? low : high) = middle;
-  }
-  return (low + high) / 2;
+  // Newton's method: tails() is convex, so that from the left it approaches the bound without passing it.
+  const auto solve = [tails](double t, const auto& tails_beyond, const auto& density) {
+    for (int i = 0; i < 500; ++i) {
+      const double step = (tails_beyond(t) - tails) / (2 * density(t));
+      t += step;
+      if (!(step > 1e-14 * t)) break;
+    }
+    return t;
+  };
+  const double normal = solve(
+      0, [](double t) { return std::erfc(t / std::numbers::sqrt2); },
+      [](double t) { return std::exp(-t * t / 2) / std::sqrt(2 * std::numbers::pi); });
+  if (degrees > kNormal) return normal;
+  int sign = 0;
+  const double scale = std::exp(::lgamma_r((degrees + 1) / 2, &sign) - ::lgamma_r(degrees / 2, &sign)) /
+                       std::sqrt(degrees * std::numbers::pi);
+  return solve(
+      normal, [degrees](double t) { return student_t_tails(t, degrees); },
+      [&](double t) { return scale * std::pow(1 + t * t / degrees, -(degrees + 1) / 2); });
 }
 
 }  // namespace kvreplay

@@ -34,6 +34,14 @@ Distribution distribution_of(std::vector<float> numbers, bool lower_is_better) {
 }
 
 Distribution weighted_distribution(std::vector<WeightedNumber> numbers, bool lower_is_better) {
+  const double weight_of_first = numbers.front().weight;
+  const bool equal = std::ranges::all_of(
+      numbers, [weight_of_first](const WeightedNumber& each) { return each.weight == weight_of_first; });
+  if (equal) {
+    std::vector<float> plain(numbers.size());
+    std::ranges::transform(numbers, plain.begin(), &WeightedNumber::number);
+    return distribution_of(std::move(plain), lower_is_better);
+  }
   std::ranges::sort(numbers, {}, &WeightedNumber::number);
   double sum = 0;
   double weight = 0;

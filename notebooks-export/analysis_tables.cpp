@@ -18,7 +18,7 @@
 namespace kvreplay {
 namespace {
 
-constexpr std::size_t kSpecWidth = 22;
+constexpr std::size_t kSpecWidth = 20;
 constexpr std::size_t kMostRows = 60;
 constexpr std::size_t kTextWidth = 110;
 
@@ -53,6 +53,8 @@ class TextTable {
 };
 
 std::string plain(double number) { return std::isnan(number) ? "-" : fmt::format("{:.4f}", number); }
+
+std::string short_plain(double number) { return fmt::format("{:.3f}", number); }
 
 std::string with_sign(double number) { return std::isnan(number) ? "-" : fmt::format("{:+.4f}", number); }
 
@@ -191,8 +193,13 @@ std::string overlap_text(const Analysis& analysis) {
   if (!analysis.oracle.empty() && analysis.oracle != analysis.options.baseline) others.push_back(analysis.oracle);
   std::map<std::tuple<std::string, std::string, std::string>, const PolicyOverlap*> found;
   std::vector<std::pair<std::string, std::string>> order;
+  const auto is_whole = [&analysis](const std::string& policy) {
+    return std::ranges::find(analysis.settings, SettingKey{policy, std::string(kAllPositions)}) !=
+           analysis.settings.end();
+  };
   for (const PolicyOverlap& overlap : analysis.overlaps) {
-    if (overlap.layer >= 0 || std::ranges::find(others, overlap.other) == others.end()) continue;
+    if (overlap.layer >= 0 || is_whole(overlap.policy) || std::ranges::find(others, overlap.other) == others.end())
+      continue;
     found[{overlap.policy, overlap.capacity_request, overlap.other}] = &overlap;
     const std::pair setting{overlap.policy, overlap.capacity_request};
     if (std::ranges::find(order, setting) == order.end()) order.push_back(setting);
@@ -485,9 +492,9 @@ std::string comparison_text(const std::vector<ComparisonRow>& rows, const Groupi
     if (grouping.policy) keys.front() = marked(keys.front(), row->oracle);
     std::vector<std::string> cells(keys.begin() + 1, keys.end());
     cells.push_back(with_spread(row->distribution.mean, row->interval));
-    cells.push_back(plain(row->distribution.median));
-    cells.push_back(plain(row->distribution.p90));
-    cells.push_back(plain(row->distribution.worst));
+    cells.push_back(short_plain(row->distribution.median));
+    cells.push_back(short_plain(row->distribution.p90));
+    cells.push_back(short_plain(row->distribution.worst));
     if (row->difference) {
       cells.push_back(with_ends(row->difference->mean, row->difference->interval));
       cells.push_back(percent(row->difference->wins));

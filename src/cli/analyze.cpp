@@ -16,6 +16,7 @@
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "notebooks-export/analysis_tables.h"
+#include "notebooks-export/tables.h"
 
 namespace kvreplay::cli {
 namespace {
@@ -77,12 +78,14 @@ Answer analyzed(const AnalyzeOptions& options, ResultSet results) {
 std::string legend(const AnalyzeOptions& options) {
   const AnalysisOptions analysis = analysis_options(options.results);
   const BootstrapOptions& bootstrap = analysis.bootstrap;
-  return fmt::format(
-      "Means weigh every trace and eviction position the same. ± and [ ]: {:.4g} % bootstrap intervals over {}; wins: "
-      "share of the\npairs that are better than the baseline's; p: corrected for the rows of a table (Holm). "
-      "docs/analysis.md.\n",
-      100 * bootstrap.confidence,
-      bootstrap.resampling == Resampling::traces ? "traces and blocks of their queries" : "blocks of queries");
+  return wrapped(
+      fmt::format(
+          "Means weigh every trace and eviction position the same. ± and [ ]: {:.4g} % bootstrap intervals over "
+          "{}; wins: share of the pairs that are better than the baseline's; p: corrected for the rows of a "
+          "table (Holm). docs/analysis.md.",
+          100 * bootstrap.confidence,
+          bootstrap.resampling == Resampling::traces ? "traces and blocks of their queries" : "blocks of queries"),
+      0, 110);
 }
 
 void run_analyze(const AnalyzeOptions& options) {

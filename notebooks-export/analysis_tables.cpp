@@ -19,16 +19,19 @@ namespace kvreplay {
 namespace {
 
 constexpr std::size_t kSpecWidth = 20;
-constexpr std::size_t kMostRows = 60;
+constexpr std::size_t kMostRows = 40;       // of a table
+constexpr std::size_t kMostCompared = 100;  // of the comparison, of which …
+constexpr std::size_t kBest = 60;           // … so many are the best of their places
 constexpr std::size_t kTextWidth = 110;
 
 // Rows of cells of which the first may be a spec that takes several lines.
 class TextTable {
  public:
-  explicit TextTable(std::vector<std::string> head) : rows_{std::move(head)} {}
+  explicit TextTable(std::vector<std::string> head, std::size_t most = kMostRows)
+      : rows_{std::move(head)}, most_(most) {}
 
   void add(const std::string& spec, const std::vector<std::string>& cells) {
-    if (++entries_ > kMostRows) return;
+    if (++entries_ > most_) return;
     const std::vector<std::string> lines = broken_spec(printable(spec), kSpecWidth);
     std::vector<std::string> row = {lines.front()};
     row.insert(row.end(), cells.begin(), cells.end());
@@ -40,7 +43,7 @@ class TextTable {
 
   // With its title; `left_out`: rows that were not added.
   std::string text(const std::string& title, std::size_t left_out = 0) const {
-    left_out += entries_ > kMostRows ? entries_ - kMostRows : 0;
+    left_out += entries_ > most_ ? entries_ - most_ : 0;
     return fmt::format(
         "{}\n{}{}\n", wrapped(title, 0, kTextWidth), aligned_table(rows_),
         left_out == 0 ? ""
@@ -49,6 +52,7 @@ class TextTable {
 
  private:
   std::vector<std::vector<std::string>> rows_;
+  std::size_t most_;
   std::size_t entries_ = 0;
 };
 
@@ -91,7 +95,7 @@ std::vector<const ComparisonRow*> worth_showing(const std::vector<ComparisonRow>
   std::vector<const ComparisonRow*> shown;
   std::set<std::tuple<std::string, std::string, int, int, int>> places;
   for (const ComparisonRow& row : rows) places.insert(place_of(row.key));
-  const std::size_t best = rows.size() <= kMostRows ? rows.size() : std::max<std::size_t>(3, kMostRows / places.size());
+  const std::size_t best = rows.size() <= kBest ? rows.size() : std::max<std::size_t>(3, kBest / places.size());
   std::size_t rank = 0;
   const ComparisonRow* before = nullptr;
   for (const ComparisonRow& row : rows) {
@@ -482,7 +486,7 @@ std::string comparison_text(const std::vector<ComparisonRow>& rows, const Groupi
     head.emplace_back("wins");
     head.emplace_back("p");
   }
-  TextTable table(std::move(head));
+  TextTable table(std::move(head), kMostCompared);
   const std::vector<const ComparisonRow*> shown = worth_showing(rows, baseline);
   for (const ComparisonRow* row : shown) {
     std::vector<std::string> keys;

@@ -6,6 +6,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -37,7 +38,13 @@ struct GroupKey {
   int layer = -1;
   int head = -1;
 
-  auto operator<=>(const GroupKey&) const = default;
+  bool operator==(const GroupKey&) const = default;
+  bool operator<(const GroupKey& other) const {
+    const auto all = [](const GroupKey& key) {
+      return std::tie(key.policy, key.capacity_request, key.trace, key.eviction_position, key.layer, key.head);
+    };
+    return all(*this) < all(other);
+  }
 };
 
 /// Against the baseline, paired on the same trace, eviction position, layer, head and query.

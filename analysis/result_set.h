@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -29,7 +30,10 @@ struct SettingKey {
   std::string policy;
   std::string capacity_request;
 
-  auto operator<=>(const SettingKey&) const = default;
+  bool operator==(const SettingKey&) const = default;
+  bool operator<(const SettingKey& other) const {
+    return std::tie(policy, capacity_request) < std::tie(other.policy, other.capacity_request);
+  }
 };
 
 /// Results of several files, numbers read on request.

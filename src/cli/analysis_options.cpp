@@ -104,7 +104,10 @@ ResultSet open_results(const ResultOptions& options) {
   if (options.files.empty()) {
     throw UsageError("no file of results is named; make one with 'kvreplay replay ... -o results.h5'");
   }
-  return ResultSet::open(paths(options.files), options.filter);
+  ResultFilter filter = options.filter;
+  // What they are compared with is meant as well.
+  if (!filter.policies.empty() && !options.baseline.empty()) filter.policies.push_back(options.baseline);
+  return ResultSet::open(paths(options.files), filter);
 }
 
 RetentionSet open_kept(const ResultOptions& options, const ResultSet& results) {

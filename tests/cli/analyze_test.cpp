@@ -93,7 +93,7 @@ TEST_F(Analyze, ByOtherKeysItOnlyCompares) {
 
 TEST_F(Analyze, ChoosesWhatIsAskedFor) {
   const Outcome outcome =
-      analyze("r.h5 --policy recent --policy snapkv --trace b --evict-at 60 --layer 1 --baseline recent --goal 0.5");
+      analyze("r.h5 --policy snapkv --trace b --evict-at 60 --layer 1 --baseline recent --goal 0.5");
   EXPECT_THAT(outcome.output, StartsWith("1 trace of random"));
   EXPECT_THAT(outcome.output, HasSubstr("evicted at 60"));
   EXPECT_THAT(outcome.output, HasSubstr("difference from recent"));

@@ -16,7 +16,7 @@ configure = cmake --preset $(1) --log-level=WARNING -DKVREPLAY_WERROR=$(WERROR) 
   -DCMAKE_CXX_COMPILER_LAUNCHER="$${CMAKE_CXX_COMPILER_LAUNCHER-$$(command -v ccache)}"
 compile = cmake --build --preset $(1) --parallel $(JOBS) $(addprefix --target ,$(TARGETS))
 
-.PHONY: build test demo bench check-format format tidy fuzz sanitize install clean help setup setup-ci
+.PHONY: build test demo report-environment bench check-format format tidy fuzz sanitize install clean help setup setup-ci
 .DEFAULT_GOAL := build
 
 build: setup ## Install what is missing and build, tuned for this processor (the default)
@@ -31,6 +31,9 @@ demo: setup ## Capture the demo model on the bundled prompts and replay the poli
 	@$(call configure,$(PRESET))
 	@cmake --build --preset $(PRESET) --parallel $(JOBS) --target kvreplay_cli
 	@scripts/demo.sh build/$(PRESET)/kvreplay
+
+report-environment: ## Make the Python environment that reports are drawn with (docs/report.md)
+	@scripts/make-report-environment.sh
 
 check-format: setup-ci ## Name what clang-format would change
 	@scripts/sources.sh '*.h' '*.cpp' | xargs -0 clang-format --dry-run --Werror
@@ -67,7 +70,7 @@ clean: ## Remove build/
 	@rm -rf build
 
 help: ## List these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-13s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-18s %s\n", $$1, $$2}'
 
 setup:
 	@scripts/install-dependencies.sh

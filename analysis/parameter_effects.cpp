@@ -3,66 +3,19 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
 #include <map>
-#include <optional>
 #include <set>
 #include <utility>
 
-#include "policy/policy.h"
-#include "policy/spec.h"
+#include "analysis/spec_structure.h"
 
 namespace kvreplay {
 namespace {
 
-// A spec without its arguments, nested ones included: "criticalkv(base=snapkv)".
-struct Structure {
-  std::string method;                             // parts alone: "criticalkv"
-  std::map<std::string, std::string> parameters;  // every parameter by its path, at its value
-  std::map<std::string, std::string> nested;      // the method of every parameter that is a spec, by its path
-  std::vector<std::string> order;                 // paths as declared
-};
-
-void add_spec(const std::string& spec, const std::string& path, Structure& structure, std::string& method) {
-  bool first = true;
-  for (const SpecPart& part : parse_spec(spec)) {
-    const std::string name = first ? part.name : fmt::format("+{}", part.name);
-    const std::string prefix = first ? path : fmt::format("{}{}.", path, part.name);
-    first = false;
-    method += name;
-    const Method& found = *find_method(name);
-    const Arguments arguments(part, found.parameters);
-    for (const Parameter& parameter : found.parameters) {
-      const std::string& value = arguments.text(parameter.name);
-      const std::string key = prefix + parameter.name;
-      structure.parameters[key] = value;
-      structure.order.push_back(key);
-      if (parameter.kind != Parameter::Kind::spec || value.empty()) continue;
-      std::string inner;
-      add_spec(value, key + ".", structure, inner);
-      structure.nested[key] = inner;
-    }
-  }
-}
-
-Structure structure_of(const std::string& spec) {
-  Structure structure;
-  add_spec(spec, "", structure, structure.method);
-  return structure;
-}
-
-std::optional<double> number_from(const std::string& text) {
-  double number = 0;
-  const char* end = text.data() + text.size();
-  const auto [stop, failure] = std::from_chars(text.data(), end, number);
-  if (failure != std::errc() || stop != end) return std::nullopt;
-  return number;
-}
-
 // A setting of one method.
 struct Member {
   const PolicyRow* row;
-  const Structure* structure;
+  const SpecStructure* structure;
 };
 
 // All of a parameter's values: ascending where they are numbers, else as they come.
@@ -74,9 +27,9 @@ std::vector<std::string> values_of(const std::string& parameter, const std::vect
     const std::string& value = member.structure->parameters.at(parameter);
     if (!seen.insert(value).second) continue;
     values.push_back(value);
-    numbers = numbers && number_from(value);
+    numbers = numbers && number_in(value);
   }
-  if (numbers) std::ranges::sort(values, {}, [](const std::string& text) { return *number_from(text); });
+  if (numbers) std::ranges::sort(values, {}, [](const std::string& text) { return *number_in(text); });
   return values;
 }
 
@@ -115,12 +68,12 @@ ParameterEffect effect_of(const std::string& method, const std::string& paramete
 }  // namespace
 
 std::vector<ParameterEffect> parameter_effects(const std::vector<PolicyRow>& rows) {
-  std::map<std::string, Structure> structures;
+  std::map<std::string, SpecStructure> structures;
   std::map<std::string, std::vector<Member>> methods;
   std::vector<std::string> order;
   for (const PolicyRow& row : rows) {
     const auto [found, is_new] = structures.try_emplace(row.policy);
-    if (is_new) found->second = structure_of(row.policy);
+    if (is_new) found->second = spec_structure(row.policy);
     std::vector<Member>& members = methods[found->second.method];
     if (members.empty()) order.push_back(found->second.method);
     members.push_back({&row, &found->second});
@@ -162,7 +115,7 @@ RankingExcerpt excerpt(const std::vector<PolicyRow>& rows, std::size_t limit, st
   for (const PolicyRow& row : rows) {
     ++of_capacity[row.capacity_request];
     const auto [found, is_new] = method_of.try_emplace(row.policy);
-    if (is_new) found->second = structure_of(row.policy).method;
+    if (is_new) found->second = spec_structure(row.policy).method;
     of_method[found->second].insert(row.policy);
   }
   RankingExcerpt excerpt;

@@ -4,24 +4,11 @@
 #include <iterator>
 #include <limits>
 #include <numeric>
-#include <string_view>
+
+#include "replay/measure.h"
 
 namespace kvreplay {
 namespace {
-
-struct Measure {
-  std::string_view name;
-  Table ReplayResult::*table;
-  bool lower_is_better;
-};
-
-constexpr Measure kMeasures[] = {
-    {"layer_error", &ReplayResult::layer_error, true},
-    {"head_error", &ReplayResult::head_error, true},
-    {"attention_recall", &ReplayResult::attention_recall, false},
-    {"cosine", &ReplayResult::cosine, false},
-    {"span_recall", &ReplayResult::span_recall, false},
-};
 
 double mean_of(const Table& table) {
   if (table.numbers.empty()) return std::numeric_limits<double>::quiet_NaN();
@@ -46,6 +33,46 @@ Distribution distribution_of(std::vector<float> numbers, bool lower_is_better) {
           .worst = static_cast<double>(lower_is_better ? numbers.back() : numbers.front())};
 }
 
+Distribution weighted_distribution(std::vector<WeightedNumber> numbers, bool lower_is_better) {
+  const double weight_of_first = numbers.front().weight;
+  const bool equal = std::ranges::all_of(
+      numbers, [weight_of_first](const WeightedNumber& each) { return each.weight == weight_of_first; });
+  if (equal) {
+    std::vector<float> plain(numbers.size());
+    std::ranges::transform(numbers, plain.begin(), &WeightedNumber::number);
+    return distribution_of(std::move(plain), lower_is_better);
+  }
+  std::ranges::sort(numbers, {}, &WeightedNumber::number);
+  double sum = 0;
+  double weight = 0;
+  for (const WeightedNumber& each : numbers) {
+    sum += each.weight * static_cast<double>(each.number);
+    weight += each.weight;
+  }
+  const double first = numbers.front().weight / 2;
+  const double span = weight - first - numbers.back().weight / 2;
+  const auto quantile_at = [&](double share) {
+    const double place = first + share * span;
+    double before = 0;  // the middle of the number that was looked at before
+    double passed = 0;  // the weight up to the one that is looked at
+    for (std::size_t i = 0; i < numbers.size(); ++i) {
+      const double middle = passed + numbers[i].weight / 2;
+      if (middle >= place && i == 0) break;
+      if (middle >= place) {
+        const double part = (place - before) / (middle - before);
+        return (1 - part) * static_cast<double>(numbers[i - 1].number) + part * static_cast<double>(numbers[i].number);
+      }
+      before = middle;
+      passed += numbers[i].weight;
+    }
+    return static_cast<double>(passed == 0 ? numbers.front().number : numbers.back().number);
+  };
+  return {.mean = sum / weight,
+          .median = quantile_at(0.5),
+          .p90 = quantile_at(lower_is_better ? 0.9 : 0.1),
+          .worst = static_cast<double>(lower_is_better ? numbers.back().number : numbers.front().number)};
+}
+
 std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayResult& result) {
   std::vector<MeasureSummary> rows;
   MeasureSummary row{.trace = result.trace,
@@ -60,7 +87,7 @@ std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayRes
                      .layer = -1,
                      .measure = {},
                      .distribution = {}};
-  for (const Measure& measure : kMeasures) {
+  for (const MeasureTraits& measure : measures()) {
     const std::vector<float>& numbers = (result.*measure.table).numbers;
     if (numbers.empty()) continue;
     row.measure = measure.name;
@@ -112,6 +139,11 @@ void PolicyRanking::add(const ReplayResult& result) {
     row.span_recall += mean_of(result.span_recall);
     ++sum.with_spans;
   }
+  if (!result.spearman.numbers.empty()) {
+    row.spearman += mean_of(result.spearman);
+    row.kendall += mean_of(result.kendall);
+    ++sum.with_ranks;
+  }
 }
 
 std::vector<PolicyRow> PolicyRanking::rows() const {
@@ -123,6 +155,8 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
       row.*number /= sum.count;
     }
     row.span_recall /= sum.with_spans;  // 0/0 where no trace has spans: NaN, as promised
+    row.spearman /= sum.with_ranks;
+    row.kendall /= sum.with_ranks;
   }
   const auto capacity_rank = [this](const PolicyRow& row) {
     return std::ranges::find(capacities_, row.capacity_request) - capacities_.begin();

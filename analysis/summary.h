@@ -22,6 +22,16 @@ struct Distribution {
 /// Of `numbers`, at least one; `lower_is_better` says which end is the worst. Quantiles interpolate linearly.
 Distribution distribution_of(std::vector<float> numbers, bool lower_is_better);
 
+/// A number that counts as many times as its weight says.
+struct WeightedNumber {
+  float number = 0;
+  double weight = 1;  ///< above 0
+};
+
+/// The same of numbers with weights. Sorted, each number lies in the middle of its weight, and quantiles interpolate
+/// linearly from the middle of the first to that of the last: with equal weights as above.
+Distribution weighted_distribution(std::vector<WeightedNumber> numbers, bool lower_is_better);
+
 /// One measure of one replayed setting, over one layer or all of them.
 struct MeasureSummary {
   std::string trace;
@@ -59,6 +69,8 @@ struct PolicyRow {
   double attention_recall = 0;
   double cosine = 0;
   double span_recall = 0;  ///< NaN where no trace has spans
+  double spearman = 0;     ///< rank agreement; NaN where it was not measured
+  double kendall = 0;
 };
 
 /// Makes such rows from results that come one after the other.
@@ -75,6 +87,7 @@ class PolicyRanking {
     PolicyRow row;
     int count = 0;
     int with_spans = 0;
+    int with_ranks = 0;
   };
   std::vector<Sum> sums_;                                             // in the order of the results
   std::map<std::pair<std::string, std::string>, std::size_t> place_;  // of a policy and capacity among the sums

@@ -7,6 +7,8 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "notebooks-export/csv_field.h"
+
 namespace kvreplay {
 namespace {
 
@@ -19,16 +21,6 @@ std::size_t display_width(const std::string& text) {
       std::ranges::count_if(text, [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }));
 }
 
-std::string csv_field(const std::string& text) {
-  if (text.find_first_of(",\"\n\r") == std::string::npos) return text;
-  std::string quoted = "\"";
-  for (const char c : text) {
-    if (c == '"') quoted += '"';
-    quoted += c;
-  }
-  return quoted + '"';
-}
-
 double mean(std::span<const float> numbers) {
   double sum = 0;
   for (const float number : numbers) sum += static_cast<double>(number);
@@ -38,23 +30,6 @@ double mean(std::span<const float> numbers) {
 // Positions are counts, and means of counts over heads or traces.
 std::string count_text(double count) {
   return count == std::floor(count) ? fmt::format("{:.0f}", count) : fmt::format("{:.1f}", count);
-}
-
-// The lines of a policy's spec that is too long for a table's column, broken after ',' and before '+' and ' '.
-std::vector<std::string> broken_spec(const std::string& spec, std::size_t width) {
-  std::vector<std::string> lines = {""};
-  for (std::size_t at = 0; at < spec.size();) {
-    std::size_t end = at + 1;
-    while (end < spec.size() && spec[end - 1] != ',' && spec[end] != '+' && spec[end] != ' ') ++end;
-    std::string piece = spec.substr(at, end - at);
-    if (!lines.back().empty() && display_width(lines.back() + piece) > width) {
-      lines.emplace_back("  ");
-      piece.erase(0, piece.find_first_not_of(' '));
-    }
-    lines.back() += piece;
-    at = end;
-  }
-  return lines;
 }
 
 using Json = nlohmann::ordered_json;
@@ -156,11 +131,29 @@ std::string wrapped(const std::string& text, std::size_t indent, std::size_t wid
   return result;
 }
 
+std::vector<std::string> broken_spec(const std::string& spec, std::size_t width) {
+  std::vector<std::string> lines = {""};
+  for (std::size_t at = 0; at < spec.size();) {
+    std::size_t end = at + 1;
+    while (end < spec.size() && spec[end - 1] != ',' && spec[end] != '+' && spec[end] != ' ') ++end;
+    std::string piece = spec.substr(at, end - at);
+    if (!lines.back().empty() && display_width(lines.back() + piece) > width) {
+      lines.emplace_back("  ");
+      piece.erase(0, piece.find_first_not_of(' '));
+    }
+    lines.back() += piece;
+    at = end;
+  }
+  return lines;
+}
+
 std::string policy_table(const std::vector<PolicyRow>& rows) {
   const bool spans = std::ranges::any_of(rows, [](const PolicyRow& row) { return !std::isnan(row.span_recall); });
   std::vector<std::vector<std::string>> cells = {
       {"policy", "capacity", "kept", "of prompt", "heads", "layer error", "head error", "recall", "cosine"}};
   if (spans) cells[0].emplace_back("spans kept");
+  const bool ranks = std::ranges::any_of(rows, [](const PolicyRow& row) { return !std::isnan(row.spearman); });
+  if (ranks) cells[0].insert(cells[0].end(), {"Spearman", "Kendall"});
   for (const PolicyRow& row : rows) {
     const std::vector<std::string> spec = broken_spec(row.policy + (row.oracle ? " (ORACLE)" : ""), kPolicyWidth);
     std::vector<std::string> line{spec.front(),
@@ -173,6 +166,9 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
                                   fmt::format("{:.4f}", row.attention_recall),
                                   fmt::format("{:.4f}", row.cosine)};
     if (spans) line.push_back(std::isnan(row.span_recall) ? "-" : fmt::format("{:.1f} %", 100 * row.span_recall));
+    for (const double agreement : {row.spearman, row.kendall}) {
+      if (ranks) line.push_back(std::isnan(agreement) ? "-" : fmt::format("{:.3f}", agreement));
+    }
     cells.push_back(std::move(line));
     for (std::size_t i = 1; i < spec.size(); ++i) cells.push_back({spec[i]});
   }

@@ -17,6 +17,9 @@ std::string aligned_table(const std::vector<std::vector<std::string>>& rows);
 /// `text` broken at spaces into lines of at most `width` columns, each after `indent` spaces and ended by a newline.
 std::string wrapped(const std::string& text, std::size_t indent, std::size_t width = 100);
 
+/// The lines of a policy's spec that is too long for a column of `width`, broken after ',' and before '+' and ' '.
+std::vector<std::string> broken_spec(const std::string& spec, std::size_t width);
+
 /// The table that a replay ends with: a row per policy and capacity, best first.
 std::string policy_table(const std::vector<PolicyRow>& rows);
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole way once: captures the demo model on the bundled prompts, then replays policies over what was captured.
+# The whole way once: captures the demo model on the bundled prompts, replays policies over what was captured, and makes a
+# report of the results.
 #   scripts/demo.sh KVREPLAY
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,18 +21,35 @@ for prompt in traces/prompts/*.txt; do
   traces+=("$out/$name.h5")
 done
 
+# What each step of ReST-KV does, and its two parameters together; the policies of the replay below are not repeated.
+run "$kvreplay" sweep "${traces[@]}" --capacity 128 -o "$out/settings.h5" \
+  --policy 'restkv(temporal={mean,last,reversed-ema})' --policy 'restkv(spatial={none,avg,max})' \
+  --policy 'restkv(metric=before)' --policy 'restkv(projection=false)' --policy 'restkv(window={16,64})' \
+  --policy 'attention(temporal=ema,spatial=adaptive)' --policy 'restkv(alpha={0.1:0.9:0.2},beta={10,30,100,300,2000})'
+
 policies=()
-for policy in full random recent streamingllm h2o tova snapkv restkv; do
+for policy in random recent streamingllm h2o tova snapkv restkv; do
   policies+=(--policy "$policy")
 done
-run "$kvreplay" replay "${traces[@]}" "${policies[@]}" --capacity 64,128,25% \
+# The same prompt, evicted from earlier and earlier.
+run "$kvreplay" replay "$out/play.h5" "${policies[@]}" --capacity 256 --evict-at 512,768,1024,1280,1536 \
+  -o "$out/earlier.h5" --kept "$out/earlier-kept.h5"
+
+run "$kvreplay" replay "${traces[@]}" --policy full "${policies[@]}" --policy oracle-reconstruction \
+  --capacity 64,128,256,512 --rank-agreement \
   -o "$out/results.h5" --csv "$out/results.csv" --json "$out/results.json" --kept "$out/kept.h5"
+
+run "$kvreplay" report "$out/results.h5" "$out/settings.h5" "$out/earlier.h5" --kept "$out/kept.h5" \
+  --kept "$out/earlier-kept.h5" --trace "${traces[@]}" --force -o "$out/report"
 
 cat <<EOF
 
 In $out/: a trace per prompt (${traces[*]##*/}), the results as results.h5, results.csv and
-results.json, and the sets that each policy kept in kept.h5. What to try next:
+results.json, the sets that each policy kept in kept.h5, and the report. What to try next:
   $kvreplay inspect ${traces[0]}
+  $kvreplay analyze $out/results.h5 --by policy,capacity,layer
   $kvreplay policies
   $kvreplay replay ${traces[0]} --policy snapkv --policy restkv --capacity 32,64,128,256,512
+
+The report: $out/report/index.html
 EOF

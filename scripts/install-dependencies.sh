@@ -2,7 +2,8 @@
 # Installs what the build needs and this machine lacks. Where nothing is missing it changes nothing and needs no rights.
 #   scripts/install-dependencies.sh         the compiler, the build tools and the libraries
 #   scripts/install-dependencies.sh --ci    also clang and its tools, for `make tidy`, `make fuzz` and `make check-format`,
-#                                           h5py, for the examples in Python, and Open MPI, for the preset mpi
+#                                           h5py, for the examples in Python, Open MPI, for the preset mpi, and what
+#                                           reports are checked with: Python's venv and Chromium
 #   scripts/install-dependencies.sh --benchmarks  also what the benchmarks compare (KVREPLAY_BENCHMARKS)
 set -euo pipefail
 
@@ -27,7 +28,12 @@ case "${1-}" in
   --ci)
     # clang brings neither libFuzzer's and the sanitizers' runtime (libclang-rt-dev) nor OpenMP's header (libomp-dev).
     packages+=(clang clang-tidy clang-format libclang-rt-dev libomp-dev python3 python3-h5py python3-numpy
-      libopenmpi-dev openmpi-bin)
+      python3-venv libopenmpi-dev openmpi-bin)
+    # Ubuntu's is a snap, which a container does not run: reports are not checked there unless a browser is on the PATH.
+    [ "$(sed -n 's/^ID=//p' /etc/os-release 2>/dev/null)" = ubuntu ] || {
+      packages+=(chromium fonts-liberation)
+      commands+=(chromium)
+    }
     commands+=(clang++ clang-tidy clang-format python3 mpirun)
     for_ci=1
     ;;
@@ -86,7 +92,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { ret
       status=1
       grep -E 'error|cannot find' "$folder/log" | sed "s|$folder/||" | head -n 2
     }
-    python3 -c 'import h5py, numpy' 2>"$folder/log" || {
+    python3 -c 'import ensurepip, h5py, numpy, venv' 2>"$folder/log" || {
       status=1
       tail -n 1 "$folder/log"
     }
@@ -101,7 +107,7 @@ kvreplay needs: a C++20 compiler with OpenMP (GCC 12 or Clang 14, or newer), CMa
   Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, toml++ 3.3, xxHash, Highway 1.0.3, SentencePiece and GoogleTest 1.12,
   or newer. ccache is optional.
   `make tidy`, `make fuzz` and `make check-format` need clang, clang-tidy, clang-format, compiler-rt and libomp as well;
-  .ci/run also Python with h5py and an MPI; the benchmarks Google Benchmark and OpenBLAS.
+  .ci/run also Python with h5py and venv, an MPI and Chromium; the benchmarks Google Benchmark and OpenBLAS.
 Installed on Debian 12, Ubuntu 24.04 and newer by this script; elsewhere by you, where CMake and pkg-config find them
   (CMAKE_PREFIX_PATH, PKG_CONFIG_PATH).
 EOF

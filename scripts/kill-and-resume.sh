@@ -10,9 +10,9 @@ kvreplay=$1
 shift
 traces=("$@")
 if [ ${#traces[@]} -eq 0 ]; then
-  for trace in out/demo/*.h5; do
-    # The demo's folder also holds its results.
-    case $trace in */results.h5 | */kept.h5) ;; *) traces+=("$trace") ;; esac
+  # The demo's folder also holds its results.
+  for prompt in traces/prompts/*.txt; do
+    traces+=("out/demo/$(basename "$prompt" .txt).h5")
   done
 fi
 kills=${KILLS-20}

@@ -17,7 +17,7 @@
 namespace kvreplay {
 namespace {
 
-// Temporary files that stand on the disk. Whoever makes, renames or removes one holds the lock.
+// Temporary files and folders that stand on the disk. Whoever makes, renames or removes one holds the lock.
 std::mutex& unfinished_lock() {
   static std::mutex lock;
   return lock;
@@ -94,7 +94,7 @@ std::unique_lock<std::mutex> OutputFile::abandon_all() {
   std::unique_lock lock(unfinished_lock());
   for (const std::filesystem::path& file : unfinished()) {
     std::error_code ignored;
-    std::filesystem::remove(file, ignored);
+    std::filesystem::remove_all(file, ignored);
   }
   return lock;
 }
@@ -116,6 +116,67 @@ void OutputFile::write_text(const std::filesystem::path& path, std::string_view 
   if (file >= 0) ::close(file);
   if (!written) throw Error(fmt::format("{}: cannot be written: {}", path.string(), std::strerror(reason)));
   output.commit();
+}
+
+OutputFolder::OutputFolder(std::filesystem::path path) : path_(std::move(path)) {
+  if (path_.empty()) throw Error("the name of a folder to write is empty");
+  std::filesystem::path plain = path_;
+  if (!plain.has_filename()) plain = plain.parent_path();  // "report/"
+  destination_ = follow_links(plain);
+  std::error_code failure;  // what cannot be asked cannot be made either, which mkdtemp tells
+  const std::filesystem::file_status status = std::filesystem::status(destination_, failure);
+  if (std::filesystem::exists(status) && !std::filesystem::is_directory(status)) {
+    throw Error(fmt::format("{}: is a file; name a folder to write", path_.string()));
+  }
+  const std::lock_guard guard(unfinished_lock());
+  std::string name = destination_.string() + ".tmp-XXXXXX";
+  if (::mkdtemp(name.data()) == nullptr) {
+    throw Error(fmt::format("{}: cannot be written: {}", path_.string(), std::strerror(errno)));
+  }
+  const mode_t mask = ::umask(0);
+  ::umask(mask);
+  ::chmod(name.c_str(), 0777 & ~mask);  // mkdtemp's are their owner's alone
+  temporary_ = name;
+  unfinished().insert(temporary_);
+}
+
+OutputFolder::~OutputFolder() {
+  if (committed_) return;
+  const std::lock_guard guard(unfinished_lock());
+  std::error_code ignored;
+  std::filesystem::remove_all(temporary_, ignored);
+  unfinished().erase(temporary_);
+}
+
+void OutputFolder::commit() {
+  const std::lock_guard guard(unfinished_lock());
+  std::error_code failure;
+  const auto refuse = [this](const std::error_code& reason) {
+    return Error(fmt::format("{}: cannot be put in its place: {}", path_.string(), reason.message()));
+  };
+  bool exchanged = false;
+#ifdef RENAME_EXCHANGE
+  exchanged = ::renameat2(AT_FDCWD, temporary_.c_str(), AT_FDCWD, destination_.c_str(), RENAME_EXCHANGE) == 0;
+#endif
+  if (!exchanged) {
+    // A folder that holds something cannot be renamed onto: the old one steps aside, and comes back where the new one
+    // cannot take its place.
+    const std::filesystem::path old = temporary_.string() + "-old";
+    const bool replaces = std::filesystem::exists(destination_, failure);
+    if (replaces) std::filesystem::rename(destination_, old, failure);
+    if (failure) throw refuse(failure);
+    std::filesystem::rename(temporary_, destination_, failure);
+    if (failure) {
+      std::error_code ignored;
+      if (replaces) std::filesystem::rename(old, destination_, ignored);
+      throw refuse(failure);
+    }
+    if (replaces) std::filesystem::rename(old, temporary_, failure);
+  }
+  // What stood there now stands under the temporary name, if anything does.
+  std::filesystem::remove_all(temporary_, failure);
+  unfinished().erase(temporary_);
+  committed_ = true;
 }
 
 TextOutput::TextOutput(const std::filesystem::path& path)

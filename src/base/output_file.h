@@ -36,13 +36,40 @@ class OutputFile {
   /// is given its name, and would leave it behind if it had been removed just before.
   [[nodiscard]] static std::unique_lock<std::mutex> hold_off_abandoning();
 
-  /// Removes what all files of the process have written and not committed, and holds everybody else off as long as the
-  /// lock lives. For a process that is about to be ended by a signal, which runs no destructors.
+  /// Removes what all files and folders of the process have written and not committed, and holds everybody else off as
+  /// long as the lock lives. For a process that is about to be ended by a signal, which runs no destructors.
   [[nodiscard]] static std::unique_lock<std::mutex> abandon_all();
 
  private:
   std::filesystem::path path_;         ///< as given: for messages
   std::filesystem::path destination_;  ///< with symbolic links followed
+  std::filesystem::path temporary_;
+  bool committed_ = false;
+};
+
+/// A folder with the same promises: filled under a temporary name beside its place and renamed when it is whole.
+class OutputFolder {
+ public:
+  /// Makes the temporary folder. What stands at `path` is replaced by commit(); whether it may be is for the caller to
+  /// say. Throws Error where the folder around it does not exist or cannot be written to, and where a file stands
+  /// there.
+  explicit OutputFolder(std::filesystem::path path);
+  ~OutputFolder();
+  OutputFolder(const OutputFolder&) = delete;
+  OutputFolder& operator=(const OutputFolder&) = delete;
+
+  /// Where to write. Files are to be written as OutputFile: so none appears while the folder is being abandoned.
+  const std::filesystem::path& temporary() const { return temporary_; }
+
+  /// Where the result will stand.
+  const std::filesystem::path& path() const { return path_; }
+
+  /// Puts the folder in its place; what stood there is gone afterwards. Throws Error, with the place as it was.
+  void commit();
+
+ private:
+  std::filesystem::path path_;
+  std::filesystem::path destination_;
   std::filesystem::path temporary_;
   bool committed_ = false;
 };

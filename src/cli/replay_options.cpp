@@ -102,6 +102,8 @@ void add_request_options(CLI::App& command, ReplayOptions& options, bool require
   command.add_option("--share", options.share, "How shared scores are combined (default: the policy's own, or mean)")
       ->check(one_of({"mean", "max", "sum"}))
       ->type_name("mean|max|sum");
+  command.add_flag("--rank-agreement", options.rank_agreement,
+                   "Also measure how far scores rank positions as oracle-attention does (Spearman, Kendall)");
 }
 
 void add_output_options(CLI::App& command, ReplayOptions& options) {
@@ -144,12 +146,9 @@ ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string
       request.eviction_positions.push_back(position);
     }
   }
-  for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
-    if (options.heads == name_of(granularity)) request.granularity = granularity;
-  }
-  for (const Share share : {Share::mean, Share::max, Share::sum}) {
-    if (options.share == name_of(share)) request.share = share;
-  }
+  request.granularity = granularity_named(options.heads);
+  request.share = share_named(options.share);
+  request.rank_agreement = options.rank_agreement;
   return request;
 }
 
@@ -224,10 +223,12 @@ std::string legend(const std::vector<TraceReplay>& replays, double seconds) {
   std::set<std::string> traces;
   std::set<int> evictions_of_one;
   bool spans = false;
+  bool ranks = false;
   for (const TraceReplay& replay : replays) {
     traces.insert(replay.trace);
     if (replay.trace == replays.front().trace) evictions_of_one.insert(replay.eviction_position);
     spans = spans || !replay.spans.empty();
+    ranks = ranks || std::ranges::any_of(replay.results, &ReplayResult::rank_agreement);
   }
   std::string over;
   if (traces.size() > 1) over = "; every trace weighs the same";
@@ -237,10 +238,11 @@ std::string legend(const std::vector<TraceReplay>& replays, double seconds) {
   }
   return fmt::format(
       "layer error, head error: ‖ô−o‖/‖o‖ after and before the output projection; recall: attention mass still "
-      "cached;\n{}means over layers, heads and evaluation queries{}.\nBest first at each capacity. Replayed in {:.1f} "
+      "cached;\n{}{}means over layers, heads and evaluation queries{}.\nBest first at each capacity. Replayed in "
+      "{:.1f} "
       "s.\n",
       spans ? "spans kept: share of the annotated spans' positions that is kept, mean over layers and heads;\n" : "",
-      over, seconds);
+      ranks ? "Spearman, Kendall: how far scores rank positions as oracle-attention does;\n" : "", over, seconds);
 }
 
 void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays) {

@@ -24,6 +24,7 @@ struct ReplayOptions {
   std::vector<int> eviction_positions;
   std::string heads;
   std::string share;
+  bool rank_agreement = false;
   std::string results;
   std::string csv;
   std::string json;

@@ -161,6 +161,7 @@ struct Head::Shared {
   std::map<std::pair<int, int>, Buffer> rows;  // (member, age): attention
   std::map<std::tuple<int, int, int>, std::int64_t> sums_of_most_attended;
   std::vector<std::optional<std::vector<float>>> accumulated;  // [member]
+  std::vector<std::optional<std::vector<float>>> evaluation;   // [member]
   std::vector<Matrix> factors;                                 // [member]
   std::vector<Matrix> factors_transposed;
   Buffer value_rows;         // [P, factor_width(D)], where they are few
@@ -190,6 +191,7 @@ Head::Head(const HeadSource& source, Index kept_bytes)
       has_output_projection_(source.has_output_projection()),
       shared_(std::make_unique<Shared>()) {
   shared_->accumulated.resize(static_cast<std::size_t>(shape_.group_size));
+  shared_->evaluation.resize(static_cast<std::size_t>(shape_.group_size));
   shared_->window = contiguous_window(source.query_positions(), shape_.prompt_length);
 }
 
@@ -244,6 +246,12 @@ Index Head::memory(const HeadShape& shape, int window) {
 
 Index Head::combination_memory(const HeadShape& shape, Index combinations) {
   return 2 * combinations * shape.group_size * row_stride(shape.prompt_length) * static_cast<Index>(sizeof(float));
+}
+
+Index Head::evaluation_memory(const HeadShape& shape, Index tokens) {
+  const Index queries = tokens - shape.prompt_length;  // or fewer
+  return ((tokens + queries) * shape.head_dim + kRowBlock * tokens) * static_cast<Index>(sizeof(float)) +
+         shape.prompt_length * static_cast<Index>(sizeof(double));
 }
 
 // `count` values from `first` on, a row every factor_width(D) floats; `memory` has room for kBlock of them.
@@ -537,7 +545,9 @@ std::vector<float> Head::unmasked_accumulated_attention(int member, int window) 
   return {sums.begin(), sums.end()};
 }
 
-std::vector<float> Head::evaluation_attention(int member) const {
+const std::vector<float>& Head::evaluation_attention(int member) const {
+  auto& kept = shared_->evaluation[static_cast<std::size_t>(member)];
+  if (kept) return *kept;
   const std::span<const int> positions = source_.evaluation_positions();
   if (positions.empty()) throw Error("an oracle needs evaluation queries, and there are none");
   const Matrix queries = source_.evaluation_queries(member);
@@ -552,7 +562,7 @@ std::vector<float> Head::evaluation_attention(int member) const {
       for (std::size_t n = 0; n < sums.size(); ++n) sums[n] += static_cast<double>(block(row, static_cast<Index>(n)));
     }
   }
-  return {sums.begin(), sums.end()};
+  return kept.emplace(sums.begin(), sums.end());
 }
 
 }  // namespace kvreplay

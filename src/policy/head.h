@@ -142,7 +142,7 @@ class Head {
 
   /// Σ over the evaluation queries of full attention, per prompt position: [P]. No policy can know it: for oracles.
   /// Throws Error where the source cannot look ahead.
-  std::vector<float> evaluation_attention(int member) const;
+  const std::vector<float>& evaluation_attention(int member) const;
 
   bool has_output_projection() const { return has_output_projection_; }
 
@@ -153,6 +153,9 @@ class Head {
   /// together. keys(), values() and single rows of attention() come on top.
   static Index memory(const HeadShape& shape, int window);
   static Index combination_memory(const HeadShape& shape, Index combinations);
+
+  /// The most bytes that evaluation_attention() takes while it works, over `tokens` keys.
+  static Index evaluation_memory(const HeadShape& shape, Index tokens);
 
  private:
   class WindowPass;

@@ -99,6 +99,20 @@ std::string_view name_of(Share share) {
   return "";
 }
 
+std::optional<Granularity> granularity_named(std::string_view name) {
+  for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
+    if (name == name_of(granularity)) return granularity;
+  }
+  return std::nullopt;
+}
+
+std::optional<Share> share_named(std::string_view name) {
+  for (const Share share : {Share::mean, Share::max, Share::sum}) {
+    if (name == name_of(share)) return share;
+  }
+  return std::nullopt;
+}
+
 void Ranking::smooth(const Head& /*head*/, int /*member*/, int /*capacity*/, std::span<float> /*scores*/) const {}
 
 void Ranking::refine(const Head& /*head*/, std::span<const int> /*members*/, int /*capacity*/,

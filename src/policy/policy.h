@@ -103,6 +103,10 @@ enum class Share { mean, max, sum };
 std::string_view name_of(Granularity granularity);
 std::string_view name_of(Share share);
 
+/// The other way round; nothing for any other text.
+std::optional<Granularity> granularity_named(std::string_view name);
+std::optional<Share> share_named(std::string_view name);
+
 /// What a budget may look at when it divides a layer's positions among the layer's kept sets.
 struct BudgetRequest {
   int layer = 0;

@@ -156,6 +156,15 @@ void pool_adaptive(AdaptiveWindow window, std::span<float> scores) {
   }
 }
 
+void reconstruction_errors(const CombinedAttention& window, LengthRule rule, std::span<float> errors) {
+  const auto tau = static_cast<float>(rule.tau);
+  const float unit = rule.normalize ? 1 / std::max(window.output_length, std::numeric_limits<float>::min()) : 1.0f;
+  for (std::size_t n = 0; n < errors.size(); ++n) {
+    const float length = tau == 1 ? window.distance[n] : std::pow(window.distance[n], tau);
+    errors[n] = removal_error(window.attention[n], length * unit);
+  }
+}
+
 void smooth_in_space(Spatial spatial, int kernel, double beta, const Head& head, int member, int window, int capacity,
                      std::span<float> scores) {
   const auto past = scores.first(scores.size() - static_cast<std::size_t>(window));

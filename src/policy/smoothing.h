@@ -75,4 +75,13 @@ inline float removal_error(float attention, float distance) {
   return attention < 1 ? attention / (1 - attention) * distance : kIrreplaceable;
 }
 
+/// How lengths count in a reconstruction error.
+struct LengthRule {
+  double tau = 1;          ///< exponent
+  bool normalize = false;  ///< divided by the length of the output first
+};
+
+/// ReST-KV's score of one head, a/(1 − a) · ‖W (o − v)‖^τ, for every position that `window` tells the distance of.
+void reconstruction_errors(const CombinedAttention& window, LengthRule rule, std::span<float> errors);
+
 }  // namespace kvreplay

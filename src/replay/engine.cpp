@@ -18,6 +18,7 @@
 #include "replay/layer_projection.h"
 #include "replay/measurement.h"
 #include "replay/selection.h"
+#include "trace/identity.h"
 
 namespace kvreplay {
 namespace {
@@ -54,6 +55,9 @@ TraceReplay prepare(const TraceReader& trace, int eviction_position) {
   return replay;
 }
 
+// What putting a position into its ranks and counting inversions takes, in operations of a replay.
+constexpr double kOperationsPerRank = 1000;
+
 // The share of a memory limit that given-up buffers may hold.
 constexpr Index kShareKept = 8;
 
@@ -76,14 +80,15 @@ ReplayResult outline_of(const Setting& setting, const TraceReplay& replay) {
   result.granularity = setting.granularity;
   result.share = setting.share;
   result.oracle = setting.policy->oracle;
+  result.rank_agreement = setting.rank_agreement;
   result.kept.granularity = setting.granularity == Granularity::query ? Granularity::query : Granularity::kv;
   result.kept.sets_per_layer = replay.model.num_key_value_heads * setting.sets_per_kv_head(replay.model);
   return result;
 }
 
-// A layer's measures and kept sets of one setting as they are handed out.
-LayerResult result_of(LayerSets kept, const LayerMeasures& measures, const TraceReplay& replay) {
-  LayerResult result;
+// Adds to a layer's kept sets of one setting what they do.
+void add_measures(const LayerMeasures& measures, const TraceReplay& replay, LayerResult& result) {
+  const LayerSets& kept = result.kept;
   const int heads = replay.model.num_attention_heads;
   for (int head = 0; head < heads; ++head) {
     const HeadMeasures& found = measures.heads[static_cast<std::size_t>(head)];
@@ -97,8 +102,6 @@ LayerResult result_of(LayerSets kept, const LayerMeasures& measures, const Trace
     }
   }
   result.layer_error = measures.layer_error;
-  result.kept = std::move(kept);
-  return result;
 }
 
 }  // namespace
@@ -106,10 +109,12 @@ LayerResult result_of(LayerSets kept, const LayerMeasures& measures, const Trace
 ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest request)
     : traces_(traces), request_(std::move(request)) {
   for (std::size_t t = 0; t < traces_.size(); ++t) {
+    const std::string digest = trace_digest(traces_[t]);
     std::vector<int> evictions = request_.eviction_positions;
     if (evictions.empty()) evictions.push_back(traces_[t].info().prompt_length);
     for (const int eviction : evictions) {
       TraceReplay& outline = outlines_.emplace_back(prepare(traces_[t], eviction));
+      outline.trace_digest = digest;
       settings_.push_back(settings_for(traces_[t], request_, eviction, outline.notes));
       for (const Setting& setting : settings_.back()) outline.results.push_back(outline_of(setting, outline));
       trace_of_outline_.push_back(t);
@@ -163,6 +168,16 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
   if (needs_projection(unit)) {
     work.bytes += weight * stored;
     work.operations += weight * head_dim + heads * prompt * head_dim * head_dim;
+  }
+
+  // Rank agreement: attention of the evaluation queries, then both orders and the inversions between them.
+  const auto compared = std::ranges::count_if(settings_[replay], &Setting::rank_agreement);
+  if (compared > 0) {
+    const bool by_query = settings_[replay].front().granularity == Granularity::query;
+    const double rows = by_query ? heads : model.num_key_value_heads;
+    work.bytes += heads * tokens * head_dim * stored;
+    work.operations += 2 * heads * queries * tokens * head_dim;
+    work.operations += static_cast<double>(compared) * rows * prompt * kOperationsPerRank;
   }
 
   // Measures: full attention of the evaluation queries, then per setting what is kept, and the projection of the
@@ -296,7 +311,9 @@ void ReplayEngine::run(std::span<const ReplayUnit> units,
   for_each_group(
       units,
       [this](std::span<const ReplayUnit> group, const Plan& plan) {
-        return measure_group(group, plan, select_group(group, plan));
+        std::vector<std::vector<LayerResult>> results = select_group(group, plan);
+        measure_group(group, plan, results);
+        return results;
       },
       done);
 }
@@ -304,7 +321,12 @@ void ReplayEngine::run(std::span<const ReplayUnit> units,
 void ReplayEngine::select(std::span<const ReplayUnit> units,
                           const std::function<void(const ReplayUnit&, std::vector<LayerSets>)>& done) const {
   for_each_group(
-      units, [this](std::span<const ReplayUnit> group, const Plan& plan) { return select_group(group, plan); }, done);
+      units, [this](std::span<const ReplayUnit> group, const Plan& plan) { return select_group(group, plan); },
+      [&done](const ReplayUnit& unit, std::vector<LayerResult> results) {
+        std::vector<LayerSets> kept;
+        for (LayerResult& result : results) kept.push_back(std::move(result.kept));
+        done(unit, std::move(kept));
+      });
 }
 
 // Calls work(index in the group, piece) for pieces_of(index) pieces of every unit, spread over threads.
@@ -321,8 +343,9 @@ void ReplayEngine::for_each_piece(std::span<const ReplayUnit> group, const Plan&
       plan.heads_at_once);
 }
 
-std::vector<std::vector<LayerSets>> ReplayEngine::select_group(std::span<const ReplayUnit> group,
-                                                               const Plan& plan) const {
+// Kept sets and rank agreement; what the kept sets do is left open.
+std::vector<std::vector<LayerResult>> ReplayEngine::select_group(std::span<const ReplayUnit> group,
+                                                                 const Plan& plan) const {
   const auto outline = [&](std::size_t i) -> const TraceReplay& {
     return outlines_[static_cast<std::size_t>(group[i].replay)];
   };
@@ -359,31 +382,32 @@ std::vector<std::vector<LayerSets>> ReplayEngine::select_group(std::span<const R
   for_each_piece(
       group, plan, [&](std::size_t i) { return settings(i).size(); },
       [&](std::size_t i, int setting) { selections[i].select_together(setting); });
-  std::vector<std::vector<LayerSets>> kept;
+  std::vector<std::vector<LayerResult>> results;
   for (std::size_t i = 0; i < group.size(); ++i) {
-    kept.push_back(selections[i].take());
-    improve_oracles(trace_of(group[i]), group[i].layer, outline(i).eviction_position, settings(i), kept.back());
+    results.push_back(selections[i].take());
+    improve_oracles(trace_of(group[i]), group[i].layer, outline(i).eviction_position, settings(i), results.back());
   }
-  return kept;
+  return results;
 }
 
-std::vector<std::vector<LayerResult>> ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& plan,
-                                                                  std::vector<std::vector<LayerSets>> kept) const {
+void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& plan,
+                                 std::vector<std::vector<LayerResult>>& results) const {
   const auto outline = [&](std::size_t i) -> const TraceReplay& {
     return outlines_[static_cast<std::size_t>(group[i].replay)];
   };
-  std::vector<std::vector<LayerResult>> results(group.size());
   std::size_t most = 0;
-  for (const std::vector<LayerSets>& sets : kept) most = std::max(most, sets.size());
+  for (const std::vector<LayerResult>& settings : results) most = std::max(most, settings.size());
   const auto step = static_cast<std::size_t>(plan.settings_at_once);
   for (std::size_t first = 0; first < most; first += step) {
     std::vector<LayerMeasurement> measurements;
     for (std::size_t i = 0; i < group.size(); ++i) {
       std::vector<const LayerSets*> sets;
-      for (std::size_t s = first; s < std::min(kept[i].size(), first + step); ++s) sets.push_back(&kept[i][s]);
+      for (std::size_t s = first; s < std::min(results[i].size(), first + step); ++s) {
+        sets.push_back(&results[i][s].kept);
+      }
       measurements.emplace_back(trace_of(group[i]), group[i].layer, outline(i).eviction_position, std::move(sets));
     }
-    const auto is_open = [&](std::size_t i) { return kept[i].size() > first; };
+    const auto is_open = [&](std::size_t i) { return results[i].size() > first; };
     for_each_piece(
         group, plan, [&](std::size_t i) { return is_open(i) ? outline(i).model.num_key_value_heads : 0; },
         [&](std::size_t i, int head) { measurements[i].measure_head(head); });
@@ -396,12 +420,9 @@ std::vector<std::vector<LayerResult>> ReplayEngine::measure_group(std::span<cons
     for (std::size_t i = 0; i < group.size(); ++i) {
       if (!is_open(i)) continue;
       const std::vector<LayerMeasures> measures = measurements[i].take();
-      for (std::size_t m = 0; m < measures.size(); ++m) {
-        results[i].push_back(result_of(std::move(kept[i][first + m]), measures[m], outline(i)));
-      }
+      for (std::size_t m = 0; m < measures.size(); ++m) add_measures(measures[m], outline(i), results[i][first + m]);
     }
   }
-  return results;
 }
 
 void allocate_tables(TraceReplay& replay) {
@@ -414,6 +435,7 @@ void allocate_tables(TraceReplay& replay) {
     result.attention_recall = Table::of_shape({layers, heads, queries});
     result.cosine = Table::of_shape({layers, heads, queries});
     result.span_recall = Table::of_shape({layers, heads, static_cast<Index>(replay.spans.size())});
+    if (result.rank_agreement) result.spearman = result.kendall = Table::of_shape({layers, heads});
   }
 }
 
@@ -428,6 +450,8 @@ void store_layer(TraceReplay& replay, int layer, std::vector<LayerResult> result
     put(results[i].attention_recall, result.attention_recall);
     put(results[i].cosine, result.cosine);
     put(results[i].span_recall, result.span_recall);
+    put(results[i].spearman, result.spearman);
+    put(results[i].kendall, result.kendall);
     std::ranges::move(results[i].kept, std::back_inserter(result.kept.sets));
   }
 }

@@ -30,6 +30,8 @@ struct LayerResult {
   std::vector<float> attention_recall;  ///< [H, E]
   std::vector<float> cosine;            ///< [H, E]
   std::vector<float> span_recall;       ///< [H, S]
+  std::vector<float> spearman;          ///< [H] with rank agreement, else empty
+  std::vector<float> kendall;           ///< [H] the same
 };
 
 /// Replays a request over traces. Heads of a unit, and units, are spread over OpenMP's threads; results are the same
@@ -84,9 +86,9 @@ class ReplayEngine {
 
   Plan plan_for(Index limit) const;
   Plan plan_of(int heads_at_once, int rounds, Index limit) const;
-  std::vector<std::vector<LayerSets>> select_group(std::span<const ReplayUnit> group, const Plan& plan) const;
-  std::vector<std::vector<LayerResult>> measure_group(std::span<const ReplayUnit> group, const Plan& plan,
-                                                      std::vector<std::vector<LayerSets>> kept) const;
+  std::vector<std::vector<LayerResult>> select_group(std::span<const ReplayUnit> group, const Plan& plan) const;
+  void measure_group(std::span<const ReplayUnit> group, const Plan& plan,
+                     std::vector<std::vector<LayerResult>>& results) const;
   template <class Work, class Done>
   void for_each_group(std::span<const ReplayUnit> units, const Work& work, const Done& done) const;
   template <class Pieces, class Work>

@@ -169,17 +169,17 @@ std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, in
 }
 
 void improve_oracles(const TraceReader& trace, int layer, int eviction_position, const std::vector<Setting>& settings,
-                     std::vector<LayerSets>& kept) {
+                     std::vector<LayerResult>& results) {
   for (std::size_t oracle = 0; oracle < settings.size(); ++oracle) {
     const Setting& setting = settings[oracle];
     if (setting.policy->exchanges == 0 || setting.keeps_all(eviction_position)) continue;
-    std::vector<const LayerSets*> candidates = {&kept[oracle]};
+    std::vector<const LayerSets*> candidates = {&results[oracle].kept};
     for (std::size_t i = 0; i < settings.size(); ++i) {
       const bool comparable = i != oracle && settings[i].granularity == setting.granularity &&
-                              std::ranges::all_of(kept[i], [&setting](const std::vector<int>& set) {
+                              std::ranges::all_of(results[i].kept, [&setting](const std::vector<int>& set) {
                                 return static_cast<int>(set.size()) == setting.capacity;
                               });
-      if (comparable) candidates.push_back(&kept[i]);
+      if (comparable) candidates.push_back(&results[i].kept);
     }
     const auto best_of = [&](const std::vector<const LayerSets*>& sets) {
       const std::vector<LayerMeasures> measures = measure_layer(trace, layer, eviction_position, sets);
@@ -191,7 +191,7 @@ void improve_oracles(const TraceReader& trace, int layer, int eviction_position,
     const LayerSets improved =
         exchange_positions(trace, layer, eviction_position, setting.granularity, start, setting.policy->exchanges);
     // Measured like any other sets: where rounding made it worse, the start stays.
-    kept[oracle] = *best_of({&start, &improved});
+    results[oracle].kept = *best_of({&start, &improved});
   }
 }
 

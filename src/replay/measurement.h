@@ -65,6 +65,6 @@ std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, in
 
 /// Replaces the kept sets of oracles that exchange positions by better ones, starting from the best of the run.
 void improve_oracles(const TraceReader& trace, int layer, int eviction_position, const std::vector<Setting>& settings,
-                     std::vector<LayerSets>& kept);
+                     std::vector<LayerResult>& results);
 
 }  // namespace kvreplay

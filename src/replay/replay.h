@@ -32,6 +32,7 @@ struct ReplayRequest {
   std::vector<int> eviction_positions;     ///< empty: the end of the prompt
   std::optional<Granularity> granularity;  ///< none: the policy's own, or kv
   std::optional<Share> share;              ///< none: the policy's own, or mean
+  bool rank_agreement = false;             ///< compare scores with the oracle's importance
 };
 
 /// The request of these specs at these capacities, written as on the command line. Throws UsageError.
@@ -70,18 +71,22 @@ struct ReplayResult {
   int eviction_position = 0;
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
-  bool oracle = false;  ///< looked at the evaluation queries
+  bool oracle = false;          ///< looked at the evaluation queries
+  bool rank_agreement = false;  ///< whether scores are compared with the oracle's importance
   KeptSets kept;
   Table head_error;        ///< [L, H, E]
   Table layer_error;       ///< [L, E]
   Table attention_recall;  ///< [L, H, E]
   Table cosine;            ///< [L, H, E]
   Table span_recall;       ///< [L, H, S] share of each span's positions before the eviction that is kept
+  Table spearman;          ///< [L, H] rank agreement with the oracle's importance; empty without `rank_agreement`
+  Table kendall;           ///< [L, H] the same, Kendall's τ_b
 };
 
 /// All results of one trace at one eviction position: comparable with each other, number by number.
 struct TraceReplay {
   std::string trace;
+  std::string trace_digest;  ///< what tells captures apart whatever their files are called
   ModelInfo model;
   int prompt_length = 0;
   int eviction_position = 0;

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "replay/measure.h"
+
 namespace kvreplay {
 namespace {
 
@@ -34,7 +36,7 @@ void write_spans(hdf5::File& file, const std::string& path, const std::vector<Sp
 ResultStream::ResultStream(const std::filesystem::path& path, std::string_view format)
     : output_(path), file_(hdf5::File::create(output_.temporary(), path)) {
   file_.write_string("/", "format", format);
-  file_.write_int("/", "format_version", 1);
+  file_.write_int("/", "format_version", kResultsFormatVersion);
   file_.write_string("/", "created_by", "kvreplay " KVREPLAY_VERSION);
 }
 
@@ -63,19 +65,21 @@ void ResultsWriter::add(const TraceReplay& replay, const ReplayResult& result) {
   const std::string group = fmt::format("/results/{}", results_++);
   write_identity(file, group, result);
   file.write_string(group, "heads", name_of(result.granularity));
+  file.write_string(group, "trace_digest", replay.trace_digest);
   file.write_string(group, "model", replay.model.name);
+  file.write_int(group, "num_layers", replay.model.num_layers);
+  file.write_int(group, "num_query_heads", replay.model.num_attention_heads);
+  file.write_int(group, "num_kv_heads", replay.model.num_key_value_heads);
+  file.write_int(group, "prompt_length", replay.prompt_length);
   file.write_int(group, "oracle", result.oracle ? 1 : 0);
   file.write_double(group, "kept", result.kept.mean_size());
   const std::vector<std::int32_t>& positions = replay.evaluation_positions;
   file.write(group + "/evaluation_positions", positions, {static_cast<Index>(positions.size())});
-  write_table(file, group + "/head_error", result.head_error);
-  write_table(file, group + "/layer_error", result.layer_error);
-  write_table(file, group + "/attention_recall", result.attention_recall);
-  write_table(file, group + "/cosine", result.cosine);
-  if (!replay.spans.empty()) {
-    write_spans(file, group + "/spans", replay.spans);
-    write_table(file, group + "/span_recall", result.span_recall);
+  for (const MeasureTraits& measure : measures()) {
+    const Table& table = result.*measure.table;
+    if (!table.numbers.empty()) write_table(file, fmt::format("{}/{}", group, measure.name), table);
   }
+  if (!replay.spans.empty()) write_spans(file, group + "/spans", replay.spans);
   if (!replay.notes.empty()) {
     file.write(group + "/notes", replay.notes, {static_cast<Index>(replay.notes.size())});
   }

@@ -13,6 +13,9 @@
 
 namespace kvreplay {
 
+/// The `format_version` of results and kept sets.
+constexpr int kResultsFormatVersion = 2;
+
 /// An HDF5 file in which results are stored one after the other, so that never more than one has to be in memory. It is
 /// complete or absent: destroyed before finish(), it leaves nothing behind. All members throw Error.
 class ResultStream {

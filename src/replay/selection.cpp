@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
+#include <set>
 
 #include "base/error.h"
 #include "kernels/kernels.h"
@@ -47,6 +49,39 @@ int capacity_for(const std::vector<int>& capacities, int set) {
 
 }  // namespace
 
+class LayerSelection::Importance {
+ public:
+  Importance(const Head& head, int group_size) : head_(head), members_(static_cast<std::size_t>(group_size)) {}
+
+  const RankedValues& of_member(int member) {
+    std::optional<RankedValues>& ranked = members_[static_cast<std::size_t>(member)];
+    if (!ranked) ranked.emplace(head_.evaluation_attention(member));
+    return *ranked;
+  }
+
+  const RankedValues& of_group(Share share) {
+    const auto found = groups_.find(share);
+    if (found != groups_.end()) return found->second;
+    return groups_.emplace(share, RankedValues(row_of(shared(share), 0))).first->second;
+  }
+
+  // Step 3, as of any policy's scores: [1, P].
+  Matrix shared(Share share) const {
+    Matrix rows(static_cast<Index>(members_.size()), head_.prompt_length());
+    for (Index member = 0; member < rows.rows(); ++member) {
+      std::ranges::copy(head_.evaluation_attention(static_cast<int>(member)), row_of(rows, member).begin());
+    }
+    Matrix shared;
+    combine(rows, share, shared);
+    return shared;
+  }
+
+ private:
+  const Head& head_;
+  std::vector<std::optional<RankedValues>> members_;
+  std::map<Share, RankedValues> groups_;
+};
+
 LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings, int layer,
                                int eviction_position, const LayerProjection* projection, Index combination_bytes)
     : trace_(trace),
@@ -59,7 +94,12 @@ LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setti
   const auto kv_heads = static_cast<std::size_t>(model_.num_key_value_heads);
   deferred_.resize(settings.size(), std::vector<HeadScores>(kv_heads));
   for (const Setting& setting : settings) {
-    kept_.emplace_back(kv_heads * static_cast<std::size_t>(setting.sets_per_kv_head(model_)));
+    LayerResult& result = results_.emplace_back();
+    result.kept.resize(kv_heads * static_cast<std::size_t>(setting.sets_per_kv_head(model_)));
+    if (!setting.rank_agreement) continue;
+    result.spearman.resize(static_cast<std::size_t>(model_.num_attention_heads));
+    result.kendall = result.spearman;
+    if (setting.granularity == Granularity::layer) importance_[setting.share].resize(kv_heads);
   }
 }
 
@@ -67,6 +107,8 @@ void LayerSelection::rank_head(int kv_head) {
   const TraceHead source(trace_, layer_, kv_head, prompt_, projection_);
   const Head head(source, combination_bytes_);
   HeadScores scores;
+  Importance importance(head, model_.group_size());
+  for (auto& [share, groups] : importance_) groups[static_cast<std::size_t>(kv_head)] = importance.shared(share);
   Matrix raw(model_.group_size(), prompt_);
   std::size_t prepared = 0;  // settings whose combinations were prepared
   for (std::size_t i = 0; i < settings_.size(); ++i) {
@@ -90,7 +132,15 @@ void LayerSelection::rank_head(int kv_head) {
           policy.ranking->score(head, member, row_of(raw, member));
         }
       }
-      if (!same_policy || policy.ranking->depends_on_capacity()) smooth_and_share(setting, head, raw, scores);
+      const bool same_scores = same_policy && !policy.ranking->depends_on_capacity();
+      if (!same_scores) smooth_and_share(setting, head, raw, scores);
+      if (setting.rank_agreement && setting.granularity != Granularity::layer) {
+        if (same_scores) {
+          copy_agreement(i, kv_head);
+        } else {
+          compare_ranks(i, kv_head, scores, importance);
+        }
+      }
       if (setting.is_local()) {
         select_locally(i, kv_head, scores);
       } else {
@@ -165,7 +215,7 @@ void LayerSelection::keep_all(std::size_t setting, int kv_head) {
   std::vector<int> all(static_cast<std::size_t>(prompt_));
   std::iota(all.begin(), all.end(), 0);
   const int sets = settings_[setting].sets_per_kv_head(model_);
-  for (int i = 0; i < sets; ++i) kept_[setting][static_cast<std::size_t>(kv_head * sets + i)] = all;
+  for (int i = 0; i < sets; ++i) results_[setting].kept[static_cast<std::size_t>(kv_head * sets + i)] = all;
 }
 
 void LayerSelection::keep_pattern(std::size_t setting, const HeadShape& shape) {
@@ -174,7 +224,7 @@ void LayerSelection::keep_pattern(std::size_t setting, const HeadShape& shape) {
   const std::vector<int> capacities = allocate(s, {});
   for (int i = 0; i < sets; ++i) {
     const int set = shape.kv_head * sets + i;
-    kept_[setting][static_cast<std::size_t>(set)] =
+    results_[setting].kept[static_cast<std::size_t>(set)] =
         checked(s.policy->pattern->keep(shape, i, capacity_for(capacities, set)));
   }
 }
@@ -187,8 +237,46 @@ void LayerSelection::select_locally(std::size_t setting, int kv_head, const Head
   const std::vector<int> capacities = allocate(s, {});
   for (int i = 0; i < sets; ++i) {
     const int set = kv_head * sets + i;
-    kept_[setting][static_cast<std::size_t>(set)] = select_set(s, row_of(rows, i), capacity_for(capacities, set));
+    results_[setting].kept[static_cast<std::size_t>(set)] =
+        select_set(s, row_of(rows, i), capacity_for(capacities, set));
   }
+}
+
+// Of the scores of one KV head's group.
+void LayerSelection::compare_ranks(std::size_t setting, int kv_head, const HeadScores& scores, Importance& importance) {
+  const Setting& s = settings_[setting];
+  const int group = model_.group_size();
+  RankCorrelation agreement;
+  for (int member = 0; member < group; ++member) {
+    if (s.granularity == Granularity::query) {
+      agreement = agreement_of(s, importance.of_member(member), row_of(scores.query, member));
+    } else if (member == 0) {
+      agreement = agreement_of(s, importance.of_group(s.share), row_of(scores.shared, 0));
+    }
+    put_agreement(setting, kv_head * group + member, agreement);
+  }
+}
+
+// The scores are those of the setting before.
+void LayerSelection::copy_agreement(std::size_t setting, int kv_head) {
+  for (int head = kv_head * model_.group_size(); head < (kv_head + 1) * model_.group_size(); ++head) {
+    const auto h = static_cast<std::size_t>(head);
+    results_[setting].spearman[h] = results_[setting - 1].spearman[h];
+    results_[setting].kendall[h] = results_[setting - 1].kendall[h];
+  }
+}
+
+void LayerSelection::put_agreement(std::size_t setting, int query_head, const RankCorrelation& agreement) {
+  const auto head = static_cast<std::size_t>(query_head);
+  results_[setting].spearman[head] = static_cast<float>(agreement.spearman);
+  results_[setting].kendall[head] = static_cast<float>(agreement.kendall);
+}
+
+// Over the positions that the policy ranks.
+RankCorrelation LayerSelection::agreement_of(const Setting& setting, const RankedValues& importance,
+                                             std::span<const float> scores) const {
+  const Protection protection = setting.policy->ranking->protection();
+  return importance.correlation(scores, protection.sinks, prompt_ - protection.window);
 }
 
 // Steps 4 and 5 for settings whose heads depend on each other.
@@ -199,21 +287,31 @@ void LayerSelection::select_together(int index) {
   const std::vector<HeadScores>& parts = deferred_[setting];
   try {
     if (s.granularity == Granularity::layer) {
-      Matrix rows(static_cast<Index>(parts.size()), prompt_);
-      for (std::size_t i = 0; i < parts.size(); ++i) rows.row(static_cast<Index>(i)) = parts[i].shared;
-      Matrix scores;
-      combine(rows, s.share, scores);
-      std::ranges::fill(kept_[setting], select_set(s, row_of(scores, 0), allocate(s, parts)[0]));
+      const auto combined = [&](const auto& part_of) {
+        Matrix rows(model_.num_key_value_heads, prompt_);
+        for (Index i = 0; i < rows.rows(); ++i) rows.row(i) = part_of(static_cast<std::size_t>(i));
+        Matrix of_layer;
+        combine(rows, s.share, of_layer);
+        return of_layer;
+      };
+      const Matrix scores = combined([&](std::size_t i) -> const Matrix& { return parts[i].shared; });
+      if (s.rank_agreement) {
+        const std::vector<Matrix>& groups = importance_.at(s.share);
+        const Matrix importance = combined([&](std::size_t i) -> const Matrix& { return groups[i]; });
+        const RankCorrelation agreement = agreement_of(s, RankedValues(row_of(importance, 0)), row_of(scores, 0));
+        for (int head = 0; head < model_.num_attention_heads; ++head) put_agreement(setting, head, agreement);
+      }
+      std::ranges::fill(results_[setting].kept, select_set(s, row_of(scores, 0), allocate(s, parts)[0]));
       return;
     }
     const std::vector<int> capacities = allocate(s, parts);
     const int sets = s.sets_per_kv_head(model_);
-    for (std::size_t set = 0; set < kept_[setting].size(); ++set) {
+    for (std::size_t set = 0; set < results_[setting].kept.size(); ++set) {
       const HeadScores& part = parts[set / static_cast<std::size_t>(sets)];
       const std::span<const float> scores = s.granularity == Granularity::query
                                                 ? row_of(part.query, static_cast<Index>(set) % sets)
                                                 : row_of(part.shared, 0);
-      kept_[setting][set] = select_set(s, scores, capacities[set]);
+      results_[setting].kept[set] = select_set(s, scores, capacities[set]);
     }
   } catch (const Error& error) {
     throw in_context(s, -1, error);
@@ -282,7 +380,9 @@ Index LayerSelection::memory_of_head(const TraceReader& trace, const TraceReplay
                                      const std::vector<Setting>& settings) {
   int window = 0;
   bool whole_tensors = false;
+  bool rank_agreement = false;
   for (const Setting& setting : settings) {
+    rank_agreement = rank_agreement || setting.rank_agreement;
     if (!setting.policy->ranking || setting.keeps_all(outline.eviction_position)) continue;
     const Requirements needs = setting.policy->ranking->requirements();
     for (const WindowCombination& combination : needs.combinations) {
@@ -297,20 +397,30 @@ Index LayerSelection::memory_of_head(const TraceReader& trace, const TraceReplay
   const Index scores = prompt * (2 * model.group_size() + 3);
   const bool unpacked = !trace.reads_directly(0, HeadTensor::keys) || !trace.reads_directly(0, HeadTensor::values);
   const Index tensors = ((whole_tensors ? 2 : 0) + (unpacked ? 2 : 0)) * prompt * model.head_dim;
-  return Head::memory(shape_of(outline), window) + (scores + tensors) * static_cast<Index>(sizeof(float));
+  const Index bytes = Head::memory(shape_of(outline), window) + (scores + tensors) * static_cast<Index>(sizeof(float));
+  if (!rank_agreement) return bytes;
+  // The oracle's importance of the group and what it shares, their orders, and the keys while it is taken.
+  const Index rows = model.group_size() + 1;
+  const Index tokens = outline.evaluation_positions.back() + 1;
+  return bytes + (rows + model.group_size()) * prompt * static_cast<Index>(sizeof(float)) +
+         rows * RankedValues::memory(prompt) +
+         std::max(Head::evaluation_memory(shape_of(outline), tokens), RankedValues::working_memory(prompt));
 }
 
 Index LayerSelection::memory_of_layer(const TraceReplay& outline, const std::vector<Setting>& settings) {
   const ModelInfo& model = outline.model;
   Index bytes = 0;
+  std::set<Share> importance;
   for (const Setting& setting : settings) {
+    if (setting.rank_agreement && setting.granularity == Granularity::layer) importance.insert(setting.share);
     bytes += Index{model.num_key_value_heads} * setting.sets_per_kv_head(model) * setting.capacity *
              static_cast<Index>(sizeof(int));
     if (setting.is_local() || setting.policy->pattern || setting.keeps_all(outline.eviction_position)) continue;
     bytes += Index{model.num_key_value_heads} * (model.group_size() + 1) * outline.eviction_position *
              static_cast<Index>(sizeof(float));
   }
-  return bytes;
+  return bytes + static_cast<Index>(importance.size()) * model.num_key_value_heads * outline.eviction_position *
+                     static_cast<Index>(sizeof(float));
 }
 
 Index LayerSelection::least_combination_bytes(const TraceReplay& outline, const std::vector<Setting>& settings) {

@@ -1,16 +1,19 @@
 // Which positions the heads of a layer keep: steps 1 to 5 of every policy of a run.
 #pragma once
 
+#include <map>
 #include <vector>
 
 #include "base/error.h"
 #include "replay/engine.h"
 #include "replay/layer_projection.h"
+#include "replay/rank_agreement.h"
 #include "replay/setting.h"
 
 namespace kvreplay {
 
-/// The kept sets of a layer's settings, drawn head by head and then, where heads depend on each other, together.
+/// The kept sets of a layer's settings, drawn head by head and then, where heads depend on each other, together; and
+/// how far their scores agree with the oracle's importance, where that is asked for.
 class LayerSelection {
  public:
   /// All must outlive it; `projection` may be null and is decomposed before heads are ranked. `combination_bytes`: what
@@ -25,8 +28,8 @@ class LayerSelection {
   /// nothing for other settings. Settings may be drawn by different threads at once.
   void select_together(int index);
 
-  /// The kept sets of every setting, once all of them are drawn.
-  std::vector<LayerSets> take() { return std::move(kept_); }
+  /// The kept sets and rank agreement of every setting, once all of them are drawn.
+  std::vector<LayerResult> take() { return std::move(results_); }
 
   /// The most bytes that rank_head() takes beside `combination_bytes`, and that one of these objects takes in all.
   static Index memory_of_head(const TraceReader& trace, const TraceReplay& outline,
@@ -43,12 +46,20 @@ class LayerSelection {
     Matrix shared;  // [1, P]: what the group shares
   };
 
+  // What the evaluation queries of one KV head's group attend to, as far as scores were compared with it.
+  class Importance;
+
   std::size_t prepare(const Head& head, std::size_t first) const;
   void smooth_and_share(const Setting& setting, const Head& head, const Matrix& raw, HeadScores& scores) const;
   void check_numbers(const Matrix& scores, Protection protection) const;
   void keep_all(std::size_t setting, int kv_head);
   void keep_pattern(std::size_t setting, const HeadShape& shape);
   void select_locally(std::size_t setting, int kv_head, const HeadScores& scores);
+  void compare_ranks(std::size_t setting, int kv_head, const HeadScores& scores, Importance& importance);
+  void copy_agreement(std::size_t setting, int kv_head);
+  void put_agreement(std::size_t setting, int query_head, const RankCorrelation& agreement);
+  RankCorrelation agreement_of(const Setting& setting, const RankedValues& importance,
+                               std::span<const float> scores) const;
   std::vector<int> allocate(const Setting& setting, const std::vector<HeadScores>& scores) const;
   std::vector<int> select_set(const Setting& setting, std::span<const float> scores, int capacity) const;
   std::vector<int> checked(std::vector<int> kept) const;
@@ -61,8 +72,9 @@ class LayerSelection {
   const LayerProjection* projection_;
   Index combination_bytes_;
   const ModelInfo& model_;
-  std::vector<std::vector<HeadScores>> deferred_;  // [setting][KV head]: scores that wait for the other heads
-  std::vector<LayerSets> kept_;                    // [setting]
+  std::vector<std::vector<HeadScores>> deferred_;    // [setting][KV head]: scores that wait for the other heads
+  std::map<Share, std::vector<Matrix>> importance_;  // [KV head]: what groups share, where the layer shares it on
+  std::vector<LayerResult> results_;                 // [setting]
 };
 
 }  // namespace kvreplay

@@ -43,8 +43,13 @@ std::vector<Setting> resolve(const TraceReader& trace, const ReplayRequest& requ
                         "for --heads kv or query",
                         file, policy.canonical));
       }
-      settings.push_back({&policy, once ? std::string(kAllPositions) : asked.text,
-                          std::min(capacity, eviction_position), granularity, share});
+      Setting& setting =
+          settings.emplace_back(Setting{.policy = &policy,
+                                        .capacity_request = once ? std::string(kAllPositions) : asked.text,
+                                        .capacity = std::min(capacity, eviction_position),
+                                        .granularity = granularity,
+                                        .share = share});
+      setting.rank_agreement = request.rank_agreement && setting.goes_by_ranks(eviction_position);
       if (once) break;
     }
   }
@@ -113,6 +118,11 @@ bool Setting::keeps_all(int prompt_length) const {
   const Pattern::CapacityRule rule = policy->pattern->capacity_rule();
   return rule == Pattern::CapacityRule::everything ||
          (rule == Pattern::CapacityRule::asked && capacity >= prompt_length);
+}
+
+bool Setting::goes_by_ranks(int prompt_length) const {
+  return policy->ranking && policy->exchanges == 0 && !keeps_all(prompt_length) &&
+         prompt_length - policy->ranking->protection().count() >= 2;
 }
 
 bool Setting::is_local() const {

@@ -17,9 +17,14 @@ struct Setting {
   int capacity = 0;                ///< at most the prompt
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
+  bool rank_agreement = false;  ///< whether its scores are compared with the oracle's importance
 
   /// Whether every position is kept, so that nothing needs to be ranked.
   bool keeps_all(int prompt_length) const;
+
+  /// Whether scores decide what is kept: not so of patterns, of what keeps everything or only what is protected and one
+  /// more, and of oracles that exchange positions afterwards.
+  bool goes_by_ranks(int prompt_length) const;
 
   /// Whether a head's kept sets can be drawn without looking at the layer's other heads.
   bool is_local() const;

@@ -3,19 +3,19 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <toml++/toml.h>
-#include <xxhash.h>
 
 #include <algorithm>
 #include <charconv>
 #include <fstream>
 #include <iterator>
-#include <memory>
 #include <set>
 #include <system_error>
 #include <utility>
 
+#include "base/digest.h"
 #include "base/error.h"
 #include "base/printable.h"
+#include "trace/identity.h"
 
 namespace kvreplay {
 namespace {
@@ -57,23 +57,6 @@ std::string in_quotes(const std::string& text) {
   }
   return quoted + '"';
 }
-
-// A digest over values of any type, each with its end marked.
-class Digest {
- public:
-  Digest() : state_(XXH64_createState(), XXH64_freeState) { XXH64_reset(state_.get(), 0); }
-
-  void add(std::string_view text) {
-    add_bytes(text.data(), text.size());
-    add_bytes("\0", 1);
-  }
-  void add_bytes(const char* data, std::size_t size) { XXH64_update(state_.get(), data, size); }
-
-  std::string text() const { return fmt::format("{:016x}", XXH64_digest(state_.get())); }
-
- private:
-  std::unique_ptr<XXH64_state_t, decltype(&XXH64_freeState)> state_;
-};
 
 std::int64_t size_of_file(const std::filesystem::path& file) {
   std::error_code failure;
@@ -173,37 +156,17 @@ std::string write_configuration(const std::vector<ConfigurationEntry>& entries) 
 }
 
 FileIdentity identity_of(const TraceReader& trace) {
-  const TraceInfo& info = trace.info();
-  Digest digest;
-  const ModelInfo& model = info.model;
-  for (const std::string& text : {model.name, model.architecture, info.created_by, info.created_at, info.source}) {
-    digest.add(text);
-  }
-  for (const int number : {model.num_layers, model.num_attention_heads, model.num_key_value_heads, model.head_dim,
-                           model.hidden_size, model.sliding_window, info.prompt_length}) {
-    digest.add(fmt::format("{}", number));
-  }
-  for (const double number : {model.rope_theta, model.softmax_scale, model.attn_logit_softcapping})
-    digest.add(fmt::format("{}", number));
-  for (const auto* numbers : {&info.token_ids, &info.turn_starts, &info.query_positions}) {
-    digest.add(fmt::format("{}", fmt::join(*numbers, ",")));
-  }
-  digest.add(fmt::format("{}", fmt::join(info.layer_sliding_window, ",")));
-  for (const std::string& piece : info.token_pieces) digest.add(piece);
-  for (const Span& span : info.spans) digest.add(fmt::format("{},{},{}", span.start, span.end, span.label));
-  bool all = true;
-  for (const StoredTensor& tensor : trace.stored_tensors()) {
-    digest.add(
-        fmt::format("{} {} {} {}", tensor.path, name_of(tensor.type), fmt::join(tensor.shape, ","), tensor.xxh64));
-    all = all && !tensor.xxh64.empty();
-  }
-  if (!all) {
+  std::string content = trace_digest(trace);
+  if (!has_tensor_digests(trace)) {
     std::error_code failure;
     const auto time = std::filesystem::last_write_time(trace.path(), failure);
     if (failure) throw Error(fmt::format("{}: cannot be looked at: {}", trace.path().string(), failure.message()));
+    Digest digest;
+    digest.add(content);
     digest.add(fmt::format("{}", static_cast<std::int64_t>(time.time_since_epoch().count())));
+    content = digest.text();
   }
-  return {printable(trace.path().string()), size_of_file(trace.path()), digest.text()};
+  return {printable(trace.path().string()), size_of_file(trace.path()), content};
 }
 
 FileIdentity identity_of(const std::filesystem::path& file) {
@@ -227,6 +190,7 @@ SweepIdentity::SweepIdentity(const ReplayRequest& request, const std::vector<Tra
   for (const int position : request.eviction_positions) eviction_positions.push_back(fmt::format("{}", position));
   if (request.granularity) heads = name_of(*request.granularity);
   if (request.share) share = name_of(*request.share);
+  rank_agreement = request.rank_agreement;
   for (const TraceReader& reader : readers) traces.push_back(identity_of(reader));
   for (const std::filesystem::path& file : other_files) files.push_back(identity_of(file));
 }
@@ -236,6 +200,8 @@ std::string SweepIdentity::text() const {
       {"version", {version}, false, 0},          {"policy", policies, true, 0}, {"capacity", capacities, true, 0},
       {"evict-at", eviction_positions, true, 0}, {"heads", {heads}, false, 0},  {"share", {share}, false, 0},
   };
+  // Not named unless it was asked for: an earlier sweep's folder says nothing of it.
+  if (rank_agreement) entries.push_back({"rank-agreement", {"true"}, false, 0});
   for (const auto& [key, identities] : {std::pair<std::string, const std::vector<FileIdentity>&>{"traces", traces},
                                         std::pair<std::string, const std::vector<FileIdentity>&>{"files", files}}) {
     ConfigurationEntry names{key, {}, true, 0};
@@ -269,6 +235,7 @@ SweepIdentity SweepIdentity::from_text(std::string_view text, const std::string&
   identity.eviction_positions = values("evict-at");
   identity.heads = single("heads");
   identity.share = single("share");
+  identity.rank_agreement = std::ranges::find(entries, "rank-agreement", &ConfigurationEntry::key) != entries.end();
   const auto read_files = [&](const std::string& key, std::vector<FileIdentity>& identities) {
     const auto& names = values(key);
     const auto& sizes = values(key + "-size");
@@ -302,6 +269,7 @@ std::string difference(const SweepIdentity& before, const SweepIdentity& now) {
   add(list_difference("--evict-at", before.eviction_positions, now.eviction_positions));
   add_text("--heads", before.heads, now.heads);
   add_text("--share", before.share, now.share);
+  add_text("--rank-agreement", before.rank_agreement ? "given" : "", now.rank_agreement ? "given" : "");
   const auto add_files = [&](std::string_view noun, const std::vector<FileIdentity>& old_files,
                              const std::vector<FileIdentity>& new_files) {
     if (names_of(old_files) != names_of(new_files)) {

@@ -51,6 +51,7 @@ struct SweepIdentity {
   std::vector<std::string> eviction_positions;
   std::string heads;  ///< empty: the policies' own
   std::string share;
+  bool rank_agreement = false;
   std::vector<FileIdentity> traces;
   std::vector<FileIdentity> files;  ///< plug-ins, and what policies read
 

@@ -76,7 +76,7 @@ Index memory_of_results(const std::vector<TraceReplay>& outlines) {
     const auto spans = static_cast<Index>(outline.spans.size());
     Index bytes = 0;
     for (const ReplayResult& result : outline.results) {
-      const Index numbers = 3 * heads * queries + queries + heads * spans;
+      const Index numbers = 3 * heads * queries + queries + heads * spans + (result.rank_agreement ? 2 * heads : 0);
       const Index positions = static_cast<Index>(result.kept.sets_per_layer) * result.capacity;
       // Kept positions once as the engine gives them, once as they are stored.
       bytes += static_cast<Index>(sizeof(float)) * numbers + 2 * static_cast<Index>(sizeof(int)) * positions;

@@ -28,7 +28,8 @@ constexpr std::string_view kTemporary = ".tmp-";  // as OutputFile names them
 struct StoredTable {
   const char* path;
   std::vector<float> LayerResult::*numbers;
-  hdf5::Shape shape;  // of one setting
+  hdf5::Shape shape;            // of one setting
+  bool rank_agreement = false;  // only settings with rank agreement have it, for the others zeros are stored
 };
 
 std::vector<StoredTable> tables_of(const TraceReplay& outline) {
@@ -42,6 +43,10 @@ std::vector<StoredTable> tables_of(const TraceReplay& outline) {
       {"/cosine", &LayerResult::cosine, {heads, queries}},
   };
   if (spans > 0) tables.push_back({"/span_recall", &LayerResult::span_recall, {heads, spans}});
+  if (std::ranges::any_of(outline.results, &ReplayResult::rank_agreement)) {
+    tables.push_back({"/spearman", &LayerResult::spearman, {heads}, true});
+    tables.push_back({"/kendall", &LayerResult::kendall, {heads}, true});
+  }
   return tables;
 }
 
@@ -125,6 +130,7 @@ LayerResult StoredUnit::read(std::size_t setting) const {
   const std::vector<StoredTable> tables = tables_of(outline_);
   std::vector<std::byte> bytes;
   for (std::size_t t = 0; t < tables.size(); ++t) {
+    if (tables[t].rank_agreement && !outline_.results[setting].rank_agreement) continue;
     hdf5::Shape first(tables[t].shape.size() + 1, 0);
     first.front() = static_cast<Index>(setting);
     std::vector<float>& numbers = result.*tables[t].numbers;
@@ -266,7 +272,9 @@ void UnitStore::save(const ReplayUnit& unit, const std::vector<LayerResult>& res
     std::vector<std::byte> bytes(static_cast<std::size_t>(hdf5::elements(table.shape)) * sizeof(float));
     hdf5::Shape first(table.shape.size() + 1, 0);
     for (const LayerResult& result : results) {
-      from_float32(DType::float32, result.*table.numbers, bytes.data());
+      const std::vector<float>& numbers = result.*table.numbers;
+      std::ranges::fill(bytes, std::byte{0});
+      from_float32(DType::float32, numbers, bytes.data());
       dataset.write_raw(first, with_settings(table.shape, 1), bytes.data());
       ++first.front();
     }

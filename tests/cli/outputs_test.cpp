@@ -66,7 +66,7 @@ TEST_F(Outputs, ResultsHaveTheLayoutThatIsPromised) {
                   "--share max -o results.h5"));
   const hdf5::File file = open("results.h5");
   EXPECT_EQ(file.read_string("/", "format"), "kvreplay-results");
-  EXPECT_EQ(file.read_int("/", "format_version"), 1);
+  EXPECT_EQ(file.read_int("/", "format_version"), 2);
   EXPECT_EQ(file.read_int("/", "complete"), 1);
   EXPECT_THAT(file.read_string("/", "created_by"), HasSubstr("kvreplay "));
   EXPECT_EQ(file.list("/results").size(), 7u);  // full once, the others at two capacities
@@ -90,6 +90,10 @@ TEST_F(Outputs, ResultsHaveTheLayoutThatIsPromised) {
     EXPECT_EQ(file.read_string(group, "heads"), "query");
     EXPECT_EQ(file.read_string(group, "share"), "max");
     EXPECT_EQ(file.read_string(group, "model"), "random");
+    EXPECT_EQ(file.read_string(group, "trace_digest").size(), 16u);
+    EXPECT_EQ(file.read_int(group, "num_layers"), 2);
+    EXPECT_EQ(file.read_int(group, "num_query_heads"), 4);
+    EXPECT_EQ(file.read_int(group, "prompt_length"), 60);
     EXPECT_EQ(file.read_int(group, "oracle"), 0);
     EXPECT_EQ(file.read_int32s(group + "/evaluation_positions"), positions);
     for (const char* measure : {"head_error", "attention_recall", "cosine"}) {
@@ -109,6 +113,42 @@ TEST_F(Outputs, ResultsHaveTheLayoutThatIsPromised) {
   EXPECT_THAT(file.read_strings("/overlap/1/policies"), ElementsAre("full", "recent", "tova", "random(seed=3)"));
   EXPECT_THAT(file.dataset("/overlap/1/jaccard").shape(), ElementsAre(4, 4, 2, 4));
   EXPECT_THAT(file.dataset("/overlap/1/containment").shape(), ElementsAre(4, 4, 2, 4));
+}
+
+TEST_F(Outputs, RankAgreementIsThereWhereItIsAskedFor) {
+  const std::string replay = "replay run.h5 --policy full recent snapkv(window=4) oracle-attention --capacity 20,50% ";
+  const test::Outcome without = succeed(test::words(replay + "-o without.h5 --csv without.csv --json without.json"));
+  const test::Outcome with =
+      succeed(test::words(replay + "--rank-agreement -o with.h5 --csv with.csv --json with.json"));
+  EXPECT_THAT(without.output, Not(HasSubstr("Kendall")));
+  EXPECT_THAT(with.output, AllOf(HasSubstr("Spearman  Kendall"), HasSubstr("1.000    1.000"),
+                                 HasSubstr("how far scores rank positions as oracle-attention does")));
+  const hdf5::File results = open("with.h5");
+  const hdf5::File bare = open("without.h5");
+  for (const std::string& index : results.list("/results")) {
+    const std::string group = "/results/" + index;
+    const std::string policy = results.read_string(group, "policy");
+    const bool ranks = policy != "full" && policy != "recent";
+    for (const char* measure : {"/spearman", "/kendall"}) {
+      EXPECT_FALSE(bare.exists(group + measure));
+      ASSERT_EQ(results.exists(group + measure), ranks) << policy;
+      if (!ranks) continue;
+      EXPECT_THAT(results.dataset(group + measure).shape(), ElementsAre(2, 4));
+      const std::vector<float> numbers = results.read_floats(group + measure);
+      EXPECT_EQ(numbers[0], numbers[1]) << "heads that share a set have one order";
+      EXPECT_EQ(*std::ranges::min_element(numbers) == 1, policy == "oracle-attention");
+    }
+    EXPECT_EQ(results.read_floats(group + "/layer_error"), bare.read_floats(group + "/layer_error"));
+  }
+  const auto rows = parse_csv(test::read_file(folder_ / "with.csv"));
+  const auto bare_rows = parse_csv(test::read_file(folder_ / "without.csv"));
+  EXPECT_EQ(rows.size() - bare_rows.size(), 2u * 4u * 3u) << "two measures, four settings, two layers and all of them";
+  const json document = json::parse(test::read_file(folder_ / "with.json"));
+  EXPECT_EQ(document["summary"].size(), rows.size() - 1);
+  for (const json& row : document["summary"]) {
+    if (row["measure"] != "kendall" || row["policy"] != "oracle-attention") continue;
+    EXPECT_EQ(row["worst"], 1.0);
+  }
 }
 
 TEST_F(Outputs, NotesStandWithTheResultsTheyAreAbout) {

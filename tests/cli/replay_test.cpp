@@ -60,6 +60,7 @@ TEST_F(ReplayCommand, GivesTheSameBitsForAnyNumberOfThreads) {
              "snapkv(window=8)+adakv",
              "--capacity",
              "20,50%",
+             "--rank-agreement",
              "--threads",
              threads,
              "-o",

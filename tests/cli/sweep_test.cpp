@@ -83,6 +83,46 @@ TEST_F(Sweep, GivesTheNumbersThatReplayGives) {
   EXPECT_FALSE(there("sweep.h5.units"));
 }
 
+TEST_F(Sweep, MeasuresRankAgreementAsReplayDoes) {
+  const std::string grid = std::string(kGrid) + "--heads query --rank-agreement ";
+  const test::Outcome outcome = succeed(test::words("sweep" + grid + "-o sweep.h5 --csv sweep.csv --memory 64M"));
+  succeed(test::words("replay" + grid + "-o replay.h5 --csv replay.csv"));
+  EXPECT_THAT(outcome.output, AllOf(HasSubstr("Spearman"), HasSubstr("Kendall")));
+  EXPECT_EQ(bytes("sweep.csv"), bytes("replay.csv"));
+  EXPECT_THAT(bytes("sweep.csv"), HasSubstr(",kendall,"));
+  const auto sweep = hdf5::File::open(folder_ / "sweep.h5");
+  const auto replay = hdf5::File::open(folder_ / "replay.h5");
+  std::size_t measured = 0;
+  for (const std::string& index : replay.list("/results")) {
+    const std::string group = "/results/" + index;
+    ASSERT_EQ(sweep.list(group), replay.list(group));
+    const bool ranks = replay.read_string(group, "policy") != "full";
+    for (const char* measure : {"/spearman", "/kendall"}) {
+      ASSERT_EQ(sweep.exists(group + measure), ranks);
+      if (!ranks) continue;
+      ++measured;
+      EXPECT_EQ(sweep.read_floats(group + measure), replay.read_floats(group + measure));
+    }
+  }
+  EXPECT_EQ(measured, 2u * 40u);
+}
+
+TEST_F(Sweep, RankAgreementStandsInConfigurationsAndIsPartOfASweep) {
+  const std::string sweep = std::string("sweep") + kGrid + "-o sweep.h5 ";
+  const test::Outcome printed = succeed(test::words(sweep + "--rank-agreement --print-config"));
+  EXPECT_THAT(printed.output, HasSubstr("rank-agreement = "));
+  test::write_file(folder_ / "sweep.toml", printed.output);
+  EXPECT_EQ(succeed(test::words("sweep --config sweep.toml --print-config")).output, printed.output);
+  succeed(test::words("sweep --config sweep.toml"));
+  EXPECT_TRUE(hdf5::File::open(folder_ / "sweep.h5").exists("/results/1/spearman"));
+  test::write_file(folder_ / "sweep.toml", "rank-agreement = true\n");
+  succeed(test::words(sweep + "--config sweep.toml"));
+  EXPECT_TRUE(hdf5::File::open(folder_ / "sweep.h5").exists("/results/1/spearman"));
+  test::write_file(folder_ / "sweep.toml", "rank-agreement = false\n");
+  succeed(test::words(sweep + "--config sweep.toml"));
+  EXPECT_FALSE(hdf5::File::open(folder_ / "sweep.h5").exists("/results/1/spearman"));
+}
+
 TEST_F(Sweep, SaysWhatEachParameterChanges) {
   const test::Outcome outcome = succeed(test::words(std::string("sweep") + kGrid + "-o sweep.h5"));
   EXPECT_THAT(outcome.output, AllOf(HasSubstr("2 traces of"), HasSubstr("restkv: alpha"), HasSubstr("restkv: window"),
@@ -165,6 +205,7 @@ TEST_F(Sweep, WrongConfigurationsAreNamedWithTheirLine) {
   refuse_file("evict-at = ['x']", "line 1: --evict-at");
   refuse_file("memory = 'much'", "line 1: --memory");
   refuse_file("threads = 0", "line 1: --threads");
+  refuse_file("rank-agreement = 'maybe'", "line 1: ");
   refuse_file("policy 'full'", "line 1: Error while parsing key-value pair: expected '='");
   refuse_file("traces = 'a.h5'\npolicy = full", "line 2: Error while parsing boolean");
   refuse_file("capacity = 25%", "; text goes in quotes");

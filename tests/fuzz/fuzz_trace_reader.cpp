@@ -4,17 +4,16 @@
 // beyond its buffers on damaged metadata of the older format without them (attribute messages, members of compound
 // types); nothing here can prevent that, and `inspect` warns of such files.
 #include <hdf5.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <filesystem>
 #include <string>
 #include <vector>
 
 #include "base/error.h"
 #include "hdf5/hdf5.h"
+#include "scratch_file.h"
 #include "trace/check.h"
 #include "trace/inspection.h"
 #include "trace/reader.h"
@@ -22,31 +21,6 @@
 namespace {
 
 using namespace kvreplay;
-
-// A file that is opened by name, as a user would; overwritten for each input.
-class Scratch {
- public:
-  Scratch() : name_((std::filesystem::temp_directory_path() / "kvreplay-fuzz-XXXXXX").string()) {
-    descriptor_ = ::mkstemp(name_.data());
-    if (descriptor_ < 0) std::abort();
-  }
-  ~Scratch() {
-    ::close(descriptor_);
-    ::unlink(name_.c_str());
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  const std::string& fill(const std::uint8_t* data, std::size_t size) {
-    const auto length = static_cast<off_t>(size);
-    if (::ftruncate(descriptor_, 0) != 0 || ::pwrite(descriptor_, data, size, 0) != length) std::abort();
-    return name_;
-  }
-
- private:
-  std::string name_;
-  int descriptor_ = -1;
-};
 
 // Attention over a few positions is all that a run has time for.
 bool is_small(const TraceInfo& info) {
@@ -97,7 +71,7 @@ void exercise(const std::string& path) {
 extern "C" const char* __asan_default_options() { return "detect_leaks=0:allocator_may_return_null=1"; }
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  static Scratch scratch;
+  static ScratchFile scratch;
   try {
     exercise(scratch.fill(data, size));
   } catch (const Error&) {

@@ -42,6 +42,13 @@ std::vector<std::string> policies() {
           "criticalkv(base=snapkv(window=4))"};
 }
 
+// Policies at capacities, and how their scores agree with the oracle's importance.
+ReplayRequest everything(const std::vector<std::string>& specs, const std::vector<std::string>& capacities) {
+  ReplayRequest request = make_request(specs, capacities);
+  request.rank_agreement = true;
+  return request;
+}
+
 // Sets the number of OpenMP's threads for a while.
 class Threads {
  public:
@@ -82,6 +89,8 @@ void expect_same(const LayerResult& a, const LayerResult& b) {
   EXPECT_EQ(bits_of(a.attention_recall), bits_of(b.attention_recall));
   EXPECT_EQ(bits_of(a.cosine), bits_of(b.cosine));
   EXPECT_EQ(bits_of(a.span_recall), bits_of(b.span_recall));
+  EXPECT_EQ(bits_of(a.spearman), bits_of(b.spearman));
+  EXPECT_EQ(bits_of(a.kendall), bits_of(b.kendall));
 }
 
 void expect_same(const Results& a, const Results& b) {
@@ -269,7 +278,7 @@ TEST_P(EngineOn, SelectAndRunKeepTheSameSets) {
 
 TEST_P(EngineOn, TheSameBitsHoweverTheWorkIsDivided) {
   const TraceReader trace = reader();
-  const ReplayRequest asked = make_request(policies(), {"9", "40%"});
+  const ReplayRequest asked = everything(policies(), {"9", "40%"});
   Results expected;
   {
     const Threads one(1);
@@ -308,7 +317,7 @@ Index least_memory(ReplayEngine& engine) {
 
 TEST_P(EngineOn, TheSameBitsInAnyMemory) {
   const TraceReader trace = reader();
-  const ReplayRequest asked = make_request(policies(), {"9", "40%"});
+  const ReplayRequest asked = everything(policies(), {"9", "40%"});
   const Results expected = run(ReplayEngine(std::span(&trace, 1), asked));
   for (const int count : {1, 3}) {
     const Threads threads(count);
@@ -342,13 +351,13 @@ TEST_P(EngineOn, TheSameBitsInAnyMemory) {
 TEST_P(EngineOn, TheSameBitsInAnyCompany) {
   const TraceReader trace = reader();
   const std::vector<std::string> specs = policies();
-  const ReplayEngine together(std::span(&trace, 1), make_request(specs, {"9", "12"}));
+  const ReplayEngine together(std::span(&trace, 1), everything(specs, {"9", "12"}));
   const Results all = run(together);
   // Backwards, and some of them twice.
   std::vector<std::string> others(specs.rbegin(), specs.rend());
   others.push_back(specs[4]);
   others.push_back(specs[6]);
-  const ReplayEngine twice(std::span(&trace, 1), make_request(others, {"12"}));
+  const ReplayEngine twice(std::span(&trace, 1), everything(others, {"12"}));
   const std::vector<ReplayResult>& outline = together.outlines()[0].results;
   const std::vector<ReplayResult>& other_outline = twice.outlines()[0].results;
   EXPECT_EQ(other_outline.size(), others.size());
@@ -401,7 +410,7 @@ void store_in_chunks(const std::filesystem::path& path, int layers, unsigned gzi
 }
 
 TEST_P(EngineOn, TheSameBitsFromAnyStorage) {
-  const ReplayRequest asked = make_request(policies(), {"9", "40%"});
+  const ReplayRequest asked = everything(policies(), {"9", "40%"});
   const TraceReader contiguous = reader();
   const Results expected = run(ReplayEngine(std::span(&contiguous, 1), asked));
   for (const unsigned gzip_level : {0U, 1U}) {
@@ -446,7 +455,7 @@ TEST(Engine, ManyTracesAreWorkedOnTogether) {
     shapes[t].write(path);
     traces.emplace_back(path);
   }
-  const ReplayRequest asked = make_request(policies(), {"9", "40%"});
+  const ReplayRequest asked = everything(policies(), {"9", "40%"});
   for (const int count : {1, 8}) {
     const Threads threads(count);
     ReplayEngine engine(traces, asked);

@@ -45,6 +45,7 @@ class UnitStoreTest : public testing::Test {
     for (const char* capacity : {"12", "50%"}) request.capacities.push_back(CapacityRequest::parse(capacity));
     request.eviction_positions = {40, 60};
     request.granularity = Granularity::query;
+    request.rank_agreement = rank_agreement_;
     identity_ = SweepIdentity(request, traces_, {});
     engine_ = std::make_unique<ReplayEngine>(traces_, request);
   }
@@ -78,6 +79,7 @@ class UnitStoreTest : public testing::Test {
   }
 
   test::TemporaryFolder folder_;
+  bool rank_agreement_ = true;
   std::vector<TraceReader> traces_;
   std::unique_ptr<ReplayEngine> engine_;
   SweepIdentity identity_;
@@ -111,6 +113,9 @@ TEST_F(UnitStoreTest, WhatIsStoredIsWhatAReplayInMemoryGives) {
     EXPECT_EQ(result.cosine.numbers, other.cosine.numbers);
     EXPECT_EQ(result.span_recall.numbers, other.span_recall.numbers);
     EXPECT_EQ(result.span_recall.shape, other.span_recall.shape);
+    EXPECT_EQ(result.spearman.numbers, other.spearman.numbers);
+    EXPECT_EQ(result.kendall.numbers, other.kendall.numbers);
+    EXPECT_EQ(result.kendall.shape, other.kendall.shape);
   });
   EXPECT_EQ(compared, expected.size());
 }
@@ -186,6 +191,23 @@ TEST_F(UnitStoreTest, AnEarlierSweepIsNotTakenWithoutBeingAsked) {
                                     HasSubstr("--resume"), HasSubstr("remove the folder")));
   std::vector<std::string> notes;
   EXPECT_THAT(resumed(notes), ElementsAre(ReplayUnit{0, 1}));
+}
+
+TEST_F(UnitStoreTest, RankAgreementIsPartOfWhatASweepIs) {
+  rank_agreement_ = false;
+  open_traces();
+  {
+    const auto opened = store();
+    opened->open(false);
+    run(*opened, {{0, 1}});
+    EXPECT_THAT(test::read_file(folder_ / "sweep.h5.units" / "sweep.toml"), Not(HasSubstr("rank")))
+        << "folders from before there was such a thing are taken";
+  }
+  std::vector<std::string> notes;
+  EXPECT_THAT(resumed(notes), SizeIs(1));
+  rank_agreement_ = true;
+  open_traces();
+  EXPECT_THAT(refusal(true), HasSubstr("--rank-agreement was not given, is given"));
 }
 
 TEST_F(UnitStoreTest, TwoProcessesDoNotWorkInOneFolder) {

@@ -51,7 +51,7 @@ class RestKV : public Ranking {
     const auto past = scores.first(scores.size() - static_cast<std::size_t>(p_.window));
     if (!p_.before) {
       // Equation (1).
-      reconstruction_error(head.combined_attention(member, combinations()[0]), past);
+      reconstruction_errors(head.combined_attention(member, combinations()[0]), length_rule(), past);
       return;
     }
     // Equation (1) for every query of the window, smoothed in time afterwards.
@@ -60,7 +60,7 @@ class RestKV : public Ranking {
     std::vector<float> error(past.size());
     std::ranges::fill(past, 0.0f);
     for (std::size_t i = 0; i < weights.size(); ++i) {
-      reconstruction_error(head.combined_attention(member, queries[i]), error);
+      reconstruction_errors(head.combined_attention(member, queries[i]), length_rule(), error);
       for (std::size_t n = 0; n < past.size(); ++n) past[n] += weights[i] * error[n];
     }
   }
@@ -84,15 +84,7 @@ class RestKV : public Ranking {
     return queries;
   }
 
-  // a/(1 − a) · ‖W (o − v)‖^τ
-  void reconstruction_error(const CombinedAttention& window, std::span<float> error) const {
-    const auto tau = static_cast<float>(p_.tau);
-    const float unit = p_.normalize ? 1 / std::max(window.output_length, std::numeric_limits<float>::min()) : 1.0f;
-    for (std::size_t n = 0; n < error.size(); ++n) {
-      const float length = tau == 1 ? window.distance[n] : std::pow(window.distance[n], tau);
-      error[n] = removal_error(window.attention[n], length * unit);
-    }
-  }
+  LengthRule length_rule() const { return {.tau = p_.tau, .normalize = p_.normalize}; }
 
   RestKVParameters p_;
 };

@@ -1,0 +1,233 @@
+#include "analysis/analysis.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <utility>
+
+#include "analysis/spec_structure.h"
+#include "base/error.h"
+#include "base/printable.h"
+#include "trace/identity.h"
+
+namespace kvreplay {
+namespace {
+
+// A result is told apart from what keeps everything and from what looks ahead.
+bool is_candidate(const ComparisonRow& row) { return !row.oracle && row.key.capacity_request != kAllPositions; }
+
+// The baseline's mean at the middle one of its capacities.
+std::optional<double> chosen_goal(const std::vector<ComparisonRow>& rows, const std::string& baseline) {
+  std::vector<const ComparisonRow*> of_baseline;
+  for (const ComparisonRow& row : rows) {
+    if (row.key.policy == baseline && row.key.capacity_request != kAllPositions) of_baseline.push_back(&row);
+  }
+  if (of_baseline.empty()) return std::nullopt;
+  std::ranges::stable_sort(of_baseline, {}, &ComparisonRow::kept);
+  return of_baseline[of_baseline.size() / 2]->distribution.mean;
+}
+
+// The oracle whose mean over its capacities is the best.
+std::string best_oracle(const std::vector<ComparisonRow>& rows, bool lower_is_better) {
+  std::map<std::string, std::pair<double, int>> sums;
+  for (const ComparisonRow& row : rows) {
+    if (!row.oracle) continue;
+    auto& [sum, count] = sums[row.key.policy];
+    sum += row.distribution.mean;
+    ++count;
+  }
+  std::string best;
+  double best_mean = std::numeric_limits<double>::infinity();
+  for (const auto& [policy, sum] : sums) {
+    const double mean = sum.first / sum.second * (lower_is_better ? 1 : -1);
+    if (mean >= best_mean) continue;
+    best_mean = mean;
+    best = policy;
+  }
+  return best;
+}
+
+std::vector<TraceOverview> overview(const AnalysisInput& input) {
+  std::vector<TraceOverview> traces;
+  std::map<std::string, std::string> digests;
+  for (const StoredResult& result : input.results.results()) {
+    auto found = std::ranges::find(traces, result.trace, &TraceOverview::trace);
+    if (found == traces.end()) {
+      digests[result.trace] = result.trace_digest;
+      found = traces.insert(traces.end(), TraceOverview{});
+      found->trace = result.trace;
+      found->model = result.model;
+      found->num_layers = result.num_layers;
+      found->num_query_heads = result.num_query_heads;
+      found->num_kv_heads = result.num_kv_heads;
+      found->prompt_length = result.prompt_length;
+      found->evaluation_queries = static_cast<int>(result.evaluation_positions.size());
+    }
+    std::vector<int>& positions = found->eviction_positions;
+    if (std::ranges::find(positions, result.eviction_position) == positions.end()) {
+      positions.push_back(result.eviction_position);
+    }
+    // A later eviction sees more of the spans.
+    if (result.spans.size() > found->spans.size()) found->spans = result.spans;
+  }
+  for (const TraceReader& reader : input.traces) {
+    const std::string digest = trace_digest(reader);
+    for (TraceOverview& trace : traces) {
+      if (digests.at(trace.trace) == digest) trace.token_pieces = reader.info().token_pieces;
+    }
+  }
+  for (TraceOverview& trace : traces) std::ranges::sort(trace.eviction_positions);
+  return traces;
+}
+
+// Settings whose means stand beside those of others at the same capacity though they are of fewer places.
+void note_missing(const ResultSet& results, std::vector<std::string>& notes) {
+  std::map<std::string, std::size_t> most;
+  for (const SettingKey& key : results.settings()) {
+    most[key.capacity_request] = std::max(most[key.capacity_request], results.of_setting(key).size());
+  }
+  std::vector<std::string> of_some;
+  for (const SettingKey& key : results.settings()) {
+    if (results.of_setting(key).size() == most[key.capacity_request]) continue;
+    of_some.push_back(fmt::format("{} at {}", printable(key.policy), printable(key.capacity_request)));
+  }
+  if (of_some.empty()) return;
+  const std::size_t rest = of_some.size() - 1;
+  notes.push_back(
+      fmt::format("{}{} not of all traces and eviction positions that others are of at that capacity: "
+                  "means cannot be compared with theirs, and differences are over those that both have",
+                  of_some.front(),
+                  rest == 0   ? " is"
+                  : rest == 1 ? " and 1 more setting are"
+                              : fmt::format(" and {} more settings are", rest)));
+}
+
+const StoredResult* find_result(const ResultSet& results, const std::string& policy, const std::string& capacity,
+                                const std::string& digest) {
+  for (const std::size_t i : results.of_setting({policy, capacity})) {
+    if (results.results()[i].trace_digest == digest) return &results.results()[i];
+  }
+  return nullptr;
+}
+
+// The head of the first trace that was found with the largest head error under restkv, at its middle capacity.
+void add_importance(const AnalysisInput& input, Analysis& analysis) {
+  std::string policy;
+  for (const std::string& each : input.results.policies()) {
+    if (spec_structure(each).method != "restkv") continue;
+    if (policy.empty() || each == "restkv") policy = each;
+  }
+  if (policy.empty()) return;
+  std::vector<std::string> capacities;
+  for (const std::string& capacity : input.results.capacities()) {
+    if (capacity != kAllPositions && !input.results.of_setting({policy, capacity}).empty()) {
+      capacities.push_back(capacity);
+    }
+  }
+  if (capacities.empty()) return;
+  const std::string& capacity = capacities[capacities.size() / 2];
+  for (const TraceReader& trace : input.traces) {
+    const StoredResult* result = find_result(input.results, policy, capacity, trace_digest(trace));
+    if (result == nullptr) continue;
+    const ComparisonRow* worst = nullptr;
+    for (const ComparisonRow& row : analysis.by_head) {
+      if (row.key.policy != policy || row.key.capacity_request != capacity || row.key.layer >= result->num_layers ||
+          row.key.head >= result->num_query_heads) {
+        continue;
+      }
+      if (worst == nullptr || row.distribution.mean > worst->distribution.mean) worst = &row;
+    }
+    const int layer = worst == nullptr ? 0 : worst->key.layer;
+    const int head = worst == nullptr ? 0 : worst->key.head;
+    try {
+      analysis.importance.push_back(importance_map(trace, layer, head, policy, result->capacity,
+                                                   result->eviction_position, analysis.options.raster_bins));
+    } catch (const Error& error) {
+      analysis.notes.push_back(fmt::format("no importance over time: {}", error.what()));
+    }
+    return;
+  }
+}
+
+}  // namespace
+
+std::string default_baseline(const ResultSet& results, Measure measure) {
+  const std::vector<std::string> policies = results.policies();
+  std::vector<std::string> of_snapkv;
+  for (const std::string& policy : policies) {
+    if (policy == "snapkv") return policy;
+    if (is_policy(policy, "snapkv")) of_snapkv.push_back(policy);
+  }
+  if (of_snapkv.size() == 1) return of_snapkv.front();
+  ComparisonOptions options;
+  options.measure = measure;
+  options.bootstrap.resamples = 0;
+  std::vector<std::string> ranked;
+  std::string capacity;
+  for (const ComparisonRow& row : compare(results, options)) {
+    if (!is_candidate(row)) continue;
+    if (capacity.empty()) capacity = row.key.capacity_request;
+    if (row.key.capacity_request == capacity) ranked.push_back(row.key.policy);
+  }
+  return ranked.size() < 2 ? "" : ranked[ranked.size() / 2];
+}
+
+Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
+  const ResultSet& results = input.results;
+  Analysis analysis;
+  if (options.baseline.empty()) {
+    options.baseline = default_baseline(results, options.measure);
+  } else {
+    options.baseline = results.policy_named(options.baseline);
+  }
+  const bool lower_is_better = traits_of(options.measure).lower_is_better;
+  analysis.traces = overview(input);
+  analysis.settings = results.settings();
+  analysis.notes = results.notes();
+  for (const std::string& note : input.kept.notes()) analysis.notes.push_back(note);
+
+  ComparisonOptions comparison;
+  comparison.measure = options.measure;
+  comparison.baseline = options.baseline;
+  comparison.bootstrap = options.bootstrap;
+  analysis.comparison = compare(results, comparison);
+  note_missing(results, analysis.notes);
+  if (!options.goal) options.goal = chosen_goal(analysis.comparison, options.baseline);
+  analysis.curves = capacity_curves(results, options.measure, options.goal, options.bootstrap);
+  analysis.step_effects = step_effects(results, options.measure, options.bootstrap);
+  analysis.parameter_points = parameter_points(analysis.comparison);
+  analysis.oracle = best_oracle(analysis.comparison, lower_is_better);
+  if (!analysis.oracle.empty()) {
+    comparison.baseline = analysis.oracle;
+    analysis.regret = compare(results, comparison);
+    std::erase_if(analysis.regret, [](const ComparisonRow& row) { return !row.difference; });
+    comparison.baseline = options.baseline;
+  }
+  analysis.options = options;
+  analysis.overlaps = policy_overlaps(results);
+  analysis.span_recalls = span_recalls(results);
+  analysis.rank_agreements = rank_agreements(results);
+  if (!input.kept.empty()) {
+    analysis.head_overlaps = head_overlaps(results, input.kept);
+    analysis.stabilities = stabilities(results, input.kept);
+  }
+  if (!options.details) return analysis;
+
+  comparison.grouping.layer = true;
+  analysis.by_layer = compare(results, comparison);
+  comparison.grouping.head = true;
+  comparison.measure = Measure::head_error;
+  comparison.bootstrap.resamples = 0;
+  const bool has_heads = std::ranges::any_of(results.settings(), [&results](const SettingKey& key) {
+    return !results.read(results.of_setting(key).front(), Measure::head_error).numbers.empty();
+  });
+  if (has_heads) analysis.by_head = compare(results, comparison);
+  if (!input.kept.empty()) analysis.rasters = kept_rasters(results, input.kept, options.raster_bins, true);
+  add_importance(input, analysis);
+  return analysis;
+}
+
+}  // namespace kvreplay

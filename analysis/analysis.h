@@ -1,0 +1,77 @@
+// Everything that analysis says about a set of results: what `analyze` prints and `report` draws.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "analysis/capacity_curve.h"
+#include "analysis/comparison.h"
+#include "analysis/importance.h"
+#include "analysis/result_set.h"
+#include "analysis/retention.h"
+#include "analysis/step_effects.h"
+
+namespace kvreplay {
+
+struct AnalysisOptions {
+  Measure measure = Measure::layer_error;
+  /// A policy's spec, or a method's name that one policy has; empty: snapkv where it is among the policies, else the
+  /// policy that has the middle mean of the first capacity, oracles and what keeps everything apart.
+  std::string baseline;
+  std::optional<double> goal;  ///< none: the baseline's mean at its middle capacity
+  BootstrapOptions bootstrap;
+  int raster_bins = 512;
+  bool details = true;  ///< also what no terminal shows: by_layer, by_head, rasters and importance
+};
+
+/// What one trace is.
+struct TraceOverview {
+  std::string trace;
+  std::string model;
+  int num_layers = 0;
+  int num_query_heads = 0;
+  int num_kv_heads = 0;
+  int prompt_length = 0;
+  std::vector<int> eviction_positions;
+  int evaluation_queries = 0;  ///< of the first eviction position
+  std::vector<Span> spans;
+  std::vector<std::string> token_pieces;  ///< [T] where the trace was found, else empty
+};
+
+struct Analysis {
+  AnalysisOptions options;  ///< with what was decided where nothing was asked for; the baseline may stay empty
+  std::vector<TraceOverview> traces;
+  std::vector<SettingKey> settings;
+  std::vector<ComparisonRow> comparison;  ///< by policy and capacity
+  std::vector<ComparisonRow> by_layer;    ///< by policy, capacity and layer
+  std::vector<ComparisonRow> by_head;     ///< head error by policy, capacity, layer and head; intervals in closed form
+  std::vector<CapacityCurve> curves;
+  std::vector<StepEffect> step_effects;
+  std::vector<ParameterPoint> parameter_points;
+  std::vector<PolicyOverlap> overlaps;
+  std::vector<SpanRecall> span_recalls;
+  std::vector<RankAgreement> rank_agreements;
+  std::vector<ComparisonRow> regret;  ///< against the best oracle, by policy and capacity: those with a difference
+  std::string oracle;                 ///< which one; empty: none was replayed
+  std::vector<HeadOverlap> head_overlaps;
+  std::vector<Stability> stabilities;
+  std::vector<KeptRaster> rasters;
+  std::vector<ImportanceMap> importance;  ///< of the restkv setting's worst head, where the trace was found
+  std::vector<std::string> notes;  ///< what could not be computed and what it takes; what whoever reads has to know
+};
+
+/// What it is computed from.
+struct AnalysisInput {
+  ResultSet results;
+  RetentionSet kept;
+  std::vector<TraceReader> traces;  ///< those of the results that were found, for token text and importance
+};
+
+/// The baseline where none is asked for; empty where there is nothing to choose.
+std::string default_baseline(const ResultSet& results, Measure measure);
+
+/// Computes all of it. What files lack is left out, and told in notes where one may wonder. Throws as its parts do.
+Analysis analyze(const AnalysisInput& input, AnalysisOptions options);
+
+}  // namespace kvreplay

@@ -1,0 +1,42 @@
+// A measure against capacity: the curve, the area under it, and the capacity that a goal takes.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "analysis/bootstrap.h"
+#include "analysis/result_set.h"
+
+namespace kvreplay {
+
+struct CapacityPoint {
+  std::string capacity_request;
+  double kept = 0;        ///< mean positions in a kept set
+  double kept_share = 0;  ///< of the positions before the eviction
+  double mean = 0;
+  Interval interval;
+};
+
+/// A policy's curve over the traces that have all of its capacities.
+struct CapacityCurve {
+  std::string policy;
+  bool oracle = false;
+  std::vector<CapacityPoint> points;  ///< ascending in what was kept
+  /// Mean along log2(kept) over the range that all curves share (trapezoids); none where a curve has one point only.
+  std::optional<double> area;
+  /// Smallest number of kept positions at which the goal is reached, on the line between the points (log2 kept); none
+  /// where it is not reached. `reached_at_smallest`: already the smallest capacity does, and less may do.
+  std::optional<double> kept_for_goal;
+  bool reached_at_smallest = false;
+};
+
+/// Curves of all policies with a capacity, best area first (those without after them, by policy). `goal`: the value of
+/// the measure to reach.
+std::vector<CapacityCurve> capacity_curves(const ResultSet& results, Measure measure, std::optional<double> goal,
+                                           const BootstrapOptions& bootstrap);
+
+/// The area under points (x ascending) by trapezoids, from `low` to `high` within them, over high − low.
+double mean_height(const std::vector<std::pair<double, double>>& points, double low, double high);
+
+}  // namespace kvreplay

@@ -1,0 +1,108 @@
+// Which policy is best where, by how much, and how sure: aggregates, and paired comparisons with a baseline.
+#pragma once
+
+#include <cstddef>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "analysis/bootstrap.h"
+#include "analysis/result_set.h"
+#include "analysis/summary.h"
+
+namespace kvreplay {
+
+/// What results are told apart by; they are averaged over everything else.
+struct Grouping {
+  bool policy = true;
+  bool capacity = true;
+  bool trace = false;
+  bool eviction_position = false;
+  bool layer = false;
+  bool head = false;
+
+  /// Reads "policy,capacity,layer". Throws UsageError, naming the keys that there are.
+  static Grouping parse(std::string_view keys);
+};
+
+/// Where a row stands. Empty texts and −1: all of them.
+struct GroupKey {
+  std::string policy;
+  std::string capacity_request;
+  std::string trace;
+  int eviction_position = -1;
+  int layer = -1;
+  int head = -1;
+
+  bool operator==(const GroupKey&) const = default;
+  bool operator<(const GroupKey& other) const {
+    const auto all = [](const GroupKey& key) {
+      return std::tie(key.policy, key.capacity_request, key.trace, key.eviction_position, key.layer, key.head);
+    };
+    return all(*this) < all(other);
+  }
+};
+
+/// Against the baseline, paired on the same trace, eviction position, layer, head and query.
+struct PairedDifference {
+  double mean = 0;  ///< less than 0: smaller numbers than the baseline's
+  Interval interval;
+  double relative = 0;  ///< of the baseline's mean; NaN where that is 0
+  double wins = 0;      ///< share of the pairs, weighed like means, in which it is better; ties count half
+  double p_value = 0;   ///< that there is no difference; NaN where nothing can be said
+  double adjusted = 0;  ///< the same, corrected for the number of rows of the comparison (Holm)
+  int pairs = 0;        ///< layer, head and query of all traces
+  int traces = 0;       ///< those that both were replayed on
+};
+
+struct ComparisonRow {
+  GroupKey key;
+  bool oracle = false;
+  Granularity granularity = Granularity::kv;  ///< of its first result
+  double kept = 0;                            ///< mean positions in a kept set
+  double kept_share = 0;                      ///< of the positions before the eviction
+  Distribution distribution;  ///< every trace and eviction position weighs the same; worst over all numbers
+  Interval interval;          ///< of the mean
+  int traces = 0;
+  std::optional<PairedDifference> difference;  ///< where the baseline was replayed on the same traces, and is another
+};
+
+struct ComparisonOptions {
+  Measure measure = Measure::layer_error;
+  Grouping grouping = {};
+  std::string baseline = {};  ///< a policy's spec, or a method's name that one policy has; empty: none
+  BootstrapOptions bootstrap = {};
+};
+
+/// A row per group: capacities in the order of the results, then traces, eviction positions, layers and heads, and best
+/// mean first within. A baseline that keeps everything is compared with at every capacity. Throws UsageError, naming
+/// those there are, where the baseline is not among the policies, and where the measure does not tell heads apart that
+/// are asked for; Error where no result has the measure.
+std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOptions& options);
+
+/// Results taken together, as in a row of a comparison.
+struct Aggregate {
+  MeanEstimate estimate;
+  double kept = 0;
+  double kept_share = 0;
+};
+
+/// Of those that have the measure; nothing where none has.
+std::optional<Aggregate> aggregate(const ResultSet& results, std::span<const std::size_t> which, Measure measure,
+                                   const BootstrapOptions& bootstrap);
+
+/// A result and what it is compared with, of one trace and eviction position.
+using ResultPair = std::pair<std::size_t, std::size_t>;
+
+/// Differences of pairs, as in a row of a comparison: over all layers, then per layer (ascending, with its number).
+/// Pairs of which one lacks the measure do not count; none are left, nothing is returned. `adjusted` is the plain p
+/// value.
+std::vector<std::pair<int, PairedDifference>> paired_differences(const ResultSet& results,
+                                                                 std::span<const ResultPair> pairs, Measure measure,
+                                                                 const BootstrapOptions& bootstrap);
+
+}  // namespace kvreplay

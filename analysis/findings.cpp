@@ -1,0 +1,213 @@
+#include "analysis/findings.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
+#include <utility>
+
+namespace kvreplay {
+namespace {
+
+std::string number_text(double number) { return fmt::format("{:.3g}", number); }
+
+std::string signed_text(double number) { return fmt::format("{:+.3g}", number); }
+
+std::string interval_text(const Interval& interval) {
+  if (std::isnan(interval.low)) return "";
+  return fmt::format(" [{:+.3g}, {:+.3g}]", interval.low, interval.high);
+}
+
+std::string percent_text(double share) { return fmt::format("{:.3g} %", 100 * share); }
+
+std::string p_text(double p) { return p < 0.001 ? "p < 0.001" : fmt::format("p = {:.2g}", p); }
+
+// "a, b and c"
+std::string enumeration(const std::vector<std::string>& items) {
+  if (items.size() < 2) return items.empty() ? "" : items.front();
+  return fmt::format("{} and {}", fmt::join(items.begin(), items.end() - 1, ", "), items.back());
+}
+
+// What findings speak of: no oracles, nothing that keeps everything.
+bool is_candidate(const ComparisonRow& row) { return !row.oracle && row.key.capacity_request != kAllPositions; }
+
+class Findings {
+ public:
+  explicit Findings(const Analysis& analysis)
+      : analysis_(analysis),
+        measure_(traits_of(analysis.options.measure)),
+        level_(1 - analysis.options.bootstrap.confidence) {
+    std::set<std::string> capacities;
+    for (const ComparisonRow& row : analysis.comparison) {
+      // Best first within a capacity.
+      if (is_candidate(row) && capacities.insert(row.key.capacity_request).second) best_.push_back(&row);
+      if (is_candidate(row)) policies_.insert(row.key.policy);
+    }
+  }
+
+  std::string best() const {
+    if (best_.empty() || policies_.size() < 2) return "";
+    std::vector<std::pair<std::string, std::vector<std::string>>> places;
+    for (const ComparisonRow* row : best_) {
+      auto found = std::ranges::find(places, row->key.policy, &std::pair<std::string, std::vector<std::string>>::first);
+      if (found == places.end()) found = places.insert(places.end(), {row->key.policy, {}});
+      found->second.push_back(fmt::format("{} at {}", number_text(row->distribution.mean), row->key.capacity_request));
+    }
+    const char* extreme = measure_.lower_is_better ? "smallest" : "largest";
+    constexpr std::size_t kListed = 6;
+    if (places.size() == 1) {
+      auto& [policy, where] = places.front();
+      const std::string scope = where.size() == 1 ? "" : fmt::format(" at all {} capacities", where.size());
+      if (where.size() > kListed) where = {where.front(), where.back()};
+      return fmt::format("{} has the {} {}{}: {}.", policy, extreme, measure_.noun, scope, enumeration(where));
+    }
+    std::vector<std::string> parts;
+    for (auto& [policy, where] : places) {
+      if (parts.size() == kListed) break;
+      if (where.size() > kListed) where = {where.front(), "…", where.back()};
+      parts.push_back(fmt::format("{} ({})", policy, fmt::join(where, ", ")));
+    }
+    return fmt::format("Which policy has the {} {} depends on the capacity: {}.", extreme, measure_.noun,
+                       enumeration(parts));
+  }
+
+  std::string against_baseline() const {
+    const std::string& baseline = analysis_.options.baseline;
+    const ComparisonRow* most = nullptr;
+    const ComparisonRow* nearest = nullptr;
+    std::size_t compared = 0;
+    std::size_t better = 0;
+    std::size_t worse = 0;
+    for (const ComparisonRow& row : analysis_.comparison) {
+      if (!is_candidate(row) || !row.difference || std::isnan(row.difference->p_value)) continue;
+      ++compared;
+      if (nearest == nullptr || gain(row) > gain(*nearest)) nearest = &row;
+      if (row.difference->adjusted >= level_) continue;
+      ++(gain(row) > 0 ? better : worse);
+      if (gain(row) > 0 && (most == nullptr || gain(row) > gain(*most))) most = &row;
+    }
+    if (compared == 0) return "";
+    const std::string count =
+        compared == 1
+            ? ""
+            : fmt::format(" Of {} comparisons, {} are surely better and {} surely worse.", compared, better, worse);
+    if (most == nullptr) {
+      return fmt::format("No policy is surely better than {}; the nearest to it is {} at {}: {}{}, {}.{}", baseline,
+                         nearest->key.policy, nearest->key.capacity_request, signed_text(nearest->difference->mean),
+                         interval_text(nearest->difference->interval), p_text(nearest->difference->adjusted), count);
+    }
+    const PairedDifference& difference = *most->difference;
+    return fmt::format("Against {}, {} gains most at capacity {}: {}{}{}, better in {} of the pairs, {}.{}", baseline,
+                       most->key.policy, most->key.capacity_request, signed_text(difference.mean),
+                       interval_text(difference.interval),
+                       std::isnan(difference.relative) ? "" : fmt::format(" or {:+.3g} %", 100 * difference.relative),
+                       percent_text(difference.wins), p_text(difference.adjusted), count);
+  }
+
+  std::string goal() const {
+    if (!analysis_.options.goal) return "";
+    std::vector<const CapacityCurve*> reached;
+    std::size_t all = 0;
+    for (const CapacityCurve& curve : analysis_.curves) {
+      if (curve.oracle || curve.points.size() < 2) continue;
+      ++all;
+      if (curve.kept_for_goal) reached.push_back(&curve);
+    }
+    if (all < 2) return "";
+    const std::string goal = fmt::format(
+        "a{} {} of {}", std::string_view("aeiou").find(measure_.noun.front()) == std::string_view::npos ? "" : "n",
+        measure_.noun, number_text(*analysis_.options.goal));
+    if (reached.empty()) return fmt::format("No policy reaches {} at these capacities.", goal);
+    std::ranges::stable_sort(reached, {}, [](const CapacityCurve* curve) { return *curve->kept_for_goal; });
+    std::vector<std::string> parts;
+    constexpr std::size_t kListed = 4;
+    for (const CapacityCurve* curve : reached) {
+      if (parts.size() == kListed) break;
+      parts.push_back(fmt::format("{}{} {}{:.0f}", curve->policy, parts.empty() ? " keeps" : "",
+                                  curve->reached_at_smallest ? "at most " : "", *curve->kept_for_goal));
+    }
+    const std::size_t rest = all - reached.size();
+    return fmt::format(
+        "For {}, {} positions{}.", goal, enumeration(parts),
+        rest == 0 ? "" : fmt::format("; {} of {} policies do not reach it at these capacities", rest, all));
+  }
+
+  std::string step() const {
+    const StepEffect* most = nullptr;
+    std::size_t compared = 0;
+    for (const StepEffect& effect : analysis_.step_effects) {
+      if (effect.layer >= 0 || std::isnan(effect.difference.p_value)) continue;
+      ++compared;
+      if (effect.difference.adjusted >= level_ || std::isnan(effect.difference.relative)) continue;
+      if (most == nullptr || std::abs(effect.difference.relative) > std::abs(most->difference.relative)) most = &effect;
+    }
+    if (compared == 0) return "";
+    if (most == nullptr) return fmt::format("None of {} single changes to a method makes a sure difference.", compared);
+    return fmt::format("Of single changes to {}, {} ({}) changes the {} most: {:+.3g} % at {}{}, {}.", most->reference,
+                       most->change, most->step, measure_.noun, 100 * most->difference.relative, most->capacity_request,
+                       interval_text(most->difference.interval), p_text(most->difference.adjusted));
+  }
+
+  std::string regret() const {
+    const ComparisonRow* most = nullptr;
+    for (const ComparisonRow& row : analysis_.regret) {
+      const bool is_best =
+          std::ranges::any_of(best_, [&row](const ComparisonRow* best) { return best->key == row.key; });
+      if (is_best && (most == nullptr || gain(row) < gain(*most))) most = &row;
+    }
+    if (most == nullptr) return "";
+    return fmt::format(
+        "What could still be gained is largest at capacity {}: the {} of {} is {}, that of the best "
+        "policy, {}, {}.",
+        most->key.capacity_request, measure_.noun, analysis_.oracle,
+        number_text(most->distribution.mean - most->difference->mean), most->key.policy,
+        number_text(most->distribution.mean));
+  }
+
+  std::string spans() const {
+    // At the middle capacity, every trace, eviction and span alike.
+    if (best_.empty()) return "";
+    const std::string& capacity = best_[best_.size() / 2]->key.capacity_request;
+    std::map<std::string, std::pair<double, int>> recalls;
+    for (const SpanRecall& recall : analysis_.span_recalls) {
+      if (recall.layer >= 0 || recall.capacity_request != capacity || !policies_.contains(recall.policy)) continue;
+      auto& [sum, count] = recalls[recall.policy];
+      sum += recall.recall;
+      ++count;
+    }
+    if (recalls.size() < 2) return "";
+    const auto mean = [](const auto& entry) { return entry.second.first / entry.second.second; };
+    const auto most = std::ranges::max_element(recalls, {}, mean);
+    return fmt::format("Of the annotated spans, {} keeps most at capacity {}: {} of their positions.", most->first,
+                       capacity, percent_text(mean(*most)));
+  }
+
+ private:
+  // How much better a row is than its baseline.
+  double gain(const ComparisonRow& row) const {
+    return measure_.lower_is_better ? -row.difference->mean : row.difference->mean;
+  }
+
+  const Analysis& analysis_;
+  const MeasureTraits& measure_;
+  double level_;
+  std::vector<const ComparisonRow*> best_;  // of each capacity
+  std::set<std::string> policies_;
+};
+
+}  // namespace
+
+std::vector<std::string> findings(const Analysis& analysis, std::size_t most) {
+  const Findings found(analysis);
+  std::vector<std::string> sentences;
+  for (std::string sentence :
+       {found.best(), found.against_baseline(), found.goal(), found.step(), found.regret(), found.spans()}) {
+    if (!sentence.empty() && sentences.size() < most) sentences.push_back(std::move(sentence));
+  }
+  return sentences;
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,402 @@
+#include "analysis/result_set.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <set>
+#include <system_error>
+#include <tuple>
+
+#include "analysis/spec_structure.h"
+#include "base/error.h"
+#include "base/printable.h"
+#include "policy/parameter.h"
+#include "policy/policy.h"
+
+namespace kvreplay {
+namespace {
+
+// The items once each, in their order; not all of very many.
+template <class Items>
+std::string listed(const Items& items) {
+  constexpr std::size_t kShown = 12;
+  std::vector<std::string> shown;
+  std::set<std::string> seen;
+  for (const auto& item : items) {
+    const std::string text = printable(fmt::format("{}", item));
+    if (seen.insert(text).second && shown.size() < kShown) shown.push_back(text);
+  }
+  const std::size_t rest = seen.size() - shown.size();
+  return fmt::format("{}{}", fmt::join(shown, ", "), rest == 0 ? "" : fmt::format(" and {} more", rest));
+}
+
+// A spec as it is written canonically; what is none, or of a policy that is not known here, as it is.
+std::string canonical(const std::string& spec) {
+  try {
+    return make_policy(spec).canonical;
+  } catch (const Error&) {
+    return spec;
+  }
+}
+
+std::string canonical_capacity(const std::string& text) {
+  try {
+    return CapacityRequest::parse(text).text;
+  } catch (const UsageError&) {
+    return text;
+  }
+}
+
+bool is_trace(const std::string& trace, const std::string& text) {
+  const std::filesystem::path path(trace);
+  return trace == text || path.filename() == text || path.stem() == text;
+}
+
+bool same_spans(const std::vector<Span>& a, const std::vector<Span>& b) {
+  const auto same = [](const Span& x, const Span& y) {
+    return x.start == y.start && x.end == y.end && x.label == y.label;
+  };
+  return std::ranges::equal(a, b, same);
+}
+
+// Why two results of one trace and eviction position cannot be compared; empty where they can.
+std::string mismatch(const StoredResult& a, const StoredResult& b) {
+  if (a.evaluation_positions != b.evaluation_positions) {
+    return fmt::format("other evaluation queries ({} and {})", a.evaluation_positions.size(),
+                       b.evaluation_positions.size());
+  }
+  if (std::tie(a.num_layers, a.num_query_heads, a.num_kv_heads) !=
+      std::tie(b.num_layers, b.num_query_heads, b.num_kv_heads)) {
+    return "another number of layers or heads";
+  }
+  if (a.prompt_length != b.prompt_length) return "another length of the prompt";
+  if (!same_spans(a.spans, b.spans)) return "other spans";
+  return "";
+}
+
+// Throws where nothing matches one of the texts of a filter.
+template <class Texts, class Items, class Matches>
+void require_each(const Texts& texts, const Items& items, const char* what, const Matches& matches) {
+  for (const auto& text : texts) {
+    if (std::ranges::any_of(items, [&](const auto& item) { return matches(item, text); })) continue;
+    throw UsageError(
+        fmt::format("no result is of {} {}. There {} {}", what, text, items.size() == 1 ? "is" : "are", listed(items)));
+  }
+}
+
+}  // namespace
+
+bool is_policy(const std::string& policy, const std::string& text) {
+  if (policy == text) return true;
+  if (text.find('(') == std::string::npos) return spec_structure(policy).method == text;
+  return policy == canonical(text);
+}
+
+ResultSet ResultSet::open(std::span<const std::filesystem::path> files, const ResultFilter& filter) {
+  ResultSet set;
+  std::set<std::filesystem::path> seen;
+  for (const std::filesystem::path& file : files) {
+    std::error_code failure;
+    const auto place = std::filesystem::weakly_canonical(file, failure);
+    if (!seen.insert(failure ? file : place).second) {
+      set.notes_.push_back(fmt::format("{}: is given more than once and read once", file.string()));
+      continue;
+    }
+    set.readers_.emplace_back(file);
+  }
+  Known known;
+  for (std::size_t reader = 0; reader < set.readers_.size(); ++reader) {
+    for (std::size_t i = 0; i < set.readers_[reader].results().size(); ++i) set.add(reader, i, known);
+  }
+  if (set.results_.empty()) {
+    throw Error(set.readers_.empty() ? "no file of results is named"
+                                     : fmt::format("{}: holds no results", set.readers_.front().path().string()));
+  }
+  if (set.repetitions_ > 0) {
+    set.notes_.push_back(
+        fmt::format("{} in more than one file, with the same numbers, and counted once",
+                    set.repetitions_ == 1 ? "1 result is" : fmt::format("{} results are", set.repetitions_)));
+  }
+  set.choose(filter);
+  set.note_results();
+  return set;
+}
+
+// Where it can be compared with all that there is so far.
+void ResultSet::add(std::size_t reader, std::size_t index, Known& known) {
+  StoredResult result = readers_[reader].results()[index];
+  const auto both = [&](std::size_t other) {
+    const std::string& a = readers_[place_[other].first].path().string();
+    const std::string& b = readers_[reader].path().string();
+    return a == b ? a : fmt::format("{} and {}", a, b);
+  };
+  // One capture goes by one name, and one name means one capture.
+  const std::string given = result.trace;
+  const auto [capture, is_new_capture] = known.captures.try_emplace(result.trace_digest, results_.size());
+  if (!is_new_capture) result.trace = results_[capture->second].trace;
+  const auto [name, is_new_name] = known.names.try_emplace(given, capture->second);
+  if (name->second != capture->second) {
+    throw Error(fmt::format("{}: {} is not the same capture everywhere; replay the captures under names of their own",
+                            both(name->second), printable(given)));
+  }
+  if (is_new_name) called_[given] = result.trace;
+  if (is_new_name && given != result.trace) {
+    notes_.push_back(
+        fmt::format("{} is the same capture as {} and goes by that name", printable(given), printable(result.trace)));
+  }
+
+  const std::pair<std::string, int> where{result.trace, result.eviction_position};
+  const std::size_t other = known.evictions.try_emplace(where, results_.size()).first->second;
+  if (const std::string why = other < results_.size() ? mismatch(results_[other], result) : ""; !why.empty()) {
+    throw Error(fmt::format("{}: results of {} evicted at {} have {}, so they cannot be compared", both(other),
+                            printable(result.trace), result.eviction_position, why));
+  }
+  const SettingKey setting{result.policy, result.capacity_request};
+  const std::size_t alike = known.settings.try_emplace(setting, results_.size()).first->second;
+  if (alike < results_.size()) {
+    const StoredResult& first = results_[alike];
+    if (first.granularity != result.granularity || first.share != result.share) {
+      throw Error(fmt::format(
+          "{}: {} at capacity {} is there with heads {}, share {} and with heads {}, share {}; "
+          "analyze one of them at a time",
+          both(alike), printable(result.policy), printable(result.capacity_request), name_of(first.granularity),
+          name_of(first.share), name_of(result.granularity), name_of(result.share)));
+    }
+  }
+  const auto [twin, is_new] = known.results.try_emplace({setting, where}, results_.size());
+  if (!is_new) {
+    count_once(twin->second, {reader, index});
+    return;
+  }
+  place_.emplace_back(reader, index);
+  results_.push_back(std::move(result));
+}
+
+// Of a result that is there already, the numbers must be the same; what has more measures stays.
+void ResultSet::count_once(std::size_t result, Place place) {
+  Place& earlier = place_[result];
+  bool has_more = false;
+  for (const MeasureTraits& measure : measures()) {
+    const Table a = readers_[earlier.first].read(earlier.second, measure.measure);
+    const Table b = readers_[place.first].read(place.second, measure.measure);
+    has_more = has_more || (a.numbers.empty() && !b.numbers.empty());
+    if (a.numbers.empty() || b.numbers.empty() || a.numbers == b.numbers) continue;
+    const StoredResult& same = results_[result];
+    throw Error(fmt::format(
+        "{} and {}: {} at capacity {} of {} evicted at {} is in both, with another {}; analyze one "
+        "of them at a time",
+        readers_[earlier.first].path().string(), readers_[place.first].path().string(), printable(same.policy),
+        printable(same.capacity_request), printable(same.trace), same.eviction_position, measure.noun));
+  }
+  if (has_more) earlier = place;
+  ++repetitions_;
+}
+
+void ResultSet::choose(const ResultFilter& filter) {
+  const auto capacities_of = [&]() {
+    std::vector<std::string> texts;
+    for (const std::string& text : filter.capacities) texts.push_back(canonical_capacity(text));
+    return texts;
+  };
+  const std::vector<std::string> wanted_capacities = capacities_of();
+  std::vector<std::string> traces;
+  std::set<int> evictions;
+  std::set<int> layers;
+  for (const StoredResult& result : results_) {
+    if (std::ranges::find(traces, result.trace) == traces.end()) traces.push_back(result.trace);
+    evictions.insert(result.eviction_position);
+    for (int layer = 0; layer < result.num_layers; ++layer) layers.insert(layer);
+  }
+  of_setting_.clear();
+  for (const StoredResult& result : results_) of_setting_[{result.policy, result.capacity_request}];
+  require_each(filter.policies, policies(), "policy", is_policy);
+  require_each(wanted_capacities, capacities(), "capacity", std::equal_to<>());
+  require_each(filter.traces, traces, "trace", is_trace);
+  require_each(filter.eviction_positions, evictions, "eviction position", std::equal_to<>());
+  require_each(filter.layers, layers, "layer", std::equal_to<>());
+  layers_ = filter.layers;
+  std::ranges::sort(layers_);
+  layers_.erase(std::unique(layers_.begin(), layers_.end()), layers_.end());
+
+  // Empty lists choose everything.
+  const auto is_in = [](const auto& list, const auto& matches) {
+    return list.empty() || std::ranges::any_of(list, matches);
+  };
+  std::map<std::string, bool> chosen_policies;
+  for (const std::string& policy : policies()) {
+    chosen_policies[policy] = is_in(filter.policies, [&](const std::string& text) { return is_policy(policy, text); });
+  }
+  const auto is_chosen = [&](const StoredResult& result) {
+    return chosen_policies[result.policy] &&
+           (result.capacity_request == kAllPositions ||
+            is_in(wanted_capacities, [&](const std::string& text) { return text == result.capacity_request; })) &&
+           is_in(filter.traces, [&](const std::string& text) { return is_trace(result.trace, text); }) &&
+           is_in(filter.eviction_positions, [&](int position) { return position == result.eviction_position; }) &&
+           !layers_of(result).empty();
+  };
+  std::vector<StoredResult> results;
+  std::vector<Place> places;
+  for (std::size_t i = 0; i < results_.size(); ++i) {
+    if (!is_chosen(results_[i])) continue;
+    results.push_back(results_[i]);
+    places.push_back(place_[i]);
+  }
+  if (results.empty()) {
+    throw UsageError(
+        fmt::format("no result is left: each of the policies, capacities, traces and eviction positions "
+                    "is there, but not together. Policies: {}; capacities: {}; traces: {}; evicted at: {}",
+                    listed(policies()), listed(capacities()), listed(traces), listed(evictions)));
+  }
+  results_ = std::move(results);
+  place_ = std::move(places);
+  of_setting_.clear();
+  for (std::size_t i = 0; i < results_.size(); ++i) {
+    const SettingKey key{results_[i].policy, results_[i].capacity_request};
+    const auto [place, is_new] = of_setting_.try_emplace(key);
+    if (is_new) settings_.push_back(key);
+    place->second.push_back(i);
+  }
+}
+
+void ResultSet::note_results() {
+  std::vector<std::pair<std::string, std::vector<std::string>>> about;
+  for (const StoredResult& result : results_) {
+    for (const std::string& note : result.notes) {
+      auto found = std::ranges::find(about, note, &std::pair<std::string, std::vector<std::string>>::first);
+      if (found == about.end()) found = about.insert(about.end(), {note, {}});
+      if (std::ranges::find(found->second, result.trace) == found->second.end()) found->second.push_back(result.trace);
+    }
+  }
+  for (const auto& [note, traces] : about) {
+    const std::size_t others = traces.size() - 1;
+    notes_.push_back(fmt::format("{}{}: {}", printable(traces.front()),
+                                 others == 0 ? "" : fmt::format(" and {} more trace{}", others, others == 1 ? "" : "s"),
+                                 printable(note)));
+  }
+}
+
+Table ResultSet::read(std::size_t result, Measure measure) const {
+  const auto [reader, index] = place_.at(result);
+  Table table = readers_[reader].read(index, measure);
+  if (layers_.empty() || table.numbers.empty()) return table;
+  const std::size_t per_layer = table.numbers.size() / static_cast<std::size_t>(table.shape.front());
+  const std::vector<int> layers = layers_of(results_[result]);
+  Table chosen;
+  chosen.shape = table.shape;
+  chosen.shape.front() = static_cast<Index>(layers.size());
+  for (const int layer : layers) {
+    const auto first = table.numbers.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(layer) * per_layer);
+    chosen.numbers.insert(chosen.numbers.end(), first, first + static_cast<std::ptrdiff_t>(per_layer));
+  }
+  return chosen;
+}
+
+const std::vector<std::size_t>& ResultSet::of_setting(const SettingKey& key) const {
+  static const std::vector<std::size_t> none;
+  const auto found = of_setting_.find(key);
+  return found == of_setting_.end() ? none : found->second;
+}
+
+std::vector<std::string> ResultSet::policies() const {
+  std::vector<std::string> policies;
+  std::set<std::string> seen;
+  for (const StoredResult& result : results_) {
+    if (seen.insert(result.policy).second) policies.push_back(result.policy);
+  }
+  return policies;
+}
+
+std::vector<std::string> ResultSet::capacities() const {
+  std::vector<std::string> capacities;
+  for (const StoredResult& result : results_) {
+    if (std::ranges::find(capacities, result.capacity_request) == capacities.end()) {
+      capacities.push_back(result.capacity_request);
+    }
+  }
+  return capacities;
+}
+
+std::string ResultSet::policy_named(const std::string& text) const {
+  const std::vector<std::string> known = policies();
+  for (const std::string& spec : {text, canonical(text)}) {
+    if (std::ranges::find(known, spec) != known.end()) return spec;
+  }
+  std::vector<std::string> of_method;
+  for (const std::string& policy : known) {
+    if (is_policy(policy, text)) of_method.push_back(policy);
+  }
+  if (of_method.size() == 1) return of_method.front();
+  if (!of_method.empty()) {
+    throw UsageError(fmt::format("{} may be any of {}; name one", text, listed(of_method)));
+  }
+  throw UsageError(
+      fmt::format("no result is of policy {}.{} There are {}", text, suggestion(text, known), listed(known)));
+}
+
+const std::string& ResultSet::trace_called(const std::string& name) const {
+  const auto found = called_.find(name);
+  return found == called_.end() ? name : found->second;
+}
+
+std::vector<int> ResultSet::layers_of(const StoredResult& result) const {
+  std::vector<int> layers;
+  for (int layer = 0; layer < result.num_layers; ++layer) {
+    if (layers_.empty() || std::ranges::binary_search(layers_, layer)) layers.push_back(layer);
+  }
+  return layers;
+}
+
+std::vector<OverlapTable> ResultSet::overlaps() const {
+  std::vector<OverlapTable> tables;
+  for (const ResultsReader& reader : readers_) {
+    for (std::size_t i = 0; i < reader.overlaps().size(); ++i) {
+      OverlapTable outline = reader.overlaps()[i];
+      outline.trace = trace_called(outline.trace);
+      std::vector<std::size_t> chosen;
+      for (std::size_t p = 0; p < outline.policies.size(); ++p) {
+        const auto is_here = [&](const StoredResult& result) {
+          return result.trace == outline.trace && result.eviction_position == outline.eviction_position &&
+                 result.policy == outline.policies[p] &&
+                 (result.capacity_request == outline.capacity_request || result.capacity_request == kAllPositions);
+        };
+        if (std::ranges::any_of(results_, is_here)) chosen.push_back(p);
+      }
+      // What keeps everything is in the table of every capacity, chosen or not.
+      const auto of_capacity = [&](const StoredResult& result) {
+        return result.capacity_request == outline.capacity_request && result.trace == outline.trace &&
+               result.eviction_position == outline.eviction_position;
+      };
+      if (chosen.empty() || std::ranges::none_of(results_, of_capacity)) continue;
+      std::vector<std::string> policies;
+      for (const std::size_t p : chosen) policies.push_back(outline.policies[p]);
+      const bool known = std::ranges::any_of(tables, [&](const OverlapTable& table) {
+        return table.trace == outline.trace && table.capacity_request == outline.capacity_request &&
+               table.eviction_position == outline.eviction_position &&
+               std::ranges::all_of(policies, [&table](const std::string& policy) {
+                 return std::ranges::find(table.policies, policy) != table.policies.end();
+               });
+      });
+      if (known) continue;
+      const OverlapTable whole = reader.read_overlap(i);
+      const std::size_t count = whole.policies.size();
+      const std::size_t cells = whole.jaccard.numbers.size() / (count * count);
+      outline.policies = std::move(policies);
+      for (Table OverlapTable::*part : {&OverlapTable::jaccard, &OverlapTable::containment}) {
+        Table& table = outline.*part;
+        table.shape = (whole.*part).shape;
+        table.shape[0] = table.shape[1] = static_cast<Index>(chosen.size());
+        for (const std::size_t a : chosen) {
+          for (const std::size_t b : chosen) {
+            const auto first = (whole.*part).numbers.begin() + static_cast<std::ptrdiff_t>((a * count + b) * cells);
+            table.numbers.insert(table.numbers.end(), first, first + static_cast<std::ptrdiff_t>(cells));
+          }
+        }
+      }
+      tables.push_back(std::move(outline));
+    }
+  }
+  return tables;
+}
+
+}  // namespace kvreplay

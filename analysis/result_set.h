@@ -1,0 +1,115 @@
+// The results of one or several files, as one set that can be compared.
+#pragma once
+
+#include <cstddef>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "replay/results_reader.h"
+
+namespace kvreplay {
+
+/// Which results to look at. Empty members choose everything.
+struct ResultFilter {
+  std::vector<std::string> policies = {};  ///< specs, or names of methods ("restkv": all its settings; "restkv()": one)
+  std::vector<std::string> capacities = {};  ///< as asked for; "all" is always chosen
+  std::vector<std::string> traces = {};      ///< file names, with or without folder and suffix
+  std::vector<int> eviction_positions = {};
+  std::vector<int> layers = {};
+};
+
+/// A policy at a capacity as it was asked for.
+struct SettingKey {
+  std::string policy;
+  std::string capacity_request;
+
+  bool operator==(const SettingKey&) const = default;
+  bool operator<(const SettingKey& other) const {
+    return std::tie(policy, capacity_request) < std::tie(other.policy, other.capacity_request);
+  }
+};
+
+/// Results of several files, numbers read on request.
+class ResultSet {
+ public:
+  /// Throws Error where they cannot be compared: a file that is not a complete results file of this version; two
+  /// captures under one trace name; results of one trace and eviction position with other evaluation queries, spans or
+  /// shapes; a setting at different `heads` or `share`; a policy, capacity, trace and eviction position twice with
+  /// different numbers (equal ones are counted once, which notes() tells). One capture under two names goes by the
+  /// first of them, which is told too. Throws UsageError, naming what there is, where `filter` leaves nothing or names
+  /// what is not there.
+  static ResultSet open(std::span<const std::filesystem::path> files, const ResultFilter& filter = {});
+
+  /// In the order of the files; those that keep everything included.
+  const std::vector<StoredResult>& results() const { return results_; }
+
+  /// Numbers of one of them, of the layers chosen: the first extent is that of layers_of(). Empty where the measure was
+  /// not taken.
+  Table read(std::size_t result, Measure measure) const;
+
+  /// Every policy and capacity, in the order of their first result.
+  const std::vector<SettingKey>& settings() const { return settings_; }
+
+  /// The results of a setting, one per trace and eviction position that has it; none for a setting that there is not.
+  const std::vector<std::size_t>& of_setting(const SettingKey& key) const;
+
+  /// Policies and requested capacities, each once, in the order of their first result.
+  std::vector<std::string> policies() const;
+  std::vector<std::string> capacities() const;
+
+  /// The policy that `text` means: a spec, written canonically or not, or the name of a method that one policy has.
+  /// Throws UsageError, naming those that there are.
+  std::string policy_named(const std::string& text) const;
+
+  /// What a trace goes by whose file says `name`.
+  const std::string& trace_called(const std::string& name) const;
+
+  /// The layers that read() gives of a result.
+  std::vector<int> layers_of(const StoredResult& result) const;
+
+  /// Overlap tables of the files, with their numbers, of the policies, capacities, traces and eviction positions that
+  /// were chosen; of all layers and heads.
+  std::vector<OverlapTable> overlaps() const;
+
+  /// What whoever reads the numbers has to know, each once.
+  const std::vector<std::string>& notes() const { return notes_; }
+
+ private:
+  using Place = std::pair<std::size_t, std::size_t>;  // reader, index in it
+
+  // The first result of each kind, while files are read.
+  struct Known {
+    std::map<std::string, std::size_t> captures;                   // by digest
+    std::map<std::string, std::size_t> names;                      // of traces, as in the files
+    std::map<std::pair<std::string, int>, std::size_t> evictions;  // trace, eviction position
+    std::map<SettingKey, std::size_t> settings;
+    std::map<std::pair<SettingKey, std::pair<std::string, int>>, std::size_t> results;
+  };
+
+  void add(std::size_t reader, std::size_t index, Known& known);
+  void count_once(std::size_t result, Place place);
+  void choose(const ResultFilter& filter);
+  void note_results();
+
+  std::vector<ResultsReader> readers_;
+  std::vector<StoredResult> results_;
+  std::vector<Place> place_;  // of each result
+  std::vector<SettingKey> settings_;
+  std::map<SettingKey, std::vector<std::size_t>> of_setting_;
+  std::map<std::string, std::string> called_;  // traces by the names that files have for them
+  std::vector<int> layers_;                    // chosen; empty: all
+  std::size_t repetitions_ = 0;
+  std::vector<std::string> notes_;
+};
+
+/// Whether a policy is what `text` means in a ResultFilter.
+bool is_policy(const std::string& policy, const std::string& text);
+
+}  // namespace kvreplay

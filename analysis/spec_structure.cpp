@@ -1,0 +1,69 @@
+#include "analysis/spec_structure.h"
+
+#include <fmt/format.h>
+
+#include <charconv>
+#include <utility>
+
+#include "base/error.h"
+#include "policy/policy.h"
+#include "policy/spec.h"
+
+namespace kvreplay {
+namespace {
+
+void add_spec(const std::string& spec, const std::string& path, SpecStructure& structure, std::string& method);
+
+void add_parameter(const std::string& path, const std::string& value, bool is_spec, SpecStructure& structure) {
+  structure.parameters[path] = value;
+  structure.order.push_back(path);
+  if (!is_spec || value.empty()) return;
+  std::string inner;
+  add_spec(value, path + ".", structure, inner);
+  structure.nested[path] = inner;
+}
+
+void add_spec(const std::string& spec, const std::string& path, SpecStructure& structure, std::string& method) {
+  bool first = true;
+  for (const SpecPart& part : parse_spec(spec)) {
+    const std::string name = first ? part.name : fmt::format("+{}", part.name);
+    const std::string prefix = first ? path : fmt::format("{}{}.", path, part.name);
+    first = false;
+    method += name;
+    const Method* found = find_method(name);
+    if (found == nullptr) {
+      for (const auto& [key, value] : part.arguments) add_parameter(prefix + key, value, false, structure);
+      continue;
+    }
+    const Arguments arguments(part, found->parameters);
+    for (const Parameter& parameter : found->parameters) {
+      add_parameter(prefix + parameter.name, arguments.text(parameter.name), parameter.kind == Parameter::Kind::spec,
+                    structure);
+    }
+  }
+}
+
+}  // namespace
+
+SpecStructure spec_structure(const std::string& spec) {
+  try {
+    SpecStructure structure;
+    add_spec(spec, "", structure, structure.method);
+    return structure;
+  } catch (const UsageError&) {
+    // Written by another version of a method, or by hand.
+    SpecStructure whole;
+    whole.method = spec;
+    return whole;
+  }
+}
+
+std::optional<double> number_in(const std::string& value) {
+  double number = 0;
+  const char* end = value.data() + value.size();
+  const auto [stop, failure] = std::from_chars(value.data(), end, number);
+  if (failure != std::errc() || stop != end) return std::nullopt;
+  return number;
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,288 @@
+#include "analysis/step_effects.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <iterator>
+#include <map>
+#include <optional>
+#include <set>
+#include <string_view>
+#include <tuple>
+
+#include "analysis/spec_structure.h"
+#include "base/parallel.h"
+#include "policy/policy.h"
+
+namespace kvreplay {
+namespace {
+
+constexpr std::string_view kIndicator = "indicator";
+constexpr std::string_view kTemporal = "temporal smoothing";
+constexpr std::string_view kSpatial = "spatial smoothing";
+constexpr std::string_view kWindow = "observation window";
+
+// The step of the method that a parameter belongs to, in the words of ReST-KV.
+struct StepOfParameter {
+  std::string_view method;
+  std::string_view parameter;
+  std::string_view step;
+};
+constexpr StepOfParameter kSteps[] = {
+    {"restkv", "metric", kIndicator},    {"restkv", "projection", kIndicator}, {"restkv", "tau", kIndicator},
+    {"restkv", "normalize", kIndicator}, {"restkv", "temporal", kTemporal},    {"restkv", "alpha", kTemporal},
+    {"restkv", "spatial", kSpatial},     {"restkv", "beta", kSpatial},         {"restkv", "kernel", kSpatial},
+    {"restkv", "window", kWindow},       {"attention", "values", kIndicator},  {"attention", "temporal", kTemporal},
+    {"attention", "alpha", kTemporal},   {"attention", "spatial", kSpatial},   {"attention", "beta", kSpatial},
+    {"attention", "kernel", kSpatial},   {"attention", "window", kWindow},     {"snapkv", "pooling", kSpatial},
+    {"snapkv", "kernel", kSpatial},      {"snapkv", "window", kWindow},        {"caote", "temporal", kTemporal},
+    {"caote", "alpha", kTemporal},       {"caote", "window", kWindow},         {"pyramidkv", "pooling", kSpatial},
+    {"pyramidkv", "kernel", kSpatial},   {"pyramidkv", "window", kWindow},     {"adakv", "pooling", kSpatial},
+    {"adakv", "kernel", kSpatial},       {"adakv", "window", kWindow},
+};
+
+// Methods of which one is the other with a step replaced, where all parameters that both have are the same.
+struct MethodWithoutStep {
+  std::string_view method;
+  std::string_view without;
+  std::string_view step;
+};
+constexpr MethodWithoutStep kWithout[] = {{"restkv", "attention", kIndicator}};
+
+struct Setting {
+  std::string policy;
+  SpecStructure structure;
+};
+
+// The method's first part: "restkv" of "restkv+adakv".
+std::string_view first_part(std::string_view method) { return method.substr(0, method.find('+')); }
+std::string_view later_parts(std::string_view method) { return method.substr(first_part(method).size()); }
+
+std::string step_of(std::string_view method, const std::string& parameter) {
+  const auto* found = std::ranges::find_if(kSteps, [&](const StepOfParameter& each) {
+    return each.method == first_part(method) && each.parameter == parameter;
+  });
+  return found != std::end(kSteps) ? std::string(found->step) : parameter;
+}
+
+// Parameters that both have at different values. What a nested spec holds is told, not the spec that holds it.
+std::vector<std::string> differing(const SpecStructure& a, const SpecStructure& b) {
+  std::vector<std::string> names;
+  for (const std::string& name : a.order) {
+    const auto other = b.parameters.find(name);
+    if (other == b.parameters.end() || other->second == a.parameters.at(name)) continue;
+    const auto nested = a.nested.find(name);
+    const auto other_nested = b.nested.find(name);
+    const bool told_inside =
+        nested != a.nested.end() && other_nested != b.nested.end() && nested->second == other_nested->second;
+    if (!told_inside) names.push_back(name);
+  }
+  // Within a spec that is another one altogether, nothing is told.
+  std::erase_if(names, [&names](const std::string& name) {
+    return std::ranges::any_of(names, [&name](const std::string& holder) { return name.starts_with(holder + "."); });
+  });
+  return names;
+}
+
+// How a setting differs from its reference.
+struct Change {
+  std::string reference;
+  std::string changed;
+  std::string step;
+  std::string change;
+};
+
+std::string value_text(const std::string& value) { return value.empty() ? "default" : value; }
+
+std::optional<Change> change_of(const Setting& reference, const Setting& changed) {
+  const SpecStructure& a = reference.structure;
+  const SpecStructure& b = changed.structure;
+  const std::vector<std::string> names = differing(a, b);
+  if (a.method == b.method) {
+    // Of a method that is not known here, parameters at their defaults are not known either.
+    if (names.size() != 1 || a.parameters.size() != b.parameters.size()) return std::nullopt;
+    const std::string& name = names.front();
+    return Change{
+        reference.policy, changed.policy, step_of(a.method, name),
+        fmt::format("{}: {} → {}", name, value_text(a.parameters.at(name)), value_text(b.parameters.at(name)))};
+  }
+  const auto* pair = std::ranges::find_if(kWithout, [&](const MethodWithoutStep& each) {
+    return each.method == first_part(a.method) && each.without == first_part(b.method);
+  });
+  if (pair == std::end(kWithout) || later_parts(a.method) != later_parts(b.method) || !names.empty()) {
+    return std::nullopt;
+  }
+  // What only the other has, where it is not at its default, is part of what replaces the step.
+  std::string added;
+  const Method* method = find_method(pair->without);
+  for (const Parameter& parameter : method == nullptr ? std::vector<Parameter>() : method->parameters) {
+    if (a.parameters.contains(parameter.name)) continue;
+    const std::string& value = b.parameters.at(parameter.name);
+    if (value != parameter.default_value) added += fmt::format(", {}={}", parameter.name, value);
+  }
+  return Change{reference.policy, changed.policy, std::string(pair->step),
+                fmt::format("method: {} → {}{}", pair->method, pair->without, added)};
+}
+
+// The defaults where they were replayed, else what most others differ from in one thing.
+const Setting& reference_of(const std::vector<Setting>& settings) {
+  const auto defaults =
+      std::ranges::find_if(settings, [](const Setting& setting) { return setting.policy == setting.structure.method; });
+  if (defaults != settings.end()) return *defaults;
+  const auto changes = [&settings](const Setting& reference) {
+    return std::ranges::count_if(settings, [&](const Setting& other) {
+      return other.policy != reference.policy && change_of(reference, other).has_value();
+    });
+  };
+  return *std::ranges::max_element(settings, {}, changes);
+}
+
+// In the order of the steps' table, so that a method's steps come one after the other.
+std::vector<Change> changes_in(const ResultSet& results) {
+  std::vector<std::string> order;
+  std::map<std::string, std::vector<Setting>> methods;
+  for (const std::string& policy : results.policies()) {
+    SpecStructure structure = spec_structure(policy);
+    const std::string method = structure.method;
+    if (!methods.contains(method)) order.push_back(method);
+    methods[method].push_back({policy, std::move(structure)});
+  }
+  std::vector<Change> changes;
+  for (const std::string& method : order) {
+    const Setting& reference = reference_of(methods[method]);
+    for (const auto& [other_method, settings] : methods) {
+      for (const Setting& setting : settings) {
+        if (setting.policy == reference.policy) continue;
+        if (const std::optional<Change> change = change_of(reference, setting)) changes.push_back(*change);
+      }
+    }
+  }
+  const auto rank = [](const Change& change) {
+    constexpr std::array kOrder = {kIndicator, kTemporal, kSpatial, kWindow};
+    return std::ranges::find(kOrder, change.step) - kOrder.begin();
+  };
+  const auto of_reference = [&](const Change& change) {
+    return std::ranges::find(order, spec_structure(change.reference).method) - order.begin();
+  };
+  std::ranges::stable_sort(changes, {}, [&](const Change& c) { return std::tuple(of_reference(c), rank(c), c.step); });
+  return changes;
+}
+
+std::vector<ResultPair> pairs_of(const ResultSet& results, const Change& change, const std::string& capacity) {
+  std::vector<ResultPair> pairs;
+  for (const std::size_t i : results.of_setting({change.changed, capacity})) {
+    for (const std::size_t j : results.of_setting({change.reference, capacity})) {
+      const StoredResult& a = results.results()[i];
+      const StoredResult& b = results.results()[j];
+      if (a.trace == b.trace && a.eviction_position == b.eviction_position) pairs.emplace_back(i, j);
+    }
+  }
+  return pairs;
+}
+
+// Corrects the p values of all rows.
+void correct(std::vector<StepEffect>& effects) {
+  std::vector<double> p_values;
+  for (const StepEffect& effect : effects) p_values.push_back(effect.difference.p_value);
+  p_values = holm(std::move(p_values));
+  for (std::size_t i = 0; i < effects.size(); ++i) effects[i].difference.adjusted = p_values[i];
+}
+
+}  // namespace
+
+std::vector<StepEffect> step_effects(const ResultSet& results, Measure measure, const BootstrapOptions& bootstrap) {
+  struct Task {
+    Change change;
+    std::string capacity;
+    std::vector<ResultPair> pairs;
+    std::vector<std::pair<int, PairedDifference>> differences;
+  };
+  std::vector<Task> tasks;
+  for (const Change& change : changes_in(results)) {
+    for (const std::string& capacity : results.capacities()) {
+      std::vector<ResultPair> pairs = pairs_of(results, change, capacity);
+      if (!pairs.empty()) tasks.push_back({change, capacity, std::move(pairs), {}});
+    }
+  }
+  parallel_for(static_cast<int>(tasks.size()), [&](int i) {
+    Task& task = tasks[static_cast<std::size_t>(i)];
+    task.differences = paired_differences(results, task.pairs, measure, bootstrap);
+  });
+  std::vector<StepEffect> over_all;
+  std::vector<StepEffect> per_layer;
+  for (const Task& task : tasks) {
+    for (const auto& [layer, difference] : task.differences) {
+      (layer < 0 ? over_all : per_layer)
+          .push_back({task.change.reference, task.change.changed, task.change.step, task.change.change, task.capacity,
+                      layer, difference});
+    }
+  }
+  correct(over_all);
+  correct(per_layer);
+  std::ranges::move(per_layer, std::back_inserter(over_all));
+  return over_all;
+}
+
+std::vector<ParameterPoint> parameter_points(std::span<const ComparisonRow> rows) {
+  // Settings that differ in numbers alone belong together.
+  struct Family {
+    std::string method;
+    std::vector<std::string> order;
+    std::map<std::string, std::set<std::string>> values;
+    std::vector<std::pair<const ComparisonRow*, SpecStructure>> members;
+  };
+  std::vector<Family> families;
+  std::map<std::string, std::size_t> place;
+  for (const ComparisonRow& row : rows) {
+    SpecStructure structure = spec_structure(row.key.policy);
+    std::string key = structure.method;
+    for (const std::string& name : structure.order) {
+      const auto nested = structure.nested.find(name);
+      const std::string& value = structure.parameters.at(name);
+      key += fmt::format("\n{}={}", name,
+                         nested != structure.nested.end() ? nested->second
+                         : number_in(value)               ? std::string("a number")
+                                                          : fmt::format("'{}'", value));
+    }
+    const auto [found, is_new] = place.try_emplace(key, families.size());
+    if (is_new) families.push_back({structure.method, structure.order, {}, {}});
+    Family& family = families[found->second];
+    for (const auto& [name, value] : structure.parameters) family.values[name].insert(value);
+    family.members.emplace_back(&row, std::move(structure));
+  }
+  std::vector<ParameterPoint> points;
+  for (const Family& family : families) {
+    const SpecStructure& first = family.members.front().second;
+    std::vector<std::string> varying;
+    std::string fixed;
+    const SpecStructure defaults = spec_structure(family.method);
+    for (const std::string& name : family.order) {
+      if (first.nested.contains(name)) continue;
+      if (family.values.at(name).size() > 1) {
+        varying.push_back(name);
+        continue;
+      }
+      const auto found = defaults.parameters.find(name);
+      const std::string& value = first.parameters.at(name);
+      if (found == defaults.parameters.end() || found->second != value) {
+        fixed += fmt::format("{}{}={}", fixed.empty() ? "" : ",", name, value);
+      }
+    }
+    if (varying.empty()) continue;
+    for (const auto& [row, structure] : family.members) {
+      ParameterPoint& point = points.emplace_back();
+      point.policy = row->key.policy;
+      point.method = fixed.empty() ? family.method : fmt::format("{}({})", family.method, fixed);
+      point.capacity_request = row->key.capacity_request;
+      point.mean = row->distribution.mean;
+      point.interval = row->interval;
+      for (const std::string& name : varying) {
+        point.parameters.emplace_back(name, *number_in(structure.parameters.at(name)));
+      }
+    }
+  }
+  return points;
+}
+
+}  // namespace kvreplay

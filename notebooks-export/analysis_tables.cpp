@@ -1,0 +1,566 @@
+#include "notebooks-export/analysis_tables.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+#include <set>
+#include <tuple>
+#include <utility>
+
+#include "analysis/findings.h"
+#include "base/printable.h"
+#include "notebooks-export/tables.h"
+
+namespace kvreplay {
+namespace {
+
+constexpr std::size_t kSpecWidth = 20;
+constexpr std::size_t kMostRows = 40;       // of a table
+constexpr std::size_t kMostCompared = 100;  // of the comparison, of which …
+constexpr std::size_t kBest = 60;           // … so many are the best of their places
+constexpr std::size_t kTextWidth = 110;
+
+// Rows of cells of which the first may be a spec that takes several lines.
+class TextTable {
+ public:
+  explicit TextTable(std::vector<std::string> head, std::size_t most = kMostRows)
+      : rows_{std::move(head)}, most_(most) {}
+
+  void add(const std::string& spec, const std::vector<std::string>& cells) {
+    if (++entries_ > most_) return;
+    const std::vector<std::string> lines = broken_spec(printable(spec), kSpecWidth);
+    std::vector<std::string> row = {lines.front()};
+    row.insert(row.end(), cells.begin(), cells.end());
+    rows_.push_back(std::move(row));
+    for (std::size_t i = 1; i < lines.size(); ++i) rows_.push_back({lines[i]});
+  }
+
+  bool empty() const { return entries_ == 0; }
+
+  // With its title; `left_out`: rows that were not added.
+  std::string text(const std::string& title, std::size_t left_out = 0) const {
+    left_out += entries_ > most_ ? entries_ - most_ : 0;
+    return fmt::format(
+        "{}\n{}{}\n", wrapped(title, 0, kTextWidth), aligned_table(rows_),
+        left_out == 0 ? ""
+                      : fmt::format("Not shown: {} more row{}; --csv has all.\n", left_out, left_out == 1 ? "" : "s"));
+  }
+
+ private:
+  std::vector<std::vector<std::string>> rows_;
+  std::size_t most_;
+  std::size_t entries_ = 0;
+};
+
+std::string plain(double number) { return std::isnan(number) ? "-" : fmt::format("{:.4f}", number); }
+
+std::string short_plain(double number) { return fmt::format("{:.3f}", number); }
+
+std::string with_sign(double number) { return std::isnan(number) ? "-" : fmt::format("{:+.4f}", number); }
+
+std::string percent(double share) { return std::isnan(share) ? "-" : fmt::format("{:.0f} %", 100 * share); }
+
+std::string signed_percent(double share) { return std::isnan(share) ? "-" : fmt::format("{:+.1f} %", 100 * share); }
+
+std::string probability(double p) { return std::isnan(p) ? "-" : p < 0.0005 ? "<0.001" : fmt::format("{:.3f}", p); }
+
+// A mean and how far the interval reaches from its middle to its ends.
+std::string with_spread(double mean, const Interval& interval) {
+  if (std::isnan(interval.low)) return plain(mean);
+  return fmt::format("{:.4f} ±{:.4f}", mean, (interval.high - interval.low) / 2);
+}
+
+std::string with_ends(double mean, const Interval& interval) {
+  if (std::isnan(interval.low)) return with_sign(mean);
+  return fmt::format("{:+.4f} [{:+.4f}, {:+.4f}]", mean, interval.low, interval.high);
+}
+
+std::string sure(const AnalysisOptions& options) { return fmt::format("{:.4g} %", 100 * options.bootstrap.confidence); }
+
+std::string marked(const std::string& policy, bool oracle) { return policy + (oracle ? " (ORACLE)" : ""); }
+
+bool keeps_all(const std::string& capacity) { return capacity == kAllPositions; }
+
+// Where a row of a comparison stands, whatever its policy.
+auto place_of(const GroupKey& key) {
+  return std::tie(key.capacity_request, key.trace, key.eviction_position, key.layer, key.head);
+}
+
+// Of many rows, those that one wants to see: the best of each place, and what they are compared with.
+std::vector<const ComparisonRow*> worth_showing(const std::vector<ComparisonRow>& rows, const std::string& baseline) {
+  std::vector<const ComparisonRow*> shown;
+  std::set<std::tuple<std::string, std::string, int, int, int>> places;
+  for (const ComparisonRow& row : rows) places.insert(place_of(row.key));
+  const std::size_t best = rows.size() <= kBest ? rows.size() : std::max<std::size_t>(3, kBest / places.size());
+  std::size_t rank = 0;
+  const ComparisonRow* before = nullptr;
+  for (const ComparisonRow& row : rows) {
+    if (before == nullptr || place_of(before->key) != place_of(row.key)) rank = 0;
+    before = &row;
+    if (rank++ < best || row.key.policy == baseline) shown.push_back(&row);
+  }
+  return shown;
+}
+
+struct KeyColumn {
+  std::string_view head;
+  bool Grouping::*chosen;
+  std::string (*text)(const GroupKey&);
+};
+
+constexpr std::array<KeyColumn, 6> kKeyColumns = {{
+    {"policy", &Grouping::policy, [](const GroupKey& key) { return key.policy; }},
+    {"capacity", &Grouping::capacity, [](const GroupKey& key) { return printable(key.capacity_request); }},
+    {"trace", &Grouping::trace, [](const GroupKey& key) { return printable(key.trace); }},
+    {"evicted at", &Grouping::eviction_position,
+     [](const GroupKey& key) { return std::to_string(key.eviction_position); }},
+    {"layer", &Grouping::layer, [](const GroupKey& key) { return std::to_string(key.layer); }},
+    {"head", &Grouping::head, [](const GroupKey& key) { return std::to_string(key.head); }},
+}};
+
+std::string keys_of(const Grouping& grouping) {
+  std::vector<std::string_view> names;
+  for (const KeyColumn& column : kKeyColumns) {
+    if (grouping.*column.chosen) names.push_back(column.head);
+  }
+  return fmt::format("{}", fmt::join(names, ", "));
+}
+
+std::string capitalized(std::string_view text) {
+  std::string result(text);
+  result.front() = static_cast<char>(std::toupper(static_cast<unsigned char>(result.front())));
+  return result;
+}
+
+std::string curve_text(const Analysis& analysis) {
+  const MeasureTraits& measure = traits_of(analysis.options.measure);
+  if (std::ranges::none_of(analysis.curves, [](const CapacityCurve& curve) { return curve.points.size() > 1; }))
+    return "";
+  std::vector<std::string> head = {"policy", "capacities", "mean over log2 kept"};
+  if (analysis.options.goal) head.push_back(fmt::format("kept for {:.4g}", *analysis.options.goal));
+  TextTable table(std::move(head));
+  for (const CapacityCurve& curve : analysis.curves) {
+    std::vector<std::string> cells;
+    cells.push_back(curve.points.size() == 1 ? printable(curve.points.front().capacity_request)
+                                             : fmt::format("{} to {}", printable(curve.points.front().capacity_request),
+                                                           printable(curve.points.back().capacity_request)));
+    cells.push_back(curve.area ? plain(*curve.area) : "-");
+    if (analysis.options.goal) {
+      cells.push_back(!curve.kept_for_goal
+                          ? "not reached"
+                          : fmt::format("{}{:.0f}", curve.reached_at_smallest ? "at most " : "", *curve.kept_for_goal));
+    }
+    table.add(marked(curve.policy, curve.oracle), cells);
+  }
+  return table.text(
+      fmt::format("{} against capacity: the mean height of the curve over log2 of the kept positions where "
+                  "all curves are{}.",
+                  capitalized(measure.noun), analysis.options.goal ? ", and how many positions the goal takes" : ""));
+}
+
+std::string steps_text(const Analysis& analysis) {
+  TextTable table(
+      {"change", "step", "capacity", fmt::format("difference [{}]", sure(analysis.options)), "of it", "wins", "p"});
+  std::set<std::string> references;
+  for (const StepEffect& effect : analysis.step_effects) {
+    if (effect.layer >= 0) continue;
+    references.insert(effect.reference);
+    table.add(effect.change, {effect.step, printable(effect.capacity_request),
+                              with_ends(effect.difference.mean, effect.difference.interval),
+                              signed_percent(effect.difference.relative), percent(effect.difference.wins),
+                              probability(effect.difference.adjusted)});
+  }
+  if (table.empty()) return "";
+  return table.text(fmt::format("What a single change does to the {} of {}, all else equal.",
+                                traits_of(analysis.options.measure).noun, fmt::join(references, ", ")));
+}
+
+std::string regret_text(const Analysis& analysis) {
+  TextTable table({"policy", "capacity", fmt::format("difference [{}]", sure(analysis.options)), "of the oracle's"});
+  for (const ComparisonRow& row : analysis.regret) {
+    table.add(marked(row.key.policy, row.oracle),
+              {printable(row.key.capacity_request), with_ends(row.difference->mean, row.difference->interval),
+               signed_percent(row.difference->relative)});
+  }
+  if (table.empty()) return "";
+  return table.text(fmt::format("Regret: {} in excess of {}, which looks ahead.",
+                                traits_of(analysis.options.measure).noun, analysis.oracle));
+}
+
+std::string overlap_text(const Analysis& analysis) {
+  std::vector<std::string> others;
+  if (!analysis.options.baseline.empty()) others.push_back(analysis.options.baseline);
+  if (!analysis.oracle.empty() && analysis.oracle != analysis.options.baseline) others.push_back(analysis.oracle);
+  std::map<std::tuple<std::string, std::string, std::string>, const PolicyOverlap*> found;
+  std::vector<std::pair<std::string, std::string>> order;
+  const auto is_whole = [&analysis](const std::string& policy) {
+    return std::ranges::find(analysis.settings, SettingKey{policy, std::string(kAllPositions)}) !=
+           analysis.settings.end();
+  };
+  for (const PolicyOverlap& overlap : analysis.overlaps) {
+    if (overlap.layer >= 0 || is_whole(overlap.policy) || std::ranges::find(others, overlap.other) == others.end())
+      continue;
+    found[{overlap.policy, overlap.capacity_request, overlap.other}] = &overlap;
+    const std::pair setting{overlap.policy, overlap.capacity_request};
+    if (std::ranges::find(order, setting) == order.end()) order.push_back(setting);
+  }
+  std::vector<std::string> head = {"policy", "capacity"};
+  for (const std::string& other : others) {
+    head.push_back(fmt::format("Jaccard, {}", other));
+    head.emplace_back("containment");
+  }
+  TextTable table(std::move(head));
+  for (const auto& [policy, capacity] : order) {
+    if (std::ranges::find(others, policy) != others.end() && others.size() == 1) continue;
+    std::vector<std::string> cells = {printable(capacity)};
+    for (const std::string& other : others) {
+      const auto overlap = found.find({policy, capacity, other});
+      const bool is_itself = policy == other;
+      cells.push_back(overlap == found.end() || is_itself ? "-" : plain(overlap->second->jaccard));
+      cells.push_back(overlap == found.end() || is_itself ? "-" : plain(overlap->second->containment));
+    }
+    table.add(policy, cells);
+  }
+  if (table.empty()) return "";
+  return table.text(
+      "Overlap of kept sets: Jaccard, and the share of the smaller set that the other also has; means over layers and "
+      "query heads.");
+}
+
+// Means of values that share a key, in the order of the keys' first values.
+template <class Key>
+class Means {
+ public:
+  void add(const Key& key, double value) {
+    const auto [place, is_new] = place_.try_emplace(key, order_.size());
+    if (is_new) order_.push_back({key, 0, 0});
+    auto& [name, sum, count] = order_[place->second];
+    sum += value;
+    ++count;
+  }
+  std::vector<std::pair<Key, double>> means() const {
+    std::vector<std::pair<Key, double>> found;
+    for (const auto& [key, sum, count] : order_) found.emplace_back(key, sum / count);
+    return found;
+  }
+  double mean(const Key& key) const {
+    const auto place = place_.find(key);
+    if (place == place_.end()) return std::nan("");
+    const auto& [name, sum, count] = order_[place->second];
+    return sum / count;
+  }
+
+ private:
+  std::vector<std::tuple<Key, double, int>> order_;
+  std::map<Key, std::size_t> place_;
+};
+
+std::string stability_text(const Analysis& analysis) {
+  using Key = std::tuple<std::string, std::string, int, int>;
+  Means<Key> jaccard;
+  Means<Key> returned;
+  for (const Stability& stability : analysis.stabilities) {
+    if (stability.layer >= 0) continue;
+    const Key key{stability.policy, stability.capacity_request, stability.from, stability.to};
+    jaccard.add(key, stability.jaccard);
+    returned.add(key, stability.returned);
+  }
+  TextTable table({"policy", "capacity", "evicted at", "and at", "Jaccard", "kept again"});
+  for (const auto& [key, mean] : jaccard.means()) {
+    const auto& [policy, capacity, from, to] = key;
+    table.add(policy, {printable(capacity), std::to_string(from), std::to_string(to), plain(mean),
+                       percent(returned.mean(key))});
+  }
+  if (table.empty()) return "";
+  return table.text(
+      "Stability: what is kept of the positions before an eviction when it comes later; kept again: the share of them "
+      "that the earlier eviction had dropped.");
+}
+
+std::string heads_text(const Analysis& analysis) {
+  using Key = std::pair<std::string, std::string>;
+  Means<Key> within;
+  Means<Key> between;
+  std::vector<Key> order;
+  for (const HeadOverlap& overlap : analysis.head_overlaps) {
+    if (overlap.layer >= 0) continue;
+    const Key key{overlap.policy, overlap.capacity_request};
+    (overlap.within_group ? within : between).add(key, overlap.jaccard);
+    if (std::ranges::find(order, key) == order.end()) order.push_back(key);
+  }
+  TextTable table({"policy", "capacity", "within groups", "between KV heads"});
+  for (const Key& key : order) {
+    table.add(key.first, {printable(key.second), plain(within.mean(key)), plain(between.mean(key))});
+  }
+  if (table.empty()) return "";
+  return table.text("How far the heads of a layer keep the same positions (Jaccard).");
+}
+
+constexpr int kDepths = 5;
+
+std::string span_text(const Analysis& analysis) {
+  using Key = std::tuple<std::string, std::string, int>;
+  Means<Key> recall;
+  std::vector<std::pair<std::string, std::string>> order;
+  for (const SpanRecall& each : analysis.span_recalls) {
+    if (each.layer >= 0 || keeps_all(each.capacity_request)) continue;
+    const int depth = std::min(kDepths - 1, static_cast<int>(each.depth * kDepths));
+    recall.add({each.policy, each.capacity_request, depth}, each.recall);
+    recall.add({each.policy, each.capacity_request, kDepths}, each.recall);
+    const std::pair setting{each.policy, each.capacity_request};
+    if (std::ranges::find(order, setting) == order.end()) order.push_back(setting);
+  }
+  std::vector<std::string> head = {"policy", "capacity", "all spans"};
+  for (int depth = 0; depth < kDepths; ++depth) {
+    head.push_back(fmt::format("{}-{} %", depth * 100 / kDepths, (depth + 1) * 100 / kDepths));
+  }
+  TextTable table(std::move(head));
+  for (const auto& [policy, capacity] : order) {
+    std::vector<std::string> cells = {printable(capacity), percent(recall.mean({policy, capacity, kDepths}))};
+    for (int depth = 0; depth < kDepths; ++depth) cells.push_back(percent(recall.mean({policy, capacity, depth})));
+    table.add(policy, cells);
+  }
+  if (table.empty()) return "";
+  return table.text("Span recall by where the span begins, as a share of the positions before the eviction.");
+}
+
+std::string rank_text(const Analysis& analysis) {
+  TextTable table({"policy", "capacity", "Spearman", "Kendall"});
+  for (const RankAgreement& agreement : analysis.rank_agreements) {
+    if (agreement.layer >= 0) continue;
+    table.add(agreement.policy,
+              {printable(agreement.capacity_request), plain(agreement.spearman), plain(agreement.kendall)});
+  }
+  if (table.empty()) return "";
+  return table.text("Rank agreement between scores and the attention of the evaluation queries.");
+}
+
+// A tidy table whose keys most sections leave empty.
+class Numbers {
+ public:
+  struct Key {
+    std::string section;
+    std::string policy;
+    std::string other = {};
+    std::string detail = {};
+    std::string capacity_request = {};
+    std::string trace = {};
+    int eviction_position = -1;
+    int layer = -1;
+    int head = -1;
+  };
+
+  void add(const Key& key, const std::string& quantity, double value, const Interval& interval = {}) {
+    table_.add({key.section, key.policy, key.other, key.detail, key.capacity_request, key.trace,
+                number_or_none(key.eviction_position), text_or_all(key.layer), text_or_all(key.head), quantity, value,
+                interval.low, interval.high});
+  }
+
+  void add(const Key& key, const PairedDifference& difference) {
+    add(key, "difference", difference.mean, difference.interval);
+    add(key, "relative difference", difference.relative);
+    add(key, "wins", difference.wins);
+    add(key, "p", difference.p_value);
+    add(key, "p corrected", difference.adjusted);
+    add(key, "pairs", difference.pairs);
+  }
+
+  DataTable take() { return std::move(table_); }
+
+ private:
+  static double number_or_none(int number) { return number < 0 ? std::nan("") : number; }
+  static std::string text_or_all(int number) { return number < 0 ? "all" : std::to_string(number); }
+
+  DataTable table_{{"section", "policy", "other", "detail", "capacity_request", "trace", "evict_at", "layer", "head",
+                    "quantity", "value", "low", "high"}};
+};
+
+void add_comparison(const std::vector<ComparisonRow>& rows, const AnalysisOptions& options, Numbers& numbers) {
+  for (const ComparisonRow& row : rows) {
+    Numbers::Key key{"comparison", row.key.policy};
+    key.detail = traits_of(options.measure).name;
+    key.capacity_request = row.key.capacity_request;
+    key.trace = row.key.trace;
+    key.eviction_position = row.key.eviction_position;
+    key.layer = row.key.layer;
+    key.head = row.key.head;
+    numbers.add(key, "traces", row.traces);
+    numbers.add(key, "kept", row.kept);
+    numbers.add(key, "kept share", row.kept_share);
+    numbers.add(key, "mean", row.distribution.mean, row.interval);
+    numbers.add(key, "median", row.distribution.median);
+    numbers.add(key, "p90", row.distribution.p90);
+    numbers.add(key, "worst", row.distribution.worst);
+    if (!row.difference) continue;
+    key.other = options.baseline;
+    numbers.add(key, *row.difference);
+  }
+}
+
+void add_retention(const Analysis& analysis, Numbers& numbers) {
+  for (const PolicyOverlap& each : analysis.overlaps) {
+    Numbers::Key key{"overlap", each.policy, each.other};
+    key.capacity_request = each.capacity_request;
+    key.layer = each.layer;
+    numbers.add(key, "Jaccard", each.jaccard);
+    numbers.add(key, "containment", each.containment);
+  }
+  for (const HeadOverlap& each : analysis.head_overlaps) {
+    Numbers::Key key{"overlap of heads", each.policy, "", each.within_group ? "within groups" : "between KV heads"};
+    key.capacity_request = each.capacity_request;
+    key.layer = each.layer;
+    numbers.add(key, "Jaccard", each.jaccard);
+  }
+  for (const Stability& each : analysis.stabilities) {
+    Numbers::Key key{"stability", each.policy, "", fmt::format("from {} to {}", each.from, each.to)};
+    key.capacity_request = each.capacity_request;
+    key.trace = each.trace;
+    key.eviction_position = each.from;
+    key.layer = each.layer;
+    numbers.add(key, "Jaccard", each.jaccard);
+    numbers.add(key, "kept again", each.returned);
+  }
+  for (const SpanRecall& each : analysis.span_recalls) {
+    Numbers::Key key{"span recall", each.policy, "", each.label};
+    key.capacity_request = each.capacity_request;
+    key.trace = each.trace;
+    key.eviction_position = each.eviction_position;
+    key.layer = each.layer;
+    numbers.add(key, "depth", each.depth);
+    numbers.add(key, "recall", each.recall);
+  }
+  for (const RankAgreement& each : analysis.rank_agreements) {
+    Numbers::Key key{"rank agreement", each.policy};
+    key.capacity_request = each.capacity_request;
+    key.layer = each.layer;
+    numbers.add(key, "Spearman", each.spearman);
+    numbers.add(key, "Kendall", each.kendall);
+  }
+}
+
+}  // namespace
+
+std::string analysis_headline(std::span<const StoredResult> results) {
+  std::set<std::string> traces;
+  std::vector<std::string> models;
+  std::set<int> evictions;
+  std::set<std::pair<std::string, int>> queries;
+  for (const StoredResult& result : results) {
+    traces.insert(result.trace);
+    evictions.insert(result.eviction_position);
+    for (const int position : result.evaluation_positions) queries.emplace(result.trace, position);
+    std::string model = fmt::format("{}: {} layers, {} query heads on {} KV heads", printable(result.model),
+                                    result.num_layers, result.num_query_heads, result.num_kv_heads);
+    if (std::ranges::find(models, model) == models.end()) models.push_back(std::move(model));
+  }
+  const std::string of_models = models.size() == 1 ? models.front() : fmt::format("{} models", models.size());
+  std::string text = fmt::format(
+      "{} trace{} of {}; evicted at {}, {} evaluation quer{}", traces.size(), traces.size() == 1 ? "" : "s", of_models,
+      evictions.size() == 1 ? fmt::format("{}", *evictions.begin())
+                            : fmt::format("{} to {}", *evictions.begin(), *evictions.rbegin()),
+      queries.size(), queries.size() == 1 ? "y" : "ies");
+  if (models.size() == 1) return text;
+  for (const std::string& model : models) text += fmt::format("\n  {}", model);
+  return text;
+}
+
+std::string comparison_text(const std::vector<ComparisonRow>& rows, const Grouping& grouping,
+                            const AnalysisOptions& options) {
+  const MeasureTraits& measure = traits_of(options.measure);
+  std::string baseline;
+  for (const ComparisonRow& row : rows) {
+    if (row.difference) baseline = options.baseline;
+  }
+  std::vector<std::string> head;
+  for (const KeyColumn& column : kKeyColumns) {
+    if (grouping.*column.chosen) head.emplace_back(column.head);
+  }
+  // The measure is told in the title.
+  for (const char* name : {"mean", "median", "p90", "worst"}) head.emplace_back(name);
+  if (!baseline.empty()) {
+    head.push_back(fmt::format("difference [{}]", sure(options)));
+    head.emplace_back("wins");
+    head.emplace_back("p");
+  }
+  TextTable table(std::move(head), kMostCompared);
+  const std::vector<const ComparisonRow*> shown = worth_showing(rows, baseline);
+  for (const ComparisonRow* row : shown) {
+    std::vector<std::string> keys;
+    for (const KeyColumn& column : kKeyColumns) {
+      if (grouping.*column.chosen) keys.push_back(column.text(row->key));
+    }
+    if (grouping.policy) keys.front() = marked(keys.front(), row->oracle);
+    std::vector<std::string> cells(keys.begin() + 1, keys.end());
+    cells.push_back(with_spread(row->distribution.mean, row->interval));
+    cells.push_back(short_plain(row->distribution.median));
+    cells.push_back(short_plain(row->distribution.p90));
+    cells.push_back(short_plain(row->distribution.worst));
+    if (row->difference) {
+      cells.push_back(with_ends(row->difference->mean, row->difference->interval));
+      cells.push_back(percent(row->difference->wins));
+      cells.push_back(probability(row->difference->adjusted));
+    } else if (!baseline.empty()) {
+      cells.insert(cells.end(), {row->key.policy == baseline ? "baseline" : "-", "-", "-"});
+    }
+    table.add(keys.front(), cells);
+  }
+  std::string title = fmt::format("{} by {}", capitalized(measure.noun), keys_of(grouping));
+  if (grouping.policy) title += ", best first";
+  if (!baseline.empty()) title += fmt::format("; difference from {}, in pairs", baseline);
+  return table.text(title + ".", rows.size() - shown.size());
+}
+
+std::string analysis_text(const Analysis& analysis) {
+  constexpr std::size_t kFindings = 6;
+  std::string text;
+  for (const std::string& finding : findings(analysis, kFindings)) {
+    std::string lines = wrapped(printable(finding), 2, kTextWidth);
+    lines.front() = '-';
+    text += lines;
+  }
+  if (!text.empty()) text += '\n';
+  text += comparison_text(analysis.comparison, Grouping{}, analysis.options);
+  for (const auto& section :
+       {curve_text, steps_text, regret_text, overlap_text, heads_text, stability_text, span_text, rank_text}) {
+    text += section(analysis);
+  }
+  return text;
+}
+
+DataTable comparison_numbers(const std::vector<ComparisonRow>& rows, const AnalysisOptions& options) {
+  Numbers numbers;
+  add_comparison(rows, options, numbers);
+  return numbers.take();
+}
+
+DataTable analysis_numbers(const Analysis& analysis) {
+  Numbers numbers;
+  add_comparison(analysis.comparison, analysis.options, numbers);
+  const std::string measure(traits_of(analysis.options.measure).name);
+  for (const CapacityCurve& curve : analysis.curves) {
+    const Numbers::Key key{"capacity", curve.policy, "", measure};
+    if (curve.area) numbers.add(key, "mean over log2 kept", *curve.area);
+    if (analysis.options.goal) numbers.add(key, "goal", *analysis.options.goal);
+    if (curve.kept_for_goal)
+      numbers.add(key, curve.reached_at_smallest ? "most kept for goal" : "kept for goal", *curve.kept_for_goal);
+  }
+  for (const StepEffect& effect : analysis.step_effects) {
+    Numbers::Key key{"step", effect.changed, effect.reference, fmt::format("{}: {}", effect.step, effect.change)};
+    key.capacity_request = effect.capacity_request;
+    key.layer = effect.layer;
+    numbers.add(key, effect.difference);
+  }
+  for (const ComparisonRow& row : analysis.regret) {
+    Numbers::Key key{"regret", row.key.policy, analysis.oracle, measure};
+    key.capacity_request = row.key.capacity_request;
+    numbers.add(key, *row.difference);
+  }
+  add_retention(analysis, numbers);
+  return numbers.take();
+}
+
+}  // namespace kvreplay

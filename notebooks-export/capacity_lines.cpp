@@ -1,0 +1,63 @@
+#include "notebooks-export/capacity_lines.h"
+
+#include <cmath>
+#include <set>
+
+namespace kvreplay {
+
+void draw_capacity_lines(Figure& figure, const FigureStyle& style, const std::string& column,
+                         const std::string& title) {
+  std::set<double> ticks;
+  for (const std::vector<Cell>& row : figure.table.rows()) ticks.insert(std::round(std::get<double>(row[2])));
+  const std::vector<std::string> present = distinct(figure.table, "policy");
+  const std::vector<std::string> policies = style.some_of(present, present.size());
+  Json& spec = figure.spec;
+  spec.update(Json::parse(R"json({
+    "autosize": {"type": "fit-x", "contains": "padding"},
+    "encoding": {
+      "x": {
+        "field": "kept", "type": "quantitative",
+        "scale": {"type": "log", "base": 2, "nice": false},
+        "axis": {"title": "positions kept per head (log scale)", "format": "d", "labelOverlap": "greedy"}
+      }
+    },
+    "layer": [
+      {
+        "mark": {"type": "rule"},
+        "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
+      },
+      {
+        "mark": {"type": "line"},
+        "encoding": {"y": {"type": "quantitative", "scale": {"zero": false}}}
+      },
+      {
+        "mark": {"type": "point"},
+        "encoding": {
+          "y": {"type": "quantitative"},
+          "tooltip": [
+            {"field": "policy"}, {"field": "capacity"},
+            {"field": "kept", "type": "quantitative", "title": "kept per head", "format": ".1f"},
+            {"field": "low", "type": "quantitative", "format": ".4f"},
+            {"field": "high", "type": "quantitative", "format": ".4f"}
+          ]
+        }
+      }
+    ]
+  })json"));
+  spec["width"] = style.width();
+  spec["height"] = 0.6 * style.width();
+  spec["encoding"]["x"]["axis"]["values"] = ticks;
+  spec["encoding"]["x"]["scale"]["padding"] = style.font();
+  spec["encoding"]["color"] = style.colour(policies);
+  spec["layer"][0]["encoding"]["y"]["title"] = title;
+  spec["layer"][1]["encoding"]["y"]["field"] = column;
+  spec["layer"][1]["encoding"]["strokeDash"] = style.dash(policies);
+  Json& points = spec["layer"][2]["encoding"];
+  points["y"]["field"] = column;
+  points["shape"] = style.shape(policies);
+  points["tooltip"].insert(points["tooltip"].begin() + 3,
+                           Json{{"field", column}, {"type", "quantitative"}, {"format", ".4f"}});
+  filterable(spec, {"policy"});
+}
+
+}  // namespace kvreplay

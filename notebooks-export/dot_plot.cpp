@@ -1,0 +1,77 @@
+#include "notebooks-export/dot_plot.h"
+
+#include <algorithm>
+#include <array>
+
+namespace kvreplay {
+
+std::vector<std::string> spread(const std::vector<std::string>& capacities, std::size_t most) {
+  if (capacities.size() <= most) return capacities;
+  std::vector<std::string> chosen;
+  for (std::size_t i = 0; i < most; ++i) {
+    chosen.push_back(capacities[i * (capacities.size() - 1) / (most - 1)]);
+  }
+  return chosen;
+}
+
+void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
+  // Dark to light, and of a hue that no policy has alone: a capacity is not a policy.
+  constexpr std::array kShades = {"#440154", "#31688e", "#35b779", "#b8a800"};
+  constexpr std::array kShapes = {"circle", "square", "triangle-up", "diamond"};
+  const std::size_t fit = style.characters_in(0.42 * style.width());
+  const auto rows = std::max<double>(static_cast<double>(plot.capacities.size()),
+                                     static_cast<double>(FigureStyle::most_lines(plot.subjects, fit)));
+  Json colours = Json::array();
+  Json shapes = Json::array();
+  for (std::size_t i = 0; i < plot.capacities.size(); ++i) {
+    colours.push_back(kShades[plot.capacities.size() == 1 ? 1 : i % kShades.size()]);
+    shapes.push_back(kShapes[i % kShapes.size()]);
+  }
+  spec.update(Json::parse(R"json({
+    "autosize": {"type": "fit-x", "contains": "padding"},
+    "encoding": {
+      "y": {"type": "nominal", "axis": {"title": null, "grid": true, "tickBand": "extent", "domain": false}},
+      "yOffset": {"field": "capacity", "type": "nominal"},
+      "color": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}}
+    },
+    "layer": [
+      {"mark": {"type": "rule", "color": "#888888"},
+       "encoding": {"x": {"datum": 0, "type": "quantitative"}, "y": null, "yOffset": null, "color": null}},
+      {"mark": {"type": "rule"},
+       "encoding": {"x": {"field": "low", "type": "quantitative"}, "x2": {"field": "high"}}},
+      {"mark": {"type": "point", "filled": false},
+       "encoding": {
+         "x": {"field": "difference", "type": "quantitative"},
+         "fillOpacity": {"condition": {"test": "datum.sure === 'yes'", "value": 1}, "value": 0},
+         "fill": {"field": "capacity", "type": "nominal", "legend": null},
+         "shape": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}},
+         "tooltip": [
+           {"field": "capacity"},
+           {"field": "difference", "type": "quantitative", "format": "+.4f"},
+           {"field": "low", "type": "quantitative", "format": "+.4f"},
+           {"field": "high", "type": "quantitative", "format": "+.4f"},
+           {"field": "sure", "title": "interval excludes 0, corrected"}
+         ]
+       }}
+    ]
+  })json"));
+  spec["width"] = style.width();
+  spec["height"] = {{"step", std::max(1.15 * style.font() * rows + 0.4 * style.font(), 1.6 * style.font())},
+                    {"for", "position"}};
+  Json& encoding = spec["encoding"];
+  encoding["y"]["field"] = plot.subject;
+  encoding["y"]["sort"] = plot.subjects;
+  encoding["y"]["axis"]["labelExpr"] = style.label_expression(plot.subjects, fit);
+  encoding["y"]["axis"]["labelLineHeight"] = style.line();
+  encoding["yOffset"]["sort"] = plot.capacities;
+  encoding["color"]["scale"] = {{"domain", plot.capacities}, {"range", colours}};
+  encoding["color"]["sort"] = plot.capacities;
+  spec["layer"][1]["encoding"]["x"]["title"] = plot.title;
+  Json& dots = spec["layer"][2]["encoding"];
+  dots["fill"]["scale"] = encoding["color"]["scale"];
+  dots["shape"]["scale"] = {{"domain", plot.capacities}, {"range", shapes}};
+  dots["tooltip"].insert(dots["tooltip"].begin(), Json{{"field", plot.subject}});
+  if (plot.capacities.size() == 1) encoding.erase("yOffset");
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,43 @@
+// Figures: each answers one question with one table and one declarative spec.
+#pragma once
+
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "analysis/analysis.h"
+#include "notebooks-export/data_table.h"
+
+namespace kvreplay {
+
+enum class Theme { paper, screen };
+
+/// A figure that was drawn up. Its spec is Vega-Lite without data; the table is what it draws.
+struct Figure {
+  std::string name;      ///< of its files: "error-against-capacity"
+  std::string question;  ///< its title: "How much error does each policy make at each capacity?"
+  std::string caption;   ///< what is to be seen, with units, what was averaged over, and what was thinned
+  nlohmann::ordered_json spec;
+  DataTable table{{}};
+};
+
+/// A kind of figure: one per file of notebooks-export/figures/, which registers itself there.
+struct FigureKind {
+  std::string name;
+  std::string question;
+  std::string needs;  ///< what a report lacks where it cannot be drawn: "results at two capacities or more"
+  int order = 0;      ///< place in the report
+  /// The figure, or one with an empty table where the analysis has nothing for it.
+  std::function<Figure(const Analysis&, Theme)> draw;
+};
+
+class FigureRegistration {
+ public:
+  explicit FigureRegistration(FigureKind kind);
+};
+
+/// All kinds in their order.
+std::vector<const FigureKind*> figure_kinds();
+
+}  // namespace kvreplay

@@ -1,0 +1,71 @@
+// Depth × capacity heat maps: what survives of annotated spans.
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "notebooks-export/figure_style.h"
+#include "notebooks-export/span_cells.h"
+
+namespace kvreplay {
+namespace {
+
+Figure draw(const Analysis& analysis, Theme theme) {
+  const FigureStyle style(analysis, theme);
+  Figure figure;
+  figure.name = "needle-depth";
+  figure.question = "Does what matters survive, wherever in the prompt it stands?";
+  std::vector<SpanCell> cells = span_cells(analysis, style, false);
+  const std::vector<std::string> policies = policies_of(style, cells);
+  figure.table = DataTable({"policy", "capacity", "depth", "recall", "spans"});
+  for (const SpanCell& cell : cells) {
+    if (std::ranges::find(policies, cell.policy) == policies.end()) continue;
+    figure.table.add({cell.policy, cell.capacity_request, cell.depth, cell.recall, static_cast<double>(cell.spans)});
+  }
+  if (figure.table.empty()) return figure;
+  figure.caption = fmt::format(
+      "Share of an annotated span's positions that is kept, by where in the prompt it begins (0 % is the beginning); "
+      "mean "
+      "over spans, layers and query heads.{} Shown: {} of {} policies.",
+      style.left_out(), policies.size(), style.policies().size());
+  Json& spec = figure.spec = style.spec(figure.question, figure.caption);
+  const std::size_t columns = policies.size() == 1 ? 1 : policies.size() == 2 ? 2 : 3;
+  const double labels = 8 * style.font();
+  const double panel =
+      (style.width() - labels - static_cast<double>(columns - 1) * style.font()) / static_cast<double>(columns);
+  const std::vector<std::string> depths = depths_of(cells);
+  spec.update(Json::parse(R"json({
+    "facet": {"field": "policy", "type": "nominal", "header": {"title": null}},
+    "spec": {
+      "mark": {"type": "rect"},
+      "encoding": {
+        "x": {"field": "capacity", "type": "nominal", "axis": {"title": "capacity", "labelAngle": -90}},
+        "y": {"field": "depth", "type": "nominal", "axis": {"title": "depth in the prompt"}},
+        "color": {"field": "recall", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
+                  "legend": {"title": "share kept of the spans", "direction": "horizontal", "format": ".0%"}},
+        "tooltip": [
+          {"field": "policy"}, {"field": "capacity"}, {"field": "depth"},
+          {"field": "recall", "type": "quantitative", "format": ".1%"},
+          {"field": "spans", "type": "quantitative", "format": "d"}
+        ]
+      }
+    }
+  })json"));
+  spec["columns"] = columns;
+  spec["facet"]["sort"] = policies;
+  spec["facet"]["header"]["labelExpr"] = style.label_expression(policies, style.characters_in(panel));
+  spec["spec"]["width"] = panel;
+  spec["spec"]["height"] = 1.3 * style.font() * static_cast<double>(std::max<std::size_t>(depths.size(), 3));
+  spec["spec"]["encoding"]["x"]["sort"] = style.capacities();
+  spec["spec"]["encoding"]["y"]["sort"] = depths;
+  filterable(spec, {"policy", "capacity"});
+  return figure;
+}
+
+const FigureRegistration registration({.name = "needle-depth",
+                                       .question = "Does what matters survive, wherever in the prompt it stands?",
+                                       .needs = "traces with annotated spans (capture --spans)",
+                                       .order = 180,
+                                       .draw = draw});
+
+}  // namespace
+}  // namespace kvreplay

@@ -1,0 +1,199 @@
+// What each numeric parameter changes: a panel per parameter, a line per capacity.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+#include <set>
+#include <tuple>
+
+#include "notebooks-export/dot_plot.h"
+#include "notebooks-export/figure_style.h"
+
+namespace kvreplay {
+namespace {
+
+constexpr std::size_t kCapacities = 4;
+constexpr std::size_t kMostPanels = 8;
+constexpr std::size_t kMostLines = 40;  // of single settings, behind the mean
+
+// The settings that differ in one parameter alone: by what they agree in.
+using Group = std::map<double, const ParameterPoint*>;
+
+struct Panel {
+  std::string method;
+  std::string parameter;
+  std::set<double> values;
+  std::map<std::pair<std::string, std::string>, Group> groups;  // by capacity, and what all other parameters are
+};
+
+std::string others_of(const ParameterPoint& point, const std::string& parameter) {
+  std::string text;
+  for (const auto& [name, value] : point.parameters) {
+    if (name != parameter) text += fmt::format("{}{}={}", text.empty() ? "" : ", ", name, value);
+  }
+  return text;
+}
+
+std::vector<Panel> panels_of(const std::vector<ParameterPoint>& points, const std::vector<std::string>& capacities) {
+  std::vector<Panel> panels;
+  for (const ParameterPoint& point : points) {
+    if (std::ranges::find(capacities, point.capacity_request) == capacities.end()) continue;
+    for (const auto& [name, value] : point.parameters) {
+      auto found = std::ranges::find_if(
+          panels, [&](const Panel& panel) { return panel.method == point.method && panel.parameter == name; });
+      if (found == panels.end()) found = panels.insert(panels.end(), {point.method, name, {}, {}});
+      found->values.insert(value);
+      found->groups[{point.capacity_request, others_of(point, name)}][value] = &point;
+    }
+  }
+  std::erase_if(panels, [](const Panel& panel) { return panel.values.size() < 2; });
+  return panels;
+}
+
+// So that all values of a line are averaged over the same other parameters.
+bool is_whole(const Panel& panel, const Group& group) { return group.size() == panel.values.size(); }
+
+Figure draw(const Analysis& analysis, Theme theme) {
+  const FigureStyle style(analysis, theme);
+  const std::string measure(traits_of(analysis.options.measure).noun);
+  Figure figure;
+  figure.name = "parameter-curves";
+  const std::vector<std::string> capacities = spread(style.capacities(), kCapacities);
+  std::vector<Panel> panels = panels_of(analysis.parameter_points, capacities);
+  std::erase_if(panels, [](const Panel& panel) {
+    return std::ranges::none_of(panel.groups, [&](const auto& entry) { return is_whole(panel, entry.second); });
+  });
+  std::string left_out;
+  if (panels.size() > kMostPanels) {
+    left_out = fmt::format(" The first {} of {} parameters.", kMostPanels, panels.size());
+    panels.resize(kMostPanels);
+  }
+  figure.table = DataTable({"method", "parameter", "value", "capacity", "others", "mean", "low", "high"});
+  bool averaged = false;
+  bool thinned = false;
+  for (const Panel& panel : panels) {
+    struct Sum {
+      double sum = 0;
+      int count = 0;
+      Interval interval;
+    };
+    std::map<std::pair<std::string, double>, Sum> sums;
+    std::map<std::string, std::size_t> lines;  // of each capacity
+    for (const auto& [key, group] : panel.groups) {
+      if (!is_whole(panel, group)) continue;
+      ++lines[key.first];
+      for (const auto& [value, point] : group) {
+        Sum& sum = sums[{key.first, value}];
+        sum.sum += point->mean;
+        ++sum.count;
+        sum.interval = point->interval;
+      }
+    }
+    for (const auto& [key, sum] : sums) {
+      const bool single = sum.count == 1;
+      averaged = averaged || !single;
+      figure.table.add({panel.method, panel.parameter, key.second, key.first, std::string("mean"),
+                        rounded(sum.sum / sum.count), single ? sum.interval.low : std::nan(""),
+                        single ? sum.interval.high : std::nan("")});
+    }
+    std::map<std::string, std::size_t> drawn;
+    for (const auto& [key, group] : panel.groups) {
+      if (!is_whole(panel, group) || lines[key.first] < 2) continue;
+      if (++drawn[key.first] > kMostLines) {
+        thinned = true;
+        continue;
+      }
+      for (const auto& [value, point] : group) {
+        figure.table.add({panel.method, panel.parameter, value, key.first, key.second, rounded(point->mean),
+                          std::nan(""), std::nan("")});
+      }
+    }
+  }
+  if (figure.table.empty()) return figure;
+  std::set<std::string> methods;
+  for (const Panel& panel : panels) methods.insert(panel.method);
+  figure.question = methods.size() == 1 ? fmt::format("What do the parameters of {} change?", *methods.begin())
+                                        : "What do the parameters of each method change?";
+  figure.caption = fmt::format("The {} against each parameter that was varied.{} {} {}{}{}", measure,
+                               averaged ? " Thick: mean over all settings of the other parameters; thin: each of these."
+                                        : " Bars: bootstrap intervals.",
+                               about_means(analysis, "layers, heads and evaluation queries"), left_out,
+                               thinned ? fmt::format(" Of the thin lines, {} per capacity are drawn.", kMostLines) : "",
+                               panels.size() > 1 ? " The panels share the vertical scale." : "");
+  Json& spec = figure.spec = style.spec(figure.question, figure.caption);
+  constexpr std::array kShades = {"#440154", "#31688e", "#35b779", "#b8a800"};
+  Json colours = Json::array();
+  for (std::size_t i = 0; i < capacities.size(); ++i) colours.push_back(kShades[capacities.size() == 1 ? 1 : i]);
+  const std::size_t columns = panels.size() == 1 ? 1 : 2;
+  const double width = (style.width() - 6) / static_cast<double>(columns) - 5.2 * style.font();
+  spec["columns"] = columns;
+  spec["concat"] = Json::array();
+  for (const Panel& panel : panels) {
+    Json drawn = Json::parse(R"json({
+      "encoding": {
+        "x": {"field": "value", "type": "quantitative", "axis": {"labelOverlap": "greedy", "format": "~g", "grid": false}},
+        "color": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}}
+      },
+      "layer": [
+        {"transform": [{"filter": "datum.others !== 'mean'"}],
+         "mark": {"type": "line", "opacity": 0.35},
+         "encoding": {"y": {"field": "mean", "type": "quantitative", "scale": {"zero": false}},
+                      "detail": {"field": "others", "type": "nominal"}}},
+        {"transform": [{"filter": "isValid(datum.low)"}],
+         "mark": {"type": "rule"},
+         "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}},
+        {"transform": [{"filter": "datum.others === 'mean'"}],
+         "mark": {"type": "line"},
+         "encoding": {"y": {"field": "mean", "type": "quantitative"}}},
+        {"transform": [{"filter": "datum.others === 'mean'"}],
+         "mark": {"type": "point"},
+         "encoding": {
+           "y": {"field": "mean", "type": "quantitative"},
+           "shape": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}},
+           "tooltip": [
+             {"field": "parameter"}, {"field": "value", "type": "quantitative"}, {"field": "capacity"},
+             {"field": "mean", "type": "quantitative", "format": ".4f"}
+           ]}}
+      ]
+    })json");
+    drawn["transform"] = {{{"filter", fmt::format("datum.method === {} && datum.parameter === {}",
+                                                  Json(panel.method).dump(), Json(panel.parameter).dump())}}};
+    drawn["width"] = width;
+    drawn["height"] = columns == 1 ? 0.5 * style.width() : 0.8 * width;
+    Json& x = drawn["encoding"]["x"];
+    x["axis"]["values"] = panel.values;
+    x["axis"]["title"] = methods.size() == 1 ? panel.parameter : fmt::format("{}: {}", panel.method, panel.parameter);
+    const double least = *panel.values.begin();
+    const double most = *panel.values.rbegin();
+    constexpr double kLogFrom = 20;  // a ratio of which equal steps would crowd the small values
+    if (least > 0 && most / least >= kLogFrom) {
+      x["scale"] = {{"type", "log"}, {"nice", false}};
+    } else {
+      x["scale"] = {{"zero", false}, {"nice", false}};
+    }
+    x["scale"]["padding"] = 0.7 * style.font();
+    drawn["encoding"]["color"]["scale"] = {{"domain", capacities}, {"range", colours}};
+    drawn["layer"][0]["mark"]["strokeWidth"] = style.font() / 14;
+    const std::string title = panels.size() == 1 ? axis_title(analysis.options.measure) : measure;
+    for (std::size_t i = 0; i < 4; ++i) drawn["layer"][i]["encoding"]["y"]["title"] = title;
+    drawn["layer"][3]["encoding"]["shape"]["scale"] = {
+        {"domain", capacities}, {"range", Json::array({"circle", "square", "triangle-up", "diamond"})}};
+    drawn["layer"][3]["encoding"]["shape"]["scale"]["range"].get_ref<Json::array_t&>().resize(capacities.size());
+    spec["concat"].push_back(std::move(drawn));
+  }
+  spec["resolve"]["scale"]["y"] = "shared";
+  filterable(spec, {"capacity"});
+  return figure;
+}
+
+const FigureRegistration registration({.name = "parameter-curves",
+                                       .question = "What do the parameters of each method change?",
+                                       .needs = "settings of a method that differ in a number, such as "
+                                                "restkv(alpha={0.1:0.9:0.2})",
+                                       .order = 100,
+                                       .draw = draw});
+
+}  // namespace
+}  // namespace kvreplay

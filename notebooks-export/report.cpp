@@ -1,0 +1,160 @@
+#include "notebooks-export/report.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <array>
+#include <fstream>
+#include <string_view>
+#include <system_error>
+
+#include "analysis/findings.h"
+#include "base/error.h"
+#include "base/file_text.h"
+#include "base/output_file.h"
+#include "base/printable.h"
+#include "notebooks-export/figure_style.h"
+#include "notebooks-export/page.h"
+#include "notebooks-export/renderer.h"
+#include "policy/parameter.h"
+
+namespace kvreplay {
+namespace {
+
+constexpr std::size_t kFindings = 3;
+
+// Throws unless `folder` does not exist, or may be replaced: with the user's word, and only by what is nothing else's.
+void check_place(const std::filesystem::path& folder, bool force) {
+  std::error_code failure;
+  if (!std::filesystem::is_directory(folder, failure)) return;  // of a file OutputFolder complains
+  std::vector<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, failure)) {
+    names.push_back(entry.path().filename().string());
+  }
+  if (failure) throw Error(fmt::format("{}: cannot be read: {}", folder.string(), failure.message()));
+  if (names.empty()) return;
+  std::string beginning(std::string_view(kReportMarker).size(), '\0');
+  std::ifstream page(folder / "index.html", std::ios::binary);
+  page.read(beginning.data(), static_cast<std::streamsize>(beginning.size()));
+  if (!page || beginning != kReportMarker) {
+    throw Error(
+        fmt::format("{}: exists and is no report, so it is not replaced; name another folder", folder.string()));
+  }
+  if (!force) throw Error(fmt::format("{}: exists; name another folder, or replace it with --force", folder.string()));
+  constexpr std::array kOurs = {"index.html", "figures", "tables", "notebook.ipynb", ".ipynb_checkpoints"};
+  std::ranges::sort(names);
+  for (const std::string& name : names) {
+    if (std::ranges::find(kOurs, name) == kOurs.end()) {
+      throw Error(
+          fmt::format("{}: holds {} beside a report, so it is not replaced; move that away, or name another folder",
+                      folder.string(), printable(name)));
+    }
+  }
+}
+
+std::vector<const FigureKind*> chosen_kinds(const std::vector<std::string>& only) {
+  const std::vector<const FigureKind*> all = figure_kinds();
+  if (only.empty()) return all;
+  std::vector<std::string> names;
+  for (const FigureKind* kind : all) names.push_back(kind->name);
+  for (const std::string& name : only) {
+    if (std::ranges::find(names, name) == names.end()) {
+      throw UsageError(fmt::format("no figure is called '{}'.{} Figures: {}", name, suggestion(name, names),
+                                   fmt::join(names, ", ")));
+    }
+  }
+  std::vector<const FigureKind*> chosen;
+  for (const FigureKind* kind : all) {
+    if (std::ranges::find(only, kind->name) != only.end()) chosen.push_back(kind);
+  }
+  return chosen;
+}
+
+// How the table is read where it stands beside the spec: types said, since "128" may be a capacity and so a text.
+Json data_of(const Figure& figure) {
+  Json types = Json::object();
+  for (std::size_t i = 0; i < figure.table.columns().size(); ++i) {
+    types[figure.table.columns()[i]] = figure.table.is_text(i) ? "string" : "number";
+  }
+  return {{"url", fmt::format("../tables/{}.csv", figure.name)},
+          {"format", {{"type", "csv"}, {"parse", std::move(types)}}}};
+}
+
+std::string base64(std::string_view bytes) {
+  constexpr std::string_view kDigits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  std::string text;
+  text.reserve((bytes.size() + 2) / 3 * 4);
+  for (std::size_t at = 0; at < bytes.size(); at += 3) {
+    unsigned group = 0;
+    for (std::size_t i = 0; i < 3; ++i) {
+      group = group << 8 | (at + i < bytes.size() ? static_cast<unsigned char>(bytes[at + i]) : 0U);
+    }
+    for (std::size_t i = 0; i < 4; ++i) {
+      text += at + i <= bytes.size() ? kDigits[(group >> (18 - 6 * i)) & 0x3F] : '=';
+    }
+  }
+  return text;
+}
+
+std::string title_of(const Analysis& analysis) {
+  std::vector<std::string> models;
+  for (const TraceOverview& trace : analysis.traces) {
+    if (std::ranges::find(models, trace.model) == models.end()) models.push_back(trace.model);
+  }
+  return fmt::format("KV-cache eviction on {}", fmt::join(models, ", "));
+}
+
+}  // namespace
+
+ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& analysis,
+                           const ReportOptions& options) {
+  const std::vector<const FigureKind*> kinds = chosen_kinds(options.only);
+  check_place(folder, options.force);
+  OutputFolder output(folder);
+  const std::filesystem::path& place = output.temporary();
+
+  ReportOutcome outcome;
+  PageContent content;
+  content.title = options.title.empty() ? title_of(analysis) : options.title;
+  content.findings = findings(analysis, kFindings);
+  std::vector<Figure> figures;
+  std::vector<Figure> of_page;
+  for (const FigureKind* kind : kinds) {
+    Figure figure = kind->draw(analysis, options.theme);
+    if (figure.table.empty()) {
+      outcome.left_out.push_back(fmt::format("{}: {}", kind->name, kind->needs));
+      content.left_out.push_back(fmt::format("{} It needs {}.", kind->question, kind->needs));
+      continue;
+    }
+    outcome.figures.push_back(figure.name);
+    of_page.push_back(options.theme == Theme::screen ? figure : kind->draw(analysis, Theme::screen));
+    figures.push_back(std::move(figure));
+  }
+
+  std::filesystem::create_directory(place / "figures");
+  std::filesystem::create_directory(place / "tables");
+  for (const Figure& figure : figures) {
+    Json spec = figure.spec;
+    spec["data"] = data_of(figure);
+    OutputFile::write_text(place / "figures" / (figure.name + ".vl.json"),
+                           spec.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
+    OutputFile::write_text(place / "tables" / (figure.name + ".csv"), figure.table.csv());
+  }
+
+  std::vector<std::string> pictures;
+  if (const std::optional<Renderer> renderer = Renderer::find(options.python, outcome.missing)) {
+    renderer->draw(place, outcome.figures);
+    content.javascript = renderer->javascript();
+    for (const Figure& figure : figures) {
+      pictures.push_back(base64(file_text(place / "figures" / (figure.name + ".png"))));
+    }
+  }
+  content.missing = outcome.missing;
+  OutputFile::write_text(place / "notebook.ipynb", notebook_text(content.title, figures, pictures));
+  OutputFile::write_text(place / "index.html", page_text(analysis, of_page, content));
+  output.commit();
+  return outcome;
+}
+
+}  // namespace kvreplay

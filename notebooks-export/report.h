@@ -1,0 +1,38 @@
+// A report: one page, the figures, the tables behind them, and a notebook.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "analysis/analysis.h"
+#include "notebooks-export/figure.h"
+
+namespace kvreplay {
+
+struct ReportOptions {
+  std::string title;              ///< empty: by what was captured
+  Theme theme = Theme::screen;    ///< of the figures' files; the page follows the reader's light or dark
+  std::vector<std::string> only;  ///< names of figures; empty: all
+  std::filesystem::path python;   ///< of the environment that draws; empty: where it is looked for
+  bool force = false;             ///< replaces what stands at the output
+};
+
+/// What was written.
+struct ReportOutcome {
+  std::vector<std::string> figures;   ///< drawn up
+  std::vector<std::string> left_out;  ///< "name: what it needs", for what could not be
+  std::string missing;                ///< one line where pictures could not be drawn; else empty
+};
+
+/// Writes index.html, figures/<name>.{vl.json,svg,png,pdf}, tables/<name>.csv and notebook.ipynb into `folder`: under a
+/// temporary name, then renamed. Throws Error where it exists and is not to be replaced, or is no report; UsageError
+/// for an unknown figure, naming those there are.
+ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& analysis, const ReportOptions& options);
+
+/// The notebook (nbformat 4.5) that shows the figures and draws them again from the tables with pandas and Altair.
+/// `pictures`: PNG files of the figures as base64, in the same order; empty where there are none.
+std::string notebook_text(const std::string& title, const std::vector<Figure>& figures,
+                          const std::vector<std::string>& pictures);
+
+}  // namespace kvreplay

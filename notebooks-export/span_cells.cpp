@@ -1,0 +1,58 @@
+#include "notebooks-export/span_cells.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <tuple>
+
+namespace kvreplay {
+namespace {
+
+constexpr int kDepths = 10;
+constexpr std::size_t kPanels = 6;
+
+std::string depth_text(int range) { return fmt::format("{}–{} %", 100 / kDepths * range, 100 / kDepths * (range + 1)); }
+
+}  // namespace
+
+std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& style, bool per_layer) {
+  struct Sum {
+    double recall = 0;
+    int count = 0;
+  };
+  std::map<std::tuple<std::string, std::string, int, int>, Sum> sums;
+  for (const SpanRecall& row : analysis.span_recalls) {
+    if (!style.shows(row.policy) || row.capacity_request == kAllPositions || (row.layer >= 0) != per_layer) continue;
+    const int range = std::clamp(static_cast<int>(row.depth * kDepths), 0, kDepths - 1);
+    Sum& sum = sums[{row.policy, row.capacity_request, row.layer, range}];
+    sum.recall += row.recall;
+    ++sum.count;
+  }
+  std::vector<SpanCell> cells;
+  for (const auto& [key, sum] : sums) {
+    const auto& [policy, capacity, layer, range] = key;
+    cells.push_back({policy, capacity, layer, depth_text(range), rounded(sum.recall / sum.count), sum.count});
+  }
+  return cells;
+}
+
+std::vector<std::string> depths_of(const std::vector<SpanCell>& cells) {
+  std::vector<std::string> depths;
+  for (int range = 0; range < kDepths; ++range) {
+    const std::string text = depth_text(range);
+    if (std::ranges::find(cells, text, &SpanCell::depth) != cells.end()) depths.push_back(text);
+  }
+  return depths;
+}
+
+std::vector<std::string> policies_of(const FigureStyle& style, const std::vector<SpanCell>& cells) {
+  std::vector<std::string> present;
+  for (const SpanCell& cell : cells) {
+    if (std::ranges::find(present, cell.policy) == present.end()) present.push_back(cell.policy);
+  }
+  return style.some_of(present, kPanels);
+}
+
+}  // namespace kvreplay

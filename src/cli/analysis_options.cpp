@@ -1,0 +1,117 @@
+#include "cli/analysis_options.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <charconv>
+#include <limits>
+#include <system_error>
+
+#include "base/error.h"
+#include "cli/options.h"
+
+namespace kvreplay::cli {
+namespace {
+
+// A number between the two, ends apart.
+Check number_between(double low, double high, std::string what) {
+  return [low, high, what = std::move(what)](const std::string& value) -> std::string {
+    double number = 0;
+    const char* end = value.data() + value.size();
+    const auto [stop, failure] = std::from_chars(value.data(), end, number);
+    if (failure == std::errc() && stop == end && number > low && number < high) return "";
+    return fmt::format("'{}' is not {}", value, what);
+  };
+}
+
+std::vector<std::filesystem::path> paths(const std::vector<std::string>& files) { return {files.begin(), files.end()}; }
+
+}  // namespace
+
+void add_result_options(CLI::App& command, ResultOptions& options) {
+  constexpr int kAny = std::numeric_limits<int>::max();
+  command.add_option("results", options.files, "Files of results, as replay and sweep write them with --output")
+      ->type_name("FILE");
+  // One value each, so that a file may follow.
+  command
+      .add_option("-p,--policy", options.filter.policies,
+                  "Only these policies: specs, or methods with all their settings")
+      ->allow_extra_args(false)
+      ->type_name("SPEC");
+  command.add_option("-c,--capacity", options.filter.capacities, "Only these capacities, as they were asked for")
+      ->allow_extra_args(false)
+      ->delimiter(',')
+      ->type_name("N|P%,...");
+  command.add_option("--evict-at", options.filter.eviction_positions, "Only these eviction positions")
+      ->allow_extra_args(false)
+      ->delimiter(',')
+      ->check(integer_in(1, kAny, "a position"))
+      ->type_name("N,...");
+  command.add_option("--layer", options.filter.layers, "Only these layers")
+      ->allow_extra_args(false)
+      ->delimiter(',')
+      ->check(integer_in(0, kAny, "a layer"))
+      ->type_name("N,...");
+  command.add_option("--kept", options.kept, "Files of kept sets, as --kept writes them")
+      ->allow_extra_args(false)
+      ->type_name("FILE");
+  command
+      .add_option("--baseline", options.baseline,
+                  "Policy to compare with (default: snapkv, else the one in the middle)")
+      ->type_name("SPEC");
+  command.add_option("--measure", options.measure, "What to compare (default: layer_error); see docs/measures.md")
+      ->type_name("NAME");
+  command.add_option("--goal", options.goal, "Value of the measure whose capacity to find (default: the baseline's)")
+      ->check(number_between(0, std::numeric_limits<double>::infinity(), "a goal: a number above 0"))
+      ->type_name("X");
+  command.add_option("--confidence", options.confidence, "Of the intervals (default: 0.95)")
+      ->check(number_between(0, 1, "a confidence: a number between 0 and 1, such as 0.95"))
+      ->type_name("SHARE");
+  constexpr int kMostResamples = 10'000'000;
+  command
+      .add_option("--resamples", options.resamples,
+                  "Bootstrap resamples per interval (default: 10000); 0: intervals in closed form")
+      ->check(integer_in(0, kMostResamples, "a number of resamples"))
+      ->type_name("N");
+  command.add_option("--seed", options.seed, "Of what is drawn (default: 0)")
+      ->check(integer_in(0, kAny, "a seed"))
+      ->type_name("N");
+  command.add_option("--block", options.block, "Neighbouring queries drawn together (default: by the data)")
+      ->check(integer_in(1, kAny, "a number of queries"))
+      ->type_name("N");
+  command
+      .add_option("--resample", options.resample,
+                  "Draw queries: an answer about these traces; or traces: about others like them (default: queries)")
+      ->check(one_of({"queries", "traces"}))
+      ->type_name("queries|traces");
+  add_threads_option(command, options.threads);
+}
+
+AnalysisOptions analysis_options(const ResultOptions& options) {
+  AnalysisOptions analysis;
+  analysis.measure = measure_named(options.measure);
+  analysis.baseline = options.baseline;
+  if (options.goal > 0) analysis.goal = options.goal;
+  if (options.resamples >= 0) analysis.bootstrap.resamples = options.resamples;
+  analysis.bootstrap.seed = options.seed;
+  analysis.bootstrap.confidence = options.confidence;
+  analysis.bootstrap.block = options.block;
+  analysis.bootstrap.resampling = options.resample == "traces" ? Resampling::traces : Resampling::queries;
+  return analysis;
+}
+
+ResultSet open_results(const ResultOptions& options) {
+  if (options.files.empty()) {
+    throw UsageError("no file of results is named; make one with 'kvreplay replay ... -o results.h5'");
+  }
+  ResultFilter filter = options.filter;
+  // What they are compared with is meant as well.
+  if (!filter.policies.empty() && !options.baseline.empty()) filter.policies.push_back(options.baseline);
+  return ResultSet::open(paths(options.files), filter);
+}
+
+RetentionSet open_kept(const ResultOptions& options, const ResultSet& results) {
+  return RetentionSet::open(paths(options.kept), results);
+}
+
+}  // namespace kvreplay::cli

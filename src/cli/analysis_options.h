@@ -1,0 +1,43 @@
+// What the commands that look at results have in common: their options, and what becomes of them.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "analysis/analysis.h"
+
+namespace CLI {
+class App;
+}
+
+namespace kvreplay::cli {
+
+/// Which results to look at and how, as it was given.
+struct ResultOptions {
+  std::vector<std::string> files;
+  std::vector<std::string> kept;
+  ResultFilter filter;
+  std::string baseline;
+  std::string measure = "layer_error";
+  double goal = 0;  ///< 0: none is given
+  double confidence = 0.95;
+  int resamples = -1;  ///< −1: none is given
+  std::uint64_t seed = 0;
+  int block = 0;
+  std::string resample = "queries";
+  int threads = 0;
+};
+
+/// The options that name results and what is computed of them. The filter of traces is not among them, since its name
+/// means another thing where traces themselves are read.
+void add_result_options(CLI::App& command, ResultOptions& options);
+
+/// What they stand for. Throws UsageError.
+AnalysisOptions analysis_options(const ResultOptions& options);
+
+/// The results and kept sets. Throws as ResultSet and RetentionSet do.
+ResultSet open_results(const ResultOptions& options);
+RetentionSet open_kept(const ResultOptions& options, const ResultSet& results);
+
+}  // namespace kvreplay::cli

@@ -1,0 +1,142 @@
+#include <fmt/format.h>
+#include <omp.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <set>
+#include <system_error>
+
+#include "base/error.h"
+#include "base/output_file.h"
+#include "cli/analysis_options.h"
+#include "cli/commands.h"
+#include "cli/options.h"
+#include "notebooks-export/analysis_tables.h"
+#include "notebooks-export/tables.h"
+
+namespace kvreplay::cli {
+namespace {
+
+struct AnalyzeOptions {
+  ResultOptions results;
+  std::string by;
+  std::string csv;
+};
+
+// Before the work: that the table does not replace what is read, and that it can be written.
+void check_csv(const AnalyzeOptions& options) {
+  if (options.csv.empty()) return;
+  for (const auto* files : {&options.results.files, &options.results.kept}) {
+    for (const std::string& file : *files) {
+      std::error_code absent;
+      if (std::filesystem::equivalent(file, options.csv, absent)) {
+        throw UsageError(fmt::format("{}: would overwrite what is read; name another file", options.csv));
+      }
+    }
+  }
+  const OutputFile probe(options.csv);
+}
+
+// What is said, and what is written.
+struct Answer {
+  std::string text;
+  DataTable numbers{{}};
+  std::vector<std::string> notes;
+};
+
+Answer compared_by(const AnalyzeOptions& options, const ResultSet& results) {
+  AnalysisOptions analysis = analysis_options(options.results);
+  ComparisonOptions comparison;
+  comparison.measure = analysis.measure;
+  comparison.grouping = Grouping::parse(options.by);
+  if (analysis.baseline.empty()) analysis.baseline = default_baseline(results, analysis.measure);
+  if (!analysis.baseline.empty()) analysis.baseline = results.policy_named(analysis.baseline);
+  comparison.baseline = analysis.baseline;
+  comparison.bootstrap = analysis.bootstrap;
+  // There may be hundreds of thousands of heads.
+  if (comparison.grouping.head && options.results.resamples < 0) comparison.bootstrap.resamples = 0;
+  const std::vector<ComparisonRow> rows = compare(results, comparison);
+  Answer answer{comparison_text(rows, comparison.grouping, analysis), comparison_numbers(rows, analysis),
+                results.notes()};
+  if (!options.results.kept.empty()) answer.notes.emplace_back("--kept is not looked at with --by");
+  return answer;
+}
+
+Answer analyzed(const AnalyzeOptions& options, ResultSet results) {
+  RetentionSet kept = open_kept(options.results, results);
+  AnalysisOptions analysis_of = analysis_options(options.results);
+  analysis_of.details = false;
+  const AnalysisInput input{std::move(results), std::move(kept), {}};
+  const Analysis analysis = analyze(input, analysis_of);
+  return {analysis_text(analysis), analysis_numbers(analysis), analysis.notes};
+}
+
+std::string legend(const AnalyzeOptions& options) {
+  const AnalysisOptions analysis = analysis_options(options.results);
+  const BootstrapOptions& bootstrap = analysis.bootstrap;
+  return wrapped(
+      fmt::format(
+          "Means weigh every trace and eviction position the same. ± and [ ]: {:.4g} % bootstrap intervals over "
+          "{}; wins: share of the pairs that are better than the baseline's; p: corrected for the rows of a "
+          "table (Holm). docs/analysis.md.",
+          100 * bootstrap.confidence,
+          bootstrap.resampling == Resampling::traces ? "traces and blocks of their queries" : "blocks of queries"),
+      0, 110);
+}
+
+void run_analyze(const AnalyzeOptions& options) {
+  static_cast<void>(measure_named(options.results.measure));
+  if (!options.by.empty()) static_cast<void>(Grouping::parse(options.by));
+  omp_set_num_threads(threads_or_all(options.results.threads));
+  ResultSet results = open_results(options.results);
+  check_csv(options);
+  const std::string headline = analysis_headline(results.results());
+  std::set<std::string> traces;
+  for (const StoredResult& result : results.results()) traces.insert(result.trace);
+  if (options.results.resample == "traces" && traces.size() < 2) {
+    throw UsageError(
+        "--resample traces needs two traces at least, and there is one; --resample queries says how sure "
+        "one trace makes");
+  }
+  Answer answer = options.by.empty() ? analyzed(options, std::move(results)) : compared_by(options, results);
+
+  // The answer is shown even where the file cannot be written.
+  std::exception_ptr failure;
+  try {
+    if (!options.csv.empty()) OutputFile::write_text(options.csv, answer.numbers.csv());
+  } catch (const std::exception&) {
+    failure = std::current_exception();
+  }
+  fmt::print("{}\n\n{}{}", headline, answer.text, legend(options));
+  if (!options.csv.empty() && !failure) fmt::print("wrote {}\n", options.csv);
+  std::fflush(stdout);
+  for (const std::string& note : answer.notes) fmt::print(stderr, "note: {}\n", note);
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace
+
+void add_analyze_command(CLI::App& app) {
+  auto options = std::make_shared<AnalyzeOptions>();
+  CLI::App* command =
+      app.add_subcommand("analyze", "Say which policy is best where, by how much, and how sure that is");
+  add_result_options(*command, options->results);
+  command->add_option("--trace", options->results.filter.traces, "Only these traces, by the names of their files")
+      ->allow_extra_args(false)
+      ->delimiter(',')
+      ->type_name("NAME,...");
+  command
+      ->add_option("--by", options->by,
+                   "Only compare, by these: policy, capacity, trace, evict-at, layer, head (default: policy,capacity)")
+      ->type_name("KEY,...");
+  command->add_option("--csv", options->csv, "All numbers (CSV); replaced if it exists")
+      ->check(names_a_file)
+      ->type_name("FILE");
+  command->callback([options]() { run_analyze(*options); });
+}
+
+}  // namespace kvreplay::cli

@@ -1,0 +1,232 @@
+#include "replay/results_reader.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string_view>
+#include <utility>
+
+#include "base/error.h"
+#include "base/printable.h"
+#include "replay/results_file.h"
+
+namespace kvreplay {
+namespace {
+
+[[noreturn]] void fail(const hdf5::File& file, std::string_view where, std::string_view reason) {
+  throw Error(fmt::format("{}: {}: {}", file.path().string(), where, reason));
+}
+
+// What a file of another kind is, for whoever named it by mistake.
+std::string kind_of(const hdf5::File& file) {
+  if (!file.has_attribute("/", "format")) return "a file of something else";
+  const std::string format = file.read_string("/", "format");
+  if (format == "kvreplay-results") return "a file of results, as --output writes it";
+  if (format == "kvreplay-kept") return "a file of kept sets, as --kept writes it";
+  if (format == "kvtrace") return "a trace, which a replay makes results of";
+  return fmt::format("a file of the format '{}'", printable(format));
+}
+
+// Opens a file that ResultStream wrote.
+hdf5::File open_complete(const std::filesystem::path& path, std::string_view format, std::string_view what) {
+  hdf5::File file = hdf5::File::open(path);
+  if (!file.has_attribute("/", "format") || file.read_string("/", "format") != format) {
+    fail(file, "/", fmt::format("is not a file of {}, but {}", what, kind_of(file)));
+  }
+  const std::int64_t version = file.read_int("/", "format_version");
+  if (version != kResultsFormatVersion) {
+    fail(file, "/",
+         fmt::format("is of version {} of the format, and this kvreplay reads version {}; {}", version,
+                     kResultsFormatVersion, version < kResultsFormatVersion ? "replay again" : "update kvreplay"));
+  }
+  if (!file.has_attribute("/", "complete") || file.read_int("/", "complete") != 1) {
+    fail(file, "/", "is unfinished: its attribute 'complete' is not 1; replay again");
+  }
+  return file;
+}
+
+// The groups "0", "1", … below `group`, in their order.
+std::vector<std::string> numbered(const hdf5::File& file, const std::string& group) {
+  if (!file.exists(group)) fail(file, group, "is missing");
+  const std::size_t count = file.list(group).size();
+  std::vector<std::string> paths;
+  for (std::size_t i = 0; i < count; ++i) {
+    paths.push_back(fmt::format("{}/{}", group, i));
+    if (!file.exists(paths.back()))
+      fail(file, paths.back(), fmt::format("is missing, though there are {} of them", count));
+  }
+  return paths;
+}
+
+int read_count(const hdf5::File& file, const std::string& group, const std::string& name) {
+  const std::int64_t number = file.read_int(group, name);
+  if (number < 1 || number > std::numeric_limits<int>::max()) {
+    fail(file, group, fmt::format("attribute '{}' is {}, which cannot be", name, number));
+  }
+  return static_cast<int>(number);
+}
+
+Granularity read_granularity(const hdf5::File& file, const std::string& group) {
+  const std::string name = file.read_string(group, "heads");
+  const auto granularity = granularity_named(name);
+  if (!granularity) fail(file, group, fmt::format("attribute 'heads' is '{}', not query, kv or layer", name));
+  return *granularity;
+}
+
+StoredResult read_identity(const hdf5::File& file, const std::string& group) {
+  StoredResult result;
+  result.trace = file.read_string(group, "trace");
+  result.trace_digest = file.read_string(group, "trace_digest");
+  result.model = file.read_string(group, "model");
+  result.num_layers = read_count(file, group, "num_layers");
+  result.num_query_heads = read_count(file, group, "num_query_heads");
+  result.num_kv_heads = read_count(file, group, "num_kv_heads");
+  if (result.num_query_heads % result.num_kv_heads != 0) {
+    fail(file, group,
+         fmt::format("{} query heads cannot share {} KV heads", result.num_query_heads, result.num_kv_heads));
+  }
+  result.prompt_length = read_count(file, group, "prompt_length");
+  result.policy = file.read_string(group, "policy");
+  result.capacity_request = file.read_string(group, "capacity_request");
+  result.capacity = read_count(file, group, "capacity");
+  result.kept = file.read_double(group, "kept");
+  result.eviction_position = read_count(file, group, "evict_at");
+  result.granularity = read_granularity(file, group);
+  const std::string share = file.read_string(group, "share");
+  const auto known = share_named(share);
+  if (!known) fail(file, group, fmt::format("attribute 'share' is '{}', not mean, max or sum", share));
+  result.share = *known;
+  result.oracle = file.read_int(group, "oracle") != 0;
+  for (const std::int32_t position : file.read_int32s(group + "/evaluation_positions")) {
+    result.evaluation_positions.push_back(position);
+  }
+  const std::vector<int>& positions = result.evaluation_positions;
+  if (positions.empty() || positions.front() < result.eviction_position ||
+      !std::ranges::is_sorted(positions, std::less_equal<>())) {
+    fail(file, group + "/evaluation_positions", "is not ascending positions from the eviction on");
+  }
+  if (file.exists(group + "/spans")) {
+    for (const hdf5::LabelledRange& range : file.read_labelled_ranges(group + "/spans")) {
+      if (range.start < 0 || range.end <= range.start || range.end > std::numeric_limits<int>::max()) {
+        fail(file, group + "/spans", fmt::format("a span from {} to {} cannot be", range.start, range.end));
+      }
+      result.spans.push_back({static_cast<int>(range.start), static_cast<int>(range.end), range.label});
+    }
+  }
+  if (file.exists(group + "/notes")) result.notes = file.read_strings(group + "/notes");
+  return result;
+}
+
+Table read_table(const hdf5::File& file, const std::string& path, std::vector<Index> shape) {
+  const hdf5::Dataset dataset = file.dataset(path);
+  if (dataset.shape() != shape) {
+    fail(file, path,
+         fmt::format("is [{}], and the result needs [{}]", fmt::join(dataset.shape(), ", "), fmt::join(shape, ", ")));
+  }
+  Table table;
+  table.shape = std::move(shape);
+  table.numbers = file.read_floats(path);
+  if (!std::ranges::all_of(table.numbers, [](float number) { return std::isfinite(number); })) {
+    fail(file, path, "holds what is not a number");
+  }
+  return table;
+}
+
+std::vector<Index> shape_of(const StoredResult& result, MeasureTraits::Per per) {
+  const Index layers = result.num_layers;
+  const Index heads = result.num_query_heads;
+  switch (per) {
+    case MeasureTraits::Per::query:
+      return {layers, static_cast<Index>(result.evaluation_positions.size())};
+    case MeasureTraits::Per::head_and_query:
+      return {layers, heads, static_cast<Index>(result.evaluation_positions.size())};
+    case MeasureTraits::Per::head_and_span:
+      return {layers, heads, static_cast<Index>(result.spans.size())};
+    case MeasureTraits::Per::head:
+      return {layers, heads};
+  }
+  return {};
+}
+
+}  // namespace
+
+ResultsReader::ResultsReader(const std::filesystem::path& path)
+    : file_(open_complete(path, "kvreplay-results", "results")) {
+  for (const std::string& group : numbered(file_, "/results")) results_.push_back(read_identity(file_, group));
+  for (const std::string& group : numbered(file_, "/overlap")) {
+    OverlapTable& table = overlaps_.emplace_back();
+    table.trace = file_.read_string(group, "trace");
+    table.capacity_request = file_.read_string(group, "capacity_request");
+    table.eviction_position = read_count(file_, group, "evict_at");
+    table.policies = file_.read_strings(group + "/policies");
+  }
+}
+
+Table ResultsReader::read(std::size_t result, Measure measure) const {
+  const MeasureTraits& traits = traits_of(measure);
+  const std::string path = fmt::format("/results/{}/{}", result, traits.name);
+  if (!file_.exists(path)) return {};
+  return read_table(file_, path, shape_of(results_.at(result), traits.per));
+}
+
+OverlapTable ResultsReader::read_overlap(std::size_t overlap) const {
+  OverlapTable table = overlaps_.at(overlap);
+  const auto of_this = [&table](const StoredResult& result) {
+    return result.trace == table.trace && result.eviction_position == table.eviction_position;
+  };
+  const std::string group = fmt::format("/overlap/{}", overlap);
+  const auto result = std::ranges::find_if(results_, of_this);
+  if (result == results_.end()) fail(file_, group, "is of a trace or an eviction that no result is of");
+  const auto policies = static_cast<Index>(table.policies.size());
+  const std::vector<Index> shape = {policies, policies, result->num_layers, result->num_query_heads};
+  table.jaccard = read_table(file_, group + "/jaccard", shape);
+  table.containment = read_table(file_, group + "/containment", shape);
+  return table;
+}
+
+KeptSetsReader::KeptSetsReader(const std::filesystem::path& path)
+    : file_(open_complete(path, "kvreplay-kept", "kept sets")) {
+  for (const std::string& group : numbered(file_, "/kept")) {
+    StoredKeptSets& kept = kept_.emplace_back();
+    kept.trace = file_.read_string(group, "trace");
+    kept.policy = file_.read_string(group, "policy");
+    kept.capacity_request = file_.read_string(group, "capacity_request");
+    kept.eviction_position = read_count(file_, group, "evict_at");
+    kept.granularity = read_granularity(file_, group);
+    const hdf5::Shape offsets = file_.dataset(group + "/offsets").shape();
+    if (offsets.size() != 1 || offsets.front() < 2) fail(file_, group + "/offsets", "is no list of sets");
+    kept.num_sets = offsets.front() - 1;
+  }
+}
+
+KeptSets KeptSetsReader::read(std::size_t index, int num_layers) const {
+  const StoredKeptSets& stored = kept_.at(index);
+  const std::string group = fmt::format("/kept/{}", index);
+  const std::vector<std::int32_t> kept = file_.read_int32s(group + "/kept");
+  const std::vector<std::int64_t> offsets = file_.read_int64s(group + "/offsets");
+  if (offsets.size() < 2 || (offsets.size() - 1) % static_cast<std::size_t>(num_layers) != 0) {
+    fail(file_, group, fmt::format("holds {} sets, which {} layers cannot share", offsets.size() - 1, num_layers));
+  }
+  KeptSets sets;
+  sets.granularity = stored.granularity;
+  sets.sets_per_layer = static_cast<int>((offsets.size() - 1) / static_cast<std::size_t>(num_layers));
+  if (offsets.front() != 0 || offsets.back() != static_cast<std::int64_t>(kept.size()) ||
+      !std::ranges::is_sorted(offsets)) {
+    fail(file_, group + "/offsets", fmt::format("must ascend from 0 to the number of kept positions, {}", kept.size()));
+  }
+  for (std::size_t set = 0; set + 1 < offsets.size(); ++set) {
+    std::vector<int> positions(kept.begin() + offsets[set], kept.begin() + offsets[set + 1]);
+    const bool inside = positions.empty() || (positions.front() >= 0 && positions.back() < stored.eviction_position);
+    if (!inside || !std::ranges::is_sorted(positions, std::less_equal<>())) {
+      fail(file_, group + "/kept",
+           fmt::format("set {} is not ascending positions before the eviction at {}", set, stored.eviction_position));
+    }
+    sets.sets.push_back(std::move(positions));
+  }
+  return sets;
+}
+
+}  // namespace kvreplay

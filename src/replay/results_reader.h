@@ -1,0 +1,90 @@
+// Reads the files that ResultsWriter and KeptSetsWriter write.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "hdf5/hdf5.h"
+#include "replay/measure.h"
+#include "replay/overlap.h"
+#include "replay/replay.h"
+
+namespace kvreplay {
+
+/// What a results file says of one of its results, beside the numbers.
+struct StoredResult {
+  std::string trace;         ///< file name as given to the replay
+  std::string trace_digest;  ///< which capture it was
+  std::string model;
+  int num_layers = 0;       ///< L
+  int num_query_heads = 0;  ///< H
+  int num_kv_heads = 0;
+  int prompt_length = 0;
+  std::string policy;            ///< canonical spec
+  std::string capacity_request;  ///< as asked for: "128", "25%"; kAllPositions for full
+  int capacity = 0;              ///< granted on average
+  double kept = 0;               ///< mean positions in a kept set
+  int eviction_position = 0;
+  Granularity granularity = Granularity::kv;
+  Share share = Share::mean;
+  bool oracle = false;
+  std::vector<int> evaluation_positions;  ///< [E]
+  std::vector<Span> spans;                ///< [S]
+  std::vector<std::string> notes;
+};
+
+/// Reads what ResultsWriter wrote: identities at once, numbers on request. Members throw Error as "file: path: reason",
+/// also for numbers whose shape does not fit the result, and for NaN.
+class ResultsReader {
+ public:
+  /// Throws Error where the file is not a complete results file of this version.
+  explicit ResultsReader(const std::filesystem::path& path);
+
+  const std::filesystem::path& path() const { return file_.path(); }
+  const std::vector<StoredResult>& results() const { return results_; }
+
+  /// The numbers of a measure as measures() describes them; empty where it was not measured.
+  Table read(std::size_t result, Measure measure) const;
+
+  /// Overlap between policies, without their numbers.
+  const std::vector<OverlapTable>& overlaps() const { return overlaps_; }
+
+  /// One of them with its numbers.
+  OverlapTable read_overlap(std::size_t overlap) const;
+
+ private:
+  hdf5::File file_;
+  std::vector<StoredResult> results_;
+  std::vector<OverlapTable> overlaps_;
+};
+
+/// Whose kept sets they are.
+struct StoredKeptSets {
+  std::string trace;
+  std::string policy;
+  std::string capacity_request;
+  int eviction_position = 0;
+  Granularity granularity = Granularity::kv;  ///< query or kv: what one set is for
+  Index num_sets = 0;                         ///< of all layers
+};
+
+/// Reads what KeptSetsWriter wrote, like ResultsReader.
+class KeptSetsReader {
+ public:
+  /// Throws Error where the file is not a complete file of kept sets of this version.
+  explicit KeptSetsReader(const std::filesystem::path& path);
+
+  const std::filesystem::path& path() const { return file_.path(); }
+  const std::vector<StoredKeptSets>& kept() const { return kept_; }
+
+  /// The sets of one of them, layer-major. `num_layers` says how many sets there are per layer. Throws Error also where
+  /// a set is not ascending positions before the eviction.
+  KeptSets read(std::size_t index, int num_layers) const;
+
+ private:
+  hdf5::File file_;
+  std::vector<StoredKeptSets> kept_;
+};
+
+}  // namespace kvreplay

@@ -1,0 +1,43 @@
+#include "trace/identity.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+
+#include "base/digest.h"
+
+namespace kvreplay {
+
+std::string trace_digest(const TraceReader& trace) {
+  const TraceInfo& info = trace.info();
+  const ModelInfo& model = info.model;
+  Digest digest;
+  for (const std::string& text : {model.name, model.architecture, info.created_by, info.created_at, info.source}) {
+    digest.add(text);
+  }
+  for (const int number : {model.num_layers, model.num_attention_heads, model.num_key_value_heads, model.head_dim,
+                           model.hidden_size, model.sliding_window, info.prompt_length}) {
+    digest.add(fmt::format("{}", number));
+  }
+  for (const double number : {model.rope_theta, model.softmax_scale, model.attn_logit_softcapping}) {
+    digest.add(fmt::format("{}", number));
+  }
+  for (const auto* numbers : {&info.token_ids, &info.turn_starts, &info.query_positions}) {
+    digest.add(fmt::format("{}", fmt::join(*numbers, ",")));
+  }
+  digest.add(fmt::format("{}", fmt::join(info.layer_sliding_window, ",")));
+  for (const std::string& piece : info.token_pieces) digest.add(piece);
+  for (const Span& span : info.spans) digest.add(fmt::format("{},{},{}", span.start, span.end, span.label));
+  for (const StoredTensor& tensor : trace.stored_tensors()) {
+    digest.add(
+        fmt::format("{} {} {} {}", tensor.path, name_of(tensor.type), fmt::join(tensor.shape, ","), tensor.xxh64));
+  }
+  return digest.text();
+}
+
+bool has_tensor_digests(const TraceReader& trace) {
+  return std::ranges::none_of(trace.stored_tensors(), [](const StoredTensor& tensor) { return tensor.xxh64.empty(); });
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,131 @@
+// What is said of results, and that nothing is claimed that is not sure.
+#include "analysis/findings.h"
+
+#include <gmock/gmock.h>
+
+#include <cmath>
+
+#include "analysis/made_results.h"
+#include "support/temporary_folder.h"
+
+namespace kvreplay {
+namespace {
+
+using test::add_result;
+using test::MadeReplay;
+using testing::AllOf;
+using testing::Contains;
+using testing::Each;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::IsEmpty;
+using testing::Not;
+using testing::StartsWith;
+
+class FindingsTest : public testing::Test {
+ protected:
+  Analysis analysis_of(const std::vector<TraceReplay>& replays, AnalysisOptions options = {}) const {
+    test::write_made(folder_ / "x.h5", replays);
+    const std::vector<std::filesystem::path> files = {folder_ / "x.h5"};
+    return analyze({ResultSet::open(files), {}, {}}, std::move(options));
+  }
+
+  // Errors about `error`; `noise` scatters each query's.
+  static test::MadeNumbers about(double error, double noise, double phase = 0) {
+    return [=](int layer, int, int query) { return error + 0.01 * layer + noise * std::sin(2.4 * query + phase); };
+  }
+
+  test::TemporaryFolder folder_;
+};
+
+TEST_F(FindingsTest, SayWhatIsBestAndWhatItGains) {
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  add_result(a, "full", 0, about(0, 0));
+  for (const int capacity : {16, 32}) {
+    add_result(a, "snapkv", capacity, about(8.0 / capacity, 0.01));
+    add_result(a, "restkv", capacity, about(6.4 / capacity, 0.01, 1));
+    add_result(a, "recent", capacity, about(12.0 / capacity, 0.01, 2));
+    add_result(a, "oracle-attention", capacity, about(2.0 / capacity, 0.01));
+  }
+  const Analysis analysis = analysis_of({a});
+  EXPECT_EQ(analysis.options.baseline, "snapkv");
+  EXPECT_NEAR(*analysis.options.goal, 0.255, 1e-3) << "the baseline's mean at the middle capacity";
+  EXPECT_EQ(analysis.oracle, "oracle-attention");
+  EXPECT_EQ(analysis.regret.size(), 6u);
+  const auto sentences = findings(analysis, 10);
+  EXPECT_THAT(sentences, ElementsAre(StartsWith("restkv has the smallest layer error at all 2 capacities: 0.405 at 16"),
+                                     AllOf(StartsWith("Against snapkv, restkv gains most at capacity 16: -0.0997 ["),
+                                           HasSubstr("better in 100 % of the pairs"),
+                                           HasSubstr("2 are surely better and 2 surely")),
+                                     AllOf(StartsWith("For a layer error of 0.255, restkv keeps"),
+                                           HasSubstr("snapkv 32"), HasSubstr("1 of 3 policies do not reach it")),
+                                     HasSubstr("What could still be gained is largest at capacity 16")));
+  EXPECT_EQ(findings(analysis, 1).size(), 1u);
+}
+
+TEST_F(FindingsTest, ClaimNothingThatIsNotSure) {
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  add_result(a, "snapkv", 16, about(0.5, 0.2));
+  add_result(a, "tova", 16, about(0.499, 0.2, 1.3));
+  const auto sentences = findings(analysis_of({a}), 10);
+  EXPECT_THAT(sentences,
+              Contains(HasSubstr("No policy is surely better than snapkv; the nearest to it is tova at 16")));
+  EXPECT_THAT(sentences, Each(Not(HasSubstr("gains most"))));
+}
+
+TEST_F(FindingsTest, OfASinglePolicyThereIsNothingToCompare) {
+  TraceReplay a = MadeReplay{}.replay();
+  add_result(a, "tova", 16, about(0.5, 0.2));
+  const Analysis analysis = analysis_of({a});
+  EXPECT_EQ(analysis.options.baseline, "");
+  EXPECT_THAT(findings(analysis, 10), IsEmpty());
+}
+
+TEST_F(FindingsTest, TheStepThatMattersMostIsTold) {
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  add_result(a, "restkv", 16, about(0.5, 0.01));
+  add_result(a, "restkv(temporal=mean)", 16, about(0.6, 0.01, 1));
+  add_result(a, "restkv(kernel=9)", 16, about(0.51, 0.01, 2));
+  EXPECT_THAT(findings(analysis_of({a}), 10),
+              Contains(AllOf(HasSubstr("temporal: ema → mean (temporal smoothing)"), HasSubstr("most: +19"))));
+}
+
+TEST_F(FindingsTest, WithoutSnapKVTheMiddleOneIsTheBaseline) {
+  TraceReplay a = MadeReplay{}.replay();
+  add_result(a, "full", 0, about(0, 0));
+  add_result(a, "tova", 16, about(0.5, 0));
+  add_result(a, "recent", 16, about(0.7, 0));
+  add_result(a, "restkv", 16, about(0.4, 0));
+  EXPECT_EQ(analysis_of({a}).options.baseline, "tova");
+}
+
+TEST_F(FindingsTest, SettingsOfFewerPlacesAreTold) {
+  TraceReplay a = MadeReplay{}.replay();
+  add_result(a, "snapkv", 16, about(0.5, 0));
+  add_result(a, "tova", 16, about(0.5, 0));
+  TraceReplay b = MadeReplay{.trace = "b.h5"}.replay();
+  add_result(b, "snapkv", 16, about(0.9, 0));
+  EXPECT_THAT(analysis_of({a, b}).notes,
+              Contains(StartsWith("tova at 16 is not of all traces and eviction positions")));
+}
+
+TEST_F(FindingsTest, AllThatIsKnownOfTheTracesIsThere) {
+  TraceReplay a = MadeReplay{.queries = 30, .spans = {{1, 4, "x"}}}.replay();
+  add_result(a, "snapkv", 16, about(0.5, 0.1), about(0.5, 0.1));
+  add_result(a, "tova", 16, about(0.5, 0.2), about(0.5, 0.2));
+  TraceReplay earlier = MadeReplay{.eviction_position = 90, .queries = 40, .spans = {{1, 4, "x"}}}.replay();
+  add_result(earlier, "snapkv", 16, about(0.5, 0.1), about(0.5, 0.1));
+  const Analysis analysis = analysis_of({a, earlier});
+  ASSERT_EQ(analysis.traces.size(), 1u);
+  EXPECT_THAT(analysis.traces[0].eviction_positions, ElementsAre(90, 100));
+  EXPECT_EQ(analysis.traces[0].evaluation_queries, 30);
+  EXPECT_EQ(analysis.traces[0].spans.size(), 1u);
+  EXPECT_EQ(analysis.by_layer.size(), 4u);
+  EXPECT_EQ(analysis.by_head.size(), 2u * 2 * 4);
+  AnalysisOptions short_options;
+  short_options.details = false;
+  EXPECT_THAT(analysis_of({a}, short_options).by_layer, IsEmpty());
+}
+
+}  // namespace
+}  // namespace kvreplay

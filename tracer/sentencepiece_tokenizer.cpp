@@ -2,6 +2,7 @@
 #include <sentencepiece_processor.h>
 
 #include <cstdlib>
+#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "base/error.h"
@@ -12,19 +13,31 @@ namespace kvreplay::tracer {
 
 namespace {
 
+using nlohmann::json;
+
 class SentencePieceTokenizer final : public TokenizerBackend {
  public:
-  SentencePieceTokenizer(const std::filesystem::path& path, const TokenizerConfig& config,
-                         std::optional<std::int32_t> bos_token_id) {
+  SentencePieceTokenizer(const std::filesystem::path& path, std::optional<std::int32_t> bos_token_id) {
     if (!processor_.LoadFromSerializedProto(file_text(path)).ok()) {
       throw Error(
           fmt::format("{}: is not a SentencePiece model; give the prompt's token ids with --tokens", path.string()));
     }
-    // BOS stands before a text where nothing is said, as in Llama.
-    if (config.bos.added.value_or(true)) {
+    const auto config_path = path.parent_path() / "tokenizer_config.json";
+    json config = json::object();
+    if (std::filesystem::exists(config_path)) {
+      config = json::parse(file_text(config_path), nullptr, false);
+      if (!config.is_object()) throw Error(fmt::format("{}: is not a valid JSON object", config_path.string()));
+    }
+    const auto says = [&](const char* key, bool absent) {
+      if (!config.contains(key) || config[key].is_null()) return absent;
+      if (!config[key].is_boolean())
+        throw Error(fmt::format("{}: {} must be true or false", config_path.string(), key));
+      return config[key].get<bool>();
+    };
+    if (says("add_bos_token", true)) {
       leading_bos_ = processor_.bos_id() >= 0 ? std::optional<std::int32_t>(processor_.bos_id()) : bos_token_id;
     }
-    if (config.eos.added.value_or(false) && processor_.eos_id() >= 0) trailing_eos_ = processor_.eos_id();
+    if (says("add_eos_token", false) && processor_.eos_id() >= 0) trailing_eos_ = processor_.eos_id();
   }
 
   Encoding encode(std::string_view text, bool add_special_tokens) const override {
@@ -88,9 +101,9 @@ class SentencePieceTokenizer final : public TokenizerBackend {
 
 }  // namespace
 
-std::unique_ptr<TokenizerBackend> read_sentencepiece(const std::filesystem::path& path, const TokenizerConfig& config,
+std::unique_ptr<TokenizerBackend> read_sentencepiece(const std::filesystem::path& path,
                                                      std::optional<std::int32_t> bos_token_id) {
-  return std::make_unique<SentencePieceTokenizer>(path, config, bos_token_id);
+  return std::make_unique<SentencePieceTokenizer>(path, bos_token_id);
 }
 
 }  // namespace kvreplay::tracer

@@ -2,10 +2,9 @@
 
 #include <fmt/format.h>
 
-#include <nlohmann/json.hpp>
+#include <algorithm>
 
 #include "base/error.h"
-#include "base/file_text.h"
 #include "base/printable.h"
 #include "tracer/tokenizer_backend.h"
 #include "tracer/tokenizer_json.h"
@@ -17,39 +16,7 @@ namespace {
 constexpr const char* kJsonFile = "tokenizer.json";
 constexpr const char* kSentencePieceFile = "tokenizer.model";
 
-TokenizerConfig::EndToken read_end_token(const nlohmann::json& config, const std::string& name,
-                                         const std::filesystem::path& path) {
-  TokenizerConfig::EndToken end;
-  const auto added = config.find("add_" + name);
-  if (added != config.end() && !added->is_null()) {
-    if (!added->is_boolean()) throw Error(fmt::format("{}: add_{} must be true or false", path.string(), name));
-    end.added = added->get<bool>();
-  }
-  const auto token = config.find(name);
-  if (token == config.end()) return end;
-  end.named = true;
-  if (token->is_string()) {
-    end.name = token->get<std::string>();
-  } else if (token->is_object() && token->contains("content") && (*token)["content"].is_string()) {
-    end.name = (*token)["content"].get<std::string>();
-  } else if (!token->is_null()) {
-    throw Error(fmt::format("{}: {} must be the text of a token", path.string(), name));
-  }
-  return end;
-}
-
 }  // namespace
-
-TokenizerConfig read_tokenizer_config(const std::filesystem::path& folder) {
-  TokenizerConfig config;
-  const auto path = folder / "tokenizer_config.json";
-  if (!std::filesystem::exists(path)) return config;
-  const auto content = nlohmann::json::parse(file_text(path), nullptr, false);
-  if (!content.is_object()) throw Error(fmt::format("{}: is not a valid JSON object", path.string()));
-  config.bos = read_end_token(content, "bos_token", path);
-  config.eos = read_end_token(content, "eos_token", path);
-  return config;
-}
 
 std::string with_bytes_named(std::string_view text) {
   std::string named;
@@ -72,13 +39,12 @@ Tokenizer::Tokenizer(const std::filesystem::path& folder, std::optional<std::int
     throw Error(fmt::format("{}: holds neither {} nor {} (SentencePiece); give the prompt's token ids with --tokens",
                             folder.string(), kJsonFile, kSentencePieceFile));
   }
-  const TokenizerConfig config = read_tokenizer_config(folder);
   if (std::filesystem::exists(folder / kJsonFile)) {
     file_name_ = kJsonFile;
-    backend_ = read_tokenizer_json(folder / kJsonFile, config, bos_token_id);
+    backend_ = read_tokenizer_json(folder / kJsonFile);
   } else {
     file_name_ = kSentencePieceFile;
-    backend_ = read_sentencepiece(folder / kSentencePieceFile, config, bos_token_id);
+    backend_ = read_sentencepiece(folder / kSentencePieceFile, bos_token_id);
   }
 }
 

@@ -29,9 +29,8 @@ class Tokenizer {
   static bool exists_in(const std::filesystem::path& folder);
 
   /// Reads tokenizer.json, or, where there is none, tokenizer.model: the choice that transformers makes. Whether BOS
-  /// stands before a text says tokenizer_config.json (add_bos_token) or else tokenizer.json; with tokenizer.model it
-  /// does where nothing is said, as in Llama. `bos_token_id` is used where the files do not say which one it is. Throws
-  /// Error.
+  /// stands before a text says tokenizer.json; or tokenizer_config.json beside tokenizer.model, and where that says
+  /// nothing it does, as in Llama. `bos_token_id` is used where tokenizer.model has none of its own. Throws Error.
   Tokenizer(const std::filesystem::path& folder, std::optional<std::int32_t> bos_token_id);
   ~Tokenizer();
   Tokenizer(Tokenizer&&) noexcept;

@@ -1,4 +1,4 @@
-// What stands behind a Tokenizer, and what tokenizer_config.json adds to it.
+// What stands behind a Tokenizer.
 #pragma once
 
 #include <cstdint>
@@ -22,22 +22,10 @@ class TokenizerBackend {
   virtual std::string piece(std::int32_t id) const = 0;
 };
 
-/// The part of tokenizer_config.json that changes token ids.
-struct TokenizerConfig {
-  struct EndToken {
-    std::optional<bool> added;        ///< whether it is put there, where that is said
-    bool named = false;               ///< whether there is a word about which one it is
-    std::optional<std::string> name;  ///< its text; nothing: there is none
-  };
-  EndToken bos;
-  EndToken eos;
-};
-
-/// Reads `folder`/tokenizer_config.json, or gives what an empty one would say. Throws Error.
-TokenizerConfig read_tokenizer_config(const std::filesystem::path& folder);
-
-/// A SentencePiece tokenizer.model. `bos_token_id` is used where it has none of its own. Throws Error.
-std::unique_ptr<TokenizerBackend> read_sentencepiece(const std::filesystem::path& path, const TokenizerConfig& config,
+/// A SentencePiece tokenizer.model, and from tokenizer_config.json beside it whether BOS and EOS stand at the ends of a
+/// text (where nothing is said BOS does, as in Llama). `bos_token_id` is used where tokenizer.model has none of its
+/// own. Throws Error.
+std::unique_ptr<TokenizerBackend> read_sentencepiece(const std::filesystem::path& path,
                                                      std::optional<std::int32_t> bos_token_id);
 
 /// `text` as valid UTF-8 without zeros: bytes that are none are named in angle brackets, such as <0xE6>.

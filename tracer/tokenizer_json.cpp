@@ -823,24 +823,9 @@ void read_post_processors(const json& value, JsonTokenizer& tokenizer) {
   });
 }
 
-// The tokens that tokenizer_config.json wants at one end of a text.
-std::vector<std::int32_t> end_tokens(const TokenizerConfig::EndToken& end, const JsonTokenizer& tokenizer,
-                                     std::optional<std::int32_t> fallback) {
-  if (!end.added.value_or(false)) return {};
-  if (!end.named) return fallback ? std::vector{*fallback} : std::vector<std::int32_t>{};
-  if (!end.name) return {};
-  const auto id = tokenizer.id_of(*end.name);
-  if (!id) {
-    throw Error(fmt::format("\"{}\", which tokenizer_config.json wants at an end of a text, is none of its tokens",
-                            shortened(*end.name)));
-  }
-  return {*id};
-}
-
 }  // namespace
 
-std::unique_ptr<TokenizerBackend> parse_tokenizer_json(std::string_view content, const TokenizerConfig& config,
-                                                       std::optional<std::int32_t> bos_token_id) {
+std::unique_ptr<TokenizerBackend> parse_tokenizer_json(std::string_view content) {
   const json whole = json::parse(content, nullptr, false);
   if (!whole.is_object()) throw Error("is not a valid JSON object");
   Fields fields(whole, "the file");
@@ -858,18 +843,13 @@ std::unique_ptr<TokenizerBackend> parse_tokenizer_json(std::string_view content,
   read_added_tokens(fields.optional("added_tokens"), *tokenizer);
   read_post_processors(fields.optional("post_processor"), *tokenizer);
   fields.end();
-  if (config.bos.added || config.eos.added) {
-    tokenizer->prefix = end_tokens(config.bos, *tokenizer, bos_token_id);
-    tokenizer->suffix = end_tokens(config.eos, *tokenizer, std::nullopt);
-  }
   return tokenizer;
 }
 
-std::unique_ptr<TokenizerBackend> read_tokenizer_json(const std::filesystem::path& path, const TokenizerConfig& config,
-                                                      std::optional<std::int32_t> bos_token_id) {
+std::unique_ptr<TokenizerBackend> read_tokenizer_json(const std::filesystem::path& path) {
   const std::string content = file_text(path);
   try {
-    return parse_tokenizer_json(content, config, bos_token_id);
+    return parse_tokenizer_json(content);
   } catch (const Error& reason) {
     throw Error(fmt::format("{}: {}; give the prompt's token ids with --tokens", path.string(), reason.what()));
   }

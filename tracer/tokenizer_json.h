@@ -2,23 +2,19 @@
 // SentencePiece (Llama 2, Mistral, Gemma).
 #pragma once
 
-#include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <optional>
 #include <string_view>
 
 #include "tracer/tokenizer_backend.h"
 
 namespace kvreplay::tracer {
 
-/// A tokenizer from the content of a tokenizer.json. `bos_token_id` is the model's, for a tokenizer_config.json that
-/// adds a BOS without naming it. Throws Error, without a file's name, for what is malformed or not supported.
-std::unique_ptr<TokenizerBackend> parse_tokenizer_json(std::string_view content, const TokenizerConfig& config,
-                                                       std::optional<std::int32_t> bos_token_id);
+/// A tokenizer from the content of a tokenizer.json. Throws Error, without a file's name, for what is malformed or not
+/// supported.
+std::unique_ptr<TokenizerBackend> parse_tokenizer_json(std::string_view content);
 
 /// The same from a file, which the errors name.
-std::unique_ptr<TokenizerBackend> read_tokenizer_json(const std::filesystem::path& path, const TokenizerConfig& config,
-                                                      std::optional<std::int32_t> bos_token_id);
+std::unique_ptr<TokenizerBackend> read_tokenizer_json(const std::filesystem::path& path);
 
 }  // namespace kvreplay::tracer

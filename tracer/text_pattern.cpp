@@ -139,17 +139,15 @@ class Translation {
     if (accept("?i:")) {
       result_ += "(?i:";
       ignoring_case = true;
-    } else if (accept("?:")) {
-      result_ += "(?:";
     } else if (accept("?>")) {
       result_ += "(?>";
     } else if (rest_.starts_with("?=") || rest_.starts_with("?!")) {
       result_ += fmt::format("({}", take(2));
       atom = Atom::look;
-    } else if (rest_.starts_with("?") || rest_.starts_with("*")) {
-      refuse(fmt::format("({}", rest_.substr(0, 3)));
-    } else {
+    } else if (accept("?:") || (!rest_.starts_with("?") && !rest_.starts_with("*"))) {
       result_ += "(?:";
+    } else {
+      refuse(fmt::format("({}", rest_.substr(0, 3)));
     }
     alternatives(ignoring_case);
     if (!accept(")")) refuse("an unmatched (");

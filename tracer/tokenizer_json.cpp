@@ -162,7 +162,7 @@ std::string_view part(std::string_view text, TextRange range) {
 }
 
 // Divides a word at the matches, which are in order, and appends what is not empty to `words`.
-void divide(TextRange word, std::vector<TextRange> matches, Behavior behavior, bool invert,
+void divide(TextRange word, const std::vector<TextRange>& matches, Behavior behavior, bool invert,
             std::vector<TextRange>& words) {
   struct Piece {
     TextRange range;
@@ -700,7 +700,7 @@ Bpe read_bpe(const json& value) {
   if (!dropout.is_null() && dropout != 0) throw fields.unsupported("dropout", "none");
   for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
     const json& affix = fields.optional(key);
-    if (!affix.is_null() && affix != "") throw fields.unsupported(key, "none");
+    if (!affix.is_null() && affix != json("")) throw fields.unsupported(key, "none");
   }
   Bpe::Options options;
   if (!fields.optional("unk_token").is_null()) options.unknown_token = fields.text("unk_token");

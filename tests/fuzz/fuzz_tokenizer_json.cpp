@@ -1,5 +1,5 @@
-// A tokenizer.json is either refused with an Error or tokenizes any text: its tokens stand for ranges of the text, and what
-// it decodes and names is valid UTF-8. The input is the file, a zero byte, and a text.
+// A tokenizer.json is either refused with an Error or tokenizes any text: its tokens stand for ranges of the text, and
+// what it decodes and names is valid UTF-8. The input is the file, a zero byte, and a text.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>

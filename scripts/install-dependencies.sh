@@ -16,7 +16,7 @@ die() {
 packages=(
   g++ cmake ninja-build make pkg-config ccache
   libhdf5-dev libeigen3-dev libcli11-dev libfmt-dev nlohmann-json3-dev libxxhash-dev libhwy-dev
-  libtomlplusplus-dev libsentencepiece-dev libgtest-dev libgmock-dev
+  libtomlplusplus-dev libsentencepiece-dev libpcre2-dev libutf8proc-dev libgtest-dev libgmock-dev
 )
 # ccache is a convenience: a build without it is only slower.
 commands=(cmake ninja make pkg-config)
@@ -104,8 +104,8 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { ret
 list_of_needs() {
   cat <<'EOF'
 kvreplay needs: a C++20 compiler with OpenMP (GCC 12 or Clang 14, or newer), CMake 3.25, Ninja, make, pkg-config, HDF5 1.10,
-  Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, toml++ 3.3, xxHash, Highway 1.0.3, SentencePiece and GoogleTest 1.12,
-  or newer. ccache is optional.
+  Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, toml++ 3.3, xxHash, Highway 1.0.3, SentencePiece, PCRE2 10.40, utf8proc
+  and GoogleTest 1.12, or newer. ccache is optional.
   `make tidy`, `make fuzz` and `make check-format` need clang, clang-tidy, clang-format, compiler-rt and libomp as well;
   .ci/run also Python with h5py and venv, an MPI and Chromium; the benchmarks Google Benchmark and OpenBLAS.
 Installed on Debian 12, Ubuntu 24.04 and newer by this script; elsewhere by you, where CMake and pkg-config find them

@@ -222,7 +222,7 @@ Prompt prepare_prompt(const CaptureOptions& options, const ModelConfig& config) 
   std::optional<Encoding> encoding;
   if (options.prompt_text) {
     if (options.prompt_text->empty()) throw Error(fmt::format("{}: the prompt is empty", options.prompt_name));
-    encoding = prompt.tokenizer->encode(*options.prompt_text);
+    encoding = prompt.tokenizer->encode(*options.prompt_text, !options.prompt_is_templated);
     const auto stands_for_text = [](const auto& range) { return range.first < range.second; };
     if (std::none_of(encoding->bytes.begin(), encoding->bytes.end(), stands_for_text)) {
       throw Error(fmt::format("{}: the tokenizer finds no token in the prompt", options.prompt_name));
@@ -281,7 +281,8 @@ TraceInfo describe(const CaptureOptions& options, const ModelConfig& config, con
   const auto& windows = config.sliding_windows;
   const bool all_alike = std::adjacent_find(windows.begin(), windows.end(), std::not_equal_to<>()) == windows.end();
   info.model.sliding_window = all_alike ? windows.front() : 0;
-  info.source = fmt::format("model {}, prompt {}, greedy decoding in float32", config.name, options.prompt_name);
+  info.source = fmt::format("model {}, prompt {}{}, greedy decoding in float32", config.name, options.prompt_name,
+                            options.prompt_text ? fmt::format(" by {}", prompt.tokenizer->file_name()) : "");
   info.token_ids.assign(token_ids.begin(), token_ids.end());
   info.prompt_length = static_cast<int>(prompt.ids.size());
   if (prompt.tokenizer != nullptr) {

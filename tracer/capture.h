@@ -29,6 +29,8 @@ struct CaptureOptions {
   /// The prompt: text for the model's tokenizer, or ids that are taken as they are.
   std::optional<std::string> prompt_text;
   std::vector<std::int32_t> prompt_ids;
+  /// The text is a chat that a template has written out, special tokens and all: the tokenizer adds none at its ends.
+  bool prompt_is_templated = false;
   std::string prompt_name;  ///< where it came from, for the trace's provenance; no path
 
   int generate = 0;                 ///< tokens to generate greedily, fewer if the sequence ends

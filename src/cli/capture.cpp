@@ -25,6 +25,7 @@ struct CaptureArguments {
   std::string model;
   std::string prompt;
   std::string tokens;
+  bool templated = false;
   int generate = 0;
   std::string queries = "all";
   std::string dtype = "float32";
@@ -86,6 +87,9 @@ void run_capture(const CaptureArguments& arguments) {
   if (arguments.prompt.empty() == arguments.tokens.empty()) {
     throw UsageError("capture needs a prompt: either --prompt FILE or --tokens FILE (- reads standard input)");
   }
+  if (arguments.templated && arguments.prompt.empty()) {
+    throw UsageError("--templated says how a --prompt is written; --tokens are taken as given");
+  }
   if (arguments.generate < 0) {
     throw UsageError(fmt::format("--generate {}: must not be negative", arguments.generate));
   }
@@ -105,6 +109,7 @@ void run_capture(const CaptureArguments& arguments) {
     options.prompt_ids = tracer::parse_token_ids(read_input(input), options.prompt_name);
   } else {
     options.prompt_text = read_prompt(input);
+    options.prompt_is_templated = arguments.templated;
   }
   options.generate = arguments.generate;
   options.dtype = *dtype;
@@ -170,6 +175,9 @@ void add_capture_command(CLI::App& app) {
                    "Instead of a text: a file of decimal token ids, taken as given; - reads standard input")
       ->check(names_a_file)
       ->type_name("FILE");
+  command->add_flag(
+      "--templated", arguments->templated,
+      "The prompt is a chat as the model's template writes it, its special tokens included: none is added");
   command
       ->add_option("-n,--generate", arguments->generate, "Tokens to generate after the prompt, greedily (default: 0)")
       ->type_name("N");

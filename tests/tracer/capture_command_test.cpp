@@ -68,7 +68,11 @@ TEST_F(CaptureCommand, ReadsStandardInputAndSpans) {
   ASSERT_EQ(trace.info().spans.size(), 1u);
   EXPECT_EQ(trace.info().spans[0].end - trace.info().spans[0].start, 5) << "digits are tokens of their own";
   EXPECT_FALSE(trace.has_output_projection(0));
-  EXPECT_NE(trace.info().source.find("prompt standard input"), std::string::npos);
+  EXPECT_NE(trace.info().source.find("prompt standard input by tokenizer.model"), std::string::npos);
+  EXPECT_EQ(trace.info().token_ids.front(), 1);
+  ASSERT_EQ(run(fmt::format("--model '{}' --prompt prompt --templated -o templated.h5", demo)).exit_code, 0);
+  const TraceReader templated(folder_ / "templated.h5");
+  EXPECT_EQ(templated.info().num_tokens() + 1, trace.info().num_tokens()) << "no BOS";
 }
 
 // With and without tokens that follow the prompt: then the trace is written at the end, otherwise during the prompt.
@@ -134,6 +138,7 @@ TEST_F(CaptureCommand, ExplainsWhatIsWrong) {
       {"--tokens ids", 2, "--model"},
       {"--model tiny", 2, "either --prompt FILE or --tokens FILE"},
       {"--model tiny --tokens ids --prompt text", 2, "either --prompt FILE or --tokens FILE"},
+      {"--model tiny --tokens ids --templated", 2, "--templated says how a --prompt is written"},
       {"--model tiny --tokens ids --generate -1", 2, "--generate -1: must not be negative"},
       {"--model tiny --tokens ids --generate many", 2, "--generate"},
       {"--model tiny --tokens ids --queries window:0", 2, "--queries window:0: must be"},

@@ -343,7 +343,7 @@ TEST(Capture, RefusesBadInputInOneLineAndLeavesNothing) {
   expect(complaint([](auto& o) { o.prompt_ids[2] = 97; }),
          "ids: token id 97 at position 2 is not in the model's vocabulary of 97");
   expect(complaint([](auto& o) { o.prompt_ids[0] = -1; }), "token id -1 at position 0");
-  expect(complaint([](auto& o) { o.prompt_text = "text"; }), "holds no tokenizer.model");
+  expect(complaint([](auto& o) { o.prompt_text = "text"; }), "holds neither tokenizer.json nor tokenizer.model");
   expect(complaint([](auto& o) { o.generate = -1; }), "must not be negative");
   expect(complaint([](auto& o) { o.query_window = 0; }), "must be at least 1");
   expect(complaint([](auto& o) { o.execution.threads = 0; }), "must be at least 1");

@@ -89,8 +89,8 @@ TEST(Tokenizer, PutsTheBosWhereTheConfigurationSaysSo) {
 TEST(Tokenizer, SaysWhatToDoWithoutOne) {
   const TemporaryFolder folder;
   const auto load = [&] { Tokenizer(folder.path(), 1); };
-  EXPECT_NE(message_of<Error>(load).find("holds no tokenizer.model (SentencePiece); give the prompt's token ids with "
-                                         "--tokens"),
+  EXPECT_NE(message_of<Error>(load).find("holds neither tokenizer.json nor tokenizer.model (SentencePiece); give the "
+                                         "prompt's token ids with --tokens"),
             std::string::npos);
   write_file(folder / "tokenizer.model", "IQ== 0\nIg== 1\n");
   EXPECT_NE(message_of<Error>(load).find("is not a SentencePiece model"), std::string::npos);

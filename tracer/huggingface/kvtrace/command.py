@@ -126,9 +126,16 @@ def _first_line(problem):
     return lines[0] if lines else type(problem).__name__
 
 
+def _check_model(model):
+    # transformers would go and look for it on the hub.
+    if not os.path.isdir(model) and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise CaptureError(f"{model}: is neither a folder nor the name of a model on the hub")
+
+
 def _load_tokenizer(model, needed):
     import transformers
 
+    _check_model(model)
     try:
         return transformers.AutoTokenizer.from_pretrained(model)
     except Exception as problem:  # of many kinds, with every file that may be missing or wrong
@@ -155,20 +162,13 @@ def _load_model(arguments):
 
 def _generate(model, ids, arguments):
     """Runs the model greedily, without what its generation_config.json may ask for besides. The generated ids, and the
-    seconds that the prompt and all took."""
+    seconds until the first and the last."""
     import torch
     import transformers
 
     start = time.monotonic()
     times = []
     prompt = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
-    if arguments.generate == 0:
-        cache = transformers.DynamicCache(config=model.config)
-        step = arguments.prefill_chunk or len(ids)
-        with torch.no_grad():
-            for first in range(0, len(ids), step):
-                model(prompt[:, first : first + step], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return [], time.monotonic() - start, time.monotonic() - start
 
     def note(*_, **__):
         times.append(time.monotonic() - start)
@@ -176,11 +176,12 @@ def _generate(model, ids, arguments):
 
     ends = model.generation_config.eos_token_id
     settings = transformers.GenerationConfig(
-        max_new_tokens=arguments.generate, do_sample=False, num_beams=1, eos_token_id=ends,
+        max_new_tokens=max(1, arguments.generate), do_sample=False, num_beams=1, eos_token_id=ends,
         pad_token_id=ends[0] if isinstance(ends, list) else ends, prefill_chunk_size=arguments.prefill_chunk)
     result = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings,
                             stopping_criteria=transformers.StoppingCriteriaList([note]))
-    return result[0, len(ids):].tolist(), times[0], times[-1]
+    generated = result[0, len(ids):].tolist()
+    return generated[: arguments.generate], times[0], times[-1]
 
 
 def _size_text(size):

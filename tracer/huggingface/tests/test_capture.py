@@ -11,8 +11,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvtrace
 
-INTERFACE = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
-
 
 @pytest.fixture
 def model():
@@ -212,14 +210,14 @@ def test_attention_functions_of_others_stay(model, ids, output):
         calls.append(1)
         return original(*arguments, **options)
 
-    INTERFACE["sdpa"] = mine
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = mine
     try:
         sdpa = load("llama", "sdpa")
         with kvtrace.capture(sdpa, output):
             generate(sdpa, ids)
-        assert INTERFACE["sdpa"] is mine
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is mine
     finally:
-        del INTERFACE["sdpa"]
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
     assert calls
 
 

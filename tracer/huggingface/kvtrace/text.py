@@ -1,5 +1,6 @@
 """Token ids of a text, and the text of a token id."""
 
+import codecs
 import dataclasses
 import functools
 import json
@@ -72,10 +73,13 @@ def token_pieces(tokenizer, ids):
     return [pieces[token_id] for token_id in ids]
 
 
+def _name_bytes(problem):
+    return "".join(f"<0x{byte:02X}>" for byte in problem.object[problem.start : problem.end]), problem.end
+
+
+codecs.register_error("kvtrace-names", _name_bytes)
+
+
 def _text_of(data):
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        text = None
     # A text with a zero would end there in an HDF5 file.
-    return text if text is not None and "\0" not in text else "".join(f"<0x{byte:02X}>" for byte in data)
+    return data.decode(errors="kvtrace-names").replace("\0", "<0x00>")

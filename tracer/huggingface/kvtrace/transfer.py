@@ -64,9 +64,9 @@ class Transfer:
 
     def _copy(self, tensors):
         """Copies on the host, and the event after which they are there (None: they are)."""
-        if not tensors or tensors[0].device.type != "cuda":
+        device = next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)
+        if device is None:
             return [torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) for tensor in tensors], None
-        device = tensors[0].device
         if self._in_flight is not None:
             self._in_flight.synchronize()
         if device not in self._streams:
@@ -78,8 +78,9 @@ class Transfer:
             for tensor in tensors:
                 copies.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
                 copies[-1].copy_(tensor, non_blocking=True)
-                # Its memory is not given to others before the copy has left.
-                tensor.record_stream(stream)
+                if tensor.device == device:
+                    # Its memory is not given to others before the copy has left.
+                    tensor.record_stream(stream)
             self._in_flight = stream.record_event()
         return copies, self._in_flight
 

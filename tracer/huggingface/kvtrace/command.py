@@ -1,0 +1,296 @@
+"""kvtrace-capture: runs a Hugging Face model once and records what its attention saw into a trace."""
+
+import argparse
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+import warnings
+
+from . import __version__
+from .errors import CaptureError, UsageError
+
+_FAILED = 1
+_WRONG_USAGE = 2
+
+
+def _say(text):
+    print(text, file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(message)
+
+
+def _parser():
+    parser = _Parser(
+        prog="kvtrace-capture", description="Run a Hugging Face model once and record what its attention saw into a trace.",
+        epilog="Exit codes: 0 fine, 1 failed, 2 wrong usage.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--version", action="version", version=f"kvtrace {__version__}")
+    add("-m", "--model", required=True, metavar="ID_OR_DIR", help="model on the Hugging Face hub, or its folder")
+    add("-p", "--prompt-file", "--prompt", dest="prompt", metavar="FILE",
+        help="text file to run the model on; - reads standard input")
+    add("--tokens", metavar="FILE",
+        help="instead of a text: a file of decimal token ids, taken as given; - reads standard input")
+    add("-n", "--max-new-tokens", "--generate", dest="generate", type=int, default=0, metavar="N",
+        help="tokens to generate after the prompt, greedily (default: 0)")
+    add("--queries", default="all", metavar="all|window:N",
+        help="queries to record: window:N for the last N of the prompt and all after it (default: all)")
+    add("--attention-mass", action="store_true",
+        help="also record how much attention each key received from all prompt queries; takes time quadratic in the prompt")
+    add("--no-projection", action="store_true", help="leave out the layers' output projections")
+    add("--spans", metavar="FILE",
+        help='JSON list of things to follow: {"label": ..., "text": ...}, every occurrence in the prompt, or '
+        '{"label": ..., "start": ..., "end": ...} in token positions')
+    add("--dtype", default="auto", metavar="TYPE",
+        help="what the model runs in and the trace holds: float32, float16 or bfloat16 (default: what the weights are)")
+    add("--attn-implementation", metavar="NAME",
+        help="sdpa, eager, flash_attention_2, ... (default: what transformers chooses)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; auto spreads the model over all, with accelerate "
+        "(default: cuda where there is one)")
+    add("--prefill-chunk", type=int, metavar="N", help="run the prompt in pieces of N tokens (default: in one)")
+    add("-o", "--output", default="run.h5", metavar="FILE", help="trace to write, replaced if it exists (default: run.h5)")
+    return parser
+
+
+def _read(path):
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read()
+        return pathlib.Path(path).read_bytes()
+    except OSError as problem:
+        raise CaptureError(f"{path}: cannot be read: {problem.strerror}") from None
+
+
+def _name(path):
+    return "standard input" if path == "-" else pathlib.Path(path).name
+
+
+def _read_prompt(path):
+    data = _read(path)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as problem:
+        # What is not UTF-8 would reach the model as something else than what stands in the file.
+        raise CaptureError(f"{_name(path)}: byte {problem.start} is not UTF-8 text; convert it, or give token ids with "
+                           "--tokens") from None
+    if not text:
+        raise CaptureError(f"{_name(path)}: the prompt is empty")
+    return text
+
+
+def _read_ids(path):
+    ids = []
+    for word in _read(path).split():
+        if not (word.isdigit() and int(word) < 2**31):
+            shown = json.dumps(word[:40].decode(errors="replace"), ensure_ascii=False)
+            raise CaptureError(f"{_name(path)}: {shown} is not a token id")
+        ids.append(int(word))
+    if not ids:
+        raise CaptureError(f"{_name(path)}: holds no token ids")
+    return ids
+
+
+def _check(arguments):
+    """What can be known to be wrong before anything is read."""
+    from .capture import parse_queries
+
+    if (arguments.prompt is None) == (arguments.tokens is None):
+        raise UsageError("capture needs a prompt: either --prompt-file FILE or --tokens FILE (- reads standard input)")
+    for name in ("model", "prompt", "tokens", "spans", "output"):
+        if getattr(arguments, name) == "":
+            raise UsageError(f"--{name}: the file's name is empty")
+    if arguments.generate < 0:
+        raise UsageError(f"--max-new-tokens {arguments.generate}: must not be negative")
+    if arguments.prefill_chunk is not None and arguments.prefill_chunk < 1:
+        raise UsageError(f"--prefill-chunk {arguments.prefill_chunk}: must be at least 1")
+    if arguments.dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise UsageError(f"--dtype {arguments.dtype}: must be float32, float16, bfloat16 or auto")
+    parse_queries(arguments.queries)
+    output = pathlib.Path(arguments.output)
+    if output.exists():
+        for path in (arguments.prompt, arguments.tokens, arguments.spans):
+            if path is not None and os.path.exists(path) and os.path.samefile(output, path):
+                raise UsageError(f"{output}: the trace would overwrite what it is made from; name another file with -o")
+        folder = output.absolute().parent
+        if os.path.isdir(arguments.model) and os.path.samefile(folder, arguments.model):
+            raise UsageError(f"{output}: the trace would overwrite a file of the model; name another file with -o")
+
+
+def _first_line(problem):
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return lines[0] if lines else type(problem).__name__
+
+
+def _check_model(model):
+    # transformers would go and look for it on the hub.
+    if not os.path.isdir(model) and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise CaptureError(f"{model}: is neither a folder nor the name of a model on the hub")
+
+
+def _load_tokenizer(model, needed):
+    import transformers
+
+    _check_model(model)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model)
+    except Exception as problem:  # of many kinds, with every file that may be missing or wrong
+        if needed:
+            raise CaptureError(f"{model}: its tokenizer cannot be loaded: {_first_line(problem)}") from None
+        return None
+
+
+def _load_model(arguments):
+    import torch
+    import transformers
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    if device == "auto":
+        options["device_map"] = "auto"
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **options)
+        return (model if device == "auto" else model.to(device)).eval()
+    except Exception as problem:  # of many kinds: network, files, memory, an unknown architecture or implementation
+        raise CaptureError(f"{arguments.model}: the model cannot be loaded: {_first_line(problem)}") from None
+
+
+def _generate(model, ids, arguments):
+    """Runs the model greedily, without what its generation_config.json may ask for besides. The generated ids, and the
+    seconds until the first and the last."""
+    import torch
+    import transformers
+
+    start = time.monotonic()
+    times = []
+    prompt = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+
+    def note(*_, **__):
+        times.append(time.monotonic() - start)
+        return torch.zeros(1, dtype=torch.bool, device=prompt.device)
+
+    ends = model.generation_config.eos_token_id
+    settings = transformers.GenerationConfig(
+        max_new_tokens=max(1, arguments.generate), do_sample=False, num_beams=1, eos_token_id=ends,
+        pad_token_id=ends[0] if isinstance(ends, list) else ends, prefill_chunk_size=arguments.prefill_chunk)
+    result = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings,
+                            stopping_criteria=transformers.StoppingCriteriaList([note]))
+    generated = result[0, len(ids):].tolist()
+    return generated[: arguments.generate], times[0], times[-1]
+
+
+def _size_text(size):
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+
+
+def _capture(arguments):
+    _check(arguments)
+    from .spans import read_spans
+
+    text = _read_prompt(arguments.prompt) if arguments.prompt is not None else None
+    ids = _read_ids(arguments.tokens) if text is None else None
+    spans = read_spans(arguments.spans) if arguments.spans is not None else []
+    name = _name(arguments.prompt if text is not None else arguments.tokens)
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    from .capture import capture
+    from .output_file import OutputFile
+    from .spans import locate_spans
+    from .text import encode
+
+    # A long run should not end at a folder that cannot be written to.
+    OutputFile(arguments.output).abandon()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = _load_tokenizer(arguments.model, needed=text is not None)
+    encoding = None
+    if text is not None:
+        encoding = encode(tokenizer, text)
+        ids = encoding.ids
+    locate_spans(spans, encoding, len(ids))
+    model = _load_model(arguments)
+    config = model.config.get_text_config(decoder=True)
+    for position, token_id in enumerate(ids):
+        if token_id >= config.vocab_size:
+            raise CaptureError(f"{name}: token id {token_id} at position {position} is not in the model's vocabulary of "
+                               f"{config.vocab_size}")
+    most = len(ids) + max(0, arguments.generate - 1)
+    context = getattr(config, "max_position_embeddings", None)
+    if context and most > context:
+        _say(f"warning: the run may take {most} positions, but {arguments.model} was made for {context}; what lies "
+             "beyond may be unlike it")
+
+    with capture(model, arguments.output, queries=arguments.queries, attention_mass=arguments.attention_mass,
+                 output_projection=not arguments.no_projection, prompt_length=len(ids), tokenizer=tokenizer, prompt=text,
+                 spans=spans, source=f"prompt {name}, greedy decoding"):
+        generated, prefill, total = _generate(model, ids, arguments)
+
+    line = f"prefill: {len(ids)} tokens in {prefill:.2f} s ({len(ids) / prefill:.1f} tokens/s)"
+    if len(generated) > 1:
+        steps, seconds = len(generated) - 1, total - prefill
+        line += f", decode: {steps} token{'s' if steps > 1 else ''} in {seconds:.2f} s ({steps / seconds:.1f} tokens/s)"
+    _say(line)
+    queries = len(ids) + max(0, len(generated) - 1)
+    if arguments.queries != "all":
+        queries -= max(0, len(ids) - int(arguments.queries.partition(":")[2]))
+    print(f"{arguments.output}: {_size_text(os.path.getsize(arguments.output))}, {config.num_hidden_layers} layers, "
+          f"{len(ids)} prompt tokens, {queries} captured queries")
+    if generated:
+        ends = model.generation_config.eos_token_id
+        ended = generated[-1] in (ends if isinstance(ends, list) else [ends])
+        shown = tokenizer.decode(generated) if tokenizer is not None else " ".join(map(str, generated))
+        print(f"generated {len(generated)} token{'s' if len(generated) > 1 else ''}"
+              f"{', until the end of the sequence' if ended else ''}: {shown}")
+    if len(generated) < 2:
+        # The last generated token is not fed back, so one alone brings no query.
+        _say("note: the trace has no query after the prompt, so eviction at its end cannot be measured; "
+             "--max-new-tokens 2 or more adds some")
+
+
+class _Terminated(BaseException):
+    pass
+
+
+def _terminate(number, frame):
+    raise _Terminated(number)
+
+
+def main(arguments=None):
+    """Returns the exit code."""
+    # What ends the program must pass through the file's cleaning up.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _terminate)
+    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+    try:
+        _capture(_parser().parse_args(arguments))
+    except UsageError as problem:
+        _say(f"kvtrace-capture: {_first_line(problem)}")
+        return _WRONG_USAGE
+    except CaptureError as problem:
+        _say(f"kvtrace-capture: {_first_line(problem)}")
+        return _FAILED
+    except KeyboardInterrupt:
+        _say("kvtrace-capture: interrupted")
+        return 128 + signal.SIGINT
+    except _Terminated as problem:
+        _say("kvtrace-capture: interrupted")
+        return 128 + problem.args[0]
+    except Exception as problem:  # of the model's own code: out of memory, an unsupported combination
+        _say(f"kvtrace-capture: {type(problem).__name__}: {_first_line(problem)}")
+        return _FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""kvtrace-capture as a user meets it: exit codes, one line on standard error, complete files or none."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import h5py
+import numpy as np
+import pytest
+from conftest import FAMILIES, ROOT, Trace, distance
+
+import kvtrace.command
+
+DEMO = ROOT / "traces/demo-model"
+PROMPTS = ROOT / "traces/prompts"
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+
+
+def command(*arguments):
+    """Runs it in this process: a new one would spend seconds on importing."""
+    streams = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    show_warning = warnings.showwarning
+    try:
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            code = kvtrace.command.main([str(argument) for argument in arguments])
+    finally:
+        warnings.showwarning = show_warning
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(arguments, code, *(stream.getvalue() for stream in streams))
+
+
+def one_line(result, code):
+    """Its only line on standard error, after asserting the exit code."""
+    assert result.returncode == code, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("kvtrace-capture: ")
+    return lines[0].removeprefix("kvtrace-capture: ")
+
+
+def test_exit_code_is_the_programs():
+    result = subprocess.run([sys.executable, "-m", "kvtrace.command", "--queries"], capture_output=True, text=True)
+    assert "--queries" in one_line(result, 2)
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    """The demo model on a prompt with spans."""
+    output = tmp_path_factory.mktemp("facts") / "run.h5"
+    result = command("--model", DEMO, "--prompt-file", PROMPTS / "facts.txt", "--spans", PROMPTS / "facts.spans.json",
+                     "--max-new-tokens", 8, "--dtype", "float32", "--attention-mass", "-o", output)
+    assert result.returncode == 0, result.stderr
+    return result, Trace(output), output
+
+
+def test_capture_tells_what_it_did(facts):
+    result, trace, output = facts
+    assert result.stdout.splitlines()[0].startswith(f"{output}: ")
+    assert result.stdout.splitlines()[0].endswith(" MiB, 6 layers, 1286 prompt tokens, 1293 captured queries")
+    assert result.stdout.splitlines()[1].startswith("generated 8 tokens: ")
+    assert "83107" in result.stdout
+    assert result.stderr.startswith("prefill: 1286 tokens in ")
+    assert trace.attributes["source"].startswith("model demo-model, prompt facts.txt, greedy decoding; float32")
+
+
+def test_spans_are_where_the_text_is(facts):
+    _, trace, _ = facts
+    spans = {request["label"]: request["text"] for request in json.loads((PROMPTS / "facts.spans.json").read_text())}
+    assert {label for _, _, label in trace.spans} == set(spans)
+    for start, end, label in trace.spans:
+        assert spans[label].strip() == "".join(trace.pieces[start:end]).strip()
+
+
+def test_both_roads_agree(facts, kvreplay, tmp_path):
+    _, trace, output = facts
+    result = subprocess.run(
+        [kvreplay, "capture", "--model", DEMO, "--prompt", PROMPTS / "facts.txt", "--spans", PROMPTS / "facts.spans.json",
+         "--generate", "8", "-o", tmp_path / "cpp.h5"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with h5py.File(output) as ours, h5py.File(tmp_path / "cpp.h5") as theirs:
+        names = []
+        theirs.visititems(lambda name, thing: names.append(name) if isinstance(thing, h5py.Dataset) else None)
+        assert len(names) == 6 * 6 + 4
+        for name in names:
+            one, other = ours[name][()], theirs[name][()]
+            if one.dtype.kind == "f":
+                assert distance(one, other) < 1e-5, name
+            else:
+                assert one.tolist() == other.tolist(), name
+        for name, value in theirs["model"].attrs.items():
+            value = value.decode() if isinstance(value, bytes) else value
+            assert ours["model"].attrs[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+def test_kvreplay_replays_it(facts, kvreplay):
+    _, _, output = facts
+    result = subprocess.run([kvreplay, "replay", output, "--policy", "h2o", "--policy", "restkv", "--capacity", "128"],
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr
+
+
+def test_fidelity_of_kvreplay(facts, kvreplay):
+    _, _, output = facts
+    result = subprocess.run([kvreplay, "inspect", output], capture_output=True, text=True)
+    rows = [line.split() for line in result.stdout.split("fidelity")[1].splitlines()]
+    worst = [float(row[2]) for row in rows if len(row) == 5 and row[0].isdigit()]
+    assert len(worst) == 6
+    assert max(worst) <= 1e-5
+
+
+def test_token_ids_are_taken_as_given(tmp_path):
+    folder = FAMILIES / "mistral"
+    with h5py.File(folder / "expected.h5") as file:
+        expected = file["generated_ids"][:].tolist()
+    result = command("-m", folder, "--tokens", folder / "prompt.ids", "-n", len(expected), "--dtype", "float32",
+                     "--queries", "window:16", "--prefill-chunk", 10, "--attn-implementation", "eager", "-o",
+                     tmp_path / "run.h5")
+    assert result.returncode == 0, result.stderr
+    # There is no tokenizer.
+    assert result.stdout.splitlines()[1] == f"generated 8 tokens: {' '.join(map(str, expected))}"
+    trace = Trace(tmp_path / "run.h5")
+    assert trace.pieces is None
+    assert trace.prompt_length == 71
+    assert len(trace.positions) == 16 + 7
+
+
+def test_nothing_generated(tmp_path):
+    folder = FAMILIES / "llama"
+    result = command("-m", folder, "--tokens", folder / "prompt.ids", "-o", tmp_path / "run.h5")
+    assert result.returncode == 0, result.stderr
+    assert "note: the trace has no query after the prompt" in result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    assert len(Trace(tmp_path / "run.h5").ids) == 47
+
+
+def test_longer_than_the_context_is_a_warning(tmp_path):
+    folder = FAMILIES / "llama"
+    (tmp_path / "long.ids").write_text("5 6 7 8 " * 32)
+    result = command("-m", folder, "--tokens", tmp_path / "long.ids", "-n", 2, "-o", tmp_path / "run.h5")
+    assert result.returncode == 0, result.stderr
+    assert "warning: the run may take 129 positions" in result.stderr
+    assert len(Trace(tmp_path / "run.h5").ids) == 129
+
+
+USAGE = {
+    "no prompt": (["-m", DEMO], "needs a prompt"),
+    "two prompts": (["-m", DEMO, "--tokens", "a", "--prompt-file", "b"], "needs a prompt"),
+    "no model": (["--prompt-file", PROMPTS / "facts.txt"], "--model"),
+    "queries": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "--queries", "window:0"],
+                '--queries window:0: must be "all" or "window:N" with N at least 1'),
+    "dtype": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "--dtype", "float64"], "--dtype float64"),
+    "generate": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "-n", "-1"], "must not be negative"),
+    "chunk": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "--prefill-chunk", "0"], "--prefill-chunk 0"),
+    "no number": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "-n", "many"], "many"),
+    "unknown option": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "--quantize"], "--quantize"),
+    "overwrites the prompt": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "-o", PROMPTS / "facts.txt"], "would overwrite"),
+    "overwrites the model": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "-o", DEMO / "config.json"], "would overwrite"),
+    "empty name": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "-o", ""], "name is empty"),
+}
+
+
+@pytest.mark.parametrize("what", USAGE)
+def test_wrong_usage(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = USAGE[what]
+    assert message in one_line(command(*arguments), 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_failures_are_one_line_and_leave_nothing(tmp_path):
+    ids = FAMILIES / "llama" / "prompt.ids"
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "words.ids").write_text("1 2 three")
+    (tmp_path / "large.ids").write_text("1 2 9999")
+    (tmp_path / "spans.json").write_text('[{"label": "a", "text": "nowhere"}]')
+    (tmp_path / "broken.json").write_text("[")
+    output = tmp_path / "run.h5"
+    before = sorted(tmp_path.iterdir())
+    for arguments, message in (
+            ([DEMO, "-p", tmp_path / "missing.txt"], "missing.txt: cannot be read: No such file"),
+            ([DEMO, "-p", tmp_path / "latin.txt"], "latin.txt: byte 3 is not UTF-8 text"),
+            ([DEMO, "-p", tmp_path / "empty.txt"], "empty.txt: the prompt is empty"),
+            ([FAMILIES / "llama", "--tokens", tmp_path / "words.ids"], 'words.ids: "three" is not a token id'),
+            ([FAMILIES / "llama", "--tokens", tmp_path / "large.ids"], "token id 9999 at position 2 is not in the model's"),
+            ([FAMILIES / "llama", "-p", PROMPTS / "facts.txt"], "tokenizer cannot be loaded"),
+            ([DEMO, "-p", PROMPTS / "facts.txt", "--spans", tmp_path / "spans.json"], "does not occur in the prompt"),
+            ([DEMO, "-p", PROMPTS / "facts.txt", "--spans", tmp_path / "broken.json"], "is not a JSON list"),
+            ([FAMILIES / "llama", "--tokens", ids, "--spans", tmp_path / "spans.json"], "only be found in a text prompt"),
+            ([tmp_path / "missing", "--tokens", ids], "is neither a folder nor"),
+            ([tmp_path, "--tokens", ids], "the model cannot be loaded"),
+            ([FAMILIES / "gemma2", "--tokens", ids, "--attn-implementation", "sdpa"],
+             "does not support an attention implementation"),
+            ([FAMILIES / "llama", "--tokens", ids, "-o", tmp_path], "is a folder")):
+        arguments = ["-m", *arguments] if "-o" in arguments else ["-m", *arguments, "-o", output]
+        assert message in one_line(command(*arguments), 1)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_disk_full_leaves_nothing(tmp_path):
+    # A limit on the size of files fails a write as a full disk does.
+    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
+            "from kvtrace.command import main; sys.exit(main())")
+    result = subprocess.run(
+        [sys.executable, "-c", code, "-m", DEMO, "-p", PROMPTS / "needle.txt", "-n", "4", "-o", tmp_path / "run.h5"],
+        capture_output=True, text=True, env=ENVIRONMENT)
+    message = one_line(result, 1)
+    assert message == f"{tmp_path / 'run.h5'}: cannot be written: File too large"
+    assert not list(tmp_path.iterdir())
+
+
+# A capture that goes on until it is ended: every layer of every step waits a little.
+ENDLESS = """
+import sys, time, torch, kvtrace, transformers
+from kvtrace.command import main
+forward = torch.nn.Linear.forward
+def slow(self, hidden):
+    time.sleep(0.002)
+    return forward(self, hidden)
+torch.nn.Linear.forward = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def interrupted(tmp_path, number):
+    """Ends a capture by a signal when its file has begun to grow. The exit code and what was on standard error."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, "-m", DEMO, "-p", PROMPTS / "needle.txt", "-n", "800", "-o", tmp_path / "run.h5"],
+        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while not any(file.stat().st_size > 1_000_000 for file in tmp_path.iterdir()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    message = process.stderr.read()
+    return process.wait(), message
+
+
+def test_kill_leaves_no_file_that_a_reader_accepts(tmp_path, request):
+    code, _ = interrupted(tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not (tmp_path / "run.h5").exists()
+    [unfinished] = tmp_path.iterdir()
+    try:
+        with h5py.File(unfinished) as file:
+            assert "complete" not in file.attrs
+    except OSError:
+        pass  # not even HDF5
+    program = os.environ.get("KVREPLAY")
+    if program:
+        result = subprocess.run([program, "inspect", unfinished], capture_output=True, text=True)
+        assert result.returncode == 1
+        assert len(result.stderr.strip().splitlines()) == 1
+    unfinished.unlink()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_that_can_be_caught_leave_nothing(number, tmp_path):
+    code, message = interrupted(tmp_path, number)
+    assert code == 128 + number
+    assert message.strip().splitlines()[-1] == "kvtrace-capture: interrupted"
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,99 @@
+"""The text of tokens, and spans of texts."""
+
+import re
+
+import pytest
+import tokenizers
+import transformers
+from conftest import ROOT
+
+import kvtrace
+from kvtrace.spans import locate_spans, read_spans
+from kvtrace.text import encode, token_pieces
+
+TEXT = "The café's cat says “hello”.\n\n\tA needle: 12345 🙂 and  two spaces. A needle again."
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A byte-level BPE tokenizer, as Llama 3's and Qwen's, with a few merges."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"],
+        show_progress=False)
+    tokenizer.train_from_iterator([TEXT] * 3, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    return transformers.AutoTokenizer.from_pretrained(ROOT / "traces/demo-model")
+
+
+def test_pieces_of_byte_level_tokens_make_up_the_text(byte_level):
+    pieces = token_pieces(byte_level, encode(byte_level, TEXT).ids)
+    # Of a character that several tokens share, each token has bytes.
+    data = re.sub(rb"<0x([0-9A-F]{2})>", lambda match: bytes([int(match[1], 16)]), "".join(pieces).encode())
+    assert data.decode() == TEXT
+    assert any("needle" in piece or "need" in piece for piece in pieces)
+
+
+def test_pieces_of_sentencepiece_tokens_make_up_the_text(sentencepiece):
+    text = "The needle: 12345 and  two spaces.\nA needle again."
+    pieces = token_pieces(sentencepiece, encode(sentencepiece, text).ids)
+    assert pieces[0] == "<s>"
+    assert "".join(pieces[1:]) == " " + text
+
+
+def test_special_and_unknown_tokens_are_named(byte_level):
+    assert token_pieces(byte_level, [byte_level.eos_token_id, 99999]) == ["<|end|>", "<99999>"]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_every_occurrence_of_a_text_is_a_span(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    encoding = encode(tokenizer, TEXT)
+    spans = locate_spans([{"label": "n", "text": "needle"}, {"label": "all", "text": TEXT}], encoding, len(encoding.ids))
+    assert [label for _, _, label in spans] == ["n", "n", "all"]
+    pieces = token_pieces(tokenizer, encoding.ids)
+    for start, end, _ in spans[:2]:
+        covered = "".join(pieces[start:end])
+        assert "needle" in covered and len(covered) < 20
+    assert spans[2][1] == len(encoding.ids)
+
+
+@pytest.mark.parametrize(("request_", "message"), [
+    ({"label": "x", "text": "nowhere"}, "does not occur"),
+    ({"label": "x", "start": 0, "end": 99999}, "is not a range"),
+    ({"label": "x", "start": 3, "end": 3}, "is not a range"),
+    ({"label": "x"}, 'needs either a "text"'),
+    ({"label": "x", "text": ""}, "not empty"),
+    ({"label": "x", "text": "a", "start": 1, "end": 2}, 'needs either a "text"'),
+    ({"label": "x", "start": 1}, "must be token positions"),
+    ({"text": "a"}, 'needs a "label"'),
+])
+def test_wrong_spans_are_refused(request_, message, sentencepiece):
+    encoding = encode(sentencepiece, TEXT)
+    with pytest.raises(kvtrace.CaptureError, match=message):
+        locate_spans([request_], encoding, len(encoding.ids))
+
+
+def test_wrong_span_files_are_refused(tmp_path):
+    path = tmp_path / "spans.json"
+    for content, message in (("{", "is not a JSON list"), ("{}", "is not a JSON list"), ('[{"label": 3}]', "entry 1")):
+        path.write_text(content)
+        with pytest.raises(kvtrace.CaptureError, match=message):
+            read_spans(path)
+    with pytest.raises(kvtrace.CaptureError, match="cannot be read"):
+        read_spans(tmp_path / "missing.json")
+
+
+def test_text_that_was_not_run_is_refused(sentencepiece, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "traces/demo-model", dtype="float32").eval()
+    ids = sentencepiece("Another text.", return_tensors="pt")["input_ids"]
+    with pytest.raises(kvtrace.CaptureError, match="does not give the token ids"):
+        with kvtrace.capture(model, tmp_path / "run.h5", tokenizer=sentencepiece, prompt="One text.",
+                             prompt_length=ids.shape[1]):
+            model(ids)

@@ -107,6 +107,12 @@ std::string title_of(const Analysis& analysis) {
 
 }  // namespace
 
+void check_report(const std::filesystem::path& folder, const ReportOptions& options) {
+  static_cast<void>(chosen_kinds(options.only));
+  check_place(folder, options.force);
+  const OutputFolder probe(folder);
+}
+
 ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& analysis,
                            const ReportOptions& options) {
   const std::vector<const FigureKind*> kinds = chosen_kinds(options.only);
@@ -117,7 +123,8 @@ ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& 
   ReportOutcome outcome;
   PageContent content;
   content.title = options.title.empty() ? title_of(analysis) : options.title;
-  content.findings = findings(analysis, kFindings);
+  outcome.findings = findings(analysis, kFindings);
+  content.findings = outcome.findings;
   std::vector<Figure> figures;
   std::vector<Figure> of_page;
   for (const FigureKind* kind : kinds) {

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <charconv>
 #include <limits>
 #include <system_error>
@@ -42,6 +43,10 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
       ->allow_extra_args(false)
       ->delimiter(',')
       ->type_name("N|P%,...");
+  command.add_option("--trace", options.filter.traces, "Only these traces, by the names of their files")
+      ->allow_extra_args(false)
+      ->delimiter(',')
+      ->type_name("NAME,...");
   command.add_option("--evict-at", options.filter.eviction_positions, "Only these eviction positions")
       ->allow_extra_args(false)
       ->delimiter(',')
@@ -108,6 +113,16 @@ ResultSet open_results(const ResultOptions& options) {
   // What they are compared with is meant as well.
   if (!filter.policies.empty() && !options.baseline.empty()) filter.policies.push_back(options.baseline);
   return ResultSet::open(paths(options.files), filter);
+}
+
+void check_resampling(const ResultOptions& options, const ResultSet& results) {
+  if (options.resample != "traces") return;
+  const std::vector<StoredResult>& all = results.results();
+  const auto another = [&](const StoredResult& result) { return result.trace != all.front().trace; };
+  if (std::ranges::any_of(all, another)) return;
+  throw UsageError(
+      "--resample traces needs two traces at least, and there is one; --resample queries says how sure one trace "
+      "makes");
 }
 
 RetentionSet open_kept(const ResultOptions& options, const ResultSet& results) {

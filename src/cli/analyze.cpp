@@ -7,7 +7,6 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
-#include <set>
 #include <system_error>
 
 #include "base/error.h"
@@ -95,13 +94,7 @@ void run_analyze(const AnalyzeOptions& options) {
   ResultSet results = open_results(options.results);
   check_csv(options);
   const std::string headline = analysis_headline(results.results());
-  std::set<std::string> traces;
-  for (const StoredResult& result : results.results()) traces.insert(result.trace);
-  if (options.results.resample == "traces" && traces.size() < 2) {
-    throw UsageError(
-        "--resample traces needs two traces at least, and there is one; --resample queries says how sure "
-        "one trace makes");
-  }
+  check_resampling(options.results, results);
   Answer answer = options.by.empty() ? analyzed(options, std::move(results)) : compared_by(options, results);
 
   // The answer is shown even where the file cannot be written.
@@ -125,10 +118,6 @@ void add_analyze_command(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("analyze", "Say which policy is best where, by how much, and how sure that is");
   add_result_options(*command, options->results);
-  command->add_option("--trace", options->results.filter.traces, "Only these traces, by the names of their files")
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->type_name("NAME,...");
   command
       ->add_option("--by", options->by,
                    "Only compare, by these: policy, capacity, trace, evict-at, layer, head (default: policy,capacity)")

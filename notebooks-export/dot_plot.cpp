@@ -27,23 +27,31 @@ void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
     colours.push_back(kShades[plot.capacities.size() == 1 ? 1 : i % kShades.size()]);
     shapes.push_back(kShapes[i % kShapes.size()]);
   }
+  Json row = Json::parse(R"json({
+    "y": {"type": "nominal", "axis": {"title": null, "grid": true, "tickBand": "extent", "domain": false}},
+    "yOffset": {"field": "capacity", "type": "nominal"},
+    "color": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}}
+  })json");
+  row["y"]["field"] = plot.subject;
+  row["y"]["sort"] = plot.subjects;
+  row["y"]["axis"]["labelExpr"] = style.label_expression(plot.subjects, fit);
+  row["y"]["axis"]["labelLineHeight"] = style.line();
+  row["yOffset"]["sort"] = plot.capacities;
+  row["color"]["scale"] = {{"domain", plot.capacities}, {"range", colours}};
+  row["color"]["sort"] = plot.capacities;
+  if (plot.capacities.size() == 1) row.erase("yOffset");
   spec.update(Json::parse(R"json({
     "autosize": {"type": "fit-x", "contains": "padding"},
-    "encoding": {
-      "y": {"type": "nominal", "axis": {"title": null, "grid": true, "tickBand": "extent", "domain": false}},
-      "yOffset": {"field": "capacity", "type": "nominal"},
-      "color": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}}
-    },
     "layer": [
       {"mark": {"type": "rule", "color": "#888888"},
-       "encoding": {"x": {"datum": 0, "type": "quantitative"}, "y": null, "yOffset": null, "color": null}},
+       "encoding": {"x": {"datum": 0, "type": "quantitative"}}},
       {"mark": {"type": "rule"},
        "encoding": {"x": {"field": "low", "type": "quantitative"}, "x2": {"field": "high"}}},
       {"mark": {"type": "point", "filled": false},
        "encoding": {
          "x": {"field": "difference", "type": "quantitative"},
          "fillOpacity": {"condition": {"test": "datum.sure === 'yes'", "value": 1}, "value": 0},
-         "fill": {"field": "capacity", "type": "nominal", "legend": null},
+         "fill": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}},
          "shape": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}},
          "tooltip": [
            {"field": "capacity"},
@@ -55,23 +63,15 @@ void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
        }}
     ]
   })json"));
+  for (const std::size_t layer : {1, 2}) spec["layer"][layer]["encoding"].update(row);
   spec["width"] = style.width();
-  spec["height"] = {{"step", std::max(1.15 * style.font() * rows + 0.4 * style.font(), 1.6 * style.font())},
-                    {"for", "position"}};
-  Json& encoding = spec["encoding"];
-  encoding["y"]["field"] = plot.subject;
-  encoding["y"]["sort"] = plot.subjects;
-  encoding["y"]["axis"]["labelExpr"] = style.label_expression(plot.subjects, fit);
-  encoding["y"]["axis"]["labelLineHeight"] = style.line();
-  encoding["yOffset"]["sort"] = plot.capacities;
-  encoding["color"]["scale"] = {{"domain", plot.capacities}, {"range", colours}};
-  encoding["color"]["sort"] = plot.capacities;
+  rows_of(spec, plot.subject, plot.subjects.size(),
+          std::max(1.15 * style.font() * rows + 0.4 * style.font(), 1.6 * style.font()));
   spec["layer"][1]["encoding"]["x"]["title"] = plot.title;
   Json& dots = spec["layer"][2]["encoding"];
-  dots["fill"]["scale"] = encoding["color"]["scale"];
+  dots["fill"]["scale"] = row["color"]["scale"];
   dots["shape"]["scale"] = {{"domain", plot.capacities}, {"range", shapes}};
   dots["tooltip"].insert(dots["tooltip"].begin(), Json{{"field", plot.subject}});
-  if (plot.capacities.size() == 1) encoding.erase("yOffset");
 }
 
 }  // namespace kvreplay

@@ -259,7 +259,7 @@ Json FigureStyle::dash(const std::vector<std::string>& policies) const {
   return {{"field", "policy"},
           {"type", "nominal"},
           {"scale", scale(policies, [](const Look& look) -> Json { return look.dash; })},
-          {"legend", nullptr}};
+          {"legend", legend(policies)}};
 }
 
 std::string FigureStyle::label_expression(const std::vector<std::string>& texts, std::size_t most) const {
@@ -296,7 +296,7 @@ void FigureStyle::choose(Json& spec, const std::string& column, const std::vecto
         {{"input", "select"}, {"options", values}, {"name", column == "evict_at" ? "evicted at " : column + " "}}}});
   Json& transform = spec["transform"];
   if (transform.is_null()) transform = Json::array();
-  transform.insert(transform.begin(), {{"filter", fmt::format("datum.{} === {}", column, parameter)}});
+  transform.insert(transform.begin(), Json{{"filter", fmt::format("datum.{} === {}", column, parameter)}});
 }
 
 std::vector<std::string> broken(const std::string& text, std::size_t most) {
@@ -375,6 +375,12 @@ std::string about_intervals(const Analysis& analysis) {
 std::string about_means(const Analysis& analysis, std::string_view over) {
   return fmt::format("Means over {}{}.", over,
                      analysis.traces.size() > 1 ? "; every trace and eviction position weighs the same" : "");
+}
+
+// Not Vega-Lite's own steps, which go together with a fitted width only under protest.
+void rows_of(Json& spec, const std::string& column, std::size_t count, double step) {
+  spec["height"] = step * static_cast<double>(count);
+  spec["usermeta"]["kvreplay"]["rows"] = {{"column", column}, {"step", step}};
 }
 
 void filterable(Json& spec, const std::vector<std::string>& by) { spec["usermeta"]["kvreplay"]["filters"] = by; }

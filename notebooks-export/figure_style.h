@@ -104,6 +104,10 @@ std::string capacity_text(const std::string& capacity_request);
 std::string about_intervals(const Analysis& analysis);
 std::string about_means(const Analysis& analysis, std::string_view over);
 
+/// As high as the rows that a figure has for the texts of a column, `step` points each. The page counts those that its
+/// filters leave.
+void rows_of(Json& spec, const std::string& column, std::size_t count, double step);
+
 /// Which of the page's filters apply to a figure, and how: by the columns "policy", "capacity" and "layer" rows are
 /// filtered, by "shown_capacity" and "shown_layer" the figure's own choice is set.
 void filterable(Json& spec, const std::vector<std::string>& by);

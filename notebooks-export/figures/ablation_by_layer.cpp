@@ -84,9 +84,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
     }
   })json"));
   spec["width"] = style.width();
-  spec["height"] = {
-      {"step", std::max(2 * style.font(), style.line() * static_cast<double>(FigureStyle::most_lines(labels, fit)) +
-                                              0.4 * style.font())}};
+  rows_of(spec, "change", labels.size(),
+          std::max(2 * style.font(),
+                   style.line() * static_cast<double>(FigureStyle::most_lines(labels, fit)) + 0.4 * style.font()));
   Json& encoding = spec["encoding"];
   encoding["y"]["sort"] = labels;
   encoding["y"]["axis"]["labelExpr"] = style.label_expression(labels, fit);

@@ -39,7 +39,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
     "encoding": {
       "y": {"field": "policy", "type": "nominal",
             "axis": {"title": null, "grid": true, "ticks": false, "domain": false}},
-      "x": {"field": "kept", "type": "quantitative", "scale": {"type": "log", "base": 2, "zero": false},
+      "x": {"field": "kept", "type": "quantitative", "scale": {"type": "log", "base": 2},
             "axis": {"title": "positions per head (log scale)", "format": "~s"}}
     },
     "layer": [
@@ -53,9 +53,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
     ]
   })json"));
   spec["width"] = style.width();
-  spec["height"] = {
-      {"step", std::max(2 * style.font(), style.line() * static_cast<double>(FigureStyle::most_lines(policies, fit)) +
-                                              0.4 * style.font())}};
+  rows_of(spec, "policy", policies.size(),
+          std::max(2 * style.font(),
+                   style.line() * static_cast<double>(FigureStyle::most_lines(policies, fit)) + 0.4 * style.font()));
   spec["encoding"]["x"]["scale"]["padding"] = 3 * style.font();
   spec["encoding"]["y"]["sort"] = policies;
   spec["encoding"]["y"]["axis"]["labelExpr"] = style.label_expression(policies, fit);

@@ -93,7 +93,8 @@ Figure draw(const Analysis& analysis, Theme theme) {
                   "scale": {"scheme": "cividis", "type": "pow", "exponent": 0.5},
                   "legend": {"title": "importance (square-root scale)", "direction": "horizontal", "tickCount": 3}},
         "stroke": {"field": "importance", "type": "quantitative",
-                   "scale": {"scheme": "cividis", "type": "pow", "exponent": 0.5}, "legend": null},
+                   "scale": {"scheme": "cividis", "type": "pow", "exponent": 0.5},
+                   "legend": {"title": "importance (square-root scale)", "direction": "horizontal", "tickCount": 3}},
         "tooltip": [
           {"field": "stage"}, {"field": "query", "type": "quantitative", "format": "d"},
           {"field": "start", "type": "quantitative", "format": "d"},
@@ -132,12 +133,11 @@ Figure draw(const Analysis& analysis, Theme theme) {
   return figure;
 }
 
-const FigureRegistration registration(
-    {.name = "importance",
-     .question = "What does smoothing make of a head's scores?",
-     .needs = "a restkv setting, and its trace where the results say it is (--traces)",
-     .order = 170,
-     .draw = draw});
+const FigureRegistration registration({.name = "importance",
+                                       .question = "What does smoothing make of a head's scores?",
+                                       .needs = "a restkv setting, and its trace (--trace-file)",
+                                       .order = 170,
+                                       .draw = draw});
 
 }  // namespace
 }  // namespace kvreplay

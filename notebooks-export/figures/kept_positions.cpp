@@ -162,7 +162,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
          "color": {"field": "kept_share", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
                    "legend": {"title": "share of heads that keep", "direction": "horizontal", "format": ".0%"}},
          "stroke": {"field": "kept_share", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
-                    "legend": null}
+                    "legend": {"title": "share of heads that keep", "direction": "horizontal", "format": ".0%"}}
        }}
     ]
   })json"));
@@ -181,9 +181,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
     spec["layer"].push_back(std::move(band));
   }
   spec["width"] = style.width();
-  spec["height"] = {
-      {"step", std::max(2 * style.font(), style.line() * static_cast<double>(FigureStyle::most_lines(labels, fit)) +
-                                              0.4 * style.font())}};
+  rows_of(spec, "row", labels.size(),
+          std::max(2 * style.font(),
+                   style.line() * static_cast<double>(FigureStyle::most_lines(labels, fit)) + 0.4 * style.font()));
   Json& y = spec["encoding"]["y"];
   y["sort"] = labels;
   y["axis"]["labelExpr"] = style.label_expression(labels, fit);

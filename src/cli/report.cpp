@@ -59,6 +59,12 @@ std::vector<TraceReader> open_traces(const std::vector<std::string>& files, cons
   return traces;
 }
 
+void print_item(const std::string& text) {
+  std::string lines = wrapped(text, 4, 110);
+  lines.replace(2, 1, "-");
+  fmt::print("{}", lines);
+}
+
 void run_report(const ReportCommandOptions& options) {
   if (options.folder.empty()) throw UsageError("name the folder to write: --output report");
   static_cast<void>(measure_named(options.results.measure));
@@ -78,12 +84,12 @@ void run_report(const ReportCommandOptions& options) {
   const ReportOutcome outcome = write_report(options.folder, analysis, report);
 
   fmt::print("{}\n\n", headline);
-  for (const std::string& finding : outcome.findings) fmt::print("{}", wrapped("- " + finding, 2, 110));
+  for (const std::string& finding : outcome.findings) print_item(finding);
   if (!outcome.findings.empty()) fmt::print("\n");
   fmt::print("{} {}", outcome.figures.size(), outcome.figures.size() == 1 ? "figure" : "figures");
   if (!outcome.left_out.empty()) {
     fmt::print("; there are no data for {} more:\n", outcome.left_out.size());
-    for (const std::string& line : outcome.left_out) fmt::print("{}", wrapped("- " + line, 2, 110));
+    for (const std::string& line : outcome.left_out) print_item(line);
   } else {
     fmt::print("\n");
   }

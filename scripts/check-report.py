@@ -268,7 +268,7 @@ class Page:
             self.screenshot(screenshots, "one-policy")
             self.check_change("all policies again", lambda: [box.check() for box in boxes[1:]])
             tried.append(f"{len(boxes)} policies")
-        names = re.compile(r'(?<=["#])[a-zA-Z-]*\d+[^")]*')  # of clips and gradients, which are counted up
+        names = re.compile(r'(?<=["#])[a-zA-Z_-]*\d+[^")]*')  # of clips and gradients, which are counted up
         expect(names.sub("", self.page.evaluate(DRAWN)) == names.sub("", unfiltered),
                "filters: taken back they leave other figures than before")
         return ", ".join(tried) or "none"

@@ -26,6 +26,8 @@ struct Panel {
   std::string parameter;
   std::set<double> values;
   std::map<std::pair<std::string, std::string>, Group> groups;  // by capacity, and what all other parameters are
+  bool has_lines = false;                                       // of single settings, behind a mean
+  bool has_intervals = false;                                   // of a setting that is the only one
 };
 
 std::string others_of(const ParameterPoint& point, const std::string& parameter) {
@@ -43,7 +45,9 @@ std::vector<Panel> panels_of(const std::vector<ParameterPoint>& points, const st
     for (const auto& [name, value] : point.parameters) {
       auto found = std::ranges::find_if(
           panels, [&](const Panel& panel) { return panel.method == point.method && panel.parameter == name; });
-      if (found == panels.end()) found = panels.insert(panels.end(), {point.method, name, {}, {}});
+      if (found == panels.end())
+        found =
+            panels.insert(panels.end(), Panel{.method = point.method, .parameter = name, .values = {}, .groups = {}});
       found->values.insert(value);
       found->groups[{point.capacity_request, others_of(point, name)}][value] = &point;
     }
@@ -73,7 +77,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   figure.table = DataTable({"method", "parameter", "value", "capacity", "others", "mean", "low", "high"});
   bool averaged = false;
   bool thinned = false;
-  for (const Panel& panel : panels) {
+  for (Panel& panel : panels) {
     struct Sum {
       double sum = 0;
       int count = 0;
@@ -94,6 +98,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
     for (const auto& [key, sum] : sums) {
       const bool single = sum.count == 1;
       averaged = averaged || !single;
+      panel.has_intervals = panel.has_intervals || single;
       figure.table.add({panel.method, panel.parameter, key.second, key.first, std::string("mean"),
                         rounded(sum.sum / sum.count), single ? sum.interval.low : std::nan(""),
                         single ? sum.interval.high : std::nan("")});
@@ -105,6 +110,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
         thinned = true;
         continue;
       }
+      panel.has_lines = true;
       for (const auto& [value, point] : group) {
         figure.table.add({panel.method, panel.parameter, value, key.first, key.second, rounded(point->mean),
                           std::nan(""), std::nan("")});
@@ -124,8 +130,13 @@ Figure draw(const Analysis& analysis, Theme theme) {
                                panels.size() > 1 ? " The panels share the vertical scale." : "");
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
   constexpr std::array kShades = {"#440154", "#31688e", "#35b779", "#b8a800"};
+  constexpr std::array kShapes = {"circle", "square", "triangle-up", "diamond"};
   Json colours = Json::array();
-  for (std::size_t i = 0; i < capacities.size(); ++i) colours.push_back(kShades[capacities.size() == 1 ? 1 : i]);
+  Json shapes = Json::array();
+  for (std::size_t i = 0; i < capacities.size(); ++i) {
+    colours.push_back(kShades[capacities.size() == 1 ? 1 : i]);
+    shapes.push_back(kShapes[i]);
+  }
   const std::size_t columns = panels.size() == 1 ? 1 : 2;
   const double width = (style.width() - 6) / static_cast<double>(columns) - 5.2 * style.font();
   spec["columns"] = columns;
@@ -137,16 +148,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
         "color": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}}
       },
       "layer": [
-        {"transform": [{"filter": "datum.others !== 'mean'"}],
-         "mark": {"type": "line", "opacity": 0.35},
-         "encoding": {"y": {"field": "mean", "type": "quantitative", "scale": {"zero": false}},
-                      "detail": {"field": "others", "type": "nominal"}}},
-        {"transform": [{"filter": "isValid(datum.low)"}],
-         "mark": {"type": "rule"},
-         "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}},
         {"transform": [{"filter": "datum.others === 'mean'"}],
          "mark": {"type": "line"},
-         "encoding": {"y": {"field": "mean", "type": "quantitative"}}},
+         "encoding": {"y": {"field": "mean", "type": "quantitative", "scale": {"zero": false}}}},
         {"transform": [{"filter": "datum.others === 'mean'"}],
          "mark": {"type": "point"},
          "encoding": {
@@ -158,6 +162,24 @@ Figure draw(const Analysis& analysis, Theme theme) {
            ]}}
       ]
     })json");
+    drawn["layer"][1]["encoding"]["shape"]["scale"] = {{"domain", capacities}, {"range", shapes}};
+    Json& layers = drawn["layer"];
+    if (panel.has_intervals) {
+      layers.insert(layers.begin(), Json::parse(R"json({
+        "transform": [{"filter": "isValid(datum.low)"}],
+        "mark": {"type": "rule"},
+        "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
+      })json"));
+    }
+    if (panel.has_lines) {
+      Json lines = Json::parse(R"json({
+        "transform": [{"filter": "datum.others !== 'mean'"}],
+        "mark": {"type": "line", "opacity": 0.35},
+        "encoding": {"y": {"field": "mean", "type": "quantitative"}, "detail": {"field": "others", "type": "nominal"}}
+      })json");
+      lines["mark"]["strokeWidth"] = style.font() / 14;
+      layers.insert(layers.begin(), std::move(lines));
+    }
     drawn["transform"] = {{{"filter", fmt::format("datum.method === {} && datum.parameter === {}",
                                                   Json(panel.method).dump(), Json(panel.parameter).dump())}}};
     drawn["width"] = width;
@@ -175,12 +197,8 @@ Figure draw(const Analysis& analysis, Theme theme) {
     }
     x["scale"]["padding"] = 0.7 * style.font();
     drawn["encoding"]["color"]["scale"] = {{"domain", capacities}, {"range", colours}};
-    drawn["layer"][0]["mark"]["strokeWidth"] = style.font() / 14;
     const std::string title = panels.size() == 1 ? axis_title(analysis.options.measure) : measure;
-    for (std::size_t i = 0; i < 4; ++i) drawn["layer"][i]["encoding"]["y"]["title"] = title;
-    drawn["layer"][3]["encoding"]["shape"]["scale"] = {
-        {"domain", capacities}, {"range", Json::array({"circle", "square", "triangle-up", "diamond"})}};
-    drawn["layer"][3]["encoding"]["shape"]["scale"]["range"].get_ref<Json::array_t&>().resize(capacities.size());
+    for (Json& layer : drawn["layer"]) layer["encoding"]["y"]["title"] = title;
     spec["concat"].push_back(std::move(drawn));
   }
   spec["resolve"]["scale"]["y"] = "shared";

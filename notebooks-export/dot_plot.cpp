@@ -50,8 +50,7 @@ void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
       {"mark": {"type": "point", "filled": false},
        "encoding": {
          "x": {"field": "difference", "type": "quantitative"},
-         "fillOpacity": {"condition": {"test": "datum.sure === 'yes'", "value": 1}, "value": 0},
-         "fill": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}},
+         "fill": {"value": "white"},
          "shape": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}},
          "tooltip": [
            {"field": "capacity"},
@@ -69,7 +68,9 @@ void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
           std::max(1.15 * style.font() * rows + 0.4 * style.font(), 1.6 * style.font()));
   spec["layer"][1]["encoding"]["x"]["title"] = plot.title;
   Json& dots = spec["layer"][2]["encoding"];
-  dots["fill"]["scale"] = row["color"]["scale"];
+  Json filled = row["color"];
+  filled["test"] = "datum.sure === 'yes'";
+  dots["fill"]["condition"] = std::move(filled);
   dots["shape"]["scale"] = {{"domain", plot.capacities}, {"range", shapes}};
   dots["tooltip"].insert(dots["tooltip"].begin(), Json{{"field", plot.subject}});
 }

@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <cstdlib>
+#include <functional>
 #include <set>
 #include <utility>
 
@@ -19,6 +20,7 @@ namespace {
 constexpr std::array kColours = {"#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"};
 constexpr std::array kShapes = {"circle", "square", "triangle-up", "diamond", "triangle-down", "cross"};
 constexpr const char* kReferenceColour = "#808080";
+const std::vector<int> kSolid = {1, 0};
 
 constexpr std::size_t kMostMethods = 8;  // lines that an eye can follow, next to the references
 constexpr std::size_t kMostReferences = 4;
@@ -84,8 +86,12 @@ FigureStyle::FigureStyle(const Analysis& analysis, Theme theme)
     const std::string method = method_of(policy);
     return oracles.contains(policy) || method == "random" || method == "recent";
   };
-  // Who is shown: the baseline, the best of each method, the best of all; apart from these the references.
-  const std::vector<std::string> best = ranked(analysis);
+  // Who is shown: the baseline, of each method the setting with the most capacities and the best of these, then the
+  // best others of as many; apart from these the references. A setting that was tried at one capacity is no line.
+  std::map<std::string, int> capacities_of;
+  for (const ComparisonRow& row : analysis.comparison) ++capacities_of[row.key.policy];
+  std::vector<std::string> best = ranked(analysis);
+  std::ranges::stable_sort(best, std::greater(), [&](const std::string& policy) { return capacities_of[policy]; });
   std::vector<std::string> methods;
   std::vector<std::string> references;
   std::set<std::string> seen;
@@ -99,7 +105,9 @@ FigureStyle::FigureStyle(const Analysis& analysis, Theme theme)
   for (const std::string& policy : best) {
     if (seen.insert(method_of(policy)).second) show(policy);
   }
-  for (const std::string& policy : best) show(policy);
+  for (const std::string& policy : best) {
+    if (capacities_of[policy] == capacities_of[best.front()]) show(policy);
+  }
   // In the order of the results, so that a better ranking does not change a colour.
   std::vector<std::string> in_order;
   for (const SettingKey& setting : analysis.settings) {
@@ -116,16 +124,15 @@ FigureStyle::FigureStyle(const Analysis& analysis, Theme theme)
     const bool reference = i >= number_of_methods;
     const std::size_t place = reference ? i - number_of_methods : i;
     Look look{reference ? kReferenceColour : kColours[place % kColours.size()],
-              kShapes[(place + place / kColours.size()) % kShapes.size()],
-              {1, 0}};
+              kShapes[(place + place / kColours.size()) % kShapes.size()], kSolid};
     if (!reference && place >= kColours.size()) look.dash = {4, 2};
     if (reference) look.dash = {2, 2 + static_cast<int>(place)};
     looks_.emplace(policies_[i], std::move(look));
   }
   if (policies_.size() < best.size()) {
     left_out_ = fmt::format(
-        " {} of {} policies are shown: baseline, oracle, random and recent, the best setting of each method, then the "
-        "best overall (by rank of the mean {}, averaged over capacities).",
+        " {} of {} policies are shown: baseline, oracle, random and recent, of each method the setting with the most "
+        "capacities, then others with as many (the best first, by rank of the mean {}).",
         policies_.size(), best.size(), traits_of(analysis.options.measure).noun);
   }
 
@@ -212,6 +219,7 @@ Json FigureStyle::spec(const std::string& question, const std::string& caption) 
               {"titleFontSize", font_},
               {"titleFontWeight", "normal"},
               {"labelLimit", 0},
+              {"labelLineHeight", line()},
               {"labelPadding", 0.3 * font_}}},
             {"line", {{"strokeWidth", 1.8 * stroke}}},
             {"point", {{"size", 0.45 * font_ * font_}, {"filled", true}, {"opacity", 1}}},
@@ -222,7 +230,7 @@ Json FigureStyle::spec(const std::string& question, const std::string& caption) 
 }
 
 const FigureStyle::Look& FigureStyle::look_of(const std::string& policy) const {
-  static const Look kUnknown{kReferenceColour, "circle", {1, 0}};
+  static const Look kUnknown{kReferenceColour, "circle", kSolid};
   const auto found = looks_.find(policy);
   return found == looks_.end() ? kUnknown : found->second;
 }
@@ -256,10 +264,17 @@ Json FigureStyle::shape(const std::vector<std::string>& policies) const {
 }
 
 Json FigureStyle::dash(const std::vector<std::string>& policies) const {
-  return {{"field", "policy"},
-          {"type", "nominal"},
-          {"scale", scale(policies, [](const Look& look) -> Json { return look.dash; })},
-          {"legend", legend(policies)}};
+  std::map<std::vector<int>, Json> dashed;
+  for (const std::string& policy : policies) {
+    const std::vector<int>& dash = look_of(policy).dash;
+    if (dash != kSolid) dashed[dash].push_back(policy);
+  }
+  // No scale, since legends would give symbols dashed outlines.
+  Json conditions = Json::array();
+  for (const auto& [dash, names] : dashed) {
+    conditions.push_back({{"test", fmt::format("indexof({}, datum.policy) >= 0", names.dump())}, {"value", dash}});
+  }
+  return {{"condition", conditions}, {"value", kSolid}};
 }
 
 std::string FigureStyle::label_expression(const std::vector<std::string>& texts, std::size_t most) const {
@@ -268,7 +283,8 @@ std::string FigureStyle::label_expression(const std::vector<std::string>& texts,
     if (characters(text) > most) lines[text] = broken(text, most);
   }
   if (lines.empty()) return "datum.label";
-  return fmt::format("{}[datum.label] || datum.label", lines.dump());
+  // In brackets, since Vega-Lite puts an expression in the place of a header's label.
+  return fmt::format("{}[(datum.label)] || (datum.label)", lines.dump());
 }
 
 std::size_t FigureStyle::most_lines(const std::vector<std::string>& texts, std::size_t most) {
@@ -303,7 +319,8 @@ std::vector<std::string> broken(const std::string& text, std::size_t most) {
   std::vector<std::string> lines = {""};
   for (std::size_t at = 0; at < text.size();) {
     std::size_t end = at + 1;
-    while (end < text.size() && text[end - 1] != ',' && text[end] != '+' && text[end] != ' ') ++end;
+    while (end < text.size() && text[end - 1] != ',' && text[end - 1] != '(' && text[end] != '+' && text[end] != ' ')
+      ++end;
     std::string piece = text.substr(at, end - at);
     at = end;
     if (characters(lines.back()) > 0 && characters(lines.back() + piece) > most) {

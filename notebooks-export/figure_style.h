@@ -26,8 +26,9 @@ class FigureStyle {
   double text_width(std::size_t characters) const { return 0.52 * font_ * static_cast<double>(characters); }
   std::size_t characters_in(double width) const { return static_cast<std::size_t>(width / (0.52 * font_)); }
 
-  /// The policies that figures show, baselines and oracles after the others: all of them, or of very many the best
-  /// setting of each method and the best overall. What keeps everything is never among them.
+  /// The policies that figures show, baselines and oracles after the others: all of them, or of very many, or where
+  /// some have fewer capacities than others, a setting of each method and the best others. What keeps everything is
+  /// never among them.
   const std::vector<std::string>& policies() const { return policies_; }
   bool shows(const std::string& policy) const;
 
@@ -81,7 +82,7 @@ class FigureStyle {
   std::vector<std::string> capacities_;
 };
 
-/// A text in lines of at most `characters`, broken after ',' and before '+' and ' ' where that is possible.
+/// A text in lines of at most `characters`, broken after ',' and '(' and before '+' and ' ' where that is possible.
 std::vector<std::string> broken(const std::string& text, std::size_t characters);
 
 /// A measure with its unit, for an axis: "layer error (share of the output's norm)".

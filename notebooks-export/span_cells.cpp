@@ -47,6 +47,21 @@ std::vector<std::string> depths_of(const std::vector<SpanCell>& cells) {
   return depths;
 }
 
+double panel_width(const FigureStyle& style, std::size_t columns) {
+  const double labels = 8 * style.font();
+  return (style.width() - labels - static_cast<double>(columns - 1) * style.font()) / static_cast<double>(columns);
+}
+
+std::size_t panel_columns(const FigureStyle& style, const std::vector<std::string>& policies) {
+  std::size_t columns = std::clamp<std::size_t>(policies.size(), 1, 3);
+  while (columns > 1) {
+    const std::size_t fit = style.characters_in(panel_width(style, columns));
+    if (FigureStyle::longest_line(policies, fit) <= fit) break;
+    --columns;
+  }
+  return columns;
+}
+
 std::vector<std::string> policies_of(const FigureStyle& style, const std::vector<SpanCell>& cells) {
   std::vector<std::string> present;
   for (const SpanCell& cell : cells) {

@@ -25,6 +25,12 @@ std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& st
 /// The ranges of depths that there are, the beginning of the prompt first.
 std::vector<std::string> depths_of(const std::vector<SpanCell>& cells);
 
+/// How many panels stand side by side: so many that the policies' names fit above them.
+std::size_t panel_columns(const FigureStyle& style, const std::vector<std::string>& policies);
+
+/// How wide a panel is of so many.
+double panel_width(const FigureStyle& style, std::size_t columns);
+
 /// The policies that get a panel each: the first few of those with spans.
 std::vector<std::string> policies_of(const FigureStyle& style, const std::vector<SpanCell>& cells);
 

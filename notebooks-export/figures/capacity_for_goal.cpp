@@ -40,7 +40,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       "y": {"field": "policy", "type": "nominal",
             "axis": {"title": null, "grid": true, "ticks": false, "domain": false}},
       "x": {"field": "kept", "type": "quantitative", "scale": {"type": "log", "base": 2},
-            "axis": {"title": "positions per head (log scale)", "format": "~s"}}
+            "axis": {"title": "positions per head (log scale)", "format": "d", "tickCount": 5, "labelOverlap": "greedy"}}
     },
     "layer": [
       {"mark": {"type": "point", "filled": false},

@@ -81,7 +81,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   for (const std::string& stage : {raw, temporal}) {
     Json panel = Json::parse(R"json({
       "title": {"fontWeight": "normal", "anchor": "start", "frame": "group"},
-      "mark": {"type": "rect", "aria": false, "strokeWidth": 0.3},
+      "mark": {"type": "rect", "aria": false, "x2Offset": 0.3, "y2Offset": -0.3},
       "encoding": {
         "x": {"field": "start", "type": "quantitative", "scale": {"nice": false, "zero": false},
               "axis": {"title": null, "labels": false, "grid": false}},
@@ -92,9 +92,6 @@ Figure draw(const Analysis& analysis, Theme theme) {
         "color": {"field": "importance", "type": "quantitative",
                   "scale": {"scheme": "cividis", "type": "pow", "exponent": 0.5},
                   "legend": {"title": "importance (square-root scale)", "direction": "horizontal", "tickCount": 3}},
-        "stroke": {"field": "importance", "type": "quantitative",
-                   "scale": {"scheme": "cividis", "type": "pow", "exponent": 0.5},
-                   "legend": {"title": "importance (square-root scale)", "direction": "horizontal", "tickCount": 3}},
         "tooltip": [
           {"field": "stage"}, {"field": "query", "type": "quantitative", "format": "d"},
           {"field": "start", "type": "quantitative", "format": "d"},

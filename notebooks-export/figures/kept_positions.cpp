@@ -156,24 +156,22 @@ Figure draw(const Analysis& analysis, Theme theme) {
       ]
     },
     "layer": [
-      {"transform": [{"filter": "datum.policy !== ''"}],
-       "mark": {"type": "rect", "aria": false, "strokeWidth": 0.4},
+      {"transform": [{"filter": "datum.policy"}],
+       "mark": {"type": "rect", "aria": false, "x2Offset": 0.4},
        "encoding": {
          "color": {"field": "kept_share", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
-                   "legend": {"title": "share of heads that keep", "direction": "horizontal", "format": ".0%"}},
-         "stroke": {"field": "kept_share", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
-                    "legend": {"title": "share of heads that keep", "direction": "horizontal", "format": ".0%"}}
+                   "legend": {"title": "share of heads that keep", "direction": "horizontal", "format": ".0%"}}
        }}
     ]
   })json"));
   if (has_spans) {
     spec["layer"].push_back(Json::parse(R"json({
-      "transform": [{"filter": "datum.policy === ''"}],
+      "transform": [{"filter": "!datum.policy"}],
       "mark": {"type": "rect", "color": "#e69f00", "stroke": "#e69f00"}
     })json"));
     // A hair over all rows, to see what is kept of a span.
     Json band = Json::parse(R"json({
-      "transform": [{"filter": "datum.policy === ''"}],
+      "transform": [{"filter": "!datum.policy"}],
       "mark": {"type": "rect", "fillOpacity": 0, "stroke": "#e69f00", "tooltip": null},
       "encoding": {"y": {"value": 0}, "y2": {"value": "height"}, "tooltip": null}
     })json");

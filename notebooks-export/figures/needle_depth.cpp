@@ -22,16 +22,17 @@ Figure draw(const Analysis& analysis, Theme theme) {
     figure.table.add({cell.policy, cell.capacity_request, cell.depth, cell.recall, static_cast<double>(cell.spans)});
   }
   if (figure.table.empty()) return figure;
+  const std::size_t places =
+      policies.size() * distinct(figure.table, "capacity").size() * distinct(figure.table, "depth").size();
   figure.caption = fmt::format(
       "Share of an annotated span's positions that is kept, by where in the prompt it begins (0 % is the beginning); "
       "mean "
-      "over spans, layers and query heads.{} Shown: {} of {} policies.",
-      style.left_out(), policies.size(), style.policies().size());
+      "over spans, layers and query heads.{}{} Shown: {} of {} policies.",
+      figure.table.rows().size() < places ? " Empty: no span there, or not replayed." : "", style.left_out(),
+      policies.size(), style.policies().size());
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
-  const std::size_t columns = policies.size() == 1 ? 1 : policies.size() == 2 ? 2 : 3;
-  const double labels = 8 * style.font();
-  const double panel =
-      (style.width() - labels - static_cast<double>(columns - 1) * style.font()) / static_cast<double>(columns);
+  const std::size_t columns = panel_columns(style, policies);
+  const double panel = panel_width(style, columns);
   const std::vector<std::string> depths = depths_of(cells);
   spec.update(Json::parse(R"json({
     "facet": {"field": "policy", "type": "nominal", "header": {"title": null}},

@@ -30,6 +30,9 @@ struct Panel {
   bool has_intervals = false;                                   // of a setting that is the only one
 };
 
+// So that all values of a line are averaged over the same other parameters.
+bool is_whole(const Panel& panel, const Group& group) { return group.size() == panel.values.size(); }
+
 std::string others_of(const ParameterPoint& point, const std::string& parameter) {
   std::string text;
   for (const auto& [name, value] : point.parameters) {
@@ -52,23 +55,29 @@ std::vector<Panel> panels_of(const std::vector<ParameterPoint>& points, const st
       found->groups[{point.capacity_request, others_of(point, name)}][value] = &point;
     }
   }
-  std::erase_if(panels, [](const Panel& panel) { return panel.values.size() < 2; });
+  std::erase_if(panels, [](const Panel& panel) {
+    return panel.values.size() < 2 ||
+           std::ranges::none_of(panel.groups, [&](const auto& entry) { return is_whole(panel, entry.second); });
+  });
   return panels;
 }
 
-// So that all values of a line are averaged over the same other parameters.
-bool is_whole(const Panel& panel, const Group& group) { return group.size() == panel.values.size(); }
+// The capacities at which a parameter was varied, ascending.
+std::vector<std::string> varied_at(const Analysis& analysis, const FigureStyle& style) {
+  std::vector<std::string> capacities;
+  for (const std::string& capacity : style.capacities()) {
+    if (!panels_of(analysis.parameter_points, {capacity}).empty()) capacities.push_back(capacity);
+  }
+  return capacities;
+}
 
 Figure draw(const Analysis& analysis, Theme theme) {
   const FigureStyle style(analysis, theme);
   const std::string measure(traits_of(analysis.options.measure).noun);
   Figure figure;
   figure.name = "parameter-curves";
-  const std::vector<std::string> capacities = spread(style.capacities(), kCapacities);
+  const std::vector<std::string> capacities = spread(varied_at(analysis, style), kCapacities);
   std::vector<Panel> panels = panels_of(analysis.parameter_points, capacities);
-  std::erase_if(panels, [](const Panel& panel) {
-    return std::ranges::none_of(panel.groups, [&](const auto& entry) { return is_whole(panel, entry.second); });
-  });
   std::string left_out;
   if (panels.size() > kMostPanels) {
     left_out = fmt::format(" The first {} of {} parameters.", kMostPanels, panels.size());
@@ -144,7 +153,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   for (const Panel& panel : panels) {
     Json drawn = Json::parse(R"json({
       "encoding": {
-        "x": {"field": "value", "type": "quantitative", "axis": {"labelOverlap": "greedy", "format": "~g", "grid": false}},
+        "x": {"field": "value", "type": "quantitative", "axis": {"labelOverlap": "greedy", "labelExpr": "format(datum.value, '~g')", "grid": false}},
         "color": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}}
       },
       "layer": [

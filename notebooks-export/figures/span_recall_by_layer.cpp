@@ -46,9 +46,8 @@ Figure draw(const Analysis& analysis, Theme theme) {
       "capacity of {}; mean over spans and query heads.{}{} Shown: {} of {} policies.",
       capacity_text(capacity), thinned, style.left_out(), policies.size(), style.policies().size());
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
-  const std::size_t columns = policies.size() == 1 ? 1 : policies.size() == 2 ? 2 : 3;
-  const double panel = (style.width() - 8 * style.font() - static_cast<double>(columns - 1) * style.font()) /
-                       static_cast<double>(columns);
+  const std::size_t columns = panel_columns(style, policies);
+  const double panel = panel_width(style, columns);
   const std::vector<std::string> depths = depths_of(cells);
   spec.update(Json::parse(R"json({
     "transform": [

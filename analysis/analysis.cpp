@@ -19,15 +19,11 @@ namespace {
 // A result is told apart from what keeps everything and from what looks ahead.
 bool is_candidate(const ComparisonRow& row) { return !row.oracle && row.key.capacity_request != kAllPositions; }
 
-// The baseline's mean at the middle one of its capacities.
-std::optional<double> chosen_goal(const std::vector<ComparisonRow>& rows, const std::string& baseline) {
-  std::vector<const ComparisonRow*> of_baseline;
-  for (const ComparisonRow& row : rows) {
-    if (row.key.policy == baseline && row.key.capacity_request != kAllPositions) of_baseline.push_back(&row);
-  }
-  if (of_baseline.empty()) return std::nullopt;
-  std::ranges::stable_sort(of_baseline, {}, &ComparisonRow::kept);
-  return of_baseline[of_baseline.size() / 2]->distribution.mean;
+// The baseline's mean at the middle one of its capacities, as its curve has it.
+std::optional<double> chosen_goal(const std::vector<CapacityCurve>& curves, const std::string& baseline) {
+  const auto found = std::ranges::find(curves, baseline, &CapacityCurve::policy);
+  if (found == curves.end()) return std::nullopt;
+  return found->points[found->points.size() / 2].mean;
 }
 
 // The oracle whose mean over its capacities is the best.
@@ -103,6 +99,18 @@ void note_missing(const ResultSet& results, std::vector<std::string>& notes) {
                   rest == 0   ? " is"
                   : rest == 1 ? " and 1 more setting are"
                               : fmt::format(" and {} more settings are", rest)));
+}
+
+// Policies whose curves are not of all that their means at single capacities are of.
+void note_partial(const std::vector<CapacityCurve>& curves, std::vector<std::string>& notes) {
+  const auto partial = std::ranges::count_if(curves, &CapacityCurve::partial);
+  if (partial == 0) return;
+  const auto first = std::ranges::find_if(curves, &CapacityCurve::partial);
+  notes.push_back(fmt::format(
+      "{}{} not replayed on the same traces and eviction positions at all capacities: what is said against capacity is "
+      "of those that all have, and differs from the means at one capacity",
+      printable(first->policy),
+      partial == 1 ? std::string(" was") : fmt::format(" and {} more policies were", partial - 1)));
 }
 
 const StoredResult* find_result(const ResultSet& results, const std::string& policy, const std::string& capacity,
@@ -195,8 +203,10 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   comparison.bootstrap = options.bootstrap;
   analysis.comparison = compare(results, comparison);
   note_missing(results, analysis.notes);
-  if (!options.goal) options.goal = chosen_goal(analysis.comparison, options.baseline);
-  analysis.curves = capacity_curves(results, options.measure, options.goal, options.bootstrap);
+  analysis.curves = capacity_curves(results, options.measure, options.bootstrap);
+  note_partial(analysis.curves, analysis.notes);
+  if (!options.goal) options.goal = chosen_goal(analysis.curves, options.baseline);
+  if (options.goal) find_goal(analysis.curves, options.measure, *options.goal);
   analysis.step_effects = step_effects(results, options.measure, options.bootstrap);
   analysis.parameter_points = parameter_points(analysis.comparison);
   analysis.oracle = best_oracle(analysis.comparison, lower_is_better);

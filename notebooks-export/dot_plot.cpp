@@ -1,7 +1,6 @@
 #include "notebooks-export/dot_plot.h"
 
 #include <algorithm>
-#include <array>
 
 namespace kvreplay {
 
@@ -15,18 +14,9 @@ std::vector<std::string> spread(const std::vector<std::string>& capacities, std:
 }
 
 void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
-  // Dark to light, and of a hue that no policy has alone: a capacity is not a policy.
-  constexpr std::array kShades = {"#440154", "#31688e", "#35b779", "#b8a800"};
-  constexpr std::array kShapes = {"circle", "square", "triangle-up", "diamond"};
   const std::size_t fit = style.characters_in(0.42 * style.width());
   const auto rows = std::max<double>(static_cast<double>(plot.capacities.size()),
                                      static_cast<double>(FigureStyle::most_lines(plot.subjects, fit)));
-  Json colours = Json::array();
-  Json shapes = Json::array();
-  for (std::size_t i = 0; i < plot.capacities.size(); ++i) {
-    colours.push_back(kShades[plot.capacities.size() == 1 ? 1 : i % kShades.size()]);
-    shapes.push_back(kShapes[i % kShapes.size()]);
-  }
   Json row = Json::parse(R"json({
     "y": {"type": "nominal", "axis": {"title": null, "grid": true, "tickBand": "extent", "domain": false}},
     "yOffset": {"field": "capacity", "type": "nominal"},
@@ -37,7 +27,7 @@ void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
   row["y"]["axis"]["labelExpr"] = style.label_expression(plot.subjects, fit);
   row["y"]["axis"]["labelLineHeight"] = style.line();
   row["yOffset"]["sort"] = plot.capacities;
-  row["color"]["scale"] = {{"domain", plot.capacities}, {"range", colours}};
+  row["color"]["scale"] = capacity_colours(plot.capacities);
   row["color"]["sort"] = plot.capacities;
   if (plot.capacities.size() == 1) row.erase("yOffset");
   spec.update(Json::parse(R"json({
@@ -71,7 +61,7 @@ void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
   Json filled = row["color"];
   filled["test"] = "datum.sure === 'yes'";
   dots["fill"]["condition"] = std::move(filled);
-  dots["shape"]["scale"] = {{"domain", plot.capacities}, {"range", shapes}};
+  dots["shape"]["scale"] = capacity_shapes(plot.capacities);
   dots["tooltip"].insert(dots["tooltip"].begin(), Json{{"field", plot.subject}});
 }
 

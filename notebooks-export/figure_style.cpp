@@ -364,6 +364,21 @@ Json diverging_scale(double largest) {
 
 Json sequential_scale() { return {{"scheme", "cividis"}}; }
 
+Json capacity_colours(const std::vector<std::string>& capacities) {
+  constexpr std::array kShades = {"#8e4ec6", "#3a7ca5", "#35b779", "#b8a800"};
+  Json range = Json::array();
+  for (std::size_t i = 0; i < capacities.size(); ++i) {
+    range.push_back(kShades[capacities.size() == 1 ? 1 : i % kShades.size()]);
+  }
+  return {{"domain", capacities}, {"range", range}};
+}
+
+Json capacity_shapes(const std::vector<std::string>& capacities) {
+  Json range = Json::array();
+  for (std::size_t i = 0; i < capacities.size(); ++i) range.push_back(kShapes[i % 4]);
+  return {{"domain", capacities}, {"range", range}};
+}
+
 std::vector<std::string> distinct(const DataTable& table, const std::string& column) {
   const auto& columns = table.columns();
   const auto place = static_cast<std::size_t>(std::ranges::find(columns, column) - columns.begin());

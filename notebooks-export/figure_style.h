@@ -95,6 +95,11 @@ double rounded(double number);
 Json diverging_scale(double largest);
 Json sequential_scale();
 
+/// Scales of at most four capacities that stand side by side: shades that can be told apart on white and on black, and
+/// of which none is a policy's alone, since a capacity is not a policy.
+Json capacity_colours(const std::vector<std::string>& capacities);
+Json capacity_shapes(const std::vector<std::string>& capacities);
+
 /// The distinct texts of a column in the order of their rows.
 std::vector<std::string> distinct(const DataTable& table, const std::string& column);
 

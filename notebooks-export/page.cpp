@@ -154,8 +154,12 @@ std::string means_table(const Analysis& analysis, const FigureStyle& style) {
   std::string text = fmt::format(
       "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Means\"><table class=\"means\"><caption>Mean "
       "{} "
-      "at each capacity; the best policy in bold, oracles apart.{}</caption><thead><tr><th scope=\"col\">policy</th>",
-      html(traits_of(analysis.options.measure).noun), html(style.left_out()));
+      "at each capacity; the best policy in bold, oracles apart.{}{}</caption><thead><tr><th scope=\"col\">policy</th>",
+      html(traits_of(analysis.options.measure).noun),
+      std::ranges::any_of(analysis.curves, &CapacityCurve::partial)
+          ? " Columns are not all of the same traces and eviction positions: compare within a column."
+          : "",
+      html(style.left_out()));
   for (const std::string& capacity : style.capacities()) {
     text += fmt::format("<th scope=\"col\">{}</th>", html(capacity_text(capacity)));
   }

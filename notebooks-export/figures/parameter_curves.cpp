@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <map>
 #include <set>
@@ -138,14 +137,6 @@ Figure draw(const Analysis& analysis, Theme theme) {
                                thinned ? fmt::format(" Of the thin lines, {} per capacity are drawn.", kMostLines) : "",
                                panels.size() > 1 ? " The panels share the vertical scale." : "");
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
-  constexpr std::array kShades = {"#440154", "#31688e", "#35b779", "#b8a800"};
-  constexpr std::array kShapes = {"circle", "square", "triangle-up", "diamond"};
-  Json colours = Json::array();
-  Json shapes = Json::array();
-  for (std::size_t i = 0; i < capacities.size(); ++i) {
-    colours.push_back(kShades[capacities.size() == 1 ? 1 : i]);
-    shapes.push_back(kShapes[i]);
-  }
   const std::size_t columns = panels.size() == 1 ? 1 : 2;
   const double width = (style.width() - 6) / static_cast<double>(columns) - 5.2 * style.font();
   spec["columns"] = columns;
@@ -171,7 +162,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
            ]}}
       ]
     })json");
-    drawn["layer"][1]["encoding"]["shape"]["scale"] = {{"domain", capacities}, {"range", shapes}};
+    drawn["layer"][1]["encoding"]["shape"]["scale"] = capacity_shapes(capacities);
     Json& layers = drawn["layer"];
     if (panel.has_intervals) {
       layers.insert(layers.begin(), Json::parse(R"json({
@@ -205,7 +196,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       x["scale"] = {{"zero", false}, {"nice", false}};
     }
     x["scale"]["padding"] = 0.7 * style.font();
-    drawn["encoding"]["color"]["scale"] = {{"domain", capacities}, {"range", colours}};
+    drawn["encoding"]["color"]["scale"] = capacity_colours(capacities);
     const std::string title = panels.size() == 1 ? axis_title(analysis.options.measure) : measure;
     for (Json& layer : drawn["layer"]) layer["encoding"]["y"]["title"] = title;
     spec["concat"].push_back(std::move(drawn));

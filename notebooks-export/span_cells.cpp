@@ -47,19 +47,33 @@ std::vector<std::string> depths_of(const std::vector<SpanCell>& cells) {
   return depths;
 }
 
-double panel_width(const FigureStyle& style, std::size_t columns) {
-  const double labels = 8 * style.font();
-  return (style.width() - labels - static_cast<double>(columns - 1) * style.font()) / static_cast<double>(columns);
-}
-
-std::size_t panel_columns(const FigureStyle& style, const std::vector<std::string>& policies) {
+void draw_span_panels(Figure& figure, const FigureStyle& style, const std::vector<std::string>& policies,
+                      const std::vector<std::string>& depths, Json panel) {
+  const auto width_of = [&](std::size_t columns) {
+    const double labels = 8 * style.font();
+    return (style.width() - labels - static_cast<double>(columns - 1) * style.font()) / static_cast<double>(columns);
+  };
+  const auto fits = [&](std::size_t columns) {
+    const std::size_t characters = style.characters_in(width_of(columns));
+    return FigureStyle::longest_line(policies, characters) <= characters;
+  };
   std::size_t columns = std::clamp<std::size_t>(policies.size(), 1, 3);
-  while (columns > 1) {
-    const std::size_t fit = style.characters_in(panel_width(style, columns));
-    if (FigureStyle::longest_line(policies, fit) <= fit) break;
-    --columns;
-  }
-  return columns;
+  while (columns > 1 && !fits(columns)) --columns;
+
+  panel["width"] = width_of(columns);
+  panel["height"] = 1.3 * style.font() * static_cast<double>(std::max<std::size_t>(depths.size(), 3));
+  panel["encoding"].update(Json::parse(R"json({
+    "y": {"field": "depth", "type": "nominal", "axis": {"title": "depth in the prompt"}},
+    "color": {"field": "recall", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
+              "legend": {"title": "share kept of the spans", "direction": "horizontal", "format": ".0%"}}
+  })json"));
+  panel["encoding"]["y"]["sort"] = depths;
+  Json& spec = figure.spec;
+  spec["facet"] = {{"field", "policy"}, {"type", "nominal"}, {"sort", policies}};
+  spec["facet"]["header"] = {{"title", nullptr},
+                             {"labelExpr", style.label_expression(policies, style.characters_in(width_of(columns)))}};
+  spec["columns"] = columns;
+  spec["spec"] = std::move(panel);
 }
 
 std::vector<std::string> policies_of(const FigureStyle& style, const std::vector<SpanCell>& cells) {

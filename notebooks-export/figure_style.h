@@ -52,13 +52,13 @@ class FigureStyle {
   Json shape(const std::vector<std::string>& policies) const;
   Json dash(const std::vector<std::string>& policies) const;
 
-  /// A Vega expression that breaks texts longer than `characters` into lines: for labels of axes and legends, which
-  /// are not to be cut.
-  std::string label_expression(const std::vector<std::string>& texts, std::size_t characters) const;
+  /// A Vega expression that breaks texts longer than `most` characters into lines: for labels of axes and legends,
+  /// which are not to be cut.
+  std::string label_expression(const std::vector<std::string>& texts, std::size_t most) const;
 
   /// The most lines that one of the texts is broken into, and the most characters of a line.
-  static std::size_t most_lines(const std::vector<std::string>& texts, std::size_t characters);
-  static std::size_t longest_line(const std::vector<std::string>& texts, std::size_t characters);
+  static std::size_t most_lines(const std::vector<std::string>& texts, std::size_t most);
+  static std::size_t longest_line(const std::vector<std::string>& texts, std::size_t most);
 
   /// A choice of one value of a column: a parameter `shown_<column>` and the filter that goes with it.
   static void choose(Json& spec, const std::string& column, const std::vector<std::string>& values,
@@ -82,8 +82,9 @@ class FigureStyle {
   std::vector<std::string> capacities_;
 };
 
-/// A text in lines of at most `characters`, broken after ',' and '(' and before '+' and ' ' where that is possible.
-std::vector<std::string> broken(const std::string& text, std::size_t characters);
+/// A text in lines of at most `most` characters, broken after ',' and '(' and before '+' and ' ' where that is
+/// possible.
+std::vector<std::string> broken(const std::string& text, std::size_t most);
 
 /// A measure with its unit, for an axis: "layer error (share of the output's norm)".
 std::string axis_title(Measure measure);

@@ -25,8 +25,6 @@
 #include "base/printable.h"
 #include "notebooks-export/embedded_files.h"
 
-extern "C" char** environ;
-
 namespace kvreplay {
 namespace {
 
@@ -121,7 +119,7 @@ class Drawer {
   // The last line of what Python wrote before it ended: the kind of an exception and its message.
   Error ended() {
     std::string text;
-    std::rewind(messages_);
+    if (std::fseek(messages_, 0, SEEK_SET) != 0) return Error("Python ended unexpectedly");
     std::array<char, 4096> bytes;
     for (std::size_t count = 0; (count = std::fread(bytes.data(), 1, bytes.size(), messages_)) > 0;) {
       text.append(bytes.data(), count);

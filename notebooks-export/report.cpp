@@ -54,7 +54,7 @@ void check_place(const std::filesystem::path& folder, bool force) {
 }
 
 std::vector<const FigureKind*> chosen_kinds(const std::vector<std::string>& only) {
-  const std::vector<const FigureKind*> all = figure_kinds();
+  std::vector<const FigureKind*> all = figure_kinds();
   if (only.empty()) return all;
   std::vector<std::string> names;
   for (const FigureKind* kind : all) names.push_back(kind->name);

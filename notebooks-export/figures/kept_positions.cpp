@@ -95,7 +95,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
     thinned += " One capacity only.";
   }
   int positions_per_cell = 1;
-  std::set<std::string> spanned;
+  std::set<std::tuple<std::string, std::string, std::string>> spanned;
   for (const KeptRaster* raster : rasters) {
     const std::string trace = trace_text(*raster, several);
     const std::string layer = layer_text(raster->layer);
@@ -121,7 +121,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
                         static_cast<double>(start), static_cast<double>(end - 1), rounded(kept / (end - start)),
                         text_of(overview, start, end)});
     }
-    if (overview == nullptr || !spanned.insert(trace + '\n' + raster->capacity_request + '\n' + layer).second) continue;
+    if (overview == nullptr || !spanned.emplace(trace, raster->capacity_request, layer).second) continue;
     for (const Span& span : overview->spans) {
       if (span.start >= raster->eviction_position) continue;
       figure.table.add({std::string("annotated spans"), std::string(), trace, raster->capacity_request, layer,

@@ -45,8 +45,10 @@ std::vector<Panel> panels_of(const std::vector<ParameterPoint>& points, const st
   for (const ParameterPoint& point : points) {
     if (std::ranges::find(capacities, point.capacity_request) == capacities.end()) continue;
     for (const auto& [name, value] : point.parameters) {
-      auto found = std::ranges::find_if(
-          panels, [&](const Panel& panel) { return panel.method == point.method && panel.parameter == name; });
+      const auto is_of = [&point, &parameter = name](const Panel& panel) {
+        return panel.method == point.method && panel.parameter == parameter;
+      };
+      auto found = std::ranges::find_if(panels, is_of);
       if (found == panels.end())
         found =
             panels.insert(panels.end(), Panel{.method = point.method, .parameter = name, .values = {}, .groups = {}});

@@ -13,7 +13,8 @@ std::vector<std::string> spread(const std::vector<std::string>& capacities, std:
   return chosen;
 }
 
-void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
+void draw_dots(Figure& figure, const FigureStyle& style, const DotPlot& plot) {
+  Json& spec = figure.spec;
   const std::size_t fit = style.characters_in(0.42 * style.width());
   const auto rows = std::max<double>(static_cast<double>(plot.capacities.size()),
                                      static_cast<double>(FigureStyle::most_lines(plot.subjects, fit)));
@@ -36,7 +37,7 @@ void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
       {"mark": {"type": "rule", "color": "#888888"},
        "encoding": {"x": {"datum": 0, "type": "quantitative"}}},
       {"mark": {"type": "rule"},
-       "encoding": {"x": {"field": "low", "type": "quantitative"}, "x2": {"field": "high"}}},
+       "encoding": {"x": {"field": "low", "type": "quantitative", "axis": {"tickCount": 6}}, "x2": {"field": "high"}}},
       {"mark": {"type": "point", "filled": false},
        "encoding": {
          "x": {"field": "difference", "type": "quantitative"},
@@ -56,13 +57,14 @@ void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
   spec["width"] = style.width();
   rows_of(spec, plot.subject, plot.subjects.size(),
           std::max(1.15 * style.font() * rows + 0.4 * style.font(), 1.6 * style.font()));
-  spec["layer"][1]["encoding"]["x"]["title"] = plot.title;
+  for (const std::size_t layer : {1, 2}) spec["layer"][layer]["encoding"]["x"]["title"] = plot.title;
   Json& dots = spec["layer"][2]["encoding"];
   Json filled = row["color"];
   filled["test"] = "datum.sure === 'yes'";
   dots["fill"]["condition"] = std::move(filled);
   dots["shape"]["scale"] = capacity_shapes(plot.capacities);
   dots["tooltip"].insert(dots["tooltip"].begin(), Json{{"field", plot.subject}});
+  if (!has_numbers(figure.table, "low")) spec["layer"].erase(1);
 }
 
 }  // namespace kvreplay

@@ -19,7 +19,9 @@ namespace {
 // The colours of Okabe and Ito that can be told apart on white and on black, by people with any colour vision.
 constexpr std::array kColours = {"#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"};
 constexpr std::array kShapes = {"circle", "square", "triangle-up", "diamond", "triangle-down", "cross"};
-constexpr const char* kReferenceColour = "#808080";
+// References recede: greys and browns, each with dashes of its own.
+constexpr std::array kReferenceColours = {"#7f7f7f", "#a6761d", "#a8a8a8", "#8c564b"};
+const std::array<std::vector<int>, 4> kReferenceDashes = {{{2, 2}, {6, 2}, {1, 3}, {6, 2, 1, 2}}};
 const std::vector<int> kSolid = {1, 0};
 
 constexpr std::size_t kMostMethods = 8;  // lines that an eye can follow, next to the references
@@ -117,22 +119,26 @@ FigureStyle::FigureStyle(const Analysis& analysis, Theme theme)
     if (contains(methods, policy)) policies_.push_back(policy);
   }
   const std::size_t number_of_methods = policies_.size();
+  by_importance_ = methods;
+  by_importance_.insert(by_importance_.end(), references.begin(), references.end());
   for (const std::string& policy : in_order) {
     if (contains(references, policy)) policies_.push_back(policy);
   }
   for (std::size_t i = 0; i < policies_.size(); ++i) {
     const bool reference = i >= number_of_methods;
     const std::size_t place = reference ? i - number_of_methods : i;
-    Look look{reference ? kReferenceColour : kColours[place % kColours.size()],
+    Look look{reference ? kReferenceColours[place % kReferenceColours.size()] : kColours[place % kColours.size()],
               kShapes[(place + place / kColours.size()) % kShapes.size()], kSolid};
     if (!reference && place >= kColours.size()) look.dash = {4, 2};
-    if (reference) look.dash = {2, 2 + static_cast<int>(place)};
+    if (reference) look.dash = kReferenceDashes[place % kReferenceDashes.size()];
     looks_.emplace(policies_[i], std::move(look));
   }
   if (policies_.size() < best.size()) {
     left_out_ = fmt::format(
-        " {} of {} policies are shown: baseline, oracle, random and recent, of each method the setting with the most "
-        "capacities, then others with as many (the best first, by rank of the mean {}).",
+        " Of {1} policies, figures show {0} or those of them that have such numbers: baseline, oracle, random and "
+        "recent, of each method the setting with the most capacities, then others with as many (the best first, by "
+        "rank "
+        "of the mean {2}).",
         policies_.size(), best.size(), traits_of(analysis.options.measure).noun);
   }
 
@@ -156,10 +162,14 @@ bool FigureStyle::shows(const std::string& policy) const { return looks_.contain
 
 std::vector<std::string> FigureStyle::some_of(const std::vector<std::string>& present, std::size_t most) const {
   std::vector<std::string> chosen;
-  for (const std::string& policy : policies_) {
+  for (const std::string& policy : by_importance_) {
     if (chosen.size() < most && contains(present, policy)) chosen.push_back(policy);
   }
-  return chosen;
+  std::vector<std::string> in_order;
+  for (const std::string& policy : policies_) {
+    if (contains(chosen, policy)) in_order.push_back(policy);
+  }
+  return in_order;
 }
 
 std::string FigureStyle::middle_capacity(const std::vector<std::string>& present) const {
@@ -184,7 +194,12 @@ Json FigureStyle::spec(const std::string& question, const std::string& caption) 
           {"config",
            {{"font", "Arial, Liberation Sans, sans-serif"},
             {"view", {{"stroke", "#bbbbbb"}, {"strokeWidth", stroke}}},
-            {"title", {{"fontSize", title}, {"fontWeight", "bold"}, {"offset", 0.7 * font_}}},
+            {"title",
+             {{"fontSize", title},
+              {"fontWeight", "bold"},
+              {"offset", 0.7 * font_},
+              {"subtitleFontSize", font_},
+              {"subtitlePadding", 0.4 * font_}}},
             {"axis",
              {{"labelFontSize", font_},
               {"titleFontSize", font_},
@@ -230,7 +245,7 @@ Json FigureStyle::spec(const std::string& question, const std::string& caption) 
 }
 
 const FigureStyle::Look& FigureStyle::look_of(const std::string& policy) const {
-  static const Look kUnknown{kReferenceColour, "circle", kSolid};
+  static const Look kUnknown{kReferenceColours.front(), "circle", kSolid};
   const auto found = looks_.find(policy);
   return found == looks_.end() ? kUnknown : found->second;
 }
@@ -310,6 +325,10 @@ void FigureStyle::choose(Json& spec, const std::string& column, const std::vecto
        {"value", chosen},
        {"bind",
         {{"input", "select"}, {"options", values}, {"name", column == "evict_at" ? "evicted at " : column + " "}}}});
+  // What a picture shows, which nobody can choose in it.
+  Json& title = spec["title"]["subtitle"];
+  if (title.is_null()) title = Json::array();
+  title.push_back(column == "evict_at" ? fmt::format("evicted at {}", chosen) : fmt::format("{}: {}", column, chosen));
   Json& transform = spec["transform"];
   if (transform.is_null()) transform = Json::array();
   transform.insert(transform.begin(), Json{{"filter", fmt::format("datum.{} === {}", column, parameter)}});
@@ -379,6 +398,35 @@ Json capacity_shapes(const std::vector<std::string>& capacities) {
   return {{"domain", capacities}, {"range", range}};
 }
 
+bool has_numbers(const DataTable& table, const std::string& column) {
+  const auto& columns = table.columns();
+  const auto place = static_cast<std::size_t>(std::ranges::find(columns, column) - columns.begin());
+  return std::ranges::any_of(table.rows(), [place](const std::vector<Cell>& row) {
+    const auto* number = std::get_if<double>(&row[place]);
+    return number != nullptr && std::isfinite(*number);
+  });
+}
+
+int last_of(const DataTable& table, const std::string& column) {
+  const auto& columns = table.columns();
+  const auto place = static_cast<std::size_t>(std::ranges::find(columns, column) - columns.begin());
+  double last = 0;
+  for (const std::vector<Cell>& row : table.rows()) last = std::fmax(last, std::get<double>(row[place]));
+  return static_cast<int>(last);
+}
+
+std::vector<int> integer_ticks(int last) {
+  constexpr int kMost = 9;
+  int step = 1;
+  while (last / step + 1 > kMost) {
+    std::string digits = std::to_string(step);  // 1, 2, 5, 10, 20, …
+    step = digits.front() == '2' ? step / 2 * 5 : step * 2;
+  }
+  std::vector<int> ticks;
+  for (int tick = 0; tick <= last; tick += step) ticks.push_back(tick);
+  return ticks;
+}
+
 std::vector<std::string> distinct(const DataTable& table, const std::string& column) {
   const auto& columns = table.columns();
   const auto place = static_cast<std::size_t>(std::ranges::find(columns, column) - columns.begin());
@@ -398,6 +446,9 @@ std::string capacity_text(const std::string& capacity_request) {
 
 std::string about_intervals(const Analysis& analysis) {
   const BootstrapOptions& bootstrap = analysis.options.bootstrap;
+  if (bootstrap.resamples == 0) {
+    return fmt::format("Bars: {:g} % intervals in closed form.", 100 * bootstrap.confidence);
+  }
   return fmt::format("Bars: {:g} % bootstrap intervals ({} resamples of {}).", 100 * bootstrap.confidence,
                      bootstrap.resamples,
                      bootstrap.resampling == Resampling::traces ? "traces and blocks of neighbouring queries"

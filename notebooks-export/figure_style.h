@@ -32,7 +32,7 @@ class FigureStyle {
   const std::vector<std::string>& policies() const { return policies_; }
   bool shows(const std::string& policy) const;
 
-  /// The first `most` of those that `present` has, in the order of policies().
+  /// At most `most` of those that `present` has: the baseline, then the best; in the order of policies().
   std::vector<std::string> some_of(const std::vector<std::string>& present, std::size_t most) const;
 
   /// "12 of 400 policies are shown: …", with a space before, where some are left out.
@@ -77,6 +77,7 @@ class FigureStyle {
   double width_;
   double font_;
   std::vector<std::string> policies_;
+  std::vector<std::string> by_importance_;  // the same: baseline, the best others, references
   std::map<std::string, Look> looks_;
   std::string left_out_;
   std::vector<std::string> capacities_;
@@ -100,6 +101,15 @@ Json sequential_scale();
 /// of which none is a policy's alone, since a capacity is not a policy.
 Json capacity_colours(const std::vector<std::string>& capacities);
 Json capacity_shapes(const std::vector<std::string>& capacities);
+
+/// Whether any row has a number in a column.
+bool has_numbers(const DataTable& table, const std::string& column);
+
+/// The largest number in a column; 0 where there is none.
+int last_of(const DataTable& table, const std::string& column);
+
+/// Ticks of an axis of layers or heads 0 to `last`: integers, not too many.
+std::vector<int> integer_ticks(int last);
 
 /// The distinct texts of a column in the order of their rows.
 std::vector<std::string> distinct(const DataTable& table, const std::string& column);

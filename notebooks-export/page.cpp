@@ -126,7 +126,9 @@ std::string captured(const Analysis& analysis) {
 
 std::string compared(const Analysis& analysis, const FigureStyle& style) {
   std::set<std::string> policies;
-  for (const SettingKey& setting : analysis.settings) policies.insert(setting.policy);
+  for (const SettingKey& setting : analysis.settings) {
+    if (setting.capacity_request != kAllPositions) policies.insert(setting.policy);
+  }
   std::string capacities;
   for (const std::string& capacity : style.capacities()) {
     capacities += (capacities.empty() ? "" : ", ") + capacity_text(capacity);

@@ -39,11 +39,15 @@ std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& st
 }
 
 std::vector<std::string> depths_of(const std::vector<SpanCell>& cells) {
+  const auto is_there = [&](int range) {
+    return std::ranges::find(cells, depth_text(range), &SpanCell::depth) != cells.end();
+  };
+  int first = 0;
+  int last = kDepths - 1;
+  while (first < last && !is_there(first)) ++first;
+  while (first < last && !is_there(last)) --last;
   std::vector<std::string> depths;
-  for (int range = 0; range < kDepths; ++range) {
-    const std::string text = depth_text(range);
-    if (std::ranges::find(cells, text, &SpanCell::depth) != cells.end()) depths.push_back(text);
-  }
+  for (int range = first; range <= last; ++range) depths.push_back(depth_text(range));
   return depths;
 }
 
@@ -63,11 +67,11 @@ void draw_span_panels(Figure& figure, const FigureStyle& style, const std::vecto
   panel["width"] = width_of(columns);
   panel["height"] = 1.3 * style.font() * static_cast<double>(std::max<std::size_t>(depths.size(), 3));
   panel["encoding"].update(Json::parse(R"json({
-    "y": {"field": "depth", "type": "nominal", "axis": {"title": "depth in the prompt"}},
+    "y": {"field": "depth", "type": "nominal", "axis": {"title": "depth"}},
     "color": {"field": "recall", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
               "legend": {"title": "share kept of the spans", "direction": "horizontal", "format": ".0%"}}
   })json"));
-  panel["encoding"]["y"]["sort"] = depths;
+  panel["encoding"]["y"]["scale"] = {{"domain", depths}};
   Json& spec = figure.spec;
   spec["facet"] = {{"field", "policy"}, {"type", "nominal"}, {"sort", policies}};
   spec["facet"]["header"] = {{"title", nullptr},

@@ -22,7 +22,7 @@ struct SpanCell {
 /// layers, else of all layers together.
 std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& style, bool per_layer);
 
-/// The ranges of depths that there are, the beginning of the prompt first.
+/// The ranges of depths from the first to the last that there are, the beginning of the prompt first.
 std::vector<std::string> depths_of(const std::vector<SpanCell>& cells);
 
 /// Lays `spec`, a drawing of one policy with the depths on its y axis, out as a panel per policy: as many side by side

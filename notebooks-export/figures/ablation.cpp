@@ -74,7 +74,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       measure, reference, traits_of(analysis.options.measure).lower_is_better ? "right" : "left",
       about_intervals(analysis), left_out);
   figure.spec = style.spec(figure.question, figure.caption);
-  draw_dots(figure.spec, style,
+  draw_dots(figure, style,
             {.subject = "change",
              .subjects = distinct(figure.table, "change"),
              .capacities = shown,

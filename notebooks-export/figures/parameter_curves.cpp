@@ -128,16 +128,18 @@ Figure draw(const Analysis& analysis, Theme theme) {
     }
   }
   if (figure.table.empty()) return figure;
+  const bool bars = std::ranges::any_of(panels, &Panel::has_intervals);
   std::set<std::string> methods;
   for (const Panel& panel : panels) methods.insert(panel.method);
   figure.question = methods.size() == 1 ? fmt::format("What do the parameters of {} change?", *methods.begin())
                                         : "What do the parameters of each method change?";
-  figure.caption = fmt::format("The {} against each parameter that was varied.{} {} {}{}{}", measure,
-                               averaged ? " Thick: mean over all settings of the other parameters; thin: each of these."
-                                        : " Bars: bootstrap intervals.",
-                               about_means(analysis, "layers, heads and evaluation queries"), left_out,
-                               thinned ? fmt::format(" Of the thin lines, {} per capacity are drawn.", kMostLines) : "",
-                               panels.size() > 1 ? " The panels share the vertical scale." : "");
+  figure.caption =
+      fmt::format("The {} against each parameter that was varied.{}{} {}{}{}{}", measure,
+                  averaged ? " Thick: mean over all settings of the other parameters; thin: each of these." : "",
+                  bars ? fmt::format(" {}", about_intervals(analysis)) : "",
+                  about_means(analysis, "layers, heads and evaluation queries"), left_out,
+                  thinned ? fmt::format(" Of the thin lines, {} per capacity are drawn.", kMostLines) : "",
+                  panels.size() > 1 ? " The panels share the vertical scale." : "");
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
   const std::size_t columns = panels.size() == 1 ? 1 : 2;
   const double width = (style.width() - 6) / static_cast<double>(columns) - 5.2 * style.font();

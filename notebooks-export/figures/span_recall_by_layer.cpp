@@ -54,7 +54,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
     "mark": {"type": "rect", "aria": false},
     "encoding": {
       "x": {"field": "left", "type": "quantitative", "scale": {"nice": false, "zero": false},
-            "axis": {"title": "layer", "grid": false, "format": "d", "tickMinStep": 1, "tickCount": 4}},
+            "axis": {"title": "layer", "grid": false, "format": "d"}},
       "x2": {"field": "right"},
       "tooltip": [
         {"field": "policy"}, {"field": "capacity"}, {"field": "layer", "type": "quantitative", "format": "d"},
@@ -63,6 +63,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       ]
     }
   })json");
+  panel["encoding"]["x"]["axis"]["values"] = integer_ticks(last_of(figure.table, "layer"));
   draw_span_panels(figure, style, policies, depths_of(cells), std::move(panel));
   FigureStyle::choose(figure.spec, "capacity", capacities, capacity);
   filterable(figure.spec, {"policy", "shown_capacity"});

@@ -32,7 +32,8 @@ struct CapacityCurve {
   bool reached_at_smallest = false;
 };
 
-/// Curves of all policies with a capacity, best area first (those without after them, by policy). No goal is looked for.
+/// Curves of all policies with a capacity, best area first (those without after them, by policy). No goal is looked
+/// for.
 std::vector<CapacityCurve> capacity_curves(const ResultSet& results, Measure measure,
                                            const BootstrapOptions& bootstrap);
 

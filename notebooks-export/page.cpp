@@ -158,8 +158,8 @@ std::string means_table(const Analysis& analysis, const FigureStyle& style) {
       "{} "
       "at each capacity; the best policy in bold, oracles apart.{}{}</caption><thead><tr><th scope=\"col\">policy</th>",
       html(traits_of(analysis.options.measure).noun),
-      std::ranges::any_of(analysis.curves, &CapacityCurve::partial)
-          ? " Columns are not all of the same traces and eviction positions: compare within a column."
+      !analysis.apart.empty() || std::ranges::any_of(analysis.curves, &CapacityCurve::partial)
+          ? " Not all are of the same traces and eviction positions: see the notes."
           : "",
       html(style.left_out()));
   for (const std::string& capacity : style.capacities()) {

@@ -27,6 +27,9 @@ constexpr std::size_t kFindings = 3;
 // Throws unless `folder` does not exist, or may be replaced: with the user's word, and only by what is nothing else's.
 void check_place(const std::filesystem::path& folder, bool force) {
   std::error_code failure;
+  if (std::filesystem::is_symlink(folder, failure) && !std::filesystem::exists(folder, failure)) {
+    throw Error(fmt::format("{}: is a symbolic link that leads nowhere; name a folder", folder.string()));
+  }
   if (!std::filesystem::is_directory(folder, failure)) return;  // of a file OutputFolder complains
   std::vector<std::string> names;
   for (const auto& entry : std::filesystem::directory_iterator(folder, failure)) {
@@ -110,6 +113,8 @@ std::string title_of(const Analysis& analysis) {
 void check_report(const std::filesystem::path& folder, const ReportOptions& options) {
   static_cast<void>(chosen_kinds(options.only));
   check_place(folder, options.force);
+  std::string missing;
+  if (!options.python.empty() && !Renderer::find(options.python, missing)) throw Error(missing);
   const OutputFolder probe(folder);
 }
 

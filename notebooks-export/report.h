@@ -26,7 +26,8 @@ struct ReportOutcome {
   std::string missing;                ///< one line where pictures could not be drawn; else empty
 };
 
-/// Throws what write_report throws of the place and of the figures' names, before there is an analysis.
+/// Throws what write_report throws of the place and of the figures' names, before there is an analysis; and Error where
+/// a Python was named that cannot draw.
 void check_report(const std::filesystem::path& folder, const ReportOptions& options);
 
 /// Writes index.html, figures/<name>.{vl.json,svg,png,pdf}, tables/<name>.csv and notebook.ipynb into `folder`: under a

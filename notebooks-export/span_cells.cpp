@@ -20,6 +20,7 @@ std::string depth_text(int range) { return fmt::format("{}–{} %", 100 / kDepth
 std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& style, bool per_layer) {
   struct Sum {
     double recall = 0;
+    double weight = 0;
     int count = 0;
   };
   std::map<std::tuple<std::string, std::string, int, int>, Sum> sums;
@@ -27,13 +28,14 @@ std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& st
     if (!style.shows(row.policy) || row.capacity_request == kAllPositions || (row.layer >= 0) != per_layer) continue;
     const int range = std::clamp(static_cast<int>(row.depth * kDepths), 0, kDepths - 1);
     Sum& sum = sums[{row.policy, row.capacity_request, row.layer, range}];
-    sum.recall += row.recall;
+    sum.recall += row.weight * row.recall;
+    sum.weight += row.weight;
     ++sum.count;
   }
   std::vector<SpanCell> cells;
   for (const auto& [key, sum] : sums) {
     const auto& [policy, capacity, layer, range] = key;
-    cells.push_back({policy, capacity, layer, depth_text(range), rounded(sum.recall / sum.count), sum.count});
+    cells.push_back({policy, capacity, layer, depth_text(range), rounded(sum.recall / sum.weight), sum.count});
   }
   return cells;
 }

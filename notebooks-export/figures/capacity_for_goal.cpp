@@ -18,7 +18,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   std::vector<std::string> policies;  // as the curves are: best first
   std::string never;
   for (const CapacityCurve& curve : analysis.curves) {
-    if (!style.shows(curve.policy)) continue;
+    if (!style.shows(curve.policy) || curve.points.size() < 2) continue;
     if (!curve.kept_for_goal) {
       never += (never.empty() ? "" : ", ") + curve.policy;
       continue;

@@ -25,6 +25,13 @@ Check number_between(double low, double high, std::string what) {
   };
 }
 
+// Few resamples have no tails, and their intervals would be of chance.
+std::string resample_count(const std::string& value) {
+  constexpr int kFewest = 100;
+  constexpr int kMost = 10'000'000;
+  return value == "0" ? "" : integer_in(kFewest, kMost, "a number of resamples")(value);
+}
+
 std::vector<std::filesystem::path> paths(const std::vector<std::string>& files) { return {files.begin(), files.end()}; }
 
 }  // namespace
@@ -72,11 +79,10 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
   command.add_option("--confidence", options.confidence, "Of the intervals (default: 0.95)")
       ->check(number_between(0, 1, "a confidence: a number between 0 and 1, such as 0.95"))
       ->type_name("SHARE");
-  constexpr int kMostResamples = 10'000'000;
   command
       .add_option("--resamples", options.resamples,
-                  "Bootstrap resamples per interval (default: 10000); 0: intervals in closed form")
-      ->check(integer_in(0, kMostResamples, "a number of resamples"))
+                  "Bootstrap resamples per interval, 100 or more (default: 10000); 0: intervals in closed form")
+      ->check(resample_count)
       ->type_name("N");
   command.add_option("--seed", options.seed, "Of what is drawn (default: 0)")
       ->check(integer_in(0, kAny, "a seed"))

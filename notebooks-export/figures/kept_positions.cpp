@@ -133,7 +133,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   const bool has_spans =
       !distinct(figure.table, "row").empty() && Choice::has(distinct(figure.table, "row"), "annotated spans");
   figure.caption = fmt::format(
-      "Share of the heads (and layers) that keep the positions of a cell, in {} at a capacity of {}.{}{} {}{}",
+      "Share of the heads (and layers) that keep the positions of a cell, in {} at a capacity of {}.{}{}{}{}",
       printable(choice.traces.front()), capacity_text(capacity), has_spans ? " Orange: annotated spans." : "",
       positions_per_cell > 1 ? fmt::format(" Thinned: a cell is {} positions.", positions_per_cell) : "", thinned,
       style.left_out());

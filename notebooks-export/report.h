@@ -11,11 +11,11 @@
 namespace kvreplay {
 
 struct ReportOptions {
-  std::string title;              ///< empty: by what was captured
-  Theme theme = Theme::screen;    ///< of the figures' files; the page follows the reader's light or dark
-  std::vector<std::string> only;  ///< names of figures; empty: all
-  std::filesystem::path python;   ///< of the environment that draws; empty: where it is looked for
-  bool force = false;             ///< replaces what stands at the output
+  std::string title = {};              ///< empty: by what was captured
+  Theme theme = Theme::screen;         ///< of the figures' files; the page follows the reader's light or dark
+  std::vector<std::string> only = {};  ///< names of figures; empty: all
+  std::filesystem::path python = {};   ///< of the environment that draws; empty: where it is looked for
+  bool force = false;                  ///< replaces what stands at the output
 };
 
 /// What was written.

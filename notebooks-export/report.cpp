@@ -108,6 +108,33 @@ std::string title_of(const Analysis& analysis) {
   return fmt::format("KV-cache eviction on {}", fmt::join(models, ", "));
 }
 
+// All files of a report into `place`.
+void write_files(const std::filesystem::path& place, const Analysis& analysis, const ReportOptions& options,
+                 const std::vector<Figure>& figures, const std::vector<Figure>& of_page, PageContent& content,
+                 ReportOutcome& outcome) {
+  std::filesystem::create_directory(place / "figures");
+  std::filesystem::create_directory(place / "tables");
+  for (const Figure& figure : figures) {
+    Json spec = figure.spec;
+    spec["data"] = data_of(figure);
+    OutputFile::write_text(place / "figures" / (figure.name + ".vl.json"),
+                           spec.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
+    OutputFile::write_text(place / "tables" / (figure.name + ".csv"), figure.table.csv());
+  }
+
+  std::vector<std::string> pictures;
+  if (const std::optional<Renderer> renderer = Renderer::find(options.python, outcome.missing)) {
+    renderer->draw(place, outcome.figures);
+    content.javascript = renderer->javascript();
+    for (const Figure& figure : figures) {
+      pictures.push_back(base64(file_text(place / "figures" / (figure.name + ".png"))));
+    }
+  }
+  content.missing = outcome.missing;
+  OutputFile::write_text(place / "notebook.ipynb", notebook_text(content.title, figures, pictures));
+  OutputFile::write_text(place / "index.html", page_text(analysis, of_page, content));
+}
+
 }  // namespace
 
 void check_report(const std::filesystem::path& folder, const ReportOptions& options) {
@@ -144,27 +171,15 @@ ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& 
     figures.push_back(std::move(figure));
   }
 
-  std::filesystem::create_directory(place / "figures");
-  std::filesystem::create_directory(place / "tables");
-  for (const Figure& figure : figures) {
-    Json spec = figure.spec;
-    spec["data"] = data_of(figure);
-    OutputFile::write_text(place / "figures" / (figure.name + ".vl.json"),
-                           spec.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
-    OutputFile::write_text(place / "tables" / (figure.name + ".csv"), figure.table.csv());
+  try {
+    write_files(place, analysis, options, figures, of_page, content, outcome);
+  } catch (const Error& error) {
+    // By the name that the user gave, which nothing stands at yet.
+    std::string text = error.what();
+    const std::size_t at = text.find(place.string());
+    if (at != std::string::npos) text.replace(at, place.string().size(), folder.string());
+    throw Error(text);
   }
-
-  std::vector<std::string> pictures;
-  if (const std::optional<Renderer> renderer = Renderer::find(options.python, outcome.missing)) {
-    renderer->draw(place, outcome.figures);
-    content.javascript = renderer->javascript();
-    for (const Figure& figure : figures) {
-      pictures.push_back(base64(file_text(place / "figures" / (figure.name + ".png"))));
-    }
-  }
-  content.missing = outcome.missing;
-  OutputFile::write_text(place / "notebook.ipynb", notebook_text(content.title, figures, pictures));
-  OutputFile::write_text(place / "index.html", page_text(analysis, of_page, content));
   output.commit();
   return outcome;
 }

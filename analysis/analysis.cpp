@@ -6,6 +6,8 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <set>
+#include <tuple>
 #include <utility>
 
 #include "analysis/spec_structure.h"
@@ -19,15 +21,17 @@ namespace {
 // A result is told apart from what keeps everything and from what looks ahead.
 bool is_candidate(const ComparisonRow& row) { return !row.oracle && row.key.capacity_request != kAllPositions; }
 
-// The baseline's mean at the middle one of its capacities.
-std::optional<double> chosen_goal(const std::vector<ComparisonRow>& rows, const std::string& baseline) {
-  std::vector<const ComparisonRow*> of_baseline;
-  for (const ComparisonRow& row : rows) {
-    if (row.key.policy == baseline && row.key.capacity_request != kAllPositions) of_baseline.push_back(&row);
+// The baseline's mean at the middle one of its capacities, as its curve has it.
+std::optional<double> chosen_goal(const std::vector<CapacityCurve>& curves, const std::string& baseline) {
+  const auto found = std::ranges::find(curves, baseline, &CapacityCurve::policy);
+  if (found == curves.end()) return std::nullopt;
+  // Where nothing is evicted there is nothing to reach.
+  std::vector<double> means;
+  for (const CapacityPoint& point : found->points) {
+    if (point.kept_share < 1) means.push_back(point.mean);
   }
-  if (of_baseline.empty()) return std::nullopt;
-  std::ranges::stable_sort(of_baseline, {}, &ComparisonRow::kept);
-  return of_baseline[of_baseline.size() / 2]->distribution.mean;
+  if (means.empty()) return std::nullopt;
+  return means[means.size() / 2];
 }
 
 // The oracle whose mean over its capacities is the best.
@@ -83,26 +87,74 @@ std::vector<TraceOverview> overview(const AnalysisInput& input) {
   return traces;
 }
 
-// Settings whose means stand beside those of others at the same capacity though they are of fewer places.
-void note_missing(const ResultSet& results, std::vector<std::string>& notes) {
-  std::map<std::string, std::size_t> most;
+// Per capacity, the settings that are not of the traces and eviction positions that most are of (of equally many: more
+// of them, then those of the baseline, then those of the first result).
+std::vector<SettingKey> settings_apart(const ResultSet& results, const std::string& baseline) {
+  using Places = std::set<std::pair<std::string, int>>;
+  std::map<std::string, std::map<Places, std::vector<SettingKey>>> of_capacity;
   for (const SettingKey& key : results.settings()) {
-    most[key.capacity_request] = std::max(most[key.capacity_request], results.of_setting(key).size());
+    Places places;
+    for (const std::size_t i : results.of_setting(key)) {
+      places.emplace(results.results()[i].trace, results.results()[i].eviction_position);
+    }
+    if (key.capacity_request != kAllPositions) of_capacity[key.capacity_request][places].push_back(key);
   }
-  std::vector<std::string> of_some;
-  for (const SettingKey& key : results.settings()) {
-    if (results.of_setting(key).size() == most[key.capacity_request]) continue;
-    of_some.push_back(fmt::format("{} at {}", printable(key.policy), printable(key.capacity_request)));
+  std::vector<SettingKey> apart;
+  for (const auto& [capacity, groups] : of_capacity) {
+    const auto rank = [&](const auto& group) {
+      const auto is_baseline = [&](const SettingKey& key) { return key.policy == baseline; };
+      const auto first = std::ranges::find(results.settings(), group.second.front()) - results.settings().begin();
+      return std::tuple(group.second.size(), group.first.size(), std::ranges::any_of(group.second, is_baseline),
+                        -first);
+    };
+    const auto most = std::ranges::max_element(groups, {}, rank);
+    for (auto group = groups.begin(); group != groups.end(); ++group) {
+      if (group != most) apart.insert(apart.end(), group->second.begin(), group->second.end());
+    }
   }
-  if (of_some.empty()) return;
-  const std::size_t rest = of_some.size() - 1;
+  return apart;
+}
+
+void note_apart(const std::vector<SettingKey>& apart, std::vector<std::string>& notes) {
+  if (apart.empty()) return;
+  const std::size_t rest = apart.size() - 1;
   notes.push_back(
-      fmt::format("{}{} not of all traces and eviction positions that others are of at that capacity: "
-                  "means cannot be compared with theirs, and differences are over those that both have",
-                  of_some.front(),
+      fmt::format("{} at {}{} not of the traces and eviction positions that most others are of at that capacity: means "
+                  "cannot be compared with theirs, and differences are over those that both have",
+                  printable(apart.front().policy), printable(apart.front().capacity_request),
                   rest == 0   ? " is"
                   : rest == 1 ? " and 1 more setting are"
                               : fmt::format(" and {} more settings are", rest)));
+}
+
+// Results that others' measure is lacking in.
+void note_lacking(const ResultSet& results, Measure measure, std::vector<std::string>& notes) {
+  const StoredResult* first = nullptr;
+  std::size_t lacking = 0;
+  for (std::size_t i = 0; i < results.results().size(); ++i) {
+    // Only policies that rank have a rank agreement, and only traces with spans a span recall.
+    if (traits_of(measure).per == MeasureTraits::Per::head || measure == Measure::span_recall) return;
+    if (!results.read(i, measure).numbers.empty()) continue;
+    if (first == nullptr) first = &results.results()[i];
+    ++lacking;
+  }
+  if (first == nullptr) return;
+  notes.push_back(fmt::format("{} at {} of {}{} no {} and {} left out", printable(first->policy),
+                              printable(first->capacity_request), printable(first->trace),
+                              lacking == 1 ? " has" : fmt::format(" and {} more results have", lacking - 1),
+                              traits_of(measure).noun, lacking == 1 ? "is" : "are"));
+}
+
+// Policies whose curves are not of all that their means at single capacities are of.
+void note_partial(const std::vector<CapacityCurve>& curves, std::vector<std::string>& notes) {
+  const auto partial = std::ranges::count_if(curves, &CapacityCurve::partial);
+  if (partial == 0) return;
+  const auto first = std::ranges::find_if(curves, &CapacityCurve::partial);
+  notes.push_back(fmt::format(
+      "{}{} not replayed on the same traces and eviction positions at all capacities: what is said against capacity is "
+      "of those that all have, and differs from the means at one capacity",
+      printable(first->policy),
+      partial == 1 ? std::string(" was") : fmt::format(" and {} more policies were", partial - 1)));
 }
 
 const StoredResult* find_result(const ResultSet& results, const std::string& policy, const std::string& capacity,
@@ -176,17 +228,24 @@ std::string default_baseline(const ResultSet& results, Measure measure) {
 }
 
 Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
-  const ResultSet& results = input.results;
+  const ResultSet results = input.results.balanced();
   Analysis analysis;
+  analysis.notes = results.notes();
   if (options.baseline.empty()) {
     options.baseline = default_baseline(results, options.measure);
+    if (!options.baseline.empty() && spec_structure(options.baseline).method != "snapkv") {
+      analysis.notes.push_back(
+          fmt::format("{} is what others are compared with, since its mean at the first capacity is in the middle; "
+                      "--baseline names "
+                      "another",
+                      printable(options.baseline)));
+    }
   } else {
     options.baseline = results.policy_named(options.baseline);
   }
   const bool lower_is_better = traits_of(options.measure).lower_is_better;
   analysis.traces = overview(input);
   analysis.settings = results.settings();
-  analysis.notes = results.notes();
   for (const std::string& note : input.kept.notes()) analysis.notes.push_back(note);
 
   ComparisonOptions comparison;
@@ -194,9 +253,14 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   comparison.baseline = options.baseline;
   comparison.bootstrap = options.bootstrap;
   analysis.comparison = compare(results, comparison);
-  note_missing(results, analysis.notes);
-  if (!options.goal) options.goal = chosen_goal(analysis.comparison, options.baseline);
-  analysis.curves = capacity_curves(results, options.measure, options.goal, options.bootstrap);
+  analysis.apart = settings_apart(results, options.baseline);
+  note_apart(analysis.apart, analysis.notes);
+  note_lacking(results, options.measure, analysis.notes);
+  analysis.curves = capacity_curves(results, options.measure, options.bootstrap);
+  note_partial(analysis.curves, analysis.notes);
+  const bool against_capacity = traits_of(options.measure).per != MeasureTraits::Per::head;
+  if (!options.goal && against_capacity) options.goal = chosen_goal(analysis.curves, options.baseline);
+  if (options.goal) find_goal(analysis.curves, options.measure, *options.goal);
   analysis.step_effects = step_effects(results, options.measure, options.bootstrap);
   analysis.parameter_points = parameter_points(analysis.comparison);
   analysis.oracle = best_oracle(analysis.comparison, lower_is_better);
@@ -211,8 +275,8 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   analysis.span_recalls = span_recalls(results);
   analysis.rank_agreements = rank_agreements(results);
   if (!input.kept.empty()) {
-    analysis.head_overlaps = head_overlaps(results, input.kept);
-    analysis.stabilities = stabilities(results, input.kept);
+    analysis.head_overlaps = head_overlaps(input.results, input.kept);
+    analysis.stabilities = stabilities(input.results, input.kept);
   }
   if (!options.details) return analysis;
 
@@ -225,7 +289,7 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
     return !results.read(results.of_setting(key).front(), Measure::head_error).numbers.empty();
   });
   if (has_heads) analysis.by_head = compare(results, comparison);
-  if (!input.kept.empty()) analysis.rasters = kept_rasters(results, input.kept, options.raster_bins, true);
+  if (!input.kept.empty()) analysis.rasters = kept_rasters(input.results, input.kept, options.raster_bins, true);
   add_importance(input, analysis);
   return analysis;
 }

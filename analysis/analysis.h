@@ -43,6 +43,9 @@ struct Analysis {
   AnalysisOptions options;  ///< with what was decided where nothing was asked for; the baseline may stay empty
   std::vector<TraceOverview> traces;
   std::vector<SettingKey> settings;
+  /// Those at whose capacity most others are of other traces or eviction positions: their means stand beside the
+  /// others' and cannot be compared with them, and no finding ranks them.
+  std::vector<SettingKey> apart;
   std::vector<ComparisonRow> comparison;  ///< by policy and capacity
   std::vector<ComparisonRow> by_layer;    ///< by policy, capacity and layer
   std::vector<ComparisonRow> by_head;     ///< head error by policy, capacity, layer and head; intervals in closed form

@@ -17,9 +17,14 @@ using Place = std::pair<std::string, int>;  // trace, eviction position
 Place place_of(const StoredResult& result) { return {result.trace, result.eviction_position}; }
 
 // A policy's results at each capacity, of the traces and eviction positions that have all of its capacities.
-std::vector<std::pair<std::string, std::vector<std::size_t>>> comparable(const ResultSet& results,
-                                                                         const std::string& policy) {
+struct Comparable {
   std::vector<std::pair<std::string, std::vector<std::size_t>>> of_capacity;
+  bool partial = false;  // others are left out
+};
+
+Comparable comparable(const ResultSet& results, const std::string& policy) {
+  Comparable answer;
+  auto& of_capacity = answer.of_capacity;
   std::set<Place> common;
   for (const std::string& capacity : results.capacities()) {
     const std::vector<std::size_t>& found = results.of_setting({policy, capacity});
@@ -31,16 +36,20 @@ std::vector<std::pair<std::string, std::vector<std::size_t>>> comparable(const R
     of_capacity.emplace_back(capacity, found);
   }
   for (auto& [capacity, found] : of_capacity) {
-    std::erase_if(found, [&](std::size_t i) { return !common.contains(place_of(results.results()[i])); });
+    const std::size_t left_out =
+        std::erase_if(found, [&](std::size_t i) { return !common.contains(place_of(results.results()[i])); });
+    answer.partial = answer.partial || left_out > 0;
   }
-  return of_capacity;
+  return answer;
 }
 
 CapacityCurve curve_of(const ResultSet& results, const std::string& policy, Measure measure,
                        const BootstrapOptions& bootstrap) {
   CapacityCurve curve;
   curve.policy = policy;
-  for (const auto& [capacity, which] : comparable(results, policy)) {
+  const Comparable which_of = comparable(results, policy);
+  curve.partial = which_of.partial;
+  for (const auto& [capacity, which] : which_of.of_capacity) {
     const std::optional<Aggregate> found = aggregate(results, which, measure, bootstrap);
     if (!found) continue;
     curve.oracle = results.results()[which.front()].oracle;
@@ -56,7 +65,7 @@ std::vector<std::pair<double, double>> along_log_kept(const CapacityCurve& curve
   return points;
 }
 
-void find_goal(CapacityCurve& curve, double goal, bool lower_is_better) {
+void find_goal_of(CapacityCurve& curve, double goal, bool lower_is_better) {
   const auto reaches = [&](double mean) { return lower_is_better ? mean <= goal : mean >= goal; };
   for (std::size_t i = 0; i < curve.points.size(); ++i) {
     const CapacityPoint& point = curve.points[i];
@@ -73,7 +82,7 @@ void find_goal(CapacityCurve& curve, double goal, bool lower_is_better) {
 
 }  // namespace
 
-std::vector<CapacityCurve> capacity_curves(const ResultSet& results, Measure measure, std::optional<double> goal,
+std::vector<CapacityCurve> capacity_curves(const ResultSet& results, Measure measure,
                                            const BootstrapOptions& bootstrap) {
   const std::vector<std::string> policies = results.policies();
   std::vector<CapacityCurve> curves(policies.size());
@@ -92,7 +101,6 @@ std::vector<CapacityCurve> capacity_curves(const ResultSet& results, Measure mea
   const bool lower_is_better = traits_of(measure).lower_is_better;
   for (CapacityCurve& curve : curves) {
     if (curve.points.size() >= 2 && low < high) curve.area = mean_height(along_log_kept(curve), low, high);
-    if (goal) find_goal(curve, *goal, lower_is_better);
   }
   const auto before = [&](const CapacityCurve& a, const CapacityCurve& b) {
     if (a.area.has_value() != b.area.has_value()) return a.area.has_value();
@@ -101,6 +109,10 @@ std::vector<CapacityCurve> capacity_curves(const ResultSet& results, Measure mea
   };
   std::ranges::sort(curves, before);
   return curves;
+}
+
+void find_goal(std::vector<CapacityCurve>& curves, Measure measure, double goal) {
+  for (CapacityCurve& curve : curves) find_goal_of(curve, goal, traits_of(measure).lower_is_better);
 }
 
 double mean_height(const std::vector<std::pair<double, double>>& points, double low, double high) {

@@ -18,10 +18,11 @@ struct CapacityPoint {
   Interval interval;
 };
 
-/// A policy's curve over the traces that have all of its capacities.
+/// A policy's curve over the traces and eviction positions that have all of its capacities.
 struct CapacityCurve {
   std::string policy;
   bool oracle = false;
+  bool partial = false;  ///< a capacity has other traces or eviction positions than the rest, which are left out
   std::vector<CapacityPoint> points;  ///< ascending in what was kept
   /// Mean along log2(kept) over the range that all curves share (trapezoids); none where a curve has one point only.
   std::optional<double> area;
@@ -31,10 +32,13 @@ struct CapacityCurve {
   bool reached_at_smallest = false;
 };
 
-/// Curves of all policies with a capacity, best area first (those without after them, by policy). `goal`: the value of
-/// the measure to reach.
-std::vector<CapacityCurve> capacity_curves(const ResultSet& results, Measure measure, std::optional<double> goal,
+/// Curves of all policies with a capacity, best area first (those without after them, by policy). No goal is looked
+/// for.
+std::vector<CapacityCurve> capacity_curves(const ResultSet& results, Measure measure,
                                            const BootstrapOptions& bootstrap);
+
+/// Where each curve reaches `goal`, a value of the measure.
+void find_goal(std::vector<CapacityCurve>& curves, Measure measure, double goal);
 
 /// The area under points (x ascending) by trapezoids, from `low` to `high` within them, over high − low.
 double mean_height(const std::vector<std::pair<double, double>>& points, double low, double high);

@@ -209,7 +209,7 @@ PairedDifference difference_of(const Weighed& pairs, Cell cell, const MeasureTra
   result.p_value = estimate.p_value;
   result.adjusted = estimate.p_value;
   result.traces = pairs.traces;
-  double reference = 0;
+  bool all_equal = true;
   for (std::size_t i = 0; i < pairs.members.size(); ++i) {
     const Numbers& member = *pairs.members[i];
     double sum = 0;
@@ -220,15 +220,19 @@ PairedDifference difference_of(const Weighed& pairs, Cell cell, const MeasureTra
         const double apart = difference(member, at);
         const bool better = measure.lower_is_better ? apart < 0 : apart > 0;
         wins += apart == 0 ? 0.5 : better ? 1 : 0;
+        all_equal = all_equal && apart == 0;
         sum += reference_number(member, at);
         ++count;
       }
     });
     result.pairs += count;
     result.wins += pairs.weights[i] * wins / count;
-    reference += pairs.weights[i] * sum / count;
+    result.reference += pairs.weights[i] * sum / count;
   }
-  result.relative = reference != 0 ? result.mean / reference : std::numeric_limits<double>::quiet_NaN();
+  constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+  result.relative = result.reference != 0 ? result.mean / result.reference : kNone;
+  // Where both keep the same there is nothing to compare, and nothing that others are to be corrected for.
+  if (all_equal) result.p_value = result.adjusted = kNone;
   return result;
 }
 

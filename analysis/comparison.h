@@ -49,11 +49,12 @@ struct GroupKey {
 
 /// Against the baseline, paired on the same trace, eviction position, layer, head and query.
 struct PairedDifference {
-  double mean = 0;  ///< less than 0: smaller numbers than the baseline's
+  double mean = 0;       ///< less than 0: smaller numbers than the baseline's
+  double reference = 0;  ///< the baseline's mean over the pairs
   Interval interval;
   double relative = 0;  ///< of the baseline's mean; NaN where that is 0
   double wins = 0;      ///< share of the pairs, weighed like means, in which it is better; ties count half
-  double p_value = 0;   ///< that there is no difference; NaN where nothing can be said
+  double p_value = 0;   ///< that there is no difference; NaN where nothing can be said, or all pairs are equal
   double adjusted = 0;  ///< the same, corrected for the number of rows of the comparison (Holm)
   int pairs = 0;        ///< layer, head and query of all traces
   int traces = 0;       ///< those that both were replayed on

@@ -31,8 +31,17 @@ std::string enumeration(const std::vector<std::string>& items) {
   return fmt::format("{} and {}", fmt::join(items.begin(), items.end() - 1, ", "), items.back());
 }
 
-// What findings speak of: no oracles, nothing that keeps everything.
-bool is_candidate(const ComparisonRow& row) { return !row.oracle && row.key.capacity_request != kAllPositions; }
+// What findings speak of: no oracles, nothing that keeps everything, be it for want of positions to evict.
+bool is_candidate(const ComparisonRow& row) {
+  return !row.oracle && row.key.capacity_request != kAllPositions && row.kept_share < 1;
+}
+
+// Equal but for rounding.
+bool same(double a, double b) { return std::abs(a - b) <= 1e-6 * std::max(std::abs(a), std::abs(b)) + 1e-12; }
+
+std::string counted(std::size_t count, std::string_view noun, std::string_view nouns) {
+  return fmt::format("{} {}", count, count == 1 ? noun : nouns);
+}
 
 class Findings {
  public:
@@ -40,29 +49,43 @@ class Findings {
       : analysis_(analysis),
         measure_(traits_of(analysis.options.measure)),
         level_(1 - analysis.options.bootstrap.confidence) {
-    std::set<std::string> capacities;
     for (const ComparisonRow& row : analysis.comparison) {
+      if (!is_candidate(row) || is_apart({row.key.policy, row.key.capacity_request})) continue;
+      policies_.insert(row.key.policy);
       // Best first within a capacity.
-      if (is_candidate(row) && capacities.insert(row.key.capacity_request).second) best_.push_back(&row);
-      if (is_candidate(row)) policies_.insert(row.key.policy);
+      if (best_.empty() || best_.back().front()->key.capacity_request != row.key.capacity_request) best_.emplace_back();
+      std::vector<const ComparisonRow*>& winners = best_.back();
+      if (winners.empty() || same(winners.front()->distribution.mean, row.distribution.mean)) winners.push_back(&row);
     }
   }
 
   std::string best() const {
-    if (best_.empty() || policies_.size() < 2) return "";
+    if (best_.empty()) {
+      const auto keeps_all = [](const ComparisonRow& row) { return row.kept_share >= 1; };
+      return !analysis_.comparison.empty() && std::ranges::all_of(analysis_.comparison, keeps_all)
+                 ? "Nothing is evicted: at these capacities every policy keeps the whole prompt."
+                 : "";
+    }
+    if (policies_.size() < 2) return "";
     std::vector<std::pair<std::string, std::vector<std::string>>> places;
-    for (const ComparisonRow* row : best_) {
-      auto found = std::ranges::find(places, row->key.policy, &std::pair<std::string, std::vector<std::string>>::first);
-      if (found == places.end()) found = places.insert(places.end(), {row->key.policy, {}});
-      found->second.push_back(fmt::format("{} at {}", number_text(row->distribution.mean), row->key.capacity_request));
+    for (const std::vector<const ComparisonRow*>& winners : best_) {
+      const ComparisonRow& row = *winners.front();
+      const std::string who = names_of(winners);
+      auto found = std::ranges::find(places, who, &std::pair<std::string, std::vector<std::string>>::first);
+      if (found == places.end()) found = places.insert(places.end(), {who, {}});
+      found->second.push_back(fmt::format("{} at {}", number_text(row.distribution.mean), row.key.capacity_request));
     }
     const char* extreme = measure_.lower_is_better ? "smallest" : "largest";
     constexpr std::size_t kListed = 6;
     if (places.size() == 1) {
       auto& [policy, where] = places.front();
-      const std::string scope = where.size() == 1 ? "" : fmt::format(" at all {} capacities", where.size());
+      const bool several = best_.front().size() > 1;
+      const std::string scope = where.size() == 1   ? ""
+                                : where.size() == 2 ? " at both capacities"
+                                                    : fmt::format(" at all {} capacities", where.size());
       if (where.size() > kListed) where = {where.front(), where.back()};
-      return fmt::format("{} has the {} {}{}: {}.", policy, extreme, measure_.noun, scope, enumeration(where));
+      return fmt::format("{} {} the {} {}{}: {}.", policy, several ? "have" : "has", extreme, measure_.noun, scope,
+                         enumeration(where));
     }
     std::vector<std::string> parts;
     for (auto& [policy, where] : places) {
@@ -93,7 +116,14 @@ class Findings {
     const std::string count =
         compared == 1
             ? ""
-            : fmt::format(" Of {} comparisons, {} are surely better and {} surely worse.", compared, better, worse);
+            : fmt::format(" Of {} comparisons, {} surely better and {} surely worse{}.", compared,
+                          better == 1 ? "1 is" : fmt::format("{} are", better), worse,
+                          level_ > 0.0499 && level_ < 0.0501 ? "" : fmt::format(" at {:.4g} %", 100 * (1 - level_)));
+    if (most == nullptr && worse == compared) {
+      return fmt::format("All others are surely worse than {}; the nearest to it is {} at {}: {}{}, {}.", baseline,
+                         nearest->key.policy, nearest->key.capacity_request, signed_text(nearest->difference->mean),
+                         interval_text(nearest->difference->interval), p_text(nearest->difference->adjusted));
+    }
     if (most == nullptr) {
       return fmt::format("No policy is surely better than {}; the nearest to it is {} at {}: {}{}, {}.{}", baseline,
                          nearest->key.policy, nearest->key.capacity_request, signed_text(nearest->difference->mean),
@@ -108,11 +138,14 @@ class Findings {
   }
 
   std::string goal() const {
-    if (!analysis_.options.goal) return "";
+    // Rank agreement does not depend on the capacity.
+    if (!analysis_.options.goal || measure_.per == MeasureTraits::Per::head) return "";
     std::vector<const CapacityCurve*> reached;
     std::size_t all = 0;
     for (const CapacityCurve& curve : analysis_.curves) {
-      if (curve.oracle || curve.points.size() < 2) continue;
+      if (curve.oracle || curve.points.size() < 2 || !policies_.contains(curve.policy)) continue;
+      const auto apart = [&](const CapacityPoint& point) { return is_apart({curve.policy, point.capacity_request}); };
+      if (std::ranges::any_of(curve.points, apart)) continue;
       ++all;
       if (curve.kept_for_goal) reached.push_back(&curve);
     }
@@ -130,9 +163,10 @@ class Findings {
                                   curve->reached_at_smallest ? "at most " : "", *curve->kept_for_goal));
     }
     const std::size_t rest = all - reached.size();
-    return fmt::format(
-        "For {}, {} positions{}.", goal, enumeration(parts),
-        rest == 0 ? "" : fmt::format("; {} of {} policies do not reach it at these capacities", rest, all));
+    return fmt::format("For {}, {} positions{}.", goal, enumeration(parts),
+                       rest == 0 ? ""
+                                 : fmt::format("; {} of {} policies {} not reach it at these capacities", rest, all,
+                                               rest == 1 ? "does" : "do"));
   }
 
   std::string step() const {
@@ -154,33 +188,38 @@ class Findings {
   std::string regret() const {
     const ComparisonRow* most = nullptr;
     for (const ComparisonRow& row : analysis_.regret) {
-      const bool is_best =
-          std::ranges::any_of(best_, [&row](const ComparisonRow* best) { return best->key == row.key; });
-      if (is_best && (most == nullptr || gain(row) < gain(*most))) most = &row;
+      const bool is_best = std::ranges::any_of(
+          best_, [&row](const std::vector<const ComparisonRow*>& winners) { return winners.front()->key == row.key; });
+      if (is_best && gain(row) < 0 && (most == nullptr || gain(row) < gain(*most))) most = &row;
     }
     if (most == nullptr) return "";
+    const PairedDifference& difference = *most->difference;
     return fmt::format(
         "What could still be gained is largest at capacity {}: the {} of {} is {}, that of the best "
         "policy, {}, {}.",
-        most->key.capacity_request, measure_.noun, analysis_.oracle,
-        number_text(most->distribution.mean - most->difference->mean), most->key.policy,
-        number_text(most->distribution.mean));
+        most->key.capacity_request, measure_.noun, analysis_.oracle, number_text(difference.reference),
+        most->key.policy, number_text(difference.reference + difference.mean));
   }
 
   std::string spans() const {
-    // At the middle capacity, every trace, eviction and span alike.
+    // At the middle capacity, with the weights of all means.
     if (best_.empty()) return "";
-    const std::string& capacity = best_[best_.size() / 2]->key.capacity_request;
-    std::map<std::string, std::pair<double, int>> recalls;
+    const std::string& capacity = best_[best_.size() / 2].front()->key.capacity_request;
+    std::map<std::string, std::pair<double, double>> recalls;
     for (const SpanRecall& recall : analysis_.span_recalls) {
-      if (recall.layer >= 0 || recall.capacity_request != capacity || !policies_.contains(recall.policy)) continue;
-      auto& [sum, count] = recalls[recall.policy];
-      sum += recall.recall;
-      ++count;
+      if (recall.layer >= 0 || recall.capacity_request != capacity || !policies_.contains(recall.policy) ||
+          is_apart({recall.policy, capacity})) {
+        continue;
+      }
+      auto& [sum, weight] = recalls[recall.policy];
+      sum += recall.weight * recall.recall;
+      weight += recall.weight;
     }
     if (recalls.size() < 2) return "";
     const auto mean = [](const auto& entry) { return entry.second.first / entry.second.second; };
     const auto most = std::ranges::max_element(recalls, {}, mean);
+    if (!(mean(*most) > 0))
+      return fmt::format("No policy keeps anything of the annotated spans at capacity {}.", capacity);
     return fmt::format("Of the annotated spans, {} keeps most at capacity {}: {} of their positions.", most->first,
                        capacity, percent_text(mean(*most)));
   }
@@ -191,10 +230,25 @@ class Findings {
     return measure_.lower_is_better ? -row.difference->mean : row.difference->mean;
   }
 
+  bool is_apart(const SettingKey& key) const {
+    return std::ranges::find(analysis_.apart, key) != analysis_.apart.end();
+  }
+
+  // "tova and recent, which are alike here"
+  static std::string names_of(const std::vector<const ComparisonRow*>& winners) {
+    constexpr std::size_t kListed = 3;
+    std::vector<std::string> names;
+    for (const ComparisonRow* row : winners) {
+      if (names.size() < kListed) names.push_back(row->key.policy);
+    }
+    if (winners.size() > kListed) names.push_back(counted(winners.size() - kListed, "other", "others"));
+    return enumeration(names);
+  }
+
   const Analysis& analysis_;
   const MeasureTraits& measure_;
   double level_;
-  std::vector<const ComparisonRow*> best_;  // of each capacity
+  std::vector<std::vector<const ComparisonRow*>> best_;  // of each capacity: those that are equally good
   std::set<std::string> policies_;
 };
 

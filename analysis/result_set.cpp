@@ -103,15 +103,15 @@ ResultSet ResultSet::open(std::span<const std::filesystem::path> files, const Re
       set.notes_.push_back(fmt::format("{}: is given more than once and read once", file.string()));
       continue;
     }
-    set.readers_.emplace_back(file);
+    set.readers_.push_back(std::make_shared<ResultsReader>(file));
   }
   Known known;
   for (std::size_t reader = 0; reader < set.readers_.size(); ++reader) {
-    for (std::size_t i = 0; i < set.readers_[reader].results().size(); ++i) set.add(reader, i, known);
+    for (std::size_t i = 0; i < set.readers_[reader]->results().size(); ++i) set.add(reader, i, known);
   }
   if (set.results_.empty()) {
     throw Error(set.readers_.empty() ? "no file of results is named"
-                                     : fmt::format("{}: holds no results", set.readers_.front().path().string()));
+                                     : fmt::format("{}: holds no results", set.readers_.front()->path().string()));
   }
   if (set.repetitions_ > 0) {
     set.notes_.push_back(
@@ -125,10 +125,10 @@ ResultSet ResultSet::open(std::span<const std::filesystem::path> files, const Re
 
 // Where it can be compared with all that there is so far.
 void ResultSet::add(std::size_t reader, std::size_t index, Known& known) {
-  StoredResult result = readers_[reader].results()[index];
+  StoredResult result = readers_[reader]->results()[index];
   const auto both = [&](std::size_t other) {
-    const std::string& a = readers_[place_[other].first].path().string();
-    const std::string& b = readers_[reader].path().string();
+    const std::string& a = readers_[place_[other].first]->path().string();
+    const std::string& b = readers_[reader]->path().string();
     return a == b ? a : fmt::format("{} and {}", a, b);
   };
   // One capture goes by one name, and one name means one capture.
@@ -178,15 +178,15 @@ void ResultSet::count_once(std::size_t result, Place place) {
   Place& earlier = place_[result];
   bool has_more = false;
   for (const MeasureTraits& measure : measures()) {
-    const Table a = readers_[earlier.first].read(earlier.second, measure.measure);
-    const Table b = readers_[place.first].read(place.second, measure.measure);
+    const Table a = readers_[earlier.first]->read(earlier.second, measure.measure);
+    const Table b = readers_[place.first]->read(place.second, measure.measure);
     has_more = has_more || (a.numbers.empty() && !b.numbers.empty());
     if (a.numbers.empty() || b.numbers.empty() || a.numbers == b.numbers) continue;
     const StoredResult& same = results_[result];
     throw Error(fmt::format(
         "{} and {}: {} at capacity {} of {} evicted at {} is in both, with another {}; analyze one "
         "of them at a time",
-        readers_[earlier.first].path().string(), readers_[place.first].path().string(), printable(same.policy),
+        readers_[earlier.first]->path().string(), readers_[place.first]->path().string(), printable(same.policy),
         printable(same.capacity_request), printable(same.trace), same.eviction_position, measure.noun));
   }
   if (has_more) earlier = place;
@@ -250,6 +250,11 @@ void ResultSet::choose(const ResultFilter& filter) {
   }
   results_ = std::move(results);
   place_ = std::move(places);
+  index_settings();
+}
+
+void ResultSet::index_settings() {
+  settings_.clear();
   of_setting_.clear();
   for (std::size_t i = 0; i < results_.size(); ++i) {
     const SettingKey key{results_[i].policy, results_[i].capacity_request};
@@ -257,6 +262,54 @@ void ResultSet::choose(const ResultFilter& filter) {
     if (is_new) settings_.push_back(key);
     place->second.push_back(i);
   }
+}
+
+ResultSet ResultSet::only(const std::function<bool(const StoredResult&)>& wanted) const {
+  ResultSet set = *this;
+  set.results_.clear();
+  set.place_.clear();
+  for (std::size_t i = 0; i < results_.size(); ++i) {
+    if (!wanted(results_[i])) continue;
+    set.results_.push_back(results_[i]);
+    set.place_.push_back(place_[i]);
+  }
+  set.index_settings();
+  return set;
+}
+
+ResultSet ResultSet::balanced() const {
+  struct OfTrace {
+    std::set<SettingKey> settings;
+    std::map<int, std::set<SettingKey>> by_eviction;
+  };
+  std::map<std::string, OfTrace> traces;
+  for (const StoredResult& result : results_) {
+    if (result.capacity_request == kAllPositions) continue;
+    OfTrace& trace = traces[result.trace];
+    const SettingKey key{result.policy, result.capacity_request};
+    trace.settings.insert(key);
+    trace.by_eviction[result.eviction_position].insert(key);
+  }
+  std::set<std::pair<std::string, int>> left_out;
+  std::vector<std::string> notes = notes_;
+  for (const auto& [name, trace] : traces) {
+    std::vector<int> of_all;
+    std::vector<int> of_some;
+    for (const auto& [eviction, settings] : trace.by_eviction) {
+      (settings.size() == trace.settings.size() ? of_all : of_some).push_back(eviction);
+    }
+    if (of_all.empty() || of_some.empty()) continue;
+    for (const int eviction : of_some) left_out.emplace(name, eviction);
+    notes.push_back(fmt::format(
+        "{}: only some of its policies and capacities were replayed with evictions at {}: means are of those "
+        "at {} (stability is of all)",
+        printable(name), fmt::join(of_some, ", "), fmt::join(of_all, ", ")));
+  }
+  ResultSet set = only([&left_out](const StoredResult& result) {
+    return !left_out.contains({result.trace, result.eviction_position});
+  });
+  set.notes_ = std::move(notes);
+  return set;
 }
 
 void ResultSet::note_results() {
@@ -278,7 +331,7 @@ void ResultSet::note_results() {
 
 Table ResultSet::read(std::size_t result, Measure measure) const {
   const auto [reader, index] = place_.at(result);
-  Table table = readers_[reader].read(index, measure);
+  Table table = readers_[reader]->read(index, measure);
   if (layers_.empty() || table.numbers.empty()) return table;
   const std::size_t per_layer = table.numbers.size() / static_cast<std::size_t>(table.shape.front());
   const std::vector<int> layers = layers_of(results_[result]);
@@ -349,7 +402,8 @@ std::vector<int> ResultSet::layers_of(const StoredResult& result) const {
 
 std::vector<OverlapTable> ResultSet::overlaps() const {
   std::vector<OverlapTable> tables;
-  for (const ResultsReader& reader : readers_) {
+  for (const auto& file : readers_) {
+    const ResultsReader& reader = *file;
     for (std::size_t i = 0; i < reader.overlaps().size(); ++i) {
       OverlapTable outline = reader.overlaps()[i];
       outline.trace = trace_called(outline.trace);

@@ -3,7 +3,9 @@
 
 #include <cstddef>
 #include <filesystem>
+#include <functional>
 #include <map>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -46,6 +48,13 @@ class ResultSet {
   /// first of them, which is told too. Throws UsageError, naming what there is, where `filter` leaves nothing or names
   /// what is not there.
   static ResultSet open(std::span<const std::filesystem::path> files, const ResultFilter& filter = {});
+
+  /// Those of them that `wanted` is true of, with the same notes.
+  ResultSet only(const std::function<bool(const StoredResult&)>& wanted) const;
+
+  /// Without a trace's eviction positions that some of its settings lack, what keeps everything apart, where there is
+  /// one that all have: else the means of these settings would be of other places. A note tells.
+  ResultSet balanced() const;
 
   /// In the order of the files; those that keep everything included.
   const std::vector<StoredResult>& results() const { return results_; }
@@ -98,7 +107,9 @@ class ResultSet {
   void choose(const ResultFilter& filter);
   void note_results();
 
-  std::vector<ResultsReader> readers_;
+  void index_settings();
+
+  std::vector<std::shared_ptr<const ResultsReader>> readers_;
   std::vector<StoredResult> results_;
   std::vector<Place> place_;  // of each result
   std::vector<SettingKey> settings_;

@@ -28,24 +28,32 @@ struct Mean {
   double value() const { return count == 0 ? 0 : sum / count; }
 };
 
-// Means per layer, and over all of them (−1), of things that weigh the same whatever their number of layers.
+// Means per layer, and over all of them (−1). Every trace weighs the same whatever its number of evictions and layers,
+// and every eviction within it.
 class LayerMeans {
  public:
-  // One thing's numbers, one per layer.
-  void add(const std::vector<int>& layers, const std::vector<double>& numbers) {
+  // What one eviction of a trace gives, one number per layer.
+  void add(const std::string& trace, const std::vector<int>& layers, const std::vector<double>& numbers) {
+    std::map<int, Mean>& of_trace = of_traces_[trace];
     Mean all;
     for (std::size_t i = 0; i < layers.size(); ++i) {
-      means_[layers[i]].add(numbers[i]);
+      of_trace[layers[i]].add(numbers[i]);
       all.add(numbers[i]);
     }
-    if (all.count > 0) means_[-1].add(all.value());
+    if (all.count > 0) of_trace[-1].add(all.value());
   }
 
   // By layer, all of them first.
-  const std::map<int, Mean>& means() const { return means_; }
+  std::map<int, Mean> means() const {
+    std::map<int, Mean> means;
+    for (const auto& [trace, layers] : of_traces_) {
+      for (const auto& [layer, mean] : layers) means[layer].add(mean.value());
+    }
+    return means;
+  }
 
  private:
-  std::map<int, Mean> means_;
+  std::map<std::string, std::map<int, Mean>> of_traces_;
 };
 
 // The means of `count` parts of a table's numbers that follow each other.
@@ -237,8 +245,8 @@ std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results) {
       if (std::ranges::find(known, table.policies[a]) == known.end()) known.push_back(table.policies[a]);
       for (std::size_t b = 0; b < count; ++b) {
         Pair& pair = of_pairs[table.capacity_request][{table.policies[a], table.policies[b]}];
-        pair.jaccard.add(layers, numbers_of(table.jaccard, a * count + b));
-        pair.containment.add(layers, numbers_of(table.containment, a * count + b));
+        pair.jaccard.add(table.trace, layers, numbers_of(table.jaccard, a * count + b));
+        pair.containment.add(table.trace, layers, numbers_of(table.containment, a * count + b));
       }
     }
   }
@@ -248,6 +256,7 @@ std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results) {
       for (const std::string& other : policies[capacity]) {
         const auto found = of_pairs[capacity].find({policy, other});
         if (found == of_pairs[capacity].end()) continue;  // never together
+        const std::map<int, Mean> containment = found->second.containment.means();
         for (const auto& [layer, jaccard] : found->second.jaccard.means()) {
           rows.push_back({.capacity_request = capacity,
                           .layer = layer,
@@ -255,7 +264,7 @@ std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results) {
                           .other = other,
                           .other_is_oracle = oracles[other],
                           .jaccard = jaccard.value(),
-                          .containment = found->second.containment.means().at(layer).value()});
+                          .containment = containment.at(layer).value()});
         }
       }
     }
@@ -265,6 +274,10 @@ std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results) {
 
 std::vector<SpanRecall> span_recalls(const ResultSet& results) {
   std::vector<SpanRecall> rows;
+  std::map<std::pair<SettingKey, std::string>, int> evictions;
+  for (const StoredResult& result : results.results()) {
+    if (!result.spans.empty()) ++evictions[{{result.policy, result.capacity_request}, result.trace}];
+  }
   for (std::size_t i = 0; i < results.results().size(); ++i) {
     const StoredResult& result = results.results()[i];
     if (result.spans.empty()) continue;
@@ -280,6 +293,7 @@ std::vector<SpanRecall> span_recalls(const ResultSet& results) {
                      .eviction_position = result.eviction_position,
                      .policy = result.policy,
                      .capacity_request = result.capacity_request};
+      row.weight = 1.0 / (static_cast<double>(spans) * evictions[{{row.policy, row.capacity_request}, row.trace}]);
       LayerMeans means;
       std::vector<double> of_layers;
       for (std::size_t l = 0; l < layers.size(); ++l) {
@@ -289,7 +303,7 @@ std::vector<SpanRecall> span_recalls(const ResultSet& results) {
         }
         of_layers.push_back(mean.value());
       }
-      means.add(layers, of_layers);
+      means.add(result.trace, layers, of_layers);
       for (const auto& [layer, mean] : means.means()) {
         row.layer = layer;
         row.recall = mean.value();
@@ -309,18 +323,20 @@ std::vector<RankAgreement> rank_agreements(const ResultSet& results) {
       const std::vector<int> layers = results.layers_of(results.results()[i]);
       const auto add = [&](Measure measure, LayerMeans& means) {
         const Table table = results.read(i, measure);
-        if (!table.numbers.empty()) means.add(layers, means_of_parts(table.numbers, layers.size()));
+        if (!table.numbers.empty())
+          means.add(results.results()[i].trace, layers, means_of_parts(table.numbers, layers.size()));
       };
       add(Measure::spearman, spearman);
       add(Measure::kendall, kendall);
     }
+    const std::map<int, Mean> kendalls = kendall.means();
     for (const auto& [layer, mean] : spearman.means()) {
-      const auto of_kendall = kendall.means().find(layer);
+      const auto of_kendall = kendalls.find(layer);
       rows.push_back({.policy = key.policy,
                       .capacity_request = key.capacity_request,
                       .layer = layer,
                       .spearman = mean.value(),
-                      .kendall = of_kendall == kendall.means().end() ? 0 : of_kendall->second.value()});
+                      .kendall = of_kendall == kendalls.end() ? 0 : of_kendall->second.value()});
     }
   }
   return rows;
@@ -401,8 +417,8 @@ std::vector<HeadOverlap> head_overlaps(const ResultSet& results, const Retention
       if (entry == entries.end() || result.granularity == Granularity::layer || keeps_everything(result)) continue;
       const std::vector<int> layers = results.layers_of(result);
       const HeadPairs pairs = head_pairs(result, kept.read(entry->second, results), layers);
-      if (!pairs.within.empty()) within.add(layers, pairs.within);
-      if (!pairs.between.empty()) between.add(layers, pairs.between);
+      if (!pairs.within.empty()) within.add(result.trace, layers, pairs.within);
+      if (!pairs.between.empty()) between.add(result.trace, layers, pairs.between);
     }
     for (const bool in_group : {true, false}) {
       for (const auto& [layer, mean] : (in_group ? within : between).means()) {

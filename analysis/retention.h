@@ -35,6 +35,8 @@ struct SpanRecall {
   std::string capacity_request;
   int layer = -1;     ///< −1: all layers
   double recall = 0;  ///< mean over query heads (and layers)
+  double weight =
+      0;  ///< in means over spans: every trace weighs 1, every eviction in it and every span in that the same
 };
 
 /// In the order of the results, spans within, all layers before each.

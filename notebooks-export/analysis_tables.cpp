@@ -138,16 +138,19 @@ std::string capitalized(std::string_view text) {
 
 std::string curve_text(const Analysis& analysis) {
   const MeasureTraits& measure = traits_of(analysis.options.measure);
-  if (std::ranges::none_of(analysis.curves, [](const CapacityCurve& curve) { return curve.points.size() > 1; }))
+  // Policies of one capacity have no curve.
+  std::size_t points = 0;
+  for (const CapacityCurve& curve : analysis.curves) points += curve.points.size() < 2 ? 1 : 0;
+  if (points == analysis.curves.size() || traits_of(analysis.options.measure).per == MeasureTraits::Per::head)
     return "";
   std::vector<std::string> head = {"policy", "capacities", "mean over log2 kept"};
   if (analysis.options.goal) head.push_back(fmt::format("kept for {:.4g}", *analysis.options.goal));
   TextTable table(std::move(head));
   for (const CapacityCurve& curve : analysis.curves) {
+    if (curve.points.size() < 2) continue;
     std::vector<std::string> cells;
-    cells.push_back(curve.points.size() == 1 ? printable(curve.points.front().capacity_request)
-                                             : fmt::format("{} to {}", printable(curve.points.front().capacity_request),
-                                                           printable(curve.points.back().capacity_request)));
+    cells.push_back(fmt::format("{} to {}", printable(curve.points.front().capacity_request),
+                                printable(curve.points.back().capacity_request)));
     cells.push_back(curve.area ? plain(*curve.area) : "-");
     if (analysis.options.goal) {
       cells.push_back(!curve.kept_for_goal
@@ -158,8 +161,9 @@ std::string curve_text(const Analysis& analysis) {
   }
   return table.text(
       fmt::format("{} against capacity: the mean height of the curve over log2 of the kept positions where "
-                  "all curves are{}.",
-                  capitalized(measure.noun), analysis.options.goal ? ", and how many positions the goal takes" : ""));
+                  "all curves are{}.{}",
+                  capitalized(measure.noun), analysis.options.goal ? ", and how many positions the goal takes" : "",
+                  points == 0 ? "" : fmt::format(" {} of one capacity are left out.", points)));
 }
 
 std::string steps_text(const Analysis& analysis) {
@@ -231,31 +235,31 @@ std::string overlap_text(const Analysis& analysis) {
       "query heads.");
 }
 
-// Means of values that share a key, in the order of the keys' first values.
+// Weighted means of values that share a key, in the order of the keys' first values.
 template <class Key>
 class Means {
  public:
-  void add(const Key& key, double value) {
+  void add(const Key& key, double value, double weight = 1) {
     const auto [place, is_new] = place_.try_emplace(key, order_.size());
     if (is_new) order_.push_back({key, 0, 0});
-    auto& [name, sum, count] = order_[place->second];
-    sum += value;
-    ++count;
+    auto& [name, sum, weights] = order_[place->second];
+    sum += weight * value;
+    weights += weight;
   }
   std::vector<std::pair<Key, double>> means() const {
     std::vector<std::pair<Key, double>> found;
-    for (const auto& [key, sum, count] : order_) found.emplace_back(key, sum / count);
+    for (const auto& [key, sum, weights] : order_) found.emplace_back(key, sum / weights);
     return found;
   }
   double mean(const Key& key) const {
     const auto place = place_.find(key);
     if (place == place_.end()) return std::nan("");
-    const auto& [name, sum, count] = order_[place->second];
-    return sum / count;
+    const auto& [name, sum, weights] = order_[place->second];
+    return sum / weights;
   }
 
  private:
-  std::vector<std::tuple<Key, double, int>> order_;
+  std::vector<std::tuple<Key, double, double>> order_;
   std::map<Key, std::size_t> place_;
 };
 
@@ -309,8 +313,8 @@ std::string span_text(const Analysis& analysis) {
   for (const SpanRecall& each : analysis.span_recalls) {
     if (each.layer >= 0 || keeps_all(each.capacity_request)) continue;
     const int depth = std::min(kDepths - 1, static_cast<int>(each.depth * kDepths));
-    recall.add({each.policy, each.capacity_request, depth}, each.recall);
-    recall.add({each.policy, each.capacity_request, kDepths}, each.recall);
+    recall.add({each.policy, each.capacity_request, depth}, each.recall, each.weight);
+    recall.add({each.policy, each.capacity_request, kDepths}, each.recall, each.weight);
     const std::pair setting{each.policy, each.capacity_request};
     if (std::ranges::find(order, setting) == order.end()) order.push_back(setting);
   }
@@ -389,7 +393,7 @@ void add_comparison(const std::vector<ComparisonRow>& rows, const AnalysisOption
     key.layer = row.key.layer;
     key.head = row.key.head;
     numbers.add(key, "traces", row.traces);
-    numbers.add(key, "kept", row.kept);
+    numbers.add(key, "kept", std::round(row.kept * 1e6) / 1e6);
     numbers.add(key, "kept share", row.kept_share);
     numbers.add(key, "mean", row.distribution.mean, row.interval);
     numbers.add(key, "median", row.distribution.median);
@@ -453,8 +457,11 @@ std::string analysis_headline(std::span<const StoredResult> results) {
     traces.insert(result.trace);
     evictions.insert(result.eviction_position);
     for (const int position : result.evaluation_positions) queries.emplace(result.trace, position);
-    std::string model = fmt::format("{}: {} layers, {} query heads on {} KV heads", printable(result.model),
-                                    result.num_layers, result.num_query_heads, result.num_kv_heads);
+    const auto count = [](int number, const char* noun) {
+      return fmt::format("{} {}{}", number, noun, number == 1 ? "" : "s");
+    };
+    std::string model = fmt::format("{}: {}, {} on {}", printable(result.model), count(result.num_layers, "layer"),
+                                    count(result.num_query_heads, "query head"), count(result.num_kv_heads, "KV head"));
     if (std::ranges::find(models, model) == models.end()) models.push_back(std::move(model));
   }
   const std::string of_models = models.size() == 1 ? models.front() : fmt::format("{} models", models.size());

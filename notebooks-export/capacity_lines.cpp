@@ -57,6 +57,7 @@ void draw_capacity_lines(Figure& figure, const FigureStyle& style, const std::st
   points["shape"] = style.shape(policies);
   points["tooltip"].insert(points["tooltip"].begin() + 3,
                            Json{{"field", column}, {"type", "quantitative"}, {"format", ".4f"}});
+  if (!has_numbers(figure.table, "low")) spec["layer"].erase(spec["layer"].begin());
   filterable(spec, {"policy"});
 }
 

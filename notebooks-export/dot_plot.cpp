@@ -1,7 +1,6 @@
 #include "notebooks-export/dot_plot.h"
 
 #include <algorithm>
-#include <array>
 
 namespace kvreplay {
 
@@ -14,36 +13,35 @@ std::vector<std::string> spread(const std::vector<std::string>& capacities, std:
   return chosen;
 }
 
-void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
-  // Dark to light, and of a hue that no policy has alone: a capacity is not a policy.
-  constexpr std::array kShades = {"#440154", "#31688e", "#35b779", "#b8a800"};
-  constexpr std::array kShapes = {"circle", "square", "triangle-up", "diamond"};
+void draw_dots(Figure& figure, const FigureStyle& style, const DotPlot& plot) {
+  Json& spec = figure.spec;
   const std::size_t fit = style.characters_in(0.42 * style.width());
   const auto rows = std::max<double>(static_cast<double>(plot.capacities.size()),
                                      static_cast<double>(FigureStyle::most_lines(plot.subjects, fit)));
-  Json colours = Json::array();
-  Json shapes = Json::array();
-  for (std::size_t i = 0; i < plot.capacities.size(); ++i) {
-    colours.push_back(kShades[plot.capacities.size() == 1 ? 1 : i % kShades.size()]);
-    shapes.push_back(kShapes[i % kShapes.size()]);
-  }
+  Json row = Json::parse(R"json({
+    "y": {"type": "nominal", "axis": {"title": null, "grid": true, "tickBand": "extent", "domain": false}},
+    "yOffset": {"field": "capacity", "type": "nominal"},
+    "color": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}}
+  })json");
+  row["y"]["field"] = plot.subject;
+  row["y"]["sort"] = plot.subjects;
+  row["y"]["axis"]["labelExpr"] = style.label_expression(plot.subjects, fit);
+  row["y"]["axis"]["labelLineHeight"] = style.line();
+  row["yOffset"]["sort"] = plot.capacities;
+  row["color"]["scale"] = capacity_colours(plot.capacities);
+  row["color"]["sort"] = plot.capacities;
+  if (plot.capacities.size() == 1) row.erase("yOffset");
   spec.update(Json::parse(R"json({
     "autosize": {"type": "fit-x", "contains": "padding"},
-    "encoding": {
-      "y": {"type": "nominal", "axis": {"title": null, "grid": true, "tickBand": "extent", "domain": false}},
-      "yOffset": {"field": "capacity", "type": "nominal"},
-      "color": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}}
-    },
     "layer": [
       {"mark": {"type": "rule", "color": "#888888"},
-       "encoding": {"x": {"datum": 0, "type": "quantitative"}, "y": null, "yOffset": null, "color": null}},
+       "encoding": {"x": {"datum": 0, "type": "quantitative"}}},
       {"mark": {"type": "rule"},
-       "encoding": {"x": {"field": "low", "type": "quantitative"}, "x2": {"field": "high"}}},
+       "encoding": {"x": {"field": "low", "type": "quantitative", "axis": {"tickCount": 6}}, "x2": {"field": "high"}}},
       {"mark": {"type": "point", "filled": false},
        "encoding": {
          "x": {"field": "difference", "type": "quantitative"},
-         "fillOpacity": {"condition": {"test": "datum.sure === 'yes'", "value": 1}, "value": 0},
-         "fill": {"field": "capacity", "type": "nominal", "legend": null},
+         "fill": {"value": "white"},
          "shape": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}},
          "tooltip": [
            {"field": "capacity"},
@@ -55,23 +53,18 @@ void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot) {
        }}
     ]
   })json"));
+  for (const std::size_t layer : {1, 2}) spec["layer"][layer]["encoding"].update(row);
   spec["width"] = style.width();
-  spec["height"] = {{"step", std::max(1.15 * style.font() * rows + 0.4 * style.font(), 1.6 * style.font())},
-                    {"for", "position"}};
-  Json& encoding = spec["encoding"];
-  encoding["y"]["field"] = plot.subject;
-  encoding["y"]["sort"] = plot.subjects;
-  encoding["y"]["axis"]["labelExpr"] = style.label_expression(plot.subjects, fit);
-  encoding["y"]["axis"]["labelLineHeight"] = style.line();
-  encoding["yOffset"]["sort"] = plot.capacities;
-  encoding["color"]["scale"] = {{"domain", plot.capacities}, {"range", colours}};
-  encoding["color"]["sort"] = plot.capacities;
-  spec["layer"][1]["encoding"]["x"]["title"] = plot.title;
+  rows_of(spec, plot.subject, plot.subjects.size(),
+          std::max(1.15 * style.font() * rows + 0.4 * style.font(), 1.6 * style.font()));
+  for (const std::size_t layer : {1, 2}) spec["layer"][layer]["encoding"]["x"]["title"] = plot.title;
   Json& dots = spec["layer"][2]["encoding"];
-  dots["fill"]["scale"] = encoding["color"]["scale"];
-  dots["shape"]["scale"] = {{"domain", plot.capacities}, {"range", shapes}};
+  Json filled = row["color"];
+  filled["test"] = "datum.sure === 'yes'";
+  dots["fill"]["condition"] = std::move(filled);
+  dots["shape"]["scale"] = capacity_shapes(plot.capacities);
   dots["tooltip"].insert(dots["tooltip"].begin(), Json{{"field", plot.subject}});
-  if (plot.capacities.size() == 1) encoding.erase("yOffset");
+  if (!has_numbers(figure.table, "low")) spec["layer"].erase(1);
 }
 
 }  // namespace kvreplay

@@ -19,6 +19,6 @@ struct DotPlot {
 std::vector<std::string> spread(const std::vector<std::string>& capacities, std::size_t most);
 
 /// Draws the columns `difference`, `low`, `high`, `capacity` and `sure` ("yes" is filled) of the figure's table.
-void draw_dots(Json& spec, const FigureStyle& style, const DotPlot& plot);
+void draw_dots(Figure& figure, const FigureStyle& style, const DotPlot& plot);
 
 }  // namespace kvreplay

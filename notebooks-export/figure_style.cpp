@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <cstdlib>
+#include <functional>
 #include <set>
 #include <utility>
 
@@ -18,7 +19,10 @@ namespace {
 // The colours of Okabe and Ito that can be told apart on white and on black, by people with any colour vision.
 constexpr std::array kColours = {"#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"};
 constexpr std::array kShapes = {"circle", "square", "triangle-up", "diamond", "triangle-down", "cross"};
-constexpr const char* kReferenceColour = "#808080";
+// References recede: greys and browns, each with dashes of its own.
+constexpr std::array kReferenceColours = {"#7f7f7f", "#a6761d", "#a8a8a8", "#8c564b"};
+const std::array<std::vector<int>, 4> kReferenceDashes = {{{2, 2}, {6, 2}, {1, 3}, {6, 2, 1, 2}}};
+const std::vector<int> kSolid = {1, 0};
 
 constexpr std::size_t kMostMethods = 8;  // lines that an eye can follow, next to the references
 constexpr std::size_t kMostReferences = 4;
@@ -84,8 +88,12 @@ FigureStyle::FigureStyle(const Analysis& analysis, Theme theme)
     const std::string method = method_of(policy);
     return oracles.contains(policy) || method == "random" || method == "recent";
   };
-  // Who is shown: the baseline, the best of each method, the best of all; apart from these the references.
-  const std::vector<std::string> best = ranked(analysis);
+  // Who is shown: the baseline, of each method the setting with the most capacities and the best of these, then the
+  // best others of as many; apart from these the references. A setting that was tried at one capacity is no line.
+  std::map<std::string, int> capacities_of;
+  for (const ComparisonRow& row : analysis.comparison) ++capacities_of[row.key.policy];
+  std::vector<std::string> best = ranked(analysis);
+  std::ranges::stable_sort(best, std::greater(), [&](const std::string& policy) { return capacities_of[policy]; });
   std::vector<std::string> methods;
   std::vector<std::string> references;
   std::set<std::string> seen;
@@ -99,7 +107,9 @@ FigureStyle::FigureStyle(const Analysis& analysis, Theme theme)
   for (const std::string& policy : best) {
     if (seen.insert(method_of(policy)).second) show(policy);
   }
-  for (const std::string& policy : best) show(policy);
+  for (const std::string& policy : best) {
+    if (capacities_of[policy] == capacities_of[best.front()]) show(policy);
+  }
   // In the order of the results, so that a better ranking does not change a colour.
   std::vector<std::string> in_order;
   for (const SettingKey& setting : analysis.settings) {
@@ -109,23 +119,26 @@ FigureStyle::FigureStyle(const Analysis& analysis, Theme theme)
     if (contains(methods, policy)) policies_.push_back(policy);
   }
   const std::size_t number_of_methods = policies_.size();
+  by_importance_ = methods;
+  by_importance_.insert(by_importance_.end(), references.begin(), references.end());
   for (const std::string& policy : in_order) {
     if (contains(references, policy)) policies_.push_back(policy);
   }
   for (std::size_t i = 0; i < policies_.size(); ++i) {
     const bool reference = i >= number_of_methods;
     const std::size_t place = reference ? i - number_of_methods : i;
-    Look look{reference ? kReferenceColour : kColours[place % kColours.size()],
-              kShapes[(place + place / kColours.size()) % kShapes.size()],
-              {1, 0}};
+    Look look{reference ? kReferenceColours[place % kReferenceColours.size()] : kColours[place % kColours.size()],
+              kShapes[(place + place / kColours.size()) % kShapes.size()], kSolid};
     if (!reference && place >= kColours.size()) look.dash = {4, 2};
-    if (reference) look.dash = {2, 2 + static_cast<int>(place)};
+    if (reference) look.dash = kReferenceDashes[place % kReferenceDashes.size()];
     looks_.emplace(policies_[i], std::move(look));
   }
   if (policies_.size() < best.size()) {
     left_out_ = fmt::format(
-        " {} of {} policies are shown: baseline, oracle, random and recent, the best setting of each method, then the "
-        "best overall (by rank of the mean {}, averaged over capacities).",
+        " Of {1} policies, figures show {0} or those of them that have such numbers: baseline, oracle, random and "
+        "recent, of each method the setting with the most capacities, then others with as many (the best first, by "
+        "rank "
+        "of the mean {2}).",
         policies_.size(), best.size(), traits_of(analysis.options.measure).noun);
   }
 
@@ -149,10 +162,14 @@ bool FigureStyle::shows(const std::string& policy) const { return looks_.contain
 
 std::vector<std::string> FigureStyle::some_of(const std::vector<std::string>& present, std::size_t most) const {
   std::vector<std::string> chosen;
-  for (const std::string& policy : policies_) {
+  for (const std::string& policy : by_importance_) {
     if (chosen.size() < most && contains(present, policy)) chosen.push_back(policy);
   }
-  return chosen;
+  std::vector<std::string> in_order;
+  for (const std::string& policy : policies_) {
+    if (contains(chosen, policy)) in_order.push_back(policy);
+  }
+  return in_order;
 }
 
 std::string FigureStyle::middle_capacity(const std::vector<std::string>& present) const {
@@ -177,7 +194,12 @@ Json FigureStyle::spec(const std::string& question, const std::string& caption) 
           {"config",
            {{"font", "Arial, Liberation Sans, sans-serif"},
             {"view", {{"stroke", "#bbbbbb"}, {"strokeWidth", stroke}}},
-            {"title", {{"fontSize", title}, {"fontWeight", "bold"}, {"offset", 0.7 * font_}}},
+            {"title",
+             {{"fontSize", title},
+              {"fontWeight", "bold"},
+              {"offset", 0.7 * font_},
+              {"subtitleFontSize", font_},
+              {"subtitlePadding", 0.4 * font_}}},
             {"axis",
              {{"labelFontSize", font_},
               {"titleFontSize", font_},
@@ -212,6 +234,7 @@ Json FigureStyle::spec(const std::string& question, const std::string& caption) 
               {"titleFontSize", font_},
               {"titleFontWeight", "normal"},
               {"labelLimit", 0},
+              {"labelLineHeight", line()},
               {"labelPadding", 0.3 * font_}}},
             {"line", {{"strokeWidth", 1.8 * stroke}}},
             {"point", {{"size", 0.45 * font_ * font_}, {"filled", true}, {"opacity", 1}}},
@@ -222,7 +245,7 @@ Json FigureStyle::spec(const std::string& question, const std::string& caption) 
 }
 
 const FigureStyle::Look& FigureStyle::look_of(const std::string& policy) const {
-  static const Look kUnknown{kReferenceColour, "circle", {1, 0}};
+  static const Look kUnknown{kReferenceColours.front(), "circle", kSolid};
   const auto found = looks_.find(policy);
   return found == looks_.end() ? kUnknown : found->second;
 }
@@ -256,10 +279,17 @@ Json FigureStyle::shape(const std::vector<std::string>& policies) const {
 }
 
 Json FigureStyle::dash(const std::vector<std::string>& policies) const {
-  return {{"field", "policy"},
-          {"type", "nominal"},
-          {"scale", scale(policies, [](const Look& look) -> Json { return look.dash; })},
-          {"legend", nullptr}};
+  std::map<std::vector<int>, Json> dashed;
+  for (const std::string& policy : policies) {
+    const std::vector<int>& dash = look_of(policy).dash;
+    if (dash != kSolid) dashed[dash].push_back(policy);
+  }
+  // No scale, since legends would give symbols dashed outlines.
+  Json conditions = Json::array();
+  for (const auto& [dash, names] : dashed) {
+    conditions.push_back({{"test", fmt::format("indexof({}, datum.policy) >= 0", names.dump())}, {"value", dash}});
+  }
+  return {{"condition", conditions}, {"value", kSolid}};
 }
 
 std::string FigureStyle::label_expression(const std::vector<std::string>& texts, std::size_t most) const {
@@ -268,7 +298,8 @@ std::string FigureStyle::label_expression(const std::vector<std::string>& texts,
     if (characters(text) > most) lines[text] = broken(text, most);
   }
   if (lines.empty()) return "datum.label";
-  return fmt::format("{}[datum.label] || datum.label", lines.dump());
+  // In brackets, since Vega-Lite puts an expression in the place of a header's label.
+  return fmt::format("{}[(datum.label)] || (datum.label)", lines.dump());
 }
 
 std::size_t FigureStyle::most_lines(const std::vector<std::string>& texts, std::size_t most) {
@@ -294,16 +325,21 @@ void FigureStyle::choose(Json& spec, const std::string& column, const std::vecto
        {"value", chosen},
        {"bind",
         {{"input", "select"}, {"options", values}, {"name", column == "evict_at" ? "evicted at " : column + " "}}}});
+  // What a picture shows, which nobody can choose in it.
+  Json& title = spec["title"]["subtitle"];
+  if (title.is_null()) title = Json::array();
+  title.push_back(column == "evict_at" ? fmt::format("evicted at {}", chosen) : fmt::format("{}: {}", column, chosen));
   Json& transform = spec["transform"];
   if (transform.is_null()) transform = Json::array();
-  transform.insert(transform.begin(), {{"filter", fmt::format("datum.{} === {}", column, parameter)}});
+  transform.insert(transform.begin(), Json{{"filter", fmt::format("datum.{} === {}", column, parameter)}});
 }
 
 std::vector<std::string> broken(const std::string& text, std::size_t most) {
   std::vector<std::string> lines = {""};
   for (std::size_t at = 0; at < text.size();) {
     std::size_t end = at + 1;
-    while (end < text.size() && text[end - 1] != ',' && text[end] != '+' && text[end] != ' ') ++end;
+    while (end < text.size() && text[end - 1] != ',' && text[end - 1] != '(' && text[end] != '+' && text[end] != ' ')
+      ++end;
     std::string piece = text.substr(at, end - at);
     at = end;
     if (characters(lines.back()) > 0 && characters(lines.back() + piece) > most) {
@@ -347,6 +383,50 @@ Json diverging_scale(double largest) {
 
 Json sequential_scale() { return {{"scheme", "cividis"}}; }
 
+Json capacity_colours(const std::vector<std::string>& capacities) {
+  constexpr std::array kShades = {"#8e4ec6", "#3a7ca5", "#35b779", "#b8a800"};
+  Json range = Json::array();
+  for (std::size_t i = 0; i < capacities.size(); ++i) {
+    range.push_back(kShades[capacities.size() == 1 ? 1 : i % kShades.size()]);
+  }
+  return {{"domain", capacities}, {"range", range}};
+}
+
+Json capacity_shapes(const std::vector<std::string>& capacities) {
+  Json range = Json::array();
+  for (std::size_t i = 0; i < capacities.size(); ++i) range.push_back(kShapes[i % 4]);
+  return {{"domain", capacities}, {"range", range}};
+}
+
+bool has_numbers(const DataTable& table, const std::string& column) {
+  const auto& columns = table.columns();
+  const auto place = static_cast<std::size_t>(std::ranges::find(columns, column) - columns.begin());
+  return std::ranges::any_of(table.rows(), [place](const std::vector<Cell>& row) {
+    const auto* number = std::get_if<double>(&row[place]);
+    return number != nullptr && std::isfinite(*number);
+  });
+}
+
+int last_of(const DataTable& table, const std::string& column) {
+  const auto& columns = table.columns();
+  const auto place = static_cast<std::size_t>(std::ranges::find(columns, column) - columns.begin());
+  double last = 0;
+  for (const std::vector<Cell>& row : table.rows()) last = std::fmax(last, std::get<double>(row[place]));
+  return static_cast<int>(last);
+}
+
+std::vector<int> integer_ticks(int last) {
+  constexpr int kMost = 9;
+  int step = 1;
+  while (last / step + 1 > kMost) {
+    std::string digits = std::to_string(step);  // 1, 2, 5, 10, 20, …
+    step = digits.front() == '2' ? step / 2 * 5 : step * 2;
+  }
+  std::vector<int> ticks;
+  for (int tick = 0; tick <= last; tick += step) ticks.push_back(tick);
+  return ticks;
+}
+
 std::vector<std::string> distinct(const DataTable& table, const std::string& column) {
   const auto& columns = table.columns();
   const auto place = static_cast<std::size_t>(std::ranges::find(columns, column) - columns.begin());
@@ -366,6 +446,9 @@ std::string capacity_text(const std::string& capacity_request) {
 
 std::string about_intervals(const Analysis& analysis) {
   const BootstrapOptions& bootstrap = analysis.options.bootstrap;
+  if (bootstrap.resamples == 0) {
+    return fmt::format("Bars: {:g} % intervals in closed form.", 100 * bootstrap.confidence);
+  }
   return fmt::format("Bars: {:g} % bootstrap intervals ({} resamples of {}).", 100 * bootstrap.confidence,
                      bootstrap.resamples,
                      bootstrap.resampling == Resampling::traces ? "traces and blocks of neighbouring queries"
@@ -375,6 +458,12 @@ std::string about_intervals(const Analysis& analysis) {
 std::string about_means(const Analysis& analysis, std::string_view over) {
   return fmt::format("Means over {}{}.", over,
                      analysis.traces.size() > 1 ? "; every trace and eviction position weighs the same" : "");
+}
+
+// Not Vega-Lite's own steps, which go together with a fitted width only under protest.
+void rows_of(Json& spec, const std::string& column, std::size_t count, double step) {
+  spec["height"] = step * static_cast<double>(count);
+  spec["usermeta"]["kvreplay"]["rows"] = {{"column", column}, {"step", step}};
 }
 
 void filterable(Json& spec, const std::vector<std::string>& by) { spec["usermeta"]["kvreplay"]["filters"] = by; }

@@ -26,12 +26,13 @@ class FigureStyle {
   double text_width(std::size_t characters) const { return 0.52 * font_ * static_cast<double>(characters); }
   std::size_t characters_in(double width) const { return static_cast<std::size_t>(width / (0.52 * font_)); }
 
-  /// The policies that figures show, baselines and oracles after the others: all of them, or of very many the best
-  /// setting of each method and the best overall. What keeps everything is never among them.
+  /// The policies that figures show, baselines and oracles after the others: all of them, or of very many, or where
+  /// some have fewer capacities than others, a setting of each method and the best others. What keeps everything is
+  /// never among them.
   const std::vector<std::string>& policies() const { return policies_; }
   bool shows(const std::string& policy) const;
 
-  /// The first `most` of those that `present` has, in the order of policies().
+  /// At most `most` of those that `present` has: the baseline, then the best; in the order of policies().
   std::vector<std::string> some_of(const std::vector<std::string>& present, std::size_t most) const;
 
   /// "12 of 400 policies are shown: …", with a space before, where some are left out.
@@ -51,13 +52,13 @@ class FigureStyle {
   Json shape(const std::vector<std::string>& policies) const;
   Json dash(const std::vector<std::string>& policies) const;
 
-  /// A Vega expression that breaks texts longer than `characters` into lines: for labels of axes and legends, which
-  /// are not to be cut.
-  std::string label_expression(const std::vector<std::string>& texts, std::size_t characters) const;
+  /// A Vega expression that breaks texts longer than `most` characters into lines: for labels of axes and legends,
+  /// which are not to be cut.
+  std::string label_expression(const std::vector<std::string>& texts, std::size_t most) const;
 
   /// The most lines that one of the texts is broken into, and the most characters of a line.
-  static std::size_t most_lines(const std::vector<std::string>& texts, std::size_t characters);
-  static std::size_t longest_line(const std::vector<std::string>& texts, std::size_t characters);
+  static std::size_t most_lines(const std::vector<std::string>& texts, std::size_t most);
+  static std::size_t longest_line(const std::vector<std::string>& texts, std::size_t most);
 
   /// A choice of one value of a column: a parameter `shown_<column>` and the filter that goes with it.
   static void choose(Json& spec, const std::string& column, const std::vector<std::string>& values,
@@ -76,13 +77,15 @@ class FigureStyle {
   double width_;
   double font_;
   std::vector<std::string> policies_;
+  std::vector<std::string> by_importance_;  // the same: baseline, the best others, references
   std::map<std::string, Look> looks_;
   std::string left_out_;
   std::vector<std::string> capacities_;
 };
 
-/// A text in lines of at most `characters`, broken after ',' and before '+' and ' ' where that is possible.
-std::vector<std::string> broken(const std::string& text, std::size_t characters);
+/// A text in lines of at most `most` characters, broken after ',' and '(' and before '+' and ' ' where that is
+/// possible.
+std::vector<std::string> broken(const std::string& text, std::size_t most);
 
 /// A measure with its unit, for an axis: "layer error (share of the output's norm)".
 std::string axis_title(Measure measure);
@@ -94,6 +97,20 @@ double rounded(double number);
 Json diverging_scale(double largest);
 Json sequential_scale();
 
+/// Scales of at most four capacities that stand side by side: shades that can be told apart on white and on black, and
+/// of which none is a policy's alone, since a capacity is not a policy.
+Json capacity_colours(const std::vector<std::string>& capacities);
+Json capacity_shapes(const std::vector<std::string>& capacities);
+
+/// Whether any row has a number in a column.
+bool has_numbers(const DataTable& table, const std::string& column);
+
+/// The largest number in a column; 0 where there is none.
+int last_of(const DataTable& table, const std::string& column);
+
+/// Ticks of an axis of layers or heads 0 to `last`: integers, not too many.
+std::vector<int> integer_ticks(int last);
+
 /// The distinct texts of a column in the order of their rows.
 std::vector<std::string> distinct(const DataTable& table, const std::string& column);
 
@@ -103,6 +120,10 @@ std::string capacity_text(const std::string& capacity_request);
 /// "95 % bootstrap intervals (…)" and what means are taken over: sentences for captions.
 std::string about_intervals(const Analysis& analysis);
 std::string about_means(const Analysis& analysis, std::string_view over);
+
+/// As high as the rows that a figure has for the texts of a column, `step` points each. The page counts those that its
+/// filters leave.
+void rows_of(Json& spec, const std::string& column, std::size_t count, double step);
 
 /// Which of the page's filters apply to a figure, and how: by the columns "policy", "capacity" and "layer" rows are
 /// filtered, by "shown_capacity" and "shown_layer" the figure's own choice is set.

@@ -95,10 +95,10 @@ void draw_head_maps(Figure& figure, const FigureStyle& style, const std::vector<
       "mark": {"type": "rect", "aria": false},
       "encoding": {
         "x": {"field": "left", "type": "quantitative", "scale": {"nice": false, "zero": false},
-              "axis": {"title": "layer", "grid": false, "format": "d", "tickMinStep": 1}},
+              "axis": {"title": "layer", "grid": false, "format": "d"}},
         "x2": {"field": "right"},
         "y": {"field": "bottom", "type": "quantitative", "scale": {"nice": false, "zero": false},
-              "axis": {"title": "query head", "grid": false, "format": "d", "tickMinStep": 1}},
+              "axis": {"title": "query head", "grid": false, "format": "d"}},
         "y2": {"field": "top"},
         "color": {"field": "value", "type": "quantitative", "legend": {"direction": "horizontal"}},
         "tooltip": [
@@ -116,6 +116,8 @@ void draw_head_maps(Figure& figure, const FigureStyle& style, const std::vector<
   spec["spec"]["width"] = panel;
   spec["spec"]["height"] = columns == 1 ? 0.5 * panel : 0.8 * panel;
   Json& encoding = spec["spec"]["encoding"];
+  encoding["x"]["axis"]["values"] = integer_ticks(last_of(figure.table, "layer_last"));
+  encoding["y"]["axis"]["values"] = integer_ticks(last_of(figure.table, "head_last"));
   encoding["color"]["scale"] = scale;
   encoding["color"]["legend"]["title"] = title;
   encoding["color"]["legend"]["format"] = format;

@@ -16,7 +16,7 @@ void draw_layer_lines(Figure& figure, const FigureStyle& style, const std::strin
       "x": {
         "field": "layer", "type": "quantitative",
         "scale": {"nice": false, "zero": false},
-        "axis": {"title": "layer", "format": "d", "tickMinStep": 1}
+        "axis": {"title": "layer", "format": "d"}
       },
       "y": {"type": "quantitative", "scale": {"zero": false}}
     },
@@ -33,6 +33,7 @@ void draw_layer_lines(Figure& figure, const FigureStyle& style, const std::strin
   spec["width"] = style.width();
   spec["height"] = 0.5 * style.width();
   Json& encoding = spec["encoding"];
+  encoding["x"]["axis"]["values"] = integer_ticks(last_of(figure.table, "layer"));
   encoding["x"]["scale"]["padding"] = 0.7 * style.font();
   encoding["y"]["field"] = column;
   encoding["y"]["title"] = title;

@@ -126,7 +126,9 @@ std::string captured(const Analysis& analysis) {
 
 std::string compared(const Analysis& analysis, const FigureStyle& style) {
   std::set<std::string> policies;
-  for (const SettingKey& setting : analysis.settings) policies.insert(setting.policy);
+  for (const SettingKey& setting : analysis.settings) {
+    if (setting.capacity_request != kAllPositions) policies.insert(setting.policy);
+  }
   std::string capacities;
   for (const std::string& capacity : style.capacities()) {
     capacities += (capacities.empty() ? "" : ", ") + capacity_text(capacity);
@@ -154,8 +156,12 @@ std::string means_table(const Analysis& analysis, const FigureStyle& style) {
   std::string text = fmt::format(
       "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Means\"><table class=\"means\"><caption>Mean "
       "{} "
-      "at each capacity; the best policy in bold, oracles apart.{}</caption><thead><tr><th scope=\"col\">policy</th>",
-      html(traits_of(analysis.options.measure).noun), html(style.left_out()));
+      "at each capacity; the best policy in bold, oracles apart.{}{}</caption><thead><tr><th scope=\"col\">policy</th>",
+      html(traits_of(analysis.options.measure).noun),
+      !analysis.apart.empty() || std::ranges::any_of(analysis.curves, &CapacityCurve::partial)
+          ? " Not all are of the same traces and eviction positions: see the notes."
+          : "",
+      html(style.left_out()));
   for (const std::string& capacity : style.capacities()) {
     text += fmt::format("<th scope=\"col\">{}</th>", html(capacity_text(capacity)));
   }

@@ -11,11 +11,11 @@ namespace kvreplay {
 
 /// What the page says beside the figures.
 struct PageContent {
-  std::string title;
-  std::vector<std::string> findings;  ///< sentences, the most important first
-  std::vector<std::string> left_out;  ///< figures that there are no data for, and what they need
-  std::string missing;                ///< why no figure is drawn; empty where they are
-  std::string javascript;             ///< that draws Vega-Lite; empty where it is missing
+  std::string title = {};
+  std::vector<std::string> findings = {};  ///< sentences, the most important first
+  std::vector<std::string> left_out = {};  ///< figures that there are no data for, and what they need
+  std::string missing = {};                ///< why no figure is drawn; empty where they are
+  std::string javascript = {};             ///< that draws Vega-Lite; empty where it is missing
 };
 
 /// index.html. `figures` are those of Theme::screen, whose files lie beside the page in figures/ and tables/. What

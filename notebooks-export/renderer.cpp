@@ -25,8 +25,6 @@
 #include "base/printable.h"
 #include "notebooks-export/embedded_files.h"
 
-extern "C" char** environ;
-
 namespace kvreplay {
 namespace {
 
@@ -75,8 +73,8 @@ class Drawer {
   Drawer(const Drawer&) = delete;
   Drawer& operator=(const Drawer&) = delete;
 
-  // The parts of an answer by their names. Throws Error with what the script, or Python itself, says.
-  std::map<std::string, std::string> ask(const ordered_json& request) {
+  // The parts of an answer by their names, which are these. Throws Error with what the script, or Python itself, says.
+  std::map<std::string, std::string> ask(const ordered_json& request, const std::vector<std::string>& names) {
     send(request.dump(-1, ' ', true, ordered_json::error_handler_t::replace) + "\n");
     while (buffer_.find('\n') == std::string::npos) receive();
     const std::string line = buffer_.substr(0, buffer_.find('\n'));
@@ -86,10 +84,15 @@ class Drawer {
     if (head.contains("error")) throw Error(printable(head["error"].get<std::string>()));
     std::map<std::string, std::string> parts;
     for (const auto& [name, size] : head.items()) {
+      if (!size.is_number_unsigned())
+        throw Error(fmt::format("an answer that is none: {}", printable(line.substr(0, 80))));
       const auto bytes = size.get<std::size_t>();
       while (buffer_.size() < bytes) receive();
       parts[name] = buffer_.substr(0, bytes);
       buffer_.erase(0, bytes);
+    }
+    for (const std::string& name : names) {
+      if (!parts.contains(name)) throw Error(fmt::format("an answer without {}", name));
     }
     return parts;
   }
@@ -121,7 +124,7 @@ class Drawer {
   // The last line of what Python wrote before it ended: the kind of an exception and its message.
   Error ended() {
     std::string text;
-    std::rewind(messages_);
+    if (std::fseek(messages_, 0, SEEK_SET) != 0) return Error("Python ended unexpectedly");
     std::array<char, 4096> bytes;
     for (std::size_t count = 0; (count = std::fread(bytes.data(), 1, bytes.size(), messages_)) > 0;) {
       text.append(bytes.data(), count);
@@ -178,7 +181,7 @@ std::optional<Renderer> Renderer::find(const std::filesystem::path& python, std:
   missing.clear();
   try {
     if (renderer.python_.empty()) throw Error("neither HOME nor XDG_DATA_HOME is set");
-    Drawer(renderer.python_).ask({{"version", true}});
+    Drawer(renderer.python_).ask({{"version", true}}, {"version"});
     return renderer;
   } catch (const Error& error) {
     missing = fmt::format(
@@ -201,7 +204,7 @@ void Renderer::draw(const std::filesystem::path& folder, const std::vector<std::
       data["values"] = file_text(folder / "figures" / data["url"].get<std::string>());
       data.erase("url");
       const ordered_json ppi = spec["usermeta"]["kvreplay"]["ppi"];
-      for (const auto& [kind, bytes] : drawer.ask({{"spec", std::move(spec)}, {"ppi", ppi}})) {
+      for (const auto& [kind, bytes] : drawer.ask({{"spec", std::move(spec)}, {"ppi", ppi}}, {"svg", "png", "pdf"})) {
         OutputFile::write_text(figure.string() + "." + kind, bytes);
       }
     } catch (const Error& error) {
@@ -214,7 +217,7 @@ void Renderer::draw(const std::filesystem::path& folder, const std::vector<std::
 
 std::string Renderer::javascript() const {
   try {
-    return Drawer(python_).ask({{"javascript", true}}).at("javascript");
+    return Drawer(python_).ask({{"javascript", true}}, {"javascript"}).at("javascript");
   } catch (const Error& error) {
     throw Error(fmt::format("the page's JavaScript cannot be made: {}", error.what()));
   }

@@ -27,6 +27,9 @@ constexpr std::size_t kFindings = 3;
 // Throws unless `folder` does not exist, or may be replaced: with the user's word, and only by what is nothing else's.
 void check_place(const std::filesystem::path& folder, bool force) {
   std::error_code failure;
+  if (std::filesystem::is_symlink(folder, failure) && !std::filesystem::exists(folder, failure)) {
+    throw Error(fmt::format("{}: is a symbolic link that leads nowhere; name a folder", folder.string()));
+  }
   if (!std::filesystem::is_directory(folder, failure)) return;  // of a file OutputFolder complains
   std::vector<std::string> names;
   for (const auto& entry : std::filesystem::directory_iterator(folder, failure)) {
@@ -54,7 +57,7 @@ void check_place(const std::filesystem::path& folder, bool force) {
 }
 
 std::vector<const FigureKind*> chosen_kinds(const std::vector<std::string>& only) {
-  const std::vector<const FigureKind*> all = figure_kinds();
+  std::vector<const FigureKind*> all = figure_kinds();
   if (only.empty()) return all;
   std::vector<std::string> names;
   for (const FigureKind* kind : all) names.push_back(kind->name);
@@ -105,33 +108,10 @@ std::string title_of(const Analysis& analysis) {
   return fmt::format("KV-cache eviction on {}", fmt::join(models, ", "));
 }
 
-}  // namespace
-
-ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& analysis,
-                           const ReportOptions& options) {
-  const std::vector<const FigureKind*> kinds = chosen_kinds(options.only);
-  check_place(folder, options.force);
-  OutputFolder output(folder);
-  const std::filesystem::path& place = output.temporary();
-
-  ReportOutcome outcome;
-  PageContent content;
-  content.title = options.title.empty() ? title_of(analysis) : options.title;
-  content.findings = findings(analysis, kFindings);
-  std::vector<Figure> figures;
-  std::vector<Figure> of_page;
-  for (const FigureKind* kind : kinds) {
-    Figure figure = kind->draw(analysis, options.theme);
-    if (figure.table.empty()) {
-      outcome.left_out.push_back(fmt::format("{}: {}", kind->name, kind->needs));
-      content.left_out.push_back(fmt::format("{} It needs {}.", kind->question, kind->needs));
-      continue;
-    }
-    outcome.figures.push_back(figure.name);
-    of_page.push_back(options.theme == Theme::screen ? figure : kind->draw(analysis, Theme::screen));
-    figures.push_back(std::move(figure));
-  }
-
+// All files of a report into `place`.
+void write_files(const std::filesystem::path& place, const Analysis& analysis, const ReportOptions& options,
+                 const std::vector<Figure>& figures, const std::vector<Figure>& of_page, PageContent& content,
+                 ReportOutcome& outcome) {
   std::filesystem::create_directory(place / "figures");
   std::filesystem::create_directory(place / "tables");
   for (const Figure& figure : figures) {
@@ -153,6 +133,53 @@ ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& 
   content.missing = outcome.missing;
   OutputFile::write_text(place / "notebook.ipynb", notebook_text(content.title, figures, pictures));
   OutputFile::write_text(place / "index.html", page_text(analysis, of_page, content));
+}
+
+}  // namespace
+
+void check_report(const std::filesystem::path& folder, const ReportOptions& options) {
+  static_cast<void>(chosen_kinds(options.only));
+  check_place(folder, options.force);
+  std::string missing;
+  if (!options.python.empty() && !Renderer::find(options.python, missing)) throw Error(missing);
+  const OutputFolder probe(folder);
+}
+
+ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& analysis,
+                           const ReportOptions& options) {
+  const std::vector<const FigureKind*> kinds = chosen_kinds(options.only);
+  check_place(folder, options.force);
+  OutputFolder output(folder);
+  const std::filesystem::path& place = output.temporary();
+
+  ReportOutcome outcome;
+  PageContent content;
+  content.title = options.title.empty() ? title_of(analysis) : options.title;
+  outcome.findings = findings(analysis, kFindings);
+  content.findings = outcome.findings;
+  std::vector<Figure> figures;
+  std::vector<Figure> of_page;
+  for (const FigureKind* kind : kinds) {
+    Figure figure = kind->draw(analysis, options.theme);
+    if (figure.table.empty()) {
+      outcome.left_out.push_back(fmt::format("{}: {}", kind->name, kind->needs));
+      content.left_out.push_back(fmt::format("{} It needs {}.", kind->question, kind->needs));
+      continue;
+    }
+    outcome.figures.push_back(figure.name);
+    of_page.push_back(options.theme == Theme::screen ? figure : kind->draw(analysis, Theme::screen));
+    figures.push_back(std::move(figure));
+  }
+
+  try {
+    write_files(place, analysis, options, figures, of_page, content, outcome);
+  } catch (const Error& error) {
+    // By the name that the user gave, which nothing stands at yet.
+    std::string text = error.what();
+    const std::size_t at = text.find(place.string());
+    if (at != std::string::npos) text.replace(at, place.string().size(), folder.string());
+    throw Error(text);
+  }
   output.commit();
   return outcome;
 }

@@ -20,6 +20,7 @@ std::string depth_text(int range) { return fmt::format("{}–{} %", 100 / kDepth
 std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& style, bool per_layer) {
   struct Sum {
     double recall = 0;
+    double weight = 0;
     int count = 0;
   };
   std::map<std::tuple<std::string, std::string, int, int>, Sum> sums;
@@ -27,24 +28,58 @@ std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& st
     if (!style.shows(row.policy) || row.capacity_request == kAllPositions || (row.layer >= 0) != per_layer) continue;
     const int range = std::clamp(static_cast<int>(row.depth * kDepths), 0, kDepths - 1);
     Sum& sum = sums[{row.policy, row.capacity_request, row.layer, range}];
-    sum.recall += row.recall;
+    sum.recall += row.weight * row.recall;
+    sum.weight += row.weight;
     ++sum.count;
   }
   std::vector<SpanCell> cells;
   for (const auto& [key, sum] : sums) {
     const auto& [policy, capacity, layer, range] = key;
-    cells.push_back({policy, capacity, layer, depth_text(range), rounded(sum.recall / sum.count), sum.count});
+    cells.push_back({policy, capacity, layer, depth_text(range), rounded(sum.recall / sum.weight), sum.count});
   }
   return cells;
 }
 
 std::vector<std::string> depths_of(const std::vector<SpanCell>& cells) {
+  const auto is_there = [&](int range) {
+    return std::ranges::find(cells, depth_text(range), &SpanCell::depth) != cells.end();
+  };
+  int first = 0;
+  int last = kDepths - 1;
+  while (first < last && !is_there(first)) ++first;
+  while (first < last && !is_there(last)) --last;
   std::vector<std::string> depths;
-  for (int range = 0; range < kDepths; ++range) {
-    const std::string text = depth_text(range);
-    if (std::ranges::find(cells, text, &SpanCell::depth) != cells.end()) depths.push_back(text);
-  }
+  for (int range = first; range <= last; ++range) depths.push_back(depth_text(range));
   return depths;
+}
+
+void draw_span_panels(Figure& figure, const FigureStyle& style, const std::vector<std::string>& policies,
+                      const std::vector<std::string>& depths, Json panel) {
+  const auto width_of = [&](std::size_t columns) {
+    const double labels = 8 * style.font();
+    return (style.width() - labels - static_cast<double>(columns - 1) * style.font()) / static_cast<double>(columns);
+  };
+  const auto fits = [&](std::size_t columns) {
+    const std::size_t characters = style.characters_in(width_of(columns));
+    return FigureStyle::longest_line(policies, characters) <= characters;
+  };
+  std::size_t columns = std::clamp<std::size_t>(policies.size(), 1, 3);
+  while (columns > 1 && !fits(columns)) --columns;
+
+  panel["width"] = width_of(columns);
+  panel["height"] = 1.3 * style.font() * static_cast<double>(std::max<std::size_t>(depths.size(), 3));
+  panel["encoding"].update(Json::parse(R"json({
+    "y": {"field": "depth", "type": "nominal", "axis": {"title": "depth"}},
+    "color": {"field": "recall", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
+              "legend": {"title": "share kept of the spans", "direction": "horizontal", "format": ".0%"}}
+  })json"));
+  panel["encoding"]["y"]["scale"] = {{"domain", depths}};
+  Json& spec = figure.spec;
+  spec["facet"] = {{"field", "policy"}, {"type", "nominal"}, {"sort", policies}};
+  spec["facet"]["header"] = {{"title", nullptr},
+                             {"labelExpr", style.label_expression(policies, style.characters_in(width_of(columns)))}};
+  spec["columns"] = columns;
+  spec["spec"] = std::move(panel);
 }
 
 std::vector<std::string> policies_of(const FigureStyle& style, const std::vector<SpanCell>& cells) {

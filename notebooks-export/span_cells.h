@@ -22,8 +22,13 @@ struct SpanCell {
 /// layers, else of all layers together.
 std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& style, bool per_layer);
 
-/// The ranges of depths that there are, the beginning of the prompt first.
+/// The ranges of depths from the first to the last that there are, the beginning of the prompt first.
 std::vector<std::string> depths_of(const std::vector<SpanCell>& cells);
+
+/// Lays `spec`, a drawing of one policy with the depths on its y axis, out as a panel per policy: as many side by side
+/// as their names leave room for. Colours are the share that was kept.
+void draw_span_panels(Figure& figure, const FigureStyle& style, const std::vector<std::string>& policies,
+                      const std::vector<std::string>& depths, Json panel);
 
 /// The policies that get a panel each: the first few of those with spans.
 std::vector<std::string> policies_of(const FigureStyle& style, const std::vector<SpanCell>& cells);

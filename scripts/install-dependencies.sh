@@ -27,14 +27,14 @@ case "${1-}" in
   '') ;;
   --ci)
     # clang brings neither libFuzzer's and the sanitizers' runtime (libclang-rt-dev) nor OpenMP's header (libomp-dev).
-    packages+=(clang clang-tidy clang-format libclang-rt-dev libomp-dev python3 python3-h5py python3-numpy
+    packages+=(clang clang-format libclang-rt-dev libomp-dev python3 python3-h5py python3-numpy
       python3-venv libopenmpi-dev openmpi-bin)
     # Ubuntu's is a snap, which a container does not run: reports are not checked there unless a browser is on the PATH.
     [ "$(sed -n 's/^ID=//p' /etc/os-release 2>/dev/null)" = ubuntu ] || {
       packages+=(chromium fonts-liberation)
       commands+=(chromium)
     }
-    commands+=(clang++ clang-tidy clang-format python3 mpirun)
+    commands+=(clang++ clang-format python3 mpirun)
     for_ci=1
     ;;
   --benchmarks)
@@ -106,7 +106,7 @@ list_of_needs() {
 kvreplay needs: a C++20 compiler with OpenMP (GCC 12 or Clang 14, or newer), CMake 3.25, Ninja, make, pkg-config, HDF5 1.10,
   Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, toml++ 3.3, xxHash, Highway 1.0.3, SentencePiece, PCRE2 10.40, utf8proc
   and GoogleTest 1.12, or newer. ccache is optional.
-  `make tidy`, `make fuzz` and `make check-format` need clang, clang-tidy, clang-format, compiler-rt and libomp as well;
+  `make tidy`, `make fuzz` and `make check-format` need clang, clang-format, compiler-rt, libomp and Python with venv as well;
   .ci/run also Python with h5py and venv, an MPI and Chromium; the benchmarks Google Benchmark and OpenBLAS.
 Installed on Debian 12, Ubuntu 24.04 and newer by this script; elsewhere by you, where CMake and pkg-config find them
   (CMAKE_PREFIX_PATH, PKG_CONFIG_PATH).

@@ -45,7 +45,12 @@ Figure draw(const Analysis& analysis, Theme theme) {
     left_out = fmt::format(" The {} changes of {} with the largest effects.", kMostChanges, labels.size());
     std::erase_if(labels, [&](const std::string& label) { return std::ranges::find(by_size, label) == by_size.end(); });
   }
-  const std::vector<std::string> shown = spread(style.capacities(), kCapacities);
+  std::vector<std::string> having;
+  for (const std::string& capacity : style.capacities()) {
+    const auto has = [&](const StepEffect& effect) { return effect.layer < 0 && effect.capacity_request == capacity; };
+    if (std::ranges::any_of(analysis.step_effects, has)) having.push_back(capacity);
+  }
+  const std::vector<std::string> shown = spread(having, kCapacities);
   for (const std::string& label : labels) {
     for (const StepEffect& effect : analysis.step_effects) {
       if (effect.layer >= 0 || label_of(effect) != label ||
@@ -69,7 +74,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       measure, reference, traits_of(analysis.options.measure).lower_is_better ? "right" : "left",
       about_intervals(analysis), left_out);
   figure.spec = style.spec(figure.question, figure.caption);
-  draw_dots(figure.spec, style,
+  draw_dots(figure, style,
             {.subject = "change",
              .subjects = distinct(figure.table, "change"),
              .capacities = shown,

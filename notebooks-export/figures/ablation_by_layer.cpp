@@ -70,7 +70,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
     "mark": {"type": "rect"},
     "encoding": {
       "x": {"field": "left", "type": "quantitative", "scale": {"nice": false, "zero": false},
-            "axis": {"title": "layer", "grid": false, "format": "d", "tickMinStep": 1}},
+            "axis": {"title": "layer", "grid": false, "format": "d"}},
       "x2": {"field": "right"},
       "y": {"field": "change", "type": "nominal", "axis": {"title": null, "ticks": false, "domain": false}},
       "color": {"field": "difference", "type": "quantitative",
@@ -84,10 +84,11 @@ Figure draw(const Analysis& analysis, Theme theme) {
     }
   })json"));
   spec["width"] = style.width();
-  spec["height"] = {
-      {"step", std::max(2 * style.font(), style.line() * static_cast<double>(FigureStyle::most_lines(labels, fit)) +
-                                              0.4 * style.font())}};
+  rows_of(spec, "change", labels.size(),
+          std::max(2 * style.font(),
+                   style.line() * static_cast<double>(FigureStyle::most_lines(labels, fit)) + 0.4 * style.font()));
   Json& encoding = spec["encoding"];
+  encoding["x"]["axis"]["values"] = integer_ticks(last_of(figure.table, "layer"));
   encoding["y"]["sort"] = labels;
   encoding["y"]["axis"]["labelExpr"] = style.label_expression(labels, fit);
   encoding["y"]["axis"]["labelLineHeight"] = style.line();

@@ -18,7 +18,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   std::vector<std::string> policies;  // as the curves are: best first
   std::string never;
   for (const CapacityCurve& curve : analysis.curves) {
-    if (!style.shows(curve.policy)) continue;
+    if (!style.shows(curve.policy) || curve.points.size() < 2) continue;
     if (!curve.kept_for_goal) {
       never += (never.empty() ? "" : ", ") + curve.policy;
       continue;
@@ -39,8 +39,8 @@ Figure draw(const Analysis& analysis, Theme theme) {
     "encoding": {
       "y": {"field": "policy", "type": "nominal",
             "axis": {"title": null, "grid": true, "ticks": false, "domain": false}},
-      "x": {"field": "kept", "type": "quantitative", "scale": {"type": "log", "base": 2, "zero": false},
-            "axis": {"title": "positions per head (log scale)", "format": "~s"}}
+      "x": {"field": "kept", "type": "quantitative", "scale": {"type": "log", "base": 2},
+            "axis": {"title": "positions per head (log scale)", "format": "d", "tickCount": 5, "labelOverlap": "greedy"}}
     },
     "layer": [
       {"mark": {"type": "point", "filled": false},
@@ -53,9 +53,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
     ]
   })json"));
   spec["width"] = style.width();
-  spec["height"] = {
-      {"step", std::max(2 * style.font(), style.line() * static_cast<double>(FigureStyle::most_lines(policies, fit)) +
-                                              0.4 * style.font())}};
+  rows_of(spec, "policy", policies.size(),
+          std::max(2 * style.font(),
+                   style.line() * static_cast<double>(FigureStyle::most_lines(policies, fit)) + 0.4 * style.font()));
   spec["encoding"]["x"]["scale"]["padding"] = 3 * style.font();
   spec["encoding"]["y"]["sort"] = policies;
   spec["encoding"]["y"]["axis"]["labelExpr"] = style.label_expression(policies, fit);

@@ -50,6 +50,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   Json scale = diverging_scale(largest);
   scale["clamp"] = true;
   draw_head_maps(figure, style, policies, scale, fmt::format("head error less that of {}", baseline), "+.2f");
+  figure.spec["spec"]["encoding"]["color"]["legend"]["values"] = {-largest, 0, largest};
   return figure;
 }
 

@@ -43,7 +43,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       measure, baseline, traits_of(analysis.options.measure).lower_is_better ? "left" : "right",
       about_intervals(analysis), level, style.left_out());
   figure.spec = style.spec(figure.question, figure.caption);
-  draw_dots(figure.spec, style,
+  draw_dots(figure, style,
             {.subject = "policy",
              .subjects = policies,
              .capacities = capacities,

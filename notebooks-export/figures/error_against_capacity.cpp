@@ -14,17 +14,21 @@ Figure draw(const Analysis& analysis, Theme theme) {
   const std::string measure(traits_of(analysis.options.measure).noun);
   figure.question = fmt::format("What {} does each policy have at each capacity?", measure);
   figure.table = DataTable({"policy", "capacity", "kept", "kept_share", "mean", "low", "high"});
+  bool partial = false;
   for (const CapacityCurve& curve : analysis.curves) {
     if (!style.shows(curve.policy)) continue;
+    partial = partial || curve.partial;
     for (const CapacityPoint& point : curve.points) {
       figure.table.add({curve.policy, point.capacity_request, rounded(point.kept), rounded(point.kept_share),
                         point.mean, point.interval.low, point.interval.high});
     }
   }
   if (figure.table.empty()) return figure;
-  figure.caption = fmt::format("The {} against the positions that a head keeps. {} {}{}", measure,
-                               about_means(analysis, "layers, heads and evaluation queries"), about_intervals(analysis),
-                               style.left_out());
+  figure.caption =
+      fmt::format("The {} against the positions that a head keeps. {}{} {}{}", measure,
+                  about_means(analysis, "layers, heads and evaluation queries"),
+                  partial ? " Traces and eviction positions that lack one of a policy's capacities are left out." : "",
+                  about_intervals(analysis), style.left_out());
   figure.spec = style.spec(figure.question, figure.caption);
   draw_capacity_lines(figure, style, "mean", axis_title(analysis.options.measure));
   return figure;

@@ -24,6 +24,20 @@ std::vector<double> merged(const std::vector<float>& numbers, int step) {
   return result;
 }
 
+// Below which 98 % of the cells of these stages are: a few attention sinks would leave everything else dark.
+double usual_largest(const DataTable& table, const std::vector<std::string>& stages) {
+  std::vector<double> sizes;
+  for (const std::vector<Cell>& row : table.rows()) {
+    if (std::ranges::find(stages, std::get<std::string>(row[1])) != stages.end()) {
+      sizes.push_back(std::get<double>(row.back()));
+    }
+  }
+  std::ranges::sort(sizes);
+  const double largest =
+      sizes.empty() ? 0 : sizes[static_cast<std::size_t>(0.98 * static_cast<double>(sizes.size() - 1))];
+  return largest > 0 ? rounded(largest) : 1;
+}
+
 Figure draw(const Analysis& analysis, Theme theme) {
   const FigureStyle style(analysis, theme);
   Figure figure;
@@ -68,7 +82,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
         map.layer, map.head, map.policy, map.capacity, map.width, map.shift);
   }
   if (figure.table.empty()) return figure;
-  figure.caption = caption + (cell > 1 ? fmt::format(" Thinned: a cell is the mean of {} positions.", cell) : "") +
+  const double largest = usual_largest(figure.table, {raw, temporal});
+  figure.caption = caption + fmt::format(" Colours end at {:.2g}, below which are 98 % of the cells.", largest) +
+                   (cell > 1 ? fmt::format(" Thinned: a cell is the mean of {} positions.", cell) : "") +
                    (thinned ? " Of the window's queries some are left out." : "");
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
   spec["transform"] = Json::parse(R"json([
@@ -81,7 +97,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   for (const std::string& stage : {raw, temporal}) {
     Json panel = Json::parse(R"json({
       "title": {"fontWeight": "normal", "anchor": "start", "frame": "group"},
-      "mark": {"type": "rect", "aria": false, "strokeWidth": 0.3},
+      "mark": {"type": "rect", "aria": false, "x2Offset": 0.3, "y2Offset": -0.3},
       "encoding": {
         "x": {"field": "start", "type": "quantitative", "scale": {"nice": false, "zero": false},
               "axis": {"title": null, "labels": false, "grid": false}},
@@ -90,10 +106,8 @@ Figure draw(const Analysis& analysis, Theme theme) {
               "axis": {"title": "query position", "grid": false, "format": "d", "tickMinStep": 1, "tickCount": 4}},
         "y2": {"field": "upper"},
         "color": {"field": "importance", "type": "quantitative",
-                  "scale": {"scheme": "cividis", "type": "pow", "exponent": 0.5},
+                  "scale": {"scheme": "cividis", "type": "pow", "exponent": 0.5, "clamp": true},
                   "legend": {"title": "importance (square-root scale)", "direction": "horizontal", "tickCount": 3}},
-        "stroke": {"field": "importance", "type": "quantitative",
-                   "scale": {"scheme": "cividis", "type": "pow", "exponent": 0.5}, "legend": null},
         "tooltip": [
           {"field": "stage"}, {"field": "query", "type": "quantitative", "format": "d"},
           {"field": "start", "type": "quantitative", "format": "d"},
@@ -102,6 +116,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
         ]
       }
     })json");
+    panel["encoding"]["color"]["scale"]["domain"] = {0, largest};
     panel["title"]["text"] = stage;
     panel["title"]["fontSize"] = style.font();
     panel["title"]["offset"] = 0.3 * style.font();
@@ -132,12 +147,11 @@ Figure draw(const Analysis& analysis, Theme theme) {
   return figure;
 }
 
-const FigureRegistration registration(
-    {.name = "importance",
-     .question = "What does smoothing make of a head's scores?",
-     .needs = "a restkv setting, and its trace where the results say it is (--traces)",
-     .order = 170,
-     .draw = draw});
+const FigureRegistration registration({.name = "importance",
+                                       .question = "What does smoothing make of a head's scores?",
+                                       .needs = "a restkv setting, and its trace (--trace-file)",
+                                       .order = 170,
+                                       .draw = draw});
 
 }  // namespace
 }  // namespace kvreplay

@@ -95,7 +95,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
     thinned += " One capacity only.";
   }
   int positions_per_cell = 1;
-  std::set<std::string> spanned;
+  std::set<std::tuple<std::string, std::string, std::string>> spanned;
   for (const KeptRaster* raster : rasters) {
     const std::string trace = trace_text(*raster, several);
     const std::string layer = layer_text(raster->layer);
@@ -121,7 +121,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
                         static_cast<double>(start), static_cast<double>(end - 1), rounded(kept / (end - start)),
                         text_of(overview, start, end)});
     }
-    if (overview == nullptr || !spanned.insert(trace + '\n' + raster->capacity_request + '\n' + layer).second) continue;
+    if (overview == nullptr || !spanned.emplace(trace, raster->capacity_request, layer).second) continue;
     for (const Span& span : overview->spans) {
       if (span.start >= raster->eviction_position) continue;
       figure.table.add({std::string("annotated spans"), std::string(), trace, raster->capacity_request, layer,
@@ -133,7 +133,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   const bool has_spans =
       !distinct(figure.table, "row").empty() && Choice::has(distinct(figure.table, "row"), "annotated spans");
   figure.caption = fmt::format(
-      "Share of the heads (and layers) that keep the positions of a cell, in {} at a capacity of {}.{}{} {}{}",
+      "Share of the heads (and layers) that keep the positions of a cell, in {} at a capacity of {}.{}{}{}{}",
       printable(choice.traces.front()), capacity_text(capacity), has_spans ? " Orange: annotated spans." : "",
       positions_per_cell > 1 ? fmt::format(" Thinned: a cell is {} positions.", positions_per_cell) : "", thinned,
       style.left_out());
@@ -156,24 +156,22 @@ Figure draw(const Analysis& analysis, Theme theme) {
       ]
     },
     "layer": [
-      {"transform": [{"filter": "datum.policy !== ''"}],
-       "mark": {"type": "rect", "aria": false, "strokeWidth": 0.4},
+      {"transform": [{"filter": "datum.policy"}],
+       "mark": {"type": "rect", "aria": false, "x2Offset": 0.4},
        "encoding": {
          "color": {"field": "kept_share", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
-                   "legend": {"title": "share of heads that keep", "direction": "horizontal", "format": ".0%"}},
-         "stroke": {"field": "kept_share", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
-                    "legend": null}
+                   "legend": {"title": "share of heads that keep", "direction": "horizontal", "format": ".0%"}}
        }}
     ]
   })json"));
   if (has_spans) {
     spec["layer"].push_back(Json::parse(R"json({
-      "transform": [{"filter": "datum.policy === ''"}],
+      "transform": [{"filter": "!datum.policy"}],
       "mark": {"type": "rect", "color": "#e69f00", "stroke": "#e69f00"}
     })json"));
     // A hair over all rows, to see what is kept of a span.
     Json band = Json::parse(R"json({
-      "transform": [{"filter": "datum.policy === ''"}],
+      "transform": [{"filter": "!datum.policy"}],
       "mark": {"type": "rect", "fillOpacity": 0, "stroke": "#e69f00", "tooltip": null},
       "encoding": {"y": {"value": 0}, "y2": {"value": "height"}, "tooltip": null}
     })json");
@@ -181,9 +179,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
     spec["layer"].push_back(std::move(band));
   }
   spec["width"] = style.width();
-  spec["height"] = {
-      {"step", std::max(2 * style.font(), style.line() * static_cast<double>(FigureStyle::most_lines(labels, fit)) +
-                                              0.4 * style.font())}};
+  rows_of(spec, "row", labels.size(),
+          std::max(2 * style.font(),
+                   style.line() * static_cast<double>(FigureStyle::most_lines(labels, fit)) + 0.4 * style.font()));
   Json& y = spec["encoding"]["y"];
   y["sort"] = labels;
   y["axis"]["labelExpr"] = style.label_expression(labels, fit);

@@ -22,42 +22,29 @@ Figure draw(const Analysis& analysis, Theme theme) {
     figure.table.add({cell.policy, cell.capacity_request, cell.depth, cell.recall, static_cast<double>(cell.spans)});
   }
   if (figure.table.empty()) return figure;
+  const std::size_t places =
+      policies.size() * distinct(figure.table, "capacity").size() * distinct(figure.table, "depth").size();
   figure.caption = fmt::format(
       "Share of an annotated span's positions that is kept, by where in the prompt it begins (0 % is the beginning); "
       "mean "
-      "over spans, layers and query heads.{} Shown: {} of {} policies.",
-      style.left_out(), policies.size(), style.policies().size());
-  Json& spec = figure.spec = style.spec(figure.question, figure.caption);
-  const std::size_t columns = policies.size() == 1 ? 1 : policies.size() == 2 ? 2 : 3;
-  const double labels = 8 * style.font();
-  const double panel =
-      (style.width() - labels - static_cast<double>(columns - 1) * style.font()) / static_cast<double>(columns);
-  const std::vector<std::string> depths = depths_of(cells);
-  spec.update(Json::parse(R"json({
-    "facet": {"field": "policy", "type": "nominal", "header": {"title": null}},
-    "spec": {
-      "mark": {"type": "rect"},
-      "encoding": {
-        "x": {"field": "capacity", "type": "nominal", "axis": {"title": "capacity", "labelAngle": -90}},
-        "y": {"field": "depth", "type": "nominal", "axis": {"title": "depth in the prompt"}},
-        "color": {"field": "recall", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
-                  "legend": {"title": "share kept of the spans", "direction": "horizontal", "format": ".0%"}},
-        "tooltip": [
-          {"field": "policy"}, {"field": "capacity"}, {"field": "depth"},
-          {"field": "recall", "type": "quantitative", "format": ".1%"},
-          {"field": "spans", "type": "quantitative", "format": "d"}
-        ]
-      }
+      "over spans, layers and query heads.{}{} Shown: {} of {} policies.",
+      figure.table.rows().size() < places ? " Empty: no span there, or not replayed." : "", style.left_out(),
+      policies.size(), style.policies().size());
+  figure.spec = style.spec(figure.question, figure.caption);
+  Json panel = Json::parse(R"json({
+    "mark": {"type": "rect"},
+    "encoding": {
+      "x": {"field": "capacity", "type": "nominal", "axis": {"title": "capacity", "labelAngle": -90}},
+      "tooltip": [
+        {"field": "policy"}, {"field": "capacity"}, {"field": "depth"},
+        {"field": "recall", "type": "quantitative", "format": ".1%"},
+        {"field": "spans", "type": "quantitative", "format": "d"}
+      ]
     }
-  })json"));
-  spec["columns"] = columns;
-  spec["facet"]["sort"] = policies;
-  spec["facet"]["header"]["labelExpr"] = style.label_expression(policies, style.characters_in(panel));
-  spec["spec"]["width"] = panel;
-  spec["spec"]["height"] = 1.3 * style.font() * static_cast<double>(std::max<std::size_t>(depths.size(), 3));
-  spec["spec"]["encoding"]["x"]["sort"] = style.capacities();
-  spec["spec"]["encoding"]["y"]["sort"] = depths;
-  filterable(spec, {"policy", "capacity"});
+  })json");
+  panel["encoding"]["x"]["sort"] = style.capacities();
+  draw_span_panels(figure, style, policies, depths_of(cells), std::move(panel));
+  filterable(figure.spec, {"policy", "capacity"});
   return figure;
 }
 

@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <map>
 #include <set>
@@ -26,7 +25,12 @@ struct Panel {
   std::string parameter;
   std::set<double> values;
   std::map<std::pair<std::string, std::string>, Group> groups;  // by capacity, and what all other parameters are
+  bool has_lines = false;                                       // of single settings, behind a mean
+  bool has_intervals = false;                                   // of a setting that is the only one
 };
+
+// So that all values of a line are averaged over the same other parameters.
+bool is_whole(const Panel& panel, const Group& group) { return group.size() == panel.values.size(); }
 
 std::string others_of(const ParameterPoint& point, const std::string& parameter) {
   std::string text;
@@ -41,30 +45,40 @@ std::vector<Panel> panels_of(const std::vector<ParameterPoint>& points, const st
   for (const ParameterPoint& point : points) {
     if (std::ranges::find(capacities, point.capacity_request) == capacities.end()) continue;
     for (const auto& [name, value] : point.parameters) {
-      auto found = std::ranges::find_if(
-          panels, [&](const Panel& panel) { return panel.method == point.method && panel.parameter == name; });
-      if (found == panels.end()) found = panels.insert(panels.end(), {point.method, name, {}, {}});
+      const auto is_of = [&point, &parameter = name](const Panel& panel) {
+        return panel.method == point.method && panel.parameter == parameter;
+      };
+      auto found = std::ranges::find_if(panels, is_of);
+      if (found == panels.end())
+        found =
+            panels.insert(panels.end(), Panel{.method = point.method, .parameter = name, .values = {}, .groups = {}});
       found->values.insert(value);
       found->groups[{point.capacity_request, others_of(point, name)}][value] = &point;
     }
   }
-  std::erase_if(panels, [](const Panel& panel) { return panel.values.size() < 2; });
+  std::erase_if(panels, [](const Panel& panel) {
+    return panel.values.size() < 2 ||
+           std::ranges::none_of(panel.groups, [&](const auto& entry) { return is_whole(panel, entry.second); });
+  });
   return panels;
 }
 
-// So that all values of a line are averaged over the same other parameters.
-bool is_whole(const Panel& panel, const Group& group) { return group.size() == panel.values.size(); }
+// The capacities at which a parameter was varied, ascending.
+std::vector<std::string> varied_at(const Analysis& analysis, const FigureStyle& style) {
+  std::vector<std::string> capacities;
+  for (const std::string& capacity : style.capacities()) {
+    if (!panels_of(analysis.parameter_points, {capacity}).empty()) capacities.push_back(capacity);
+  }
+  return capacities;
+}
 
 Figure draw(const Analysis& analysis, Theme theme) {
   const FigureStyle style(analysis, theme);
   const std::string measure(traits_of(analysis.options.measure).noun);
   Figure figure;
   figure.name = "parameter-curves";
-  const std::vector<std::string> capacities = spread(style.capacities(), kCapacities);
+  const std::vector<std::string> capacities = spread(varied_at(analysis, style), kCapacities);
   std::vector<Panel> panels = panels_of(analysis.parameter_points, capacities);
-  std::erase_if(panels, [](const Panel& panel) {
-    return std::ranges::none_of(panel.groups, [&](const auto& entry) { return is_whole(panel, entry.second); });
-  });
   std::string left_out;
   if (panels.size() > kMostPanels) {
     left_out = fmt::format(" The first {} of {} parameters.", kMostPanels, panels.size());
@@ -73,7 +87,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   figure.table = DataTable({"method", "parameter", "value", "capacity", "others", "mean", "low", "high"});
   bool averaged = false;
   bool thinned = false;
-  for (const Panel& panel : panels) {
+  for (Panel& panel : panels) {
     struct Sum {
       double sum = 0;
       int count = 0;
@@ -94,6 +108,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
     for (const auto& [key, sum] : sums) {
       const bool single = sum.count == 1;
       averaged = averaged || !single;
+      panel.has_intervals = panel.has_intervals || single;
       figure.table.add({panel.method, panel.parameter, key.second, key.first, std::string("mean"),
                         rounded(sum.sum / sum.count), single ? sum.interval.low : std::nan(""),
                         single ? sum.interval.high : std::nan("")});
@@ -105,6 +120,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
         thinned = true;
         continue;
       }
+      panel.has_lines = true;
       for (const auto& [value, point] : group) {
         figure.table.add({panel.method, panel.parameter, value, key.first, key.second, rounded(point->mean),
                           std::nan(""), std::nan("")});
@@ -112,20 +128,19 @@ Figure draw(const Analysis& analysis, Theme theme) {
     }
   }
   if (figure.table.empty()) return figure;
+  const bool bars = std::ranges::any_of(panels, &Panel::has_intervals);
   std::set<std::string> methods;
   for (const Panel& panel : panels) methods.insert(panel.method);
   figure.question = methods.size() == 1 ? fmt::format("What do the parameters of {} change?", *methods.begin())
                                         : "What do the parameters of each method change?";
-  figure.caption = fmt::format("The {} against each parameter that was varied.{} {} {}{}{}", measure,
-                               averaged ? " Thick: mean over all settings of the other parameters; thin: each of these."
-                                        : " Bars: bootstrap intervals.",
-                               about_means(analysis, "layers, heads and evaluation queries"), left_out,
-                               thinned ? fmt::format(" Of the thin lines, {} per capacity are drawn.", kMostLines) : "",
-                               panels.size() > 1 ? " The panels share the vertical scale." : "");
+  figure.caption =
+      fmt::format("The {} against each parameter that was varied.{}{} {}{}{}{}", measure,
+                  averaged ? " Thick: mean over all settings of the other parameters; thin: each of these." : "",
+                  bars ? fmt::format(" {}", about_intervals(analysis)) : "",
+                  about_means(analysis, "layers, heads and evaluation queries"), left_out,
+                  thinned ? fmt::format(" Of the thin lines, {} per capacity are drawn.", kMostLines) : "",
+                  panels.size() > 1 ? " The panels share the vertical scale." : "");
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
-  constexpr std::array kShades = {"#440154", "#31688e", "#35b779", "#b8a800"};
-  Json colours = Json::array();
-  for (std::size_t i = 0; i < capacities.size(); ++i) colours.push_back(kShades[capacities.size() == 1 ? 1 : i]);
   const std::size_t columns = panels.size() == 1 ? 1 : 2;
   const double width = (style.width() - 6) / static_cast<double>(columns) - 5.2 * style.font();
   spec["columns"] = columns;
@@ -133,20 +148,13 @@ Figure draw(const Analysis& analysis, Theme theme) {
   for (const Panel& panel : panels) {
     Json drawn = Json::parse(R"json({
       "encoding": {
-        "x": {"field": "value", "type": "quantitative", "axis": {"labelOverlap": "greedy", "format": "~g", "grid": false}},
+        "x": {"field": "value", "type": "quantitative", "axis": {"labelOverlap": "greedy", "labelExpr": "format(datum.value, '~g')", "grid": false}},
         "color": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}}
       },
       "layer": [
-        {"transform": [{"filter": "datum.others !== 'mean'"}],
-         "mark": {"type": "line", "opacity": 0.35},
-         "encoding": {"y": {"field": "mean", "type": "quantitative", "scale": {"zero": false}},
-                      "detail": {"field": "others", "type": "nominal"}}},
-        {"transform": [{"filter": "isValid(datum.low)"}],
-         "mark": {"type": "rule"},
-         "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}},
         {"transform": [{"filter": "datum.others === 'mean'"}],
          "mark": {"type": "line"},
-         "encoding": {"y": {"field": "mean", "type": "quantitative"}}},
+         "encoding": {"y": {"field": "mean", "type": "quantitative", "scale": {"zero": false}}}},
         {"transform": [{"filter": "datum.others === 'mean'"}],
          "mark": {"type": "point"},
          "encoding": {
@@ -158,6 +166,24 @@ Figure draw(const Analysis& analysis, Theme theme) {
            ]}}
       ]
     })json");
+    drawn["layer"][1]["encoding"]["shape"]["scale"] = capacity_shapes(capacities);
+    Json& layers = drawn["layer"];
+    if (panel.has_intervals) {
+      layers.insert(layers.begin(), Json::parse(R"json({
+        "transform": [{"filter": "isValid(datum.low)"}],
+        "mark": {"type": "rule"},
+        "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
+      })json"));
+    }
+    if (panel.has_lines) {
+      Json lines = Json::parse(R"json({
+        "transform": [{"filter": "datum.others !== 'mean'"}],
+        "mark": {"type": "line", "opacity": 0.35},
+        "encoding": {"y": {"field": "mean", "type": "quantitative"}, "detail": {"field": "others", "type": "nominal"}}
+      })json");
+      lines["mark"]["strokeWidth"] = style.font() / 14;
+      layers.insert(layers.begin(), std::move(lines));
+    }
     drawn["transform"] = {{{"filter", fmt::format("datum.method === {} && datum.parameter === {}",
                                                   Json(panel.method).dump(), Json(panel.parameter).dump())}}};
     drawn["width"] = width;
@@ -174,13 +200,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
       x["scale"] = {{"zero", false}, {"nice", false}};
     }
     x["scale"]["padding"] = 0.7 * style.font();
-    drawn["encoding"]["color"]["scale"] = {{"domain", capacities}, {"range", colours}};
-    drawn["layer"][0]["mark"]["strokeWidth"] = style.font() / 14;
+    drawn["encoding"]["color"]["scale"] = capacity_colours(capacities);
     const std::string title = panels.size() == 1 ? axis_title(analysis.options.measure) : measure;
-    for (std::size_t i = 0; i < 4; ++i) drawn["layer"][i]["encoding"]["y"]["title"] = title;
-    drawn["layer"][3]["encoding"]["shape"]["scale"] = {
-        {"domain", capacities}, {"range", Json::array({"circle", "square", "triangle-up", "diamond"})}};
-    drawn["layer"][3]["encoding"]["shape"]["scale"]["range"].get_ref<Json::array_t&>().resize(capacities.size());
+    for (Json& layer : drawn["layer"]) layer["encoding"]["y"]["title"] = title;
     spec["concat"].push_back(std::move(drawn));
   }
   spec["resolve"]["scale"]["y"] = "shared";

@@ -92,9 +92,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
     ]
   })json"));
   spec["width"] = style.width();
-  spec["height"] = {
-      {"step", std::max(1.9 * style.font(), style.line() * static_cast<double>(FigureStyle::most_lines(labels, fit)) +
-                                                0.4 * style.font())}};
+  rows_of(spec, "row", labels.size(),
+          std::max(1.9 * style.font(),
+                   style.line() * static_cast<double>(FigureStyle::most_lines(labels, fit)) + 0.4 * style.font()));
   std::vector<std::string> numbers;
   for (std::size_t i = 1; i <= policies.size(); ++i) numbers.push_back(fmt::format("{}", i));
   spec["encoding"]["x"]["sort"] = numbers;

@@ -45,42 +45,28 @@ Figure draw(const Analysis& analysis, Theme theme) {
       "Share of an annotated span's positions that is kept in each layer, by where in the prompt the span begins, at a "
       "capacity of {}; mean over spans and query heads.{}{} Shown: {} of {} policies.",
       capacity_text(capacity), thinned, style.left_out(), policies.size(), style.policies().size());
-  Json& spec = figure.spec = style.spec(figure.question, figure.caption);
-  const std::size_t columns = policies.size() == 1 ? 1 : policies.size() == 2 ? 2 : 3;
-  const double panel = (style.width() - 8 * style.font() - static_cast<double>(columns - 1) * style.font()) /
-                       static_cast<double>(columns);
-  const std::vector<std::string> depths = depths_of(cells);
-  spec.update(Json::parse(R"json({
-    "transform": [
-      {"calculate": "datum.layer - 0.5", "as": "left"},
-      {"calculate": "datum.layer + 0.5", "as": "right"}
-    ],
-    "facet": {"field": "policy", "type": "nominal", "header": {"title": null}},
-    "spec": {
-      "mark": {"type": "rect", "aria": false},
-      "encoding": {
-        "x": {"field": "left", "type": "quantitative", "scale": {"nice": false, "zero": false},
-              "axis": {"title": "layer", "grid": false, "format": "d", "tickMinStep": 1, "tickCount": 4}},
-        "x2": {"field": "right"},
-        "y": {"field": "depth", "type": "nominal", "axis": {"title": "depth in the prompt"}},
-        "color": {"field": "recall", "type": "quantitative", "scale": {"scheme": "cividis", "domain": [0, 1]},
-                  "legend": {"title": "share kept of the spans", "direction": "horizontal", "format": ".0%"}},
-        "tooltip": [
-          {"field": "policy"}, {"field": "capacity"}, {"field": "layer", "type": "quantitative", "format": "d"},
-          {"field": "depth"}, {"field": "recall", "type": "quantitative", "format": ".1%"},
-          {"field": "spans", "type": "quantitative", "format": "d"}
-        ]
-      }
+  figure.spec = style.spec(figure.question, figure.caption);
+  figure.spec["transform"] = Json::parse(R"json([
+    {"calculate": "datum.layer - 0.5", "as": "left"},
+    {"calculate": "datum.layer + 0.5", "as": "right"}
+  ])json");
+  Json panel = Json::parse(R"json({
+    "mark": {"type": "rect", "aria": false},
+    "encoding": {
+      "x": {"field": "left", "type": "quantitative", "scale": {"nice": false, "zero": false},
+            "axis": {"title": "layer", "grid": false, "format": "d"}},
+      "x2": {"field": "right"},
+      "tooltip": [
+        {"field": "policy"}, {"field": "capacity"}, {"field": "layer", "type": "quantitative", "format": "d"},
+        {"field": "depth"}, {"field": "recall", "type": "quantitative", "format": ".1%"},
+        {"field": "spans", "type": "quantitative", "format": "d"}
+      ]
     }
-  })json"));
-  spec["columns"] = columns;
-  spec["facet"]["sort"] = policies;
-  spec["facet"]["header"]["labelExpr"] = style.label_expression(policies, style.characters_in(panel));
-  spec["spec"]["width"] = panel;
-  spec["spec"]["height"] = 1.3 * style.font() * static_cast<double>(std::max<std::size_t>(depths.size(), 3));
-  spec["spec"]["encoding"]["y"]["sort"] = depths;
-  FigureStyle::choose(spec, "capacity", capacities, capacity);
-  filterable(spec, {"policy", "shown_capacity"});
+  })json");
+  panel["encoding"]["x"]["axis"]["values"] = integer_ticks(last_of(figure.table, "layer"));
+  draw_span_panels(figure, style, policies, depths_of(cells), std::move(panel));
+  FigureStyle::choose(figure.spec, "capacity", capacities, capacity);
+  filterable(figure.spec, {"policy", "shown_capacity"});
   return figure;
 }
 

@@ -70,13 +70,20 @@
     }
     spec.config = merged(spec.config ?? {}, config);
     spec.background = "transparent";
+    const rows = spec.usermeta?.kvreplay?.rows;
+    if (rows) spec.height = rows.step * new Set(spec.data.values.map((row) => row[rows.column])).size;
     spec.params = (spec.params ?? []).map((parameter) => {
+      // A choice among what the filters leave.
+      const column = parameter.name.replace(/^shown_/, "");
+      const left = new Set(spec.data.values.map((row) => String(row[column])));
+      const options = parameter.bind.options.filter((option) => left.has(option));
       let value = figure.chosen?.[parameter.name] ?? parameter.value;
       for (const [name, wanted] of [["shown_capacity", filters.capacity], ["shown_layer", filters.layer]]) {
         if (parameter.name !== name || !figure.filters.includes(name)) continue;
-        if (wanted && parameter.bind.options.includes(wanted)) value = wanted;
+        if (wanted) value = wanted;
       }
-      return { ...parameter, value };
+      if (!options.includes(value)) value = options.includes(parameter.value) ? parameter.value : options[0];
+      return { ...parameter, value, bind: { ...parameter.bind, options } };
     });
     return spec;
   }

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <charconv>
 #include <limits>
 #include <system_error>
@@ -24,6 +25,13 @@ Check number_between(double low, double high, std::string what) {
   };
 }
 
+// Few resamples have no tails, and their intervals would be of chance.
+std::string resample_count(const std::string& value) {
+  constexpr int kFewest = 100;
+  constexpr int kMost = 10'000'000;
+  return value == "0" ? "" : integer_in(kFewest, kMost, "a number of resamples")(value);
+}
+
 std::vector<std::filesystem::path> paths(const std::vector<std::string>& files) { return {files.begin(), files.end()}; }
 
 }  // namespace
@@ -42,6 +50,10 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
       ->allow_extra_args(false)
       ->delimiter(',')
       ->type_name("N|P%,...");
+  command.add_option("--trace", options.filter.traces, "Only these traces, by the names of their files")
+      ->allow_extra_args(false)
+      ->delimiter(',')
+      ->type_name("NAME,...");
   command.add_option("--evict-at", options.filter.eviction_positions, "Only these eviction positions")
       ->allow_extra_args(false)
       ->delimiter(',')
@@ -67,11 +79,10 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
   command.add_option("--confidence", options.confidence, "Of the intervals (default: 0.95)")
       ->check(number_between(0, 1, "a confidence: a number between 0 and 1, such as 0.95"))
       ->type_name("SHARE");
-  constexpr int kMostResamples = 10'000'000;
   command
       .add_option("--resamples", options.resamples,
-                  "Bootstrap resamples per interval (default: 10000); 0: intervals in closed form")
-      ->check(integer_in(0, kMostResamples, "a number of resamples"))
+                  "Bootstrap resamples per interval, 100 or more (default: 10000); 0: intervals in closed form")
+      ->check(resample_count)
       ->type_name("N");
   command.add_option("--seed", options.seed, "Of what is drawn (default: 0)")
       ->check(integer_in(0, kAny, "a seed"))
@@ -108,6 +119,16 @@ ResultSet open_results(const ResultOptions& options) {
   // What they are compared with is meant as well.
   if (!filter.policies.empty() && !options.baseline.empty()) filter.policies.push_back(options.baseline);
   return ResultSet::open(paths(options.files), filter);
+}
+
+void check_resampling(const ResultOptions& options, const ResultSet& results) {
+  if (options.resample != "traces") return;
+  const std::vector<StoredResult>& all = results.results();
+  const auto another = [&](const StoredResult& result) { return result.trace != all.front().trace; };
+  if (std::ranges::any_of(all, another)) return;
+  throw UsageError(
+      "--resample traces needs two traces at least, and there is one; --resample queries says how sure one trace "
+      "makes");
 }
 
 RetentionSet open_kept(const ResultOptions& options, const ResultSet& results) {

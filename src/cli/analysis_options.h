@@ -29,8 +29,7 @@ struct ResultOptions {
   int threads = 0;
 };
 
-/// The options that name results and what is computed of them. The filter of traces is not among them, since its name
-/// means another thing where traces themselves are read.
+/// The options that name results and what is computed of them.
 void add_result_options(CLI::App& command, ResultOptions& options);
 
 /// What they stand for. Throws UsageError.
@@ -38,6 +37,10 @@ AnalysisOptions analysis_options(const ResultOptions& options);
 
 /// The results and kept sets. Throws as ResultSet and RetentionSet do.
 ResultSet open_results(const ResultOptions& options);
+
+/// Throws UsageError where traces are to be drawn that one trace has no others of.
+void check_resampling(const ResultOptions& options, const ResultSet& results);
+
 RetentionSet open_kept(const ResultOptions& options, const ResultSet& results);
 
 }  // namespace kvreplay::cli

@@ -7,7 +7,6 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
-#include <set>
 #include <system_error>
 
 #include "base/error.h"
@@ -48,13 +47,24 @@ struct Answer {
   std::vector<std::string> notes;
 };
 
-Answer compared_by(const AnalyzeOptions& options, const ResultSet& results) {
+Answer compared_by(const AnalyzeOptions& options, const ResultSet& all) {
   AnalysisOptions analysis = analysis_options(options.results);
   ComparisonOptions comparison;
   comparison.measure = analysis.measure;
   comparison.grouping = Grouping::parse(options.by);
-  if (analysis.baseline.empty()) analysis.baseline = default_baseline(results, analysis.measure);
-  if (!analysis.baseline.empty()) analysis.baseline = results.policy_named(analysis.baseline);
+  ResultSet results = comparison.grouping.eviction_position ? all : all.balanced();
+  const bool pooled = !comparison.grouping.policy;
+  if (pooled) {
+    // A mean over policies is about those that may be used.
+    const auto may_be_used = [](const StoredResult& result) {
+      return !result.oracle && result.capacity_request != kAllPositions;
+    };
+    results = results.only(may_be_used);
+    if (results.results().empty())
+      throw UsageError("--by without policy leaves out full and oracles: there is no other");
+  }
+  if (analysis.baseline.empty() && !pooled) analysis.baseline = default_baseline(results, analysis.measure);
+  if (!analysis.baseline.empty()) analysis.baseline = all.policy_named(analysis.baseline);
   comparison.baseline = analysis.baseline;
   comparison.bootstrap = analysis.bootstrap;
   // There may be hundreds of thousands of heads.
@@ -62,6 +72,8 @@ Answer compared_by(const AnalyzeOptions& options, const ResultSet& results) {
   const std::vector<ComparisonRow> rows = compare(results, comparison);
   Answer answer{comparison_text(rows, comparison.grouping, analysis), comparison_numbers(rows, analysis),
                 results.notes()};
+  if (pooled)
+    answer.notes.emplace_back("means are over all policies but full and oracles; --by policy,... tells them apart");
   if (!options.results.kept.empty()) answer.notes.emplace_back("--kept is not looked at with --by");
   return answer;
 }
@@ -78,14 +90,15 @@ Answer analyzed(const AnalyzeOptions& options, ResultSet results) {
 std::string legend(const AnalyzeOptions& options) {
   const AnalysisOptions analysis = analysis_options(options.results);
   const BootstrapOptions& bootstrap = analysis.bootstrap;
-  return wrapped(
-      fmt::format(
-          "Means weigh every trace and eviction position the same. ± and [ ]: {:.4g} % bootstrap intervals over "
-          "{}; wins: share of the pairs that are better than the baseline's; p: corrected for the rows of a "
-          "table (Holm). docs/analysis.md.",
-          100 * bootstrap.confidence,
-          bootstrap.resampling == Resampling::traces ? "traces and blocks of their queries" : "blocks of queries"),
-      0, 110);
+  std::string by = bootstrap.resampling == Resampling::traces
+                       ? "bootstrap intervals over traces and blocks of their queries"
+                       : "bootstrap intervals over blocks of queries";
+  if (bootstrap.resamples == 0) by = "intervals in closed form";
+  return wrapped(fmt::format("Means weigh every trace and eviction position the same. ± and [ ]: {:.4g} % {}; wins: "
+                             "share of the pairs that are better than the baseline's; p: corrected for the rows of a "
+                             "table (Holm). docs/analysis.md.",
+                             100 * bootstrap.confidence, by),
+                 0, 110);
 }
 
 void run_analyze(const AnalyzeOptions& options) {
@@ -95,13 +108,7 @@ void run_analyze(const AnalyzeOptions& options) {
   ResultSet results = open_results(options.results);
   check_csv(options);
   const std::string headline = analysis_headline(results.results());
-  std::set<std::string> traces;
-  for (const StoredResult& result : results.results()) traces.insert(result.trace);
-  if (options.results.resample == "traces" && traces.size() < 2) {
-    throw UsageError(
-        "--resample traces needs two traces at least, and there is one; --resample queries says how sure "
-        "one trace makes");
-  }
+  check_resampling(options.results, results);
   Answer answer = options.by.empty() ? analyzed(options, std::move(results)) : compared_by(options, results);
 
   // The answer is shown even where the file cannot be written.
@@ -125,10 +132,6 @@ void add_analyze_command(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("analyze", "Say which policy is best where, by how much, and how sure that is");
   add_result_options(*command, options->results);
-  command->add_option("--trace", options->results.filter.traces, "Only these traces, by the names of their files")
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->type_name("NAME,...");
   command
       ->add_option("--by", options->by,
                    "Only compare, by these: policy, capacity, trace, evict-at, layer, head (default: policy,capacity)")

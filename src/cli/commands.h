@@ -14,6 +14,7 @@ void add_inspect_command(CLI::App& app);
 void add_replay_command(CLI::App& app);
 void add_sweep_command(CLI::App& app);
 void add_analyze_command(CLI::App& app);
+void add_report_command(CLI::App& app);
 void add_policies_command(CLI::App& app);
 void add_variants_command(CLI::App& app);
 void add_bench_command(CLI::App& app);

@@ -84,6 +84,7 @@ int run(int argc, char** argv) {
   kvreplay::cli::add_replay_command(app);
   kvreplay::cli::add_sweep_command(app);
   kvreplay::cli::add_analyze_command(app);
+  kvreplay::cli::add_report_command(app);
   kvreplay::cli::add_policies_command(app);
   kvreplay::cli::add_variants_command(app);
   kvreplay::cli::add_bench_command(app);

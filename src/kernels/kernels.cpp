@@ -517,7 +517,7 @@ bool has_nan(const float* values, Index count) {
   Index j = 0;
   bool found = false;
   for (; j + n <= count; j += n) found = found || !hn::AllFalse(d, hn::IsNaN(hn::LoadU(d, values + j)));
-  for (; j < count; ++j) found = found || values[j] != values[j];
+  for (; j < count; ++j) found = found || std::isnan(values[j]);
   return found;
 }
 

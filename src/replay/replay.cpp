@@ -30,7 +30,7 @@ CapacityRequest CapacityRequest::parse(std::string_view text) {
   if (is_share) {
     double percent = 0;
     const auto [stop, failure] = std::from_chars(digits.data(), end, percent);
-    if (failure != std::errc() || stop != end || !(percent > 0 && percent <= 100)) throw refuse();
+    if (failure != std::errc() || stop != end || !(percent > 0) || percent > 100) throw refuse();
     request.share = percent / 100;
     request.text = fmt::format("{}%", percent);
   } else {

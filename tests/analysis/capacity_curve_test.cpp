@@ -37,7 +37,10 @@ class CapacityCurves : public testing::Test {
   std::vector<CapacityCurve> curves(const std::vector<TraceReplay>& replays, std::optional<double> goal = {}) const {
     test::write_made(folder_ / "x.h5", replays);
     const std::vector<std::filesystem::path> files = {folder_ / "x.h5"};
-    return capacity_curves(ResultSet::open(files), Measure::layer_error, goal, {.resamples = 100});
+    std::vector<CapacityCurve> found =
+        capacity_curves(ResultSet::open(files), Measure::layer_error, {.resamples = 100});
+    if (goal) find_goal(found, Measure::layer_error, *goal);
+    return found;
   }
   static std::vector<std::string> policies_of(const std::vector<CapacityCurve>& found) {
     std::vector<std::string> policies;
@@ -96,6 +99,8 @@ TEST_F(CapacityCurves, AreOfTracesThatHaveAllCapacities) {
   add(b, "snapkv", {{16, 1}});
   const auto found = curves({a, b});
   EXPECT_NEAR(found[0].points[1].mean, 0.2, kExact) << "else another trace would make the curve rise";
+  EXPECT_TRUE(found[0].partial);
+  EXPECT_FALSE(curves({a})[0].partial);
 }
 
 }  // namespace

@@ -53,12 +53,12 @@ TEST_F(FindingsTest, SayWhatIsBestAndWhatItGains) {
   EXPECT_EQ(analysis.oracle, "oracle-attention");
   EXPECT_EQ(analysis.regret.size(), 6u);
   const auto sentences = findings(analysis, 10);
-  EXPECT_THAT(sentences, ElementsAre(StartsWith("restkv has the smallest layer error at all 2 capacities: 0.405 at 16"),
+  EXPECT_THAT(sentences, ElementsAre(StartsWith("restkv has the smallest layer error at both capacities: 0.405 at 16"),
                                      AllOf(StartsWith("Against snapkv, restkv gains most at capacity 16: -0.0997 ["),
                                            HasSubstr("better in 100 % of the pairs"),
                                            HasSubstr("2 are surely better and 2 surely")),
                                      AllOf(StartsWith("For a layer error of 0.255, restkv keeps"),
-                                           HasSubstr("snapkv 32"), HasSubstr("1 of 3 policies do not reach it")),
+                                           HasSubstr("snapkv 32"), HasSubstr("1 of 3 policies does not reach it")),
                                      HasSubstr("What could still be gained is largest at capacity 16")));
   EXPECT_EQ(findings(analysis, 1).size(), 1u);
 }
@@ -106,7 +106,74 @@ TEST_F(FindingsTest, SettingsOfFewerPlacesAreTold) {
   TraceReplay b = MadeReplay{.trace = "b.h5"}.replay();
   add_result(b, "snapkv", 16, about(0.9, 0));
   EXPECT_THAT(analysis_of({a, b}).notes,
-              Contains(StartsWith("tova at 16 is not of all traces and eviction positions")));
+              Contains(StartsWith("tova at 16 is not of the traces and eviction positions that most others are of")));
+}
+
+TEST_F(FindingsTest, PoliciesOfOtherTracesAreNotRankedAmongTheRest) {
+  TraceReplay a = MadeReplay{}.replay();
+  add_result(a, "snapkv", 16, about(0.5, 0));
+  add_result(a, "recent", 16, about(0.6, 0));
+  TraceReplay b = MadeReplay{.trace = "b.h5"}.replay();
+  add_result(b, "tova", 16, about(0.1, 0));
+  const Analysis analysis = analysis_of({a, b});
+  EXPECT_THAT(analysis.apart, ElementsAre(SettingKey{"tova", "16"}));
+  EXPECT_THAT(analysis.notes, Contains(StartsWith("tova at 16 is not of the traces")));
+  EXPECT_THAT(findings(analysis, 10), Contains(StartsWith("snapkv has the smallest layer error: 0.505 at 16")));
+}
+
+TEST_F(FindingsTest, MeansAreOfTheEvictionsThatAllSettingsHave) {
+  TraceReplay last = MadeReplay{.queries = 30}.replay();
+  add_result(last, "snapkv", 16, about(0.5, 0));
+  add_result(last, "tova", 16, about(0.6, 0));
+  add_result(last, "snapkv", 32, about(0.4, 0));
+  TraceReplay earlier = MadeReplay{.eviction_position = 90, .queries = 40}.replay();
+  add_result(earlier, "snapkv", 16, about(0.1, 0));
+  const Analysis analysis = analysis_of({last, earlier});
+  EXPECT_NEAR(analysis.comparison.front().distribution.mean, 0.505, 1e-6) << "and not that of the earlier eviction";
+  EXPECT_THAT(analysis.apart, IsEmpty());
+  EXPECT_THAT(analysis.notes, Contains(HasSubstr("with evictions at 90: means are of those at 100")));
+}
+
+TEST_F(FindingsTest, EqualPoliciesShareTheFirstPlace) {
+  TraceReplay a = MadeReplay{}.replay();
+  for (const char* policy : {"snapkv", "tova", "recent"}) add_result(a, policy, 16, about(0.5, 0.1));
+  add_result(a, "random", 16, about(0.9, 0.1));
+  const Analysis analysis = analysis_of({a});
+  EXPECT_THAT(findings(analysis, 10), Contains(StartsWith("snapkv, tova and recent have the smallest layer error")));
+  for (const ComparisonRow& row : analysis.comparison) {
+    if (!row.difference) continue;
+    EXPECT_EQ(std::isnan(row.difference->p_value), row.key.policy != "random")
+        << "equal in every pair: nothing to test";
+    if (row.key.policy == "random") {
+      EXPECT_EQ(row.difference->adjusted, row.difference->p_value) << "and nothing to correct for";
+    }
+  }
+}
+
+TEST_F(FindingsTest, WhereNothingIsEvictedThereIsNoWinner) {
+  TraceReplay a = MadeReplay{}.replay();
+  for (const char* policy : {"snapkv", "tova"}) add_result(a, policy, 100, about(0, 0));
+  const Analysis analysis = analysis_of({a});
+  EXPECT_THAT(findings(analysis, 10),
+              ElementsAre("Nothing is evicted: at these capacities every policy keeps the whole prompt."));
+  EXPECT_FALSE(analysis.options.goal) << "an error of 0 is no goal";
+}
+
+TEST_F(FindingsTest, TheOracleIsAheadByWhatBothWereReplayedOn) {
+  TraceReplay a = MadeReplay{}.replay();
+  add_result(a, "snapkv", 16, about(0.5, 0));
+  add_result(a, "oracle-attention", 16, about(0.2, 0));
+  TraceReplay b = MadeReplay{.trace = "b.h5"}.replay();
+  add_result(b, "snapkv", 16, about(0.1, 0));
+  EXPECT_THAT(findings(analysis_of({a, b}), 10),
+              Contains(AllOf(HasSubstr("of oracle-attention is 0.205"), HasSubstr("snapkv, 0.505"))));
+}
+
+TEST_F(FindingsTest, AnOracleThatIsNoBetterPromisesNothing) {
+  TraceReplay a = MadeReplay{}.replay();
+  add_result(a, "snapkv", 16, about(0.2, 0));
+  add_result(a, "oracle-attention", 16, about(0.5, 0));
+  EXPECT_THAT(findings(analysis_of({a}), 10), Each(Not(HasSubstr("still be gained"))));
 }
 
 TEST_F(FindingsTest, AllThatIsKnownOfTheTracesIsThere) {

@@ -116,6 +116,41 @@ TEST_F(RetentionTest, OverlapsAreMeansOverTracesAndHeads) {
   EXPECT_THAT(policy_overlaps(results(replays)), IsEmpty()) << "a sweep's results hold none";
 }
 
+TEST_F(RetentionTest, EveryTraceWeighsTheSameWhateverItsNumberOfEvictions) {
+  std::vector<TraceReplay> replays;
+  std::vector<OverlapTable> tables;
+  const std::vector<std::vector<int>> same(4, range(0, 10));
+  const std::vector<std::vector<int>> other(4, range(20, 30));
+  for (const auto& [trace, eviction] : {std::pair{"a.h5", 100}, {"b.h5", 80}, {"b.h5", 90}, {"b.h5", 100}}) {
+    TraceReplay& replay = replays.emplace_back(
+        MadeReplay{.trace = trace, .eviction_position = eviction, .spans = {{1, 4, "x"}, {5, 8, "y"}}}.replay());
+    const bool first = replay.trace == "a.h5";
+    add_kept(replay, "snapkv", same);
+    add_kept(replay, "tova", first ? same : other);
+    std::ranges::move(overlaps(replay), std::back_inserter(tables));
+    for (ReplayResult& result : replay.results) {
+      const float recall = first ? 1.0f : 0.25f;
+      result.span_recall = {{2, 4, 2}, std::vector<float>(16, recall)};
+      result.spearman = {{2, 4}, std::vector<float>(8, recall)};
+      result.kendall = result.spearman;
+    }
+  }
+  const ResultSet set = results(replays, {}, tables);
+  for (const PolicyOverlap& row : policy_overlaps(set)) {
+    EXPECT_NEAR(row.jaccard, row.policy == row.other ? 1 : 0.5, 1e-7) << "a is 1, b is 0 three times";
+  }
+  for (const RankAgreement& row : rank_agreements(set)) EXPECT_NEAR(row.spearman, (1 + 0.25) / 2, 1e-7);
+  double sum = 0;
+  double weight = 0;
+  for (const SpanRecall& row : span_recalls(set)) {
+    if (row.policy != "snapkv" || row.layer >= 0) continue;
+    sum += row.weight * row.recall;
+    weight += row.weight;
+  }
+  EXPECT_NEAR(weight, 2, 1e-12) << "one per trace";
+  EXPECT_NEAR(sum / weight, (1 + 0.25) / 2, 1e-7);
+}
+
 TEST_F(RetentionTest, SpanRecallIsPerSpanWithItsDepth) {
   MadeReplay made{.spans = {{10, 14, "needle"}, {95, 120, "end"}}};
   TraceReplay replay = made.replay();

@@ -86,8 +86,9 @@ TEST_F(Analyze, ByOtherKeysItOnlyCompares) {
   const auto lines = lines_of(outcome.output);
   EXPECT_EQ(std::ranges::count_if(lines, [](const std::string& line) { return line.starts_with("recent"); }), 4)
       << "two traces of two layers";
-  EXPECT_THAT(analyze("r.h5 --by capacity").output, Not(HasSubstr("wins  ")))
-      << "over all policies there is no difference between them";
+  const Outcome pooled = analyze("r.h5 --by capacity");
+  EXPECT_THAT(pooled.output, Not(HasSubstr("wins  "))) << "over all policies there is no difference between them";
+  EXPECT_THAT(pooled.errors, HasSubstr("over all policies but full and oracles"));
   EXPECT_THAT(analyze("r.h5 --by policy,head --measure cosine").output, HasSubstr("Cosine by policy, head"));
 }
 
@@ -128,6 +129,8 @@ TEST_F(Analyze, TellsHowSureItIsAsAsked) {
   EXPECT_THAT(analyze("r.h5 --resample traces").output, HasSubstr("traces and"));
   EXPECT_NE(analyze("r.h5 --block 1").output, analyze("r.h5 --block 4").output);
   EXPECT_NE(analyze("r.h5 --resamples 0").output, analyze("r.h5").output);
+  EXPECT_THAT(analyze("r.h5 --resamples 0").output, AllOf(HasSubstr("closed form"), Not(HasSubstr("bootstrap"))));
+  refuse_words("r.h5 --resamples 1", 2, {"--resamples", "'1'"});
 }
 
 TEST_F(Analyze, LongTablesSayWhatIsNotShown) {

@@ -1,0 +1,134 @@
+#include <fmt/format.h>
+#include <omp.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "cli/analysis_options.h"
+#include "cli/commands.h"
+#include "cli/options.h"
+#include "notebooks-export/analysis_tables.h"
+#include "notebooks-export/figure.h"
+#include "notebooks-export/report.h"
+#include "notebooks-export/tables.h"
+#include "trace/identity.h"
+
+namespace kvreplay::cli {
+namespace {
+
+struct ReportCommandOptions {
+  ResultOptions results;
+  std::vector<std::string> trace_files;
+  std::string folder;
+  std::vector<std::string> only;
+  std::string title;
+  std::string theme = "screen";
+  std::string python;
+  bool force = false;
+};
+
+ReportOptions report_options(const ReportCommandOptions& options) {
+  return {.title = options.title,
+          .theme = options.theme == "paper" ? Theme::paper : Theme::screen,
+          .only = options.only,
+          .python = options.python,
+          .force = options.force};
+}
+
+// The traces that add text and importance to figures. One that no result is of says nothing, which is told.
+std::vector<TraceReader> open_traces(const std::vector<std::string>& files, const ResultSet& results,
+                                     std::vector<std::string>& notes) {
+  std::vector<TraceReader> traces;
+  for (const std::string& file : files) {
+    TraceReader trace(file);
+    const std::string digest = trace_digest(trace);
+    const auto is_of = [&](const StoredResult& result) { return result.trace_digest == digest; };
+    if (std::ranges::any_of(results.results(), is_of)) {
+      traces.push_back(std::move(trace));
+    } else {
+      notes.push_back(fmt::format("{}: none of the results is of this trace, so it adds nothing", file));
+    }
+  }
+  return traces;
+}
+
+void print_item(const std::string& text) {
+  std::string lines = wrapped(text, 4, 110);
+  lines.replace(2, 1, "-");
+  fmt::print("{}", lines);
+}
+
+void run_report(const ReportCommandOptions& options) {
+  if (options.folder.empty()) throw UsageError("name the folder to write: --output report");
+  static_cast<void>(measure_named(options.results.measure));
+  const ReportOptions report = report_options(options);
+  omp_set_num_threads(threads_or_all(options.results.threads));
+  ResultSet results = open_results(options.results);
+  check_resampling(options.results, results);
+  check_report(options.folder, report);
+  const std::string headline = analysis_headline(results.results());
+
+  RetentionSet kept = open_kept(options.results, results);
+  std::vector<std::string> notes;
+  std::vector<TraceReader> traces = open_traces(options.trace_files, results, notes);
+  const AnalysisInput input{std::move(results), std::move(kept), std::move(traces)};
+  const Analysis analysis = analyze(input, analysis_options(options.results));
+  notes.insert(notes.end(), analysis.notes.begin(), analysis.notes.end());
+  const ReportOutcome outcome = write_report(options.folder, analysis, report);
+
+  fmt::print("{}\n\n", headline);
+  for (const std::string& finding : outcome.findings) print_item(finding);
+  if (!outcome.findings.empty()) fmt::print("\n");
+  fmt::print("{} {}", outcome.figures.size(), outcome.figures.size() == 1 ? "figure" : "figures");
+  if (!outcome.left_out.empty()) {
+    fmt::print("; there are no data for {} more:\n", outcome.left_out.size());
+    for (const std::string& line : outcome.left_out) print_item(line);
+  } else {
+    fmt::print("\n");
+  }
+  fmt::print("wrote {}\n", (std::filesystem::path(options.folder) / "index.html").string());
+  std::fflush(stdout);
+  for (const std::string& note : notes) fmt::print(stderr, "note: {}\n", note);
+  if (!outcome.missing.empty()) fmt::print(stderr, "note: {}\n", outcome.missing);
+}
+
+}  // namespace
+
+void add_report_command(CLI::App& app) {
+  auto options = std::make_shared<ReportCommandOptions>();
+  CLI::App* command =
+      app.add_subcommand("report", "Make a page, figures, tables and a notebook of results (docs/report.md)");
+  command->add_option("-o,--output", options->folder, "Folder to write")->check(names_a_file)->type_name("DIR");
+  command->add_flag("--force", options->force, "Replace the report that stands there");
+  command->add_option("--only", options->only, "Only these figures (default: all that the results say something about)")
+      ->allow_extra_args(false)
+      ->delimiter(',')
+      ->type_name("NAME,...");
+  command->add_option("--title", options->title, "Of the page (default: by the models)")->type_name("TEXT");
+  command
+      ->add_option("--theme", options->theme,
+                   "Of the pictures: paper draws for a column of 84 mm, screen for slides and pages (default: screen)")
+      ->check(one_of({"paper", "screen"}))
+      ->type_name("paper|screen");
+  command
+      ->add_option("--trace-file", options->trace_files,
+                   "Traces that the results are of: they add token text and importance over time")
+      ->type_name("FILE...");
+  command
+      ->add_option("--python", options->python,
+                   "Python with vl-convert, which draws (default: KVREPLAY_REPORT_PYTHON, else the environment that "
+                   "'make report-environment' makes)")
+      ->check(names_a_file)
+      ->type_name("FILE");
+  add_result_options(*command, options->results);
+  command->callback([options]() { run_report(*options); });
+}
+
+}  // namespace kvreplay::cli

@@ -1,0 +1,139 @@
+// Reports as a user makes them, without Python: what is drawn as pictures is checked where it is
+// (scripts/check-report.py).
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+
+#include "cli/command.h"
+#include "support/random_trace.h"
+#include "support/sample_trace.h"
+
+namespace kvreplay {
+namespace {
+
+using test::Outcome;
+using test::RandomTrace;
+using testing::AllOf;
+using testing::Contains;
+using testing::HasSubstr;
+using testing::Not;
+using testing::StartsWith;
+
+class ReportCommand : public test::Commands {
+ protected:
+  ReportCommand() {
+    ::setenv("KVREPLAY_REPORT_PYTHON", "/no/such/python", 1);
+    RandomTrace{.num_layers = 2, .spans = {{10, 14, "needle"}}}.write(folder_ / "a.h5");
+    RandomTrace{.spans = {{3, 9, "early"}}, .seed = 2}.write(folder_ / "b.h5");
+    succeed(test::words(
+        "replay a.h5 b.h5 --policy full --policy snapkv(window=8) --policy restkv(window=8) --policy recent "
+        "--policy oracle-attention --capacity 16,32 --evict-at 50,60 --rank-agreement -o r.h5 --kept k.h5"));
+  }
+  ~ReportCommand() override { ::unsetenv("KVREPLAY_REPORT_PYTHON"); }
+
+  Outcome report(const std::string& arguments) const { return succeed(test::words("report " + arguments)); }
+  void refuse_words(const std::string& arguments, int exit_code, const std::vector<std::string>& reasons) const {
+    refuse(test::words("report " + arguments), exit_code, reasons);
+  }
+
+  std::string file(const std::string& name) const { return test::read_file(folder_ / name); }
+};
+
+TEST_F(ReportCommand, SaysWhatWasFoundAndWhereItStands) {
+  const Outcome outcome = report("r.h5 --kept k.h5 --trace-file a.h5 b.h5 -o out");
+  EXPECT_THAT(outcome.output, AllOf(StartsWith("2 traces of random"), HasSubstr("  - "), HasSubstr(" figures"),
+                                    HasSubstr("ablation: settings of one method"), HasSubstr("wrote out/index.html")));
+  EXPECT_THAT(outcome.errors, HasSubstr("make report-environment"));
+  EXPECT_THAT(file("out/index.html"), HasSubstr("snapkv(window=8)"));
+  EXPECT_THAT(file("out/tables/kept-positions.csv"), HasSubstr("needle"));
+  EXPECT_THAT(file("out/tables/stability.csv"), HasSubstr("restkv"));
+  EXPECT_THAT(file("out/notebook.ipynb"), HasSubstr("error-against-capacity"));
+}
+
+TEST_F(ReportCommand, TracesAddTextAndOthersAreTold) {
+  RandomTrace{.seed = 9}.write(folder_ / "c.h5");
+  const Outcome outcome = report("r.h5 --trace-file c.h5 -o out");
+  EXPECT_THAT(outcome.errors, HasSubstr("note: c.h5: none of the results is of this trace"));
+  refuse_words("r.h5 --trace-file missing.h5 -o other", 1, {"missing.h5"});
+}
+
+TEST_F(ReportCommand, WrongUsageIsTold) {
+  refuse_words("r.h5", 2, {"--output"});
+  refuse_words("-o out", 2, {"no file of results"});
+  refuse_words("r.h5 -o out --only error-by-haed", 2, {"error-by-haed", "error-by-head", "stability"});
+  refuse_words("r.h5 -o out --theme pink", 2, {"pink", "paper", "screen"});
+  refuse_words("r.h5 -o out --policy h2o", 2, {"h2o", "snapkv(window=8)", "recent"});
+  refuse_words("r.h5 -o out --capacity 64", 2, {"64", "16", "32"});
+  refuse_words("r.h5 -o out --measure speed", 2, {"speed", "layer_error"});
+  refuse_words("missing.h5 -o out", 1, {"missing.h5"});
+  refuse_words("a.h5 -o out", 1, {"a.h5"});
+  refuse_words("r.h5 -o out --python /no/such/python", 1, {"/no/such/python"});
+  refuse_words("r.h5 -o no/such/out", 1, {"no/such"});
+}
+
+TEST_F(ReportCommand, WhatCannotBeComparedIsRefused) {
+  RandomTrace{.num_layers = 2, .seed = 5}.write(folder_ / "a.h5");
+  succeed(test::words("replay a.h5 --policy recent --capacity 16 --evict-at 50 -o t.h5"));
+  refuse_words("r.h5 t.h5 -o out", 1, {"a.h5", "not the same capture"});
+}
+
+TEST_F(ReportCommand, IsReplacedOnlyByForce) {
+  report("r.h5 -o out --title first");
+  refuse_words("r.h5 -o out --title second", 1, {"out", "exists", "--force"});
+  report("r.h5 -o out --title second --force");
+  EXPECT_THAT(file("out/index.html"), HasSubstr("<title>second</title>"));
+  test::write_file(folder_ / "out" / "thesis.tex", "years");
+  refuse_words("r.h5 -o out --force", 1, {"thesis.tex"});
+}
+
+TEST_F(ReportCommand, ATitleIsText) {
+  succeed({"report", "r.h5", "-o", "out", "--title", "<script>alert(1)</script> & co"});
+  EXPECT_THAT(file("out/index.html"), HasSubstr("&lt;script&gt;alert(1)&lt;/script&gt; &amp; co"));
+  EXPECT_THAT(file("out/index.html"), Not(HasSubstr("<script>alert")));
+}
+
+TEST_F(ReportCommand, OnlyTheFiguresAskedFor) {
+  const Outcome outcome = report("r.h5 --only regret,error-by-layer --theme paper -o out");
+  EXPECT_THAT(outcome.output, HasSubstr("2 figures"));
+  EXPECT_TRUE(std::filesystem::exists(folder_ / "out" / "tables" / "regret.csv"));
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "out" / "tables" / "error-by-head.csv"));
+}
+
+TEST_F(ReportCommand, SameInputSameBytesWhateverTheThreads) {
+  report("r.h5 --kept k.h5 --trace-file a.h5 b.h5 -o one -t 1");
+  report("r.h5 --kept k.h5 --trace-file a.h5 b.h5 -o four -t 4");
+  std::size_t files = 0;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(folder_ / "one")) {
+    if (!entry.is_regular_file()) continue;
+    const std::filesystem::path name = std::filesystem::relative(entry.path(), folder_ / "one");
+    EXPECT_EQ(test::read_file(entry.path()), test::read_file(folder_ / "four" / name)) << name;
+    ++files;
+  }
+  EXPECT_GT(files, 20u);
+}
+
+TEST_F(ReportCommand, AFullDiskLeavesNothingAndKeepsWhatWas) {
+  const auto before = files();
+  const Outcome outcome = run({.arguments = test::words("report r.h5 -o out"), .largest_file = 3000});
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_THAT(outcome.errors, AllOf(HasSubstr("File too large"), Not(HasSubstr("tmp-"))));
+  EXPECT_EQ(files(), before);
+  report("r.h5 -o out");
+  const auto with_report = files();
+  EXPECT_EQ(run({.arguments = test::words("report r.h5 -o out --force"), .largest_file = 3000}).exit_code, 1);
+  EXPECT_EQ(files(), with_report);
+}
+
+TEST_F(ReportCommand, AnInterruptedOneLeavesNothing) {
+  const Outcome outcome =
+      run({.arguments = test::words("report r.h5 --kept k.h5 -o out"), .interrupt_when = "figures"});
+  if (outcome.signal != SIGINT) GTEST_SKIP() << "it was done before it could be interrupted";
+  EXPECT_THAT(folder_.names(), Not(Contains(HasSubstr("out"))));
+}
+
+}  // namespace
+}  // namespace kvreplay

@@ -16,7 +16,7 @@ configure = cmake --preset $(1) --log-level=WARNING -DKVREPLAY_WERROR=$(WERROR) 
   -DCMAKE_CXX_COMPILER_LAUNCHER="$${CMAKE_CXX_COMPILER_LAUNCHER-$$(command -v ccache)}"
 compile = cmake --build --preset $(1) --parallel $(JOBS) $(addprefix --target ,$(TARGETS))
 
-.PHONY: build test demo report-environment bench check-format format tidy fuzz sanitize install clean help setup setup-ci
+.PHONY: build test test-hf demo report-environment capture-environment bench check-format format tidy fuzz sanitize install clean help setup setup-ci
 .DEFAULT_GOAL := build
 
 build: setup ## Install what is missing and build, tuned for this processor (the default)
@@ -34,6 +34,19 @@ demo: setup ## Capture the demo model on the bundled prompts and replay the poli
 
 report-environment: ## Make the Python environment that reports are drawn with (docs/report.md)
 	@scripts/make-report-environment.sh
+
+capture-environment: ## Make the Python environment for captures from Hugging Face (docs/capture.md)
+	@scripts/make-capture-environment.sh
+
+# In build/, so that the environment people capture with stays as it is. KVREPLAY lets the tests run the program.
+test-hf: setup ## Capture tiny models by both roads and compare, run the tests of tracer/huggingface
+	@$(call configure,$(PRESET))
+	@cmake --build --preset $(PRESET) --parallel $(JOBS) --target kvreplay_cli
+	@scripts/make-capture-environment.sh build/capture-environment
+	@build/capture-environment/bin/python tracer/huggingface/make_model_fixtures.py --check tests/tracer/families
+	@build/capture-environment/bin/python tracer/huggingface/compare_captures.py build/$(PRESET)/kvreplay
+	@build/capture-environment/bin/python tracer/huggingface/disk_space.py --check docs/capture.md
+	@cd tracer/huggingface && KVREPLAY=$(CURDIR)/build/$(PRESET)/kvreplay PYTHONPATH=. 	  $(CURDIR)/build/capture-environment/bin/python -m pytest -q -p no:cacheprovider
 
 check-format: setup-ci ## Name what clang-format would change
 	@scripts/sources.sh '*.h' '*.cpp' | xargs -0 clang-format --dry-run --Werror

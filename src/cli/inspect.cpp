@@ -137,6 +137,7 @@ void print_fidelity(const Inspection& inspection) {
   }
   fmt::print("{}", aligned_table(rows));
   if (!all) fmt::print("the {} least faithful of {} layers; --json has all\n", layers.size(), fidelity.size());
+  fmt::print("{}\n", inspection.explanation);
 }
 
 void print_digests(const Inspection& inspection) {
@@ -206,7 +207,9 @@ ordered_json to_json(const Inspection& inspection) {
                                {"stored_bytes", kind.stored_bytes},
                                {"unpacked_bytes", kind.unpacked_bytes}});
   }
-  json["fidelity"] = {{"recomputed_queries", inspection.recomputed_queries}, {"layers", ordered_json::array()}};
+  json["fidelity"] = {{"recomputed_queries", inspection.recomputed_queries},
+                      {"explanation", inspection.explanation},
+                      {"layers", ordered_json::array()}};
   for (std::size_t layer = 0; layer < inspection.fidelity.size(); ++layer) {
     const LayerFidelity& found = inspection.fidelity[layer];
     json["fidelity"]["layers"].push_back({{"layer", layer},

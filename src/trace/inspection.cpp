@@ -131,6 +131,49 @@ void measure_fidelity(const TraceReader& trace, Inspection& inspection) {
   }
 }
 
+// What rounding to `type` moves a value by at most, relative to it: half of the last of its significant bits.
+double rounding_of(DType type) {
+  switch (type) {
+    case DType::bfloat16:
+      return 0x1p-8;
+    case DType::float16:
+      return 0x1p-11;
+    case DType::float32:
+      return 0x1p-24;
+  }
+  return 0;
+}
+
+// Says in words whether the outputs are as far from exact as their type lets expect. In float32 it is the sums over
+// many keys that lose digits, in the shorter types the rounding of the outputs and of what they are computed from.
+std::string explain_fidelity(const Inspection& inspection) {
+  const auto outputs = std::find_if(inspection.tensors.begin(), inspection.tensors.end(),
+                                    [](const TensorKind& kind) { return kind.name == "outputs"; });
+  if (inspection.fidelity.empty() || outputs == inspection.tensors.end()) return "";
+  const auto coarsest = std::max_element(outputs->types.begin(), outputs->types.end(),
+                                         [](DType a, DType b) { return rounding_of(a) < rounding_of(b); });
+  const double rounding = rounding_of(*coarsest);
+  const bool single = *coarsest == DType::float32;
+  const double expected = single ? 1e-5 : 2 * rounding;
+  double mean = 0;
+  for (const LayerFidelity& layer : inspection.fidelity) mean = std::max(mean, layer.mean);
+  const std::string type =
+      single ? std::string("float32: sums in another order differ by up to 1e-05")
+             : fmt::format("{}: rounding alone moves a value by up to {:.1e} of it", name_of(*coarsest), rounding);
+  if (mean <= expected) {
+    return fmt::format("outputs are {}, and these means are no more than that explains{}", type,
+                       single ? "" : "; replays recompute exact outputs in float32");
+  }
+  if (mean <= kSuspiciousError) {
+    return fmt::format(
+        "outputs are {}, and a mean of {:.1e} is more: the run computed its attention, or the trace holds its queries, "
+        "keys or values, with fewer digits; replays recompute exact outputs in float32",
+        type, mean);
+  }
+  return fmt::format("outputs are {}, and a mean of {:.1e} is far more than any rounding: see the warning below", type,
+                     mean);
+}
+
 std::vector<DigestCheck> check_digests(const TraceReader& trace) {
   std::vector<DigestCheck> checks;
   const hdf5::File file = hdf5::File::open(trace.path());
@@ -265,6 +308,7 @@ Inspection inspect(const TraceReader& trace, bool verify) {
   if (verify && !damaged) read_everything(trace);
   // Numbers from tensors that are not what was written would only mislead.
   if (!damaged) measure_fidelity(trace, inspection);
+  inspection.explanation = explain_fidelity(inspection);
   inspection.warnings = warnings(trace, inspection);
   return inspection;
 }

@@ -52,6 +52,7 @@ struct Inspection {
   std::vector<std::string> span_texts;  ///< per span, its tokens' text; empty where the trace has no pieces
   int recomputed_queries = 0;           ///< per query head, evenly spread over the captured ones, the last included
   std::vector<LayerFidelity> fidelity;  ///< per layer; empty if a digest did not match
+  std::string explanation;              ///< in words, whether fidelity is what the outputs' type lets expect
   std::vector<DigestCheck> digests;     ///< per dataset, if asked for
   std::vector<std::string> warnings;    ///< what this trace cannot be used for, and what to do about it
 };

@@ -4,6 +4,8 @@
 #include <sys/wait.h>
 
 #include <cstdlib>
+#include <memory>
+#include <nlohmann/json.hpp>
 
 #include "base/error.h"
 #include "support/temporary_folder.h"
@@ -32,10 +34,10 @@ class CaptureCommand : public testing::Test {
     write_file(folder_ / "ids", "5 25 59 10\n72\n");
   }
 
-  // Runs `kvreplay capture` in the test's folder.
-  Outcome run(const std::string& arguments) const {
-    const std::string command = fmt::format("cd '{}' && '{}' </dev/null capture {} >out 2>err", folder_.path().string(),
-                                            KVREPLAY_EXECUTABLE, arguments);
+  // Runs `kvreplay capture`, or another command, in the test's folder.
+  Outcome run(const std::string& arguments, const std::string& name = "capture") const {
+    const std::string command = fmt::format("cd '{}' && '{}' </dev/null {} {} >out 2>err", folder_.path().string(),
+                                            KVREPLAY_EXECUTABLE, name, arguments);
     const int status = std::system(command.c_str());
     return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(folder_ / "out"), read_file(folder_ / "err")};
   }
@@ -93,36 +95,101 @@ TEST_F(CaptureCommand, LeavesNothingWhereTheDiskIsFull) {
 }
 
 // Killed after a while that grows until it comes too late; whatever stands there by then, a reader takes none of it for
-// a trace but the whole one.
+// a trace but a whole one, which a run has that is killed on its way out.
 TEST_F(CaptureCommand, LeavesNoTraceWhereItIsKilled) {
   std::string ids;
   for (int i = 0; i < 1500; ++i) ids += fmt::format("{} ", i % 97);
   write_file(folder_ / "many", ids);
-  int killed = 0;
+  int without_trace = 0;
   for (const int generate : {0, 3}) {
+    const std::string arguments = fmt::format("--model tiny --tokens many --generate {}", generate);
+    ASSERT_EQ(run(arguments + " -o whole.h5").exit_code, 0);
+    const TraceReader expected(folder_ / "whole.h5");
     for (const int milliseconds : {5, 20, 50, 100, 150}) {
       std::filesystem::remove(folder_ / "killed.h5");
-      const std::string command = fmt::format(
-          "cd '{}' && timeout -s KILL 0.{:03} '{}' capture --model tiny --tokens many --generate {} -o killed.h5 "
-          ">out 2>err",
-          folder_.path().string(), milliseconds, KVREPLAY_EXECUTABLE, generate);
-      const bool whole = std::system(command.c_str()) == 0;
-      killed += whole ? 0 : 1;
+      const std::string command =
+          fmt::format("cd '{}' && timeout -s KILL 0.{:03} '{}' capture {} -o killed.h5 >out 2>err",
+                      folder_.path().string(), milliseconds, KVREPLAY_EXECUTABLE, arguments);
+      const bool finished = std::system(command.c_str()) == 0;
+      EXPECT_TRUE(!finished || std::filesystem::exists(folder_ / "killed.h5"));
+      without_trace += std::filesystem::exists(folder_ / "killed.h5") ? 0 : 1;
       for (const std::string& name : folder_.names()) {
         if (!name.starts_with("killed.h5")) continue;
-        bool accepted = true;
+        std::unique_ptr<TraceReader> trace;
         try {
-          const TraceReader trace(folder_ / name);
-          EXPECT_EQ(trace.info().num_tokens(), generate == 0 ? 1500 : 1502);
+          trace = std::make_unique<TraceReader>(folder_ / name);
         } catch (const Error&) {
-          accepted = false;
+          EXPECT_NE(name, "killed.h5") << "what has the trace's name is a trace";
         }
-        EXPECT_EQ(accepted, whole) << name;
+        if (trace != nullptr) {
+          EXPECT_EQ(trace->info().token_ids, expected.info().token_ids);
+          for (const int layer : {0, 1}) {
+            for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::outputs}) {
+              EXPECT_EQ(trace->read(layer, tensor, 3, 0, 1500), expected.read(layer, tensor, 3, 0, 1500)) << name;
+            }
+          }
+        }
         if (name != "killed.h5") std::filesystem::remove(folder_ / name);
       }
     }
   }
-  EXPECT_GT(killed, 0);
+  EXPECT_GT(without_trace, 0);
+}
+
+// Heads that are alone or share one KV head, prompts shorter than the window of queries, nothing or little generated.
+TEST_F(CaptureCommand, TakesOddShapes) {
+  const struct {
+    int heads;
+    int kv_heads;
+  } shapes[] = {{1, 1}, {8, 1}, {2, 2}, {8, 2}};
+  write_file(folder_ / "single", "5");
+  for (const auto& shape : shapes) {
+    test::TinyModelOptions options;
+    options.heads = shape.heads;
+    options.kv_heads = shape.kv_heads;
+    TinyModel(options).write(folder_ / "odd");
+    for (const char* tokens : {"ids", "single"}) {
+      for (const int generate : {0, 1, 2}) {
+        const Outcome outcome =
+            run(fmt::format("--model odd --tokens {} --generate {} --queries window:64 -o odd.h5", tokens, generate));
+        ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+        const TraceReader trace(folder_ / "odd.h5");
+        const int prompt = trace.info().prompt_length;
+        EXPECT_EQ(trace.info().num_tokens(), prompt + std::max(0, generate - 1));
+        EXPECT_EQ(trace.info().num_queries(), trace.info().num_tokens());
+        const Outcome inspected = run("odd.h5", "inspect");
+        EXPECT_EQ(inspected.exit_code, 0) << inspected.errors;
+      }
+    }
+  }
+}
+
+TEST_F(CaptureCommand, IsAsFaithfulAsTheTypeItStores) {
+  const auto demo = std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model";
+  write_file(folder_ / "prompt", "The secret number of falcon is 48213. What is the secret number of falcon?");
+  const struct {
+    const char* type;
+    double worst_mean;
+    const char* explanation;
+  } cases[] = {{"float32", 1e-5,
+                "outputs are float32: sums in another order differ by up to 1e-05, and these means are "
+                "no more than that explains"},
+               {"float16", 1e-3,
+                "outputs are float16: rounding alone moves a value by up to 4.9e-04 of it, and these "
+                "means are no more than that explains"},
+               {"bfloat16", 8e-3,
+                "outputs are bfloat16: rounding alone moves a value by up to 3.9e-03 of it, and these "
+                "means are no more than that explains"}};
+  for (const auto& each : cases) {
+    ASSERT_EQ(
+        run(fmt::format("--model '{}' --prompt prompt --generate 4 --dtype {}", demo.string(), each.type)).exit_code,
+        0);
+    EXPECT_NE(run("run.h5", "inspect").output.find(each.explanation), std::string::npos) << each.type;
+    const auto json = nlohmann::json::parse(run("run.h5 --json", "inspect").output);
+    ASSERT_EQ(json["fidelity"]["layers"].size(), 6u);
+    for (const auto& layer : json["fidelity"]["layers"]) EXPECT_LE(layer["mean"].get<double>(), each.worst_mean);
+    EXPECT_NE(json["fidelity"]["explanation"].get<std::string>().find(each.explanation), std::string::npos);
+  }
 }
 
 TEST_F(CaptureCommand, ExplainsWhatIsWrong) {

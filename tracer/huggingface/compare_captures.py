@@ -8,6 +8,8 @@ A tensor is compared by the largest difference over the root mean square of tran
 """
 
 import argparse
+import contextlib
+import io
 import os
 import pathlib
 import re
@@ -19,6 +21,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import h5py
 import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import kvtrace.command
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-4
@@ -65,6 +70,14 @@ def compare(ours, theirs, faults, name):
     return worst, where
 
 
+def huggingface(arguments):
+    """kvtrace-capture in this process: a new one would spend seconds on importing."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        code = kvtrace.command.main(arguments)
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
 def fidelity(kvreplay, trace):
     """The largest mean of a layer that `kvreplay inspect` reports."""
     output = subprocess.run([kvreplay, "inspect", trace], capture_output=True, text=True, check=True).stdout
@@ -88,10 +101,8 @@ def main():
             common = [str(word) for word in ["--model", model, *prompt, "--generate", generate, "--queries", queries]]
             first = subprocess.run([kvreplay, "capture", *common, "-o", ours], capture_output=True, text=True)
             # Eager, since it alone computes soft caps.
-            second = subprocess.run(
-                [sys.executable, "-m", "kvtrace.command", *common, "--attention-mass", "--dtype", "float32",
-                 "--attn-implementation", "eager", "-o", theirs], capture_output=True, text=True,
-                env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).resolve().parent)})
+            second = huggingface([*common, "--attention-mass", "--dtype", "float32", "--attn-implementation", "eager", "-o",
+                                  theirs])
             for result in (first, second):
                 if result.returncode != 0:
                     sys.exit(f"{name}: {result.stderr}")

@@ -137,11 +137,16 @@ def _load_tokenizer(model, needed):
 
     _check_model(model)
     try:
-        return transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        # Where its files are missing, some classes make one that knows special tokens alone.
+        if set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder):
+            return tokenizer
+        reason = "there are no files of one; give token ids with --tokens"
     except Exception as problem:  # of many kinds, with every file that may be missing or wrong
-        if needed:
-            raise CaptureError(f"{model}: its tokenizer cannot be loaded: {_first_line(problem)}") from None
-        return None
+        reason = _first_line(problem)
+    if needed:
+        raise CaptureError(f"{model}: its tokenizer cannot be loaded: {reason}") from None
+    return None
 
 
 def _load_model(arguments):
@@ -182,6 +187,12 @@ def _generate(model, ids, arguments):
                             stopping_criteria=transformers.StoppingCriteriaList([note]))
     generated = result[0, len(ids):].tolist()
     return generated[: arguments.generate], times[0], times[-1]
+
+
+def _text_after(tokenizer, ids, generated):
+    """What the run generated, with the space that a text's first word would lose."""
+    before, whole = tokenizer.decode(ids), tokenizer.decode(ids + generated)
+    return whole[len(before):] if whole.startswith(before) else tokenizer.decode(generated)
 
 
 def _size_text(size):
@@ -248,7 +259,7 @@ def _capture(arguments):
     if generated:
         ends = model.generation_config.eos_token_id
         ended = generated[-1] in (ends if isinstance(ends, list) else [ends])
-        shown = tokenizer.decode(generated) if tokenizer is not None else " ".join(map(str, generated))
+        shown = _text_after(tokenizer, ids, generated) if tokenizer is not None else " ".join(map(str, generated))
         print(f"generated {len(generated)} token{'s' if len(generated) > 1 else ''}"
               f"{', until the end of the sequence' if ended else ''}: {shown}")
     if len(generated) < 2:

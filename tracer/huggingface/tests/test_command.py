@@ -13,6 +13,8 @@ import warnings
 import h5py
 import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import FAMILIES, ROOT, Trace, distance
 
 import kvtrace.command
@@ -133,6 +135,39 @@ def test_token_ids_are_taken_as_given(tmp_path):
     assert len(trace.positions) == 16 + 7
 
 
+@pytest.mark.parametrize("name", ["gemma", "qwen2"])
+def test_no_tokenizer_is_made_up(name, tmp_path):
+    """transformers makes an empty one for some classes where the folder has none."""
+    folder = FAMILIES / name
+    result = command("-m", folder, "--tokens", folder / "prompt.ids", "-n", 3, "-o", tmp_path / "run.h5")
+    assert result.returncode == 0, result.stderr
+    assert Trace(tmp_path / "run.h5").pieces is None
+    assert len(result.stdout.splitlines()[1].removeprefix("generated 3 tokens: ").split()) == 3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (8, 1), (2, 2), (8, 2)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_odd_shapes(heads, kv_heads, attention, kvreplay, tmp_path):
+    """One head, many heads on one KV head; prompts shorter than the window; nothing, one or two tokens generated."""
+    config = transformers.LlamaConfig(vocab_size=50, hidden_size=24, intermediate_size=20, num_hidden_layers=2, head_dim=6,
+                                      num_attention_heads=heads, num_key_value_heads=kv_heads)
+    torch.manual_seed(1)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    for tokens in ("7", "7 9 11 5"):
+        (tmp_path / "ids").write_text(tokens)
+        for generate in (0, 1, 2):
+            length = len(tokens.split()) + max(0, generate - 1)
+            result = command("-m", tmp_path / "model", "--tokens", tmp_path / "ids", "-n", generate, "--queries", "window:64",
+                             "--attention-mass", "--attn-implementation", attention, "-o", tmp_path / "run.h5")
+            assert result.returncode == 0, result.stderr
+            trace = Trace(tmp_path / "run.h5")
+            assert len(trace.ids) == len(trace.positions) == length
+            for number, layer in enumerate(trace.layers):
+                assert distance(layer["outputs"], trace.attention(number)[0]) < 2e-6
+            inspected = subprocess.run([kvreplay, "inspect", tmp_path / "run.h5"], capture_output=True, text=True)
+            assert inspected.returncode == 0, inspected.stderr
+
+
 def test_nothing_generated(tmp_path):
     folder = FAMILIES / "llama"
     result = command("-m", folder, "--tokens", folder / "prompt.ids", "-o", tmp_path / "run.h5")
@@ -193,6 +228,8 @@ def test_failures_are_one_line_and_leave_nothing(tmp_path):
             ([FAMILIES / "llama", "--tokens", tmp_path / "words.ids"], 'words.ids: "three" is not a token id'),
             ([FAMILIES / "llama", "--tokens", tmp_path / "large.ids"], "token id 9999 at position 2 is not in the model's"),
             ([FAMILIES / "llama", "-p", PROMPTS / "facts.txt"], "tokenizer cannot be loaded"),
+            ([FAMILIES / "gemma", "-p", PROMPTS / "facts.txt"], "tokenizer cannot be loaded"),
+            ([FAMILIES / "qwen2", "-p", PROMPTS / "facts.txt"], "tokenizer cannot be loaded"),
             ([DEMO, "-p", PROMPTS / "facts.txt", "--spans", tmp_path / "spans.json"], "does not occur in the prompt"),
             ([DEMO, "-p", PROMPTS / "facts.txt", "--spans", tmp_path / "broken.json"], "is not a JSON list"),
             ([FAMILIES / "llama", "--tokens", ids, "--spans", tmp_path / "spans.json"], "only be found in a text prompt"),

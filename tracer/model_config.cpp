@@ -260,6 +260,8 @@ std::vector<int> read_sliding_windows(const Section& config, const Architecture&
   for (std::size_t layer = 0; layer < windows.size(); ++layer) {
     if (!windowed[layer]) continue;
     if (window == 0) throw config.missing("sliding_window", fmt::format("layer {} attends to one", layer));
+    // A cache that holds window - 1 tokens for the next one would be empty, which transformers takes for unlimited.
+    if (window == 1) throw config.unsupported("sliding_window", "2 and more");
     windows[layer] = window;
   }
   return windows;

@@ -168,6 +168,8 @@ TEST(ModelConfig, ReadsWhichLayersSeeAWindow) {
   const auto windows = [](const json& config) { return read(config).sliding_windows; };
   EXPECT_EQ(windows(of_class("LlamaForCausalLM", {{"sliding_window", 7}})), Windows(6, 0));
   EXPECT_EQ(windows(of_class("MistralForCausalLM", {{"sliding_window", 7}})), Windows(6, 7));
+  EXPECT_EQ(windows(of_class("MistralForCausalLM", {{"sliding_window", 2}})), Windows(6, 2));
+  EXPECT_THROW(windows(of_class("MistralForCausalLM", {{"sliding_window", 1}})), Error);
   EXPECT_EQ(windows(of_class("MistralForCausalLM")), Windows(6, 4096)) << "as transformers takes it";
   EXPECT_EQ(windows(with_null(of_class("MistralForCausalLM"), "sliding_window")), Windows(6, 0));
   for (const char* name : {"Qwen2ForCausalLM", "Qwen3ForCausalLM"}) {

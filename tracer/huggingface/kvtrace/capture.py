@@ -131,6 +131,10 @@ class capture:
         first = layer.tokens
         window = options.get("sliding_window") or 0
         self._check_shapes(number, query, key, value, output)
+        if window == 1:
+            # The cache would keep the last 0 tokens, and does keep all.
+            raise CaptureError(f"layer {number}: a sliding window of 1 is not what transformers computes; 2 and more are "
+                               "supported")
         self._check_cache(number, first, count, key.shape[2], window)
         self._check_kind(number, module, options)
         self._check_mask(number, mask, count, key.shape[2], window)

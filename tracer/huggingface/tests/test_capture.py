@@ -69,6 +69,13 @@ def test_padding_is_refused(attention, ids, output):
     refused(model, output, "without padding", lambda: generate(model, ids, attention_mask=mask))
 
 
+def test_window_of_one_is_refused(output):
+    model, ids = load("mistral"), prompt_of("mistral")
+    for module in (model.config, *(layer.self_attn for layer in model.model.layers)):
+        module.sliding_window = 1
+    refused(model, output, "sliding window of 1", lambda: generate(model, ids))
+
+
 def test_dropout_is_refused(model, ids, output):
     model.train()
     for layer in model.model.layers:

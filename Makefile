@@ -39,11 +39,10 @@ capture-environment: ## Make the Python environment for captures from Hugging Fa
 	@scripts/make-capture-environment.sh
 
 # In build/, so that the environment people capture with stays as it is. KVREPLAY lets the tests run the program.
-test-hf: setup ## Capture tiny models by both roads and compare, run the tests of tracer/huggingface
+test-hf: setup ## Compare captures by both roads, run the tests of tracer/huggingface
 	@$(call configure,$(PRESET))
 	@cmake --build --preset $(PRESET) --parallel $(JOBS) --target kvreplay_cli
 	@scripts/make-capture-environment.sh build/capture-environment
-	@build/capture-environment/bin/python tracer/huggingface/make_model_fixtures.py --check tests/tracer/families
 	@build/capture-environment/bin/python tracer/huggingface/compare_captures.py build/$(PRESET)/kvreplay
 	@build/capture-environment/bin/python tracer/huggingface/disk_space.py --check docs/capture.md
 	@cd tracer/huggingface && KVREPLAY=$(CURDIR)/build/$(PRESET)/kvreplay PYTHONPATH=. 	  $(CURDIR)/build/capture-environment/bin/python -m pytest -q -p no:cacheprovider
@@ -83,7 +82,7 @@ clean: ## Remove build/
 	@rm -rf build
 
 help: ## List these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-18s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-20s %s\n", $$1, $$2}'
 
 setup:
 	@scripts/install-dependencies.sh

@@ -87,12 +87,16 @@ class capture:
         self._device = None
         self._file = TraceFile(self._path)
         try:
-            interface.listen(self._implementation, self._modules, self._on_attention)
+            self._hook = self._model.get_input_embeddings().register_forward_hook(self._on_tokens)
+            try:
+                interface.listen(self._implementation, self._modules, self._on_attention)
+            except BaseException:
+                self._hook.remove()
+                raise
         except BaseException:
             self._file.abandon()
             raise
         self._transfer = Transfer()
-        self._hook = self._model.get_input_embeddings().register_forward_hook(self._on_tokens)
         return self
 
     def __exit__(self, kind, problem, trace):

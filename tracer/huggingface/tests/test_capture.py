@@ -166,6 +166,23 @@ def test_places_that_cannot_be_written_are_refused_before_the_run(model, tmp_pat
     assert not hooks(model)
 
 
+def test_block_that_cannot_begin_leaves_nothing(model, ids, output, monkeypatch):
+    monkeypatch.setattr(model, "get_input_embeddings", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        with kvtrace.capture(model, output):
+            pytest.fail("the block was entered")
+    monkeypatch.undo()
+    model.config._attn_implementation = "unheard-of"
+    with pytest.raises(kvtrace.CaptureError, match="no attention implementation named unheard-of"):
+        with kvtrace.capture(model, output):
+            pytest.fail("the block was entered")
+    model.config._attn_implementation = "eager"
+    assert not hooks(model)
+    with kvtrace.capture(model, output):
+        model(ids)
+    Trace(output)
+
+
 def test_symbolic_links_are_followed(model, ids, tmp_path):
     (tmp_path / "link.h5").symlink_to("target.h5")
     with kvtrace.capture(model, tmp_path / "link.h5"):

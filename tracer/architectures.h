@@ -22,7 +22,7 @@ enum class WindowedLayers {
 struct Architecture {
   std::string_view class_name;  ///< in `architectures`
   std::string_view model_type;
-  std::string_view text_config;  ///< the key under which the language model of a multimodal one is described
+  std::string_view text_config{};  ///< the key under which the language model of a multimodal one is described
 
   // Fixed.
   bool query_key_value_bias = false;  ///< on these three, rather than on all four as attention_bias says

@@ -1,6 +1,8 @@
 // How many positions a policy needs to reach a goal.
 #include <fmt/format.h>
 
+#include <string_view>
+
 #include "notebooks-export/figure_style.h"
 
 namespace kvreplay {
@@ -13,7 +15,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
   figure.name = "capacity-for-goal";
   if (!analysis.options.goal) return figure;
   const std::string goal = fmt::format("{:.3g}", *analysis.options.goal);
-  figure.question = fmt::format("How many positions does each policy need for a {} of {}?", measure, goal);
+  figure.question = fmt::format("How many positions does each policy need for {} {} of {}?",
+                                std::string_view("aeiou").find(measure.front()) == std::string_view::npos ? "a" : "an",
+                                measure, goal);
   figure.table = DataTable({"policy", "kept", "bound"});
   std::vector<std::string> policies;  // as the curves are: best first
   std::string never;

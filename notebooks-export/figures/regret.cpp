@@ -12,7 +12,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
   const std::string measure(traits_of(analysis.options.measure).noun);
   Figure figure;
   figure.name = "regret";
-  figure.question = fmt::format("How much of the {} could a better choice of positions avoid?", measure);
+  const bool lower = traits_of(analysis.options.measure).lower_is_better;
+  figure.question = lower ? fmt::format("How much of the {} could a better choice of positions avoid?", measure)
+                          : fmt::format("How much {} could a better choice of positions gain?", measure);
   figure.table = DataTable({"policy", "capacity", "kept", "regret", "low", "high"});
   for (const ComparisonRow& row : analysis.regret) {
     if (!style.shows(row.key.policy) || !row.difference || row.key.capacity_request == kAllPositions) continue;
@@ -27,7 +29,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       measure, analysis.oracle, about_means(analysis, "layers, heads and evaluation queries"),
       about_intervals(analysis), style.left_out());
   figure.spec = style.spec(figure.question, figure.caption);
-  draw_capacity_lines(figure, style, "regret", fmt::format("{} above the oracle's", measure));
+  draw_capacity_lines(figure, style, "regret", fmt::format("{} less the oracle's", measure));
   return figure;
 }
 

@@ -44,23 +44,30 @@ constexpr Architecture kGemma = {.class_name = "GemmaForCausalLM",
                                  .num_key_value_heads = 16,
                                  .head_dim = 256};
 
-constexpr Architecture gemma2() {
+// What Gemma 2 and 3 have in common.
+constexpr Architecture local_gemma() {
   Architecture gemma = kGemma;
-  gemma.class_name = "Gemma2ForCausalLM";
-  gemma.model_type = "gemma2";
   gemma.norm_after = true;
   gemma.windowed_layers = WindowedLayers::all_but_nth;
   gemma.num_key_value_heads = 4;
   gemma.sliding_window = 4096;
-  gemma.sliding_window_pattern = 2;
   gemma.query_pre_attn_scalar = 256;
+  return gemma;
+}
+
+constexpr Architecture gemma2() {
+  Architecture gemma = local_gemma();
+  gemma.class_name = "Gemma2ForCausalLM";
+  gemma.model_type = "gemma2";
+  gemma.sliding_window_pattern = 2;
   gemma.attn_logit_softcapping = 50;
   gemma.final_logit_softcapping = 30;
   return gemma;
 }
 
+// Its configurations may carry attn_logit_softcapping, which transformers does not apply to it.
 constexpr Architecture gemma3() {
-  Architecture gemma = gemma2();
+  Architecture gemma = local_gemma();
   gemma.class_name = "Gemma3ForCausalLM";
   gemma.model_type = "gemma3_text";
   gemma.query_key_norm = true;
@@ -69,8 +76,6 @@ constexpr Architecture gemma3() {
   gemma.vocab_size = 262208;
   gemma.sliding_window_pattern = 6;
   gemma.rope_theta = 1e6;
-  // Transformers has the key, but its Gemma 3 does not apply it.
-  gemma.attn_logit_softcapping = std::nullopt;
   gemma.final_logit_softcapping = 0;
   return gemma;
 }

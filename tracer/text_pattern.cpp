@@ -144,7 +144,7 @@ class Translation {
     } else if (rest_.starts_with("?=") || rest_.starts_with("?!")) {
       result_ += fmt::format("({}", take(2));
       atom = Atom::look;
-    } else if (accept("?:") || (!rest_.starts_with("?") && !rest_.starts_with("*"))) {
+    } else if (accept("?:") || (!rest_.starts_with('?') && !rest_.starts_with('*'))) {
       result_ += "(?:";
     } else {
       refuse(fmt::format("({}", rest_.substr(0, 3)));
@@ -161,10 +161,10 @@ class Translation {
       if (ignoring_case) refuse("[^ where case is ignored");
       result_ += '^';
     }
-    if (rest_.starts_with("]")) refuse("[]");
+    if (rest_.starts_with(']')) refuse("[]");
     while (!accept("]")) {
       if (rest_.empty()) refuse("an unmatched [");
-      if (rest_.starts_with("[")) refuse("a [ inside a [...]");
+      if (rest_.starts_with('[')) refuse("a [ inside a [...]");
       if (rest_.starts_with("&&")) refuse("&&");
       if (accept("\\s")) {
         if (ignoring_case) refuse("\\s where case is ignored");
@@ -175,10 +175,10 @@ class Translation {
       const Member first = next_member();
       check_case(first, ignoring_case);
       result_ += first.written;
-      if (!rest_.starts_with("-") || rest_.starts_with("-]")) continue;
+      if (!rest_.starts_with('-') || rest_.starts_with("-]")) continue;
       if (!first.character) refuse("a range that begins with a class");
       accept("-");
-      if (rest_.empty() || rest_.starts_with("[")) refuse("such a range");
+      if (rest_.empty() || rest_.starts_with('[')) refuse("such a range");
       const Member last = next_member();
       if (!last.character) refuse("a range that ends with a class");
       check_case(last, ignoring_case);
@@ -188,7 +188,7 @@ class Translation {
   }
 
   void not_a_range() {
-    if (rest_.starts_with("-") && !rest_.starts_with("-]")) refuse("a range that begins with a class");
+    if (rest_.starts_with('-') && !rest_.starts_with("-]")) refuse("a range that begins with a class");
   }
 
   static void check_case(const Member& member, bool ignoring_case) {
@@ -268,7 +268,7 @@ class Translation {
     } else {
       result_ += take(1);
       // Possessive or lazy. After {n,m} Oniguruma takes these for another repetition.
-      if (rest_.starts_with("+") || rest_.starts_with("?")) result_ += take(1);
+      if (rest_.starts_with('+') || rest_.starts_with('?')) result_ += take(1);
     }
     if (!rest_.empty() && std::string_view("*+?{").find(rest_.front()) != std::string_view::npos) {
       refuse("a repeated repetition");

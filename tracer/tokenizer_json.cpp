@@ -113,7 +113,7 @@ std::optional<std::string> bytes_of_letters(std::string_view token) {
 
 // The byte that a token such as <0x0A> stands for.
 std::optional<char> byte_of(std::string_view token) {
-  if (token.size() != 6 || !token.starts_with("<0x") || !token.ends_with(">")) return std::nullopt;
+  if (token.size() != 6 || !token.starts_with("<0x") || !token.ends_with('>')) return std::nullopt;
   unsigned value = 0;
   for (const char digit : token.substr(3, 2)) {
     const std::size_t found = std::string_view("0123456789abcdefABCDEF").find(digit);

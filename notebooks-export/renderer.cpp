@@ -80,7 +80,9 @@ class Drawer {
     const std::string line = buffer_.substr(0, buffer_.find('\n'));
     buffer_.erase(0, line.size() + 1);
     const ordered_json head = ordered_json::parse(line, nullptr, false);
-    if (!head.is_object()) throw Error(fmt::format("an answer that is none: {}", printable(line.substr(0, 80))));
+    if (!head.is_object() || (head.contains("error") && !head["error"].is_string())) {
+      throw Error(fmt::format("an answer that is none: {}", printable(line.substr(0, 80))));
+    }
     if (head.contains("error")) throw Error(printable(head["error"].get<std::string>()));
     std::map<std::string, std::string> parts;
     for (const auto& [name, size] : head.items()) {

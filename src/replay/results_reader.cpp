@@ -76,9 +76,15 @@ Granularity read_granularity(const hdf5::File& file, const std::string& group) {
   return *granularity;
 }
 
+// A name that is shown, and that others are compared with: made printable once, here, so that tables, figures and
+// messages call a thing the same whatever the file calls it.
+std::string read_name(const hdf5::File& file, const std::string& group, const std::string& name) {
+  return printable(file.read_string(group, name));
+}
+
 StoredResult read_identity(const hdf5::File& file, const std::string& group) {
   StoredResult result;
-  result.trace = file.read_string(group, "trace");
+  result.trace = read_name(file, group, "trace");
   result.trace_digest = file.read_string(group, "trace_digest");
   result.model = file.read_string(group, "model");
   result.num_layers = read_count(file, group, "num_layers");
@@ -89,8 +95,8 @@ StoredResult read_identity(const hdf5::File& file, const std::string& group) {
          fmt::format("{} query heads cannot share {} KV heads", result.num_query_heads, result.num_kv_heads));
   }
   result.prompt_length = read_count(file, group, "prompt_length");
-  result.policy = file.read_string(group, "policy");
-  result.capacity_request = file.read_string(group, "capacity_request");
+  result.policy = read_name(file, group, "policy");
+  result.capacity_request = read_name(file, group, "capacity_request");
   result.capacity = read_count(file, group, "capacity");
   result.kept = file.read_double(group, "kept");
   result.eviction_position = read_count(file, group, "evict_at");
@@ -158,10 +164,11 @@ ResultsReader::ResultsReader(const std::filesystem::path& path)
   for (const std::string& group : numbered(file_, "/results")) results_.push_back(read_identity(file_, group));
   for (const std::string& group : numbered(file_, "/overlap")) {
     OverlapTable& table = overlaps_.emplace_back();
-    table.trace = file_.read_string(group, "trace");
-    table.capacity_request = file_.read_string(group, "capacity_request");
+    table.trace = read_name(file_, group, "trace");
+    table.capacity_request = read_name(file_, group, "capacity_request");
     table.eviction_position = read_count(file_, group, "evict_at");
     table.policies = file_.read_strings(group + "/policies");
+    for (std::string& policy : table.policies) policy = printable(policy);
   }
 }
 
@@ -191,9 +198,9 @@ KeptSetsReader::KeptSetsReader(const std::filesystem::path& path)
     : file_(open_complete(path, "kvreplay-kept", "kept sets")) {
   for (const std::string& group : numbered(file_, "/kept")) {
     StoredKeptSets& kept = kept_.emplace_back();
-    kept.trace = file_.read_string(group, "trace");
-    kept.policy = file_.read_string(group, "policy");
-    kept.capacity_request = file_.read_string(group, "capacity_request");
+    kept.trace = read_name(file_, group, "trace");
+    kept.policy = read_name(file_, group, "policy");
+    kept.capacity_request = read_name(file_, group, "capacity_request");
     kept.eviction_position = read_count(file_, group, "evict_at");
     kept.granularity = read_granularity(file_, group);
     const hdf5::Shape offsets = file_.dataset(group + "/offsets").shape();

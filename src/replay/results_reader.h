@@ -34,8 +34,9 @@ struct StoredResult {
   std::vector<std::string> notes;
 };
 
-/// Reads what ResultsWriter wrote: identities at once, numbers on request. Members throw Error as "file: path: reason",
-/// also for numbers whose shape does not fit the result, and for NaN.
+/// Reads what ResultsWriter wrote: identities at once, numbers on request. Traces, policies and capacities are
+/// printable. Members throw Error as "file: path: reason", also for numbers whose shape does not fit the result, and
+/// for NaN.
 class ResultsReader {
  public:
   /// Throws Error where the file is not a complete results file of this version.

@@ -7,7 +7,10 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
 
+#include "base/printable.h"
 #include "cli/command.h"
 #include "support/random_trace.h"
 #include "support/sample_trace.h"
@@ -41,6 +44,25 @@ class ReportCommand : public test::Commands {
   }
 
   std::string file(const std::string& name) const { return test::read_file(folder_ / name); }
+
+  // All files below the folder with their contents: files() looks at the names of folders only.
+  std::map<std::string, std::string> everything() const {
+    std::map<std::string, std::string> found;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(folder_.path())) {
+      const std::string name = std::filesystem::relative(entry.path(), folder_.path()).string();
+      found[name] = entry.is_regular_file() ? test::read_file(entry.path()) : "";
+    }
+    return found;
+  }
+
+  // The names in `results` of the policy recent at one of its capacities become others.
+  void rename_policy(const std::string& results, const std::string& name) const {
+    test::edit(folder_ / results, [&](std::int64_t file) {
+      for (const char* result : {"/results/7", "/results/16", "/results/25", "/results/34"}) {
+        test::set_string(file, result, "policy", name);
+      }
+    });
+  }
 };
 
 TEST_F(ReportCommand, SaysWhatWasFoundAndWhereItStands) {
@@ -117,15 +139,72 @@ TEST_F(ReportCommand, SameInputSameBytesWhateverTheThreads) {
 }
 
 TEST_F(ReportCommand, AFullDiskLeavesNothingAndKeepsWhatWas) {
-  const auto before = files();
+  const auto before = everything();
   const Outcome outcome = run({.arguments = test::words("report r.h5 -o out"), .largest_file = 3000});
   EXPECT_EQ(outcome.exit_code, 1);
   EXPECT_THAT(outcome.errors, AllOf(HasSubstr("File too large"), Not(HasSubstr("tmp-"))));
-  EXPECT_EQ(files(), before);
+  EXPECT_EQ(everything(), before);
+  report("r.h5 -o out --title first");
+  const auto with_report = everything();
+  EXPECT_EQ(
+      run({.arguments = test::words("report r.h5 -o out --title second --force"), .largest_file = 3000}).exit_code, 1);
+  EXPECT_EQ(everything(), with_report);
+}
+
+TEST_F(ReportCommand, APlaceThatCannotBeWrittenIsNamed) {
+  std::filesystem::create_directory(folder_ / "locked");
+  std::filesystem::permissions(folder_ / "locked",
+                               std::filesystem::perms::owner_read | std::filesystem::perms::owner_exec |
+                                   std::filesystem::perms::others_read | std::filesystem::perms::others_exec);
+  std::filesystem::permissions(folder_.path(),
+                               std::filesystem::perms::others_read | std::filesystem::perms::others_exec,
+                               std::filesystem::perm_options::add);
+  const auto before = everything();
+  const Outcome outcome = run({.arguments = test::words("report r.h5 -o locked/out"), .unprivileged = true});
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_THAT(outcome.errors, AllOf(StartsWith("kvreplay: "), HasSubstr("locked"), HasSubstr("Permission denied")));
+  EXPECT_EQ(std::ranges::count(outcome.errors, '\n'), 1) << outcome.errors;
+  EXPECT_EQ(everything(), before);
+  test::write_file(folder_ / "taken", "a file");
+  refuse_words("r.h5 -o taken --force", 1, {"taken"});
+}
+
+TEST_F(ReportCommand, NamesInResultsAreText) {
+  rename_policy("r.h5", "</script><b>re\ncent \x1b[31m\"'&");
+  const Outcome outcome = report("r.h5 -o out");
+  EXPECT_THAT(outcome.output + outcome.errors, Not(HasSubstr("\x1b")));
+  EXPECT_THAT(file("out/index.html"), AllOf(Not(HasSubstr("</script><b>")), Not(HasSubstr("\x1b"))));
+  // The scale of colours and the table call it the same.
+  const auto spec = nlohmann::json::parse(file("out/figures/error-against-capacity.vl.json"));
+  EXPECT_THAT(file("out/tables/error-against-capacity.csv"), HasSubstr("</script><b>re\\ncent"));
+  EXPECT_THAT(spec.dump(), AllOf(HasSubstr("re\\\\ncent"), Not(HasSubstr("\\u001b"))));
+}
+
+TEST_F(ReportCommand, NamesThatAreNoUTF8AreText) {
+  rename_policy("r.h5",
+                "re\xff"
+                "cent");
   report("r.h5 -o out");
-  const auto with_report = files();
-  EXPECT_EQ(run({.arguments = test::words("report r.h5 -o out --force"), .largest_file = 3000}).exit_code, 1);
-  EXPECT_EQ(files(), with_report);
+  EXPECT_THAT(file("out/tables/error-against-capacity.csv"), HasSubstr("re\\xffcent"));
+  for (const char* name : {"out/index.html", "out/notebook.ipynb", "out/figures/error-against-capacity.vl.json"}) {
+    EXPECT_EQ(find_invalid_utf8(file(name)), std::nullopt) << name;
+  }
+}
+
+TEST_F(ReportCommand, ThemesArePicturesOnly) {
+  report("r.h5 -o screen --theme screen");
+  report("r.h5 -o paper --theme paper");
+  for (const auto& [name, content] : everything()) {
+    if (!name.starts_with("paper/tables/") && name != "paper/index.html") continue;
+    EXPECT_EQ(content, file("screen" + name.substr(5))) << name;
+  }
+  const auto size_of = [&](const std::string& theme) {
+    return nlohmann::json::parse(
+               file(theme + "/figures/error-against-capacity.vl.json"))["config"]["axis"]["labelFontSize"]
+        .get<double>();
+  };
+  EXPECT_EQ(size_of("paper"), 7) << "points";
+  EXPECT_GT(size_of("screen"), 7);
 }
 
 TEST_F(ReportCommand, AnInterruptedOneLeavesNothing) {

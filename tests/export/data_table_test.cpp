@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
@@ -35,6 +36,55 @@ TEST(DataTableTest, WhatIsNoNumberIsNone) {
   EXPECT_EQ(table.csv(), "x,y\n,1\n");
   EXPECT_TRUE(table.json()[0]["x"].is_null());
   EXPECT_EQ(table.json()[0]["y"], 1.0);
+}
+
+// Reads RFC 4180 as any reader does: the fields of all records.
+std::vector<std::vector<std::string>> records_of(const std::string& csv) {
+  std::vector<std::vector<std::string>> records = {{""}};
+  bool quoted = false;
+  for (std::size_t i = 0; i < csv.size(); ++i) {
+    std::string& field = records.back().back();
+    if (quoted && csv[i] == '"' && i + 1 < csv.size() && csv[i + 1] == '"') {
+      field += csv[++i];
+    } else if (csv[i] == '"') {
+      quoted = !quoted;
+    } else if (!quoted && csv[i] == ',') {
+      records.back().emplace_back();
+    } else if (!quoted && csv[i] == '\n') {
+      records.push_back({""});
+    } else {
+      field += csv[i];
+    }
+  }
+  records.pop_back();  // of the last line's end
+  return records;
+}
+
+TEST(DataTableTest, WhatItHoldsIsReadBack) {
+  const std::vector<std::string> texts = {"", "\"", "\"\"", ",", ",,\"", "a\"b,c", " a ", "größer 🙂", "'", "=1+1"};
+  const std::vector<double> numbers = {0.0,        -0.0, 5e-324, 1.7976931348623157e308, -0.1, 1e22, 2.0 / 3,
+                                       1e15 + 0.3, 3,    4};
+  DataTable table({"te\"xt", "number"});
+  for (std::size_t i = 0; i < texts.size(); ++i) table.add({texts[i], numbers[i]});
+  const auto records = records_of(table.csv());
+  ASSERT_EQ(records.size(), texts.size() + 1);
+  EXPECT_EQ(records[0][0], "te\"xt");
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    ASSERT_EQ(records[i + 1].size(), 2u);
+    EXPECT_EQ(records[i + 1][0], texts[i]);
+    EXPECT_EQ(std::strtod(records[i + 1][1].c_str(), nullptr), numbers[i]);
+    EXPECT_EQ(nlohmann::json::parse(table.json().dump())[i]["number"], numbers[i]);
+  }
+  EXPECT_TRUE(std::signbit(std::strtod(records[2][1].c_str(), nullptr)));
+}
+
+TEST(DataTableTest, TextThatIsNoUTF8CanBeWrittenAsJSON) {
+  DataTable table({"token"});
+  table.add(
+      {std::string("a\xff"
+                   "b\r\x7f")});
+  EXPECT_EQ(table.csv(), "token\na\\xffb\\x0d\\x7f\n");
+  EXPECT_EQ(table.json().dump(), R"([{"token":"a\\xffb\\x0d\\x7f"}])");
 }
 
 TEST(DataTableTest, TextIsMadePrintable) {

@@ -5,10 +5,14 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 
+#include <cmath>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <regex>
 #include <set>
+#include <tuple>
 
+#include "base/printable.h"
 #include "export/sample_analysis.h"
 #include "notebooks-export/figure_style.h"
 
@@ -36,8 +40,9 @@ const std::vector<std::pair<std::string, Analysis>>& samples() {
     nothing_else.alphas = {};
     nothing_else.betas = {};
     SampleAnalysis odd;
-    odd.policies = {"restkv",      "snapkv",        "</script><b>&\"'",
-                    "a\nb\x1b[0m", "größer 🙂", "attention(" + std::string(300, 'x') + "=1,y=2)"};
+    odd.policies = {"restkv",           "snapkv",
+                    "</script><b>&\"'", printable("a\nb\x1b[0m"),
+                    "größer 🙂",    "attention(" + std::string(300, 'x') + "=1,y=2)"};
     odd.traces = {"</script>.h5", "\"quoted\" 'name'.h5"};
     SampleAnalysis large;
     large.prompt_length = 131072;
@@ -74,6 +79,65 @@ const std::vector<std::pair<std::string, Analysis>>& samples() {
 
 using Json = nlohmann::ordered_json;
 
+// The kinds of nulls that Vega-Lite knows: "no title", "no legend", …: anywhere else a null is a number that was none.
+bool may_be_null(const std::string& key) {
+  static const std::set<std::string> kKeys = {"title", "legend", "axis", "header", "sort", "scale", "tooltip"};
+  return kKeys.contains(key);
+}
+
+// Whatever a spec must not hold, wherever it is.
+void expect_sound(const Json& node, const std::string& path) {
+  if (node.is_string()) {
+    EXPECT_EQ(node.get<std::string>(), printable(node.get<std::string>())) << path;
+  } else if (node.is_number_float()) {
+    EXPECT_TRUE(std::isfinite(node.get<double>())) << path;
+  } else if (node.is_array()) {
+    for (std::size_t i = 0; i < node.size(); ++i) {
+      EXPECT_FALSE(node[i].is_null()) << path << '/' << i;
+      expect_sound(node[i], fmt::format("{}/{}", path, i));
+    }
+  }
+  if (!node.is_object()) return;
+  for (const auto& [key, value] : node.items()) {
+    EXPECT_TRUE(!value.is_null() || may_be_null(key)) << path << '/' << key;
+    EXPECT_EQ(key, printable(key)) << path;
+    expect_sound(value, path + '/' + key);
+  }
+}
+
+// The columns that expressions name: "datum.layer + 0.5".
+std::set<std::string> columns_in_expressions(const std::string& spec) {
+  static const std::regex kColumn(R"(\bdatum\.([A-Za-z_]\w*))");
+  std::set<std::string> found;
+  for (std::sregex_iterator match(spec.begin(), spec.end(), kColumn), end; match != end; ++match) {
+    if ((*match)[1] != "label") found.insert((*match)[1]);  // of an axis' or legend's entry
+  }
+  return found;
+}
+
+// Scales and orders that list texts of a column list all that its table has: what is missing would get a colour that
+// means something else, or a place at the end.
+void expect_all_listed(const Json& node, const DataTable& table) {
+  if (node.is_array()) {
+    for (const Json& part : node) expect_all_listed(part, table);
+    return;
+  }
+  if (!node.is_object()) return;
+  for (const auto& [key, value] : node.items()) expect_all_listed(value, table);
+  const std::string field = node.value("field", Json()).is_string() ? node["field"].get<std::string>() : "";
+  const auto place = static_cast<std::size_t>(std::ranges::find(table.columns(), field) - table.columns().begin());
+  if (place == table.columns().size() || !table.is_text(place)) return;
+  for (const Json& listed : {node.value("/scale/domain"_json_pointer, Json()), node.value("sort", Json())}) {
+    if (!listed.is_array()) continue;
+    std::set<std::string> texts;
+    for (const Json& text : listed) texts.insert(text.get<std::string>());
+    for (const std::string& text : distinct(table, field)) {
+      if (text.empty()) continue;  // of rows of something else, such as spans
+      EXPECT_TRUE(texts.contains(text)) << field << " lacks " << text;
+    }
+  }
+}
+
 // The columns that a node and what it holds draw, by the property "field"; those that transforms make.
 void find_fields(const Json& node, std::set<std::string>& used, std::set<std::string>& made) {
   if (node.is_array()) {
@@ -91,6 +155,34 @@ void find_fields(const Json& node, std::set<std::string>& used, std::set<std::st
       EXPECT_FALSE(value.empty());
     }
     find_fields(value, used, made);
+  }
+}
+
+// The page filters rows by columns, sets the figure's own choices, and counts rows by a column.
+void expect_page_can_filter(const Figure& figure) {
+  const Json& ours = figure.spec["usermeta"]["kvreplay"];
+  EXPECT_GT(ours.value("ppi", 0), 0);
+  const auto has = [&](const std::string& column) {
+    return std::ranges::find(figure.table.columns(), column) != figure.table.columns().end();
+  };
+  for (const Json& filter : ours.value("filters", Json::array())) {
+    const auto by = filter.get<std::string>();
+    EXPECT_TRUE(has(by.starts_with("shown_") ? by.substr(6) : by)) << by;
+  }
+  if (ours.contains("rows")) {
+    const auto column = ours["rows"]["column"].get<std::string>();
+    ASSERT_TRUE(has(column)) << column;
+    EXPECT_NEAR(figure.spec["height"].get<double>(),
+                ours["rows"]["step"].get<double>() * static_cast<double>(distinct(figure.table, column).size()), 1e-9);
+  }
+  for (const Json& parameter : figure.spec.value("params", Json::array())) {
+    const auto name = parameter["name"].get<std::string>();
+    ASSERT_TRUE(name.starts_with("shown_") && has(name.substr(6))) << name;
+    const std::vector<std::string> texts = distinct(figure.table, name.substr(6));
+    EXPECT_THAT(texts, testing::Contains(parameter["value"].get<std::string>())) << "or nothing is drawn at first";
+    for (const Json& option : parameter["bind"]["options"]) {
+      EXPECT_THAT(texts, testing::Contains(option.get<std::string>())) << name;
+    }
   }
 }
 
@@ -128,8 +220,12 @@ TEST_P(Figures, DrawWhatTheirTablesHold) {
       EXPECT_TRUE(figure.caption.ends_with('.')) << figure.caption;
       EXPECT_THAT(figure.caption, Not(HasSubstr("  ")));
       EXPECT_FALSE(figure.spec.contains("data")) << "which is the table";
-      const std::string text = figure.spec.dump(-1, ' ', false, Json::error_handler_t::replace);
-      EXPECT_THAT(text, Not(HasSubstr("\x1b")));
+      expect_sound(figure.spec, "");
+      expect_all_listed(figure.spec, figure.table);
+      for (const std::string& column : columns_in_expressions(figure.spec.dump())) {
+        EXPECT_TRUE(columns.contains(column) || made.contains(column)) << "datum." << column;
+      }
+      expect_page_can_filter(figure);
       EXPECT_EQ(kind().draw(analysis, theme).spec, figure.spec);
       EXPECT_EQ(kind().draw(analysis, theme).table.csv(), figure.table.csv());
     }
@@ -223,32 +319,87 @@ TEST(FigureSetTest, SettingsOfMostCapacitiesAreShown) {
   EXPECT_THAT(style.capacities(), testing::ElementsAre("64", "128"));
 }
 
-TEST(FigureSetTest, NumbersAreThoseOfTheAnalysis) {
+// The table of one figure.
+DataTable drawn(const Analysis& analysis, const std::string& name) {
+  const auto kinds = figure_kinds();
+  return (*std::ranges::find(kinds, name, &FigureKind::name))->draw(analysis, Theme::paper).table;
+}
+
+// A row's cells by the names of their columns.
+class Row {
+ public:
+  Row(const DataTable& table, std::size_t row) : table_(&table), row_(row) {}
+  const std::string& text(const std::string& column) const { return std::get<std::string>(cell(column)); }
+  double number(const std::string& column) const { return std::get<double>(cell(column)); }
+
+ private:
+  const Cell& cell(const std::string& column) const {
+    const auto& columns = table_->columns();
+    return table_->rows().at(row_).at(static_cast<std::size_t>(std::ranges::find(columns, column) - columns.begin()));
+  }
+  const DataTable* table_;
+  std::size_t row_;
+};
+
+TEST(FigureSetTest, CurvesAreThoseOfTheAnalysis) {
   const Analysis analysis = SampleAnalysis{}.make();
-  const auto drawn = [&](const std::string& name) {
-    for (const FigureKind* kind : figure_kinds()) {
-      if (kind->name == name) return kind->draw(analysis, Theme::paper).table;
-    }
-    return DataTable({});
-  };
-  std::map<std::pair<std::string, std::string>, double> means;
+  std::map<std::pair<std::string, std::string>, CapacityPoint> points;
   for (const CapacityCurve& curve : analysis.curves) {
-    for (const CapacityPoint& point : curve.points) means[{curve.policy, point.capacity_request}] = point.mean;
+    for (const CapacityPoint& point : curve.points) points[{curve.policy, point.capacity_request}] = point;
   }
-  const DataTable curves = drawn("error-against-capacity");
-  ASSERT_FALSE(curves.empty());
-  for (const auto& row : curves.rows()) {
-    EXPECT_EQ(std::get<double>(row[4]), means.at({std::get<std::string>(row[0]), std::get<std::string>(row[1])}));
+  const DataTable table = drawn(analysis, "error-against-capacity");
+  ASSERT_EQ(table.rows().size(), points.size()) << "each once";
+  for (std::size_t i = 0; i < table.rows().size(); ++i) {
+    const Row row(table, i);
+    const auto found = points.extract({row.text("policy"), row.text("capacity")});
+    ASSERT_FALSE(found.empty()) << row.text("policy") << " is there twice, or never was";
+    EXPECT_EQ(row.number("mean"), found.mapped().mean);
+    EXPECT_EQ(row.number("low"), found.mapped().interval.low);
+    EXPECT_EQ(row.number("high"), found.mapped().interval.high);
+    EXPECT_EQ(row.number("kept"), found.mapped().kept);
   }
-  std::map<std::string, double> effects;
+}
+
+TEST(FigureSetTest, AblationIsThatOfTheAnalysis) {
+  const Analysis analysis = SampleAnalysis{}.make();
+  std::map<std::pair<std::string, std::string>, PairedDifference> effects;
   for (const StepEffect& effect : analysis.step_effects) {
-    if (effect.layer < 0) effects[effect.change + " " + effect.capacity_request] = effect.difference.mean;
+    if (effect.layer < 0) effects[{effect.change, effect.capacity_request}] = effect.difference;
   }
-  const DataTable ablation = drawn("ablation");
-  ASSERT_FALSE(ablation.empty());
-  for (const auto& row : ablation.rows()) {
-    EXPECT_EQ(std::get<double>(row[5]),
-              effects.at(std::get<std::string>(row[0]) + " " + std::get<std::string>(row[4])));
+  const DataTable table = drawn(analysis, "ablation");
+  ASSERT_EQ(table.rows().size(), effects.size()) << "each once";
+  std::set<std::string> sure;
+  for (std::size_t i = 0; i < table.rows().size(); ++i) {
+    const Row row(table, i);
+    const auto found = effects.extract({row.text("change"), row.text("capacity")});
+    ASSERT_FALSE(found.empty());
+    EXPECT_EQ(row.number("difference"), found.mapped().mean);
+    EXPECT_EQ(row.number("low"), found.mapped().interval.low);
+    EXPECT_EQ(row.number("high"), found.mapped().interval.high);
+    EXPECT_EQ(row.text("sure"), found.mapped().adjusted < 0.05 ? "yes" : "no");
+    sure.insert(row.text("sure"));
+  }
+  EXPECT_EQ(sure.size(), 2u) << "the sample has both";
+}
+
+TEST(FigureSetTest, OverlapsAreThoseOfTheAnalysis) {
+  const Analysis analysis =
+      SampleAnalysis{.policies = {"restkv", "snapkv", "tova", "random"}, .alphas = {}, .betas = {}}.make();
+  std::map<std::tuple<std::string, std::string, std::string, std::string>, PolicyOverlap> overlaps;
+  for (const PolicyOverlap& each : analysis.overlaps) {
+    const std::string layer = each.layer < 0 ? "all" : fmt::format("{}", each.layer);
+    overlaps[{each.capacity_request, layer, each.policy, each.other}] = each;
+  }
+  const DataTable table = drawn(analysis, "policy-overlap");
+  ASSERT_EQ(table.rows().size(), overlaps.size()) << "each once";
+  for (std::size_t i = 0; i < table.rows().size(); ++i) {
+    const Row row(table, i);
+    const auto found =
+        overlaps.extract({row.text("capacity"), row.text("layer"), row.text("policy"), row.text("other")});
+    ASSERT_FALSE(found.empty());
+    const PolicyOverlap& its = found.mapped();
+    EXPECT_NEAR(row.number("jaccard"), its.jaccard, 1e-5 * its.jaccard) << "in six digits";
+    EXPECT_NEAR(row.number("containment"), its.containment, 1e-5 * its.containment);
   }
 }
 

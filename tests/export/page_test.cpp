@@ -6,6 +6,7 @@
 
 #include <nlohmann/json.hpp>
 #include <regex>
+#include <set>
 
 #include "export/sample_analysis.h"
 
@@ -50,12 +51,68 @@ TEST(PageTest, NamesFromFilesAreText) {
   EXPECT_THAT(page, HasSubstr("&lt;script&gt;alert(1)"));
 }
 
+// Everything that a file can name, by something that ends tags, attributes and scripts.
+TEST(PageTest, WhateverAFileNamesIsText) {
+  const std::string quote = "\" onfocus=\"alert(1)";
+  SampleAnalysis sample;
+  sample.policies = {"restkv", "snapkv", quote};
+  Analysis analysis = sample.make();
+  analysis.options.baseline = quote;
+  for (TraceOverview& trace : analysis.traces) {
+    trace.model = kHostile;
+    for (Span& span : trace.spans) span.label = kHostile;
+    for (std::string& piece : trace.token_pieces) piece = kHostile;
+  }
+  analysis.notes = {kHostile};
+  for (const char* title : {kHostile, quote.c_str()}) {
+    const std::string page = page_text(analysis, figures_of(analysis), {.title = title, .findings = {title}});
+    EXPECT_THAT(page, Not(HasSubstr("<script>alert")));
+    EXPECT_THAT(page, Not(HasSubstr("<!--\"")));
+    EXPECT_THAT(page, Not(HasSubstr("\" onfocus=\"alert"))) << "in JSON its quotes are escaped, in attributes too";
+    EXPECT_THAT(page, HasSubstr("&quot; onfocus=&quot;alert(1)"));
+    EXPECT_EQ(count(page, "<!--"), 1u) << "its own mark";
+  }
+}
+
+// What stands between <script type="application/json"> and its end, of all such elements.
+std::vector<std::string> data_of(const std::string& page) {
+  std::vector<std::string> found;
+  const std::regex opening(R"(<script type="application/json"[^>]*>)");
+  for (std::sregex_iterator match(page.begin(), page.end(), opening), end; match != end; ++match) {
+    const auto at = static_cast<std::size_t>(match->position() + match->length());
+    found.push_back(page.substr(at, page.find("</script>", at) - at));
+  }
+  return found;
+}
+
+TEST(PageTest, DataOfHostileNamesReadBackAsTheyWere) {
+  const Analysis analysis = SampleAnalysis{.policies = {"restkv", "snapkv", kHostile, "größer 🙂"}}.make();
+  const std::vector<Figure> figures = figures_of(analysis);
+  const std::vector<std::string> data = data_of(page_text(analysis, figures, {.title = "x"}));
+  ASSERT_EQ(data.size(), figures.size() + 1) << "and what the filters offer";
+  for (std::size_t i = 0; i < figures.size(); ++i) {
+    EXPECT_EQ(nlohmann::ordered_json::parse(data[i])["spec"], figures[i].spec) << figures[i].name;
+  }
+  std::vector<std::string> offered;
+  const auto choices = nlohmann::json::parse(data.back());
+  for (const auto& policy : choices["policies"]) offered.push_back(policy["name"]);
+  EXPECT_THAT(offered, testing::IsSupersetOf({std::string(kHostile), std::string("größer 🙂")}));
+}
+
 TEST(PageTest, NeedsNothingFromElsewhere) {
   const Analysis analysis = SampleAnalysis{}.make();
   const std::string page = page_text(analysis, figures_of(analysis), {.title = "A title", .javascript = "var x = 1;"});
   EXPECT_THAT(page, HasSubstr("default-src 'none'"));
   const std::regex loads(R"((src|href)\s*=\s*["'](https?:)?//)");
   EXPECT_FALSE(std::regex_search(page, loads));
+  // Links lead within the page or beside it; nothing else is asked for.
+  const std::regex target(R"lit(<[a-z]+ [^>]*?\b(?:src|href)="([^"]*)")lit");
+  const std::regex harmless(R"(#[\w-]+|data:,|notebook\.ipynb|(figures|tables)/[\w.-]+)");
+  std::size_t links = 0;
+  for (std::sregex_iterator match(page.begin(), page.end(), target), end; match != end; ++match, ++links) {
+    EXPECT_TRUE(std::regex_match((*match)[1].str(), harmless)) << (*match)[1];
+  }
+  EXPECT_GT(links, 19u);
   EXPECT_THAT(page, Not(HasSubstr("@import")));
   EXPECT_THAT(page, Not(HasSubstr("url(http")));
 }
@@ -78,6 +135,27 @@ TEST(PageTest, SaysWhatWasFoundAndWhatIsMissing) {
     EXPECT_THAT(page, HasSubstr("figures/" + figure.name + ".vl.json"));
     EXPECT_THAT(page, HasSubstr("tables/" + figure.name + ".csv"));
   }
+}
+
+TEST(PageTest, LinksLeadToWhatIsThereAndRegionsHaveNames) {
+  const Analysis analysis = SampleAnalysis{}.make();
+  const std::string page = page_text(analysis, figures_of(analysis), {.title = "x"});
+  std::set<std::string> ids;
+  const std::regex id(R"lit(\bid="([^"]+)")lit");
+  for (std::sregex_iterator match(page.begin(), page.end(), id), end; match != end; ++match) {
+    EXPECT_TRUE(ids.insert((*match)[1]).second) << (*match)[1] << " twice";
+  }
+  const std::regex anchor(R"lit((?:href="#|aria-labelledby=")([^"]+)")lit");
+  for (std::sregex_iterator match(page.begin(), page.end(), anchor), end; match != end; ++match) {
+    EXPECT_TRUE(ids.contains((*match)[1])) << (*match)[1];
+  }
+  // What the keyboard reaches to scroll says what it is.
+  const std::regex region(R"lit(<[^>]*tabindex="0"[^>]*>)lit");
+  std::size_t regions = 0;
+  for (std::sregex_iterator match(page.begin(), page.end(), region), end; match != end; ++match, ++regions) {
+    EXPECT_THAT(match->str(), HasSubstr("aria-label"));
+  }
+  EXPECT_GT(regions, 19u);
 }
 
 TEST(PageTest, HoldsEachTablesNumbers) {

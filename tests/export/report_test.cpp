@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <regex>
 
 #include "base/error.h"
 #include "base/file_text.h"
@@ -151,6 +152,74 @@ TEST_F(Report, ThatCannotBeDrawnLeavesNothing) {
   EXPECT_THAT(message, HasSubstr("figure ablation"));
   EXPECT_FALSE(std::filesystem::exists(folder_ / "report"));
   EXPECT_THAT(names_in(folder_.path()), ElementsAre("fake-python"));
+}
+
+// Whatever happens while pictures are drawn: the figure is named, and what stood there stays as it was.
+TEST_F(Report, ThatCannotBeDrawnKeepsWhatWas) {
+  write({.title = "first"});
+  const std::string page = file_text(folder_ / "report" / "index.html");
+  for (const auto& [answer, reason] : std::vector<std::pair<std::string, std::string>>{
+           {"echo 'ValueError: no such font' >&2; exit 3", "no such font"},
+           {"exit 0", "ended unexpectedly"},
+           {"kill -9 $$", "ended unexpectedly"},
+           {"echo '{\"error\": \"no such mark\"}'", "no such mark"},
+           {"echo '{\"error\": 5}'", "an answer that is none"},
+           {"echo '[1, 2]'", "an answer that is none"},
+           {"echo '{\"svg\": -1, \"png\": 1, \"pdf\": 1}'", "an answer that is none"},
+           {"echo '{\"svg\": 1}'; printf S", "without p"},
+           {"echo '{\"svg\": 4000000000}'; printf S", "ended unexpectedly"},
+       }) {
+    SCOPED_TRACE(answer);
+    const std::filesystem::path python =
+        fake_python("read line\ncase $line in *version*) " +
+                    ("printf '{\"version\": 3}\\n6.1'; exit;; *) " + answer + ";; esac\n"));
+    const std::string message =
+        error_of([&]() { write({.title = "second", .only = {"ablation"}, .python = python, .force = true}); });
+    EXPECT_THAT(message, AllOf(HasSubstr("figure ablation: "), HasSubstr(reason), Not(HasSubstr("\n"))));
+    EXPECT_EQ(file_text(folder_ / "report" / "index.html"), page);
+    EXPECT_THAT(names_in(folder_.path()), ElementsAre("fake-python", "report"));
+  }
+}
+
+TEST_F(Report, APageThatCannotBeMadeLeavesNothing) {
+  const std::filesystem::path python = fake_python(
+      "while read line; do case $line in\n"
+      "  *version*) printf '{\"version\": 3}\\n6.1';;\n"
+      "  *javascript*) echo '{\"error\": \"no bundle\"}';;\n"
+      "  *) printf '{\"svg\": 3, \"png\": 3, \"pdf\": 3}\\nSVGPNGPDF';;\n"
+      "esac; done\n");
+  EXPECT_THAT(error_of([&]() { write({.only = {"ablation"}, .python = python}); }), HasSubstr("no bundle"));
+  EXPECT_THAT(names_in(folder_.path()), ElementsAre("fake-python"));
+}
+
+// An answer to the question for the version that is of the wrong kind is a Python that cannot draw, and no more.
+TEST_F(Report, APythonThatAnswersNonsenseIsNone) {
+  for (const char* answer : {"echo nonsense", "echo '{\"error\": 5}'", "echo '{}'", "echo 5", "true"}) {
+    SCOPED_TRACE(answer);
+    const std::filesystem::path python = fake_python(std::string("read line; ") + answer + "\n");
+    ::setenv("KVREPLAY_REPORT_PYTHON", python.c_str(), 1);
+    const ReportOutcome outcome = write({.only = {"ablation"}, .force = true});
+    EXPECT_THAT(outcome.missing, AllOf(HasSubstr("make report-environment"), Not(HasSubstr("\n"))));
+    EXPECT_THAT(names_in(folder_ / "report" / "figures"), ElementsAre("ablation.vl.json"));
+  }
+}
+
+TEST_F(Report, EveryPartHoldsTheSameFigures) {
+  const ReportOutcome outcome = write({.theme = Theme::paper});
+  const std::string page = file_text(folder_ / "report" / "index.html");
+  const auto notebook = nlohmann::json::parse(file_text(folder_ / "report" / "notebook.ipynb"));
+  EXPECT_THAT(notebook["cells"], SizeIs(2 + 2 * outcome.figures.size()));
+  EXPECT_THAT(names_in(folder_ / "report" / "figures"), SizeIs(outcome.figures.size()))
+      << "no pictures, no stray files";
+  EXPECT_THAT(names_in(folder_ / "report" / "tables"), SizeIs(outcome.figures.size()));
+  for (const std::string& name : outcome.figures) EXPECT_THAT(page, HasSubstr("id=\"" + name + "\""));
+  // What the page links to is there, also where pictures are missing.
+  const std::regex beside(R"lit(href="((?:figures|tables)/[^"]+|notebook\.ipynb)")lit");
+  std::size_t links = 0;
+  for (std::sregex_iterator match(page.begin(), page.end(), beside), end; match != end; ++match, ++links) {
+    EXPECT_TRUE(std::filesystem::exists(folder_ / "report" / (*match)[1].str())) << (*match)[1];
+  }
+  EXPECT_GT(links, outcome.figures.size());
 }
 
 TEST_F(Report, APythonThatIsNamedMustDraw) {

@@ -7,12 +7,9 @@
 #include <chrono>
 #include <cmath>
 #include <functional>
-#include <memory>
 
 #include "base/error.h"
-#include "base/output_file.h"
 #include "trace/writer.h"
-#include "tracer/scratch_file.h"
 
 namespace kvreplay::tracer {
 
@@ -43,51 +40,28 @@ std::vector<float> output_projection(const Model& model, int layer) {
   return values;
 }
 
-// Brings what attention saw and produced at the captured positions into the trace: layer by layer during the prompt
-// where a writer is there already, and with write() otherwise.
+// Brings what attention saw and produced at the captured positions into the trace, layer by layer.
 class Recorder final : public ForwardObserver {
  public:
   Recorder(const CaptureOptions& options, const Model& model, Index prompt_length, Index first_captured,
-           TraceWriter* writer)
+           TraceWriter& writer)
       : options_(options),
         model_(model),
         config_(model.config),
         prompt_length_(prompt_length),
         first_captured_(first_captured),
         writer_(writer),
-        layers_(static_cast<std::size_t>(config_.num_layers)),
-        start_(Clock::now()) {
-    if (writer_ == nullptr) scratch_ = std::make_unique<ScratchFile>(options.output);
-  }
+        start_(Clock::now()) {}
 
   bool wants_attention_mass() const override { return !prompt_done_; }
 
   void on_attention(const LayerAttention& attention, KvCache& cache) override {
     const auto start = Clock::now();
-    const Index skipped = std::max<Index>(0, first_captured_ - attention.first_position) * width();
-    const auto queries = attention.queries.subspan(static_cast<std::size_t>(skipped));
-    const auto outputs = attention.outputs.subspan(static_cast<std::size_t>(skipped));
-    if (options_.dtype == DType::float16) check_all_fit_float16(attention, queries, outputs, cache);
-    Layer& layer = layers_[static_cast<std::size_t>(attention.layer)];
     if (prompt_done_) {
-      layer.later_queries.insert(layer.later_queries.end(), queries.begin(), queries.end());
-      layer.later_outputs.insert(layer.later_outputs.end(), outputs.begin(), outputs.end());
-    } else if (writer_ != nullptr) {
-      write_keys_and_values(*writer_, attention.layer, cache);
-      cache.release(attention.layer);
-      for (int head = 0; head < config_.num_attention_heads; ++head) {
-        writer_->write_rows(attention.layer, HeadTensor::queries, head, 0, rows_of(queries, head));
-      }
-      for (int head = 0; head < config_.num_attention_heads; ++head) {
-        writer_->write_rows(attention.layer, HeadTensor::outputs, head, 0, rows_of(outputs, head));
-      }
-      write_projection(*writer_, attention.layer);
-      writer_->write_attention_mass(attention.layer, mass_of(attention));
+      write_step(attention, cache);
     } else {
-      layer.queries = put_aside(queries);
-      layer.outputs = put_aside(outputs);
-      const std::vector<float> mass = mass_of(attention);
-      layer.mass = scratch_->append(std::as_bytes(std::span(mass)));
+      write_prompt(attention, cache);
+      if (options_.generate < 2) cache.release(attention.layer);
     }
     seconds_ += seconds_since(start);
   }
@@ -101,47 +75,52 @@ class Recorder final : public ForwardObserver {
 
   void end_prompt() { prompt_done_ = true; }
 
-  // What following the run took so far.
+  // What writing took so far.
   double seconds() const { return seconds_; }
 
-  // Everything of a layer, where it was not written during the prompt.
-  void write(TraceWriter& writer, int number, const KvCache& cache) {
-    const Layer& layer = layers_[static_cast<std::size_t>(number)];
-    write_keys_and_values(writer, number, cache);
-    write_in_two_parts(writer, number, HeadTensor::queries, layer.queries, layer.later_queries);
-    write_in_two_parts(writer, number, HeadTensor::outputs, layer.outputs, layer.later_outputs);
-    write_projection(writer, number);
-    std::vector<float> mass(static_cast<std::size_t>(config_.num_attention_heads * prompt_length_));
-    scratch_->read(layer.mass, std::as_writable_bytes(std::span(mass)));
-    writer.write_attention_mass(number, mass);
-  }
-
  private:
-  struct Layer {
-    std::int64_t queries = 0;  // of the prompt, in the scratch file: [H, prompt queries, D] of the trace's type
-    std::int64_t outputs = 0;
-    std::int64_t mass = 0;             // [H, P] in float32
-    std::vector<float> later_queries;  // [queries after the prompt, H·D]
-    std::vector<float> later_outputs;
-  };
-
   Index width() const { return Index{config_.num_attention_heads} * config_.head_dim; }
 
-  void check_all_fit_float16(const LayerAttention& attention, std::span<const float> queries,
-                             std::span<const float> outputs, const KvCache& cache) const {
-    check_fits_float16(queries, "queries", attention.layer);
-    check_fits_float16(outputs, "attention outputs", attention.layer);
-    for (int head = 0; head < config_.num_key_value_heads; ++head) {
-      const Index new_rows = cache.length(attention.layer, head) - attention.count;
+  void write_prompt(const LayerAttention& attention, const KvCache& cache) {
+    for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values}) {
       const auto floats = static_cast<std::size_t>(attention.count * config_.head_dim);
-      const Index offset = new_rows * config_.head_dim;
-      check_fits_float16({cache.keys(attention.layer, head) + offset, floats}, "keys", attention.layer);
-      check_fits_float16({cache.values(attention.layer, head) + offset, floats}, "values", attention.layer);
+      for (int head = 0; head < config_.num_key_value_heads; ++head) {
+        writer_.write_rows(attention.layer, tensor, head, 0,
+                           std::span(rows_in(cache, tensor, attention, head), floats));
+      }
     }
+    const auto skipped = static_cast<std::size_t>(first_captured_ * width());
+    for (const HeadTensor tensor : {HeadTensor::queries, HeadTensor::outputs}) {
+      const auto all = tensor == HeadTensor::queries ? attention.queries : attention.outputs;
+      for (int head = 0; head < config_.num_attention_heads; ++head) {
+        writer_.write_rows(attention.layer, tensor, head, 0, rows_of(all.subspan(skipped), head));
+      }
+    }
+    if (options_.output_projection) {
+      writer_.write_output_projection(attention.layer, output_projection(model_, attention.layer));
+    }
+    writer_.write_attention_mass(attention.layer,
+                                 std::vector<float>(attention.attention_mass.begin(), attention.attention_mass.end()));
   }
 
-  static std::vector<float> mass_of(const LayerAttention& attention) {
-    return {attention.attention_mass.begin(), attention.attention_mass.end()};
+  void write_step(const LayerAttention& attention, const KvCache& cache) {
+    for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values}) {
+      std::vector<float> rows;
+      for (int head = 0; head < config_.num_key_value_heads; ++head) {
+        const float* row = rows_in(cache, tensor, attention, head);
+        rows.insert(rows.end(), row, row + config_.head_dim);
+      }
+      writer_.write_next(attention.layer, tensor, rows);
+    }
+    writer_.write_next(attention.layer, HeadTensor::queries, attention.queries);
+    writer_.write_next(attention.layer, HeadTensor::outputs, attention.outputs);
+  }
+
+  // A head's keys or values of the tokens that attention was computed for, [count, D].
+  const float* rows_in(const KvCache& cache, HeadTensor tensor, const LayerAttention& attention, int head) const {
+    const float* rows =
+        tensor == HeadTensor::keys ? cache.keys(attention.layer, head) : cache.values(attention.layer, head);
+    return rows + attention.first_position * config_.head_dim;
   }
 
   // One head's part of rows of all heads: [count, H·D] to [count, D].
@@ -155,54 +134,12 @@ class Recorder final : public ForwardObserver {
     return rows;
   }
 
-  // [count, H·D] to [H, count, D] in the trace's type, in the scratch file.
-  std::int64_t put_aside(std::span<const float> all) {
-    std::int64_t place = 0;
-    std::vector<std::byte> stored;
-    for (int head = 0; head < config_.num_attention_heads; ++head) {
-      const std::vector<float> rows = rows_of(all, head);
-      stored.resize(rows.size() * size_of(options_.dtype));
-      from_float32(options_.dtype, rows, stored.data());
-      const std::int64_t at = scratch_->append(stored);
-      if (head == 0) place = at;
-    }
-    return place;
-  }
-
-  void write_keys_and_values(TraceWriter& writer, int layer, const KvCache& cache) const {
-    for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values}) {
-      for (int head = 0; head < config_.num_key_value_heads; ++head) {
-        const float* rows = tensor == HeadTensor::keys ? cache.keys(layer, head) : cache.values(layer, head);
-        const auto floats = static_cast<std::size_t>(cache.length(layer, head) * config_.head_dim);
-        writer.write_rows(layer, tensor, head, 0, std::span(rows, floats));
-      }
-    }
-  }
-
-  // Prompt queries from the scratch file, and later ones, head by head.
-  void write_in_two_parts(TraceWriter& writer, int layer, HeadTensor tensor, std::int64_t place,
-                          std::span<const float> later) const {
-    const Index count = prompt_length_ - first_captured_;
-    std::vector<std::byte> stored(static_cast<std::size_t>(count * config_.head_dim) * size_of(options_.dtype));
-    for (int head = 0; head < config_.num_attention_heads; ++head) {
-      scratch_->read(place + head * static_cast<std::int64_t>(stored.size()), stored);
-      writer.write_rows(layer, tensor, head, 0, std::span<const std::byte>(stored));
-      if (!later.empty()) writer.write_rows(layer, tensor, head, count, rows_of(later, head));
-    }
-  }
-
-  void write_projection(TraceWriter& writer, int layer) const {
-    if (options_.output_projection) writer.write_output_projection(layer, output_projection(model_, layer));
-  }
-
   const CaptureOptions& options_;
   const Model& model_;
   const ModelConfig& config_;
   Index prompt_length_;
   Index first_captured_;
-  TraceWriter* writer_;
-  std::unique_ptr<ScratchFile> scratch_;
-  std::vector<Layer> layers_;
+  TraceWriter& writer_;
   Clock::time_point start_;
   double seconds_ = 0;
   bool prompt_done_ = false;
@@ -265,8 +202,17 @@ std::string text_after(const Tokenizer& tokenizer, std::span<const std::int32_t>
   return whole.starts_with(before) ? whole.substr(before.size()) : tokenizer.decode(generated);
 }
 
+// The tokens' texts, or none where there is no tokenizer.
+std::vector<std::string> pieces_of(const Tokenizer* tokenizer, std::span<const std::int32_t> ids) {
+  std::vector<std::string> pieces;
+  if (tokenizer == nullptr) return pieces;
+  for (const std::int32_t id : ids) pieces.push_back(tokenizer->piece(id));
+  return pieces;
+}
+
+// The run as far as its prompt.
 TraceInfo describe(const CaptureOptions& options, const ModelConfig& config, const Prompt& prompt,
-                   std::span<const std::int32_t> token_ids, Index first_captured) {
+                   Index first_captured) {
   TraceInfo info;
   info.model.name = config.name;
   info.model.architecture = config.model_type;
@@ -283,21 +229,15 @@ TraceInfo describe(const CaptureOptions& options, const ModelConfig& config, con
   info.model.sliding_window = all_alike ? windows.front() : 0;
   info.source = fmt::format("model {}, prompt {}{}, greedy decoding in float32", config.name, options.prompt_name,
                             options.prompt_text ? fmt::format(" by {}", prompt.tokenizer->file_name()) : "");
-  info.token_ids.assign(token_ids.begin(), token_ids.end());
-  info.prompt_length = static_cast<int>(prompt.ids.size());
-  if (prompt.tokenizer != nullptr) {
-    for (const std::int32_t id : token_ids) info.token_pieces.push_back(prompt.tokenizer->piece(id));
-  }
-  for (Index position = first_captured; position < static_cast<Index>(token_ids.size()); ++position) {
-    info.query_positions.push_back(static_cast<std::int32_t>(position));
+  info.token_ids = prompt.ids;
+  info.token_pieces = pieces_of(prompt.tokenizer.get(), prompt.ids);
+  info.prompt_length = info.num_tokens();
+  for (int position = static_cast<int>(first_captured); position < info.prompt_length; ++position) {
+    info.query_positions.push_back(position);
   }
   info.spans = prompt.spans;
   info.layer_sliding_window = config.sliding_windows;
   return info;
-}
-
-void report_written(const CaptureOptions& options, double fraction) {
-  if (options.on_progress) options.on_progress({CaptureProgress::Stage::write, fraction, 0});
 }
 
 }  // namespace
@@ -326,8 +266,6 @@ CaptureSummary capture(const CaptureOptions& options) {
   const Model model(options.model_folder);
   const ModelConfig& config = model.config;
   const Prompt prompt = prepare_prompt(options, config);
-  // A long run should not end at a folder that cannot be written to.
-  { const OutputFile probe(options.output); }
   if (options.dtype == DType::float16 && options.output_projection) {
     for (int layer = 0; layer < config.num_layers; ++layer) {
       check_fits_float16(output_projection(model, layer), "output projection", layer);
@@ -335,26 +273,23 @@ CaptureSummary capture(const CaptureOptions& options) {
   }
 
   const auto prompt_length = static_cast<Index>(prompt.ids.size());
-  const Index capacity = prompt_length + std::max(0, options.generate - 1);
-  if (config.max_position_embeddings > 0 && capacity > config.max_position_embeddings) {
+  // The last generated token is not fed back.
+  const Index most_later = std::max(0, options.generate - 1);
+  const Index longest = prompt_length + most_later;
+  if (config.max_position_embeddings > 0 && longest > config.max_position_embeddings) {
     warn(options,
          fmt::format("the run may take {} positions, but {} was made for {}; what lies beyond may be unlike it",
-                     capacity, config.name, config.max_position_embeddings));
+                     longest, config.name, config.max_position_embeddings));
   }
   const Index first_captured =
       options.query_window ? std::max<Index>(0, prompt_length - *options.query_window) : Index{0};
 
   CaptureSummary summary;
-  KvCache cache(config.num_layers, config.num_key_value_heads, config.head_dim, capacity);
+  KvCache cache(config.num_layers, config.num_key_value_heads, config.head_dim, longest);
   Transformer transformer(model, options.execution);
   std::vector<std::int32_t> token_ids = prompt.ids;
-  // The last generated token is not fed back: with no more than one, all shapes are known now.
-  std::unique_ptr<TraceWriter> writer;
-  if (options.generate < 2) {
-    writer = std::make_unique<TraceWriter>(options.output, describe(options, config, prompt, token_ids, first_captured),
-                                           options.dtype);
-  }
-  Recorder recorder(options, model, prompt_length, first_captured, writer.get());
+  TraceWriter writer(options.output, describe(options, config, prompt, first_captured), options.dtype, most_later);
+  Recorder recorder(options, model, prompt_length, first_captured, writer);
 
   const auto prefill_start = Clock::now();
   std::vector<float> logits = transformer.forward(prompt.ids, cache, &recorder);
@@ -362,13 +297,14 @@ CaptureSummary capture(const CaptureOptions& options) {
   summary.prefill_seconds = seconds_since(prefill_start) - recorder.seconds();
 
   const auto decode_start = Clock::now();
+  const double written_before = recorder.seconds();
   while (static_cast<int>(summary.generated_ids.size()) < options.generate) {
     if (!summary.generated_ids.empty()) {
       token_ids.push_back(summary.generated_ids.back());
       logits = transformer.forward({&token_ids.back(), 1}, cache, &recorder);
     }
     summary.generated_ids.push_back(most_likely(logits));
-    summary.decode_seconds = seconds_since(decode_start);
+    summary.decode_seconds = seconds_since(decode_start) - (recorder.seconds() - written_before);
     if (options.on_progress) {
       const auto done = static_cast<double>(summary.generated_ids.size());
       options.on_progress({CaptureProgress::Stage::decode, done / options.generate,
@@ -379,17 +315,8 @@ CaptureSummary capture(const CaptureOptions& options) {
     if (summary.ended) break;
   }
 
-  if (writer == nullptr) {
-    writer = std::make_unique<TraceWriter>(options.output, describe(options, config, prompt, token_ids, first_captured),
-                                           options.dtype);
-    for (int layer = 0; layer < config.num_layers; ++layer) {
-      recorder.write(*writer, layer, cache);
-      cache.release(layer);
-      report_written(options, static_cast<double>(layer) / config.num_layers);
-    }
-  }
-  writer->finish();
-  report_written(options, 1);
+  const auto later = std::span(token_ids).subspan(prompt.ids.size());
+  writer.finish(later, pieces_of(prompt.tokenizer.get(), later));
   summary.output = options.output;
   summary.file_bytes = std::filesystem::file_size(options.output);
   summary.num_layers = config.num_layers;

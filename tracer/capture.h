@@ -17,7 +17,7 @@ namespace kvreplay::tracer {
 
 /// How far a capture is.
 struct CaptureProgress {
-  enum class Stage { prefill, decode, write };
+  enum class Stage { prefill, decode };
   Stage stage = Stage::prefill;
   double fraction = 0;           ///< of the stage
   double tokens_per_second = 0;  ///< of prefill or decode; 0 while it cannot be told
@@ -55,17 +55,16 @@ struct CaptureSummary {
   std::optional<std::string> generated_text;  ///< nothing where the model's folder has no tokenizer
   bool ended = false;                         ///< the last generated token ends the sequence
   double prefill_seconds = 0;                 ///< without what writing took
-  double decode_seconds = 0;                  ///< of all generated tokens but the first, which prefill gives
+  double decode_seconds = 0;                  ///< the same, of all generated tokens but the first, which prefill gives
 };
 
 /// Reads whitespace-separated decimal token ids. Throws Error, beginning with `name`, at anything else, and if there
 /// are none.
 std::vector<std::int32_t> parse_token_ids(std::string_view text, std::string_view name);
 
-/// Runs the model on the prompt, generates, and writes the trace. Where nothing generated goes through the model, every
-/// layer is written and forgotten as soon as it is done. Otherwise the file's shapes depend on how much will have been
-/// generated: keys and values, which generation needs, are held in float32, while the prompt's queries and outputs wait
-/// in a scratch file beside the trace.
+/// Runs the model on the prompt, generates, and writes what each layer produces into the trace as soon as it is there.
+/// Keys and values stay in memory as well, in float32, where a generated token attends to them: where more than one is
+/// generated.
 /// Throws Error, leaving no file, if anything cannot be read, run or written; what can be known before the model runs
 /// is checked before.
 CaptureSummary capture(const CaptureOptions& options);

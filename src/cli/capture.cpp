@@ -50,8 +50,6 @@ std::string describe(const tracer::CaptureProgress& progress) {
       return fmt::format("prefill, {:.1f} tokens/s", progress.tokens_per_second);
     case tracer::CaptureProgress::Stage::decode:
       return fmt::format("decode, {:.1f} tokens/s", progress.tokens_per_second);
-    case tracer::CaptureProgress::Stage::write:
-      return "write";
   }
   return "";
 }

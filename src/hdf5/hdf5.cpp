@@ -614,6 +614,12 @@ void Dataset::write_raw(const Shape& first, const Shape& count, const std::byte*
   }
 }
 
+void Dataset::resize(const Shape& shape) {
+  const auto guard = lock();
+  if (H5Dset_extent(handle_.id(), extents(shape).data()) < 0) fail(fmt::format("cannot be resized: {}", last_error()));
+  shape_ = shape;
+}
+
 std::string Dataset::compute_xxh64() const {
   if (variable_length_) fail("has strings of variable length, which a digest does not cover");
   const std::unique_ptr<XXH64_state_t, decltype(&XXH64_freeState)> digest(XXH64_createState(), &XXH64_freeState);
@@ -1194,13 +1200,20 @@ Dataset File::create_typed(const std::string& path, Id type, const Shape& shape,
   H5Pset_attr_phase_change(creation.id(), 64, 32);
   // Every element is written, so none needs a first value.
   H5Pset_fill_time(creation.id(), H5D_FILL_TIME_NEVER);
+  const Handle access(H5Pcreate(H5P_DATASET_ACCESS));
   if (!storage.chunk.empty() && elements(shape) > 0) {
     H5Pset_chunk(creation.id(), static_cast<int>(storage.chunk.size()), extents(storage.chunk).data());
     if (storage.shuffle) H5Pset_shuffle(creation.id());
     if (storage.gzip_level > 0) H5Pset_deflate(creation.id(), static_cast<unsigned>(storage.gzip_level));
   }
   const Handle space = space_of(shape);
-  Handle dataset(H5Dcreate2(handle_.id(), path.c_str(), type, space.id(), H5P_DEFAULT, creation.id(), H5P_DEFAULT));
+  if (storage.resizable) {
+    H5Pset_chunk_cache(access.id(), 0, 0, H5D_CHUNK_CACHE_W0_DEFAULT);
+    // Along every axis, though one would do: HDF5 1.10 misnames the chunks where it is one other than the first.
+    const std::vector<hsize_t> no_limit(shape.size(), H5S_UNLIMITED);
+    H5Sset_extent_simple(space.id(), static_cast<int>(shape.size()), extents(shape).data(), no_limit.data());
+  }
+  Handle dataset(H5Dcreate2(handle_.id(), path.c_str(), type, space.id(), H5P_DEFAULT, creation.id(), access.id()));
   if (!dataset) fail(path, fmt::format("cannot be created: {}", last_error()));
   return adopt(path, std::move(dataset));
 }

@@ -60,6 +60,7 @@ struct Storage {
   Shape chunk;
   int gzip_level = 0;  ///< 1 to 9; 0 stores as is
   bool shuffle = false;
+  bool resizable = false;  ///< in chunks, of which HDF5 then holds none in memory: every write goes to the file
 };
 
 /// An open dataset.
@@ -94,6 +95,9 @@ class Dataset {
 
   /// Writes a box of elements of this dataset's own type. Throws Error.
   void write_raw(const Shape& first, const Shape& count, const std::byte* data);
+
+  /// Gives a resizable dataset these extents. Throws Error.
+  void resize(const Shape& shape);
 
   /// XXH64 (seed 0, 16 hexadecimal digits) of all elements' little-endian bytes in logical order.
   /// Throws Error on damage, and for variable-length elements, whose bytes lie elsewhere.

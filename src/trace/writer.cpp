@@ -9,6 +9,7 @@
 #include <cmath>
 #include <ctime>
 #include <functional>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -25,19 +26,24 @@ std::string now_in_utc() { return fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmti
 
 }  // namespace
 
-// A tensor that is written from its first row to its last.
+// A tensor that is written in sequences of rows, each from its first to its last: one sequence through all of it, or
+// one in each head where the run may go on.
 struct TraceWriter::Tensor {
   std::string path;
-  hdf5::Shape shape;
+  hdf5::Shape shape;  // where the run may go on, the largest that it may come to
   DType type = DType::float32;
   std::function<std::string(Index offset)> place;  // where an element stands, for messages
+  hdf5::Storage storage;
 
+  bool grows() const { return storage.resizable; }
   Index width() const { return shape.back(); }
   Index rows() const { return hdf5::elements(shape) / width(); }
+  Index sequence_rows() const { return rows() / static_cast<Index>(written.size()); }
+  Index heads() const { return shape.front(); }
 
-  hdf5::Dataset dataset;
+  std::optional<hdf5::Dataset> dataset;  // while it is being written
   std::unique_ptr<XXH64_state_t, decltype(&XXH64_freeState)> digest{nullptr, &XXH64_freeState};
-  Index written = 0;  // rows
+  std::vector<Index> written;  // rows of each sequence
 };
 
 struct TraceWriter::State {
@@ -47,9 +53,10 @@ struct TraceWriter::State {
     std::unique_ptr<Tensor> attention_mass;
   };
 
-  State(const std::filesystem::path& path, TraceInfo trace, DType stored_type)
+  State(const std::filesystem::path& path, TraceInfo trace, DType stored_type, Index most_later_tokens)
       : info(std::move(trace)),
         type(stored_type),
+        most_later(most_later_tokens),
         output(checked(path)),
         file(hdf5::File::create(output.temporary(), path)),
         layers(static_cast<std::size_t>(info.model.num_layers)) {
@@ -88,7 +95,28 @@ struct TraceWriter::State {
     file.write_double("/model", "softmax_scale", model.softmax_scale);
     file.write_int("/model", "sliding_window", model.sliding_window);
     file.write_double("/model", "attn_logit_softcapping", model.attn_logit_softcapping);
+    for (int l = 0; l < model.num_layers; ++l) {
+      const std::string path = fmt::format("/layers/{}", l);
+      file.create_group(path);
+      if (info.layer_sliding_window.empty()) continue;
+      const int window = info.layer_sliding_window[static_cast<std::size_t>(l)];
+      if (window != model.sliding_window) file.write_int(path, "sliding_window", window);
+    }
+  }
 
+  void add_later(std::span<const std::int32_t> ids, std::span<const std::string> pieces) {
+    if (static_cast<Index>(ids.size()) > most_later) {
+      fail("/tokens/ids", fmt::format("{} tokens came later, but {} was the most", ids.size(), most_later));
+    }
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      info.query_positions.push_back(static_cast<std::int32_t>(info.token_ids.size()));
+      info.token_ids.push_back(ids[i]);
+    }
+    info.token_pieces.insert(info.token_pieces.end(), pieces.begin(), pieces.end());
+    if (const auto found = find_contradiction(info)) fail(found->path, found->reason);
+  }
+
+  void write_tokens() {
     write_list("/tokens/ids", info.token_ids);
     // The format's table has it on the dataset; readers exist that look for it on the group.
     file.write_int("/tokens/ids", "prompt_length", info.prompt_length);
@@ -103,13 +131,6 @@ struct TraceWriter::State {
       std::vector<hdf5::LabelledRange> ranges;
       for (const Span& span : info.spans) ranges.push_back({span.start, span.end, span.label});
       finish_dataset(file.write("/annotations/spans", std::span<const hdf5::LabelledRange>(ranges)));
-    }
-    for (int l = 0; l < model.num_layers; ++l) {
-      const std::string path = fmt::format("/layers/{}", l);
-      file.create_group(path);
-      if (info.layer_sliding_window.empty()) continue;
-      const int window = info.layer_sliding_window[static_cast<std::size_t>(l)];
-      if (window != model.sliding_window) file.write_int(path, "sliding_window", window);
     }
   }
 
@@ -131,14 +152,37 @@ struct TraceWriter::State {
   Tensor& head_tensor(int number, HeadTensor which) {
     std::unique_ptr<Tensor>& tensor = layer(number).head_tensors[static_cast<std::size_t>(which)];
     if (tensor != nullptr) return *tensor;
-    const hdf5::Shape shape = shape_of(info, which);
+    hdf5::Shape shape = shape_of(info, which);
+    shape[1] += most_later;
     const bool by_position = which == HeadTensor::keys || which == HeadTensor::values;
-    return describe(tensor, fmt::format("/layers/{}/{}", number, name_of(which)), shape, type,
-                    [this, number, shape, by_position](Index offset) {
-                      const Index row = offset / shape[2] % shape[1];
-                      return fmt::format("layer {}, head {}, position {}", number, offset / (shape[1] * shape[2]),
-                                         by_position ? row : info.query_positions[static_cast<std::size_t>(row)]);
-                    });
+    describe(tensor, fmt::format("/layers/{}/{}", number, name_of(which)), shape, type,
+             [this, number, shape, by_position](Index offset) {
+               const Index row = offset / shape[2] % shape[1];
+               return fmt::format("layer {}, head {}, position {}", number, offset / (shape[1] * shape[2]),
+                                  by_position ? row : position_of_query(row));
+             });
+    if (most_later > 0) {
+      tensor->storage = {.chunk = chunk_of(*tensor), .resizable = true};
+      tensor->written.resize(static_cast<std::size_t>(tensor->heads()));
+    }
+    return *tensor;
+  }
+
+  // Large enough to be read at the disk's speed, small enough that the chunk at the end, which is stored whole, wastes
+  // little where the run ends early, and nothing to speak of where it does not.
+  static hdf5::Shape chunk_of(const Tensor& tensor) {
+    constexpr Index kBytes = Index{1} << 20;
+    constexpr Index kLeastRows = 16;
+    constexpr Index kPieces = 16;
+    const auto divided = [](Index rows, Index by) { return (rows - 1) / by + 1; };
+    const Index row_bytes = tensor.heads() * tensor.width() * static_cast<Index>(size_of(tensor.type));
+    const Index most = std::max(kLeastRows, std::min(divided(tensor.shape[1], kPieces), kBytes / row_bytes));
+    return {tensor.heads(), divided(tensor.shape[1], divided(tensor.shape[1], most)), tensor.width()};
+  }
+
+  Index position_of_query(Index row) const {
+    const Index known = info.num_queries();
+    return row < known ? info.query_positions[static_cast<std::size_t>(row)] : info.num_tokens() + row - known;
   }
 
   Tensor& output_projection(int number) {
@@ -169,12 +213,14 @@ struct TraceWriter::State {
     tensor->shape = std::move(shape);
     tensor->type = stored_type;
     tensor->place = std::move(place);
+    tensor->written.resize(1);
     return *tensor;
   }
 
   // Writes all of a tensor of which nothing was written.
   void write_whole(Tensor& tensor, std::span<const float> data) {
-    if (tensor.written > 0) fail(tensor.path, "was written already");
+    if (tensor.grows()) fail(tensor.path, "has no end yet that it could be written to; write its rows");
+    if (tensor.written[0] > 0) fail(tensor.path, "was written already");
     if (static_cast<Index>(data.size()) != hdf5::elements(tensor.shape)) {
       fail(tensor.path,
            fmt::format("{} values do not have the shape ({})", data.size(), fmt::join(tensor.shape, ", ")));
@@ -182,17 +228,24 @@ struct TraceWriter::State {
     write_rows(tensor, 0, data);
   }
 
-  // The row that must come next, and the number of rows in `size` elements of it, or a complaint.
+  static std::size_t sequence_of(const Tensor& tensor, Index row) {
+    return tensor.grows() ? static_cast<std::size_t>(row / tensor.sequence_rows()) : 0;
+  }
+
+  // The number of rows in `size` elements, which must be of the next rows in the sequence of row `first`.
   Index expect_rows(const Tensor& tensor, Index first, std::size_t size) const {
-    if (first != tensor.written) {
-      if (tensor.written == tensor.rows()) fail(tensor.path, "was written already");
+    const std::size_t sequence = sequence_of(tensor, first);
+    const Index left = tensor.sequence_rows() - tensor.written[sequence];
+    const Index next = static_cast<Index>(sequence) * tensor.sequence_rows() + tensor.written[sequence];
+    if (first != next) {
+      if (left == 0) fail(tensor.path, "was written already");
       fail(tensor.path,
-           fmt::format("{} comes next, not {}", place_of_row(tensor, tensor.written),
+           fmt::format("{} comes next, not {}", place_of_row(tensor, next),
                        first < 0 || first >= tensor.rows() ? fmt::format("row {} of {}", first, tensor.rows())
                                                            : place_of_row(tensor, first)));
     }
     const auto rows = static_cast<Index>(size) / tensor.width();
-    if (size == 0 || rows * tensor.width() != static_cast<Index>(size) || rows > tensor.rows() - first) {
+    if (size == 0 || rows * tensor.width() != static_cast<Index>(size) || rows > left) {
       fail(tensor.path, fmt::format("{} values are not rows of {} that the shape ({}) has left", size, tensor.width(),
                                     fmt::join(tensor.shape, ", ")));
     }
@@ -203,30 +256,16 @@ struct TraceWriter::State {
 
   // Writes the rows from `first` on, which must be the next ones, a slice at a time.
   void write_rows(Tensor& tensor, Index first, std::span<const float> data) {
-    Index rows = expect_rows(tensor, first, data.size());
-    const Index offset = first * tensor.width();
-    if (const auto found = find_non_finite(data)) {
-      fail(tensor.path,
-           fmt::format("{} at {}; the run itself produced it", std::isnan(data[*found]) ? "NaN" : "infinity",
-                       tensor.place(offset + static_cast<Index>(*found))));
-    }
+    const Index rows = expect_rows(tensor, first, data.size());
     const Index slice = std::max<Index>(kSliceElements / tensor.width(), 1);
-    std::vector<std::byte> bytes(static_cast<std::size_t>(std::min(slice, rows) * tensor.width()) *
-                                 size_of(tensor.type));
-    for (Index done = 0; done < rows;) {
+    std::vector<std::byte> bytes;
+    for (Index done = 0; done < rows; done += slice) {
       const Index count = std::min(slice, rows - done);
       const auto part = data.subspan(static_cast<std::size_t>(done * tensor.width()),
                                      static_cast<std::size_t>(count * tensor.width()));
-      const auto stored = std::span(bytes).first(part.size() * size_of(tensor.type));
-      from_float32(tensor.type, part, stored.data());
-      if (const auto found = find_non_finite(tensor.type, stored)) {
-        const char* remedy = tensor.type == DType::float16 ? "bfloat16 or float32" : "float32";
-        fail(tensor.path, fmt::format("{} at {} is too large for {}; store the trace as {}", part[*found],
-                                      tensor.place(offset + done * tensor.width() + static_cast<Index>(*found)),
-                                      name_of(tensor.type), remedy));
-      }
-      append(tensor, count, stored);
-      done += count;
+      const Index offset = (first + done) * tensor.width();
+      convert(tensor, part, bytes, [&](std::size_t i) { return tensor.place(offset + static_cast<Index>(i)); });
+      append(tensor, first + done, count, bytes);
     }
   }
 
@@ -237,40 +276,86 @@ struct TraceWriter::State {
       fail(tensor.path,
            fmt::format("NaN or infinity at {}", tensor.place(first * tensor.width() + static_cast<Index>(*found))));
     }
-    append(tensor, rows, stored);
+    append(tensor, first, rows, stored);
   }
 
-  // `rows` checked rows behind those that were written, in as few boxes as they make: whole heads, or rows of one.
-  void append(Tensor& tensor, Index rows, std::span<const std::byte> stored) {
-    if (tensor.written == 0) {
-      tensor.dataset = file.create_dataset(tensor.path, tensor.type, tensor.shape);
+  // One row of each head, the next of all of them.
+  void write_next(Tensor& tensor, std::span<const float> data) {
+    if (!tensor.grows()) fail(tensor.path, "is not of a run that may go on; write its rows head by head");
+    const Index row = tensor.written.front();
+    for (const Index other : tensor.written) {
+      if (other != row) fail(tensor.path, fmt::format("heads have {} and {} rows; none comes next in all", row, other));
+    }
+    if (row == tensor.shape[1]) fail(tensor.path, "was written already");
+    if (static_cast<Index>(data.size()) != tensor.heads() * tensor.width()) {
+      fail(tensor.path, fmt::format("{} values are not one row of {} for each of {} heads", data.size(), tensor.width(),
+                                    tensor.heads()));
+    }
+    std::vector<std::byte> bytes;
+    convert(tensor, data, bytes, [&](std::size_t i) {
+      const Index head = static_cast<Index>(i) / tensor.width();
+      return place_of_row(tensor, head * tensor.shape[1] + row);
+    });
+    open(tensor).write_raw({0, row, 0}, {tensor.heads(), 1, tensor.width()}, bytes.data());
+    for (Index& written : tensor.written) ++written;
+  }
+
+  // Brings `values`, whose i-th stands at `place(i)`, to the stored type.
+  template <class Place>
+  void convert(const Tensor& tensor, std::span<const float> values, std::vector<std::byte>& bytes,
+               const Place& place) const {
+    if (const auto found = find_non_finite(values)) {
+      fail(tensor.path, fmt::format("{} at {}; the run itself produced it",
+                                    std::isnan(values[*found]) ? "NaN" : "infinity", place(*found)));
+    }
+    bytes.resize(values.size() * size_of(tensor.type));
+    from_float32(tensor.type, values, bytes.data());
+    if (const auto found = find_non_finite(tensor.type, bytes)) {
+      const char* remedy = tensor.type == DType::float16 ? "bfloat16 or float32" : "float32";
+      fail(tensor.path, fmt::format("{} at {} is too large for {}; store the trace as {}", values[*found],
+                                    place(*found), name_of(tensor.type), remedy));
+    }
+  }
+
+  hdf5::Dataset& open(Tensor& tensor) {
+    if (!tensor.dataset) {
+      tensor.dataset = file.create_dataset(tensor.path, tensor.type, tensor.shape, tensor.storage);
       tensor.digest.reset(XXH64_createState());
       XXH64_reset(tensor.digest.get(), 0);
     }
-    XXH64_update(tensor.digest.get(), stored.data(), stored.size());
+    return *tensor.dataset;
+  }
+
+  // `rows` checked rows from `first` on, in as few boxes as they make: whole heads, or rows of one.
+  void append(Tensor& tensor, Index first, Index rows, std::span<const std::byte> stored) {
+    hdf5::Dataset& dataset = open(tensor);
+    // Of heads that grow side by side the bytes do not come in the order that the digest wants.
+    if (!tensor.grows()) XXH64_update(tensor.digest.get(), stored.data(), stored.size());
+    Index& written = tensor.written[sequence_of(tensor, first)];
+    written += rows;
     const std::size_t row_bytes = stored.size() / static_cast<std::size_t>(rows);
     const bool has_heads = tensor.shape.size() == 3;
     const Index per_head = has_heads ? tensor.shape[1] : 1;
     while (rows > 0) {
-      const Index head = tensor.written / per_head;
-      const Index row = tensor.written % per_head;
+      const Index head = first / per_head;
+      const Index row = first % per_head;
       const Index heads = row == 0 ? rows / per_head : 0;
       const Index count = heads > 0 ? heads * per_head : std::min(rows, per_head - row);
       if (!has_heads) {
-        tensor.dataset.write_raw({head, 0}, {heads, tensor.width()}, stored.data());
+        dataset.write_raw({head, 0}, {heads, tensor.width()}, stored.data());
       } else if (heads > 0) {
-        tensor.dataset.write_raw({head, 0, 0}, {heads, per_head, tensor.width()}, stored.data());
+        dataset.write_raw({head, 0, 0}, {heads, per_head, tensor.width()}, stored.data());
       } else {
-        tensor.dataset.write_raw({head, row, 0}, {1, count, tensor.width()}, stored.data());
+        dataset.write_raw({head, row, 0}, {1, count, tensor.width()}, stored.data());
       }
-      tensor.written += count;
+      first += count;
       rows -= count;
       stored = stored.subspan(static_cast<std::size_t>(count) * row_bytes);
     }
-    if (tensor.written < tensor.rows()) return;
+    if (tensor.grows() || written < tensor.rows()) return;
     file.write_string(tensor.path, "xxh64", fmt::format("{:016x}", XXH64_digest(tensor.digest.get())));
     tensor.digest.reset();
-    tensor.dataset = {};
+    tensor.dataset.reset();
   }
 
   // Row `row` of a head, among all rows of the tensor.
@@ -284,14 +369,25 @@ struct TraceWriter::State {
     return head * tensor.shape[1] + row;
   }
 
-  void require_whole(const Tensor& tensor) const {
-    if (tensor.written == 0) fail(tensor.path, "was not written, but every layer needs it");
-    require_no_gap(tensor);
+  void require_no_gap(const Tensor& tensor) const {
+    const Index written = tensor.written.front();
+    if (written == tensor.rows()) return;
+    fail(tensor.path, fmt::format("was not written to its end; {} comes next", place_of_row(tensor, written)));
   }
 
-  void require_no_gap(const Tensor& tensor) const {
-    if (tensor.written == tensor.rows()) return;
-    fail(tensor.path, fmt::format("was not written to its end; {} comes next", place_of_row(tensor, tensor.written)));
+  // Checks that all of a tensor is there, and ends it where the run ended.
+  void finish_tensor(Tensor& tensor, const hdf5::Shape& shape) {
+    if (std::ranges::all_of(tensor.written, [](Index rows) { return rows == 0; })) {
+      fail(tensor.path, "was not written, but every layer needs it");
+    }
+    if (!tensor.grows()) return require_no_gap(tensor);
+    for (std::size_t head = 0; head < tensor.written.size(); ++head) {
+      if (tensor.written[head] == shape[1]) continue;
+      fail(tensor.path, fmt::format("head {} has {} rows, but the run has {}", head, tensor.written[head], shape[1]));
+    }
+    if (shape != tensor.shape) tensor.dataset->resize(shape);
+    finish_dataset(*tensor.dataset);
+    tensor.dataset.reset();
   }
 
   // Elements that are converted at a time: enough for a large write, little beside a head.
@@ -299,13 +395,14 @@ struct TraceWriter::State {
 
   TraceInfo info;
   DType type;
+  Index most_later;   // tokens that may follow those of `info`
   OutputFile output;  // before `file`, so that the file is closed before its name goes away
   hdf5::File file;
   std::vector<Layer> layers;
 };
 
-TraceWriter::TraceWriter(const std::filesystem::path& path, TraceInfo info, DType type)
-    : state_(std::make_unique<State>(path, std::move(info), type)) {}
+TraceWriter::TraceWriter(const std::filesystem::path& path, TraceInfo info, DType type, Index most_later)
+    : state_(std::make_unique<State>(path, std::move(info), type, most_later)) {}
 TraceWriter::~TraceWriter() = default;
 
 void TraceWriter::write(int layer, HeadTensor tensor, std::span<const float> data) {
@@ -320,6 +417,10 @@ void TraceWriter::write_rows(int layer, HeadTensor tensor, int head, Index first
 void TraceWriter::write_rows(int layer, HeadTensor tensor, int head, Index first, std::span<const std::byte> stored) {
   Tensor& target = state_->head_tensor(layer, tensor);
   state_->write_rows(target, state_->row_in_head(target, head, first), stored);
+}
+
+void TraceWriter::write_next(int layer, HeadTensor tensor, std::span<const float> rows) {
+  state_->write_next(state_->head_tensor(layer, tensor), rows);
 }
 
 void TraceWriter::write_output_projection(int layer, std::span<const float> weight) {
@@ -338,15 +439,17 @@ void TraceWriter::write_attention_mass_of(int layer, int head, std::span<const f
   state_->write_rows(state_->attention_mass(layer), head, mass);
 }
 
-void TraceWriter::finish() {
+void TraceWriter::finish(std::span<const std::int32_t> later_ids, std::span<const std::string> later_pieces) {
+  state_->add_later(later_ids, later_pieces);
   for (int l = 0; l < state_->info.model.num_layers; ++l) {
     for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
-      state_->require_whole(state_->head_tensor(l, tensor));
+      state_->finish_tensor(state_->head_tensor(l, tensor), shape_of(state_->info, tensor));
     }
     const State::Layer& layer = state_->layer(l);
     if (layer.output_projection != nullptr) state_->require_no_gap(*layer.output_projection);
     if (layer.attention_mass != nullptr) state_->require_no_gap(*layer.attention_mass);
   }
+  state_->write_tokens();
   // Last, so that a file in which anything is missing cannot carry it.
   state_->file.write_int("/", "complete", 1);
   state_->file.close();

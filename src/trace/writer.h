@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "trace/trace.h"
 
@@ -14,9 +16,12 @@ namespace kvreplay {
 /// before that, it leaves nothing.
 class TraceWriter {
  public:
-  /// Writes all metadata. Tensors will be stored as `type`, contiguous and with their digest.
-  /// Throws Error if the file cannot be created or `info` contradicts itself.
-  TraceWriter(const std::filesystem::path& path, TraceInfo info, DType type);
+  /// Tensors will be stored as `type` and with their digest, contiguous.
+  /// The run may go on: then `info` is what is known of it, T tokens and Q queries, and up to `most_later` tokens
+  /// follow, each of which is a query too. The tensors of heads are then stored in chunks, of all heads at some
+  /// positions, and each head gets its rows in order, whatever the others have. Throws Error if the file cannot be
+  /// created or `info` contradicts itself.
+  TraceWriter(const std::filesystem::path& path, TraceInfo info, DType type, Index most_later = 0);
   ~TraceWriter();
   TraceWriter(const TraceWriter&) = delete;
   TraceWriter& operator=(const TraceWriter&) = delete;
@@ -25,13 +30,17 @@ class TraceWriter {
   void write(int layer, HeadTensor tensor, std::span<const float> data);
 
   /// Writes the next rows of one layer's tensor: `rows` is [n, D], the rows of `head` from `first` on (positions of
-  /// keys and values, numbers of captured queries otherwise). n may reach into the heads that follow. A tensor is
-  /// written from its first row to its last, while pieces of different tensors may alternate; no more than a piece is
-  /// held in memory. Throws Error, also where another row comes next.
+  /// keys and values, numbers of captured queries otherwise). n may reach into the heads that follow, unless the run
+  /// may go on. A tensor is written from its first row to its last, while pieces of different tensors may alternate; no
+  /// more than a piece is held in memory. Throws Error, also where another row comes next.
   void write_rows(int layer, HeadTensor tensor, int head, Index first, std::span<const float> rows);
 
   /// The same for rows that were brought to the trace's type before, by from_float32.
   void write_rows(int layer, HeadTensor tensor, int head, Index first, std::span<const std::byte> stored);
+
+  /// Writes one more row of every head, [K or H, D], of a run that may go on. Throws Error, also where heads
+  /// have different numbers of rows.
+  void write_next(int layer, HeadTensor tensor, std::span<const float> rows);
 
   /// `weight` is [C, H·D], as PyTorch stores the layer's o_proj. Throws Error.
   void write_output_projection(int layer, std::span<const float> weight);
@@ -45,9 +54,11 @@ class TraceWriter {
   /// The next heads, from `head` on: [n, P]. Throws Error.
   void write_attention_mass_of(int layer, int head, std::span<const float> mass);
 
-  /// Marks the file complete and puts it in its place. Throws Error if a required tensor of a layer was not written, if
-  /// one was not written to its end, or if the disk is full.
-  void finish();
+  /// Writes all but the tensors, marks the file complete and puts it in its place. Of a run that went on, `later_ids`
+  /// are the tokens behind those of `info`, and `later_pieces` their texts, where `info` has those of the others.
+  /// Throws Error if a required tensor of a layer was not written, if one was not written to its end, or if the disk
+  /// is full.
+  void finish(std::span<const std::int32_t> later_ids = {}, std::span<const std::string> later_pieces = {});
 
  private:
   struct Tensor;

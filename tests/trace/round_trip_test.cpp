@@ -177,6 +177,69 @@ TEST_P(RoundTrip, PiecesMakeTheSameTensorsAsTheWhole) {
   }
 }
 
+// The sample's first `tokens` tokens, of which the first five were the prompt, whose last three queries are there.
+TraceInfo run_of(int tokens) {
+  TraceInfo info = sample_info();
+  info.token_ids.resize(static_cast<std::size_t>(tokens));
+  info.token_pieces.resize(static_cast<std::size_t>(tokens));
+  info.prompt_length = 5;
+  info.query_positions.clear();
+  for (int position = 2; position < tokens; ++position) info.query_positions.push_back(position);
+  info.spans = {{2, 4, "needle"}};
+  info.turn_starts.clear();
+  return info;
+}
+
+TEST_P(RoundTrip, ARunThatWentOnIsTheSameAsOneThatWasKnown) {
+  const TraceInfo beginning = run_of(5);
+  for (const int tokens : {5, 6, 12}) {
+    const TraceInfo info = run_of(tokens);
+    write_sample(folder_ / "known.h5", GetParam(), info);
+    {
+      TraceWriter writer(folder_ / "grown.h5", beginning, GetParam(), 7);
+      for (int layer = 0; layer < 2; ++layer) {
+        for (const HeadTensor tensor :
+             {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
+          const auto all = sample_tensor(info, layer, tensor);
+          const Index rows = shape_of(info, tensor)[1];
+          const Index known = shape_of(beginning, tensor)[1];
+          const auto heads = static_cast<int>(shape_of(info, tensor)[0]);
+          for (int head = heads; head-- > 0;) {  // in any order, each from its first row to its last
+            writer.write_rows(layer, tensor, head, 0, part(all, head * rows * 8, 2 * 8));
+            writer.write_rows(layer, tensor, head, 2, part(all, (head * rows + 2) * 8, (known - 2) * 8));
+          }
+          for (Index row = known; row < rows; ++row) {
+            std::vector<float> next;
+            for (int head = 0; head < heads; ++head) {
+              const auto of_head = part(all, (head * rows + row) * 8, 8);
+              next.insert(next.end(), of_head.begin(), of_head.end());
+            }
+            writer.write_next(layer, tensor, next);
+          }
+        }
+        writer.write_output_projection(layer, sample_output_projection(info, layer));
+        writer.write_attention_mass(layer, sample_attention_mass(info, layer));
+      }
+      writer.finish(std::span(info.token_ids).subspan(5), std::span(info.token_pieces).subspan(5));
+    }
+    const TraceReader known(folder_ / "known.h5");
+    const TraceReader grown(folder_ / "grown.h5");
+    EXPECT_EQ(grown.info().token_ids, info.token_ids);
+    EXPECT_EQ(grown.info().token_pieces, info.token_pieces);
+    EXPECT_EQ(grown.info().prompt_length, 5);
+    EXPECT_EQ(grown.info().query_positions, info.query_positions);
+    const std::vector<StoredTensor> found = grown.stored_tensors();
+    const std::vector<StoredTensor> expected = known.stored_tensors();
+    ASSERT_EQ(found.size(), expected.size());
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      EXPECT_EQ(found[i].path, expected[i].path);
+      EXPECT_EQ(found[i].xxh64, expected[i].xxh64) << found[i].path;
+      EXPECT_EQ(grown.compute_xxh64(found[i].path), found[i].xxh64) << found[i].path;
+    }
+    EXPECT_EQ(found[0].storage, "chunked");
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Formats, RoundTrip, testing::Values(DType::float32, DType::float16, DType::bfloat16),
                          [](const auto& tested) { return std::string(name_of(tested.param)); });
 
@@ -331,6 +394,70 @@ TEST_F(Writer, PiecesComeInOrder) {
               HasSubstr("not row 24 of 24"));
   EXPECT_THAT(error_of([&] { writer.write_attention_mass_of(0, 2, std::vector<float>(9)); }),
               HasSubstr("head 0, position 0 comes next, not layer 0, head 2, position 0"));
+}
+
+TEST_F(Writer, HeadsOfARunThatGoesOnStayInStep) {
+  const TraceInfo info = run_of(5);
+  const std::vector<float> rows(5 * 8, 1.0F);
+  TraceWriter writer(folder_ / "run.h5", info, DType::float16, 2);
+  const auto next = [&](const std::vector<float>& values) {
+    return error_of([&] { writer.write_next(0, HeadTensor::keys, values); });
+  };
+  const std::vector<float> both(2 * 8, 1.0F);
+  writer.write_rows(0, HeadTensor::keys, 0, 0, rows);
+  EXPECT_THAT(next(both), HasSubstr("run.h5: /layers/0/keys: heads have 5 and 0 rows; none comes next in all"));
+  EXPECT_THAT(error_of([&] { writer.write_rows(0, HeadTensor::keys, 1, 1, rows); }),
+              HasSubstr("head 1, position 0 comes next, not layer 0, head 1, position 1"));
+  EXPECT_THAT(error_of([&] { writer.write_rows(0, HeadTensor::keys, 1, 0, std::vector<float>(8 * 8)); }),
+              HasSubstr("64 values are not rows of 8 that the shape (2, 7, 8) has left"));
+  writer.write_rows(0, HeadTensor::keys, 1, 0, rows);
+  EXPECT_THAT(next(rows), HasSubstr("40 values are not one row of 8 for each of 2 heads"));
+  std::vector<float> wrong = both;
+  wrong[8] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THAT(next(wrong), HasSubstr("NaN at layer 0, head 1, position 5; the run itself produced it"));
+  wrong[8] = 1e6F;
+  EXPECT_THAT(next(wrong), HasSubstr("1000000 at layer 0, head 1, position 5 is too large for float16"));
+  EXPECT_EQ(next(both), "");
+  EXPECT_EQ(next(both), "");
+  EXPECT_THAT(next(both), HasSubstr("was written already"));
+  EXPECT_THAT(error_of([&] { writer.write(0, HeadTensor::values, std::vector<float>(2 * 5 * 8)); }),
+              HasSubstr("/layers/0/values: has no end yet"));
+  wrong = std::vector<float>(4 * 8, std::numeric_limits<float>::quiet_NaN());
+  for (int head = 0; head < 4; ++head) {
+    writer.write_rows(0, HeadTensor::queries, head, 0, std::span(rows).first(3 * 8));
+  }
+  EXPECT_THAT(error_of([&] { writer.write_next(0, HeadTensor::queries, wrong); }),
+              HasSubstr("NaN at layer 0, head 0, position 5"));
+
+  TraceWriter known(folder_ / "known.h5", info, DType::float16);
+  EXPECT_THAT(error_of([&] { known.write_next(0, HeadTensor::keys, both); }),
+              HasSubstr("is not of a run that may go on; write its rows head by head"));
+}
+
+TEST_F(Writer, ARunEndsAsItsTensorsDo) {
+  const auto error = [&](std::size_t later_rows, const std::vector<std::int32_t>& later_ids,
+                         const std::vector<std::string>& later_pieces) {
+    const TraceInfo info = run_of(5);
+    TraceWriter writer(folder_ / "run.h5", info, DType::float32, 2);
+    for (int layer = 0; layer < 2; ++layer) {
+      for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
+        const auto shape = shape_of(info, tensor);
+        for (int head = 0; head < shape[0]; ++head) {
+          writer.write_rows(layer, tensor, head, 0, std::vector<float>(static_cast<std::size_t>(shape[1] * 8)));
+        }
+        for (std::size_t row = 0; row < later_rows; ++row) {
+          writer.write_next(layer, tensor, std::vector<float>(static_cast<std::size_t>(shape[0] * 8)));
+        }
+      }
+    }
+    return error_of([&] { writer.finish(later_ids, later_pieces); });
+  };
+  EXPECT_THAT(error(1, {}, {}), HasSubstr("run.h5: /layers/0/keys: head 0 has 6 rows, but the run has 5"));
+  EXPECT_THAT(error(1, {7, 8}, {"a", "b"}), HasSubstr("/layers/0/keys: head 0 has 6 rows, but the run has 7"));
+  EXPECT_THAT(error(2, {7, 8, 9}, {"a", "b", "c"}), HasSubstr("/tokens/ids: 3 tokens came later, but 2 was the most"));
+  EXPECT_THAT(error(1, {7}, {}), HasSubstr("/tokens/pieces: has 5 pieces for 6 tokens"));
+  EXPECT_TRUE(folder_.names().empty());
+  EXPECT_EQ(error(1, {7}, {"a"}), "");
 }
 
 TEST_F(Writer, ATensorMustHaveBeenWrittenToItsEnd) {

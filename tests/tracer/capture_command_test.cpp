@@ -77,14 +77,17 @@ TEST_F(CaptureCommand, ReadsStandardInputAndSpans) {
   EXPECT_EQ(templated.info().num_tokens() + 1, trace.info().num_tokens()) << "no BOS";
 }
 
-// With and without tokens that follow the prompt: then the trace is written at the end, otherwise during the prompt.
+// Wherever the disk ends: with and without tokens that follow the prompt, whose rows are written one by one.
 TEST_F(CaptureCommand, LeavesNothingWhereTheDiskIsFull) {
-  for (const int generate : {0, 3}) {
-    for (const int blocks : {0, 2, 8, 16}) {  // of 512 or 1024 bytes, as the shell has it
-      const std::string command = fmt::format(
-          "cd '{}' && (ulimit -f {}; '{}' capture --model tiny --tokens ids --generate {} -o full.h5 2>&1; "
-          "echo exit $?) | cat >said",
-          folder_.path().string(), blocks, KVREPLAY_EXECUTABLE, generate);
+  for (const int generate : {0, 40}) {
+    const std::string arguments = fmt::format("--model tiny --tokens ids --generate {}", generate);
+    ASSERT_EQ(run(arguments + " -o whole.h5").exit_code, 0);
+    const auto whole = static_cast<int>(std::filesystem::file_size(folder_ / "whole.h5") / 1024);
+    for (int sixteenth = 0; sixteenth < 16; ++sixteenth) {
+      const int blocks = whole * sixteenth / 16;  // of 512 or 1024 bytes, as the shell has it
+      const std::string command =
+          fmt::format("cd '{}' && (ulimit -f {}; '{}' capture {} -o full.h5 2>&1; echo exit $?) | cat >said",
+                      folder_.path().string(), blocks, KVREPLAY_EXECUTABLE, arguments);
       ASSERT_EQ(std::system(command.c_str()), 0);
       EXPECT_NE(read_file(folder_ / "said").find("exit 1\n"), std::string::npos) << blocks;
       EXPECT_NE(read_file(folder_ / "said").find("full.h5: "), std::string::npos) << read_file(folder_ / "said");

@@ -145,65 +145,51 @@ class capture:
         layer.window, layer.tokens = window, first + count
         self._device = query.device
 
-        pieces = [("keys", first, key[0, :, -count:]), ("values", first, value[0, :, -count:])]
+        job = _Job(self._file, number, layer, self._window)
+        job.rows("keys", first, key[0, :, -count:])
+        job.rows("values", first, value[0, :, -count:])
         queries, outputs = query[0], output[0].transpose(0, 1)
         if self._window is None or self._prompt_length is not None:
             wanted = 0 if self._window is None else max(0, self._prompt_length - self._window)
             skipped = max(0, wanted - first)
             if skipped < count:
-                pieces += [("queries", first + skipped, queries[:, skipped:]),
-                           ("outputs", first + skipped, outputs[:, skipped:])]
+                job.rows("queries", first + skipped, queries[:, skipped:])
+                job.rows("outputs", first + skipped, outputs[:, skipped:])
         else:
-            layer.hold(queries, outputs, self._window)
-        whole = []
+            # Any piece may be the prompt's last.
+            job.hold("queries", queries[:, -self._window:])
+            job.hold("outputs", outputs[:, -self._window:])
         if self._wants_projection and not layer.projection_done:
             layer.projection_done = True
             weight = self._projection_weight(number, module, query.shape[1] * query.shape[3])
             if weight is not None:
-                whole.append(("output_projection", weight))
+                job.whole("output_projection", weight)
         if self._wants_mass and (self._prompt_length is None or first < self._prompt_length):
-            layer.add_mass(self._mass(queries, key[0], first, options, window))
+            job.add_mass(*self._mass(queries, key[0], first, options, window))
             if layer.tokens >= (self._prompt_length or layer.tokens + 1):
-                whole.append(("attention_mass", layer.take_mass()))
-        self._store(number, pieces, whole)
-
-    def _store(self, number, pieces, whole):
-        """Has rows (name, position of the first, tensor [heads, n, D]) and whole tensors (name, tensor) of a layer
-        written."""
-        tokens = self._layers[number].tokens
-
-        def write(copies):
-            for (name, first, _), rows in zip(pieces, copies):
-                captured = name in ("queries", "outputs") and self._window
-                self._file.append(number, name, rows, first, min(self._window, tokens) if captured else tokens)
-            for (name, _), tensor in zip(whole, copies[len(pieces):]):
-                self._file.write(number, name, tensor)
-
-        self._transfer.submit(write, [piece[2] for piece in pieces] + [tensor for _, tensor in whole])
+                job.write_mass()
+        job.submit(self._transfer)
 
     def _end_prompt(self, length):
         """The prompt is the first `length` tokens, all of which have been seen."""
         self._prompt_length = length
         for number, layer in enumerate(self._layers):
-            pieces, whole = [], []
-            if layer.queries is not None:
-                first = length - layer.queries.shape[1]
-                pieces = [("queries", first, layer.queries), ("outputs", first, layer.outputs)]
-                layer.queries = layer.outputs = None
-            if layer.mass is not None:
-                whole.append(("attention_mass", layer.take_mass()))
-            if pieces or whole:
-                self._store(number, pieces, whole)
+            job = _Job(self._file, number, layer, self._window)
+            if self._window is not None:
+                job.write_held(length)
+            if self._wants_mass:
+                job.write_mass()
+            job.submit(self._transfer)
 
     def _mass(self, queries, keys, first, options, window):
-        """The attention that the prompt's queries among `queries` pay: where its keys begin, and [H, m] on the CPU."""
+        """The attention that the prompt's queries among `queries` pay: where its keys begin, and [H, m] of it."""
         end = first + queries.shape[1]
         beyond = max(0, end - self._prompt_length) if self._prompt_length is not None else 0
         first_key = end - keys.shape[1]
         mass = mass_of(queries[:, : queries.shape[1] - beyond], keys[:, : keys.shape[1] - beyond], first, first_key,
                        scale=self._common["softmax_scale"], softcap=self._common["attn_logit_softcapping"],
                        window=window)
-        return first_key, mass.cpu()
+        return first_key, mass
 
     def _projection_weight(self, number, module, width):
         """The weight [C, H·D], or None where the file has to do without."""
@@ -345,31 +331,83 @@ def _rope_theta(config):
 
 
 class _Layer:
-    """What of a layer's run is not in the file yet, and how far it is."""
+    """How far a layer is, and what of its run is not in the file yet. The latter belongs to the thread that writes."""
 
     def __init__(self):
         self.tokens = 0
         self.window = 0
         self.projection_done = False
-        self.queries = self.outputs = None  # the last of a prompt whose end has not come, on the CPU: [H, n, D]
-        self.mass = None  # [H, tokens], float64, on the CPU
+        self.held = {}  # the last queries and outputs of a prompt whose end has not come, by name: [H, n, D]
+        self.mass = None  # [H, tokens], float64
 
-    def hold(self, queries, outputs, window):
-        queries, outputs = queries[:, -window:].cpu(), outputs[:, -window:].cpu()
-        if self.queries is not None:
-            queries = torch.cat([self.queries, queries], 1)[:, -window:]
-            outputs = torch.cat([self.outputs, outputs], 1)[:, -window:]
-        self.queries, self.outputs = queries.clone(), outputs.clone()
 
-    def add_mass(self, piece):
-        first_key, mass = piece
-        end = first_key + mass.shape[1]
-        total = torch.zeros(mass.shape[0], end, dtype=torch.float64)
-        if self.mass is not None:
-            total[:, : self.mass.shape[1]] = self.mass
-        total[:, first_key:] += mass
-        self.mass = total
+class _Job:
+    """What is to be done with one layer's tensors once they are on the host, in order."""
 
-    def take_mass(self):
-        mass, self.mass = self.mass.float(), None
-        return mass
+    def __init__(self, file, number, layer, window):
+        self._file, self._number, self._layer, self._window = file, number, layer, window
+        self._tokens = layer.tokens
+        self._steps = []  # functions of the host copy of a tensor, and the tensor (None: there is none to copy)
+
+    def submit(self, transfer):
+        steps = self._steps
+
+        def run(copies):
+            copies = iter(copies)
+            for step, tensor in steps:
+                if tensor is None:
+                    step()
+                else:
+                    step(next(copies))
+
+        transfer.submit(run, [tensor for _, tensor in steps if tensor is not None])
+
+    def rows(self, name, first, tensor):
+        """Writes the rows [heads, n, D] of the positions from `first` on."""
+        self._steps.append((lambda rows: self._write_rows(name, first, rows), tensor))
+
+    def whole(self, name, tensor):
+        """Writes a tensor that comes in one piece."""
+        self._steps.append((lambda rows: self._file.write(self._number, name, rows), tensor))
+
+    def hold(self, name, tensor):
+        """Keeps the last rows of the window, of which [heads, n, D] are the latest."""
+        def step(rows):
+            if name in self._layer.held:
+                rows = torch.cat([self._layer.held[name], rows], 1)[:, -self._window:]
+            self._layer.held[name] = rows.clone()
+
+        self._steps.append((step, tensor))
+
+    def write_held(self, prompt_length):
+        def step():
+            for name, rows in self._layer.held.items():
+                self._write_rows(name, prompt_length - rows.shape[1], rows)
+            self._layer.held = {}
+
+        self._steps.append((step, None))
+
+    def add_mass(self, first_key, tensor):
+        """Adds the attention [H, m] that the keys from `first_key` on received."""
+        def step(mass):
+            total = torch.zeros(mass.shape[0], first_key + mass.shape[1], dtype=torch.float64)
+            if self._layer.mass is not None:
+                total[:, : self._layer.mass.shape[1]] = self._layer.mass
+            total[:, first_key:] += mass
+            self._layer.mass = total
+
+        self._steps.append((step, tensor))
+
+    def write_mass(self):
+        """Writes it, unless that was done."""
+        def step():
+            if self._layer.mass is not None:
+                self._file.write(self._number, "attention_mass", self._layer.mass.float())
+                self._layer.mass = None
+
+        self._steps.append((step, None))
+
+    def _write_rows(self, name, first, rows):
+        captured = name in ("queries", "outputs") and self._window
+        expected = min(self._window, self._tokens) if captured else self._tokens
+        self._file.append(self._number, name, rows, first, expected)

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, ROOT, Trace, assert_same_traces, distance, generate, load, prompt_of
 
 import kvtrace
@@ -86,6 +87,38 @@ def test_sdpa_and_eager_give_the_same_trace(name, tmp_path):
     sdpa = Trace(tmp_path / "sdpa.h5")
     assert sdpa.provenance["attn_implementation"] == "sdpa"
     assert_same_traces(sdpa, Trace(tmp_path / "eager.h5"), 1e-5)
+
+
+def _plain_flash(query, key, value, attention_mask, *, softmax_scale, sliding_window, softcap, is_causal, **options):
+    """What flash attention computes, of [1, n, heads, D]: it has no mask to look at, but sees where it is."""
+    assert attention_mask is None and is_causal and not options["dropout"]
+    group = query.shape[2] // key.shape[2]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    logits = query @ key.repeat_interleave(group, 0).transpose(1, 2) * softmax_scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    count, length = logits.shape[1:]
+    behind = torch.arange(length - count, length)[:, None] - torch.arange(length)
+    hidden = behind < 0
+    if sliding_window:
+        hidden |= behind >= sliding_window
+    weights = torch.softmax(logits.masked_fill(hidden, float("-inf")), -1)
+    return (weights @ value.repeat_interleave(group, 0)).transpose(0, 1)[None]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flash_attention_is_recorded_through_its_own_interface(name, tmp_path, monkeypatch):
+    # All of transformers' road to flash attention but the GPU kernel itself.
+    monkeypatch.setattr(transformers.integrations.flash_attention, "_flash_attention_forward", _plain_flash)
+    model, ids = load(name), prompt_of(name)
+    for attention in ("eager", "flash_attention_2"):
+        model.config._attn_implementation = attention
+        with kvtrace.capture(model, tmp_path / f"{attention}.h5", queries="window:20", attention_mass=True):
+            generate(model, ids)
+    flash = Trace(tmp_path / "flash_attention_2.h5")
+    assert flash.provenance["attn_implementation"] == "flash_attention_2"
+    assert flash.windows == WINDOWS[name]
+    assert_same_traces(flash, Trace(tmp_path / "eager.h5"), 1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -54,7 +54,7 @@ class TraceWriter {
   /// The next heads, from `head` on: [n, P]. Throws Error.
   void write_attention_mass_of(int layer, int head, std::span<const float> mass);
 
-  /// Writes all but the tensors, marks the file complete and puts it in its place. Of a run that went on, `later_ids`
+  /// Writes the tokens, marks the file complete and puts it in its place. Of a run that went on, `later_ids`
   /// are the tokens behind those of `info`, and `later_pieces` their texts, where `info` has those of the others.
   /// Throws Error if a required tensor of a layer was not written, if one was not written to its end, or if the disk
   /// is full.

@@ -108,9 +108,9 @@ struct TraceWriter::State {
     if (static_cast<Index>(ids.size()) > most_later) {
       fail("/tokens/ids", fmt::format("{} tokens came later, but {} was the most", ids.size(), most_later));
     }
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      info.query_positions.push_back(static_cast<std::int32_t>(info.token_ids.size()));
-      info.token_ids.push_back(ids[i]);
+    for (const std::int32_t id : ids) {
+      info.query_positions.push_back(info.num_tokens());
+      info.token_ids.push_back(id);
     }
     info.token_pieces.insert(info.token_pieces.end(), pieces.begin(), pieces.end());
     if (const auto found = find_contradiction(info)) fail(found->path, found->reason);

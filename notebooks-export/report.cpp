@@ -108,18 +108,19 @@ std::string title_of(const Analysis& analysis) {
   return fmt::format("KV-cache eviction on {}", fmt::join(models, ", "));
 }
 
-// All files of a report into `place`.
-void write_files(const std::filesystem::path& place, const Analysis& analysis, const ReportOptions& options,
+// All files of a report into `output`.
+void write_files(const OutputFolder& output, const Analysis& analysis, const ReportOptions& options,
                  const std::vector<Figure>& figures, const std::vector<Figure>& of_page, PageContent& content,
                  ReportOutcome& outcome) {
-  std::filesystem::create_directory(place / "figures");
-  std::filesystem::create_directory(place / "tables");
+  const std::filesystem::path& place = output.temporary();
+  const std::filesystem::path drawings = output.add_folder("figures");
+  const std::filesystem::path tables = output.add_folder("tables");
   for (const Figure& figure : figures) {
     Json spec = figure.spec;
     spec["data"] = data_of(figure);
-    OutputFile::write_text(place / "figures" / (figure.name + ".vl.json"),
+    OutputFile::write_text(drawings / (figure.name + ".vl.json"),
                            spec.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
-    OutputFile::write_text(place / "tables" / (figure.name + ".csv"), figure.table.csv());
+    OutputFile::write_text(tables / (figure.name + ".csv"), figure.table.csv());
   }
 
   std::vector<std::string> pictures;
@@ -127,7 +128,7 @@ void write_files(const std::filesystem::path& place, const Analysis& analysis, c
     renderer->draw(place, outcome.figures);
     content.javascript = renderer->javascript();
     for (const Figure& figure : figures) {
-      pictures.push_back(base64(file_text(place / "figures" / (figure.name + ".png"))));
+      pictures.push_back(base64(file_text(drawings / (figure.name + ".png"))));
     }
   }
   content.missing = outcome.missing;
@@ -150,7 +151,6 @@ ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& 
   const std::vector<const FigureKind*> kinds = chosen_kinds(options.only);
   check_place(folder, options.force);
   OutputFolder output(folder);
-  const std::filesystem::path& place = output.temporary();
 
   ReportOutcome outcome;
   PageContent content;
@@ -172,12 +172,13 @@ ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& 
   }
 
   try {
-    write_files(place, analysis, options, figures, of_page, content, outcome);
+    write_files(output, analysis, options, figures, of_page, content, outcome);
   } catch (const Error& error) {
     // By the name that the user gave, which nothing stands at yet.
     std::string text = error.what();
-    const std::size_t at = text.find(place.string());
-    if (at != std::string::npos) text.replace(at, place.string().size(), folder.string());
+    const std::string temporary = output.temporary().string();
+    const std::size_t at = text.find(temporary);
+    if (at != std::string::npos) text.replace(at, temporary.size(), folder.string());
     throw Error(text);
   }
   output.commit();

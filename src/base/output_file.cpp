@@ -148,6 +148,14 @@ OutputFolder::~OutputFolder() {
   unfinished().erase(temporary_);
 }
 
+std::filesystem::path OutputFolder::add_folder(const std::string& name) const {
+  const std::lock_guard guard(unfinished_lock());
+  std::error_code failure;
+  std::filesystem::create_directory(temporary_ / name, failure);
+  if (failure) throw Error(fmt::format("{}: cannot be written: {}", (path_ / name).string(), failure.message()));
+  return temporary_ / name;
+}
+
 void OutputFolder::commit() {
   const std::lock_guard guard(unfinished_lock());
   std::error_code failure;
@@ -180,7 +188,9 @@ void OutputFolder::commit() {
 }
 
 TextOutput::TextOutput(const std::filesystem::path& path)
-    : output_(path), stream_(output_.temporary(), std::ios::binary | std::ios::trunc) {
+    : output_(path),
+      // Reading too, so that it is not made anew where it has just been abandoned.
+      stream_(output_.temporary(), std::ios::binary | std::ios::in | std::ios::out) {
   if (!stream_) fail();
 }
 

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <fstream>
 #include <mutex>
+#include <string>
 #include <string_view>
 
 namespace kvreplay {
@@ -58,8 +59,12 @@ class OutputFolder {
   OutputFolder(const OutputFolder&) = delete;
   OutputFolder& operator=(const OutputFolder&) = delete;
 
-  /// Where to write. Files are to be written as OutputFile: so none appears while the folder is being abandoned.
+  /// Where to write. Files are to be written as OutputFile, and folders made by add_folder(): so none appears while
+  /// this one is being abandoned.
   const std::filesystem::path& temporary() const { return temporary_; }
+
+  /// Makes the folder `name` in it, and returns where that stands. Throws Error.
+  std::filesystem::path add_folder(const std::string& name) const;
 
   /// Where the result will stand.
   const std::filesystem::path& path() const { return path_; }

@@ -4,11 +4,16 @@
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <csignal>
 #include <fstream>
 #include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
 
 #include "base/error.h"
 #include "support/temporary_folder.h"
@@ -19,6 +24,7 @@ namespace {
 using test::TemporaryFolder;
 using testing::ElementsAre;
 using testing::HasSubstr;
+using testing::IsEmpty;
 
 std::string content(const std::filesystem::path& path) {
   std::ifstream file(path);
@@ -121,6 +127,66 @@ TEST(OutputFile, AFullDiskLeavesNothing) {
   ::setrlimit(RLIMIT_FSIZE, &before);
   std::signal(SIGXFSZ, handler);
   EXPECT_TRUE(folder.names().empty());
+}
+
+TEST(OutputFolder, IsFilledAsideAndPutInItsPlace) {
+  const TemporaryFolder folder;
+  OutputFolder output(folder / "report");
+  OutputFile::write_text(output.add_folder("tables") / "result.csv", "text");
+  EXPECT_FALSE(std::filesystem::exists(folder / "report"));
+  output.commit();
+  EXPECT_EQ(content(folder / "report/tables/result.csv"), "text");
+  EXPECT_THAT(folder.names(), ElementsAre("report"));
+}
+
+// What a process leaves behind in `folder` that writes without end and is interrupted amidst it.
+template <typename Write>
+std::vector<std::string> left_by_interrupted(const TemporaryFolder& folder, const Write& write) {
+  const pid_t process = ::fork();
+  if (process == 0) {
+    std::thread([&]() {
+      try {
+        write();
+      } catch (const Error&) {  // it cannot write what is abandoned, and waits for the end before it can say so
+      }
+    }).detach();
+    while (std::filesystem::is_empty(folder.path())) {
+    }
+    {
+      const auto held = OutputFile::abandon_all();
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));  // for whoever does not wait for the lock
+      ::_exit(0);
+    }
+  }
+  int status = -1;
+  ::waitpid(process, &status, 0);
+  EXPECT_EQ(status, 0);
+  return folder.names();
+}
+
+constexpr int kInterruptions = 20;
+
+TEST(OutputFolder, InterruptedWhileItIsFilledLeavesNothing) {
+  const TemporaryFolder folder;
+  for (int i = 0; i < kInterruptions; ++i) {
+    ASSERT_THAT(left_by_interrupted(folder,
+                                    [&]() {
+                                      const OutputFolder output(folder / "report");
+                                      for (int n = 0;; ++n) output.add_folder(std::to_string(n));
+                                    }),
+                IsEmpty());
+  }
+}
+
+TEST(TextOutput, InterruptedAtItsBeginningLeavesNothing) {
+  const TemporaryFolder folder;
+  for (int i = 0; i < kInterruptions; ++i) {
+    ASSERT_THAT(left_by_interrupted(folder,
+                                    [&]() {
+                                      for (;;) TextOutput(folder / "result.csv").add("a,b\n");
+                                    }),
+                IsEmpty());
+  }
 }
 
 }  // namespace

@@ -350,17 +350,20 @@ class _Job:
         self._steps = []  # functions of the host copy of a tensor, and the tensor (None: there is none to copy)
 
     def submit(self, transfer):
-        steps = self._steps
+        # What waits to be done holds the copies alone: the model's tensors are its own to free.
+        steps = [(step, tensor is not None) for step, tensor in self._steps]
+        tensors = [tensor for _, tensor in self._steps if tensor is not None]
+        self._steps = []
 
         def run(copies):
             copies = iter(copies)
-            for step, tensor in steps:
-                if tensor is None:
-                    step()
-                else:
+            for step, takes_copy in steps:
+                if takes_copy:
                     step(next(copies))
+                else:
+                    step()
 
-        transfer.submit(run, [tensor for _, tensor in steps if tensor is not None])
+        transfer.submit(run, tensors)
 
     def rows(self, name, first, tensor):
         """Writes the rows [heads, n, D] of the positions from `first` on."""

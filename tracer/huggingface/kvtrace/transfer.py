@@ -98,7 +98,7 @@ class Transfer:
                     action(copies)
             except BaseException as failure:  # told to the thread that runs the model
                 self._failure = failure
-            del copies
+            del action, copies  # not to be held while there is nothing to do
             with self._changed:
                 self._waiting -= size
                 self._changed.notify_all()

@@ -1,15 +1,18 @@
 """What a capture promises besides the numbers: nothing is patched, nothing is half-written, nothing is silently wrong."""
 
 import concurrent.futures
+import threading
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import FAMILIES, Trace, assert_same_traces, generate, load, prompt_of
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvtrace
+from kvtrace.trace_file import TraceFile
 
 
 @pytest.fixture
@@ -325,6 +328,29 @@ def test_long_runs_are_written_in_chunks(ids, output):
     for number, (layer, cached) in enumerate(zip(trace.layers, result.past_key_values.layers)):
         assert np.array_equal(layer["keys"], cached.keys[0].numpy())
         assert np.allclose(layer["outputs"], trace.attention(number)[0], atol=1e-5)
+
+
+def test_cache_is_freed_while_the_disk_lags_behind(model, ids, output, monkeypatch):
+    """Only copies wait to be written: a key cache that the next step has replaced is nobody's."""
+    disk = threading.Event()
+    append = TraceFile.append
+
+    def lagging(*arguments):
+        assert disk.wait(60)
+        append(*arguments)
+
+    monkeypatch.setattr(TraceFile, "append", lagging)
+    try:
+        with kvtrace.capture(model, output), torch.no_grad():
+            cache = model(ids, use_cache=True).past_key_values
+            replaced = [StorageWeakRef(layer.keys.untyped_storage()) for layer in cache.layers]
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            held = [number for number, storage in enumerate(replaced) if not storage.expired()]
+            disk.set()
+    finally:
+        disk.set()
+    assert not held
+    assert len(Trace(output).ids) == ids.shape[1] + 1
 
 
 def test_provenance_is_told(model, ids, output):

@@ -284,10 +284,20 @@ TEST_F(BadModel, PromptBeyondTheModelsPositionsIsWarnedOf) {
 TEST_F(BadModel, TooFewTokensGeneratedToMeasureWithIsTold) {
   for (const char* generate : {"0", "1"}) {
     const auto outcome = succeed({"capture", "--model", "model", "--tokens", "ids", "--generate", generate});
-    EXPECT_THAT(outcome.errors, HasSubstr("note: the trace has no query after the prompt")) << generate;
+    EXPECT_THAT(outcome.errors, AllOf(HasSubstr("note: the trace has no query after the prompt"),
+                                      HasSubstr("--generate 2 or more adds some")));
   }
   const auto outcome = succeed(test::words("capture --model model --tokens ids --generate 2"));
   EXPECT_EQ(outcome.errors.find("note: "), std::string::npos) << outcome.errors;
+
+  // Where the model has nothing to say, asking for more of it is no advice.
+  const int first = std::stoi(outcome.output.substr(outcome.output.rfind(": ") + 2));
+  change_config([&](json& config) { config["eos_token_id"] = first; });
+  const auto ended = succeed(test::words("capture --model model --tokens ids --generate 500"));
+  EXPECT_THAT(ended.errors,
+              AllOf(HasSubstr("note: the trace has no query after the prompt"),
+                    HasSubstr("the model ended the sequence at once, so replay it with an earlier --evict-at"),
+                    Not(HasSubstr("--generate 2"))));
 }
 
 }  // namespace

@@ -256,16 +256,17 @@ def _capture(arguments):
         queries -= max(0, len(ids) - int(arguments.queries.partition(":")[2]))
     print(f"{arguments.output}: {_size_text(os.path.getsize(arguments.output))}, {config.num_hidden_layers} layers, "
           f"{len(ids)} prompt tokens, {queries} captured queries")
+    ends = model.generation_config.eos_token_id
+    ended = bool(generated) and generated[-1] in (ends if isinstance(ends, list) else [ends])
     if generated:
-        ends = model.generation_config.eos_token_id
-        ended = generated[-1] in (ends if isinstance(ends, list) else [ends])
         shown = _text_after(tokenizer, ids, generated) if tokenizer is not None else " ".join(map(str, generated))
         print(f"generated {len(generated)} token{'s' if len(generated) > 1 else ''}"
               f"{', until the end of the sequence' if ended else ''}: {shown}")
     if len(generated) < 2:
         # The last generated token is not fed back, so one alone brings no query.
-        _say("note: the trace has no query after the prompt, so eviction at its end cannot be measured; "
-             "--max-new-tokens 2 or more adds some")
+        remedy = ("the model ended the sequence at once, so replay it with an earlier --evict-at" if ended
+                  else "--max-new-tokens 2 or more adds some")
+        _say(f"note: the trace has no query after the prompt, so eviction at its end cannot be measured; {remedy}")
 
 
 class _Terminated(BaseException):

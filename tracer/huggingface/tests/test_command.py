@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,8 +174,26 @@ def test_nothing_generated(tmp_path):
     result = command("-m", folder, "--tokens", folder / "prompt.ids", "-o", tmp_path / "run.h5")
     assert result.returncode == 0, result.stderr
     assert "note: the trace has no query after the prompt" in result.stderr
+    assert "--max-new-tokens 2 or more adds some" in result.stderr
     assert len(result.stdout.splitlines()) == 1
     assert len(Trace(tmp_path / "run.h5").ids) == 47
+
+
+def test_end_of_the_sequence_at_once(tmp_path):
+    folder = FAMILIES / "llama"
+    options = ("--tokens", folder / "prompt.ids", "-n", 50, "-o", tmp_path / "run.h5")
+    result = command("-m", folder, *options)
+    assert "note: " not in result.stderr
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["eos_token_id"] = int(result.stdout.splitlines()[1].split(": ")[1].split()[0])
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "generation_config.json").unlink(missing_ok=True)
+    result = command("-m", tmp_path / "model", *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1].startswith("generated 1 token, until the end of the sequence: ")
+    assert "ended the sequence at once, so replay it with an earlier --evict-at" in result.stderr
+    assert "--max-new-tokens 2" not in result.stderr
 
 
 def test_longer_than_the_context_is_a_warning(tmp_path):

@@ -153,6 +153,7 @@ struct TraceWriter::State {
     std::unique_ptr<Tensor>& tensor = layer(number).head_tensors[static_cast<std::size_t>(which)];
     if (tensor != nullptr) return *tensor;
     hdf5::Shape shape = shape_of(info, which);
+    const Index known_rows = shape[1];
     shape[1] += most_later;
     const bool by_position = which == HeadTensor::keys || which == HeadTensor::values;
     describe(tensor, fmt::format("/layers/{}/{}", number, name_of(which)), shape, type,
@@ -162,21 +163,24 @@ struct TraceWriter::State {
                                   by_position ? row : position_of_query(row));
              });
     if (most_later > 0) {
-      tensor->storage = {.chunk = chunk_of(*tensor), .resizable = true};
+      tensor->storage = {.chunk = chunk_of(*tensor, known_rows), .resizable = true};
       tensor->written.resize(static_cast<std::size_t>(tensor->heads()));
     }
     return *tensor;
   }
 
-  // Large enough to be read at the disk's speed, small enough that the chunk at the end, which is stored whole, wastes
-  // little where the run ends early, and nothing to speak of where it does not.
-  static hdf5::Shape chunk_of(const Tensor& tensor) {
+  // Large enough to be read at the disk's speed; small enough that the chunk at the end, which is stored whole, wastes
+  // little of what is there in any case where the run ends early; and no more of them than all HDF5s find fast, however
+  // far it goes.
+  static hdf5::Shape chunk_of(const Tensor& tensor, Index known_rows) {
     constexpr Index kBytes = Index{1} << 20;
     constexpr Index kLeastRows = 16;
     constexpr Index kPieces = 16;
-    const auto divided = [](Index rows, Index by) { return (rows - 1) / by + 1; };
+    constexpr Index kMostChunks = 256;
+    const auto divided = [](Index rows, Index by) { return (rows + by - 1) / by; };
     const Index row_bytes = tensor.heads() * tensor.width() * static_cast<Index>(size_of(tensor.type));
-    const Index most = std::max(kLeastRows, std::min(divided(tensor.shape[1], kPieces), kBytes / row_bytes));
+    const Index wanted = std::max(divided(known_rows, kPieces), divided(tensor.shape[1], kMostChunks));
+    const Index most = std::max(kLeastRows, std::min(wanted, kBytes / row_bytes));
     return {tensor.heads(), divided(tensor.shape[1], divided(tensor.shape[1], most)), tensor.width()};
   }
 

@@ -434,22 +434,40 @@ TEST_F(Writer, HeadsOfARunThatGoesOnStayInStep) {
               HasSubstr("is not of a run that may go on; write its rows head by head"));
 }
 
+// All that `info` says of a run, and `later_rows` more rows of every head.
+void write_zeros(TraceWriter& writer, const TraceInfo& info, int later_rows) {
+  for (int layer = 0; layer < 2; ++layer) {
+    for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
+      const auto shape = shape_of(info, tensor);
+      for (int head = 0; head < shape[0]; ++head) {
+        writer.write_rows(layer, tensor, head, 0, std::vector<float>(static_cast<std::size_t>(shape[1] * 8)));
+      }
+      for (int row = 0; row < later_rows; ++row) {
+        writer.write_next(layer, tensor, std::vector<float>(static_cast<std::size_t>(shape[0] * 8)));
+      }
+    }
+  }
+}
+
+TEST_F(Writer, ARunThatEndsEarlyTakesLittleMoreThanOneThatWasToEnd) {
+  constexpr Index kMostLater = 100'000;
+  const TraceInfo info = run_of(5);
+  const auto size = [&](Index most_later) {
+    TraceWriter writer(folder_ / "run.h5", info, DType::float32, most_later);
+    write_zeros(writer, info, 1);
+    writer.finish(std::vector<std::int32_t>{7}, std::vector<std::string>{"a"});
+    return static_cast<Index>(std::filesystem::file_size(folder_ / "run.h5"));
+  };
+  const Index row_of_all = 2 * (2 * 2 + 2 * 4) * 8 * 4;  // layers, heads, elements, bytes
+  EXPECT_LT(size(kMostLater), size(1) + (kMostLater + 5) / 256 * row_of_all + 20'000);
+}
+
 TEST_F(Writer, ARunEndsAsItsTensorsDo) {
-  const auto error = [&](std::size_t later_rows, const std::vector<std::int32_t>& later_ids,
+  const auto error = [&](int later_rows, const std::vector<std::int32_t>& later_ids,
                          const std::vector<std::string>& later_pieces) {
     const TraceInfo info = run_of(5);
     TraceWriter writer(folder_ / "run.h5", info, DType::float32, 2);
-    for (int layer = 0; layer < 2; ++layer) {
-      for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
-        const auto shape = shape_of(info, tensor);
-        for (int head = 0; head < shape[0]; ++head) {
-          writer.write_rows(layer, tensor, head, 0, std::vector<float>(static_cast<std::size_t>(shape[1] * 8)));
-        }
-        for (std::size_t row = 0; row < later_rows; ++row) {
-          writer.write_next(layer, tensor, std::vector<float>(static_cast<std::size_t>(shape[0] * 8)));
-        }
-      }
-    }
+    write_zeros(writer, info, later_rows);
     return error_of([&] { writer.finish(later_ids, later_pieces); });
   };
   EXPECT_THAT(error(1, {}, {}), HasSubstr("run.h5: /layers/0/keys: head 0 has 6 rows, but the run has 5"));

@@ -105,6 +105,15 @@ Outcome run_in(const std::filesystem::path& folder, const Invocation& invocation
   return outcome;
 }
 
+Outcome Commands::interrupt(const Invocation& invocation, const std::vector<std::string>& results) const {
+  Outcome outcome = run(invocation);
+  for (int attempt = 1; attempt < 10 && outcome.exit_code == 0; ++attempt) {
+    for (const std::string& name : results) std::filesystem::remove_all(folder_ / name);
+    outcome = run(invocation);
+  }
+  return outcome;
+}
+
 Outcome Commands::succeed(const std::vector<std::string>& arguments) const {
   const Outcome outcome = run(arguments);
   EXPECT_EQ(outcome.exit_code, 0) << fmt::format("{}", fmt::join(arguments, " ")) << '\n' << outcome.errors;

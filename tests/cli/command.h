@@ -42,6 +42,10 @@ class Commands : public testing::Test {
   Outcome run(const std::vector<std::string>& arguments) const { return run_in(folder_.path(), {arguments}); }
   Outcome run(const Invocation& invocation) const { return run_in(folder_.path(), invocation); }
 
+  /// Runs what `interrupt_when` interrupts; again, without its `results`, where it was done before the signal came, at
+  /// most ten times.
+  Outcome interrupt(const Invocation& invocation, const std::vector<std::string>& results) const;
+
   /// Runs what must succeed.
   Outcome succeed(const std::vector<std::string>& arguments) const;
 

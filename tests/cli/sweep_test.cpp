@@ -252,7 +252,7 @@ class Interrupted : public Sweep {
   // Runs the sweep until a file like this appears; whether it was killed before it had finished.
   bool kill_when(const std::string& file, int signal, const std::string& more = "") {
     std::vector<std::string> arguments = test::words(command_ + "s.h5 " + more);
-    last_ = run({.arguments = arguments, .interrupt_when = file, .interrupt_with = signal});
+    last_ = interrupt({.arguments = arguments, .interrupt_when = file, .interrupt_with = signal}, {"s.h5"});
     return last_.signal == signal;
   }
 
@@ -380,10 +380,11 @@ TEST_F(SweepWithMpi, WhatOneProcessFindsDamagedEndsAllOfThem) {
 }
 
 TEST_F(SweepWithMpi, KilledItGoesOnWithAnyNumberOfProcesses) {
-  const test::Outcome outcome = run({.arguments = test::words(command_ + "s.h5 --threads 1"),
-                                     .interrupt_when = "unit-1-1.h5",
-                                     .interrupt_with = SIGTERM,
-                                     .launcher = launcher(2)});
+  const test::Outcome outcome = interrupt({.arguments = test::words(command_ + "s.h5 --threads 1"),
+                                           .interrupt_when = "unit-1-1.h5",
+                                           .interrupt_with = SIGTERM,
+                                           .launcher = launcher(2)},
+                                          {"s.h5"});
   EXPECT_NE(outcome.exit_code, 0);
   succeed(test::words(command_ + "s.h5 --resume"));
   EXPECT_TRUE(bytes("s.h5") == whole_);

@@ -1,6 +1,11 @@
 #include "tracer/kv_cache.h"
 
+#include <fmt/format.h>
+#include <sys/mman.h>
+
 #include <algorithm>
+
+#include "base/error.h"
 
 namespace kvreplay::tracer {
 
@@ -12,21 +17,35 @@ KvCache::KvCache(int num_layers, int num_key_value_heads, int head_dim, Index ca
       keys_(static_cast<std::size_t>(num_layers)),
       values_(static_cast<std::size_t>(num_layers)) {}
 
+KvCache::Pages KvCache::reserve() const {
+  const std::size_t bytes = static_cast<std::size_t>(num_heads_ * capacity_ * head_dim_ + kReadAhead) * sizeof(float);
+  // Not reserved: a run says how long it may become, and most end before.
+  void* const pages =
+      ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pages == MAP_FAILED) {
+    throw Error(fmt::format(
+        "there is no room in memory for the keys and values of {} tokens; generate fewer, or take a shorter prompt",
+        capacity_));
+  }
+  return {static_cast<float*>(pages), {bytes}};
+}
+
+void KvCache::Unmap::operator()(float* pages) const { ::munmap(pages, bytes); }
+
 KvCache::Rows KvCache::append(int layer, int head, Index first, Index rows) {
   std::vector<std::int32_t>& positions = positions_[index(layer, head)];
   const Index at = offset(head) + static_cast<Index>(positions.size()) * head_dim_;
-  if (keys_[layer_of(layer)].empty()) {
-    const auto floats = static_cast<std::size_t>(num_heads_ * capacity_ * head_dim_ + kReadAhead);
-    keys_[layer_of(layer)].resize(floats);
-    values_[layer_of(layer)].resize(floats);
+  if (keys_[layer_of(layer)] == nullptr) {
+    keys_[layer_of(layer)] = reserve();
+    values_[layer_of(layer)] = reserve();
   }
   for (Index row = 0; row < rows; ++row) positions.push_back(static_cast<std::int32_t>(first + row));
-  return {keys_[layer_of(layer)].data() + at, values_[layer_of(layer)].data() + at};
+  return {keys_[layer_of(layer)].get() + at, values_[layer_of(layer)].get() + at};
 }
 
 void KvCache::keep(int layer, int head, std::span<const Index> rows) {
-  float* keys = keys_[layer_of(layer)].data() + offset(head);
-  float* values = values_[layer_of(layer)].data() + offset(head);
+  float* keys = keys_[layer_of(layer)].get() + offset(head);
+  float* values = values_[layer_of(layer)].get() + offset(head);
   std::vector<std::int32_t>& positions = positions_[index(layer, head)];
   Index kept = 0;
   for (const Index row : rows) {
@@ -42,8 +61,8 @@ void KvCache::keep(int layer, int head, std::span<const Index> rows) {
 
 void KvCache::release(int layer) {
   for (int head = 0; head < num_heads_; ++head) positions_[index(layer, head)].clear();
-  std::vector<float>().swap(keys_[layer_of(layer)]);
-  std::vector<float>().swap(values_[layer_of(layer)]);
+  keys_[layer_of(layer)].reset();
+  values_[layer_of(layer)].reset();
 }
 
 }  // namespace kvreplay::tracer

@@ -1,7 +1,9 @@
 // The keys and values that attention reads.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -14,7 +16,7 @@ namespace kvreplay::tracer {
 /// tokens.
 class KvCache {
  public:
-  /// Room for `capacity` rows in each head. A layer takes its memory when the first row comes.
+  /// Room for `capacity` rows in each head. What of it is never filled takes addresses and no memory.
   KvCache(int num_layers, int num_key_value_heads, int head_dim, Index capacity);
 
   Index capacity() const { return capacity_; }
@@ -36,14 +38,14 @@ class KvCache {
   void release(int layer);
 
   /// [length, D].
-  const float* keys(int layer, int head) const { return keys_[layer_of(layer)].data() + offset(head); }
-  const float* values(int layer, int head) const { return values_[layer_of(layer)].data() + offset(head); }
+  const float* keys(int layer, int head) const { return keys_[layer_of(layer)].get() + offset(head); }
+  const float* values(int layer, int head) const { return values_[layer_of(layer)].get() + offset(head); }
 
   /// Floats behind the last row that may be read, though they mean nothing.
   static constexpr Index kReadAhead = 64;
 
   /// Makes room for `rows` more rows at the end of a head, of tokens from position `first` on, and gives the place of
-  /// the first of them. Precondition: they fit the capacity.
+  /// the first of them. Precondition: they fit the capacity. Throws Error where the system has no room for it.
   struct Rows {
     float* keys;
     float* values;
@@ -51,6 +53,14 @@ class KvCache {
   Rows append(int layer, int head, Index first, Index rows);
 
  private:
+  // Pages that are zero, and the system's until they are written to.
+  struct Unmap {
+    std::size_t bytes = 0;
+    void operator()(float* pages) const;
+  };
+  using Pages = std::unique_ptr<float[], Unmap>;
+
+  Pages reserve() const;
   std::size_t layer_of(int layer) const { return static_cast<std::size_t>(layer); }
   std::size_t index(int layer, int head) const {
     return static_cast<std::size_t>(layer) * static_cast<std::size_t>(num_heads_) + static_cast<std::size_t>(head);
@@ -62,8 +72,8 @@ class KvCache {
   Index capacity_;
   Index next_position_ = 0;
   std::vector<std::vector<std::int32_t>> positions_;
-  std::vector<std::vector<float>> keys_;
-  std::vector<std::vector<float>> values_;
+  std::vector<Pages> keys_;  // of each layer: [head][capacity][D]
+  std::vector<Pages> values_;
 };
 
 }  // namespace kvreplay::tracer

@@ -10,6 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <csignal>
 #include <sstream>
@@ -106,10 +107,12 @@ Outcome run_in(const std::filesystem::path& folder, const Invocation& invocation
 }
 
 Outcome Commands::interrupt(const Invocation& invocation, const std::vector<std::string>& results) const {
-  Outcome outcome = run(invocation);
-  for (int attempt = 1; attempt < 10 && outcome.exit_code == 0; ++attempt) {
+  Outcome outcome;
+  for (int attempt = 0; attempt < 10; ++attempt) {
     for (const std::string& name : results) std::filesystem::remove_all(folder_ / name);
     outcome = run(invocation);
+    const auto stands = [&](const std::string& name) { return std::filesystem::exists(folder_ / name); };
+    if (outcome.exit_code != 0 && std::ranges::none_of(results, stands)) break;
   }
   return outcome;
 }

@@ -42,8 +42,8 @@ class Commands : public testing::Test {
   Outcome run(const std::vector<std::string>& arguments) const { return run_in(folder_.path(), {arguments}); }
   Outcome run(const Invocation& invocation) const { return run_in(folder_.path(), invocation); }
 
-  /// Runs what `interrupt_when` interrupts; again, without its `results`, where it was done before the signal came, at
-  /// most ten times.
+  /// Runs what `interrupt_when` interrupts, without `results` that stand there; again where it was done before the
+  /// signal came, at most ten times.
   Outcome interrupt(const Invocation& invocation, const std::vector<std::string>& results) const;
 
   /// Runs what must succeed.

@@ -1,5 +1,6 @@
 """Records a run of a Hugging Face model into a kvtrace file."""
 
+import contextlib
 import pathlib
 import platform
 import re
@@ -85,30 +86,32 @@ class capture:
         self._layers = [_Layer() for _ in range(self._num_layers)]
         self._common = None  # what must be the same in all layers
         self._device = None
-        self._file = TraceFile(self._path)
-        try:
+        self._failure = None  # what recording ended with, though the block may have caught it
+        with contextlib.ExitStack() as undo:
+            self._file = TraceFile(self._path)
+            undo.callback(self._file.abandon)
+            self._transfer = Transfer()
+            undo.callback(self._transfer.abandon)
             self._hook = self._model.get_input_embeddings().register_forward_hook(self._on_tokens)
-            try:
-                interface.listen(self._implementation, self._modules, self._on_attention)
-            except BaseException:
-                self._hook.remove()
-                raise
-        except BaseException:
-            self._file.abandon()
-            raise
-        self._transfer = Transfer()
+            undo.callback(self._hook.remove)
+            interface.listen(self._implementation, self._modules, self._on_attention)
+            undo.pop_all()
         return self
 
     def __exit__(self, kind, problem, trace):
-        self._hook.remove()
-        interface.stop_listening(self._implementation, self._modules)
         finished = False
         try:
+            try:
+                self._hook.remove()
+            finally:
+                interface.stop_listening(self._implementation, self._modules)
             if kind is None:
                 self._finish()
                 finished = True
         finally:
             if not finished:
+                # The name first: what is being written may take its time, and waiting for it may be interrupted.
+                self._file.remove_name()
                 self._transfer.abandon()
                 self._file.abandon()
         return False
@@ -116,7 +119,23 @@ class capture:
     # What the run tells.
 
     def _on_tokens(self, module, arguments, result):
-        ids = arguments[0]
+        with self._recording():
+            self._record_tokens(arguments[0])
+
+    def _on_attention(self, *call):
+        with self._recording(), torch.no_grad():
+            self._record_attention(*call)
+
+    @contextlib.contextmanager
+    def _recording(self):
+        try:
+            yield
+        except BaseException as problem:
+            self._failure = (str(problem) if isinstance(problem, CaptureError)
+                             else f"the run was cut short by {type(problem).__name__}")
+            raise
+
+    def _record_tokens(self, ids):
         if ids.dim() != 2 or ids.shape[0] != 1:
             raise CaptureError(f"a trace holds one sequence, but the batch has {ids.shape[0]}; run with batch size 1 "
                                "and one beam")
@@ -126,8 +145,7 @@ class capture:
         self._ids.append(ids[0].detach().clone())
         self._tokens += count
 
-    @torch.no_grad()
-    def _on_attention(self, module, query, key, value, mask, output, options):
+    def _record_attention(self, module, query, key, value, mask, output, options):
         number = module.layer_idx
         if not 0 <= number < self._num_layers:
             raise CaptureError(f"layer {number} is none of the model's {self._num_layers}")
@@ -283,6 +301,8 @@ class capture:
     # The end.
 
     def _finish(self):
+        if self._failure is not None:
+            raise CaptureError(self._failure)
         if self._tokens == 0:
             raise CaptureError("the model did not run inside the block, so there is nothing to write")
         if self._prompt_length is None:

@@ -14,6 +14,7 @@ from .errors import CaptureError, UsageError
 
 _FAILED = 1
 _WRONG_USAGE = 2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _say(text):
@@ -269,20 +270,23 @@ def _capture(arguments):
         _say(f"note: the trace has no query after the prompt, so eviction at its end cannot be measured; {remedy}")
 
 
-class _Terminated(BaseException):
+class _Interrupted(BaseException):
     pass
 
 
-def _terminate(number, frame):
-    raise _Terminated(number)
+def _interrupt(number, frame):
+    # Whoever asks again must not interrupt the cleaning up.
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise _Interrupted(number)
 
 
 def main(arguments=None):
     """Returns the exit code."""
     # What ends the program must pass through the file's cleaning up.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, _terminate)
+    for number in _SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _interrupt)
     warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
     try:
         _capture(_parser().parse_args(arguments))
@@ -292,10 +296,7 @@ def main(arguments=None):
     except CaptureError as problem:
         _say(f"kvtrace-capture: {_first_line(problem)}")
         return _FAILED
-    except KeyboardInterrupt:
-        _say("kvtrace-capture: interrupted")
-        return 128 + signal.SIGINT
-    except _Terminated as problem:
+    except _Interrupted as problem:
         _say("kvtrace-capture: interrupted")
         return 128 + problem.args[0]
     except Exception as problem:  # of the model's own code: out of memory, an unsupported combination

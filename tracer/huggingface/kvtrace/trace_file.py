@@ -1,6 +1,8 @@
 """Writes kvtrace files piece by piece, while the run that they record goes on."""
 
+import contextlib
 import datetime
+import io
 import os
 
 import h5py
@@ -36,6 +38,34 @@ FLOAT_TYPES = tuple(_TYPES)
 def _bits(tensor):
     """The tensor's elements as an array of what is stored."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+class _Disk(io.FileIO):
+    """What HDF5 writes to, and sees no failure of: with pages left that it cannot write, HDF5 closes no file and takes
+    the process down at its end. The first failure is kept; what comes after it goes nowhere.
+    """
+
+    def __init__(self, path):
+        super().__init__(path, "r+")
+        self.failure = None
+
+    def write(self, data):
+        left = memoryview(data)
+        size = len(left)
+        try:
+            while len(left) > 0 and self.failure is None:
+                left = left[super().write(left):]
+        except OSError as problem:
+            self.failure = problem
+        return size
+
+    def truncate(self, size=None):
+        try:
+            if self.failure is None:
+                super().truncate(size)
+        except OSError as problem:
+            self.failure = problem
+        return size
 
 
 class Rows:
@@ -88,13 +118,16 @@ class TraceFile:
         self._output = OutputFile(path)
         self._rows = {}
         try:
+            self._disk = _Disk(self._output.temporary)
             # These bounds have checksums and can be read by HDF5 from 1.10 on.
-            self._file = h5py.File(self._output.temporary, "w", libver=("v110", "v110"))
-        except OSError as problem:
+            self._file = h5py.File(self._disk, "w", libver=("v110", "v110"))
+            self._file.attrs["format"] = "kvtrace"
+            self._file.attrs["format_version"] = 1
+        except BaseException as problem:
             self._output.abandon()
-            raise self._failure(problem) from None
-        self._file.attrs["format"] = "kvtrace"
-        self._file.attrs["format_version"] = 1
+            if isinstance(problem, OSError):
+                raise self._failure(problem) from None
+            raise
 
     @property
     def path(self):
@@ -103,6 +136,15 @@ class TraceFile:
     def _failure(self, problem):
         reason = os.strerror(problem.errno) if getattr(problem, "errno", None) else str(problem).splitlines()[0]
         return CaptureError(f"{self.path}: cannot be written: {reason}")
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except (OSError, RuntimeError) as problem:
+            raise self._failure(self._disk.failure or problem) from None
+        if self._disk.failure is not None:
+            raise self._failure(self._disk.failure)
 
     def fail(self, where, reason):
         raise CaptureError(f"{self.path}: {where}: {reason}")
@@ -118,7 +160,7 @@ class TraceFile:
         """The next rows [heads, n, D] of a layer's tensor, whose first is that of position `first`."""
         path = f"/layers/{layer}/{name}"
         self._check_finite(tensor, path, lambda at: f"layer {layer}, head {at[0]}, position {first + at[1]}")
-        try:
+        with self._writing():
             rows = self._rows.get(path)
             if rows is None:
                 self._file.require_group(f"layers/{layer}")
@@ -127,27 +169,18 @@ class TraceFile:
             if rows.shape != (tensor.shape[0], tensor.shape[2]) or rows.dtype != tensor.dtype:
                 self.fail(path, "changes its shape or type during the run")
             rows.append(tensor)
-        except (OSError, RuntimeError) as problem:
-            raise self._failure(problem) from None
-
-    def count(self, layer, name):
-        """Rows of a layer's tensor so far."""
-        rows = self._rows.get(f"/layers/{layer}/{name}")
-        return rows.count if rows else 0
 
     def write(self, layer, name, tensor):
         """A layer's tensor that is written at once: output_projection, attention_mass."""
         path = f"/layers/{layer}/{name}"
         self._check_finite(tensor, path, lambda at: f"layer {layer}, row {at[0]}, column {at[1]}")
         kind = _TYPES[tensor.dtype][0]
-        try:
+        with self._writing():
             self._file.require_group(f"layers/{layer}")
             creation = h5p.create(h5p.DATASET_CREATE)
             creation.set_obj_track_times(False)
             dataset = h5d.create(self._file.id, path.encode(), kind, h5s.create_simple(tuple(tensor.shape)), creation)
             dataset.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(_bits(tensor)), kind)
-        except (OSError, RuntimeError) as problem:
-            raise self._failure(problem) from None
 
     def finish(self, *, model, layers, ids, prompt_length, pieces, query_positions, spans, source, provenance):
         """Writes everything but the tensors, marks the file complete and puts it in its place.
@@ -159,7 +192,7 @@ class TraceFile:
         seconds = int(os.environ["SOURCE_DATE_EPOCH"]) if "SOURCE_DATE_EPOCH" in os.environ else None
         now = datetime.datetime.now(datetime.timezone.utc) if seconds is None else datetime.datetime.fromtimestamp(
             seconds, datetime.timezone.utc)
-        try:
+        with self._writing():
             for rows in self._rows.values():
                 rows.flush()
             file = self._file
@@ -182,17 +215,19 @@ class TraceFile:
                 file.create_group("annotations")
                 file["annotations/spans"] = np.array(spans, dtype=kind)
             file.flush()
+        with self._writing():
             # Last, so that a file in which anything is missing cannot carry it.
             file.attrs["complete"] = 1
             file.close()
-        except (OSError, RuntimeError) as problem:
-            raise self._failure(problem) from None
+            self._disk.close()
         self._output.commit()
 
-    def abandon(self):
-        # The name first: what follows may fail on a full disk.
+    def remove_name(self):
+        """Takes away what was written. More may be written until abandon(), and goes nowhere."""
         self._output.abandon()
-        try:
+
+    def abandon(self):
+        self.remove_name()
+        with contextlib.suppress(OSError, RuntimeError):
             self._file.close()
-        except (OSError, RuntimeError):
-            pass
+            self._disk.close()

@@ -1,6 +1,7 @@
 """What a capture promises besides the numbers: nothing is patched, nothing is half-written, nothing is silently wrong."""
 
 import concurrent.futures
+import contextlib
 import threading
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvtrace
+from kvtrace import interface
 from kvtrace.trace_file import TraceFile
+from kvtrace.transfer import Transfer
 
 
 @pytest.fixture
@@ -104,6 +107,55 @@ def test_run_that_is_cut_short_is_refused(model, ids, output):
         hook.remove()
 
     refused(model, output, "layer 1 was seen at 0 of 47 tokens", run)
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_run_that_the_block_saved_from_an_interruption_is_refused(at, model, ids, output, monkeypatch):
+    """Wherever recording is interrupted: a trace is whole, whatever the block catches."""
+    submit, calls = Transfer.submit, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        submit(*arguments)
+
+    monkeypatch.setattr(Transfer, "submit", interrupted)
+
+    def run():
+        with contextlib.suppress(KeyboardInterrupt):
+            generate(model, ids)
+
+    refused(model, output, "^the run was cut short by KeyboardInterrupt$", run, queries="window:4", attention_mass=True)
+
+
+def test_failure_that_the_block_caught_is_one(model, ids, output):
+    def run():
+        with contextlib.suppress(kvtrace.CaptureError):
+            generate(model, ids.repeat(2, 1))
+        generate(model, ids)
+
+    refused(model, output, "batch has 2", run)
+
+
+def test_interruption_of_the_end_leaves_nothing(model, ids, output, monkeypatch):
+    """The name goes before anything is waited for."""
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Transfer, "abandon", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        with kvtrace.capture(model, output):
+            model(ids)
+            raise RuntimeError("on purpose")
+    monkeypatch.undo()
+    stop = interface.stop_listening
+    monkeypatch.setattr(interface, "stop_listening", lambda *arguments: (stop(*arguments), interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        with kvtrace.capture(model, output):
+            model(ids)
+    assert not list(output.parent.iterdir())
+    assert not hooks(model)
 
 
 def test_nan_is_named_with_its_place(model, ids, output):

@@ -28,7 +28,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
 def command(*arguments):
     """Runs it in this process: a new one would spend seconds on importing."""
     streams = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     show_warning = warnings.showwarning
     try:
         with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
@@ -262,10 +262,20 @@ def test_failures_are_one_line_and_leave_nothing(tmp_path):
         assert sorted(tmp_path.iterdir()) == before
 
 
-def test_disk_full_leaves_nothing(tmp_path):
+def needle_bytes(tmp_path):
+    output = tmp_path / "whole.h5"
+    assert command("-m", DEMO, "-p", PROMPTS / "needle.txt", "-n", "4", "-o", output).returncode == 0
+    size = output.stat().st_size
+    output.unlink()
+    return size
+
+
+@pytest.mark.parametrize("place", ["early", "as it is closed"])
+def test_disk_full_leaves_nothing(place, tmp_path):
     # A limit on the size of files fails a write as a full disk does.
+    limit = 300_000 if place == "early" else needle_bytes(tmp_path) - 20_000
     code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
             "from kvtrace.command import main; sys.exit(main())")
     result = subprocess.run(
         [sys.executable, "-c", code, "-m", DEMO, "-p", PROMPTS / "needle.txt", "-n", "4", "-o", tmp_path / "run.h5"],
@@ -288,18 +298,27 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def interrupted(tmp_path, number):
-    """Ends a capture by a signal when its file has begun to grow. The exit code and what was on standard error."""
+def grown(folder):
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a name is tried out before the run
+            if file.stat().st_size > 1_000_000:
+                return True
+    return False
+
+
+def interrupted(tmp_path, *numbers, program=ENDLESS):
+    """Ends a capture by signals when its file has begun to grow. The exit code and what was on standard error."""
     process = subprocess.Popen(
-        [sys.executable, "-c", ENDLESS, "-m", DEMO, "-p", PROMPTS / "needle.txt", "-n", "800", "-o", tmp_path / "run.h5"],
+        [sys.executable, "-c", program, "-m", DEMO, "-p", PROMPTS / "needle.txt", "-n", "800", "-o", tmp_path / "run.h5"],
         stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     deadline = time.monotonic() + 120
-    while not any(file.stat().st_size > 1_000_000 for file in tmp_path.iterdir()):
+    while not grown(tmp_path):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(number)
+    for number in numbers:
+        time.sleep(0.5)
+        process.send_signal(number)
     message = process.stderr.read()
     return process.wait(), message
 
@@ -326,5 +345,24 @@ def test_kill_leaves_no_file_that_a_reader_accepts(tmp_path, request):
 def test_signals_that_can_be_caught_leave_nothing(number, tmp_path):
     code, message = interrupted(tmp_path, number)
     assert code == 128 + number
+    assert message.strip().splitlines()[-1] == "kvtrace-capture: interrupted"
+    assert not list(tmp_path.iterdir())
+
+
+# Writing lags behind from the second layer on.
+LAGGING = """
+import time
+from kvtrace.trace_file import TraceFile
+append = TraceFile.append
+def lagging(*arguments):
+    time.sleep(2 if arguments[1] == 1 else 0)
+    append(*arguments)
+TraceFile.append = lagging
+""" + ENDLESS
+
+
+def test_second_signal_does_not_keep_the_first_from_cleaning_up(tmp_path):
+    code, message = interrupted(tmp_path, signal.SIGINT, signal.SIGINT, signal.SIGTERM, program=LAGGING)
+    assert code == 128 + signal.SIGINT
     assert message.strip().splitlines()[-1] == "kvtrace-capture: interrupted"
     assert not list(tmp_path.iterdir())

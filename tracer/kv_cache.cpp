@@ -19,7 +19,7 @@ KvCache::KvCache(int num_layers, int num_key_value_heads, int head_dim, Index ca
 
 KvCache::Pages KvCache::reserve() const {
   const std::size_t bytes = static_cast<std::size_t>(num_heads_ * capacity_ * head_dim_ + kReadAhead) * sizeof(float);
-  // Not reserved: a run says how long it may become, and most end before.
+  // Addresses alone, without swap set aside: a run says how long it may become, and may end long before.
   void* const pages =
       ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (pages == MAP_FAILED) {

@@ -152,11 +152,9 @@ std::vector<std::string> left_by_interrupted(const TemporaryFolder& folder, cons
     }).detach();
     while (std::filesystem::is_empty(folder.path())) {
     }
-    {
-      const auto held = OutputFile::abandon_all();
-      std::this_thread::sleep_for(std::chrono::milliseconds(5));  // for whoever does not wait for the lock
-      ::_exit(0);
-    }
+    const auto held = OutputFile::abandon_all();
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));  // for whoever does not wait for the lock
+    ::_exit(0);
   }
   int status = -1;
   ::waitpid(process, &status, 0);

@@ -106,15 +106,17 @@ Outcome run_in(const std::filesystem::path& folder, const Invocation& invocation
   return outcome;
 }
 
-Outcome Commands::interrupt(const Invocation& invocation, const std::vector<std::string>& results) const {
-  Outcome outcome;
-  for (int attempt = 0; attempt < 10; ++attempt) {
-    for (const std::string& name : results) std::filesystem::remove_all(folder_ / name);
-    outcome = run(invocation);
-    const auto stands = [&](const std::string& name) { return std::filesystem::exists(folder_ / name); };
-    if (outcome.exit_code != 0 && std::ranges::none_of(results, stands)) break;
+Outcome Commands::interrupt(const Invocation& invocation, const std::string& result) const {
+  constexpr int kMostAttempts = 10;
+  const std::vector<std::string> before = folder_.names();
+  for (int attempt = 1;; ++attempt) {
+    Outcome outcome = run(invocation);
+    const bool done = outcome.exit_code == 0 || (!result.empty() && std::filesystem::exists(folder_ / result));
+    if (!done || attempt == kMostAttempts) return outcome;
+    for (const std::string& name : folder_.names()) {
+      if (std::ranges::find(before, name) == before.end()) std::filesystem::remove_all(folder_ / name);
+    }
   }
-  return outcome;
 }
 
 Outcome Commands::succeed(const std::vector<std::string>& arguments) const {

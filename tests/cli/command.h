@@ -42,9 +42,9 @@ class Commands : public testing::Test {
   Outcome run(const std::vector<std::string>& arguments) const { return run_in(folder_.path(), {arguments}); }
   Outcome run(const Invocation& invocation) const { return run_in(folder_.path(), invocation); }
 
-  /// Runs what `interrupt_when` interrupts, without `results` that stand there; again where it was done before the
-  /// signal came, at most ten times.
-  Outcome interrupt(const Invocation& invocation, const std::vector<std::string>& results) const;
+  /// Runs what `interrupt_when` interrupts; again, without what it added to the folder, where it was done before the
+  /// signal ended it, at most ten times. It was where it exits with 0, and where `result` stands, if one is named.
+  Outcome interrupt(const Invocation& invocation, const std::string& result = "") const;
 
   /// Runs what must succeed.
   Outcome succeed(const std::vector<std::string>& arguments) const;

@@ -365,8 +365,7 @@ TEST_F(Outputs, AnInterruptionLeavesNothing) {
   const test::Outcome outcome =
       interrupt({.arguments = test::words("replay large.h5 --policy full recent random(seed={0:15}) --heads query "
                                           "--capacity 64,128,256,300,400 -o results.h5 --csv results.csv"),
-                 .interrupt_when = ".tmp-"},
-                {});
+                 .interrupt_when = ".tmp-"});
   EXPECT_EQ(outcome.signal, SIGINT) << "as a shell expects of what was interrupted";
   EXPECT_THAT(outcome.errors, HasSubstr("kvreplay: interrupted"));
   EXPECT_THAT(folder_.names(), Not(Contains(HasSubstr("tmp-"))));

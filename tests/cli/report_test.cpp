@@ -209,7 +209,7 @@ TEST_F(ReportCommand, ThemesArePicturesOnly) {
 
 TEST_F(ReportCommand, AnInterruptedOneLeavesNothing) {
   const Outcome outcome =
-      interrupt({.arguments = test::words("report r.h5 --kept k.h5 -o out"), .interrupt_when = "figures"}, {"out"});
+      interrupt({.arguments = test::words("report r.h5 --kept k.h5 -o out"), .interrupt_when = "figures"}, "out");
   ASSERT_EQ(outcome.signal, SIGINT);
   EXPECT_THAT(folder_.names(), Not(Contains(HasSubstr("out"))));
 }

@@ -249,10 +249,11 @@ class Interrupted : public Sweep {
     whole_ = bytes("whole.h5");
   }
 
-  // Runs the sweep until a file like this appears; whether it was killed before it had finished.
-  bool kill_when(const std::string& file, int signal, const std::string& more = "") {
-    std::vector<std::string> arguments = test::words(command_ + "s.h5 " + more);
-    last_ = interrupt({.arguments = arguments, .interrupt_when = file, .interrupt_with = signal}, {"s.h5"});
+  // Runs the sweep until a file like this appears; whether it was killed before it had finished. `result` as in
+  // interrupt().
+  bool kill_when(const std::string& file, int signal, const std::string& result = "") {
+    last_ = interrupt({.arguments = test::words(command_ + "s.h5"), .interrupt_when = file, .interrupt_with = signal},
+                      result);
     return last_.signal == signal;
   }
 
@@ -289,7 +290,7 @@ TEST_F(Interrupted, KilledAtAnyMomentItGoesOnToTheSameBytes) {
 }
 
 TEST_F(Interrupted, KeepsWhatIsFinishedAndSaysHowToGoOn) {
-  ASSERT_TRUE(kill_when("unit-1-1.h5", SIGINT));
+  ASSERT_TRUE(kill_when("unit-1-1.h5", SIGINT, "s.h5"));
   EXPECT_THAT(last_.errors,
               AllOf(HasSubstr("kvreplay: interrupted; "), HasSubstr(" of 9 units are finished and kept in "),
                     HasSubstr("s.h5.units; go on with --resume\n")));
@@ -302,7 +303,7 @@ TEST_F(Interrupted, KeepsWhatIsFinishedAndSaysHowToGoOn) {
 }
 
 TEST_F(Interrupted, DamagedUnitsAreDoneAgainWithANote) {
-  ASSERT_TRUE(kill_when("unit-1-1.h5", SIGKILL));
+  ASSERT_TRUE(kill_when("unit-1-1.h5", SIGKILL, "s.h5"));
   std::string unit;
   for (const auto& entry : std::filesystem::directory_iterator(folder_ / "s.h5.units")) {
     const std::string name = entry.path().filename().string();
@@ -384,7 +385,7 @@ TEST_F(SweepWithMpi, KilledItGoesOnWithAnyNumberOfProcesses) {
                                            .interrupt_when = "unit-1-1.h5",
                                            .interrupt_with = SIGTERM,
                                            .launcher = launcher(2)},
-                                          {"s.h5"});
+                                          "s.h5");
   EXPECT_NE(outcome.exit_code, 0);
   succeed(test::words(command_ + "s.h5 --resume"));
   EXPECT_TRUE(bytes("s.h5") == whole_);

@@ -100,7 +100,7 @@ TEST_F(Synth, WhatFailsLeavesTheEarlierFileAlone) {
 
 TEST_F(Synth, InterruptedItLeavesNothing) {
   const test::Outcome outcome = interrupt(
-      {.arguments = test::words("synth --tokens 16384 --dtype float16"), .interrupt_when = ".tmp-"}, {"synthetic.h5"});
+      {.arguments = test::words("synth --tokens 16384 --dtype float16"), .interrupt_when = ".tmp-"}, "synthetic.h5");
   EXPECT_EQ(outcome.signal, SIGINT);
   EXPECT_THAT(outcome.errors, HasSubstr("kvreplay: interrupted"));
   EXPECT_TRUE(folder_.names().empty());

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <limits>
+#include <map>
 #include <system_error>
 #include <utility>
 
@@ -248,11 +249,14 @@ std::string legend(const std::vector<TraceReplay>& replays, double seconds) {
 void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays) {
   for (const std::string& note : notes) fmt::print(stderr, "note: {}\n", note);
   std::vector<std::pair<std::string, std::vector<std::string>>> about;
+  std::map<std::string, std::size_t> place;  // a grid may bring a note for each of its policies
   for (const TraceReplay& replay : replays) {
     for (const std::string& note : replay.notes) {
-      auto found = std::ranges::find(about, note, &std::pair<std::string, std::vector<std::string>>::first);
-      if (found == about.end()) found = about.insert(about.end(), {note, {}});
-      if (std::ranges::find(found->second, replay.trace) == found->second.end()) found->second.push_back(replay.trace);
+      const auto [found, is_new] = place.try_emplace(note, about.size());
+      if (is_new) about.push_back({note, {}});
+      std::vector<std::string>& traces = about[found->second].second;
+      // Replays of a trace follow each other.
+      if (traces.empty() || traces.back() != replay.trace) traces.push_back(replay.trace);
     }
   }
   for (const auto& [note, traces] : about) {

@@ -16,6 +16,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <set>
 #include <sstream>
 #include <utility>
 
@@ -357,7 +358,8 @@ void run_sweep(CLI::App& command, const SweepOptions& options) {
     if (!ranks->is_first()) return;
     sweep.store->open(options.resume);
     const std::vector<ReplayUnit> done = sweep.store->finished(sweep.notes);
-    std::erase_if(sweep.left, [&](const ReplayUnit& unit) { return std::ranges::find(done, unit) != done.end(); });
+    const std::set<ReplayUnit> is_done(done.begin(), done.end());
+    std::erase_if(sweep.left, [&](const ReplayUnit& unit) { return is_done.contains(unit); });
     finished = done.size();
   });
   sweep.left = units_from(ranks->from_first(text_of(sweep.left)));

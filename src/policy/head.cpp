@@ -6,7 +6,9 @@
 #include <cmath>
 #include <list>
 #include <map>
+#include <set>
 #include <tuple>
+#include <utility>
 
 #include "base/buffer.h"
 #include "base/error.h"
@@ -157,7 +159,9 @@ struct Head::Shared {
   std::optional<Matrix> values;
   int window = 0;  // queries that are at hand without a gap before the eviction
   std::unique_ptr<WindowPass> pass;
-  std::list<std::shared_ptr<Batch>> batches;   // newest first
+  std::list<std::shared_ptr<Batch>> batches;  // newest first
+  // Where each of their combinations is: grids ask for thousands.
+  std::map<WindowCombination, std::pair<std::shared_ptr<Batch>, Index>> places;
   std::map<std::pair<int, int>, Buffer> rows;  // (member, age): attention
   std::map<std::tuple<int, int, int>, std::int64_t> sums_of_most_attended;
   std::vector<std::optional<std::vector<float>>> accumulated;  // [member]
@@ -279,13 +283,11 @@ const float* Head::value_rows(Index first, Index count, Buffer& memory) const {
 void Head::prepare(std::span<const WindowCombination> combinations) const {
   using Distance = WindowCombination::Distance;
   const auto batch = std::make_shared<Batch>();
+  std::set<WindowCombination> added;
   int window = 1;
   for (WindowCombination combination : combinations) {
     if (!has_output_projection_ && combination.distance == Distance::projected) combination.distance = Distance::values;
-    const auto holds = [&combination](const auto& other) {
-      return std::ranges::find(other->combinations, combination) != other->combinations.end();
-    };
-    if (holds(batch) || std::ranges::any_of(shared_->batches, holds)) continue;
+    if (shared_->places.contains(combination) || !added.insert(combination).second) continue;
     window = std::max(window, static_cast<int>(combination.weights.size()));
     batch->combinations.push_back(std::move(combination));
   }
@@ -353,11 +355,17 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
   if (distances > 0) measure_distances(*batch, distances, outputs.cast<float>());
 
   shared_->batches.push_front(batch);
+  for (Index c = 0; c < count; ++c) shared_->places.try_emplace(combination(c), batch, c);
   Index kept = 0;
   for (auto it = shared_->batches.begin(); it != shared_->batches.end();) {
     kept += (*it)->bytes;
     // The newest stays whatever its size: it was asked for.
-    it = kept > kept_bytes_ && it != shared_->batches.begin() ? shared_->batches.erase(it) : std::next(it);
+    if (kept <= kept_bytes_ || it == shared_->batches.begin()) {
+      ++it;
+      continue;
+    }
+    for (const WindowCombination& each : (*it)->combinations) shared_->places.erase(each);
+    it = shared_->batches.erase(it);
   }
 }
 
@@ -454,10 +462,10 @@ CombinedAttention Head::combined_attention(int member, const WindowCombination& 
   WindowCombination combination = asked;
   if (!has_output_projection_ && combination.distance == Distance::projected) combination.distance = Distance::values;
   for (int attempt = 0;; ++attempt) {
-    for (const auto& batch : shared_->batches) {
-      const auto found = std::ranges::find(batch->combinations, combination);
-      if (found == batch->combinations.end()) continue;
-      const Index row = (found - batch->combinations.begin()) * shape_.group_size + member;
+    const auto found = shared_->places.find(combination);
+    if (found != shared_->places.end()) {
+      const auto& [batch, place] = found->second;
+      const Index row = place * shape_.group_size + member;
       const Index window = combination.whole_prompt ? 0 : static_cast<Index>(combination.weights.size());
       CombinedAttention result;
       result.attention = batch->attention.part(row * batch->stride, shape_.prompt_length);

@@ -116,7 +116,17 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
       TraceReplay& outline = outlines_.emplace_back(prepare(traces_[t], eviction));
       outline.trace_digest = digest;
       settings_.push_back(settings_for(traces_[t], request_, eviction, outline.notes));
-      for (const Setting& setting : settings_.back()) outline.results.push_back(outline_of(setting, outline));
+      const std::vector<Setting>& settings = settings_.back();
+      const RankingRequirements& asked = requirements_.emplace_back(settings, eviction);
+      Sums& sums = sums_.emplace_back();
+      for (const Setting& setting : settings) {
+        outline.results.push_back(outline_of(setting, outline));
+        sums.capacities += setting.capacity;
+        sums.compared += setting.rank_agreement ? 1 : 0;
+      }
+      sums.layer_bytes = LayerSelection::memory_of_layer(outline, settings);
+      sums.head_bytes = LayerSelection::memory_of_head(traces_[t], outline, settings, asked);
+      sums.least_combinations = LayerSelection::least_combination_bytes(outline, asked);
       trace_of_outline_.push_back(t);
     }
   }
@@ -144,26 +154,12 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
   const double weight = trace.has_output_projection(unit.layer) ? heads * head_dim * model.hidden_size : 0;
 
   // Ranking: logits of the window, then per combination its attention, its output and the distances from it.
-  std::vector<WindowCombination> combinations;
-  std::size_t window = 0;
-  const Policy* previous = nullptr;
-  for (const Setting& setting : settings_[replay]) {
-    if (!setting.policy->ranking || setting.policy == previous || setting.keeps_all(outline.eviction_position))
-      continue;
-    previous = setting.policy;
-    for (WindowCombination& combination : setting.policy->ranking->requirements().combinations) {
-      window = std::max(window, combination.weights.size());
-      if (std::ranges::find(combinations, combination) == combinations.end()) {
-        combinations.push_back(std::move(combination));
-      }
-    }
-  }
-  const auto with_distance = static_cast<double>(std::ranges::count_if(
-      combinations, [](const auto& c) { return c.distance != WindowCombination::Distance::none; }));
+  const RankingRequirements& asked = requirements_[replay];
+  const auto combinations = static_cast<double>(asked.combinations.size());
+  const auto with_distance = static_cast<double>(asked.with_distance);
   Work work;
   work.bytes = model.num_key_value_heads * prompt * head_dim * stored * (with_distance > 0 ? 3 : 1);
-  work.operations =
-      2 * heads * prompt * static_cast<double>(window) * (head_dim + static_cast<double>(combinations.size()));
+  work.operations = 2 * heads * prompt * asked.window * (head_dim + combinations);
   work.operations += 4 * heads * prompt * head_dim * with_distance;
   if (needs_projection(unit)) {
     work.bytes += weight * stored;
@@ -171,22 +167,21 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
   }
 
   // Rank agreement: attention of the evaluation queries, then both orders and the inversions between them.
-  const auto compared = std::ranges::count_if(settings_[replay], &Setting::rank_agreement);
-  if (compared > 0) {
+  const Sums& sums = sums_[replay];
+  if (sums.compared > 0) {
     const bool by_query = settings_[replay].front().granularity == Granularity::query;
     const double rows = by_query ? heads : model.num_key_value_heads;
     work.bytes += heads * tokens * head_dim * stored;
     work.operations += 2 * heads * queries * tokens * head_dim;
-    work.operations += static_cast<double>(compared) * rows * prompt * kOperationsPerRank;
+    work.operations += sums.compared * rows * prompt * kOperationsPerRank;
   }
 
   // Measures: full attention of the evaluation queries, then per setting what is kept, and the projection of the
   // difference.
   work.bytes += (2 * model.num_key_value_heads * tokens + heads * queries) * head_dim * stored + weight * stored;
   work.operations += 4 * heads * queries * tokens * head_dim;
-  for (const ReplayResult& result : outline.results) {
-    work.operations += 2 * heads * queries * result.capacity * head_dim + 2 * queries * weight;
-  }
+  const auto settings = static_cast<double>(settings_[replay].size());
+  work.operations += 2 * heads * queries * head_dim * sums.capacities + 2 * queries * weight * settings;
   return work;
 }
 
@@ -219,17 +214,16 @@ ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index li
             .settings_at_once = std::numeric_limits<Index>::max()};
   for (std::size_t r = 0; r < outlines_.size(); ++r) {
     const TraceReplay& outline = outlines_[r];
-    const std::vector<Setting>& settings = settings_[r];
     const auto queries = static_cast<Index>(outline.evaluation_positions.size());
-    const auto count = static_cast<Index>(settings.size());
+    const auto count = static_cast<Index>(settings_[r].size());
     const Index width = Index{outline.model.num_attention_heads} * outline.model.head_dim;
     const std::vector<ReplayUnit> layers(static_cast<std::size_t>(outline.model.num_layers),
                                          ReplayUnit{static_cast<int>(r), 0});
     const Index unit = static_cast<Index>(units_at_once(layers, plan)) *
-                       (LayerSelection::memory_of_layer(outline, settings) + LayerProjection::memory(outline.model));
+                       (sums_[r].layer_bytes + LayerProjection::memory(outline.model));
 
-    const Index ranked = LayerSelection::memory_of_head(traces_[trace_of_outline_[r]], outline, settings);
-    const Index least = LayerSelection::least_combination_bytes(outline, settings);
+    const Index ranked = sums_[r].head_bytes;
+    const Index least = sums_[r].least_combinations;
     Index combinations = std::max(least, kCombinations);
     if (limit > 0) combinations = std::min(combinations, (limit - unit) / plan.heads_at_once - ranked);
     plan.fits = plan.fits && combinations >= least;
@@ -260,16 +254,8 @@ void ReplayEngine::limit_memory(Index bytes) {
 }
 
 bool ReplayEngine::needs_projection(const ReplayUnit& unit) const {
-  const auto replay = static_cast<std::size_t>(unit.replay);
-  const int prompt = outlines_[replay].eviction_position;
-  if (!trace_of(unit).has_output_projection(unit.layer)) return false;
-  return std::ranges::any_of(settings_[replay], [prompt](const Setting& setting) {
-    if (!setting.policy->ranking || setting.keeps_all(prompt)) return false;
-    const std::vector<WindowCombination> combinations = setting.policy->ranking->requirements().combinations;
-    return std::ranges::any_of(combinations, [](const WindowCombination& combination) {
-      return combination.distance == WindowCombination::Distance::projected;
-    });
-  });
+  return requirements_[static_cast<std::size_t>(unit.replay)].projected_distance &&
+         trace_of(unit).has_output_projection(unit.layer);
 }
 
 const TraceReader& ReplayEngine::trace_of(const ReplayUnit& unit) const {
@@ -366,8 +352,8 @@ std::vector<std::vector<LayerResult>> ReplayEngine::select_group(std::span<const
 
   std::vector<LayerSelection> selections;
   for (std::size_t i = 0; i < group.size(); ++i) {
-    selections.emplace_back(trace_of(group[i]), settings(i), group[i].layer, outline(i).eviction_position,
-                            projections[i].get(), plan.combination_bytes);
+    selections.emplace_back(trace_of(group[i]), settings(i), requirements_[static_cast<std::size_t>(group[i].replay)],
+                            group[i].layer, outline(i).eviction_position, projections[i].get(), plan.combination_bytes);
   }
   for_each_piece(
       group, plan, [&](std::size_t i) { return outline(i).model.num_key_value_heads; },

@@ -1,6 +1,7 @@
 // The replay of many settings over many traces, layer by layer.
 #pragma once
 
+#include <compare>
 #include <functional>
 #include <span>
 #include <vector>
@@ -16,7 +17,7 @@ struct ReplayUnit {
   int replay = 0;  ///< index among the engine's outlines
   int layer = 0;
 
-  bool operator==(const ReplayUnit&) const = default;
+  auto operator<=>(const ReplayUnit&) const = default;
 };
 
 /// A layer's kept sets, as in KeptSets: one per query head at granularity query, otherwise one per KV head.
@@ -84,6 +85,15 @@ class ReplayEngine {
     bool fits = true;
   };
 
+  // What the settings of an outline add up to, counted once: costs and plans are asked for again and again.
+  struct Sums {
+    double capacities = 0;         // of all settings
+    double compared = 0;           // settings with rank agreement
+    Index layer_bytes = 0;         // of a LayerSelection
+    Index head_bytes = 0;          // of a head that is ranked, combinations excepted
+    Index least_combinations = 0;  // bytes
+  };
+
   Plan plan_for(Index limit) const;
   Plan plan_of(int heads_at_once, int rounds, Index limit) const;
   std::vector<std::vector<LayerResult>> select_group(std::span<const ReplayUnit> group, const Plan& plan) const;
@@ -102,8 +112,10 @@ class ReplayEngine {
   ReplayRequest request_;
   std::vector<TraceReplay> outlines_;
   std::vector<std::size_t> trace_of_outline_;
-  std::vector<std::vector<Setting>> settings_;  // per outline
-  Index memory_limit_ = 0;                      // 0: none was given
+  std::vector<std::vector<Setting>> settings_;     // per outline
+  std::vector<RankingRequirements> requirements_;  // the same
+  std::vector<Sums> sums_;                         // the same
+  Index memory_limit_ = 0;                         // 0: none was given
 };
 
 /// Gives the results of an outline their tables, filled with zeros.

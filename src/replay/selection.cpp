@@ -82,10 +82,12 @@ class LayerSelection::Importance {
   std::map<Share, RankedValues> groups_;
 };
 
-LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings, int layer,
-                               int eviction_position, const LayerProjection* projection, Index combination_bytes)
+LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings,
+                               const RankingRequirements& requirements, int layer, int eviction_position,
+                               const LayerProjection* projection, Index combination_bytes)
     : trace_(trace),
       settings_(settings),
+      requirements_(requirements),
       layer_(layer),
       prompt_(eviction_position),
       projection_(projection),
@@ -159,16 +161,17 @@ std::size_t LayerSelection::prepare(const Head& head, std::size_t first) const {
     return Head::combination_memory(head.shape(), static_cast<Index>(combinations));
   };
   std::vector<WindowCombination> combinations;
+  std::vector<bool> taken(requirements_.combinations.size(), false);
   std::size_t i = first;
   for (; i < settings_.size(); ++i) {
-    if (!settings_[i].policy->ranking || settings_[i].keeps_all(prompt_)) continue;
-    if (i > first && settings_[i].policy == settings_[i - 1].policy) continue;
-    std::vector<WindowCombination> more = settings_[i].policy->ranking->requirements().combinations;
-    std::erase_if(more, [&combinations](const WindowCombination& combination) {
-      return std::ranges::find(combinations, combination) != combinations.end();
-    });
-    if (i > first && bytes_of(combinations.size() + more.size()) > combination_bytes_) break;
-    std::ranges::move(more, std::back_inserter(combinations));
+    std::vector<std::size_t> more;
+    std::ranges::copy_if(requirements_.first_asked_by(i), std::back_inserter(more),
+                         [&taken](std::size_t combination) { return !taken[combination]; });
+    if (i > first && !more.empty() && bytes_of(combinations.size() + more.size()) > combination_bytes_) break;
+    for (const std::size_t combination : more) {
+      taken[combination] = true;
+      combinations.push_back(requirements_.combinations[combination]);
+    }
   }
   head.prepare(combinations);
   return i;
@@ -377,28 +380,16 @@ HeadShape shape_of(const TraceReplay& outline) {
 }  // namespace
 
 Index LayerSelection::memory_of_head(const TraceReader& trace, const TraceReplay& outline,
-                                     const std::vector<Setting>& settings) {
-  int window = 0;
-  bool whole_tensors = false;
-  bool rank_agreement = false;
-  for (const Setting& setting : settings) {
-    rank_agreement = rank_agreement || setting.rank_agreement;
-    if (!setting.policy->ranking || setting.keeps_all(outline.eviction_position)) continue;
-    const Requirements needs = setting.policy->ranking->requirements();
-    for (const WindowCombination& combination : needs.combinations) {
-      window = std::max(window, static_cast<int>(combination.weights.size()));
-    }
-    window = std::max(window, needs.window_queries);
-    whole_tensors = whole_tensors || needs.keys_or_values || needs.combinations.empty();
-  }
+                                     const std::vector<Setting>& settings, const RankingRequirements& requirements) {
   const ModelInfo& model = outline.model;
   const Index prompt = outline.eviction_position;
   // Raw and smoothed scores of the group, what it shares, and neighbours while they are pooled.
   const Index scores = prompt * (2 * model.group_size() + 3);
   const bool unpacked = !trace.reads_directly(0, HeadTensor::keys) || !trace.reads_directly(0, HeadTensor::values);
-  const Index tensors = ((whole_tensors ? 2 : 0) + (unpacked ? 2 : 0)) * prompt * model.head_dim;
-  const Index bytes = Head::memory(shape_of(outline), window) + (scores + tensors) * static_cast<Index>(sizeof(float));
-  if (!rank_agreement) return bytes;
+  const Index tensors = ((requirements.keys_or_values ? 2 : 0) + (unpacked ? 2 : 0)) * prompt * model.head_dim;
+  const Index bytes =
+      Head::memory(shape_of(outline), requirements.window) + (scores + tensors) * static_cast<Index>(sizeof(float));
+  if (std::ranges::none_of(settings, &Setting::rank_agreement)) return bytes;
   // The oracle's importance of the group and what it shares, their orders, and the keys while it is taken.
   const Index rows = model.group_size() + 1;
   const Index tokens = outline.evaluation_positions.back() + 1;
@@ -423,13 +414,8 @@ Index LayerSelection::memory_of_layer(const TraceReplay& outline, const std::vec
                      static_cast<Index>(sizeof(float));
 }
 
-Index LayerSelection::least_combination_bytes(const TraceReplay& outline, const std::vector<Setting>& settings) {
-  std::size_t most = 0;
-  for (const Setting& setting : settings) {
-    if (!setting.policy->ranking || setting.keeps_all(outline.eviction_position)) continue;
-    most = std::max(most, setting.policy->ranking->requirements().combinations.size());
-  }
-  return Head::combination_memory(shape_of(outline), static_cast<Index>(most));
+Index LayerSelection::least_combination_bytes(const TraceReplay& outline, const RankingRequirements& requirements) {
+  return Head::combination_memory(shape_of(outline), static_cast<Index>(requirements.most_combinations));
 }
 
 }  // namespace kvreplay

@@ -16,9 +16,11 @@ namespace kvreplay {
 /// how far their scores agree with the oracle's importance, where that is asked for.
 class LayerSelection {
  public:
-  /// All must outlive it; `projection` may be null and is decomposed before heads are ranked. `combination_bytes`: what
-  /// combinations of attention may take per KV head that is ranked at a time.
-  LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings, int layer, int eviction_position,
+  /// All must outlive it; `requirements` are those of the settings, `projection` may be null and is decomposed before
+  /// heads are ranked. `combination_bytes`: what combinations of attention may take per KV head that is ranked at a
+  /// time.
+  LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings,
+                 const RankingRequirements& requirements, int layer, int eviction_position,
                  const LayerProjection* projection, Index combination_bytes);
 
   /// Draws what one KV head can draw without the others. Heads may be drawn by different threads at once.
@@ -33,11 +35,11 @@ class LayerSelection {
 
   /// The most bytes that rank_head() takes beside `combination_bytes`, and that one of these objects takes in all.
   static Index memory_of_head(const TraceReader& trace, const TraceReplay& outline,
-                              const std::vector<Setting>& settings);
+                              const std::vector<Setting>& settings, const RankingRequirements& requirements);
   static Index memory_of_layer(const TraceReplay& outline, const std::vector<Setting>& settings);
 
   /// The fewest `combination_bytes` that every policy can work with.
-  static Index least_combination_bytes(const TraceReplay& outline, const std::vector<Setting>& settings);
+  static Index least_combination_bytes(const TraceReplay& outline, const RankingRequirements& requirements);
 
  private:
   // Scores of one KV head after step 3; a part is empty where nothing asks for it.
@@ -67,6 +69,7 @@ class LayerSelection {
 
   const TraceReader& trace_;
   const std::vector<Setting>& settings_;
+  const RankingRequirements& requirements_;
   int layer_;
   int prompt_;
   const LayerProjection* projection_;

@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
+#include <utility>
 
 #include "base/error.h"
 #include "replay/trace_head.h"
@@ -127,6 +129,31 @@ bool Setting::goes_by_ranks(int prompt_length) const {
 
 bool Setting::is_local() const {
   return granularity != Granularity::layer && !(policy->budget && policy->budget->needs_scores());
+}
+
+RankingRequirements::RankingRequirements(const std::vector<Setting>& settings, int prompt_length) {
+  using Distance = WindowCombination::Distance;
+  std::map<WindowCombination, std::size_t> places;
+  const Policy* previous = nullptr;
+  for (const Setting& setting : settings) {
+    begin.push_back(asked.size());
+    if (!setting.policy->ranking || setting.policy == previous || setting.keeps_all(prompt_length)) continue;
+    previous = setting.policy;
+    Requirements needs = setting.policy->ranking->requirements();
+    window = std::max(window, needs.window_queries);
+    keys_or_values = keys_or_values || needs.keys_or_values || needs.combinations.empty();
+    most_combinations = std::max(most_combinations, needs.combinations.size());
+    for (WindowCombination& combination : needs.combinations) {
+      const auto [place, is_new] = places.try_emplace(combination, combinations.size());
+      asked.push_back(place->second);
+      if (!is_new) continue;
+      window = std::max(window, static_cast<int>(combination.weights.size()));
+      with_distance += combination.distance == Distance::none ? 0 : 1;
+      projected_distance = projected_distance || combination.distance == Distance::projected;
+      combinations.push_back(std::move(combination));
+    }
+  }
+  begin.push_back(asked.size());
 }
 
 std::vector<Setting> settings_for(const TraceReader& trace, const ReplayRequest& request, int eviction_position,

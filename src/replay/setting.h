@@ -1,6 +1,8 @@
 // What a replay is asked for, resolved for one trace: every policy at every capacity.
 #pragma once
 
+#include <cstddef>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -33,6 +35,27 @@ struct Setting {
   int sets_per_kv_head(const ModelInfo& model) const {
     return granularity == Granularity::query ? model.group_size() : 1;
   }
+};
+
+/// What the rankings of settings will ask of every head, gathered once: grids hold thousands of settings, and work is
+/// planned unit by unit.
+struct RankingRequirements {
+  /// Of settings whose heads have `prompt_length` positions.
+  RankingRequirements(const std::vector<Setting>& settings, int prompt_length);
+
+  /// The combinations that the setting `index` is the first of its policy to ask for, as indices among `combinations`.
+  std::span<const std::size_t> first_asked_by(std::size_t index) const {
+    return std::span(asked).subspan(begin[index], begin[index + 1] - begin[index]);
+  }
+
+  std::vector<WindowCombination> combinations;  ///< each once
+  std::vector<std::size_t> asked;               ///< of all policies, one after the other
+  std::vector<std::size_t> begin;               ///< [settings + 1]: where each setting's part of `asked` begins
+  std::size_t most_combinations = 0;            ///< that one policy asks for
+  std::size_t with_distance = 0;                ///< combinations whose distances are asked for
+  bool projected_distance = false;              ///< through the output projection
+  bool keys_or_values = false;                  ///< whether a ranking looks at them as a whole
+  int window = 0;                               ///< queries before the eviction whose attention is asked for
 };
 
 /// Every policy at every capacity for an eviction at `eviction_position`, policies in the order given, capacities

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <numeric>
 #include <utility>
 
@@ -86,17 +87,17 @@ Index memory_of_results(const std::vector<TraceReplay>& outlines) {
   return most;
 }
 
-std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, std::vector<ReplayUnit> units,
+std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, std::span<const ReplayUnit> units,
                                                   int processes) {
-  std::ranges::stable_sort(units, [&engine](const ReplayUnit& a, const ReplayUnit& b) {
-    return weight_of(engine.cost(a)) > weight_of(engine.cost(b));
-  });
+  std::vector<std::pair<double, ReplayUnit>> weighed;
+  for (const ReplayUnit& unit : units) weighed.emplace_back(weight_of(engine.cost(unit)), unit);
+  std::ranges::stable_sort(weighed, std::greater<>(), &std::pair<double, ReplayUnit>::first);
   std::vector<std::vector<ReplayUnit>> parts(static_cast<std::size_t>(processes));
   std::vector<double> loads(parts.size(), 0);
-  for (const ReplayUnit& unit : units) {
+  for (const auto& [weight, unit] : weighed) {
     const auto least = static_cast<std::size_t>(std::ranges::min_element(loads) - loads.begin());
     parts[least].push_back(unit);
-    loads[least] += weight_of(engine.cost(unit));
+    loads[least] += weight;
   }
   return parts;
 }

@@ -31,7 +31,7 @@ Index memory_of_results(const std::vector<TraceReplay>& outlines);
 
 /// Divides units among processes: the largest first, each to the process that has least to do. Depends on nothing but
 /// the units' cost. Within a process the largest come first.
-std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, std::vector<ReplayUnit> units,
+std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, std::span<const ReplayUnit> units,
                                                   int processes);
 
 /// Replays `units` and stores each as soon as it is done; then calls `stored`, which says whether to go on. Throws

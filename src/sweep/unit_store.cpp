@@ -252,9 +252,7 @@ std::vector<ReplayUnit> UnitStore::finished(std::vector<std::string>& notes) {
     std::filesystem::remove(folder_ / name, failure);
     if (failure) throw Error(fmt::format("{}: cannot be removed: {}", (folder_ / name).string(), failure.message()));
   }
-  std::ranges::sort(units, [](const ReplayUnit& a, const ReplayUnit& b) {
-    return std::pair(a.replay, a.layer) < std::pair(b.replay, b.layer);
-  });
+  std::ranges::sort(units);
   return units;
 }
 

@@ -543,6 +543,21 @@ TEST(Engine, CostIsPositiveAndGrowsWithSettings) {
   }
 }
 
+// What is computed together is computed once, wherever a capacity that keeps everything stands among the others.
+TEST(Engine, TheOrderOfCapacitiesChangesNoWork) {
+  const TemporaryFolder folder;
+  RandomTrace{}.write(folder / "t.h5");
+  const TraceReader trace(folder / "t.h5");
+  std::vector<double> operations;
+  for (const std::vector<std::string>& capacities : {std::vector<std::string>{"9", "100%"}, {"100%", "9"}}) {
+    const ReplayEngine engine(std::span(&trace, 1), make_request({"snapkv(window=4)", "snapkv(window=8)"}, capacities));
+    const double before = work_done().operations;
+    EXPECT_EQ(run(engine).size(), 2u);
+    operations.push_back(work_done().operations - before);
+  }
+  EXPECT_EQ(operations[0], operations[1]);
+}
+
 TEST(LayerProjection, HoldsTheFactorsOfItsHeadsToTheBit) {
   for (const RandomTrace& shape :
        {RandomTrace{}, RandomTrace{.head_dim = 7, .hidden_size = 511},

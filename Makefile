@@ -16,12 +16,15 @@ configure = cmake --preset $(1) --log-level=WARNING -DKVREPLAY_WERROR=$(WERROR) 
   -DCMAKE_CXX_COMPILER_LAUNCHER="$${CMAKE_CXX_COMPILER_LAUNCHER-$$(command -v ccache)}"
 compile = cmake --build --preset $(1) --parallel $(JOBS) $(addprefix --target ,$(TARGETS))
 
-.PHONY: build test test-hf demo report-environment capture-environment bench check-format format tidy fuzz sanitize install clean help setup setup-ci
+prefix = $(abspath $(patsubst ~/%,$(HOME)/%,$(PREFIX)))
+
+.PHONY: build test test-hf demo report-environment capture-environment bench check-format format tidy fuzz sanitize install clean help setup
 .DEFAULT_GOAL := build
 
 build: setup ## Install what is missing and build, tuned for this processor (the default)
 	@$(call configure,$(PRESET))
 	@$(call compile,$(PRESET))
+	@! test -x build/$(PRESET)/kvreplay || echo "kvreplay is here: $(CURDIR)/build/$(PRESET)/kvreplay"
 
 test: build ## Run the tests on all cores
 	@ctest --preset $(PRESET) --parallel $(JOBS)
@@ -30,7 +33,7 @@ test: build ## Run the tests on all cores
 demo: setup ## Capture the demo model on the bundled prompts and replay the policies: out/demo/
 	@$(call configure,$(PRESET))
 	@cmake --build --preset $(PRESET) --parallel $(JOBS) --target kvreplay_cli
-	@scripts/demo.sh build/$(PRESET)/kvreplay
+	@scripts/demo.sh build/$(PRESET)/kvreplay "$(PWD)"
 
 report-environment: ## Make the Python environment that reports are drawn with (docs/report.md)
 	@scripts/make-report-environment.sh
@@ -47,18 +50,18 @@ test-hf: setup ## Compare captures by both roads, run the tests of tracer/huggin
 	@build/capture-environment/bin/python tracer/huggingface/disk_space.py --check docs/capture.md
 	@cd tracer/huggingface && KVREPLAY=$(CURDIR)/build/$(PRESET)/kvreplay PYTHONPATH=. 	  $(CURDIR)/build/capture-environment/bin/python -m pytest -q -p no:cacheprovider
 
-check-format: setup-ci ## Name what clang-format would change
+check-format: setup-format ## Name what clang-format would change
 	@scripts/sources.sh '*.h' '*.cpp' | xargs -0 clang-format --dry-run --Werror
 
-format: setup-ci ## Let clang-format change it
+format: setup-format ## Let clang-format change it
 	@scripts/sources.sh '*.h' '*.cpp' | xargs -0 clang-format -i
 
 # Not release-native: what clang-tidy says should not depend on the processor it runs on.
-tidy: setup-ci ## Run clang-tidy on the sources
+tidy: setup-tidy ## Run clang-tidy on the sources
 	@$(call configure,release)
 	@scripts/tidy.sh build/release $(JOBS)
 
-fuzz: setup-ci ## Run every fuzz target 10,000 times on its corpus (RUNS=...)
+fuzz: setup-fuzz ## Run every fuzz target 10,000 times on its corpus (RUNS=...)
 	@$(call configure,fuzz)
 	@$(call compile,fuzz) --target tests/fuzz/all
 	@scripts/fuzz.sh build/fuzz $(RUNS) $(JOBS)
@@ -75,8 +78,12 @@ bench: setup ## Measure what docs/performance.md claims (REFERENCE=dir PYTHON=py
 	@scripts/bench.py --kvreplay build/$(PRESET)/kvreplay $(if $(REFERENCE),--reference $(REFERENCE)) \
 	  $(if $(PYTHON),--python $(PYTHON)) $(if $(LONG),--long) $(if $(wildcard build/mpi/kvreplay),--mpi build/mpi/kvreplay)
 
-install: build ## Install the program, the library and its headers (PREFIX=/usr/local)
-	@cmake --install build/$(PRESET) --prefix "$(abspath $(patsubst ~/%,$(HOME)/%,$(PREFIX)))"
+# Without the tests.
+install: setup ## Install program, library, manual, docs and completions (PREFIX=/usr/local)
+	@$(call configure,$(PRESET))
+	@cmake --build --preset $(PRESET) --parallel $(JOBS) --target kvreplay_cli --target kvreplay_descriptions
+	@cmake --install build/$(PRESET) --prefix "$(prefix)"
+	@echo "kvreplay is installed: $(prefix)/bin/kvreplay"
 
 clean: ## Remove build/
 	@rm -rf build
@@ -87,5 +94,5 @@ help: ## List these targets
 setup:
 	@scripts/install-dependencies.sh
 
-setup-ci:
-	@scripts/install-dependencies.sh --ci
+setup-%:
+	@scripts/install-dependencies.sh --$*

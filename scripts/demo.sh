@@ -1,15 +1,36 @@
 #!/usr/bin/env bash
 # The whole way once: captures the demo model on the bundled prompts, replays policies over what was captured, and makes a
-# report of the results.
-#   scripts/demo.sh KVREPLAY
+# report of the results. Commands are shown so that they can be pasted where the user is.
+#   scripts/demo.sh KVREPLAY [FOLDER]    KVREPLAY from the project's folder; FOLDER: where the user is, by default there
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 kvreplay=$1
+from=${2:-$PWD}
 out=out/demo
 mkdir -p "$out"
 
+# A word as it is typed in the user's folder: the program and the demo's files are in this one.
+typed() {
+  local word=$1
+  case $word in
+    "$kvreplay" | traces/* | "$out" | "$out"/*)
+      [ "$from" -ef . ] || word=$(realpath -ms --relative-to="$from" "$word")
+      # Without a slash it would be looked for on the PATH.
+      [[ $1 != "$kvreplay" || $word == */* ]] || word=./$word
+      ;;
+  esac
+  [[ $word =~ ^[A-Za-z0-9_./,:=%+@-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+  printf '%s' "$word"
+}
+
+command_line() {
+  local line='' word
+  for word in "$@"; do line+=" $(typed "$word")"; done
+  printf '%s' "${line# }"
+}
+
 run() {
-  printf '\n$ %s\n' "$*" >&2
+  printf '\n$ %s\n' "$(command_line "$@")" >&2
   "$@"
 }
 
@@ -44,12 +65,12 @@ run "$kvreplay" report "$out/results.h5" "$out/settings.h5" "$out/earlier.h5" --
 
 cat <<EOF
 
-In $out/: a trace per prompt (${traces[*]##*/}), the results as results.h5, results.csv and
+In $(typed "$out")/: a trace per prompt (${traces[*]##*/}), the results as results.h5, results.csv and
 results.json, the sets that each policy kept in kept.h5, and the report. What to try next:
-  $kvreplay inspect ${traces[0]}
-  $kvreplay analyze $out/results.h5 --by policy,capacity,layer
-  $kvreplay policies
-  $kvreplay replay ${traces[0]} --policy snapkv --policy restkv --capacity 32,64,128,256,512
+  $(command_line "$kvreplay" inspect "${traces[0]}")
+  $(command_line "$kvreplay" analyze "$out/results.h5" --by policy,capacity,layer)
+  $(command_line "$kvreplay" policies)
+  $(command_line "$kvreplay" replay "${traces[0]}" --policy snapkv --policy restkv --capacity 32,64,128,256,512)
 
-The report: $out/report/index.html
+The report: $(typed "$out/report/index.html")
 EOF

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Installs what the build needs and this machine lacks. Where nothing is missing it changes nothing and needs no rights.
 #   scripts/install-dependencies.sh         the compiler, the build tools and the libraries
-#   scripts/install-dependencies.sh --ci    also clang and its tools, for `make tidy`, `make fuzz` and `make check-format`,
-#                                           h5py, for the examples in Python, Open MPI, for the preset mpi, and what
-#                                           reports are checked with: Python's venv and Chromium
+#   scripts/install-dependencies.sh --format      clang-format alone, for `make format` and `make check-format`
+#   scripts/install-dependencies.sh --tidy        also what `make tidy` takes: clang for its headers, and Python's venv
+#   scripts/install-dependencies.sh --fuzz        also what `make fuzz` takes: clang with libFuzzer and the sanitizers
+#   scripts/install-dependencies.sh --ci          all of these, h5py, for the examples in Python, Open MPI, for the preset
+#                                                 mpi, what reports are checked with: Chromium, and what an installation
+#                                                 is: man, zsh and fish
 #   scripts/install-dependencies.sh --benchmarks  also what the benchmarks compare (KVREPLAY_BENCHMARKS)
 set -euo pipefail
 
@@ -20,29 +23,51 @@ packages=(
 )
 # ccache is a convenience: a build without it is only slower.
 commands=(cmake ninja make pkg-config)
-for_ci=0
+# What is looked for beside commands.
+for_build=1
+for_fuzzing=0
 for_benchmarks=0
+python_modules=()
+
+for_tidy() {
+  packages+=(clang libomp-dev python3 python3-venv)
+  commands+=(clang++ python3)
+  python_modules+=(ensurepip venv)
+}
+# clang brings neither libFuzzer's and the sanitizers' runtime (libclang-rt-dev) nor OpenMP's header (libomp-dev).
+for_fuzz() {
+  packages+=(clang libclang-rt-dev libomp-dev)
+  commands+=(clang++)
+  for_fuzzing=1
+}
 
 case "${1-}" in
   '') ;;
+  --format)
+    packages=(clang-format)
+    commands=(clang-format)
+    for_build=0
+    ;;
+  --tidy) for_tidy ;;
+  --fuzz) for_fuzz ;;
   --ci)
-    # clang brings neither libFuzzer's and the sanitizers' runtime (libclang-rt-dev) nor OpenMP's header (libomp-dev).
-    packages+=(clang clang-format libclang-rt-dev libomp-dev python3 python3-h5py python3-numpy
-      python3-venv libopenmpi-dev openmpi-bin)
+    for_tidy
+    for_fuzz
+    packages+=(clang-format python3-h5py python3-numpy libopenmpi-dev openmpi-bin man-db zsh fish)
+    commands+=(clang-format mpirun man zsh fish)
+    python_modules+=(h5py numpy)
     # Ubuntu's is a snap, which a container does not run: reports are not checked there unless a browser is on the PATH.
     [ "$(sed -n 's/^ID=//p' /etc/os-release 2>/dev/null)" = ubuntu ] || {
       packages+=(chromium fonts-liberation)
       commands+=(chromium)
     }
-    commands+=(clang++ clang-format python3 mpirun)
-    for_ci=1
     ;;
   --benchmarks)
     packages+=(libbenchmark-dev libopenblas-dev)
     for_benchmarks=1
     ;;
   *)
-    echo "usage: $0 [--ci | --benchmarks]" >&2
+    echo "usage: $0 [--format | --tidy | --fuzz | --ci | --benchmarks]" >&2
     exit 2
     ;;
 esac
@@ -55,7 +80,7 @@ missing_packages() {
   # shellcheck disable=SC2016 # the ${} are dpkg-query's
   installed=$(dpkg-query -W -f='${db:Status-Abbrev} ${Package}\n' "${packages[@]}" 2>/dev/null |
     sed -n 's/^.i *//p') || true
-  comm -23 <(printf '%s\n' "${packages[@]}" | sort) <(sort <<<"$installed")
+  comm -23 <(printf '%s\n' "${packages[@]}" | sort -u) <(sort <<<"$installed")
 }
 
 # Whether the build would find everything, wherever it comes from (modules, conda, built by hand): asks CMake the
@@ -68,6 +93,7 @@ probe() {
       return 1
     }
   done
+  [ $for_build -eq 1 ] || return 0
   folder=$(mktemp -d)
   {
     echo 'cmake_minimum_required(VERSION 3.25)'
@@ -84,7 +110,7 @@ probe() {
     line=$(grep -oE 'CMakeLists\.txt:[0-9]+' "$folder/log" | head -n 1)
     echo "CMake stops${line:+ at $(sed -n "${line#*:}p" "$folder/CMakeLists.txt")}"
   }
-  if [ $status -eq 0 ] && [ $for_ci -eq 1 ]; then
+  if [ $status -eq 0 ] && [ $for_fuzzing -eq 1 ]; then
     echo '#include <omp.h>
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return omp_get_max_threads() < 0; }' \
       >"$folder/probe.cpp"
@@ -92,7 +118,9 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { ret
       status=1
       grep -E 'error|cannot find' "$folder/log" | sed "s|$folder/||" | head -n 2
     }
-    python3 -c 'import ensurepip, h5py, numpy, venv' 2>"$folder/log" || {
+  fi
+  if [ $status -eq 0 ] && [ ${#python_modules[@]} -gt 0 ]; then
+    python3 -c "import $(IFS=, && echo "${python_modules[*]}")" 2>"$folder/log" || {
       status=1
       tail -n 1 "$folder/log"
     }
@@ -106,8 +134,9 @@ list_of_needs() {
 kvreplay needs: a C++20 compiler with OpenMP (GCC 12 or Clang 14, or newer), CMake 3.25, Ninja, make, pkg-config, HDF5 1.10,
   Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, toml++ 3.3, xxHash, Highway 1.0.3, SentencePiece, PCRE2 10.40, utf8proc
   and GoogleTest 1.12, or newer. ccache is optional.
-  `make tidy`, `make fuzz` and `make check-format` need clang, clang-format, compiler-rt, libomp and Python with venv as well;
-  .ci/run also Python with h5py and venv, an MPI and Chromium; the benchmarks Google Benchmark and OpenBLAS.
+  `make format` and `make check-format` need clang-format alone; `make tidy` clang, libomp and Python with venv as well;
+  `make fuzz` clang, compiler-rt and libomp; .ci/run also h5py, an MPI, Chromium, man, zsh and fish; the benchmarks Google
+  Benchmark and OpenBLAS.
 Installed on Debian 12, Ubuntu 24.04 and newer by this script; elsewhere by you, where CMake and pkg-config find them
   (CMAKE_PREFIX_PATH, PKG_CONFIG_PATH).
 EOF

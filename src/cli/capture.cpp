@@ -185,7 +185,7 @@ void add_capture_command(CLI::App& app) {
   command
       ->add_option("--dtype", arguments->dtype,
                    "How tensors are stored: float32, float16 or bfloat16 (default: float32)")
-      ->type_name("TYPE");
+      ->type_name("float32|float16|bfloat16");
   command->add_flag("--no-projection", arguments->no_projection, "Leave out the layers' output projections");
   command
       ->add_option("--spans", arguments->spans,

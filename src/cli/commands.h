@@ -19,4 +19,8 @@ void add_policies_command(CLI::App& app);
 void add_variants_command(CLI::App& app);
 void add_bench_command(CLI::App& app);
 
+/// What makes a shell complete command lines, and what it asks then.
+void add_completion_commands(CLI::App& app);
+void add_manual_command(CLI::App& app);
+
 }  // namespace kvreplay::cli

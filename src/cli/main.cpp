@@ -63,7 +63,7 @@ std::string unexpected(const CLI::App& command) {
 
 std::string without_command(const CLI::App& app) {
   std::vector<std::string> known;
-  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App* each) { return !each->get_group().empty(); })) {
     known.push_back(command->get_name());
   }
   const std::vector<std::string> leftovers = app.remaining();
@@ -88,6 +88,8 @@ int run(int argc, char** argv) {
   kvreplay::cli::add_policies_command(app);
   kvreplay::cli::add_variants_command(app);
   kvreplay::cli::add_bench_command(app);
+  kvreplay::cli::add_completion_commands(app);
+  kvreplay::cli::add_manual_command(app);
   try {
     app.parse(argc, argv);
     return 0;

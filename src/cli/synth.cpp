@@ -130,7 +130,7 @@ void add_synth_command(CLI::App& app) {
       ->add_option("--dtype", arguments->dtype,
                    "How tensors are stored: float32, float16 or bfloat16 (default: float32)")
       ->check(one_of({"float32", "float16", "bfloat16"}))
-      ->type_name("TYPE");
+      ->type_name("float32|float16|bfloat16");
   command->add_flag("--no-projection", arguments->no_projection, "Leave out the layers' output projections");
   command->add_flag("--attention-mass", trace.attention_mass,
                     "Add the attention that each key received, for H2O; the time grows with the square of the prompt");

@@ -1,16 +1,10 @@
 #include "notebooks-export/capacity_lines.h"
 
-#include <cmath>
-#include <set>
-
 namespace kvreplay {
 
 void draw_capacity_lines(Figure& figure, const FigureStyle& style, const std::string& column,
                          const std::string& title) {
-  std::set<double> ticks;
-  for (const std::vector<Cell>& row : figure.table.rows()) ticks.insert(std::round(std::get<double>(row[2])));
-  const std::vector<std::string> present = distinct(figure.table, "policy");
-  const std::vector<std::string> policies = style.some_of(present, present.size());
+  const std::vector<std::string> policies = style.shown_of(distinct(figure.table, "policy"));
   Json& spec = figure.spec;
   spec.update(Json::parse(R"json({
     "autosize": {"type": "fit-x", "contains": "padding"},
@@ -18,7 +12,7 @@ void draw_capacity_lines(Figure& figure, const FigureStyle& style, const std::st
       "x": {
         "field": "kept", "type": "quantitative",
         "scale": {"type": "log", "base": 2, "nice": false},
-        "axis": {"title": "positions kept per head (log scale)", "format": "d", "labelOverlap": "greedy"}
+        "axis": {"title": "capacity asked for, at the positions kept per head (log scale)"}
       }
     },
     "layer": [
@@ -46,7 +40,7 @@ void draw_capacity_lines(Figure& figure, const FigureStyle& style, const std::st
   })json"));
   spec["width"] = style.width();
   spec["height"] = 0.6 * style.width();
-  spec["encoding"]["x"]["axis"]["values"] = ticks;
+  style.set_capacity_ticks(spec["encoding"]["x"]["axis"], distinct(figure.table, "capacity"));
   spec["encoding"]["x"]["scale"]["padding"] = style.font();
   spec["encoding"]["color"] = style.colour(policies);
   spec["layer"][0]["encoding"]["y"]["title"] = title;

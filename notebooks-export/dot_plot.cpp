@@ -23,6 +23,7 @@ void draw_dots(Figure& figure, const FigureStyle& style, const DotPlot& plot) {
     "yOffset": {"field": "capacity", "type": "nominal"},
     "color": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}}
   })json");
+  row["color"]["legend"]["labelExpr"] = kCapacityLabels;
   row["y"]["field"] = plot.subject;
   row["y"]["sort"] = plot.subjects;
   row["y"]["axis"]["labelExpr"] = style.label_expression(plot.subjects, fit);
@@ -42,7 +43,7 @@ void draw_dots(Figure& figure, const FigureStyle& style, const DotPlot& plot) {
        "encoding": {
          "x": {"field": "difference", "type": "quantitative"},
          "fill": {"value": "white"},
-         "shape": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}},
+         "shape": {"field": "capacity", "type": "nominal"},
          "tooltip": [
            {"field": "capacity"},
            {"field": "difference", "type": "quantitative", "format": "+.4f"},
@@ -62,6 +63,7 @@ void draw_dots(Figure& figure, const FigureStyle& style, const DotPlot& plot) {
   Json filled = row["color"];
   filled["test"] = "datum.sure === 'yes'";
   dots["fill"]["condition"] = std::move(filled);
+  dots["shape"]["legend"] = row["color"]["legend"];
   dots["shape"]["scale"] = capacity_shapes(plot.capacities);
   dots["tooltip"].insert(dots["tooltip"].begin(), Json{{"field", plot.subject}});
   if (!has_numbers(figure.table, "low")) spec["layer"].erase(1);

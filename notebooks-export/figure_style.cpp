@@ -4,28 +4,40 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <functional>
+#include <optional>
 #include <set>
+#include <system_error>
 #include <utility>
 
+#include "analysis/result_set.h"
 #include "base/error.h"
 #include "policy/spec.h"
 
 namespace kvreplay {
 namespace {
 
-// The colours of Okabe and Ito that can be told apart on white and on black, by people with any colour vision.
-constexpr std::array kColours = {"#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"};
-constexpr std::array kShapes = {"circle", "square", "triangle-up", "diamond", "triangle-down", "cross"};
-// References recede: greys and browns, each with dashes of its own.
+// The colours of Okabe and Ito that can be told apart on white and on black, by people with any colour vision; then
+// those that stay farthest from all before them, also for these people (distances in Oklab, of each simulated vision).
+constexpr std::array kColours = {"#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#a74ff8",
+                                 "#9a3878", "#88c598", "#5b5e36", "#6632e0", "#8186d7", "#b3260e", "#c212a8"};
+constexpr std::array kShapes = {"circle",        "square", "triangle-up",    "diamond",
+                                "triangle-down", "cross",  "triangle-right", "triangle-left"};
+// Of further policies, by which they differ from those of the same colour.
+const std::vector<std::vector<int>> kDashes = {{1, 0},       {4, 2},       {1, 2},  {7, 2, 1, 2},
+                                               {4, 2, 1, 2}, {8, 3, 3, 3}, {10, 2}, {1, 1, 4, 1}};
+// References recede: greys and browns, dashed.
 constexpr std::array kReferenceColours = {"#7f7f7f", "#a6761d", "#a8a8a8", "#8c564b"};
-const std::array<std::vector<int>, 4> kReferenceDashes = {{{2, 2}, {6, 2}, {1, 3}, {6, 2, 1, 2}}};
-const std::vector<int> kSolid = {1, 0};
+const std::vector<std::vector<int>> kReferenceDashes = {{2, 2}, {6, 2}, {1, 3}, {6, 2, 1, 2}};
+constexpr double kDashFont = 12;  // the size of letters beside which dashes have these lengths, in points
 
-constexpr std::size_t kMostMethods = 8;  // lines that an eye can follow, next to the references
-constexpr std::size_t kMostReferences = 4;
+// Of a legend's symbols: the size that Vega knows, by the square of the letters' size, and how far lines reach from the
+// middle, in halves of its root.
+constexpr double kSymbolSize = 0.7;
+constexpr double kSymbolReach = 2.6;
 
 std::string method_of(const std::string& spec) {
   try {
@@ -42,8 +54,54 @@ std::size_t characters(const std::string& text) {
       std::ranges::count_if(text, [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }));
 }
 
+// Where the first `count` characters end, in bytes.
+std::size_t end_of(const std::string& text, std::size_t count) {
+  std::size_t end = 0;
+  for (; end < text.size(); ++end) {
+    if ((static_cast<unsigned char>(text[end]) & 0xC0) != 0x80 && count-- == 0) break;
+  }
+  return end;
+}
+
+// A text cut wherever a line may end.
+std::vector<std::string> pieces_of(const std::string& text) {
+  std::vector<std::string> pieces;
+  for (std::size_t at = 0; at < text.size();) {
+    std::size_t end = at + 1;
+    while (end < text.size() && std::string_view(",(-").find(text[end - 1]) == std::string_view::npos &&
+           text[end] != '+' && text[end] != ' ') {
+      ++end;
+    }
+    pieces.push_back(text.substr(at, end - at));
+    at = end;
+  }
+  return pieces;
+}
+
+// The characters of the longest piece, which no line can be shorter than without cutting a word.
+std::size_t longest_piece(const std::string& text) {
+  std::size_t longest = 0;
+  for (const std::string& piece : pieces_of(text)) longest = std::max(longest, characters(piece));
+  return longest;
+}
+
 bool contains(const std::vector<std::string>& texts, const std::string& text) {
   return std::ranges::find(texts, text) != texts.end();
+}
+
+// What other policies are measured by, whether anybody chose it as a baseline or not.
+bool is_chance_or_age(const std::string& policy) {
+  const std::string method = method_of(policy);
+  return method == "random" || method == "recent";
+}
+
+// A capacity that is asked for as a number of positions.
+std::optional<double> number_in(const std::string& capacity_request) {
+  double number = 0;
+  const char* end = capacity_request.data() + capacity_request.size();
+  const auto [stop, failure] = std::from_chars(capacity_request.data(), end, number);
+  if (failure != std::errc() || stop != end) return std::nullopt;
+  return number;
 }
 
 // Policies with their mean rank over the capacities that they have, best first.
@@ -78,68 +136,62 @@ std::vector<std::string> ranked(const Analysis& analysis) {
 
 }  // namespace
 
-FigureStyle::FigureStyle(const Analysis& analysis, Theme theme)
-    : width_(theme == Theme::paper ? 238 : 600), font_(theme == Theme::paper ? 7 : 12) {
+FigureStyle::FigureStyle(const Analysis& analysis, FigureOptions options)
+    : options_(std::move(options)),
+      width_(options_.theme == Theme::paper ? 238 : 600),
+      font_(options_.theme == Theme::paper ? 7 : 12) {
+  const std::vector<std::string> best = ranked(analysis);
+  const std::vector<std::string> in_question = asked_for(best);
+  const bool all = in_question.size() <= (asked() ? kMostAsked : kMostPolicies);
+  policies_ = all ? in_question : thinned(analysis, best);
+  // The order that was asked for stays.
+  if (!all) {
+    std::vector<std::string> ordered;
+    for (const std::string& policy : in_question) {
+      if (contains(policies_, policy)) ordered.push_back(policy);
+    }
+    policies_ = std::move(ordered);
+  }
+
+  // Looks go by the order of the results, so that a better ranking does not change a colour.
   std::set<std::string> oracles;
   for (const ComparisonRow& row : analysis.comparison) {
     if (row.oracle) oracles.insert(row.key.policy);
   }
-  const auto is_reference = [&](const std::string& policy) {
-    const std::string method = method_of(policy);
-    return oracles.contains(policy) || method == "random" || method == "recent";
-  };
-  // Who is shown: the baseline, of each method the setting with the most capacities and the best of these, then the
-  // best others of as many; apart from these the references. A setting that was tried at one capacity is no line.
-  std::map<std::string, int> capacities_of;
-  for (const ComparisonRow& row : analysis.comparison) ++capacities_of[row.key.policy];
-  std::vector<std::string> best = ranked(analysis);
-  std::ranges::stable_sort(best, std::greater(), [&](const std::string& policy) { return capacities_of[policy]; });
-  std::vector<std::string> methods;
-  std::vector<std::string> references;
-  std::set<std::string> seen;
-  const auto show = [&](const std::string& policy) {
-    std::vector<std::string>& group = is_reference(policy) ? references : methods;
-    const std::size_t most = &group == &references ? kMostReferences : kMostMethods;
-    if (group.size() < most && !contains(group, policy)) group.push_back(policy);
-  };
-  if (contains(best, analysis.options.baseline)) show(analysis.options.baseline);
-  if (contains(best, analysis.oracle)) show(analysis.oracle);
-  for (const std::string& policy : best) {
-    if (seen.insert(method_of(policy)).second) show(policy);
-  }
-  for (const std::string& policy : best) {
-    if (capacities_of[policy] == capacities_of[best.front()]) show(policy);
-  }
-  // In the order of the results, so that a better ranking does not change a colour.
-  std::vector<std::string> in_order;
+  std::size_t references = 0;
+  std::size_t others = 0;
   for (const SettingKey& setting : analysis.settings) {
-    if (!contains(in_order, setting.policy)) in_order.push_back(setting.policy);
+    const std::string& policy = setting.policy;
+    if (!contains(policies_, policy) || looks_.contains(policy)) continue;
+    if (oracles.contains(policy) || is_chance_or_age(policy)) {
+      const std::size_t place = references++;
+      looks_[policy] = {kReferenceColours[place % kReferenceColours.size()], kShapes[place % kShapes.size()],
+                        kReferenceDashes[(place + place / kReferenceColours.size()) % kReferenceDashes.size()]};
+    } else {
+      const std::size_t place = others++;
+      const std::size_t round = place / kColours.size();
+      looks_[policy] = {kColours[place % kColours.size()], kShapes[(place + round) % kShapes.size()],
+                        kDashes[round % kDashes.size()]};
+    }
   }
-  for (const std::string& policy : in_order) {
-    if (contains(methods, policy)) policies_.push_back(policy);
+
+  for (const std::string& policy : best) {
+    if (!looks_.contains(policy)) left_out_.push_back(policy);
   }
-  const std::size_t number_of_methods = policies_.size();
-  by_importance_ = methods;
-  by_importance_.insert(by_importance_.end(), references.begin(), references.end());
-  for (const std::string& policy : in_order) {
-    if (contains(references, policy)) policies_.push_back(policy);
-  }
-  for (std::size_t i = 0; i < policies_.size(); ++i) {
-    const bool reference = i >= number_of_methods;
-    const std::size_t place = reference ? i - number_of_methods : i;
-    Look look{reference ? kReferenceColours[place % kReferenceColours.size()] : kColours[place % kColours.size()],
-              kShapes[(place + place / kColours.size()) % kShapes.size()], kSolid};
-    if (!reference && place >= kColours.size()) look.dash = {4, 2};
-    if (reference) look.dash = kReferenceDashes[place % kReferenceDashes.size()];
-    looks_.emplace(policies_[i], std::move(look));
-  }
-  if (policies_.size() < best.size()) {
-    left_out_ = fmt::format(
-        " Of {1} policies, figures show {0} or those of them that have such numbers: baseline, oracle, random and "
-        "recent, of each method the setting with the most capacities, then others with as many (the best first, by "
-        "rank "
-        "of the mean {2}).",
-        policies_.size(), best.size(), traits_of(analysis.options.measure).noun);
+  if (!left_out_.empty()) {
+    const std::string_view noun = traits_of(analysis.options.measure).noun;
+    const std::string written_out = asked() ? "those whose settings were written out, " : "";
+    shown_text_ = fmt::format(
+        " Shown are {} of {} policies: {}the baseline, the oracle, random, recent, the best setting of each method, "
+        "then "
+        "the next best; the page lists the others.",
+        policies_.size(), best.size(), written_out);
+    rule_ = fmt::format(
+        "Figures show {} of {} policies: {}the baseline, the oracle, random and recent; of each method the setting "
+        "with "
+        "the most capacities, of several the best; then the best others with as many. The best are those whose mean {} "
+        "ranks first, on average over the capacities. --policy shows those that it names.",
+        policies_.size(), best.size(), written_out, noun);
   }
 
   std::map<std::string, std::pair<double, int>> kept;
@@ -150,26 +202,93 @@ FigureStyle::FigureStyle(const Analysis& analysis, Theme theme)
   }
   for (const SettingKey& setting : analysis.settings) {
     const std::string& capacity = setting.capacity_request;
-    if (capacity != kAllPositions && !contains(capacities_, capacity)) capacities_.push_back(capacity);
-  }
-  std::ranges::stable_sort(capacities_, {}, [&](const std::string& capacity) {
+    if (capacity == kAllPositions || contains(capacities_, capacity)) continue;
+    capacities_.push_back(capacity);
+    const std::optional<double> number = number_in(capacity);
     const auto found = kept.find(capacity);
-    return found == kept.end() ? 0 : found->second.first / found->second.second;
-  });
+    positions_[capacity] = number ? *number : found == kept.end() ? 0 : found->second.first / found->second.second;
+  }
+  std::ranges::stable_sort(capacities_, {}, [this](const std::string& capacity) { return positions_[capacity]; });
+}
+
+// In the order that figures have: of those asked for that of the names, and of a method's settings the best first.
+std::vector<std::string> FigureStyle::asked_for(const std::vector<std::string>& best) const {
+  std::vector<std::string> policies;
+  for (const std::string& text : options_.policies) {
+    for (const std::string& policy : best) {
+      if (is_policy(policy, text) && !contains(policies, policy)) policies.push_back(policy);
+    }
+  }
+  for (const std::string& policy : best) {  // such as the baseline, which is asked for in another way
+    if (!contains(policies, policy)) policies.push_back(policy);
+  }
+  return policies;
+}
+
+// Those that rule() says. A setting that was tried at fewer capacities than others is no line beside theirs.
+std::vector<std::string> FigureStyle::thinned(const Analysis& analysis, const std::vector<std::string>& best) const {
+  std::vector<std::string> shown;
+  const auto show = [&](const std::string& policy) {
+    if (shown.size() < kMostPolicies && contains(best, policy) && !contains(shown, policy)) shown.push_back(policy);
+  };
+  for (const std::string& text : options_.policies) {
+    for (const std::string& policy : best) {
+      const bool written_out = policy == text || (text.find('(') != std::string::npos && is_policy(policy, text));
+      if (written_out && !contains(shown, policy)) shown.push_back(policy);
+    }
+  }
+  show(analysis.options.baseline);
+  show(analysis.oracle);
+  for (const std::string& policy : best) {
+    if (is_chance_or_age(policy)) show(policy);
+  }
+  std::map<std::string, int> capacities_of;
+  for (const ComparisonRow& row : analysis.comparison) ++capacities_of[row.key.policy];
+  std::vector<std::string> by_capacities = best;
+  std::ranges::stable_sort(by_capacities, std::greater(),
+                           [&](const std::string& policy) { return capacities_of[policy]; });
+  std::set<std::string> methods;
+  for (const std::string& policy : by_capacities) {
+    if (methods.insert(method_of(policy)).second) show(policy);
+  }
+  for (const std::string& policy : by_capacities) {
+    if (capacities_of[policy] == capacities_of[by_capacities.front()]) show(policy);
+  }
+  return shown;
 }
 
 bool FigureStyle::shows(const std::string& policy) const { return looks_.contains(policy); }
 
-std::vector<std::string> FigureStyle::some_of(const std::vector<std::string>& present, std::size_t most) const {
-  std::vector<std::string> chosen;
-  for (const std::string& policy : by_importance_) {
-    if (chosen.size() < most && contains(present, policy)) chosen.push_back(policy);
-  }
-  std::vector<std::string> in_order;
+std::vector<std::string> FigureStyle::shown_of(const std::vector<std::string>& present) const {
+  std::vector<std::string> shown;
   for (const std::string& policy : policies_) {
-    if (contains(chosen, policy)) in_order.push_back(policy);
+    if (contains(present, policy)) shown.push_back(policy);
   }
-  return in_order;
+  return shown;
+}
+
+double FigureStyle::position_of(const std::string& capacity_request) const {
+  const auto found = positions_.find(capacity_request);
+  return found == positions_.end() ? 0 : found->second;
+}
+
+void FigureStyle::set_capacity_ticks(Json& axis, const std::vector<std::string>& capacities) const {
+  // Those that cannot be told apart on the axis, such as 25 % of 256 positions and 64, share a tick.
+  constexpr double kSame = 1.04;
+  Json values = Json::array();
+  Json labels = Json::array();
+  for (const std::string& capacity : capacities_) {
+    if (!contains(capacities, capacity) || !(position_of(capacity) > 0)) continue;
+    if (!values.empty() && position_of(capacity) < kSame * values.back().get<double>()) {
+      labels.back() = labels.back().get<std::string>() + ", " + capacity_text(capacity);
+    } else {
+      values.push_back(rounded(position_of(capacity)));
+      labels.push_back(capacity_text(capacity));
+    }
+  }
+  axis["values"] = values;
+  axis["labelExpr"] = fmt::format("{}[indexof({}, datum.value)]", labels.dump(), values.dump());
+  axis["labelOverlap"] = "greedy";
 }
 
 std::string FigureStyle::middle_capacity(const std::vector<std::string>& present) const {
@@ -184,112 +303,155 @@ std::string FigureStyle::middle_capacity(const std::vector<std::string>& present
 Json FigureStyle::spec(const std::string& question, const std::string& caption) const {
   const double title = 1.1 * font_;
   const double stroke = font_ / 12;
-  const auto lines = broken(question, static_cast<std::size_t>(width_ / (0.58 * title)));
-  return {{"$schema", "https://vega.github.io/schema/vega-lite/v6.json"},
-          {"title", {{"text", lines}, {"anchor", "start"}, {"frame", "bounds"}}},
-          {"description", caption},
-          {"background", "white"},
-          {"padding", 3},
-          {"usermeta", {{"kvreplay", {{"ppi", font_ < 10 ? 300 : 144}}}}},
-          {"config",
-           {{"font", "Arial, Liberation Sans, sans-serif"},
-            {"view", {{"stroke", "#bbbbbb"}, {"strokeWidth", stroke}}},
-            {"title",
-             {{"fontSize", title},
-              {"fontWeight", "bold"},
-              {"offset", 0.7 * font_},
-              {"subtitleFontSize", font_},
-              {"subtitlePadding", 0.4 * font_}}},
-            {"axis",
-             {{"labelFontSize", font_},
-              {"titleFontSize", font_},
-              {"titleFontWeight", "normal"},
-              {"labelLimit", 0},
-              {"titleLimit", 0},
-              {"labelPadding", 0.3 * font_},
-              {"titlePadding", 0.5 * font_},
-              {"gridColor", "#e4e4e4"},
-              {"gridWidth", stroke},
-              {"domainColor", "#888888"},
-              {"domainWidth", stroke},
-              {"tickColor", "#888888"},
-              {"tickWidth", stroke},
-              {"tickSize", 0.4 * font_}}},
-            {"legend",
-             {{"orient", "bottom"},
-              {"labelFontSize", font_},
-              {"titleFontSize", font_},
-              {"titleFontWeight", "normal"},
-              {"labelLimit", 0},
-              {"titleLimit", 0},
-              {"offset", 0.7 * font_},
-              {"rowPadding", 0.15 * font_},
-              {"columnPadding", font_},
-              {"symbolSize", 0.7 * font_ * font_},
-              {"symbolStrokeWidth", 1.5 * stroke},
-              {"gradientLength", 0.4 * width_},
-              {"gradientThickness", font_}}},
-            {"header",
-             {{"labelFontSize", font_},
-              {"titleFontSize", font_},
-              {"titleFontWeight", "normal"},
-              {"labelLimit", 0},
-              {"labelLineHeight", line()},
-              {"labelPadding", 0.3 * font_}}},
-            {"line", {{"strokeWidth", 1.8 * stroke}}},
-            {"point", {{"size", 0.45 * font_ * font_}, {"filled", true}, {"opacity", 1}}},
-            {"rule", {{"strokeWidth", 1.3 * stroke}}},
-            {"text", {{"fontSize", font_}}},
-            {"facet", {{"spacing", font_}}},
-            {"concat", {{"spacing", font_}}}}}};
+  Json spec = {{"$schema", "https://vega.github.io/schema/vega-lite/v6.json"}};
+  if (options_.titles) {
+    const auto lines = broken(question, static_cast<std::size_t>(width_ / (0.58 * title)));
+    spec["title"] = {{"text", lines}, {"anchor", "start"}, {"frame", "bounds"}};
+  }
+  spec.update(Json{{"description", caption},
+                   {"background", "white"},
+                   {"padding", 3},
+                   {"usermeta", {{"kvreplay", {{"ppi", font_ < 10 ? 300 : 144}}}}},
+                   {"config",
+                    {{"font", "Arial, Liberation Sans, sans-serif"},
+                     {"view", {{"stroke", "#bbbbbb"}, {"strokeWidth", stroke}}},
+                     {"title",
+                      {{"fontSize", title},
+                       {"fontWeight", "bold"},
+                       {"offset", 0.7 * font_},
+                       {"subtitleFontSize", font_},
+                       {"subtitlePadding", 0.4 * font_}}},
+                     {"axis",
+                      {{"labelFontSize", font_},
+                       {"titleFontSize", font_},
+                       {"titleFontWeight", "normal"},
+                       {"labelLimit", 0},
+                       {"titleLimit", 0},
+                       {"labelPadding", 0.3 * font_},
+                       {"titlePadding", 0.5 * font_},
+                       {"gridColor", "#e4e4e4"},
+                       {"gridWidth", stroke},
+                       {"domainColor", "#888888"},
+                       {"domainWidth", stroke},
+                       {"tickColor", "#888888"},
+                       {"tickWidth", stroke},
+                       {"tickSize", 0.4 * font_}}},
+                     {"legend",
+                      {{"orient", "bottom"},
+                       {"labelFontSize", font_},
+                       {"titleFontSize", font_},
+                       {"titleFontWeight", "normal"},
+                       {"labelLimit", 0},
+                       {"titleLimit", 0},
+                       {"offset", 0.7 * font_},
+                       {"rowPadding", 0.15 * font_},
+                       {"columnPadding", font_},
+                       {"symbolSize", kSymbolSize * font_ * font_},
+                       {"symbolStrokeWidth", 1.5 * stroke},
+                       {"gradientLength", 0.4 * width_},
+                       {"gradientThickness", font_}}},
+                     {"header",
+                      {{"labelFontSize", font_},
+                       {"titleFontSize", font_},
+                       {"titleFontWeight", "normal"},
+                       {"labelLimit", 0},
+                       {"labelLineHeight", line()},
+                       {"labelPadding", 0.3 * font_}}},
+                     {"line", {{"strokeWidth", 1.8 * stroke}}},
+                     {"point", {{"size", 0.45 * font_ * font_}, {"filled", true}, {"opacity", 1}}},
+                     {"rule", {{"strokeWidth", 1.3 * stroke}}},
+                     {"text", {{"fontSize", font_}}},
+                     {"facet", {{"spacing", font_}}},
+                     {"concat", {{"spacing", font_}}}}}});
+  return spec;
 }
 
 const FigureStyle::Look& FigureStyle::look_of(const std::string& policy) const {
-  static const Look kUnknown{kReferenceColours.front(), "circle", kSolid};
+  static const Look kUnknown{kReferenceColours.front(), "circle", kDashes.front()};
   const auto found = looks_.find(policy);
   return found == looks_.end() ? kUnknown : found->second;
 }
 
-Json FigureStyle::scale(const std::vector<std::string>& policies, Json (*part)(const Look&)) const {
-  Json range = Json::array();
-  for (const std::string& policy : policies) range.push_back(part(look_of(policy)));
-  return {{"domain", policies}, {"range", range}};
+// A symbol of a legend as a path around 0, in units of half a symbol: a piece of the line, its dashes drawn as pieces
+// of their own so that the marker's outline stays whole, and the marker.
+std::string FigureStyle::symbol_of(const Look& look) const {
+  const double unit = symbol_unit();
+  std::string path;
+  double at = -kSymbolReach;
+  for (std::size_t i = 0; at < kSymbolReach; i = (i + 1) % look.dash.size()) {
+    const bool solid = look.dash == kDashes.front();
+    const double end = solid ? kSymbolReach : std::min(at + look.dash[i] * font_ / kDashFont / unit, kSymbolReach);
+    if (i % 2 == 0) path += fmt::format("M{:.2f},0L{:.2f},0", at, end);
+    at = end;
+  }
+  static const std::map<std::string, std::string> kMarkers = {
+      {"circle", "M-.8,0A.8,.8,0,1,1,.8,0A.8,.8,0,1,1,-.8,0Z"},
+      {"square", "M-.7,-.7h1.4v1.4h-1.4Z"},
+      {"triangle-up", "M0,-.75L.85,.7H-.85Z"},
+      {"triangle-down", "M0,.75L.85,-.7H-.85Z"},
+      {"triangle-right", "M.75,0L-.7,.85V-.85Z"},
+      {"triangle-left", "M-.75,0L.7,.85V-.85Z"},
+      {"diamond", "M0,-.9L.9,0L0,.9L-.9,0Z"},
+      {"cross", "M-.8,-.3h.5v-.5h.6v.5h.5v.6h-.5v.5h-.6v-.5h-.5Z"}};
+  return path + kMarkers.at(look.shape);
 }
 
+double FigureStyle::symbol_unit() const { return std::sqrt(kSymbolSize) * font_ / 2; }
+
 Json FigureStyle::legend(const std::vector<std::string>& policies) const {
-  const std::size_t fit = characters_in(width_ - 3 * font_);
-  const double each = text_width(longest_line(policies, fit)) + 2.5 * font_;
+  const std::size_t fit = characters_in(width_ - 4 * font_);
+  const double each = text_width(longest_line(policies, fit)) + 2 * kSymbolReach * symbol_unit() + 1.5 * font_;
+  Json symbols = Json::object();
+  for (const std::string& policy : policies) symbols[policy] = symbol_of(look_of(policy));
+  const double beyond = (kSymbolReach - 1) * symbol_unit();  // of what Vega takes for the symbol's width
   return {{"title", nullptr},
           {"columns", std::clamp(static_cast<int>(width_ / each), 1, 5)},
+          {"symbolType", {{"expr", fmt::format("{}[datum.value]", symbols.dump())}}},
+          {"symbolOffset", beyond},
+          {"labelOffset", beyond + 0.4 * font_},
           {"labelExpr", label_expression(policies, fit)}};
 }
 
 Json FigureStyle::colour(const std::vector<std::string>& policies) const {
+  Json range = Json::array();
+  for (const std::string& policy : policies) range.push_back(look_of(policy).colour);
   return {{"field", "policy"},
           {"type", "nominal"},
-          {"scale", scale(policies, [](const Look& look) -> Json { return look.colour; })},
+          {"scale", {{"domain", policies}, {"range", range}}},
           {"legend", legend(policies)}};
+}
+
+Json FigureStyle::by_policy(const std::vector<std::string>& policies, Json (*part)(const Look&, double),
+                            const Json& usual) const {
+  std::map<std::string, Json> named;
+  for (const std::string& policy : policies) {
+    const Json value = part(look_of(policy), font_ / kDashFont);
+    if (value != usual) named[value.dump()].push_back(policy);
+  }
+  Json conditions = Json::array();
+  for (const auto& [value, names] : named) {
+    conditions.push_back(
+        {{"test", fmt::format("indexof({}, datum.policy) >= 0", names.dump())}, {"value", Json::parse(value)}});
+  }
+  if (conditions.empty()) return {{"value", usual}};
+  return {{"condition", conditions}, {"value", usual}};
 }
 
 Json FigureStyle::shape(const std::vector<std::string>& policies) const {
-  return {{"field", "policy"},
-          {"type", "nominal"},
-          {"scale", scale(policies, [](const Look& look) -> Json { return look.shape; })},
-          {"legend", legend(policies)}};
+  return by_policy(
+      policies, [](const Look& look, double) -> Json { return look.shape; }, kShapes.front());
 }
 
 Json FigureStyle::dash(const std::vector<std::string>& policies) const {
-  std::map<std::vector<int>, Json> dashed;
-  for (const std::string& policy : policies) {
-    const std::vector<int>& dash = look_of(policy).dash;
-    if (dash != kSolid) dashed[dash].push_back(policy);
-  }
-  // No scale, since legends would give symbols dashed outlines.
-  Json conditions = Json::array();
-  for (const auto& [dash, names] : dashed) {
-    conditions.push_back({{"test", fmt::format("indexof({}, datum.policy) >= 0", names.dump())}, {"value", dash}});
-  }
-  return {{"condition", conditions}, {"value", kSolid}};
+  return by_policy(
+      policies,
+      [](const Look& look, double by) -> Json {
+        if (look.dash == kDashes.front()) return look.dash;
+        Json lengths = Json::array();
+        for (const int length : look.dash) lengths.push_back(rounded(length * by));
+        return lengths;
+      },
+      kDashes.front());
 }
 
 std::string FigureStyle::label_expression(const std::vector<std::string>& texts, std::size_t most) const {
@@ -317,7 +479,7 @@ std::size_t FigureStyle::longest_line(const std::vector<std::string>& texts, std
 }
 
 void FigureStyle::choose(Json& spec, const std::string& column, const std::vector<std::string>& values,
-                         const std::string& chosen) {
+                         const std::string& chosen) const {
   if (values.size() < 2) return;
   const std::string parameter = "shown_" + column;
   spec["params"].push_back(
@@ -326,25 +488,47 @@ void FigureStyle::choose(Json& spec, const std::string& column, const std::vecto
        {"bind",
         {{"input", "select"}, {"options", values}, {"name", column == "evict_at" ? "evicted at " : column + " "}}}});
   // What a picture shows, which nobody can choose in it.
-  Json& title = spec["title"]["subtitle"];
-  if (title.is_null()) title = Json::array();
-  title.push_back(column == "evict_at" ? fmt::format("evicted at {}", chosen) : fmt::format("{}: {}", column, chosen));
+  if (options_.titles) {
+    Json& title = spec["title"]["subtitle"];
+    if (title.is_null()) title = Json::array();
+    const std::string text = column == "capacity" ? capacity_text(chosen) : chosen;
+    title.push_back(column == "evict_at" ? fmt::format("evicted at {}", text) : fmt::format("{}: {}", column, text));
+  }
   Json& transform = spec["transform"];
   if (transform.is_null()) transform = Json::array();
   transform.insert(transform.begin(), Json{{"filter", fmt::format("datum.{} === {}", column, parameter)}});
 }
 
+std::size_t FigureStyle::panel_columns(const std::vector<std::string>& texts, double outside) const {
+  constexpr std::size_t kMostColumns = 4;
+  std::size_t columns = texts.size() <= 4   ? std::min<std::size_t>(texts.size(), 2)
+                        : texts.size() <= 9 ? 3
+                                            : kMostColumns;
+  const auto fits = [&]() {
+    const std::size_t fit = characters_in(panel_width(columns, outside));
+    return std::ranges::all_of(texts, [&](const std::string& text) { return longest_piece(text) <= fit; });
+  };
+  while (columns > 1 && !fits()) --columns;
+  return std::max<std::size_t>(columns, 1);
+}
+
+double FigureStyle::panel_width(std::size_t columns, double outside) const {
+  return (width_ - outside - static_cast<double>(columns - 1) * font_) / static_cast<double>(columns);
+}
+
 std::vector<std::string> broken(const std::string& text, std::size_t most) {
+  most = std::max<std::size_t>(most, 1);
   std::vector<std::string> lines = {""};
-  for (std::size_t at = 0; at < text.size();) {
-    std::size_t end = at + 1;
-    while (end < text.size() && text[end - 1] != ',' && text[end - 1] != '(' && text[end] != '+' && text[end] != ' ')
-      ++end;
-    std::string piece = text.substr(at, end - at);
-    at = end;
+  for (std::string piece : pieces_of(text)) {
     if (characters(lines.back()) > 0 && characters(lines.back() + piece) > most) {
       lines.emplace_back();
       piece.erase(0, piece.find_first_not_of(' '));
+    }
+    while (characters(piece) > most) {
+      const std::size_t end = end_of(piece, most);
+      lines.back() += piece.substr(0, end);
+      piece.erase(0, end);
+      lines.emplace_back();
     }
     lines.back() += piece;
   }
@@ -442,6 +626,24 @@ std::vector<std::string> distinct(const DataTable& table, const std::string& col
 std::string capacity_text(const std::string& capacity_request) {
   if (!capacity_request.ends_with('%')) return capacity_request;
   return capacity_request.substr(0, capacity_request.size() - 1) + " %";
+}
+
+std::string capacities_text(const std::vector<std::string>& capacity_requests) {
+  std::string text;
+  for (std::size_t i = 0; i < capacity_requests.size(); ++i) {
+    if (i > 0) text += i + 1 == capacity_requests.size() ? " and " : ", ";
+    text += capacity_text(capacity_requests[i]);
+  }
+  return text;
+}
+
+std::string capacities_left_out(const std::vector<std::string>& all, const std::vector<std::string>& shown) {
+  std::vector<std::string> others;
+  for (const std::string& capacity : all) {
+    if (!contains(shown, capacity)) others.push_back(capacity);
+  }
+  if (others.empty()) return "";
+  return fmt::format(" Of {} capacities, {} are not shown.", all.size(), capacities_text(others));
 }
 
 std::string about_intervals(const Analysis& analysis) {

@@ -16,7 +16,9 @@ using Json = nlohmann::ordered_json;
 /// Lengths are in points: on paper a figure is as wide as a column of text, 84 mm, and its letters 7 points high.
 class FigureStyle {
  public:
-  FigureStyle(const Analysis& analysis, Theme theme);
+  explicit FigureStyle(const Analysis& analysis, FigureOptions options = {});
+
+  Theme theme() const { return options_.theme; }
 
   double width() const { return width_; }  ///< of the whole figure
   double font() const { return font_; }    ///< size of letters
@@ -26,20 +28,33 @@ class FigureStyle {
   double text_width(std::size_t characters) const { return 0.52 * font_ * static_cast<double>(characters); }
   std::size_t characters_in(double width) const { return static_cast<std::size_t>(width / (0.52 * font_)); }
 
-  /// The policies that figures show, baselines and oracles after the others: all of them, or of very many, or where
-  /// some have fewer capacities than others, a setting of each method and the best others. What keeps everything is
-  /// never among them.
+  /// The policies that figures show, in their order: that in which they were asked for, else the best first, by the
+  /// rank of their means. All of them; of more than kMostPolicies that nobody asked for, those that rule() says. What
+  /// keeps everything is never among them.
   const std::vector<std::string>& policies() const { return policies_; }
   bool shows(const std::string& policy) const;
 
-  /// At most `most` of those that `present` has: the baseline, then the best; in the order of policies().
-  std::vector<std::string> some_of(const std::vector<std::string>& present, std::size_t most) const;
+  /// Whether policies were asked for by name: then no figure leaves out what it has data of.
+  bool asked() const { return !options_.policies.empty(); }
 
-  /// "12 of 400 policies are shown: …", with a space before, where some are left out.
-  const std::string& left_out() const { return left_out_; }
+  /// Those of policies() that `present` has.
+  std::vector<std::string> shown_of(const std::vector<std::string>& present) const;
+
+  /// The policies that no figure shows, the best first; and by which rule, in a sentence.
+  const std::vector<std::string>& left_out() const { return left_out_; }
+  const std::string& rule() const { return rule_; }
+
+  /// " Shown are 12 of 400 policies: …" for captions; empty where all are.
+  const std::string& shown_text() const { return shown_text_; }
 
   /// Capacities as asked for, ascending in what they keep; never "all".
   const std::vector<std::string>& capacities() const { return capacities_; }
+
+  /// About how many positions a head keeps at a capacity as asked for: where its tick stands on an axis.
+  double position_of(const std::string& capacity_request) const;
+
+  /// Sets values and labels of a logarithmic axis of positions kept: the capacities as they were asked for.
+  void set_capacity_ticks(Json& axis, const std::vector<std::string>& capacities) const;
 
   /// The capacity that a figure shows where it shows one: the middle one of those in `present`.
   std::string middle_capacity(const std::vector<std::string>& present) const;
@@ -47,10 +62,16 @@ class FigureStyle {
   /// A spec with a title, fonts and colours of everything but the marks.
   Json spec(const std::string& question, const std::string& caption) const;
 
-  /// Encodings of the column `policy` for these policies; a policy has the same colour, shape and dashes everywhere.
+  /// Encodings of the column `policy` for these policies; a policy has the same colour, shape and dashes everywhere,
+  /// and no two have the same colour and dashes, of up to a hundred. The legend is that of the colours: it draws each
+  /// as the lines are.
   Json colour(const std::vector<std::string>& policies) const;
   Json shape(const std::vector<std::string>& policies) const;
   Json dash(const std::vector<std::string>& policies) const;
+
+  /// How a policy's line looks: a colour as #rrggbb, and the lengths of dashes and gaps.
+  const std::string& colour_of(const std::string& policy) const { return look_of(policy).colour; }
+  const std::vector<int>& dashes_of(const std::string& policy) const { return look_of(policy).dash; }
 
   /// A Vega expression that breaks texts longer than `most` characters into lines: for labels of axes and legends,
   /// which are not to be cut.
@@ -61,8 +82,13 @@ class FigureStyle {
   static std::size_t longest_line(const std::vector<std::string>& texts, std::size_t most);
 
   /// A choice of one value of a column: a parameter `shown_<column>` and the filter that goes with it.
-  static void choose(Json& spec, const std::string& column, const std::vector<std::string>& values,
-                     const std::string& chosen);
+  void choose(Json& spec, const std::string& column, const std::vector<std::string>& values,
+              const std::string& chosen) const;
+
+  /// How many panels stand side by side, where each has one of the texts over it and `outside` points are taken by
+  /// axes.
+  std::size_t panel_columns(const std::vector<std::string>& texts, double outside) const;
+  double panel_width(std::size_t columns, double outside) const;
 
  private:
   struct Look {
@@ -71,20 +97,36 @@ class FigureStyle {
     std::vector<int> dash;
   };
   const Look& look_of(const std::string& policy) const;
-  Json scale(const std::vector<std::string>& policies, Json (*part)(const Look&)) const;
+  double symbol_unit() const;
+  std::string symbol_of(const Look& look) const;
+  /// Not a scale, since legends would give symbols dashed outlines.
+  Json by_policy(const std::vector<std::string>& policies, Json (*part)(const Look&, double), const Json& usual) const;
   Json legend(const std::vector<std::string>& policies) const;
 
+  std::vector<std::string> asked_for(const std::vector<std::string>& best) const;
+  std::vector<std::string> thinned(const Analysis& analysis, const std::vector<std::string>& best) const;
+
+  FigureOptions options_;
   double width_;
   double font_;
   std::vector<std::string> policies_;
-  std::vector<std::string> by_importance_;  // the same: baseline, the best others, references
   std::map<std::string, Look> looks_;
-  std::string left_out_;
+  std::vector<std::string> left_out_;
+  std::string rule_;
+  std::string shown_text_;
   std::vector<std::string> capacities_;
+  std::map<std::string, double> positions_;  // of capacities
 };
 
-/// A text in lines of at most `most` characters, broken after ',' and '(' and before '+' and ' ' where that is
-/// possible.
+/// Of policies that nobody asked for by name, figures show this many at most.
+constexpr std::size_t kMostPolicies = 16;
+
+/// Where those asked for by the names of their methods are more than this, they are thinned in the same way, apart from
+/// those whose settings were written out.
+constexpr std::size_t kMostAsked = 40;
+
+/// A text in lines of at most `most` characters, broken after ',', '(' and '-' and before '+' and ' ' where that is
+/// possible, else anywhere.
 std::vector<std::string> broken(const std::string& text, std::size_t most);
 
 /// A measure with its unit, for an axis: "layer error (share of the output's norm)".
@@ -114,8 +156,15 @@ std::vector<int> integer_ticks(int last);
 /// The distinct texts of a column in the order of their rows.
 std::vector<std::string> distinct(const DataTable& table, const std::string& column);
 
-/// "128", "25 %" for sentences.
+/// "128", "25 %" for sentences, axes and legends.
 std::string capacity_text(const std::string& capacity_request);
+std::string capacities_text(const std::vector<std::string>& capacity_requests);
+
+/// The same of the labels of an axis or legend of capacities, as a Vega expression.
+constexpr const char* kCapacityLabels = "replace(datum.label, '%', ' %')";
+
+/// " At 4 of 7 capacities; not shown are 96 and 192." for captions; empty where all are shown.
+std::string capacities_left_out(const std::vector<std::string>& all, const std::vector<std::string>& shown);
 
 /// "95 % bootstrap intervals (…)" and what means are taken over: sentences for captions.
 std::string about_intervals(const Analysis& analysis);

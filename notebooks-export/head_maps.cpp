@@ -9,16 +9,20 @@ namespace kvreplay {
 namespace {
 
 // So that a figure of several maps stays well below 2 MB in every format.
-constexpr int kMostCells = 1024;
-constexpr std::size_t kMaps = 4;
+constexpr std::size_t kMostCells = 1024;   // of a map
+constexpr std::size_t kMostRows = 16'000;  // of all of them
 
 int parts(int whole, int size) { return (whole + size - 1) / size; }
 
 }  // namespace
 
-HeadCells HeadCells::of(int num_layers, int num_heads) {
+HeadCells HeadCells::of(int num_layers, int num_heads, std::size_t most) {
   HeadCells cells;
-  while (parts(num_layers, cells.layers) * parts(num_heads, cells.heads) > kMostCells) {
+  const auto count = [&]() {
+    return static_cast<std::size_t>(parts(num_layers, cells.layers)) *
+           static_cast<std::size_t>(parts(num_heads, cells.heads));
+  };
+  while (count() > std::max<std::size_t>(most, 1)) {
     if (parts(num_layers, cells.layers) >= parts(num_heads, cells.heads)) {
       cells.layers *= 2;
     } else {
@@ -37,18 +41,19 @@ std::string add_head_cells(Figure& figure, const std::vector<HeadValue>& values)
     num_heads = std::max(num_heads, value.head + 1);
   }
   if (values.empty()) return "";
-  const HeadCells cells = HeadCells::of(num_layers, num_heads);
   // Order of the values is kept: policies as they come, capacities within.
   std::map<std::pair<std::string, std::string>, std::size_t> place;
   std::vector<std::map<std::pair<int, int>, std::pair<double, int>>> sums;
   std::vector<std::pair<std::string, std::string>> order;
   for (const HeadValue& value : values) {
-    const auto [found, is_new] = place.try_emplace({value.policy, value.capacity_request}, sums.size());
-    if (is_new) {
-      sums.emplace_back();
-      order.emplace_back(value.policy, value.capacity_request);
-    }
-    auto& [sum, count] = sums[found->second][{value.layer / cells.layers, value.head / cells.heads}];
+    const bool is_new = place.try_emplace({value.policy, value.capacity_request}, order.size()).second;
+    if (is_new) order.emplace_back(value.policy, value.capacity_request);
+  }
+  const HeadCells cells = HeadCells::of(num_layers, num_heads, std::min(kMostCells, kMostRows / order.size()));
+  sums.resize(order.size());
+  for (const HeadValue& value : values) {
+    auto& [sum, count] =
+        sums[place[{value.policy, value.capacity_request}]][{value.layer / cells.layers, value.head / cells.heads}];
     sum += value.value;
     ++count;
   }
@@ -71,16 +76,15 @@ std::vector<std::string> mapped_policies(const FigureStyle& style, const std::ve
   for (const HeadValue& value : values) {
     if (std::ranges::find(present, value.policy) == present.end()) present.push_back(value.policy);
   }
-  return style.some_of(present, kMaps);
+  return style.shown_of(present);
 }
 
 void draw_head_maps(Figure& figure, const FigureStyle& style, const std::vector<std::string>& policies,
                     const Json& scale, const std::string& title, const std::string& format) {
   Json& spec = figure.spec;
-  const std::size_t columns = policies.size() == 1 ? 1 : 2;
-  const double axis = 4.2 * style.font();
-  const double panel =
-      (style.width() - axis - static_cast<double>(columns - 1) * style.font() - 6) / static_cast<double>(columns);
+  const double axis = 4.2 * style.font() + 6;
+  const std::size_t columns = style.panel_columns(policies, axis);
+  const double panel = style.panel_width(columns, axis);
   const std::size_t fit = style.characters_in(panel);
   const std::vector<std::string> capacities = distinct(figure.table, "capacity");
   spec.update(Json::parse(R"json({
@@ -122,7 +126,7 @@ void draw_head_maps(Figure& figure, const FigureStyle& style, const std::vector<
   encoding["color"]["legend"]["title"] = title;
   encoding["color"]["legend"]["format"] = format;
   encoding["tooltip"][4]["format"] = format;
-  FigureStyle::choose(spec, "capacity", capacities, style.middle_capacity(capacities));
+  style.choose(spec, "capacity", capacities, style.middle_capacity(capacities));
   filterable(spec, {"policy", "shown_capacity"});
 }
 

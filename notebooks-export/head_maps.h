@@ -8,11 +8,11 @@
 
 namespace kvreplay {
 
-/// How many neighbouring layers and heads make a cell.
+/// How many neighbouring layers and heads make a cell, where a map is to have `most` at most.
 struct HeadCells {
   int layers = 1;  ///< per cell
   int heads = 1;
-  static HeadCells of(int num_layers, int num_heads);
+  static HeadCells of(int num_layers, int num_heads, std::size_t most);
 };
 
 /// One number per policy, capacity, layer and head.
@@ -31,7 +31,7 @@ std::string add_head_cells(Figure& figure, const std::vector<HeadValue>& values)
 void draw_head_maps(Figure& figure, const FigureStyle& style, const std::vector<std::string>& policies,
                     const Json& scale, const std::string& title, const std::string& format);
 
-/// The policies that are worth a map: the best few of those with values.
+/// The policies that get a map each: those with values.
 std::vector<std::string> mapped_policies(const FigureStyle& style, const std::vector<HeadValue>& values);
 
 }  // namespace kvreplay

@@ -7,8 +7,7 @@ namespace kvreplay {
 
 void draw_layer_lines(Figure& figure, const FigureStyle& style, const std::string& column, const std::string& title) {
   Json& spec = figure.spec;
-  const std::vector<std::string> present = distinct(figure.table, "policy");
-  const std::vector<std::string> policies = style.some_of(present, present.size());
+  const std::vector<std::string> policies = style.shown_of(distinct(figure.table, "policy"));
   const std::vector<std::string> capacities = distinct(figure.table, "capacity");
   spec.update(Json::parse(R"json({
     "autosize": {"type": "fit-x", "contains": "padding"},
@@ -42,7 +41,7 @@ void draw_layer_lines(Figure& figure, const FigureStyle& style, const std::strin
   spec["layer"][1]["mark"]["size"] = 0.25 * style.font() * style.font();
   spec["layer"][1]["encoding"]["shape"] = style.shape(policies);
   spec["layer"][1]["encoding"]["tooltip"].push_back({{"field", column}, {"type", "quantitative"}, {"format", ".4f"}});
-  FigureStyle::choose(spec, "capacity", capacities, style.middle_capacity(capacities));
+  style.choose(spec, "capacity", capacities, style.middle_capacity(capacities));
   filterable(spec, {"policy", "shown_capacity"});
 }
 

@@ -1,5 +1,6 @@
 // The notebook of a report: shows the figures as it is opened, and draws them again from the tables beside it.
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <charconv>
@@ -228,7 +229,7 @@ ordered_json outputs_of(const Figure& figure, const std::string& picture, int co
 
 }  // namespace
 
-std::string notebook_text(const std::string& title, const std::vector<Figure>& figures,
+std::string notebook_text(const std::string& title, const std::string& thinned, const std::vector<Figure>& figures,
                           const std::vector<std::string>& pictures) {
   ordered_json cells = ordered_json::array();
   cells.push_back(markdown_cell(
@@ -237,8 +238,8 @@ std::string notebook_text(const std::string& title, const std::vector<Figure>& f
                            "The figures of this report. Run the cells to draw them again from the tables beside this "
                            "notebook, with other data or another look:\n"
                            "each reads its table with pandas and draws it with Altair 6 "
-                           "(`pip install pandas \"altair>=6\" vl-convert-python`).",
-                           markdown(printable(title)))));
+                           "(`pip install pandas \"altair>=6\" vl-convert-python`).{}",
+                           markdown(printable(title)), thinned.empty() ? "" : "\n\n" + markdown(thinned))));
   std::string setup(kSetup);
   setup = replaced(std::move(setup), "@SCHEMA@", kChartSchema);
   setup = replaced(std::move(setup), "@TYPE@", kChartType);
@@ -250,6 +251,9 @@ std::string notebook_text(const std::string& title, const std::vector<Figure>& f
     ++count;
     ordered_json outputs = outputs_of(figure, i < pictures.size() ? pictures[i] : std::string(), count);
     std::string text = fmt::format("## {}\n\n{}", markdown(figure.question), markdown(figure.caption));
+    if (!figure.left_out.empty()) {
+      text += "\n\n" + markdown(printable(fmt::format("Not drawn: {}.", fmt::join(figure.left_out, ", "))));
+    }
     if (outputs.empty()) text += "\n\n*Too much to be stored here without a picture: run the next cell to see it.*";
     cells.push_back(markdown_cell(cell_id("text", figure.name), text));
     cells.push_back(code_cell(cell_id("figure", figure.name), count, code_of(figure), std::move(outputs)));

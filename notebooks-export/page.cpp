@@ -153,15 +153,17 @@ std::string means_table(const Analysis& analysis, const FigureStyle& style) {
     const auto [found, is_new] = best.try_emplace(row.key.capacity_request, row.distribution.mean);
     if (!is_new && (row.distribution.mean < found->second) == lower) found->second = row.distribution.mean;
   }
+  // Outside of what scrolls, so that it is whole where the table is wider than the window.
   std::string text = fmt::format(
-      "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Means\"><table class=\"means\"><caption>Mean "
-      "{} "
-      "at each capacity; the best policy in bold, oracles apart.{}{}</caption><thead><tr><th scope=\"col\">policy</th>",
+      "<p class=\"caption\" id=\"means\">Mean {} at each capacity; the best policy in bold, oracles "
+      "apart.{}{}</p>\n<div "
+      "class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Means\"><table class=\"means\" "
+      "aria-labelledby=\"means\"><thead><tr><th scope=\"col\">policy</th>",
       html(traits_of(analysis.options.measure).noun),
       !analysis.apart.empty() || std::ranges::any_of(analysis.curves, &CapacityCurve::partial)
           ? " Not all are of the same traces and eviction positions: see the notes."
           : "",
-      html(style.left_out()));
+      html(style.shown_text()));
   for (const std::string& capacity : style.capacities()) {
     text += fmt::format("<th scope=\"col\">{}</th>", html(capacity_text(capacity)));
   }
@@ -215,7 +217,13 @@ std::string summary(const Analysis& analysis, const FigureStyle& style, const Pa
   if (!content.findings.empty()) {
     text += "<h3>Findings</h3>\n" + list_of(content.findings, "ol");
   }
-  text += means_table(analysis, style);
+  text = fmt::format("<div class=\"beside\">\n<div>\n{}</div>\n<div>\n{}</div>\n</div>", text,
+                     means_table(analysis, style));
+  if (!style.left_out().empty()) {
+    text += fmt::format("\n<details id=\"left-out\"><summary>{} in no figure</summary><p>{}</p>{}</details>",
+                        plural(style.left_out().size(), "policy is", "policies are"), html(style.rule()),
+                        list_of(style.left_out(), "ul"));
+  }
   text += fmt::format("\n<details><summary>{}</summary>{}</details>\n",
                       plural(analysis.traces.size(), "trace", "traces"), traces_table(analysis));
   if (!analysis.notes.empty()) {
@@ -230,8 +238,9 @@ std::string summary(const Analysis& analysis, const FigureStyle& style, const Pa
   return text;
 }
 
-std::string figure_section(const Figure& figure, bool drawn) {
-  Json data = {{"spec", figure.spec}, {"table", packed(figure.table)}};
+std::string figure_section(const PageFigure& of_page, bool drawn) {
+  const Figure& figure = of_page.figure;
+  Json data = {{"spec", figure.spec}, {"narrow", of_page.narrow}, {"table", packed(figure.table)}};
   std::string files;
   const auto link = [&](const std::string& kind, const std::string& file) {
     files += fmt::format("{}<a href=\"{}\">{}</a>", files.empty() ? "" : " · ", file, kind);
@@ -247,26 +256,29 @@ std::string figure_section(const Figure& figure, bool drawn) {
       "<figure id=\"{0}\" aria-labelledby=\"{0}-question\">\n<h3 id=\"{0}-question\">{1}</h3>\n"
       "<div class=\"plot scroll\" role=\"group\" aria-label=\"Figure: {1}\" tabindex=\"0\"></div>\n"
       "<div class=\"choices\"></div>\n"
-      "<p class=\"message\" role=\"status\"></p>\n<figcaption>{2}</figcaption>\n"
+      "<p class=\"message\" role=\"status\"></p>\n<figcaption>{2}</figcaption>\n{6}"
       "<details class=\"numbers\"><summary>The numbers: {3}</summary><div class=\"scroll\" tabindex=\"0\" "
       "role=\"region\" aria-label=\"The numbers of: {1}\"></div></details>\n<p class=\"files\">{4}</p>\n"
       "<script type=\"application/json\">{5}</script>\n</figure>\n",
       figure.name, html(figure.question), html(figure.caption), plural(figure.table.rows().size(), "row", "rows"),
-      files, script_json(data));
+      files, script_json(data),
+      figure.left_out.empty() ? ""
+                              : fmt::format("<details><summary>{} more, which are not drawn</summary>{}</details>\n",
+                                            figure.left_out.size(), list_of(figure.left_out, "ul")));
 }
 
-std::string contents(const std::vector<Figure>& figures) {
+std::string contents(const std::vector<PageFigure>& figures) {
   std::string text = "<ul>\n";
-  for (const Figure& figure : figures) {
+  for (const auto& [figure, narrow] : figures) {
     text += fmt::format("<li><a href=\"#{}\">{}</a></li>\n", figure.name, html(figure.question));
   }
   return text + "</ul>\n";
 }
 
 // What the filters offer: policies with their colours, capacities, layers; of those that some figure is filtered by.
-Json filter_choices(const Analysis& analysis, const FigureStyle& style, const std::vector<Figure>& figures) {
+Json filter_choices(const Analysis& analysis, const FigureStyle& style, const std::vector<PageFigure>& figures) {
   std::set<std::string> by;
-  for (const Figure& figure : figures) {
+  for (const auto& [figure, narrow] : figures) {
     const Json filters = figure.spec.value("/usermeta/kvreplay/filters"_json_pointer, Json::array());
     for (const Json& filter : filters) by.insert(filter.get<std::string>());
   }
@@ -275,9 +287,9 @@ Json filter_choices(const Analysis& analysis, const FigureStyle& style, const st
   choices["capacities"] = Json::array();
   choices["layers"] = Json::array();
   if (by.contains("policy") && style.policies().size() > 1) {
-    const Json colours = style.colour(style.policies())["scale"]["range"];
-    for (std::size_t i = 0; i < style.policies().size(); ++i) {
-      choices["policies"].push_back({{"name", style.policies()[i]}, {"colour", colours[i]}});
+    for (const std::string& policy : style.policies()) {
+      choices["policies"].push_back(
+          {{"name", policy}, {"colour", style.colour_of(policy)}, {"dashes", style.dashes_of(policy)}});
     }
   }
   if ((by.contains("capacity") || by.contains("shown_capacity")) && style.capacities().size() > 1) {
@@ -314,10 +326,10 @@ std::string filled(std::string_view page, const std::map<std::string, std::strin
 
 }  // namespace
 
-std::string page_text(const Analysis& analysis, const std::vector<Figure>& figures, const PageContent& content) {
-  const FigureStyle style(analysis, Theme::screen);
+std::string page_text(const Analysis& analysis, const FigureStyle& style, const std::vector<PageFigure>& figures,
+                      const PageContent& content) {
   std::string sections;
-  for (const Figure& figure : figures) sections += figure_section(figure, content.missing.empty());
+  for (const PageFigure& figure : figures) sections += figure_section(figure, content.missing.empty());
   return kReportMarker +
          filled(embedded_file("page.html"),
                 {{"TITLE", html(content.title)},

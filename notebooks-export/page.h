@@ -9,6 +9,12 @@
 
 namespace kvreplay {
 
+/// A figure as the page shows it: drawn for a window, and for a narrow one, of the same table.
+struct PageFigure {
+  Figure figure;                  ///< of Theme::screen
+  nlohmann::ordered_json narrow;  ///< the spec of Theme::paper
+};
+
 /// What the page says beside the figures.
 struct PageContent {
   std::string title = {};
@@ -18,9 +24,10 @@ struct PageContent {
   std::string javascript = {};             ///< that draws Vega-Lite; empty where it is missing
 };
 
-/// index.html. `figures` are those of Theme::screen, whose files lie beside the page in figures/ and tables/. What
+/// index.html. `style` is that of the figures on it, whose files lie beside the page in figures/ and tables/. What
 /// comes from files of others stands there as text, whatever it contains.
-std::string page_text(const Analysis& analysis, const std::vector<Figure>& figures, const PageContent& content);
+std::string page_text(const Analysis& analysis, const FigureStyle& style, const std::vector<PageFigure>& figures,
+                      const PageContent& content);
 
 /// How index.html begins, by which a report is known.
 extern const char* const kReportMarker;

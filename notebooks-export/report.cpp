@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <fstream>
+#include <limits>
 #include <string_view>
 #include <system_error>
 
@@ -21,8 +22,6 @@
 
 namespace kvreplay {
 namespace {
-
-constexpr std::size_t kFindings = 3;
 
 // Throws unless `folder` does not exist, or may be replaced: with the user's word, and only by what is nothing else's.
 void check_place(const std::filesystem::path& folder, bool force) {
@@ -110,8 +109,8 @@ std::string title_of(const Analysis& analysis) {
 
 // All files of a report into `output`.
 void write_files(const OutputFolder& output, const Analysis& analysis, const ReportOptions& options,
-                 const std::vector<Figure>& figures, const std::vector<Figure>& of_page, PageContent& content,
-                 ReportOutcome& outcome) {
+                 const FigureStyle& style, const std::vector<Figure>& figures, const std::vector<PageFigure>& of_page,
+                 PageContent& content, ReportOutcome& outcome) {
   const std::filesystem::path& place = output.temporary();
   const std::filesystem::path drawings = output.add_folder("figures");
   const std::filesystem::path tables = output.add_folder("tables");
@@ -132,8 +131,10 @@ void write_files(const OutputFolder& output, const Analysis& analysis, const Rep
     }
   }
   content.missing = outcome.missing;
-  OutputFile::write_text(place / "notebook.ipynb", notebook_text(content.title, figures, pictures));
-  OutputFile::write_text(place / "index.html", page_text(analysis, of_page, content));
+  std::string thinned = style.rule();
+  if (!thinned.empty()) thinned += fmt::format(" Left out are {}.", fmt::join(style.left_out(), ", "));
+  OutputFile::write_text(place / "notebook.ipynb", notebook_text(content.title, thinned, figures, pictures));
+  OutputFile::write_text(place / "index.html", page_text(analysis, style, of_page, content));
 }
 
 }  // namespace
@@ -155,24 +156,32 @@ ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& 
   ReportOutcome outcome;
   PageContent content;
   content.title = options.title.empty() ? title_of(analysis) : options.title;
-  outcome.findings = findings(analysis, kFindings);
+  outcome.findings = findings(analysis, std::numeric_limits<std::size_t>::max());
   content.findings = outcome.findings;
+  const FigureStyle style(analysis, options.figures);
+  // The page says each question itself. It draws for the width that it has: on a telephone as for a column of paper.
+  const auto styled = [&](Theme theme) {
+    return FigureStyle(analysis, {.theme = theme, .titles = false, .policies = options.figures.policies});
+  };
+  const FigureStyle wide = styled(Theme::screen);
+  const FigureStyle narrow = styled(Theme::paper);
+  outcome.thinned = style.rule();
   std::vector<Figure> figures;
-  std::vector<Figure> of_page;
+  std::vector<PageFigure> of_page;
   for (const FigureKind* kind : kinds) {
-    Figure figure = kind->draw(analysis, options.theme);
+    Figure figure = kind->draw(analysis, style);
     if (figure.table.empty()) {
       outcome.left_out.push_back(fmt::format("{}: {}", kind->name, kind->needs));
       content.left_out.push_back(fmt::format("{} It needs {}.", kind->question, kind->needs));
       continue;
     }
     outcome.figures.push_back(figure.name);
-    of_page.push_back(options.theme == Theme::screen ? figure : kind->draw(analysis, Theme::screen));
+    of_page.push_back({kind->draw(analysis, wide), kind->draw(analysis, narrow).spec});
     figures.push_back(std::move(figure));
   }
 
   try {
-    write_files(output, analysis, options, figures, of_page, content, outcome);
+    write_files(output, analysis, options, wide, figures, of_page, content, outcome);
   } catch (const Error& error) {
     // By the name that the user gave, which nothing stands at yet.
     std::string text = error.what();

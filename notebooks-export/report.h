@@ -12,7 +12,7 @@ namespace kvreplay {
 
 struct ReportOptions {
   std::string title = {};              ///< empty: by what was captured
-  Theme theme = Theme::screen;         ///< of the figures' files; the page follows the reader's light or dark
+  FigureOptions figures = {};          ///< of the figures' files; the page follows the reader's light or dark
   std::vector<std::string> only = {};  ///< names of figures; empty: all
   std::filesystem::path python = {};   ///< of the environment that draws; empty: where it is looked for
   bool force = false;                  ///< replaces what stands at the output
@@ -23,6 +23,7 @@ struct ReportOutcome {
   std::vector<std::string> findings;  ///< what the page begins with
   std::vector<std::string> figures;   ///< names of those drawn up
   std::vector<std::string> left_out;  ///< "name: what it needs", for what could not be
+  std::string thinned;                ///< which policies figures show, and by which rule, where they do not show all
   std::string missing;                ///< one line where pictures could not be drawn; else empty
 };
 
@@ -36,8 +37,9 @@ void check_report(const std::filesystem::path& folder, const ReportOptions& opti
 ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& analysis, const ReportOptions& options);
 
 /// The notebook (nbformat 4.5) that shows the figures and draws them again from the tables with pandas and Altair.
-/// `pictures`: PNG files of the figures as base64, in the same order; empty where there are none.
-std::string notebook_text(const std::string& title, const std::vector<Figure>& figures,
+/// `thinned`: which policies no figure shows, and why; empty where all are shown. `pictures`: PNG files of the figures
+/// as base64, in the same order; empty where there are none.
+std::string notebook_text(const std::string& title, const std::string& thinned, const std::vector<Figure>& figures,
                           const std::vector<std::string>& pictures);
 
 }  // namespace kvreplay

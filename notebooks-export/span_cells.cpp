@@ -11,7 +11,6 @@ namespace kvreplay {
 namespace {
 
 constexpr int kDepths = 10;
-constexpr std::size_t kPanels = 6;
 
 std::string depth_text(int range) { return fmt::format("{}–{} %", 100 / kDepths * range, 100 / kDepths * (range + 1)); }
 
@@ -55,18 +54,10 @@ std::vector<std::string> depths_of(const std::vector<SpanCell>& cells) {
 
 void draw_span_panels(Figure& figure, const FigureStyle& style, const std::vector<std::string>& policies,
                       const std::vector<std::string>& depths, Json panel) {
-  const auto width_of = [&](std::size_t columns) {
-    const double labels = 8 * style.font();
-    return (style.width() - labels - static_cast<double>(columns - 1) * style.font()) / static_cast<double>(columns);
-  };
-  const auto fits = [&](std::size_t columns) {
-    const std::size_t characters = style.characters_in(width_of(columns));
-    return FigureStyle::longest_line(policies, characters) <= characters;
-  };
-  std::size_t columns = std::clamp<std::size_t>(policies.size(), 1, 3);
-  while (columns > 1 && !fits(columns)) --columns;
-
-  panel["width"] = width_of(columns);
+  const double labels = 8 * style.font();
+  const std::size_t columns = style.panel_columns(policies, labels);
+  const double width = style.panel_width(columns, labels);
+  panel["width"] = width;
   panel["height"] = 1.3 * style.font() * static_cast<double>(std::max<std::size_t>(depths.size(), 3));
   panel["encoding"].update(Json::parse(R"json({
     "y": {"field": "depth", "type": "nominal", "axis": {"title": "depth"}},
@@ -77,7 +68,7 @@ void draw_span_panels(Figure& figure, const FigureStyle& style, const std::vecto
   Json& spec = figure.spec;
   spec["facet"] = {{"field", "policy"}, {"type", "nominal"}, {"sort", policies}};
   spec["facet"]["header"] = {{"title", nullptr},
-                             {"labelExpr", style.label_expression(policies, style.characters_in(width_of(columns)))}};
+                             {"labelExpr", style.label_expression(policies, style.characters_in(width))}};
   spec["columns"] = columns;
   spec["spec"] = std::move(panel);
 }
@@ -87,7 +78,7 @@ std::vector<std::string> policies_of(const FigureStyle& style, const std::vector
   for (const SpanCell& cell : cells) {
     if (std::ranges::find(present, cell.policy) == present.end()) present.push_back(cell.policy);
   }
-  return style.some_of(present, kPanels);
+  return style.shown_of(present);
 }
 
 }  // namespace kvreplay

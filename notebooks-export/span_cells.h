@@ -30,7 +30,7 @@ std::vector<std::string> depths_of(const std::vector<SpanCell>& cells);
 void draw_span_panels(Figure& figure, const FigureStyle& style, const std::vector<std::string>& policies,
                       const std::vector<std::string>& depths, Json panel);
 
-/// The policies that get a panel each: the first few of those with spans.
+/// The policies that get a panel each: those with spans.
 std::vector<std::string> policies_of(const FigureStyle& style, const std::vector<SpanCell>& cells);
 
 }  // namespace kvreplay

@@ -15,8 +15,7 @@ namespace {
 constexpr std::size_t kCapacities = 4;
 constexpr std::size_t kMostChanges = 24;
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   const std::string measure(traits_of(analysis.options.measure).noun);
   Figure figure;
   figure.name = "ablation";
@@ -38,12 +37,14 @@ Figure draw(const Analysis& analysis, Theme theme) {
   figure.table = DataTable({"change", "reference", "changed", "step", "capacity", "difference", "low", "high",
                             "relative", "p_value", "adjusted", "sure"});
   std::string left_out;
-  if (labels.size() > kMostChanges) {
+  if (labels.size() > kMostChanges && !style.asked()) {
     std::vector<std::string> by_size = labels;
     std::ranges::stable_sort(by_size, [&](const auto& a, const auto& b) { return largest[a] > largest[b]; });
-    by_size.resize(kMostChanges);
-    left_out = fmt::format(" The {} changes of {} with the largest effects.", kMostChanges, labels.size());
-    std::erase_if(labels, [&](const std::string& label) { return std::ranges::find(by_size, label) == by_size.end(); });
+    left_out = fmt::format(" Shown are the {} changes of {} with the largest effects.", kMostChanges, labels.size());
+    figure.left_out.assign(by_size.begin() + kMostChanges, by_size.end());
+    std::erase_if(labels, [&](const std::string& label) {
+      return std::ranges::find(figure.left_out, label) != figure.left_out.end();
+    });
   }
   std::vector<std::string> having;
   for (const std::string& capacity : style.capacities()) {
@@ -70,9 +71,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
       "Change in {} where one thing about {} is changed and everything else stays: {} of 0, the change does harm. "
       "Paired "
       "on trace, eviction position, layer, head and query. {} Filled: sure after correction for the number of changes "
-      "(Holm).{}",
+      "(Holm).{}{}",
       measure, reference, traits_of(analysis.options.measure).lower_is_better ? "right" : "left",
-      about_intervals(analysis), left_out);
+      about_intervals(analysis), left_out, capacities_left_out(having, shown));
   figure.spec = style.spec(figure.question, figure.caption);
   draw_dots(figure, style,
             {.subject = "change",

@@ -13,8 +13,7 @@ namespace {
 
 constexpr std::size_t kMostChanges = 16;
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   const std::string measure(traits_of(analysis.options.measure).noun);
   Figure figure;
   figure.name = "ablation-by-layer";
@@ -33,12 +32,14 @@ Figure draw(const Analysis& analysis, Theme theme) {
     largest[label] = std::max(largest[label], std::abs(effect.difference.mean));
   }
   std::string left_out;
-  if (labels.size() > kMostChanges) {
+  if (labels.size() > kMostChanges && !style.asked()) {
     std::vector<std::string> by_size = labels;
     std::ranges::stable_sort(by_size, [&](const auto& a, const auto& b) { return largest[a] > largest[b]; });
-    by_size.resize(kMostChanges);
-    left_out = fmt::format(" The {} changes of {} with the largest effects.", kMostChanges, labels.size());
-    std::erase_if(labels, [&](const std::string& label) { return std::ranges::find(by_size, label) == by_size.end(); });
+    left_out = fmt::format(" Shown are the {} changes of {} with the largest effects.", kMostChanges, labels.size());
+    figure.left_out.assign(by_size.begin() + kMostChanges, by_size.end());
+    std::erase_if(labels, [&](const std::string& label) {
+      return std::ranges::find(figure.left_out, label) != figure.left_out.end();
+    });
   }
   figure.table = DataTable({"change", "capacity", "layer", "difference", "low", "high"});
   std::set<int> layers;
@@ -95,7 +96,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   encoding["color"]["scale"] = diverging_scale(scale);
   encoding["color"]["legend"]["title"] = fmt::format("difference in {}", measure);
   encoding["color"]["legend"]["values"] = {rounded(-scale), 0, rounded(scale)};
-  FigureStyle::choose(spec, "capacity", capacities, capacity);
+  style.choose(spec, "capacity", capacities, capacity);
   filterable(spec, {"shown_capacity"});
   return figure;
 }

@@ -8,8 +8,7 @@
 namespace kvreplay {
 namespace {
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   const std::string measure(traits_of(analysis.options.measure).noun);
   Figure figure;
   figure.name = "capacity-for-goal";
@@ -19,7 +18,8 @@ Figure draw(const Analysis& analysis, Theme theme) {
                                 std::string_view("aeiou").find(measure.front()) == std::string_view::npos ? "a" : "an",
                                 measure, goal);
   figure.table = DataTable({"policy", "kept", "bound"});
-  std::vector<std::string> policies;  // as the curves are: best first
+  std::vector<std::string> policies;  // as the curves are, best first, unless another order was asked for
+  std::vector<std::string> replayed;
   std::string never;
   for (const CapacityCurve& curve : analysis.curves) {
     if (!style.shows(curve.policy) || curve.points.size() < 2) continue;
@@ -30,12 +30,14 @@ Figure draw(const Analysis& analysis, Theme theme) {
     figure.table.add(
         {curve.policy, rounded(*curve.kept_for_goal), std::string(curve.reached_at_smallest ? "at most" : "about")});
     policies.push_back(curve.policy);
+    for (const CapacityPoint& point : curve.points) replayed.push_back(point.capacity_request);
   }
+  if (style.asked()) policies = style.shown_of(policies);
   if (figure.table.empty()) return figure;
   figure.caption = fmt::format(
       "Positions per head at which the mean {} reaches {}, read off between the capacities that were replayed (log "
       "scale). Hollow: the smallest capacity already reaches it, and less may do.{}{}",
-      measure, goal, never.empty() ? "" : fmt::format(" Not reached by {}.", never), style.left_out());
+      measure, goal, never.empty() ? "" : fmt::format(" Not reached by {}.", never), style.shown_text());
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
   const std::size_t fit = style.characters_in(0.45 * style.width());
   spec.update(Json::parse(R"json({
@@ -44,7 +46,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       "y": {"field": "policy", "type": "nominal",
             "axis": {"title": null, "grid": true, "ticks": false, "domain": false}},
       "x": {"field": "kept", "type": "quantitative", "scale": {"type": "log", "base": 2},
-            "axis": {"title": "positions per head (log scale)", "format": "d", "tickCount": 5, "labelOverlap": "greedy"}}
+            "axis": {"title": "positions per head (log scale); ticks: capacities that were replayed"}}
     },
     "layer": [
       {"mark": {"type": "point", "filled": false},
@@ -61,6 +63,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
           std::max(2 * style.font(),
                    style.line() * static_cast<double>(FigureStyle::most_lines(policies, fit)) + 0.4 * style.font()));
   spec["encoding"]["x"]["scale"]["padding"] = 3 * style.font();
+  style.set_capacity_ticks(spec["encoding"]["x"]["axis"], replayed);
   spec["encoding"]["y"]["sort"] = policies;
   spec["encoding"]["y"]["axis"]["labelExpr"] = style.label_expression(policies, fit);
   spec["encoding"]["y"]["axis"]["labelLineHeight"] = style.line();

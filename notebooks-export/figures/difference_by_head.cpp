@@ -12,8 +12,7 @@
 namespace kvreplay {
 namespace {
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   const std::string& baseline = analysis.options.baseline;
   Figure figure;
   figure.name = "difference-by-head";
@@ -44,8 +43,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
   const std::string capacity = style.middle_capacity(distinct(figure.table, "capacity"));
   figure.caption = fmt::format(
       "Head error less that of {} at a capacity of {}: blue heads lose less than under {}, orange ones more; colours "
-      "end at ±{:.2g}, below which are 98 % of the cells. {}{}",
-      baseline, capacity_text(capacity), baseline, largest, about_means(analysis, "evaluation queries"), thinned);
+      "end at ±{:.2g}, below which are 98 % of the cells. {}{}{}",
+      baseline, capacity_text(capacity), baseline, largest, about_means(analysis, "evaluation queries"), thinned,
+      style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   Json scale = diverging_scale(largest);
   scale["clamp"] = true;

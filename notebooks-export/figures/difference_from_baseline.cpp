@@ -9,9 +9,8 @@
 namespace kvreplay {
 namespace {
 
-Figure draw(const Analysis& analysis, Theme theme) {
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   constexpr std::size_t kCapacities = 4;
-  const FigureStyle style(analysis, theme);
   const std::string& baseline = analysis.options.baseline;
   const std::string measure(traits_of(analysis.options.measure).noun);
   const std::string level = fmt::format("{:g} %", 100 * analysis.options.bootstrap.confidence);
@@ -39,9 +38,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
   if (figure.table.empty()) return figure;
   figure.caption = fmt::format(
       "Difference in {} from {}, paired on trace, eviction position, layer, head and query; {} is better. {} Filled: "
-      "sure at {} after correction for the number of comparisons (Holm).{}",
+      "sure at {} after correction for the number of comparisons (Holm).{}{}",
       measure, baseline, traits_of(analysis.options.measure).lower_is_better ? "left" : "right",
-      about_intervals(analysis), level, style.left_out());
+      about_intervals(analysis), level, capacities_left_out(style.capacities(), capacities), style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   draw_dots(figure, style,
             {.subject = "policy",

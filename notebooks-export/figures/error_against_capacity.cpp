@@ -7,8 +7,7 @@
 namespace kvreplay {
 namespace {
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   Figure figure;
   figure.name = "error-against-capacity";
   const std::string measure(traits_of(analysis.options.measure).noun);
@@ -28,7 +27,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       fmt::format("The {} against the positions that a head keeps. {}{} {}{}", measure,
                   about_means(analysis, "layers, heads and evaluation queries"),
                   partial ? " Traces and eviction positions that lack one of a policy's capacities are left out." : "",
-                  about_intervals(analysis), style.left_out());
+                  about_intervals(analysis), style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   draw_capacity_lines(figure, style, "mean", axis_title(analysis.options.measure));
   return figure;

@@ -9,8 +9,7 @@
 namespace kvreplay {
 namespace {
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   Figure figure;
   figure.name = "error-by-head";
   figure.question = "Which heads lose most?";
@@ -26,11 +25,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
   const std::string thinned = add_head_cells(figure, values);
   if (figure.table.empty()) return figure;
   const std::string capacity = style.middle_capacity(distinct(figure.table, "capacity"));
-  figure.caption = fmt::format("Head error ‖ô−o‖/‖o‖ of each layer and query head at a capacity of {}. {}{}{}",
-                               capacity_text(capacity), about_means(analysis, "evaluation queries"), thinned,
-                               policies.size() < style.policies().size()
-                                   ? fmt::format(" Shown: {} of {} policies.", policies.size(), style.policies().size())
-                                   : "");
+  figure.caption =
+      fmt::format("Head error ‖ô−o‖/‖o‖ of each layer and query head at a capacity of {}. {}{}{}",
+                  capacity_text(capacity), about_means(analysis, "evaluation queries"), thinned, style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   draw_head_maps(figure, style, policies, sequential_scale(), "head error (relative to the full output)", ".2f");
   return figure;

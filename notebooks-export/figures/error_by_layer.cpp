@@ -7,8 +7,7 @@
 namespace kvreplay {
 namespace {
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   const std::string measure(traits_of(analysis.options.measure).noun);
   Figure figure;
   figure.name = "error-by-layer";
@@ -24,7 +23,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   if (figure.table.empty()) return figure;
   const std::string capacity = style.middle_capacity(distinct(figure.table, "capacity"));
   figure.caption = fmt::format("The {} of each layer at a capacity of {}. {}{}", measure, capacity_text(capacity),
-                               about_means(analysis, "heads and evaluation queries"), style.left_out());
+                               about_means(analysis, "heads and evaluation queries"), style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   draw_layer_lines(figure, style, "mean", axis_title(analysis.options.measure));
   return figure;

@@ -7,8 +7,7 @@
 namespace kvreplay {
 namespace {
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   Figure figure;
   figure.name = "head-overlap";
   figure.question = "Do the heads of a layer keep the same positions?";
@@ -28,7 +27,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       "Jaccard overlap |a ∩ b| / |a ∪ b| of the sets that two {} keep, mean over pairs, traces and eviction positions, "
       "at "
       "a capacity of {}: 1 where all keep the same.{}",
-      within ? "query heads of one KV head" : "KV heads of a layer", capacity_text(capacity), style.left_out());
+      within ? "query heads of one KV head" : "KV heads of a layer", capacity_text(capacity), style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   draw_layer_lines(figure, style, "jaccard", "Jaccard overlap between heads");
   return figure;

@@ -38,8 +38,7 @@ double usual_largest(const DataTable& table, const std::vector<std::string>& sta
   return largest > 0 ? rounded(largest) : 1;
 }
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   Figure figure;
   figure.name = "importance";
   figure.question = "What does smoothing make of a head's scores?";
@@ -81,11 +80,18 @@ Figure draw(const Analysis& analysis, Theme theme) {
         "which is {} positions wide, shifted by {}.",
         map.layer, map.head, map.policy, map.capacity, map.width, map.shift);
   }
+  for (std::size_t i = kMostMaps; i < analysis.importance.size(); ++i) {
+    const ImportanceMap& map = analysis.importance[i];
+    figure.left_out.push_back(fmt::format("layer {}, head {}: {}", map.layer, map.head, map.policy));
+  }
   if (figure.table.empty()) return figure;
   const double largest = usual_largest(figure.table, {raw, temporal});
   figure.caption = caption + fmt::format(" Colours end at {:.2g}, below which are 98 % of the cells.", largest) +
                    (cell > 1 ? fmt::format(" Thinned: a cell is the mean of {} positions.", cell) : "") +
-                   (thinned ? " Of the window's queries some are left out." : "");
+                   (thinned ? " Of the window's queries some are left out." : "") +
+                   (figure.left_out.empty()
+                        ? ""
+                        : fmt::format(" Shown are the first {} of {} heads.", kMostMaps, analysis.importance.size()));
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
   spec["transform"] = Json::parse(R"json([
     {"calculate": "datum.last + 1", "as": "end"},
@@ -143,7 +149,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   last["height"] = 0.18 * style.width();
   spec["vconcat"].push_back(std::move(last));
   const std::vector<std::string> heads = distinct(figure.table, "head");
-  FigureStyle::choose(spec, "head", heads, heads.front());
+  style.choose(spec, "head", heads, heads.front());
   return figure;
 }
 

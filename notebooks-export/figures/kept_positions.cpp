@@ -46,8 +46,7 @@ std::string trace_text(const KeptRaster& raster, bool several_evictions) {
   return several_evictions ? fmt::format("{}, evicted at {}", raster.trace, raster.eviction_position) : raster.trace;
 }
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   Figure figure;
   figure.name = "kept-positions";
   figure.question = "Where in the prompt does each policy keep?";
@@ -74,7 +73,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   }
   figure.table = DataTable({"row", "policy", "trace", "capacity", "layer", "start", "last", "kept_share", "text"});
   if (rasters.empty()) return figure;
-  const std::vector<std::string> policies = style.some_of(present, present.size());
+  const std::vector<std::string> policies = style.shown_of(present);
   const std::string capacity = style.middle_capacity(choice.capacities);
   // As much to choose from as fits: of all layers together at least, of one trace, at one capacity.
   std::string thinned;
@@ -87,12 +86,13 @@ Figure draw(const Analysis& analysis, Theme theme) {
     thinned += " Single layers are left out.";
   }
   if (rows() > kMostRows && choice.traces.size() > 1) {
+    figure.left_out.assign(choice.traces.begin() + 1, choice.traces.end());
     choice.traces.resize(1);
-    thinned += " The first trace only.";
+    thinned += " Shown is the first trace only.";
   }
   if (rows() > kMostRows && choice.capacities.size() > 1) {
     choice.capacities = {capacity};
-    thinned += " One capacity only.";
+    thinned += " Shown is one capacity only.";
   }
   int positions_per_cell = 1;
   std::set<std::tuple<std::string, std::string, std::string>> spanned;
@@ -133,10 +133,12 @@ Figure draw(const Analysis& analysis, Theme theme) {
   const bool has_spans =
       !distinct(figure.table, "row").empty() && Choice::has(distinct(figure.table, "row"), "annotated spans");
   figure.caption = fmt::format(
-      "Share of the heads (and layers) that keep the positions of a cell, in {} at a capacity of {}.{}{}{}{}",
-      printable(choice.traces.front()), capacity_text(capacity), has_spans ? " Orange: annotated spans." : "",
+      "Share of the heads (and layers) that keep the positions of a cell, in {}{} at a capacity of {}.{}{}{}{}",
+      printable(choice.traces.front()),
+      choice.layers.front() == "all" ? "" : fmt::format(", layer {},", choice.layers.front()), capacity_text(capacity),
+      has_spans ? " Orange: annotated spans." : "",
       positions_per_cell > 1 ? fmt::format(" Thinned: a cell is {} positions.", positions_per_cell) : "", thinned,
-      style.left_out());
+      style.shown_text());
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
   std::vector<std::string> labels = policies;
   if (has_spans) labels.insert(labels.begin(), "annotated spans");
@@ -186,9 +188,9 @@ Figure draw(const Analysis& analysis, Theme theme) {
   y["sort"] = labels;
   y["axis"]["labelExpr"] = style.label_expression(labels, fit);
   y["axis"]["labelLineHeight"] = style.line();
-  FigureStyle::choose(spec, "capacity", choice.capacities, capacity);
-  FigureStyle::choose(spec, "trace", distinct(figure.table, "trace"), distinct(figure.table, "trace").front());
-  FigureStyle::choose(spec, "layer", choice.layers, choice.layers.front());
+  style.choose(spec, "capacity", choice.capacities, capacity);
+  style.choose(spec, "trace", distinct(figure.table, "trace"), distinct(figure.table, "trace").front());
+  style.choose(spec, "layer", choice.layers, choice.layers.front());
   filterable(spec, {"policy", "shown_capacity", "shown_layer"});
   return figure;
 }

@@ -9,8 +9,7 @@
 namespace kvreplay {
 namespace {
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   Figure figure;
   figure.name = "needle-depth";
   figure.question = "Does what matters survive, wherever in the prompt it stands?";
@@ -27,9 +26,8 @@ Figure draw(const Analysis& analysis, Theme theme) {
   figure.caption = fmt::format(
       "Share of an annotated span's positions that is kept, by where in the prompt it begins (0 % is the beginning); "
       "mean "
-      "over spans, layers and query heads.{}{} Shown: {} of {} policies.",
-      figure.table.rows().size() < places ? " Empty: no span there, or not replayed." : "", style.left_out(),
-      policies.size(), style.policies().size());
+      "over spans, layers and query heads.{}{}",
+      figure.table.rows().size() < places ? " Empty: no span there, or not replayed." : "", style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   Json panel = Json::parse(R"json({
     "mark": {"type": "rect"},
@@ -43,6 +41,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
     }
   })json");
   panel["encoding"]["x"]["sort"] = style.capacities();
+  panel["encoding"]["x"]["axis"]["labelExpr"] = kCapacityLabels;
   draw_span_panels(figure, style, policies, depths_of(cells), std::move(panel));
   filterable(figure.spec, {"policy", "capacity"});
   return figure;

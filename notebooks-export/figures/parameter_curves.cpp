@@ -72,16 +72,19 @@ std::vector<std::string> varied_at(const Analysis& analysis, const FigureStyle& 
   return capacities;
 }
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   const std::string measure(traits_of(analysis.options.measure).noun);
   Figure figure;
   figure.name = "parameter-curves";
-  const std::vector<std::string> capacities = spread(varied_at(analysis, style), kCapacities);
+  const std::vector<std::string> varied = varied_at(analysis, style);
+  const std::vector<std::string> capacities = spread(varied, kCapacities);
   std::vector<Panel> panels = panels_of(analysis.parameter_points, capacities);
   std::string left_out;
-  if (panels.size() > kMostPanels) {
-    left_out = fmt::format(" The first {} of {} parameters.", kMostPanels, panels.size());
+  if (panels.size() > kMostPanels && !style.asked()) {
+    left_out = fmt::format(" Shown are the first {} of {} parameters.", kMostPanels, panels.size());
+    for (std::size_t i = kMostPanels; i < panels.size(); ++i) {
+      figure.left_out.push_back(fmt::format("{}: {}", panels[i].method, panels[i].parameter));
+    }
     panels.resize(kMostPanels);
   }
   figure.table = DataTable({"method", "parameter", "value", "capacity", "others", "mean", "low", "high"});
@@ -133,23 +136,24 @@ Figure draw(const Analysis& analysis, Theme theme) {
   for (const Panel& panel : panels) methods.insert(panel.method);
   figure.question = methods.size() == 1 ? fmt::format("What do the parameters of {} change?", *methods.begin())
                                         : "What do the parameters of each method change?";
-  figure.caption =
-      fmt::format("The {} against each parameter that was varied.{}{} {}{}{}{}", measure,
-                  averaged ? " Thick: mean over all settings of the other parameters; thin: each of these." : "",
-                  bars ? fmt::format(" {}", about_intervals(analysis)) : "",
-                  about_means(analysis, "layers, heads and evaluation queries"), left_out,
-                  thinned ? fmt::format(" Of the thin lines, {} per capacity are drawn.", kMostLines) : "",
-                  panels.size() > 1 ? " The panels share the vertical scale." : "");
+  figure.caption = fmt::format(
+      "The {} against each parameter that was varied.{}{} {}{}{}{}{}", measure,
+      averaged ? " Thick: mean over all settings of the other parameters; thin: each of these." : "",
+      bars ? fmt::format(" {}", about_intervals(analysis)) : "",
+      about_means(analysis, "layers, heads and evaluation queries"), left_out, capacities_left_out(varied, capacities),
+      thinned ? fmt::format(" Of the thin lines, {} per capacity are drawn.", kMostLines) : "",
+      panels.size() > 1 ? " The panels share the vertical scale." : "");
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
   const std::size_t columns = panels.size() == 1 ? 1 : 2;
   const double width = (style.width() - 6) / static_cast<double>(columns) - 5.2 * style.font();
   spec["columns"] = columns;
   spec["concat"] = Json::array();
+  const Json legend = {{"title", "capacity"}, {"direction", "horizontal"}, {"labelExpr", kCapacityLabels}};
   for (const Panel& panel : panels) {
     Json drawn = Json::parse(R"json({
       "encoding": {
         "x": {"field": "value", "type": "quantitative", "axis": {"labelOverlap": "greedy", "labelExpr": "format(datum.value, '~g')", "grid": false}},
-        "color": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}}
+        "color": {"field": "capacity", "type": "nominal"}
       },
       "layer": [
         {"transform": [{"filter": "datum.others === 'mean'"}],
@@ -159,13 +163,15 @@ Figure draw(const Analysis& analysis, Theme theme) {
          "mark": {"type": "point"},
          "encoding": {
            "y": {"field": "mean", "type": "quantitative"},
-           "shape": {"field": "capacity", "type": "nominal", "legend": {"title": "capacity", "direction": "horizontal"}},
+           "shape": {"field": "capacity", "type": "nominal"},
            "tooltip": [
              {"field": "parameter"}, {"field": "value", "type": "quantitative"}, {"field": "capacity"},
              {"field": "mean", "type": "quantitative", "format": ".4f"}
            ]}}
       ]
     })json");
+    drawn["encoding"]["color"]["legend"] = legend;
+    drawn["layer"][1]["encoding"]["shape"]["legend"] = legend;
     drawn["layer"][1]["encoding"]["shape"]["scale"] = capacity_shapes(capacities);
     Json& layers = drawn["layer"];
     if (panel.has_intervals) {

@@ -35,8 +35,7 @@ double value_of(const ParameterPoint& point, const std::string& name) {
   return found == point.parameters.end() ? std::nan("") : found->second;
 }
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   const std::string measure(traits_of(analysis.options.measure).noun);
   const bool lower = traits_of(analysis.options.measure).lower_is_better;
   Figure figure;
@@ -125,7 +124,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   spec["layer"][0]["encoding"]["color"]["legend"]["title"] = axis_title(analysis.options.measure);
   spec["layer"][0]["encoding"]["color"]["scale"] = {{"scheme", "cividis"}, {"zero", false}};
   spec["layer"][1]["mark"]["strokeWidth"] = style.font() / 4;
-  FigureStyle::choose(spec, "capacity", capacities, capacity);
+  style.choose(spec, "capacity", capacities, capacity);
   filterable(spec, {"shown_capacity"});
   return figure;
 }

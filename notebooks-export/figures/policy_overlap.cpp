@@ -8,11 +8,9 @@
 namespace kvreplay {
 namespace {
 
-constexpr std::size_t kPolicies = 9;
 constexpr std::size_t kMostRows = 20'000;
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   Figure figure;
   figure.name = "policy-overlap";
   figure.question = "Do the policies keep the same positions?";
@@ -22,10 +20,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       if (std::ranges::find(present, policy) == present.end()) present.push_back(policy);
     }
   }
-  const std::vector<std::string> shown = style.some_of(present, present.size());
-  std::vector<std::string> policies = shown;
-  // The last ones are references, such as oracles: two of them stay.
-  if (policies.size() > kPolicies) policies.erase(policies.begin() + kPolicies - 2, policies.end() - 2);
+  const std::vector<std::string> policies = style.shown_of(present);
   const auto number = [&](const std::string& policy) {
     return static_cast<std::size_t>(std::ranges::find(policies, policy) - policies.begin()) + 1;
   };
@@ -55,10 +50,8 @@ Figure draw(const Analysis& analysis, Theme theme) {
       "Jaccard overlap |a ∩ b| / |a ∪ b| of the kept sets of two policies at a capacity of {}, all layers: 1 where "
       "both "
       "keep the same. Means over traces, eviction positions, layers and query heads. Columns are numbered like the "
-      "rows.{}{}{}",
-      capacity_text(capacity), thinned,
-      policies.size() < shown.size() ? fmt::format(" Shown: {} of {} policies.", policies.size(), shown.size()) : "",
-      style.left_out());
+      "rows.{}{}",
+      capacity_text(capacity), thinned, style.shown_text());
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
   const std::size_t fit = style.characters_in(0.45 * style.width());
   spec.update(Json::parse(R"json({
@@ -101,9 +94,18 @@ Figure draw(const Analysis& analysis, Theme theme) {
   spec["encoding"]["y"]["sort"] = labels;
   spec["encoding"]["y"]["axis"]["labelExpr"] = style.label_expression(labels, fit);
   spec["encoding"]["y"]["axis"]["labelLineHeight"] = style.line();
-  spec["layer"][1]["mark"]["fontSize"] = (policies.size() > 6 ? 0.82 : 1.0) * style.font();
-  FigureStyle::choose(spec, "capacity", capacities, capacity);
-  FigureStyle::choose(spec, "layer", layers, layers.front());
+  // Numbers as long as they fit into a cell.
+  constexpr double kDigits = 2.2;  // widths of a letter's height: "0.85" and what is around it
+  const double cell = (0.97 * style.width() - style.text_width(FigureStyle::longest_line(labels, fit))) /
+                      static_cast<double>(policies.size());
+  const double size = std::min(style.font(), cell / kDigits);
+  if (size < 0.7 * style.font()) {
+    spec["layer"].erase(1);
+  } else {
+    spec["layer"][1]["mark"]["fontSize"] = size;
+  }
+  style.choose(spec, "capacity", capacities, capacity);
+  style.choose(spec, "layer", layers, layers.front());
   filterable(spec, {"policy", "shown_capacity", "shown_layer"});
   return figure;
 }

@@ -7,8 +7,7 @@
 namespace kvreplay {
 namespace {
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   Figure figure;
   figure.name = "rank-agreement";
   figure.question = "Do the policies rank positions as the oracle does?";
@@ -25,7 +24,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       "capacity "
       "of {}: 1 is the same order, 0 none. Means over traces, eviction positions and query heads. The table has "
       "Kendall's τ_b too.{}",
-      capacity_text(capacity), style.left_out());
+      capacity_text(capacity), style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   draw_layer_lines(figure, style, "spearman", "Spearman's rank correlation");
   return figure;

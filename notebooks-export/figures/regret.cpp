@@ -7,8 +7,7 @@
 namespace kvreplay {
 namespace {
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   const std::string measure(traits_of(analysis.options.measure).noun);
   Figure figure;
   figure.name = "regret";
@@ -27,7 +26,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       "as "
       "the oracle. {} {}{}",
       measure, analysis.oracle, about_means(analysis, "layers, heads and evaluation queries"),
-      about_intervals(analysis), style.left_out());
+      about_intervals(analysis), style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   draw_capacity_lines(figure, style, "regret", fmt::format("{} less the oracle's", measure));
   return figure;

@@ -12,8 +12,7 @@ namespace {
 
 constexpr std::size_t kMostRows = 20'000;
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   Figure figure;
   figure.name = "span-recall-by-layer";
   figure.question = "In which layers does what matters survive?";
@@ -30,7 +29,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   if (cells.size() > kMostRows) {
     std::erase_if(cells, [&](const SpanCell& cell) { return cell.capacity_request != capacity; });
     capacities = {capacity};
-    thinned = " One capacity only: there are too many layers for this table.";
+    thinned = " Shown is one capacity only: there are too many layers for this table.";
   }
   figure.table = DataTable({"policy", "capacity", "layer", "depth", "recall", "spans"});
   std::set<int> layers;
@@ -43,8 +42,8 @@ Figure draw(const Analysis& analysis, Theme theme) {
   if (figure.table.empty()) return figure;
   figure.caption = fmt::format(
       "Share of an annotated span's positions that is kept in each layer, by where in the prompt the span begins, at a "
-      "capacity of {}; mean over spans and query heads.{}{} Shown: {} of {} policies.",
-      capacity_text(capacity), thinned, style.left_out(), policies.size(), style.policies().size());
+      "capacity of {}; mean over spans and query heads.{}{}",
+      capacity_text(capacity), thinned, style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   figure.spec["transform"] = Json::parse(R"json([
     {"calculate": "datum.layer - 0.5", "as": "left"},
@@ -65,7 +64,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
   })json");
   panel["encoding"]["x"]["axis"]["values"] = integer_ticks(last_of(figure.table, "layer"));
   draw_span_panels(figure, style, policies, depths_of(cells), std::move(panel));
-  FigureStyle::choose(figure.spec, "capacity", capacities, capacity);
+  style.choose(figure.spec, "capacity", capacities, capacity);
   filterable(figure.spec, {"policy", "shown_capacity"});
   return figure;
 }

@@ -10,8 +10,7 @@
 namespace kvreplay {
 namespace {
 
-Figure draw(const Analysis& analysis, Theme theme) {
-  const FigureStyle style(analysis, theme);
+Figure draw(const Analysis& analysis, const FigureStyle& style) {
   Figure figure;
   figure.name = "stability";
   figure.question = "Does a policy still want later what it kept before?";
@@ -44,8 +43,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
     }
   }
   if (figure.table.empty()) return figure;
-  const std::vector<std::string> present = distinct(figure.table, "policy");
-  const std::vector<std::string> policies = style.some_of(present, present.size());
+  const std::vector<std::string> policies = style.shown_of(distinct(figure.table, "policy"));
   std::vector<std::string> capacities;
   const std::vector<std::string> having = distinct(figure.table, "capacity");
   for (const std::string& capacity : style.capacities()) {
@@ -60,7 +58,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
       "the first had already evicted, and that a cache cannot get back. Means over traces, layers and heads.{}",
       positions.size() == 1 ? fmt::format("position {}", *positions.begin())
                             : fmt::format("position {} to {}", *positions.begin(), *positions.rbegin()),
-      capacity_text(capacity), style.left_out());
+      capacity_text(capacity), style.shown_text());
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
   spec.update(Json::parse(R"json({
     "transform": [],
@@ -94,7 +92,7 @@ Figure draw(const Analysis& analysis, Theme theme) {
     if (what == back) encoding["x"]["axis"]["title"] = "eviction position (tokens)";
     spec["vconcat"].push_back(std::move(panel));
   }
-  FigureStyle::choose(spec, "capacity", capacities, capacity);
+  style.choose(spec, "capacity", capacities, capacity);
   filterable(spec, {"policy", "shown_capacity"});
   return figure;
 }

@@ -28,6 +28,7 @@
     if (figure.spec) return;
     const data = JSON.parse(figure.element.querySelector("script").textContent);
     figure.spec = data.spec;
+    figure.narrow = data.narrow;
     figure.table = data.table;
     figure.filters = data.spec.usermeta?.kvreplay?.filters ?? [];
     const columns = data.table.values.map((column) =>
@@ -61,9 +62,12 @@
     return result;
   }
 
+  // Drawn for a column of paper, letters are as high as the text of a telephone; for a window, as that of the page.
+  const is_narrow = (figure) => figure.element.clientWidth < 480;
+
   function specification(figure) {
-    let spec = { ...figure.spec, data: { values: selected(figure) } };
-    delete spec.title;
+    figure.drawn_narrow = is_narrow(figure);
+    let spec = { ...(figure.drawn_narrow ? figure.narrow : figure.spec), data: { values: selected(figure) } };
     if (figure.filters.includes("policy") || figure.filters.includes("capacity")) {
       const { data, ...rest } = spec;
       spec = { ...without_hidden(rest), data };
@@ -178,6 +182,20 @@
     }
   }
 
+  // A piece of a policy's line.
+  function swatch({ colour, dashes }) {
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    svg.setAttribute("class", "swatch");
+    svg.setAttribute("viewBox", "0 0 27 9");
+    svg.setAttribute("aria-hidden", "true");
+    const line = svg.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "path"));
+    line.setAttribute("d", "M0,4.5H27");
+    line.setAttribute("stroke", colour);
+    line.setAttribute("stroke-width", "3");
+    if (dashes[1] > 0) line.setAttribute("stroke-dasharray", dashes.join(" "));
+    return svg;
+  }
+
   function labelled(text, control) {
     const label = document.createElement("label");
     label.append(text, " ", control);
@@ -228,10 +246,7 @@
           filter_changed(["policy"]);
         });
         const label = document.createElement("label");
-        const swatch = document.createElement("span");
-        swatch.className = "swatch";
-        swatch.style.background = policy.colour;
-        label.append(box, swatch, policy.name);
+        label.append(box, swatch(policy), policy.name);
         set.append(label);
       }
     }
@@ -278,6 +293,26 @@
     }
   }, { rootMargin: "200px" });
   for (const figure of figures) watcher.observe(figure.element);
+  // Side by side without gaps: a figure takes as many of the grid's low rows as it is high.
+  const grid = document.querySelector(".figures");
+  const heights = new ResizeObserver((entries) => {
+    grid.classList.add("packed");
+    const row = parseFloat(getComputedStyle(grid).gridAutoRows);
+    for (const { target } of entries) {
+      const margin = parseFloat(getComputedStyle(target).marginTop);
+      target.style.gridRowEnd = `span ${Math.ceil((target.offsetHeight + margin) / row)}`;
+    }
+  });
+  for (const figure of figures) heights.observe(figure.element);
+  let resized = 0;
+  window.addEventListener("resize", () => {
+    clearTimeout(resized);
+    resized = setTimeout(() => {
+      for (const figure of figures) {
+        if (figure.drawing && figure.drawn_narrow !== is_narrow(figure)) draw(figure, true);
+      }
+    }, 200);
+  });
   const when_idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 50));
   const next = () => {
     const figure = figures.find(({ drawing }) => !drawing);

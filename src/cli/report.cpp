@@ -30,13 +30,16 @@ struct ReportCommandOptions {
   std::vector<std::string> only;
   std::string title;
   std::string theme = "screen";
+  bool no_titles = false;
   std::string python;
   bool force = false;
 };
 
 ReportOptions report_options(const ReportCommandOptions& options) {
   return {.title = options.title,
-          .theme = options.theme == "paper" ? Theme::paper : Theme::screen,
+          .figures = {.theme = options.theme == "paper" ? Theme::paper : Theme::screen,
+                      .titles = !options.no_titles,
+                      .policies = options.results.filter.policies},
           .only = options.only,
           .python = options.python,
           .force = options.force};
@@ -96,6 +99,7 @@ void run_report(const ReportCommandOptions& options) {
   fmt::print("wrote {}\n", (std::filesystem::path(options.folder) / "index.html").string());
   std::fflush(stdout);
   for (const std::string& note : notes) fmt::print(stderr, "note: {}\n", note);
+  if (!outcome.thinned.empty()) fmt::print(stderr, "note: {} The page lists the others.\n", outcome.thinned);
   if (!outcome.missing.empty()) fmt::print(stderr, "note: {}\n", outcome.missing);
 }
 
@@ -117,6 +121,7 @@ void add_report_command(CLI::App& app) {
                    "Of the pictures: paper draws for a column of 84 mm, screen for slides and pages (default: screen)")
       ->check(one_of({"paper", "screen"}))
       ->type_name("paper|screen");
+  command->add_flag("--no-titles", options->no_titles, "Pictures without their titles, for text that has captions");
   command
       ->add_option("--trace-file", options->trace_files,
                    "Traces that the results are of: they add token text and importance over time")

@@ -125,6 +125,25 @@ TEST_F(ReportCommand, OnlyTheFiguresAskedFor) {
   EXPECT_FALSE(std::filesystem::exists(folder_ / "out" / "tables" / "error-by-head.csv"));
 }
 
+TEST_F(ReportCommand, ShowsThePoliciesThatAreNamedInTheirOrder) {
+  report("r.h5 -p recent -p snapkv(window=8) -o out");
+  const auto spec = nlohmann::json::parse(file("out/figures/error-against-capacity.vl.json"));
+  EXPECT_EQ(spec["encoding"]["color"]["scale"]["domain"], nlohmann::json({"recent", "snapkv(window=8)"}));
+  report("r.h5 -p snapkv(window=8) -p recent -o other");
+  const auto other = nlohmann::json::parse(file("other/figures/error-against-capacity.vl.json"));
+  EXPECT_EQ(other["encoding"]["color"]["scale"]["domain"], nlohmann::json({"snapkv(window=8)", "recent"}));
+}
+
+TEST_F(ReportCommand, PicturesHaveTitlesUnlessTheyAreLeftOut) {
+  const auto title_in = [&](const std::string& folder) {
+    return nlohmann::json::parse(file(folder + "/figures/error-by-layer.vl.json")).contains("title");
+  };
+  report("r.h5 -o out --only error-by-layer");
+  EXPECT_TRUE(title_in("out"));
+  report("r.h5 -o bare --only error-by-layer --no-titles");
+  EXPECT_FALSE(title_in("bare"));
+}
+
 TEST_F(ReportCommand, SameInputSameBytesWhateverTheThreads) {
   report("r.h5 --kept k.h5 --trace-file a.h5 b.h5 -o one -t 1");
   report("r.h5 --kept k.h5 --trace-file a.h5 b.h5 -o four -t 4");

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -110,7 +111,7 @@ std::set<std::string> columns_in_expressions(const std::string& spec) {
   static const std::regex kColumn(R"(\bdatum\.([A-Za-z_]\w*))");
   std::set<std::string> found;
   for (std::sregex_iterator match(spec.begin(), spec.end(), kColumn), end; match != end; ++match) {
-    if ((*match)[1] != "label") found.insert((*match)[1]);  // of an axis' or legend's entry
+    if ((*match)[1] != "label" && (*match)[1] != "value") found.insert((*match)[1]);  // of an axis' or legend's entry
   }
   return found;
 }
@@ -199,7 +200,8 @@ TEST_P(Figures, DrawWhatTheirTablesHold) {
   for (const auto& [name, analysis] : samples()) {
     for (const Theme theme : {Theme::paper, Theme::screen}) {
       SCOPED_TRACE(fmt::format("{}, {}", name, theme == Theme::paper ? "paper" : "screen"));
-      const Figure figure = kind().draw(analysis, theme);
+      const FigureStyle style(analysis, {.theme = theme});
+      const Figure figure = kind().draw(analysis, style);
       EXPECT_EQ(figure.name, kind().name);
       if (figure.table.empty()) continue;
       drawn = true;
@@ -226,8 +228,9 @@ TEST_P(Figures, DrawWhatTheirTablesHold) {
         EXPECT_TRUE(columns.contains(column) || made.contains(column)) << "datum." << column;
       }
       expect_page_can_filter(figure);
-      EXPECT_EQ(kind().draw(analysis, theme).spec, figure.spec);
-      EXPECT_EQ(kind().draw(analysis, theme).table.csv(), figure.table.csv());
+      const FigureStyle again(analysis, {.theme = theme});
+      EXPECT_EQ(kind().draw(analysis, again).spec, figure.spec);
+      EXPECT_EQ(kind().draw(analysis, again).table.csv(), figure.table.csv());
     }
   }
   EXPECT_TRUE(drawn) << "by none of the samples";
@@ -238,7 +241,7 @@ TEST_P(Figures, StaySmallAndSayWhatTheyLeaveOut) {
   constexpr std::size_t kMostRows = 30'000;
   for (const auto& [name, analysis] : samples()) {
     SCOPED_TRACE(name);
-    const Figure figure = kind().draw(analysis, Theme::screen);
+    const Figure figure = kind().draw(analysis, FigureStyle(analysis));
     EXPECT_LT(figure.table.csv().size(), kMostBytes);
     EXPECT_LE(figure.table.rows().size(), kMostRows);
     const std::set<std::string> rasters = {"error-by-head", "difference-by-head", "kept-positions", "importance"};
@@ -246,13 +249,14 @@ TEST_P(Figures, StaySmallAndSayWhatTheyLeaveOut) {
       EXPECT_THAT(figure.caption, HasSubstr("Thinned:"));
     }
     if (name == "sweep" && figure.name == "error-against-capacity") {
-      EXPECT_THAT(figure.caption, testing::ContainsRegex("Of 402 policies, figures show [0-9]+ "));
+      EXPECT_THAT(figure.caption, testing::ContainsRegex("Shown are [0-9]+ of 402 policies: "));
     }
   }
 }
 
 TEST_P(Figures, AreLeftOutWhereThereIsNothingToDraw) {
-  const Figure figure = kind().draw(Analysis{}, Theme::paper);
+  const Analysis nothing;
+  const Figure figure = kind().draw(nothing, FigureStyle(nothing));
   EXPECT_TRUE(figure.table.empty());
   EXPECT_FALSE(kind().needs.empty());
   EXPECT_TRUE(kind().question.ends_with('?'));
@@ -288,41 +292,241 @@ void find_colours(const Json& node, std::map<std::string, std::set<std::string>>
 
 TEST(FigureSetTest, APolicyHasTheSameColourEverywhere) {
   const Analysis analysis = SampleAnalysis{}.make();
+  const FigureStyle style(analysis);
   std::map<std::string, std::set<std::string>> colours;
-  for (const FigureKind* kind : figure_kinds()) find_colours(kind->draw(analysis, Theme::paper).spec, colours);
+  for (const FigureKind* kind : figure_kinds()) find_colours(kind->draw(analysis, style).spec, colours);
   EXPECT_GE(colours.size(), 7u);
   for (const auto& [policy, its] : colours) EXPECT_EQ(its.size(), 1u) << policy;
   EXPECT_NE(colours["restkv"], colours["snapkv"]);
 }
 
-TEST(FigureSetTest, SettingsOfMostCapacitiesAreShown) {
-  // restkv is worse than a variant that was tried at one capacity only, and is what a line is drawn of.
+// Policies that were replayed at capacities, for styles; the first ones are the best.
+Analysis replayed(const std::vector<std::pair<std::string, std::vector<std::string>>>& policies) {
   Analysis analysis;
-  analysis.options.baseline = "snapkv";
-  const auto add = [&](const std::string& policy, const std::string& capacity, double mean) {
-    ComparisonRow row;
-    row.key.policy = policy;
-    row.key.capacity_request = capacity;
-    row.distribution.mean = mean;
-    row.kept = std::stod(capacity);
-    analysis.comparison.push_back(row);
-    analysis.settings.push_back({policy, capacity});
-  };
-  for (const char* capacity : {"64", "128"}) {
-    add("snapkv", capacity, 0.5);
-    add("restkv", capacity, 0.4);
+  for (std::size_t p = 0; p < policies.size(); ++p) {
+    for (const std::string& capacity : policies[p].second) {
+      ComparisonRow row;
+      row.key.policy = policies[p].first;
+      row.key.capacity_request = capacity;
+      row.distribution.mean = 0.1 + 0.01 * static_cast<double>(p);
+      row.kept = std::stod(capacity);
+      analysis.comparison.push_back(row);
+      analysis.settings.push_back({policies[p].first, capacity});
+    }
   }
-  for (int i = 0; i < 20; ++i) add(fmt::format("restkv(beta={})", i + 1), "64", 0.3);
-  const FigureStyle style(analysis, Theme::paper);
-  EXPECT_THAT(style.policies(), testing::ElementsAre("snapkv", "restkv"));
-  EXPECT_THAT(style.left_out(), HasSubstr("Of 22 policies, figures show 2"));
+  return analysis;
+}
+
+const std::vector<std::string> kFifteen = {"snapkv",  "h2o",   "tova",      "restkv",  "streamingllm",
+                                           "lagkv",   "knorm", "random",    "recent",  "adakv",
+                                           "keydiff", "cam",   "pyramidkv", "lacache", "attention"};
+
+std::vector<std::string> beta_settings(int count) {
+  std::vector<std::string> settings;
+  for (int i = 1; i <= count; ++i) settings.push_back(fmt::format("restkv(beta={})", i));
+  return settings;
+}
+
+TEST(FigureSetTest, WhatIsThinnedFollowsARuleAndIsListed) {
+  // restkv is worse than variants that were tried at one capacity only, and is what a line is drawn of.
+  std::vector<std::pair<std::string, std::vector<std::string>>> policies;
+  for (const std::string& setting : beta_settings(20)) policies.push_back({setting, {"64"}});
+  policies.push_back({"restkv", {"64", "128"}});
+  policies.push_back({"snapkv", {"64", "128"}});
+  Analysis analysis = replayed(policies);
+  analysis.options.baseline = "snapkv";
+  const FigureStyle style(analysis);
+  EXPECT_THAT(style.policies(), testing::ElementsAre("restkv", "snapkv")) << "the better one first";
+  EXPECT_THAT(style.left_out(), testing::ElementsAreArray(beta_settings(20))) << "all others, the best first";
+  EXPECT_THAT(style.shown_text(), HasSubstr("Shown are 2 of 22 policies: the baseline, the oracle, random, recent"));
+  EXPECT_THAT(style.rule(), HasSubstr("the most capacities"));
   EXPECT_THAT(style.capacities(), testing::ElementsAre("64", "128"));
+}
+
+TEST(FigureSetTest, AsManyAsAnEyeTellsApartAreAllShown) {
+  std::vector<std::pair<std::string, std::vector<std::string>>> policies;
+  for (const std::string& setting : beta_settings(14)) policies.push_back({setting, {"64"}});
+  policies.push_back({"restkv", {"64", "128"}});
+  policies.push_back({"random", {"64", "128"}});
+  const FigureStyle style(replayed(policies));
+  EXPECT_EQ(style.policies().size(), 16u);
+  EXPECT_TRUE(style.left_out().empty());
+  EXPECT_EQ(style.shown_text(), "");
+}
+
+TEST(FigureSetTest, SettingsThatWereWrittenOutAreShownBesideManyOfAMethod) {
+  std::vector<std::pair<std::string, std::vector<std::string>>> policies;
+  for (const std::string& setting : beta_settings(60)) policies.push_back({setting, {"64"}});
+  policies.push_back({"restkv", {"64", "128"}});
+  const FigureStyle style(replayed(policies), {.policies = {"restkv(beta=60)", "restkv"}});
+  EXPECT_THAT(style.policies(), testing::Contains("restkv(beta=60)"));
+  EXPECT_EQ(style.policies().front(), "restkv(beta=60)") << "in the order that was asked for";
+  EXPECT_THAT(style.policies(), testing::Contains("restkv"));
+  EXPECT_EQ(style.policies().size() + style.left_out().size(), 61u);
+  EXPECT_THAT(style.rule(), HasSubstr("written out"));
+}
+
+TEST(FigureSetTest, PoliciesThatWereNamedAreInEveryFigureThatHasDataOfThem) {
+  const SampleAnalysis sample{.policies = kFifteen, .alphas = {}, .betas = {}};
+  const Analysis analysis = sample.make();
+  std::vector<std::string> named = kFifteen;
+  named.push_back(sample.oracle);
+  std::ranges::reverse(named);
+  const FigureStyle style(analysis, {.policies = named});
+  EXPECT_EQ(style.policies(), named) << "in their order";
+  EXPECT_TRUE(style.left_out().empty());
+  for (const FigureKind* kind : figure_kinds()) {
+    const Figure figure = kind->draw(analysis, style);
+    if (std::ranges::find(figure.table.columns(), "policy") == figure.table.columns().end()) continue;
+    SCOPED_TRACE(kind->name);
+    EXPECT_THAT(figure.caption, Not(HasSubstr("Shown")));
+    std::set<std::string> missing(named.begin(), named.end());
+    for (const std::string& policy : distinct(figure.table, "policy")) missing.erase(policy);
+    // What they are measured against has no difference from itself; not all reach a goal, which the caption says.
+    if (kind->name.starts_with("difference-")) missing.erase(analysis.options.baseline);
+    if (kind->name == "regret") missing.erase(analysis.oracle);
+    if (kind->name == "capacity-for-goal") {
+      std::erase_if(missing,
+                    [&](const std::string& policy) { return figure.caption.find(policy) != std::string::npos; });
+    }
+    EXPECT_THAT(missing, testing::IsEmpty());
+  }
+}
+
+TEST(FigureSetTest, OtherResultsDoNotChangeWhichOfTheNamedAreShown) {
+  std::vector<std::pair<std::string, std::vector<std::string>>> policies;
+  for (const std::string& policy : kFifteen) policies.push_back({policy, {"64"}});
+  const FigureStyle alone(replayed(policies), {.policies = kFifteen});
+  // A file with further capacities of some of them.
+  for (const std::size_t i : {3u, 7u}) policies[i].second = {"64", "128", "256"};
+  const FigureStyle beside(replayed(policies), {.policies = kFifteen});
+  EXPECT_EQ(alone.policies(), kFifteen);
+  EXPECT_EQ(beside.policies(), kFifteen);
+}
+
+// The symbols of a legend that is drawn with the policies' lines.
+Json symbols_of(const Json& colour) {
+  const auto expression = colour["legend"]["symbolType"]["expr"].get<std::string>();
+  return Json::parse(expression.substr(0, expression.rfind('[')));
+}
+
+TEST(FigureSetTest, NoTwoPoliciesLookAlike) {
+  std::vector<std::pair<std::string, std::vector<std::string>>> policies;
+  for (const std::string& policy : kFifteen) policies.push_back({policy, {"64"}});
+  for (const std::string& setting : beta_settings(25)) policies.push_back({setting, {"64"}});
+  for (const std::size_t count : {6u, 15u, 30u, 40u}) {
+    std::vector<std::pair<std::string, std::vector<std::string>>> some(policies.begin(), policies.begin() + count);
+    std::vector<std::string> named;
+    for (const auto& [policy, capacities] : some) named.push_back(policy);
+    const FigureStyle style(replayed(some), {.policies = named});
+    std::set<std::string> hues;
+    std::set<std::pair<std::string, std::vector<int>>> looks;
+    for (const std::string& policy : named) {
+      hues.insert(style.colour_of(policy));
+      looks.emplace(style.colour_of(policy), style.dashes_of(policy));
+    }
+    EXPECT_EQ(looks.size(), count);
+    if (count <= 15) {
+      EXPECT_EQ(hues.size(), count);
+    }
+    // The legend shows what tells them apart: a whole line is one piece, a dashed one several, and all have a marker.
+    std::set<std::pair<std::string, std::string>> drawn;
+    const Json colour = style.colour(named);
+    const Json symbols = symbols_of(colour);
+    for (const std::string& policy : named) {
+      const auto path = symbols[policy].get<std::string>();
+      const auto pieces = std::ranges::count(path, 'M') - 1;
+      EXPECT_EQ(pieces > 1, style.dashes_of(policy)[1] > 0) << path;
+      drawn.emplace(style.colour_of(policy), path.substr(0, path.rfind('M')));
+    }
+    EXPECT_EQ(drawn.size(), count) << "in legends";
+  }
+}
+
+TEST(FigureSetTest, TheBestIsFirstUnlessAnotherOrderIsAskedFor) {
+  const Analysis analysis = replayed({{"tova", {"64", "128"}}, {"h2o", {"64", "128"}}, {"snapkv", {"64", "128"}}});
+  EXPECT_THAT(FigureStyle(analysis).policies(), testing::ElementsAre("tova", "h2o", "snapkv"));
+  const FigureStyle asked(analysis, {.policies = {"snapkv", "tova"}});
+  EXPECT_THAT(asked.policies(), testing::ElementsAre("snapkv", "tova", "h2o")) << "a baseline comes along";
+  EXPECT_EQ(asked.colour(asked.policies())["scale"]["domain"], Json({"snapkv", "tova", "h2o"})) << "in legends too";
+  EXPECT_EQ(FigureStyle(analysis).colour_of("snapkv"), asked.colour_of("snapkv")) << "colours stay";
+}
+
+TEST(FigureSetTest, TicksAreTheCapacitiesThatWereAskedFor) {
+  Analysis analysis = SampleAnalysis{}.make();
+  // Policies keep about what they were asked for.
+  const auto about = [&](double& kept, const std::string& policy) {
+    if (policy == "snapkv") kept += 1;
+    if (policy == "tova") kept -= 0.4;
+  };
+  for (ComparisonRow& row : analysis.comparison) about(row.kept, row.key.policy);
+  for (CapacityCurve& curve : analysis.curves) {
+    for (CapacityPoint& point : curve.points) about(point.kept, curve.policy);
+  }
+  for (ComparisonRow& row : analysis.regret) about(row.kept, row.key.policy);
+  const FigureStyle style(analysis);
+  for (const char* name : {"error-against-capacity", "regret", "capacity-for-goal"}) {
+    SCOPED_TRACE(name);
+    const auto kinds = figure_kinds();
+    const Figure figure = (*std::ranges::find(kinds, name, &FigureKind::name))->draw(analysis, style);
+    const Json& axis = figure.spec["encoding"]["x"]["axis"];
+    ASSERT_EQ(axis["values"].size(), 3u);
+    EXPECT_EQ(axis["values"][0], 64);
+    EXPECT_EQ(axis["values"][1], 128);
+    EXPECT_NEAR(axis["values"][2].get<double>(), 256, 1) << "where a share of 25 % lies: what was kept, on average";
+    EXPECT_THAT(axis["labelExpr"].get<std::string>(), testing::StartsWith(R"(["64","128","25 %"])"));
+  }
+}
+
+TEST(FigureSetTest, CapacitiesThatAreTheSameShareATick) {
+  Analysis analysis = replayed({{"tova", {"64", "128"}}});
+  analysis.comparison.push_back(analysis.comparison.front());
+  analysis.comparison.back().key.capacity_request = "25%";
+  analysis.settings.push_back({"tova", "25%"});
+  Json axis;
+  FigureStyle(analysis).set_capacity_ticks(axis, {"64", "128", "25%"});
+  EXPECT_EQ(axis["values"], Json({64, 128}));
+  EXPECT_THAT(axis["labelExpr"].get<std::string>(), testing::StartsWith(R"(["64, 25 %","128"])"));
+}
+
+TEST(FigureSetTest, TitlesAreLeftOutWhereTextHasCaptions) {
+  const Analysis analysis = SampleAnalysis{}.make();
+  const FigureStyle style(analysis, {.theme = Theme::paper, .titles = false});
+  for (const FigureKind* kind : figure_kinds()) {
+    const Figure figure = kind->draw(analysis, style);
+    EXPECT_FALSE(figure.spec.contains("title")) << kind->name;
+    EXPECT_FALSE(figure.question.empty());
+    // What a picture shows of several is then in its caption alone.
+    for (const Json& parameter : figure.spec.value("params", Json::array())) {
+      if (parameter["name"] != "shown_capacity") continue;
+      EXPECT_THAT(figure.caption, HasSubstr(capacity_text(parameter["value"].get<std::string>()))) << kind->name;
+    }
+  }
+}
+
+TEST(FigureSetTest, ChangesThatAreNotDrawnAreListed) {
+  Analysis analysis = SampleAnalysis{}.make();
+  const StepEffect effect = analysis.step_effects.front();
+  for (int i = 0; i < 30; ++i) {
+    analysis.step_effects.push_back(effect);
+    analysis.step_effects.back().change = fmt::format("window: 32 → {}", i + 100);
+    analysis.step_effects.back().layer = -1;
+  }
+  const auto kinds = figure_kinds();
+  const FigureKind* ablation = *std::ranges::find(kinds, "ablation", &FigureKind::name);
+  const Figure thinned = ablation->draw(analysis, FigureStyle(analysis));
+  const std::size_t shown = distinct(thinned.table, "change").size();
+  EXPECT_THAT(thinned.left_out, testing::SizeIs(36 - shown));
+  EXPECT_THAT(thinned.caption, HasSubstr(fmt::format("Shown are the {} changes of 36", shown)));
+  const Figure named = ablation->draw(analysis, FigureStyle(analysis, {.policies = {"restkv", "snapkv"}}));
+  EXPECT_EQ(distinct(named.table, "change").size(), 36u);
+  EXPECT_THAT(named.left_out, testing::IsEmpty());
 }
 
 // The table of one figure.
 DataTable drawn(const Analysis& analysis, const std::string& name) {
   const auto kinds = figure_kinds();
-  return (*std::ranges::find(kinds, name, &FigureKind::name))->draw(analysis, Theme::paper).table;
+  return (*std::ranges::find(kinds, name, &FigureKind::name))->draw(analysis, FigureStyle(analysis)).table;
 }
 
 // A row's cells by the names of their columns.
@@ -414,6 +618,8 @@ TEST(FigureSetTest, LongNamesAreBrokenIntoLines) {
   EXPECT_THAT(broken("attention(temporal=ema,spatial=adaptive)", 23),
               testing::ElementsAre("attention(temporal=ema,", "spatial=adaptive)"));
   EXPECT_THAT(broken("restkv+adakv", 8), testing::ElementsAre("restkv", "+adakv"));
+  EXPECT_THAT(broken("oracle-reconstruction", 14), testing::ElementsAre("oracle-", "reconstruction"));
+  EXPECT_THAT(broken("größerundmehr", 5), testing::ElementsAre("größe", "rundm", "ehr"));
   EXPECT_THAT(broken("short", 8), testing::ElementsAre("short"));
 }
 

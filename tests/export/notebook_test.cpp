@@ -49,8 +49,8 @@ std::string text_of(const json& lines) {
 class Notebook : public testing::Test {
  protected:
   static json notebook(const std::vector<Figure>& figures, const std::vector<std::string>& pictures = {},
-                       const std::string& title = "A report") {
-    return json::parse(notebook_text(title, figures, pictures));
+                       const std::string& title = "A report", const std::string& thinned = "") {
+    return json::parse(notebook_text(title, thinned, figures, pictures));
   }
 
   // Its cells: a title, the setup, and two per figure.
@@ -172,8 +172,8 @@ TEST_F(Notebook, LargeTablesStayBesideIt) {
 }
 
 TEST_F(Notebook, IsTheSameTextEveryTime) {
-  EXPECT_EQ(notebook_text("A report", {curves()}, {kWidePicture}),
-            notebook_text("A report", {curves()}, {kWidePicture}));
+  EXPECT_EQ(notebook_text("A report", "", {curves()}, {kWidePicture}),
+            notebook_text("A report", "", {curves()}, {kWidePicture}));
 }
 
 TEST_F(Notebook, WithoutFiguresThereIsTheSetup) { EXPECT_THAT(notebook({})["cells"], SizeIs(2)); }

@@ -2,6 +2,7 @@
 // browser is checked where one is: scripts/check-report.py.
 #include "notebooks-export/page.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 
 #include <nlohmann/json.hpp>
@@ -9,6 +10,7 @@
 #include <set>
 
 #include "export/sample_analysis.h"
+#include "notebooks-export/figure_style.h"
 
 namespace kvreplay {
 namespace {
@@ -20,13 +22,20 @@ using testing::StartsWith;
 
 constexpr const char* kHostile = "</script><script>alert(1)</script>\"'&<!--";
 
-std::vector<Figure> figures_of(const Analysis& analysis) {
-  std::vector<Figure> figures;
+std::vector<PageFigure> figures_of(const Analysis& analysis, const std::vector<std::string>& policies = {}) {
+  const FigureStyle wide(analysis, {.titles = false, .policies = policies});
+  const FigureStyle narrow(analysis, {.theme = Theme::paper, .titles = false, .policies = policies});
+  std::vector<PageFigure> figures;
   for (const FigureKind* kind : figure_kinds()) {
-    Figure figure = kind->draw(analysis, Theme::screen);
-    if (!figure.table.empty()) figures.push_back(std::move(figure));
+    Figure figure = kind->draw(analysis, wide);
+    if (figure.table.empty()) continue;
+    figures.push_back({std::move(figure), kind->draw(analysis, narrow).spec});
   }
   return figures;
+}
+
+std::string page_of(const Analysis& analysis, const PageContent& content) {
+  return page_text(analysis, FigureStyle(analysis), figures_of(analysis), content);
 }
 
 std::size_t count(const std::string& text, const std::string& part) {
@@ -42,9 +51,8 @@ TEST(PageTest, NamesFromFilesAreText) {
   const Analysis plain = SampleAnalysis{.policies = {"restkv", "snapkv", "tova"}, .traces = {"a.h5"}}.make();
   const Analysis hostile = sample.make();
   PageContent content{.title = kHostile, .findings = {kHostile}, .left_out = {kHostile}, .missing = kHostile};
-  const std::string harmless =
-      page_text(plain, figures_of(plain), {.title = "x", .findings = {"x"}, .left_out = {"x"}, .missing = "x"});
-  const std::string page = page_text(hostile, figures_of(hostile), content);
+  const std::string harmless = page_of(plain, {.title = "x", .findings = {"x"}, .left_out = {"x"}, .missing = "x"});
+  const std::string page = page_of(hostile, content);
   EXPECT_EQ(count(page, "<script"), count(harmless, "<script"));
   EXPECT_EQ(count(page, "</script"), count(harmless, "</script"));
   EXPECT_THAT(page, Not(HasSubstr("<script>alert")));
@@ -65,7 +73,7 @@ TEST(PageTest, WhateverAFileNamesIsText) {
   }
   analysis.notes = {kHostile};
   for (const char* title : {kHostile, quote.c_str()}) {
-    const std::string page = page_text(analysis, figures_of(analysis), {.title = title, .findings = {title}});
+    const std::string page = page_of(analysis, {.title = title, .findings = {title}});
     EXPECT_THAT(page, Not(HasSubstr("<script>alert")));
     EXPECT_THAT(page, Not(HasSubstr("<!--\"")));
     EXPECT_THAT(page, Not(HasSubstr("\" onfocus=\"alert"))) << "in JSON its quotes are escaped, in attributes too";
@@ -87,11 +95,11 @@ std::vector<std::string> data_of(const std::string& page) {
 
 TEST(PageTest, DataOfHostileNamesReadBackAsTheyWere) {
   const Analysis analysis = SampleAnalysis{.policies = {"restkv", "snapkv", kHostile, "größer 🙂"}}.make();
-  const std::vector<Figure> figures = figures_of(analysis);
-  const std::vector<std::string> data = data_of(page_text(analysis, figures, {.title = "x"}));
+  const std::vector<PageFigure> figures = figures_of(analysis);
+  const std::vector<std::string> data = data_of(page_text(analysis, FigureStyle(analysis), figures, {.title = "x"}));
   ASSERT_EQ(data.size(), figures.size() + 1) << "and what the filters offer";
   for (std::size_t i = 0; i < figures.size(); ++i) {
-    EXPECT_EQ(nlohmann::ordered_json::parse(data[i])["spec"], figures[i].spec) << figures[i].name;
+    EXPECT_EQ(nlohmann::ordered_json::parse(data[i])["spec"], figures[i].figure.spec) << figures[i].figure.name;
   }
   std::vector<std::string> offered;
   const auto choices = nlohmann::json::parse(data.back());
@@ -101,7 +109,7 @@ TEST(PageTest, DataOfHostileNamesReadBackAsTheyWere) {
 
 TEST(PageTest, NeedsNothingFromElsewhere) {
   const Analysis analysis = SampleAnalysis{}.make();
-  const std::string page = page_text(analysis, figures_of(analysis), {.title = "A title", .javascript = "var x = 1;"});
+  const std::string page = page_of(analysis, {.title = "A title", .javascript = "var x = 1;"});
   EXPECT_THAT(page, HasSubstr("default-src 'none'"));
   const std::regex loads(R"((src|href)\s*=\s*["'](https?:)?//)");
   EXPECT_FALSE(std::regex_search(page, loads));
@@ -119,8 +127,8 @@ TEST(PageTest, NeedsNothingFromElsewhere) {
 
 TEST(PageTest, SaysWhatWasFoundAndWhatIsMissing) {
   const Analysis analysis = SampleAnalysis{}.make();
-  const std::vector<Figure> figures = figures_of(analysis);
-  const std::string page = page_text(analysis, figures,
+  const std::vector<PageFigure> figures = figures_of(analysis);
+  const std::string page = page_text(analysis, FigureStyle(analysis), figures,
                                      {.title = "A title",
                                       .findings = {"First finding.", "Second."},
                                       .left_out = {"It needs spans."},
@@ -131,15 +139,51 @@ TEST(PageTest, SaysWhatWasFoundAndWhatIsMissing) {
         "restkv(temporal=mean)", "play.h5", "aria-label=\"Filters\""}) {
     EXPECT_THAT(page, HasSubstr(part));
   }
-  for (const Figure& figure : figures) {
+  for (const auto& [figure, narrow] : figures) {
     EXPECT_THAT(page, HasSubstr("figures/" + figure.name + ".vl.json"));
     EXPECT_THAT(page, HasSubstr("tables/" + figure.name + ".csv"));
   }
 }
 
+TEST(PageTest, ListsThePoliciesThatNoFigureShows) {
+  SampleAnalysis sample{.policies = {"snapkv"}, .kept_sets = false};
+  for (int i = 1; i <= 30; ++i) sample.policies.push_back(fmt::format("restkv(beta={})", i));
+  const Analysis analysis = sample.make();
+  const FigureStyle style(analysis);
+  ASSERT_FALSE(style.left_out().empty());
+  const std::string page = page_of(analysis, {.title = "x"});
+  EXPECT_EQ(count(page, "<details id=\"left-out\">"), 1u);
+  EXPECT_THAT(page, HasSubstr(fmt::format("<summary>{} policies are in no figure</summary>", style.left_out().size())));
+  for (const std::string& policy : style.left_out()) EXPECT_THAT(page, HasSubstr("<li>" + policy + "</li>"));
+  for (const PageFigure& figure : figures_of(analysis)) {
+    EXPECT_LE(count(figure.figure.caption, "Shown are"), 1u) << figure.figure.caption;
+  }
+  EXPECT_THAT(page_of(SampleAnalysis{}.make(), {.title = "x"}), Not(HasSubstr("id=\"left-out\"")));
+}
+
+TEST(PageTest, CaptionsDoNotScrollWithTables) {
+  const std::string page = page_of(SampleAnalysis{}.make(), {.title = "x"});
+  EXPECT_THAT(page, Not(HasSubstr("<caption>")));
+  const std::size_t caption = page.find("<p class=\"caption\" id=\"means\">Mean layer error at each capacity");
+  ASSERT_NE(caption, std::string::npos);
+  EXPECT_LT(caption, page.find("aria-labelledby=\"means\""));
+}
+
+// Each figure comes along for windows and, with the letters of a column of paper, for telephones.
+TEST(PageTest, FiguresAreDrawnForNarrowWindowsToo) {
+  const Analysis analysis = SampleAnalysis{}.make();
+  const std::vector<std::string> data = data_of(page_of(analysis, {.title = "x"}));
+  for (std::size_t i = 0; i + 1 < data.size(); ++i) {
+    const auto figure = nlohmann::json::parse(data[i]);
+    EXPECT_EQ(figure["spec"]["config"]["axis"]["labelFontSize"], 12);
+    EXPECT_EQ(figure["narrow"]["config"]["axis"]["labelFontSize"], 7);
+    for (const char* spec : {"spec", "narrow"}) EXPECT_FALSE(figure[spec].contains("title")) << "the page has it";
+  }
+}
+
 TEST(PageTest, LinksLeadToWhatIsThereAndRegionsHaveNames) {
   const Analysis analysis = SampleAnalysis{}.make();
-  const std::string page = page_text(analysis, figures_of(analysis), {.title = "x"});
+  const std::string page = page_of(analysis, {.title = "x"});
   std::set<std::string> ids;
   const std::regex id(R"lit(\bid="([^"]+)")lit");
   for (std::sregex_iterator match(page.begin(), page.end(), id), end; match != end; ++match) {
@@ -160,8 +204,8 @@ TEST(PageTest, LinksLeadToWhatIsThereAndRegionsHaveNames) {
 
 TEST(PageTest, HoldsEachTablesNumbers) {
   const Analysis analysis = SampleAnalysis{}.make();
-  const std::vector<Figure> figures = figures_of(analysis);
-  const std::string page = page_text(analysis, figures, {.title = "x"});
+  const std::vector<PageFigure> figures = figures_of(analysis);
+  const std::string page = page_text(analysis, FigureStyle(analysis), figures, {.title = "x"});
   // Tables stand column by column, texts each once.
   const std::string opening = "<script type=\"application/json\">";
   std::size_t tables = 0;
@@ -169,7 +213,7 @@ TEST(PageTest, HoldsEachTablesNumbers) {
     at += opening.size();
     const auto data = nlohmann::json::parse(page.substr(at, page.find("</script>", at) - at));
     if (!data.contains("table")) continue;
-    const DataTable& table = figures[tables++].table;
+    const DataTable& table = figures[tables++].figure.table;
     ASSERT_EQ(data["table"]["columns"].size(), table.columns().size());
     ASSERT_EQ(data["table"]["rows"], table.rows().size());
     for (std::size_t column = 0; column < table.columns().size(); ++column) {

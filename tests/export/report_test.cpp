@@ -1,6 +1,7 @@
 // Reports as folders: complete or absent, replaced only where that is meant, and told apart from everything else.
 #include "notebooks-export/report.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 
 #include <cstdlib>
@@ -9,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <regex>
 
+#include "analysis/findings.h"
 #include "base/error.h"
 #include "base/file_text.h"
 #include "export/sample_analysis.h"
@@ -87,6 +89,39 @@ TEST_F(Report, HoldsFiguresTablesAPageAndANotebook) {
   const auto notebook = nlohmann::json::parse(file_text(folder_ / "report" / "notebook.ipynb"));
   EXPECT_EQ(notebook["nbformat"], 4);
   EXPECT_THAT(names_in(folder_.path()), ElementsAre("report")) << "nothing is left beside it";
+}
+
+TEST_F(Report, HoldsEveryFinding) {
+  const std::vector<std::string> all = findings(analysis_, 1000);
+  ASSERT_GT(all.size(), 3u);
+  const ReportOutcome outcome = write();
+  EXPECT_EQ(outcome.findings, all);
+  const std::string page = file_text(folder_ / "report" / "index.html");
+  for (const std::string& finding : all) EXPECT_THAT(page, HasSubstr(finding.substr(0, finding.find_first_of("<>&"))));
+}
+
+TEST_F(Report, WhatFiguresLeaveOutIsSaidByItsNotebookToo) {
+  SampleAnalysis sample{.policies = {"snapkv"}};
+  for (int i = 1; i <= 30; ++i) sample.policies.push_back(fmt::format("restkv(beta={})", i));
+  analysis_ = sample.make();
+  const ReportOutcome outcome = write();
+  EXPECT_THAT(outcome.thinned, StartsWith("Figures show 16 of 32 policies: "));
+  EXPECT_THAT(file_text(folder_ / "report" / "notebook.ipynb"), HasSubstr("Left out are restkv(beta="));
+  EXPECT_EQ(write({.figures = {.policies = {"restkv", "snapkv"}}, .force = true}).thinned, "") << "asked for by name";
+}
+
+TEST_F(Report, TitlesCanBeLeftOutOfPictures) {
+  const auto title_in = [&]() {
+    return nlohmann::json::parse(file_text(folder_ / "report" / "figures" / "regret.vl.json")).contains("title");
+  };
+  write();
+  EXPECT_TRUE(title_in());
+  write({.figures = {.titles = false}, .force = true});
+  EXPECT_FALSE(title_in());
+  // Beside the pictures questions stay.
+  const std::string question = "How much of the layer error could a better choice of positions avoid?";
+  EXPECT_THAT(file_text(folder_ / "report" / "index.html"), HasSubstr(question));
+  EXPECT_THAT(file_text(folder_ / "report" / "notebook.ipynb"), HasSubstr("## " + question));
 }
 
 TEST_F(Report, OfNothingMuchSaysWhatEachFigureNeeds) {
@@ -205,7 +240,7 @@ TEST_F(Report, APythonThatAnswersNonsenseIsNone) {
 }
 
 TEST_F(Report, EveryPartHoldsTheSameFigures) {
-  const ReportOutcome outcome = write({.theme = Theme::paper});
+  const ReportOutcome outcome = write({.figures = {.theme = Theme::paper}});
   const std::string page = file_text(folder_ / "report" / "index.html");
   const auto notebook = nlohmann::json::parse(file_text(folder_ / "report" / "notebook.ipynb"));
   EXPECT_THAT(notebook["cells"], SizeIs(2 + 2 * outcome.figures.size()));

@@ -21,6 +21,7 @@ import zlib
 
 LARGEST_PICTURE = 2_000_000  # bytes
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+WIDTHS = (420, 1000, 1900)  # of a telephone, half a screen, and a screen
 # Of a specification's version and of the one that notebook viewers draw with.
 VEGA_LITE_VERSIONS = ("6.4", "5.20")
 
@@ -159,6 +160,44 @@ BRIGHTNESS = """() => {
 DRAWN = "() => [...document.querySelectorAll('figure .plot')].map(plot => plot.innerHTML).join('')"
 
 
+# Captions and findings that do not fit into the window, or only by scrolling, and letters of figures outside of these.
+CUT_OFF = """() => {
+  const cut = [];
+  const edge = document.documentElement.clientWidth;
+  for (const text of document.querySelectorAll('figcaption, .caption, #summary > div p, #summary li, h1, h2, h3')) {
+    if (!text.checkVisibility()) continue;
+    const box = text.getBoundingClientRect();
+    if (box.left < 0 || box.right > edge + 1 || text.scrollWidth > text.clientWidth + 1 ||
+        text.parentElement.closest('.scroll')) cut.push(text.textContent.slice(0, 80));
+  }
+  for (const svg of document.querySelectorAll('.plot svg')) {
+    const around = svg.getBoundingClientRect();
+    for (const text of svg.querySelectorAll('text')) {
+      const box = text.getBoundingClientRect();
+      if (box.width > 0 && (box.left < around.left - 2 || box.right > around.right + 2)) {
+        cut.push(`${svg.closest('figure').id}: ${text.textContent.slice(0, 80)}`);
+      }
+    }
+    if (around.right > edge + 1) cut.push(`${svg.closest('figure').id}: its right`);
+  }
+  return cut;
+}"""
+
+# Entries of one legend that cannot be told apart, by colour and by line.
+ALIKE = """() => {
+  const alike = [];
+  for (const figure of document.querySelectorAll('figure')) {
+    const seen = new Set();
+    for (const symbol of figure.querySelectorAll('.role-legend-symbol path')) {
+      const look = `${symbol.getAttribute('stroke')} ${symbol.getAttribute('d').replace(/M[^M]*$/, '')}`;
+      if (seen.has(look)) alike.push(`${figure.id}: two entries of the legend look alike: ${look}`);
+      seen.add(look);
+    }
+  }
+  return alike;
+}"""
+
+
 def chromium(named):
     for name in [named] if named else BROWSERS:
         if path := shutil.which(name):
@@ -283,6 +322,22 @@ class Page:
         self.check_figures("with other choices")
         return lists
 
+    def check_width(self, width, screenshots):
+        """That a window of some width is used as a whole, and that nothing is cut off at its edges."""
+        self.page.set_viewport_size({"width": width, "height": 900})
+        self.page.wait_for_timeout(400)  # until figures are drawn for the new width
+        self.draw_all()
+        self.check_figures(f"{width} wide")
+        used = self.page.evaluate("() => document.documentElement.scrollWidth")
+        expect(used <= width, f"page: {used} wide in a window of {width}")
+        used = self.page.evaluate("() => document.querySelector('main').getBoundingClientRect().width")
+        expect(used > 0.9 * width, f"page: uses {used:.0f} of a window of {width}")
+        for text in self.page.evaluate(CUT_OFF):
+            expect(False, f"{width} wide: is cut off: {text}")
+        for text in self.page.evaluate(ALIKE):
+            expect(False, f"{width} wide: {text}")
+        self.screenshot(screenshots, f"{width}-wide")
+
     def check_theme(self, screenshots):
         before = self.page.evaluate(BRIGHTNESS)
         self.page.click("#theme")
@@ -371,14 +426,10 @@ def check_page(report, options):
         page.check_figures("dark")
         page.screenshot(options.screenshots, "dark")
         page.context.close()
-        # A telephone: nothing wider than it.
         page = Page(browser, report, color_scheme="light")
-        page.page.set_viewport_size({"width": 400, "height": 800})
         page.open()
-        page.draw_all()
-        width = page.page.evaluate("() => document.documentElement.scrollWidth")
-        expect(width <= 400, f"page: {width} wide in a window of 400")
-        page.screenshot(options.screenshots, "narrow")
+        for width in WIDTHS:
+            page.check_width(width, options.screenshots)
         browser.close()
     return figures
 

@@ -12,7 +12,7 @@ void draw_capacity_lines(Figure& figure, const FigureStyle& style, const std::st
       "x": {
         "field": "kept", "type": "quantitative",
         "scale": {"type": "log", "base": 2, "nice": false},
-        "axis": {"title": "capacity asked for, at the positions kept per head (log scale)"}
+        "axis": {"title": "capacity, in positions kept per head (log scale)"}
       }
     },
     "layer": [

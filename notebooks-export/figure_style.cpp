@@ -400,7 +400,10 @@ double FigureStyle::symbol_unit() const { return std::sqrt(kSymbolSize) * font_ 
 
 Json FigureStyle::legend(const std::vector<std::string>& policies) const {
   const std::size_t fit = characters_in(width_ - 4 * font_);
-  const double each = text_width(longest_line(policies, fit)) + 2 * kSymbolReach * symbol_unit() + 1.5 * font_;
+  // Names are in small letters, which take less than others.
+  constexpr double kLetter = 0.46;
+  const double each = kLetter * font_ * static_cast<double>(longest_line(policies, fit)) +
+                      2 * kSymbolReach * symbol_unit() + 1.4 * font_;
   Json symbols = Json::object();
   for (const std::string& policy : policies) symbols[policy] = symbol_of(look_of(policy));
   const double beyond = (kSymbolReach - 1) * symbol_unit();  // of what Vega takes for the symbol's width
@@ -409,6 +412,7 @@ Json FigureStyle::legend(const std::vector<std::string>& policies) const {
           {"symbolType", {{"expr", fmt::format("{}[datum.value]", symbols.dump())}}},
           {"symbolOffset", beyond},
           {"labelOffset", beyond + 0.4 * font_},
+          {"symbolLimit", 0},  // all of them, where Vega would end with "…5 entries"
           {"labelExpr", label_expression(policies, fit)}};
 }
 

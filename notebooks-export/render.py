@@ -10,9 +10,13 @@ import sys
 sys.path = [folder for folder in sys.path if folder]  # a file beside the user's results is no module of ours
 import json
 import signal
+import struct
+import zlib
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 import vl_convert
+
+LARGE = 500_000  # bytes of a PNG, from which on it is packed again
 
 
 def newest_version():
@@ -22,6 +26,23 @@ def newest_version():
     return max(versions, key=lambda version: [int(part) for part in version.split(".")])
 
 
+def smaller(png):
+    """A PNG with its pixels packed harder: vl-convert packs them for speed, and tall figures come to megabytes."""
+    chunks = []
+    pixels = b""
+    at = 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at:at + 4], "big")
+        if png[at + 4:at + 8] == b"IDAT":
+            pixels += png[at + 8:end - 4]
+        else:
+            chunks.append(png[at:end])
+        at = end
+    content = b"IDAT" + zlib.compress(zlib.decompress(pixels), 6)
+    chunks.insert(-1, struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content)))
+    return png[:8] + b"".join(chunks)
+
+
 def answer(request):
     version = newest_version()
     if request.get("version"):
@@ -29,7 +50,10 @@ def answer(request):
     if request.get("javascript"):
         return {"javascript": vl_convert.javascript_bundle(vl_version=version).encode()}
     svg = vl_convert.vegalite_to_svg(request["spec"], vl_version=version)
-    return {"svg": svg.encode(), "png": vl_convert.svg_to_png(svg, ppi=request["ppi"]), "pdf": vl_convert.svg_to_pdf(svg)}
+    png = vl_convert.svg_to_png(svg, ppi=request["ppi"])
+    if len(png) > LARGE:
+        png = smaller(png)
+    return {"svg": svg.encode(), "png": png, "pdf": vl_convert.svg_to_pdf(svg)}
 
 
 for line in sys.stdin.buffer:

@@ -432,6 +432,7 @@ TEST(FigureSetTest, NoTwoPoliciesLookAlike) {
     // The legend shows what tells them apart: a whole line is one piece, a dashed one several, and all have a marker.
     std::set<std::pair<std::string, std::string>> drawn;
     const Json colour = style.colour(named);
+    EXPECT_EQ(colour["legend"]["symbolLimit"], 0) << "or it would end after 30";
     const Json symbols = symbols_of(colour);
     for (const std::string& policy : named) {
       const auto path = symbols[policy].get<std::string>();

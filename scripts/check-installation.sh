@@ -62,6 +62,7 @@ END
   PREFIX=$prefix zsh -f "$folder/complete.zsh" | grep -oE 'snapkv(@[a-z-]+)?|trace\.h5' | sort -u
 }
 for_fish() {
+  # shellcheck disable=SC2016 # the $ are fish's
   HOME=$folder PREFIX=$prefix fish --no-config -c 'set -x PATH $PREFIX/bin $PATH
     source $PREFIX/share/fish/vendor_completions.d/kvreplay.fish
     complete -C "kvreplay replay trace.h5 --policy snapk"; complete -C "kvreplay replay tr"' | cut -f 1

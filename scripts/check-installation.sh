@@ -42,22 +42,23 @@ for_bash() {
 for_zsh() {
   cat >"$folder/complete.zsh" <<'END'
 zmodload zsh/zpty
-for line in 'kvreplay replay trace.h5 --policy snapk' 'kvreplay replay tr'; do
+complete() {  # LINE LAST: shows what is offered for LINE, until LAST is
+  local reply shown= wait
   zpty shell zsh -f -i
   zpty -w shell 'PROMPT= LISTMAX=9999 COLUMNS=200; path=("$PREFIX/bin" $path); fpath=("$PREFIX/share/zsh/site-functions" $fpath)'
   zpty -w shell 'autoload -Uz compinit; compinit -u -D; setopt auto_list no_list_ambiguous no_beep; echo rea''dy'
   while zpty -r shell reply && [[ $reply != *ready* ]]; do :; done
-  zpty -n -w shell "$line"$'\t'
-  # Until nothing more comes for a while.
-  for ((quiet = 0; quiet < 50; ++quiet)); do
-    while zpty -r -t shell reply; do
-      print -r -- "$reply"
-      quiet=0
-    done
+  zpty -n -w shell "$1"$'\t'
+  for ((wait = 0; wait < 600; ++wait)); do
+    while zpty -r -t shell reply; do shown+=$reply; done
+    [[ $shown != *$2* ]] || break
     sleep 0.1
   done
+  print -r -- "$shown"
   zpty -d shell
-done
+}
+complete 'kvreplay replay trace.h5 --policy snapk' snapkv@rest-kv
+complete 'kvreplay replay tr' trace.h5
 END
   PREFIX=$prefix zsh -f "$folder/complete.zsh" | grep -oE 'snapkv(@[a-z-]+)?|trace\.h5' | sort -u
 }

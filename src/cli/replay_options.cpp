@@ -31,6 +31,11 @@ Policy policy_from(const std::string& spec) {
   }
 }
 
+std::string range_of(const std::set<int>& positions) {
+  return positions.size() == 1 ? fmt::format("{}", *positions.begin())
+                               : fmt::format("{} to {}", *positions.begin(), *positions.rbegin());
+}
+
 // Policies that several specs stand for. A grid may hold very many.
 void note_repeated(const std::set<std::string>& repeated, std::vector<std::string>& notes) {
   constexpr std::size_t kTold = 5;
@@ -66,6 +71,16 @@ void add_input_files(const std::string& spec, std::set<std::string>& files) {
   }
 }
 
+constexpr std::string_view kFromPromptEnd = "prompt";
+
+std::string is_evaluation_start(const std::string& value) {
+  const std::string wrong = integer_in(1, std::numeric_limits<int>::max(), "a position to evaluate from")(value);
+  return value == kFromPromptEnd || wrong.empty() ? "" : wrong + ", or prompt";
+}
+
+// What such a value stands for in a request.
+int evaluation_start(const std::string& value) { return value == kFromPromptEnd ? kPromptEnd : std::stoi(value); }
+
 std::string shape_of(const ModelInfo& model) {
   const auto count = [](int number) { return static_cast<std::size_t>(number); };
   return fmt::format("{}, {} on {}", counted(count(model.num_layers), "layer"),
@@ -97,6 +112,11 @@ void add_request_options(CLI::App& command, ReplayOptions& options, bool require
       ->delimiter(',')
       ->check(any_position)
       ->type_name("N,...");
+  command
+      .add_option("--evaluate-from", options.evaluate_from,
+                  "First position that is evaluated, or prompt: the prompt's end (default: the last of --evict-at)")
+      ->check(is_evaluation_start)
+      ->type_name("N|prompt");
   command.add_option("--heads", options.heads, "Who shares a kept set (default: the policy's own, or kv)")
       ->check(one_of({"query", "kv", "layer"}))
       ->type_name("query|kv|layer");
@@ -147,6 +167,7 @@ ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string
       request.eviction_positions.push_back(position);
     }
   }
+  if (!options.evaluate_from.empty()) request.evaluate_from = evaluation_start(options.evaluate_from);
   request.granularity = granularity_named(options.heads);
   request.share = share_named(options.share);
   request.rank_agreement = options.rank_agreement;
@@ -199,20 +220,21 @@ std::string counted(std::size_t count, std::string_view noun) {
 std::string headline(const std::vector<TraceReplay>& replays) {
   std::set<std::string> traces;
   std::set<int> evictions;
+  std::set<int> later;  // where evaluation begins after the eviction
   std::vector<std::string> models;
-  std::size_t queries = 0;
+  std::set<std::pair<std::string, int>> queries;  // which traces' evictions may share
   for (const TraceReplay& replay : replays) {
     traces.insert(replay.trace);
     evictions.insert(replay.eviction_position);
-    queries += replay.evaluation_positions.size();
+    if (replay.evaluate_from > replay.eviction_position) later.insert(replay.evaluate_from);
+    for (const int position : replay.evaluation_positions) queries.emplace(replay.trace, position);
     std::string model = fmt::format("{}: {}", printable(replay.model.name), shape_of(replay.model));
     if (std::ranges::find(models, model) == models.end()) models.push_back(std::move(model));
   }
   const std::string work =
-      fmt::format("evicted at {}, {}",
-                  evictions.size() == 1 ? fmt::format("{}", *evictions.begin())
-                                        : fmt::format("{} to {}", *evictions.begin(), *evictions.rbegin()),
-                  queries == 1 ? "1 evaluation query" : fmt::format("{} evaluation queries", queries));
+      fmt::format("evicted at {}{}, {}", range_of(evictions),
+                  later.empty() ? "" : fmt::format(", evaluated from {} on", range_of(later)),
+                  queries.size() == 1 ? "1 evaluation query" : fmt::format("{} evaluation queries", queries.size()));
   if (models.size() == 1) return fmt::format("{} of {}; {}", counted(traces.size(), "trace"), models.front(), work);
   std::string text =
       fmt::format("{} of {}; {}", counted(traces.size(), "trace"), counted(models.size(), "model"), work);

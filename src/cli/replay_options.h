@@ -22,6 +22,7 @@ struct ReplayOptions {
   std::vector<std::string> policies;  ///< with braces
   std::vector<std::string> capacities;
   std::vector<int> eviction_positions;
+  std::string evaluate_from;  ///< a position or "prompt"; empty: not given
   std::string heads;
   std::string share;
   bool rank_agreement = false;

@@ -57,9 +57,9 @@ struct SweepOptions {
 
 // What a configuration file may hold: options by their long names, and the traces.
 const std::vector<std::string>& configuration_keys() {
-  static const std::vector<std::string> keys = {"traces", "policy",         "capacity", "evict-at", "heads",
-                                                "share",  "rank-agreement", "output",   "csv",      "json",
-                                                "kept",   "memory",         "threads",  "plugin"};
+  static const std::vector<std::string> keys = {"traces", "policy", "capacity",       "evict-at", "evaluate-from",
+                                                "heads",  "share",  "rank-agreement", "output",   "csv",
+                                                "json",   "kept",   "memory",         "threads",  "plugin"};
   return keys;
 }
 

@@ -1,6 +1,7 @@
 #include "replay/engine.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <iterator>
 #include <limits>
 #include <memory>
+#include <set>
 
 #include "base/buffer.h"
 #include "base/error.h"
@@ -30,29 +32,58 @@ float span_recall(const std::vector<int>& kept, const Span& span, int eviction_p
   return static_cast<float>(last - first) / static_cast<float>(end - span.start);
 }
 
-TraceReplay prepare(const TraceReader& trace, int eviction_position) {
+// Where the evaluation of all of a trace's evictions begins; each of them begins there or, if it is later, at itself.
+int evaluation_start(const TraceInfo& info, const ReplayRequest& request, const std::vector<int>& evictions) {
+  if (!request.evaluate_from) return std::ranges::max(evictions);
+  return *request.evaluate_from == kPromptEnd ? info.prompt_length : *request.evaluate_from;
+}
+
+TraceReplay prepare(const TraceReader& trace, const Eviction& eviction) {
+  const int eviction_position = eviction.position;
   const TraceInfo& info = trace.info();
   TraceReplay replay;
   replay.trace = trace.path().string();
   replay.model = info.model;
   replay.prompt_length = info.prompt_length;
   replay.eviction_position = eviction_position;
+  replay.evaluate_from = eviction.evaluate_from;
   if (eviction_position < 1 || eviction_position > info.num_tokens()) {
     throw Error(fmt::format("{}: eviction position {} is outside the trace's {} tokens", replay.trace,
                             eviction_position, info.num_tokens()));
   }
-  const auto positions = evaluation_queries(info, eviction_position).positions;
+  const auto positions = evaluation_queries(info, eviction).positions;
   replay.evaluation_positions.assign(positions.begin(), positions.end());
   if (replay.evaluation_positions.empty()) {
     throw Error(fmt::format(
         "{}: no query at or after position {} was captured, so there is nothing to evaluate; capture with --generate 2 "
-        "or more, or evict earlier with --evict-at",
-        replay.trace, eviction_position));
+        "or more, or {}",
+        replay.trace, eviction.evaluate_from,
+        eviction.evaluate_from > eviction_position ? "evaluate from an earlier position with --evaluate-from"
+                                                   : "evict earlier with --evict-at"));
   }
   for (const Span& span : info.spans) {
     if (span.start < eviction_position && span.end > span.start) replay.spans.push_back(span);
   }
   return replay;
+}
+
+// Tells where evictions of one trace, `replays`, are evaluated on different queries.
+void note_other_queries(std::span<TraceReplay> replays) {
+  const auto as_first = [&](const TraceReplay& replay) {
+    return replay.evaluation_positions == replays.front().evaluation_positions;
+  };
+  if (std::ranges::all_of(replays, as_first)) return;
+  std::vector<int> evictions;
+  std::set<int> first;
+  for (const TraceReplay& replay : replays) {
+    evictions.push_back(replay.eviction_position);
+    first.insert(replay.evaluation_positions.front());
+  }
+  const std::string note = fmt::format(
+      "evictions at {} are evaluated on different queries, from {} on, so results of different evictions cannot be "
+      "compared; --evaluate-from {} evaluates all of them on the same",
+      fmt::join(evictions, ", "), fmt::join(first, ", "), *first.rbegin());
+  for (TraceReplay& replay : replays) replay.notes.push_back(note);
 }
 
 // What putting a position into its ranks and counting inversions takes, in operations of a replay.
@@ -112,8 +143,9 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
     const std::string digest = trace_digest(traces_[t]);
     std::vector<int> evictions = request_.eviction_positions;
     if (evictions.empty()) evictions.push_back(traces_[t].info().prompt_length);
+    const int start = evaluation_start(traces_[t].info(), request_, evictions);
     for (const int eviction : evictions) {
-      TraceReplay& outline = outlines_.emplace_back(prepare(traces_[t], eviction));
+      TraceReplay& outline = outlines_.emplace_back(prepare(traces_[t], {eviction, start}));
       outline.trace_digest = digest;
       settings_.push_back(settings_for(traces_[t], request_, eviction, outline.notes));
       const std::vector<Setting>& settings = settings_.back();
@@ -129,6 +161,7 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
       sums.least_combinations = LayerSelection::least_combination_bytes(outline, asked);
       trace_of_outline_.push_back(t);
     }
+    note_other_queries(std::span(outlines_).last(evictions.size()));
   }
 }
 
@@ -353,7 +386,7 @@ std::vector<std::vector<LayerResult>> ReplayEngine::select_group(std::span<const
   std::vector<LayerSelection> selections;
   for (std::size_t i = 0; i < group.size(); ++i) {
     selections.emplace_back(trace_of(group[i]), settings(i), requirements_[static_cast<std::size_t>(group[i].replay)],
-                            group[i].layer, outline(i).eviction_position, projections[i].get(), plan.combination_bytes);
+                            group[i].layer, outline(i).eviction(), projections[i].get(), plan.combination_bytes);
   }
   for_each_piece(
       group, plan, [&](std::size_t i) { return outline(i).model.num_key_value_heads; },
@@ -371,7 +404,7 @@ std::vector<std::vector<LayerResult>> ReplayEngine::select_group(std::span<const
   std::vector<std::vector<LayerResult>> results;
   for (std::size_t i = 0; i < group.size(); ++i) {
     results.push_back(selections[i].take());
-    improve_oracles(trace_of(group[i]), group[i].layer, outline(i).eviction_position, settings(i), results.back());
+    improve_oracles(trace_of(group[i]), group[i].layer, outline(i).eviction(), settings(i), results.back());
   }
   return results;
 }
@@ -391,7 +424,7 @@ void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& 
       for (std::size_t s = first; s < std::min(results[i].size(), first + step); ++s) {
         sets.push_back(&results[i][s].kept);
       }
-      measurements.emplace_back(trace_of(group[i]), group[i].layer, outline(i).eviction_position, std::move(sets));
+      measurements.emplace_back(trace_of(group[i]), group[i].layer, outline(i).eviction(), std::move(sets));
     }
     const auto is_open = [&](std::size_t i) { return results[i].size() > first; };
     for_each_piece(

@@ -67,16 +67,16 @@ struct HeadEvaluation::Sums {
   }
 };
 
-EvaluationQueries evaluation_queries(const TraceInfo& info, int eviction_position) {
+EvaluationQueries evaluation_queries(const TraceInfo& info, const Eviction& eviction) {
   const std::span<const int> positions = info.query_positions;
-  const Index first = std::ranges::lower_bound(positions, eviction_position) - positions.begin();
+  const Index first = std::ranges::lower_bound(positions, eviction.evaluate_from) - positions.begin();
   return {first, positions.subspan(static_cast<std::size_t>(first))};
 }
 
-HeadEvaluation::HeadEvaluation(const TraceReader& trace, int layer, int kv_head, int eviction_position)
+HeadEvaluation::HeadEvaluation(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction)
     : trace_(trace),
-      shape_(head_shape(trace.info(), layer, kv_head, eviction_position)),
-      queries_(evaluation_queries(trace.info(), eviction_position)),
+      shape_(head_shape(trace.info(), layer, kv_head, eviction.position)),
+      queries_(evaluation_queries(trace.info(), eviction)),
       tokens_(queries_.positions.back() + 1),
       width_(kernels::rounded_up(shape_.head_dim, kernels::kLanes)) {}
 

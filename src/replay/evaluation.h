@@ -6,11 +6,12 @@
 
 #include "base/buffer.h"
 #include "policy/head.h"
+#include "replay/eviction.h"
 #include "trace/reader.h"
 
 namespace kvreplay {
 
-/// The captured queries at or after an eviction position.
+/// The captured queries that an eviction is evaluated on.
 struct EvaluationQueries {
   Index first = 0;                 ///< index of the first among the trace's query_positions
   std::span<const int> positions;  ///< [E], ascending
@@ -18,8 +19,8 @@ struct EvaluationQueries {
   int count() const { return static_cast<int>(positions.size()); }
 };
 
-/// Those of a trace for an eviction position; none where no query was captured from there on.
-EvaluationQueries evaluation_queries(const TraceInfo& info, int eviction_position);
+/// Those of a trace; none where no query was captured from eviction.evaluate_from on.
+EvaluationQueries evaluation_queries(const TraceInfo& info, const Eviction& eviction);
 
 /// How one query head fares with one kept set, per evaluation query: [E] each.
 struct HeadMeasures {
@@ -34,7 +35,7 @@ struct HeadMeasures {
 class HeadEvaluation {
  public:
   /// The reader must outlive it.
-  HeadEvaluation(const TraceReader& trace, int layer, int kv_head, int eviction_position);
+  HeadEvaluation(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction);
 
   /// Measures `kept_sets` ([member][set], as many for each query head of the group). `outputs` [E, group · D] receives
   /// the full output of the query heads side by side, `differences` (one [E, group · D] per kept set) what eviction

@@ -27,9 +27,9 @@ double mean_square(const std::vector<float>& layer_error) {
 
 }  // namespace
 
-LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, int eviction_position,
+LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, const Eviction& eviction,
                                    const std::vector<const LayerSets*>& settings)
-    : trace_(trace), layer_(layer), eviction_position_(eviction_position) {
+    : trace_(trace), layer_(layer), eviction_(eviction) {
   const auto less = [](const LayerSets* a, const LayerSets* b) { return *a < *b; };
   std::map<const LayerSets*, std::size_t, decltype(less)> kinds(less);
   for (const LayerSets* sets : settings) {
@@ -38,7 +38,7 @@ LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, int evic
     kind_.push_back(kind->second);
   }
   const ModelInfo& model = trace.info().model;
-  const auto queries = static_cast<Index>(evaluation_queries(trace.info(), eviction_position).count());
+  const auto queries = static_cast<Index>(evaluation_queries(trace.info(), eviction).count());
   outputs_.resize((static_cast<Index>(distinct_.size()) + 1) * queries,
                   Index{model.num_attention_heads} * model.head_dim);
   if (trace.has_output_projection(layer)) {
@@ -51,7 +51,7 @@ LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, int evic
 
 void LayerMeasurement::measure_head(int kv_head) {
   const ModelInfo& model = trace_.info().model;
-  const HeadEvaluation evaluation(trace_, layer_, kv_head, eviction_position_);
+  const HeadEvaluation evaluation(trace_, layer_, kv_head, eviction_);
   const Index queries = outputs_.rows() / (static_cast<Index>(distinct_.size()) + 1);
   const int group = model.group_size();
   auto columns = outputs_.middleCols(Index{kv_head} * group * model.head_dim, Index{group} * model.head_dim);
@@ -159,20 +159,20 @@ Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries
                     3 * model.num_attention_heads * static_cast<Index>(sizeof(float)));
 }
 
-std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, int eviction_position,
+std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, const Eviction& eviction,
                                          const std::vector<const LayerSets*>& settings) {
-  LayerMeasurement measurement(trace, layer, eviction_position, settings);
+  LayerMeasurement measurement(trace, layer, eviction, settings);
   parallel_for(trace.info().model.num_key_value_heads, [&](int kv_head) { measurement.measure_head(kv_head); });
   parallel_for(measurement.panels(), [&](int panel) { measurement.lay_out_panel(panel); });
   parallel_for(measurement.slices(), [&](int slice) { measurement.project_slice(slice); });
   return measurement.take();
 }
 
-void improve_oracles(const TraceReader& trace, int layer, int eviction_position, const std::vector<Setting>& settings,
-                     std::vector<LayerResult>& results) {
+void improve_oracles(const TraceReader& trace, int layer, const Eviction& eviction,
+                     const std::vector<Setting>& settings, std::vector<LayerResult>& results) {
   for (std::size_t oracle = 0; oracle < settings.size(); ++oracle) {
     const Setting& setting = settings[oracle];
-    if (setting.policy->exchanges == 0 || setting.keeps_all(eviction_position)) continue;
+    if (setting.policy->exchanges == 0 || setting.keeps_all(eviction.position)) continue;
     std::vector<const LayerSets*> candidates = {&results[oracle].kept};
     for (std::size_t i = 0; i < settings.size(); ++i) {
       const bool comparable = i != oracle && settings[i].granularity == setting.granularity &&
@@ -182,14 +182,14 @@ void improve_oracles(const TraceReader& trace, int layer, int eviction_position,
       if (comparable) candidates.push_back(&results[i].kept);
     }
     const auto best_of = [&](const std::vector<const LayerSets*>& sets) {
-      const std::vector<LayerMeasures> measures = measure_layer(trace, layer, eviction_position, sets);
+      const std::vector<LayerMeasures> measures = measure_layer(trace, layer, eviction, sets);
       const auto best =
           std::ranges::min_element(measures, {}, [](const LayerMeasures& m) { return mean_square(m.layer_error); });
       return sets[static_cast<std::size_t>(best - measures.begin())];
     };
     const LayerSets start = *best_of(candidates);
     const LayerSets improved =
-        exchange_positions(trace, layer, eviction_position, setting.granularity, start, setting.policy->exchanges);
+        exchange_positions(trace, layer, eviction, setting.granularity, start, setting.policy->exchanges);
     // Measured like any other sets: where rounding made it worse, the start stays.
     results[oracle].kept = *best_of({&start, &improved});
   }

@@ -21,7 +21,7 @@ struct LayerMeasures {
 class LayerMeasurement {
  public:
   /// The trace and the sets must outlive it.
-  LayerMeasurement(const TraceReader& trace, int layer, int eviction_position,
+  LayerMeasurement(const TraceReader& trace, int layer, const Eviction& eviction,
                    const std::vector<const LayerSets*>& settings);
 
   /// Measures one KV head. Heads may be measured by different threads at once. Throws Error, naming the query, where
@@ -50,7 +50,7 @@ class LayerMeasurement {
  private:
   const TraceReader& trace_;
   int layer_;
-  int eviction_position_;
+  Eviction eviction_;
   std::vector<const LayerSets*> distinct_;
   std::vector<std::size_t> kind_;        // [setting]: which of the distinct ones
   Matrix outputs_;                       // [E, H · D], then the differences of every kind below each other
@@ -60,11 +60,11 @@ class LayerMeasurement {
 };
 
 /// All of the above.
-std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, int eviction_position,
+std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, const Eviction& eviction,
                                          const std::vector<const LayerSets*>& settings);
 
 /// Replaces the kept sets of oracles that exchange positions by better ones, starting from the best of the run.
-void improve_oracles(const TraceReader& trace, int layer, int eviction_position, const std::vector<Setting>& settings,
-                     std::vector<LayerResult>& results);
+void improve_oracles(const TraceReader& trace, int layer, const Eviction& eviction,
+                     const std::vector<Setting>& settings, std::vector<LayerResult>& results);
 
 }  // namespace kvreplay

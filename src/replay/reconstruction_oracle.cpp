@@ -27,11 +27,11 @@ struct HeadState {
   Eigen::RowVectorXd output(Index e) const { return sum.row(e) / mass(e); }
 };
 
-HeadState load_head(const TraceReader& trace, int layer, int query_head, int eviction_position) {
+HeadState load_head(const TraceReader& trace, int layer, int query_head, const Eviction& eviction) {
   const ModelInfo& model = trace.info().model;
   const int kv_head = query_head / model.group_size();
-  const HeadShape shape = head_shape(trace.info(), layer, kv_head, eviction_position);
-  const EvaluationQueries queries = evaluation_queries(trace.info(), eviction_position);
+  const HeadShape shape = head_shape(trace.info(), layer, kv_head, eviction.position);
+  const EvaluationQueries queries = evaluation_queries(trace.info(), eviction);
   const Index tokens = queries.positions.back() + 1;
   HeadState state;
   Matrix logits = trace.read(layer, HeadTensor::queries, query_head, queries.first, queries.count()) *
@@ -196,7 +196,7 @@ class SharedSet {
 
 }  // namespace
 
-std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int layer, int eviction_position,
+std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int layer, const Eviction& eviction,
                                                  Granularity granularity, std::vector<std::vector<int>> sets,
                                                  int exchanges) {
   const ModelInfo& model = trace.info().model;
@@ -205,8 +205,8 @@ std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int l
   std::vector<HeadState> states(static_cast<std::size_t>(heads));
   parallel_for(heads, [&](int head) {
     HeadState& state = states[static_cast<std::size_t>(head)];
-    state = load_head(trace, layer, head, eviction_position);
-    cache(state, sets[static_cast<std::size_t>(head / per_set)], eviction_position);
+    state = load_head(trace, layer, head, eviction);
+    cache(state, sets[static_cast<std::size_t>(head / per_set)], eviction.position);
   });
   MatrixD reference = MatrixD::Zero(states[0].full.rows(), states[0].projection.rows());
   MatrixD residual = reference;
@@ -223,7 +223,7 @@ std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int l
     std::vector<HeadState*> all;
     for (HeadState& state : states) all.push_back(&state);
     std::vector<int> kept = sets.front();
-    SharedSet(all, importance).improve(kept, eviction_position, exchanges, residual);
+    SharedSet(all, importance).improve(kept, eviction.position, exchanges, residual);
     std::ranges::fill(sets, kept);
     return sets;
   }
@@ -231,7 +231,7 @@ std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int l
     std::vector<HeadState*> members;
     for (int m = 0; m < per_set; ++m)
       members.push_back(&states[set * static_cast<std::size_t>(per_set) + static_cast<std::size_t>(m)]);
-    SharedSet(members, importance).improve(sets[set], eviction_position, exchanges, residual);
+    SharedSet(members, importance).improve(sets[set], eviction.position, exchanges, residual);
   }
   return sets;
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "policy/policy.h"
+#include "replay/eviction.h"
 #include "trace/reader.h"
 
 namespace kvreplay {
@@ -25,11 +26,17 @@ struct CapacityRequest {
   static CapacityRequest parse(std::string_view text);
 };
 
+/// The end of a trace's prompt, where a position can be given.
+constexpr int kPromptEnd = 0;
+
 /// What to replay. Every policy is replayed at every capacity and eviction position.
 struct ReplayRequest {
   std::vector<Policy> policies;
   std::vector<CapacityRequest> capacities;
-  std::vector<int> eviction_positions;     ///< empty: the end of the prompt
+  std::vector<int> eviction_positions;  ///< empty: the end of the prompt
+  /// The first position that may be evaluated, or kPromptEnd; an eviction after it is evaluated from there on. None:
+  /// the last of the evictions, so that all of them are evaluated on the same queries.
+  std::optional<int> evaluate_from = {};
   std::optional<Granularity> granularity;  ///< none: the policy's own, or kv
   std::optional<Share> share;              ///< none: the policy's own, or mean
   bool rank_agreement = false;             ///< compare scores with the oracle's importance
@@ -90,10 +97,13 @@ struct TraceReplay {
   ModelInfo model;
   int prompt_length = 0;
   int eviction_position = 0;
-  std::vector<int> evaluation_positions;  ///< [E]
+  int evaluate_from = 0;                  ///< what stands between the eviction and this position stays cached
+  std::vector<int> evaluation_positions;  ///< [E] captured queries from evaluate_from on
   std::vector<Span> spans;                ///< [S] those that begin before the eviction
   std::vector<ReplayResult> results;      ///< policies in the order given, capacities within
   std::vector<std::string> notes;         ///< what a reader of the numbers has to know
+
+  Eviction eviction() const { return {eviction_position, evaluate_from}; }
 };
 
 /// Replays every policy at every capacity over every trace, once per eviction position: traces in the order given,

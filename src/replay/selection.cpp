@@ -83,13 +83,14 @@ class LayerSelection::Importance {
 };
 
 LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings,
-                               const RankingRequirements& requirements, int layer, int eviction_position,
+                               const RankingRequirements& requirements, int layer, const Eviction& eviction,
                                const LayerProjection* projection, Index combination_bytes)
     : trace_(trace),
       settings_(settings),
       requirements_(requirements),
       layer_(layer),
-      prompt_(eviction_position),
+      eviction_(eviction),
+      prompt_(eviction.position),
       projection_(projection),
       combination_bytes_(combination_bytes),
       model_(trace.info().model) {
@@ -106,7 +107,7 @@ LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setti
 }
 
 void LayerSelection::rank_head(int kv_head) {
-  const TraceHead source(trace_, layer_, kv_head, prompt_, projection_);
+  const TraceHead source(trace_, layer_, kv_head, eviction_, projection_);
   const Head head(source, combination_bytes_);
   HeadScores scores;
   Importance importance(head, model_.group_size());

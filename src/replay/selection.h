@@ -20,7 +20,7 @@ class LayerSelection {
   /// heads are ranked. `combination_bytes`: what combinations of attention may take per KV head that is ranked at a
   /// time.
   LayerSelection(const TraceReader& trace, const std::vector<Setting>& settings,
-                 const RankingRequirements& requirements, int layer, int eviction_position,
+                 const RankingRequirements& requirements, int layer, const Eviction& eviction,
                  const LayerProjection* projection, Index combination_bytes);
 
   /// Draws what one KV head can draw without the others. Heads may be drawn by different threads at once.
@@ -71,7 +71,8 @@ class LayerSelection {
   const std::vector<Setting>& settings_;
   const RankingRequirements& requirements_;
   int layer_;
-  int prompt_;
+  Eviction eviction_;
+  int prompt_;  // positions before the eviction
   const LayerProjection* projection_;
   Index combination_bytes_;
   const ModelInfo& model_;

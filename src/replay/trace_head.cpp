@@ -20,13 +20,15 @@ HeadShape head_shape(const TraceInfo& info, int layer, int kv_head, int eviction
   };
 }
 
-TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, int eviction_position,
+TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction,
                      const LayerProjection* projection)
-    : trace_(trace), projection_(projection), shape_(head_shape(trace.info(), layer, kv_head, eviction_position)) {
+    : trace_(trace),
+      projection_(projection),
+      shape_(head_shape(trace.info(), layer, kv_head, eviction.position)),
+      evaluation_(kvreplay::evaluation_queries(trace.info(), eviction)) {
   const std::span<const int> positions = trace.info().query_positions;
-  const auto before = std::ranges::lower_bound(positions, eviction_position) - positions.begin();
+  const auto before = std::ranges::lower_bound(positions, eviction.position) - positions.begin();
   query_positions_ = positions.first(static_cast<std::size_t>(before));
-  evaluation_positions_ = positions.subspan(static_cast<std::size_t>(before));
 }
 
 void TraceHead::read_keys(Index first, Index count, float* rows) const {
@@ -54,12 +56,12 @@ Matrix TraceHead::queries(int member, Index first, Index count) const {
 }
 
 Matrix TraceHead::evaluation_queries(int member) const {
-  return trace_.read(shape_.layer, HeadTensor::queries, shape_.query_head(member),
-                     static_cast<Index>(query_positions_.size()), static_cast<Index>(evaluation_positions_.size()));
+  return trace_.read(shape_.layer, HeadTensor::queries, shape_.query_head(member), evaluation_.first,
+                     evaluation_.count());
 }
 
 Matrix TraceHead::evaluation_keys() const {
-  return trace_.read(shape_.layer, HeadTensor::keys, shape_.kv_head, 0, evaluation_positions_.back() + 1);
+  return trace_.read(shape_.layer, HeadTensor::keys, shape_.kv_head, 0, evaluation_.positions.back() + 1);
 }
 
 bool TraceHead::has_output_projection() const { return trace_.has_output_projection(shape_.layer); }

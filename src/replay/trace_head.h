@@ -3,6 +3,7 @@
 
 #include "base/buffer.h"
 #include "policy/head.h"
+#include "replay/evaluation.h"
 #include "replay/layer_projection.h"
 #include "trace/reader.h"
 
@@ -12,8 +13,8 @@ namespace kvreplay {
 /// oracles can see. The reader must outlive it. Not for use by several threads at once.
 class TraceHead : public HeadSource {
  public:
-  /// `eviction_position` is in [1, T]. Takes projection factors from `projection`, where it is given and decomposed.
-  TraceHead(const TraceReader& trace, int layer, int kv_head, int eviction_position,
+  /// `eviction.position` is in [1, T]. Takes projection factors from `projection`, where it is given and decomposed.
+  TraceHead(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction,
             const LayerProjection* projection = nullptr);
 
   const HeadShape& shape() const override { return shape_; }
@@ -25,7 +26,7 @@ class TraceHead : public HeadSource {
   Matrix output_projection(int member) const override;
   Matrix projection_factor(int member) const override;
   std::optional<std::vector<float>> attention_mass(int member) const override;
-  std::span<const int> evaluation_positions() const override { return evaluation_positions_; }
+  std::span<const int> evaluation_positions() const override { return evaluation_.positions; }
   Matrix evaluation_queries(int member) const override;
   Matrix evaluation_keys() const override;
 
@@ -36,7 +37,7 @@ class TraceHead : public HeadSource {
   const LayerProjection* projection_;
   HeadShape shape_;
   std::span<const int> query_positions_;
-  std::span<const int> evaluation_positions_;
+  EvaluationQueries evaluation_;
   mutable Buffer unpacked_keys_;  // [P, D] where parts of them cannot be read alone
   mutable Buffer unpacked_values_;
 };

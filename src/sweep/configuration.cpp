@@ -188,6 +188,9 @@ SweepIdentity::SweepIdentity(const ReplayRequest& request, const std::vector<Tra
   for (const Policy& policy : request.policies) policies.push_back(printable(policy.canonical));
   for (const CapacityRequest& capacity : request.capacities) capacities.push_back(capacity.text);
   for (const int position : request.eviction_positions) eviction_positions.push_back(fmt::format("{}", position));
+  if (request.evaluate_from) {
+    evaluate_from = *request.evaluate_from == kPromptEnd ? "prompt" : fmt::format("{}", *request.evaluate_from);
+  }
   if (request.granularity) heads = name_of(*request.granularity);
   if (request.share) share = name_of(*request.share);
   rank_agreement = request.rank_agreement;
@@ -200,7 +203,8 @@ std::string SweepIdentity::text() const {
       {"version", {version}, false, 0},          {"policy", policies, true, 0}, {"capacity", capacities, true, 0},
       {"evict-at", eviction_positions, true, 0}, {"heads", {heads}, false, 0},  {"share", {share}, false, 0},
   };
-  // Not named unless it was asked for: an earlier sweep's folder says nothing of it.
+  // Not named unless they were asked for: an earlier sweep's folder says nothing of them.
+  if (!evaluate_from.empty()) entries.push_back({"evaluate-from", {evaluate_from}, false, 0});
   if (rank_agreement) entries.push_back({"rank-agreement", {"true"}, false, 0});
   for (const auto& [key, identities] : {std::pair<std::string, const std::vector<FileIdentity>&>{"traces", traces},
                                         std::pair<std::string, const std::vector<FileIdentity>&>{"files", files}}) {
@@ -235,6 +239,9 @@ SweepIdentity SweepIdentity::from_text(std::string_view text, const std::string&
   identity.eviction_positions = values("evict-at");
   identity.heads = single("heads");
   identity.share = single("share");
+  if (std::ranges::find(entries, "evaluate-from", &ConfigurationEntry::key) != entries.end()) {
+    identity.evaluate_from = single("evaluate-from");
+  }
   identity.rank_agreement = std::ranges::find(entries, "rank-agreement", &ConfigurationEntry::key) != entries.end();
   const auto read_files = [&](const std::string& key, std::vector<FileIdentity>& identities) {
     const auto& names = values(key);
@@ -267,6 +274,7 @@ std::string difference(const SweepIdentity& before, const SweepIdentity& now) {
   add(list_difference("--policy", before.policies, now.policies));
   add(list_difference("--capacity", before.capacities, now.capacities));
   add(list_difference("--evict-at", before.eviction_positions, now.eviction_positions));
+  add_text("--evaluate-from", before.evaluate_from, now.evaluate_from);
   add_text("--heads", before.heads, now.heads);
   add_text("--share", before.share, now.share);
   add_text("--rank-agreement", before.rank_agreement ? "given" : "", now.rank_agreement ? "given" : "");

@@ -49,7 +49,8 @@ struct SweepIdentity {
   std::vector<std::string> policies;
   std::vector<std::string> capacities;
   std::vector<std::string> eviction_positions;
-  std::string heads;  ///< empty: the policies' own
+  std::string evaluate_from;  ///< a position or "prompt"; empty: not given
+  std::string heads;          ///< empty: the policies' own
   std::string share;
   bool rank_agreement = false;
   std::vector<FileIdentity> traces;

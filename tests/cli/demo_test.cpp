@@ -77,6 +77,25 @@ TEST_F(Demo, ReconstructionAndAttentionBeatTheBaselines) {
   }
 }
 
+// Evaluated from the eviction on, most queries of the rest of the prompt look at what stays for free; on the queries
+// that other evictions are evaluated on, the order is another.
+TEST_F(Demo, WhichPolicyIsBetterDependsOnWhichQueriesAreEvaluated) {
+  const std::string facts = capture("facts", "83107");
+  const auto error_of = [&](const std::string& start) {
+    succeed({"replay", facts, "--policy", "lagkv", "h2o", "--capacity", "128", "--evict-at", "1240", "--evaluate-from",
+             start, "--json", "results.json"});
+    std::map<std::string, double> error;
+    for (const json& row : json::parse(test::read_file(folder_ / "results.json"))["summary"]) {
+      if (row["layer"] == "all" && row["measure"] == "layer_error") error[row["policy"]] = row["mean"];
+    }
+    return error;
+  };
+  auto from_eviction = error_of("1240");
+  EXPECT_LT(from_eviction["lagkv"], from_eviction["h2o"]);
+  auto from_prompt_end = error_of("prompt");
+  EXPECT_GT(from_prompt_end["lagkv"], from_prompt_end["h2o"]);
+}
+
 TEST_F(Demo, APromptMayComeFromStandardInput) {
   const std::string model = traces_ / "demo-model";
   const test::Outcome outcome = run({.arguments = {"capture", "--model", model, "--prompt", "-", "--generate", "2",

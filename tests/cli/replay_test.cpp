@@ -126,8 +126,9 @@ TEST_F(ReplayCommand, OddShapesAreReplayed) {
 
 TEST_F(ReplayCommand, EvictsAnywhereInTheTrace) {
   RandomTrace{}.write(folder_ / "run.h5");
-  const test::Outcome outcome = succeed(
-      test::words("replay run.h5 --policy recent --capacity 20 --evict-at 1,30,69,30 --csv results.csv -o results.h5"));
+  const test::Outcome outcome =
+      succeed(test::words("replay run.h5 --policy recent --capacity 20 --evict-at 1,30,69,30 --evaluate-from 1 "
+                          "--csv results.csv -o results.h5"));
   EXPECT_THAT(outcome.output,
               AllOf(HasSubstr("evicted at 1 to 69"), HasSubstr("every eviction position weighs the same")));
   EXPECT_THAT(outcome.errors, HasSubstr("capacity 20 exceeds the 1 position before the eviction"));
@@ -136,6 +137,35 @@ TEST_F(ReplayCommand, EvictsAnywhereInTheTrace) {
   EXPECT_EQ(file.read_int("/results/2", "evict_at"), 69);
   EXPECT_THAT(file.dataset("/results/2/layer_error").shape(), testing::ElementsAre(2, 1));
   EXPECT_FALSE(file.exists("/evaluation_positions")) << "the results have different ones";
+  EXPECT_THAT(outcome.errors, HasSubstr("note: run.h5: evictions at 1, 30, 69 are evaluated on different queries"));
+}
+
+TEST_F(ReplayCommand, EvaluatesWhereItIsTold) {
+  RandomTrace{}.write(folder_ / "run.h5");
+  const auto first_position = [this](const std::string& options) {
+    const test::Outcome outcome =
+        succeed(test::words("replay run.h5 --policy recent --capacity 20 -o results.h5" + options));
+    EXPECT_EQ(outcome.errors, "");
+    const auto file = hdf5::File::open(folder_ / "results.h5");
+    for (const std::string& index : file.list("/results")) {
+      EXPECT_EQ(file.read_int32s("/results/" + index + "/evaluation_positions"),
+                file.read_int32s("/evaluation_positions"));
+    }
+    return std::pair(file.read_int32s("/evaluation_positions").front(), outcome.output);
+  };
+  EXPECT_EQ(first_position(" --evict-at 30").first, 30);
+  EXPECT_EQ(first_position(" --evict-at 30 --evaluate-from prompt").first, 60);
+  EXPECT_EQ(first_position(" --evict-at 30 --evaluate-from 45").first, 45);
+  EXPECT_EQ(first_position(" --evaluate-from 45").first, 60) << "what was not evicted yet is not evaluated";
+  const auto [first, output] = first_position(" --evict-at 30,50");
+  EXPECT_EQ(first, 50);
+  EXPECT_THAT(output, HasSubstr("evicted at 30 to 50, evaluated from 50 on, 20 evaluation queries"));
+  refuse(test::words("replay run.h5 --policy recent --capacity 20 --evict-at 30 --evaluate-from 70"), 1,
+         {"run.h5: no query at or after position 70", "--evaluate-from"});
+  for (const std::string start : {"0", "-3", "end", "1.5"}) {
+    refuse({"replay", "run.h5", "--policy", "recent", "--capacity", "20", "--evaluate-from", start}, 2,
+           {"--evaluate-from: '" + start + "' is not a position to evaluate from", "or prompt"});
+  }
 }
 
 TEST_F(ReplayCommand, WhatIsGivenTwiceIsReplayedOnceAndTold) {

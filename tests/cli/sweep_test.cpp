@@ -123,6 +123,29 @@ TEST_F(Sweep, RankAgreementStandsInConfigurationsAndIsPartOfASweep) {
   EXPECT_FALSE(hdf5::File::open(folder_ / "sweep.h5").exists("/results/1/spearman"));
 }
 
+TEST_F(Sweep, EvaluatesWhereItIsToldAndThatIsPartOfASweep) {
+  const std::string sweep = "sweep a.h5 --policy recent --capacity 20 --evict-at 40,50 -o sweep.h5 ";
+  const auto first_positions = [this]() {
+    std::vector<int> positions;
+    const auto file = hdf5::File::open(folder_ / "sweep.h5");
+    for (const char* result : {"0", "1"}) {
+      positions.push_back(file.read_int32s(fmt::format("/results/{}/evaluation_positions", result)).front());
+    }
+    return positions;
+  };
+  succeed(test::words(sweep));
+  EXPECT_THAT(first_positions(), ElementsAre(50, 50));
+  const test::Outcome printed = succeed(test::words(sweep + "--evaluate-from prompt --print-config"));
+  EXPECT_THAT(printed.output, HasSubstr("evaluate-from = \"prompt\""));
+  test::write_file(folder_ / "sweep.toml", printed.output);
+  succeed(test::words("sweep --config sweep.toml"));
+  EXPECT_THAT(first_positions(), ElementsAre(60, 60));
+  test::write_file(folder_ / "sweep.toml", "evaluate-from = 1\n");
+  EXPECT_THAT(succeed(test::words(sweep + "--config sweep.toml")).errors,
+              HasSubstr("are evaluated on different queries"));
+  EXPECT_THAT(first_positions(), ElementsAre(40, 50));
+}
+
 TEST_F(Sweep, SaysWhatEachParameterChanges) {
   const test::Outcome outcome = succeed(test::words(std::string("sweep") + kGrid + "-o sweep.h5"));
   EXPECT_THAT(outcome.output, AllOf(HasSubstr("2 traces of"), HasSubstr("restkv: alpha"), HasSubstr("restkv: window"),
@@ -296,6 +319,7 @@ TEST_F(Interrupted, KeepsWhatIsFinishedAndSaysHowToGoOn) {
                     HasSubstr("s.h5.units; go on with --resume\n")));
   refuse_words(command_ + "s.h5", 1, {"s.h5.units: holds ", "--resume"});
   refuse_words(command_ + "s.h5 --resume --capacity 60", 1, {"--capacity was 50, 100, is 50, 100, 60"});
+  refuse_words(command_ + "s.h5 --resume --evaluate-from 62", 1, {"--evaluate-from was not given, is 62"});
   refuse_words(command_ + "s.h5 --resume --heads query", 1, {"--heads was not given, is query"});
   const test::Outcome resumed = succeed(test::words(command_ + "s.h5 --resume --threads 1"));
   EXPECT_THAT(resumed.errors, HasSubstr(" finished already"));

@@ -163,6 +163,94 @@ TEST(Replay, APolicyDoesNotDependOnItsCompany) {
   }
 }
 
+// The last columns of a table per query are those of the same table with fewer queries.
+void expect_last_columns(const Table& all, const Table& last) {
+  const auto count = static_cast<std::size_t>(last.shape.back());
+  const auto of_all = static_cast<std::size_t>(all.shape.back());
+  ASSERT_EQ(all.numbers.size() / of_all, last.numbers.size() / count);
+  for (std::size_t i = 0; i < last.numbers.size(); ++i) {
+    ASSERT_NEAR(last.numbers[i], all.numbers[i / count * of_all + of_all - count + i % count], 1e-6) << i;
+  }
+}
+
+TEST(Replay, WhatStandsBeforeTheFirstEvaluationQueryStaysCached) {
+  const TemporaryFolder folder;
+  RandomTrace().write(folder / "t.h5");
+  const TraceReader trace(folder / "t.h5");
+  ReplayRequest asked = make_request(policies(), {"8", "12"});
+  asked.eviction_positions = {30};
+  const TraceReplay from_eviction = replay(trace, asked).at(0);
+  EXPECT_EQ(from_eviction.evaluation_positions.size(), 40u);
+  asked.evaluate_from = kPromptEnd;
+  const TraceReplay from_prompt_end = replay(trace, asked).at(0);
+  EXPECT_EQ(from_prompt_end.evaluate_from, 60);
+  ASSERT_EQ(from_prompt_end.evaluation_positions.size(), 10u);
+  EXPECT_EQ(from_prompt_end.evaluation_positions.front(), 60);
+  for (std::size_t i = 0; i < from_eviction.results.size(); ++i) {
+    const ReplayResult& all = from_eviction.results[i];
+    const ReplayResult& last = from_prompt_end.results.at(i);
+    SCOPED_TRACE(all.policy);
+    if (all.oracle) continue;  // looks at the evaluation queries
+    EXPECT_EQ(all.kept.sets, last.kept.sets) << "a policy sees what stands before the eviction, and nothing else";
+    for (Table ReplayResult::*table : {&ReplayResult::head_error, &ReplayResult::layer_error,
+                                       &ReplayResult::attention_recall, &ReplayResult::cosine}) {
+      expect_last_columns(all.*table, last.*table);
+    }
+  }
+}
+
+TEST(Replay, OraclesAndRankAgreementLookAtTheSameQueries) {
+  const TemporaryFolder folder;
+  RandomTrace().write(folder / "t.h5");
+  const TraceReader trace(folder / "t.h5");
+  ReplayRequest asked =
+      make_request({"oracle-attention", "h2o(window=0)", "tova", "oracle-reconstruction"}, {"8"}, Granularity::query);
+  asked.eviction_positions = {30};
+  asked.rank_agreement = true;
+  const auto mean = [](const Table& table) {
+    return std::accumulate(table.numbers.begin(), table.numbers.end(), 0.0) / static_cast<double>(table.numbers.size());
+  };
+  std::vector<double> recall_of_oracle;
+  for (const int from : {30, 65}) {
+    asked.evaluate_from = from;
+    const TraceReplay found = replay(trace, asked).at(0);
+    EXPECT_EQ(found.evaluation_positions.front(), from);
+    recall_of_oracle.push_back(mean(found.results[0].attention_recall));
+    for (std::size_t i = 1; i < found.results.size(); ++i) {
+      EXPECT_LE(mean(found.results[i].attention_recall), recall_of_oracle.back() + 1e-6)
+          << "the bound on these queries";
+      EXPECT_GE(mean(found.results[i].layer_error) + 1e-6, mean(found.results[3].layer_error));
+    }
+    for (const float agreement : found.results[0].spearman.numbers) EXPECT_EQ(agreement, 1.0f);
+  }
+  EXPECT_NE(recall_of_oracle[0], recall_of_oracle[1]);
+}
+
+TEST(Replay, EvictionsOfATraceAreEvaluatedOnTheSameQueries) {
+  const TemporaryFolder folder;
+  RandomTrace().write(folder / "t.h5");
+  const TraceReader trace(folder / "t.h5");
+  ReplayRequest asked = make_request({"recent"}, {"8"});
+  asked.eviction_positions = {20, 50, 40};
+  std::vector<TraceReplay> replays = replay(trace, asked);
+  for (const TraceReplay& each : replays) {
+    EXPECT_EQ(each.evaluation_positions, replays[1].evaluation_positions);
+    EXPECT_EQ(each.evaluation_positions.front(), 50) << "the last of the evictions";
+    EXPECT_TRUE(each.notes.empty());
+  }
+  asked.evaluate_from = 30;
+  replays = replay(trace, asked);
+  EXPECT_EQ(replays[0].evaluation_positions.front(), 30);
+  EXPECT_EQ(replays[1].evaluation_positions.front(), 50);
+  EXPECT_EQ(replays[2].evaluation_positions.front(), 40);
+  for (const TraceReplay& each : replays) {
+    ASSERT_EQ(each.notes.size(), 1u);
+    EXPECT_EQ(each.notes[0],
+              "evictions at 20, 50, 40 are evaluated on different queries, from 30, 40, 50 on, so results of different "
+              "evictions cannot be compared; --evaluate-from 50 evaluates all of them on the same");
+  }
+}
+
 // The measures, from their definitions, in double precision.
 TEST(Replay, MeasuresFollowTheirDefinitions) {
   for (const RandomTrace& shape :

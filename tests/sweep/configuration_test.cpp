@@ -120,6 +120,7 @@ TEST(SweepIdentityTest, SurvivesItsFile) {
   identity.version = "1.2";
   identity.policies = {"snapkv", "kept(file=\"a,b\")"};
   identity.capacities = {"64", "25%"};
+  identity.evaluate_from = "prompt";
   identity.rank_agreement = true;
   identity.traces = {{"a b.h5", 1234567890123, "00ff"}};
   const test::TemporaryFolder folder;

@@ -263,6 +263,7 @@ TEST_F(UnitStoreTest, AChangedSweepIsRefusedNamingWhatDiffers) {
   EXPECT_THAT(changed([](auto& i) { std::swap(i.policies[0], i.policies[1]); }),
               HasSubstr("--policy stands in another order"));
   EXPECT_THAT(changed([](auto& i) { i.eviction_positions = {}; }), HasSubstr("--evict-at was 40, 60, is none"));
+  EXPECT_THAT(changed([](auto& i) { i.evaluate_from = "60"; }), HasSubstr("--evaluate-from was not given, is 60"));
   EXPECT_THAT(changed([](auto& i) { i.heads = "kv"; }), HasSubstr("--heads was query, is kv"));
   EXPECT_THAT(changed([](auto& i) { i.share = "max"; }), HasSubstr("--share was not given, is max"));
   EXPECT_THAT(changed([](auto& i) { i.version = "9.9"; }), AllOf(HasSubstr("version"), HasSubstr("is 9.9")));

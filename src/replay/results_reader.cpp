@@ -12,22 +12,13 @@
 #include "base/error.h"
 #include "base/printable.h"
 #include "replay/results_file.h"
+#include "trace/file_kind.h"
 
 namespace kvreplay {
 namespace {
 
 [[noreturn]] void fail(const hdf5::File& file, std::string_view where, std::string_view reason) {
   throw Error(fmt::format("{}: {}: {}", file.path().string(), where, reason));
-}
-
-// What a file of another kind is, for whoever named it by mistake.
-std::string kind_of(const hdf5::File& file) {
-  if (!file.has_attribute("/", "format")) return "a file of something else";
-  const std::string format = file.read_string("/", "format");
-  if (format == "kvreplay-results") return "a file of results, as --output writes it";
-  if (format == "kvreplay-kept") return "a file of kept sets, as --kept writes it";
-  if (format == "kvtrace") return "a trace, which a replay makes results of";
-  return fmt::format("a file of the format '{}'", printable(format));
 }
 
 // Opens a file that ResultStream wrote.

@@ -13,6 +13,7 @@
 #include "base/work.h"
 #include "hdf5/hdf5.h"
 #include "trace/check.h"
+#include "trace/file_kind.h"
 
 namespace kvreplay {
 
@@ -57,7 +58,7 @@ struct TraceReader::State {
 
   void check_format() {
     if (!file.has_attribute("/", "format") || file.read_string("/", "format") != "kvtrace") {
-      fail("/", "is not a kvtrace file: its attribute 'format' is not 'kvtrace'");
+      fail("/", fmt::format("is not a kvtrace file, but {}", kind_of(file)));
     }
     const std::int64_t version = file.read_int("/", "format_version");
     if (version > kFormatVersion) {

@@ -82,6 +82,17 @@ TEST_F(Usage, TracesAndPoliciesThatChangedPlacesAreTold) {
   EXPECT_THAT(two, AllOf(HasSubstr("recent"), HasSubstr("random")));
 }
 
+TEST_F(Usage, AFileOfAnotherKindIsSaidToBeWhatItIs) {
+  succeed(test::words("replay run.h5 -p recent -c 8 -o results.h5 --kept kept.h5"));
+  for (const std::string command :
+       {"replay results.h5 -p recent -c 8", "sweep results.h5 -p recent -c 8 -o s.h5", "inspect results.h5"}) {
+    refuse(test::words(command), 1,
+           {"results.h5: /: is not a kvtrace file, but a file of results, as --output writes it", "kvreplay analyze"});
+  }
+  refuse(test::words("inspect kept.h5"), 1, {"kept.h5: /: is not a kvtrace file, but a file of kept sets"});
+  refuse(test::words("analyze run.h5"), 1, {"run.h5: /: is not a file of results, but a trace"});
+}
+
 TEST_F(Usage, ValuesThatCannotBeAreNamed) {
   const std::string replay = "replay run.h5 --policy recent ";
   refuse_words(replay + "--capacity 0", {"capacity 0 keeps nothing"});

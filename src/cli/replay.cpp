@@ -18,6 +18,7 @@
 #include "cli/progress.h"
 #include "cli/replay_options.h"
 #include "notebooks-export/tables.h"
+#include "replay/engine.h"
 #include "replay/overlap.h"
 #include "replay/replay.h"
 #include "replay/results_file.h"
@@ -62,11 +63,14 @@ void run_replay(const ReplayOptions& options) {
 
   const auto started = std::chrono::steady_clock::now();
   std::vector<TraceReplay> replays;
+  std::vector<TraceNote> left_out;
   std::vector<OverlapTable> overlap_tables;
   {
     Progress progress;
     const std::vector<TraceReader> traces(files.begin(), files.end());
-    replays = replay(traces, request, [&](double share) { progress.show("replaying", share); });
+    const ReplayEngine engine(traces, request);
+    left_out = engine.left_out();
+    replays = replay(engine, [&](double share) { progress.show("replaying", share); });
   }
   for (const TraceReplay& replay : replays) std::ranges::move(overlaps(replay), std::back_inserter(overlap_tables));
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
@@ -82,7 +86,7 @@ void run_replay(const ReplayOptions& options) {
   fmt::print("{}\n\n{}\n{}", headline(replays), policy_table(rank_policies(replays)), legend(replays, seconds));
   for (const std::string& file : written) fmt::print("wrote {}\n", file);
   std::fflush(stdout);
-  print_notes(notes, replays);
+  print_notes(notes, replays, left_out);
   if (failure) std::rethrow_exception(failure);
 }
 

@@ -125,6 +125,8 @@ void add_request_options(CLI::App& command, ReplayOptions& options, bool require
       ->type_name("mean|max|sum");
   command.add_flag("--rank-agreement", options.rank_agreement,
                    "Also measure how far scores rank positions as oracle-attention does (Spearman, Kendall)");
+  command.add_flag("--strict", options.strict,
+                   "Refuse what cannot be replayed; without it that is left out with a note");
 }
 
 void add_output_options(CLI::App& command, ReplayOptions& options) {
@@ -171,6 +173,7 @@ ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string
   request.granularity = granularity_named(options.heads);
   request.share = share_named(options.share);
   request.rank_agreement = options.rank_agreement;
+  request.strict = options.strict;
   return request;
 }
 
@@ -268,19 +271,22 @@ std::string legend(const std::vector<TraceReplay>& replays, double seconds) {
       ranks ? "Spearman, Kendall: how far scores rank positions as oracle-attention does;\n" : "", over, seconds);
 }
 
-void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays) {
+void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays,
+                 const std::vector<TraceNote>& left_out) {
   for (const std::string& note : notes) fmt::print(stderr, "note: {}\n", note);
   std::vector<std::pair<std::string, std::vector<std::string>>> about;
   std::map<std::string, std::size_t> place;  // a grid may bring a note for each of its policies
+  const auto add = [&](const std::string& trace, const std::string& note) {
+    const auto [found, is_new] = place.try_emplace(note, about.size());
+    if (is_new) about.push_back({note, {}});
+    std::vector<std::string>& traces = about[found->second].second;
+    // Replays of a trace follow each other.
+    if (traces.empty() || traces.back() != trace) traces.push_back(trace);
+  };
   for (const TraceReplay& replay : replays) {
-    for (const std::string& note : replay.notes) {
-      const auto [found, is_new] = place.try_emplace(note, about.size());
-      if (is_new) about.push_back({note, {}});
-      std::vector<std::string>& traces = about[found->second].second;
-      // Replays of a trace follow each other.
-      if (traces.empty() || traces.back() != replay.trace) traces.push_back(replay.trace);
-    }
+    for (const std::string& note : replay.notes) add(replay.trace, note);
   }
+  for (const TraceNote& about_trace : left_out) add(about_trace.trace, about_trace.note);
   for (const auto& [note, traces] : about) {
     const std::size_t others = traces.size() - 1;
     fmt::print(stderr, "note: {}{}: {}\n", traces.front(),

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "replay/engine.h"
 #include "replay/replay.h"
 
 namespace CLI {
@@ -26,6 +27,7 @@ struct ReplayOptions {
   std::string heads;
   std::string share;
   bool rank_agreement = false;
+  bool strict = false;
   std::string results;
   std::string csv;
   std::string json;
@@ -61,7 +63,9 @@ std::string headline(const std::vector<TraceReplay>& replays);
 /// What the table's numbers are.
 std::string legend(const std::vector<TraceReplay>& replays, double seconds);
 
-/// Tells notes on standard error; the same note about several traces is one line.
-void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays);
+/// Tells notes on standard error, those of replays and of what was left out too; the same note about several traces is
+/// one line.
+void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays,
+                 const std::vector<TraceNote>& left_out);
 
 }  // namespace kvreplay::cli

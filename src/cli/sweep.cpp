@@ -57,9 +57,9 @@ struct SweepOptions {
 
 // What a configuration file may hold: options by their long names, and the traces.
 const std::vector<std::string>& configuration_keys() {
-  static const std::vector<std::string> keys = {"traces", "policy", "capacity",       "evict-at", "evaluate-from",
-                                                "heads",  "share",  "rank-agreement", "output",   "csv",
-                                                "json",   "kept",   "memory",         "threads",  "plugin"};
+  static const std::vector<std::string> keys = {
+      "traces", "policy", "capacity", "evict-at", "evaluate-from", "heads",  "share",   "rank-agreement",
+      "strict", "output", "csv",      "json",     "kept",          "memory", "threads", "plugin"};
   return keys;
 }
 
@@ -164,7 +164,7 @@ void print_plan(const Preparation& sweep, const Ranks& ranks, const Speed& speed
   const std::size_t units = sweep.engine->units().size();
   fmt::print(stderr, "sweep: {}: {}, {}, {}, {}\n", counted(settings, "setting"),
              counted(sweep.request.policies.size(), "policy"), counted(sweep.request.capacities.size(), "capacity"),
-             counted(outlines.size() / sweep.traces.size(), "eviction position"),
+             counted(std::max<std::size_t>(1, sweep.request.eviction_positions.size()), "eviction position"),
              counted(sweep.traces.size(), "trace"));
   double seconds = 0;
   for (const std::vector<ReplayUnit>& part : sweep.parts) {
@@ -366,7 +366,7 @@ void run_sweep(CLI::App& command, const SweepOptions& options) {
   sweep.parts = divide_units(*sweep.engine, sweep.left, ranks->size());
   if (ranks->is_first()) print_plan(sweep, *ranks, guess_speed(), finished);
   if (options.dry_run) {
-    if (ranks->is_first()) print_notes(sweep.notes, sweep.engine->outlines());
+    if (ranks->is_first()) print_notes(sweep.notes, sweep.engine->outlines(), sweep.engine->left_out());
     return;
   }
 
@@ -390,7 +390,7 @@ void run_sweep(CLI::App& command, const SweepOptions& options) {
     print_tables(options, sweep, ranking, seconds);
     for (const std::string& file : written) fmt::print("wrote {}\n", file);
     std::fflush(stdout);
-    print_notes(sweep.notes, sweep.engine->outlines());
+    print_notes(sweep.notes, sweep.engine->outlines(), sweep.engine->left_out());
   });
 }
 

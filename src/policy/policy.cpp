@@ -130,9 +130,9 @@ int sets_per_layer(const BudgetRequest& request) {
   return 1;
 }
 
-int Policy::minimum_capacity() const {
-  return ranking ? std::max(1, ranking->protection().count()) : pattern->minimum_capacity();
-}
+int Pattern::minimum_capacity(const HeadShape& /*shape*/) const { return std::max(1, protection().count()); }
+
+int Policy::minimum_capacity() const { return std::max(1, protection().count()); }
 
 MethodRegistration::MethodRegistration(Method method) { register_methods({std::move(method)}); }
 

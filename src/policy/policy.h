@@ -14,7 +14,8 @@
 
 namespace kvreplay {
 
-/// Positions that are kept whatever their score.
+/// Positions that are kept whatever their score. They count towards the capacity: one below them cannot be replayed,
+/// and one that is no more leaves nothing to choose.
 struct Protection {
   int sinks = 0;   ///< the first positions of the prompt
   int window = 0;  ///< the last positions of the prompt: the observation window
@@ -39,8 +40,13 @@ class Ranking {
  public:
   virtual ~Ranking() = default;
 
-  /// Protected positions count towards the capacity and are not ranked.
+  /// Protected positions are not ranked.
   virtual Protection protection() const { return {}; }
+
+  /// How many of the prompt's positions stand ahead of all that scores decide on: the protected ones, and more where a
+  /// method puts others in a fixed order before those that it can judge. A capacity of no more leaves nothing to
+  /// choose.
+  virtual int unscored(int /*prompt_length*/) const { return protection().count(); }
 
   virtual Requirements requirements() const { return {}; }
 
@@ -77,8 +83,15 @@ class Pattern {
  public:
   virtual ~Pattern() = default;
 
-  /// The smallest capacity that the pattern can be drawn with.
-  virtual int minimum_capacity() const { return 1; }
+  /// Positions that every capacity keeps.
+  virtual Protection protection() const { return {}; }
+
+  /// The smallest capacity that the pattern can be drawn with in a head of this shape: at least what it protects.
+  virtual int minimum_capacity(const HeadShape& shape) const;
+
+  /// Throws Error where it cannot be drawn in a head of this shape at any capacity. Asked for every layer before any
+  /// work.
+  virtual void check(const HeadShape& /*shape*/) const {}
 
   /// What the capacity asked for means to the pattern.
   enum class CapacityRule {
@@ -132,6 +145,10 @@ class Budget {
   /// Whether allocate() looks at the scores (an adaptive budget cannot be put on a pattern).
   virtual bool needs_scores() const { return false; }
 
+  /// Throws Error where a layer cannot be divided, whatever the scores, which are not given. Asked for every layer
+  /// before any work; other budgets than those that need scores are asked to allocate() as well.
+  virtual void check(const BudgetRequest& /*request*/) const {}
+
   /// The mean capacity of a budget that brings its own numbers, whatever capacity is asked for.
   virtual std::optional<int> own_capacity() const { return std::nullopt; }
 
@@ -168,7 +185,11 @@ struct Policy {
   bool oracle = false;  ///< looks at evaluation queries, which no policy can know; marked wherever it is shown
   int exchanges = 0;    ///< oracles: exchanges per kept set that may reduce the layer error afterwards; 0: none
 
-  /// The smallest legal capacity: the protected positions, and at least one.
+  /// Positions that are kept whatever is scored.
+  Protection protection() const { return ranking ? ranking->protection() : pattern->protection(); }
+
+  /// The smallest legal capacity: the protected positions, and at least one. A pattern may need more, by the head's
+  /// shape.
   int minimum_capacity() const;
 };
 

@@ -32,6 +32,18 @@ float span_recall(const std::vector<int>& kept, const Span& span, int eviction_p
   return static_cast<float>(last - first) / static_cast<float>(end - span.start);
 }
 
+// Why a trace cannot be evicted at a position; empty if it can.
+std::string eviction_obstacle(const TraceInfo& info, int eviction_position) {
+  if (eviction_position < 1 || eviction_position > info.num_tokens()) {
+    return fmt::format("eviction position {} is outside the trace's {} tokens", eviction_position, info.num_tokens());
+  }
+  if (info.query_positions.back() >= eviction_position) return "";
+  return fmt::format(
+      "no query at or after position {} was captured, so there is nothing to evaluate; capture with --generate 2 or "
+      "more, or evict earlier with --evict-at",
+      eviction_position);
+}
+
 // Where the evaluation of all of a trace's evictions begins; each of them begins there or, if it is later, at itself.
 int evaluation_start(const TraceInfo& info, const ReplayRequest& request, const std::vector<int>& evictions) {
   if (!request.evaluate_from) return std::ranges::max(evictions);
@@ -39,30 +51,17 @@ int evaluation_start(const TraceInfo& info, const ReplayRequest& request, const 
 }
 
 TraceReplay prepare(const TraceReader& trace, const Eviction& eviction) {
-  const int eviction_position = eviction.position;
   const TraceInfo& info = trace.info();
   TraceReplay replay;
   replay.trace = trace.path().string();
   replay.model = info.model;
   replay.prompt_length = info.prompt_length;
-  replay.eviction_position = eviction_position;
+  replay.eviction_position = eviction.position;
   replay.evaluate_from = eviction.evaluate_from;
-  if (eviction_position < 1 || eviction_position > info.num_tokens()) {
-    throw Error(fmt::format("{}: eviction position {} is outside the trace's {} tokens", replay.trace,
-                            eviction_position, info.num_tokens()));
-  }
   const auto positions = evaluation_queries(info, eviction).positions;
   replay.evaluation_positions.assign(positions.begin(), positions.end());
-  if (replay.evaluation_positions.empty()) {
-    throw Error(fmt::format(
-        "{}: no query at or after position {} was captured, so there is nothing to evaluate; capture with --generate 2 "
-        "or more, or {}",
-        replay.trace, eviction.evaluate_from,
-        eviction.evaluate_from > eviction_position ? "evaluate from an earlier position with --evaluate-from"
-                                                   : "evict earlier with --evict-at"));
-  }
   for (const Span& span : info.spans) {
-    if (span.start < eviction_position && span.end > span.start) replay.spans.push_back(span);
+    if (span.start < eviction.position && span.end > span.start) replay.spans.push_back(span);
   }
   return replay;
 }
@@ -112,6 +111,7 @@ ReplayResult outline_of(const Setting& setting, const TraceReplay& replay) {
   result.share = setting.share;
   result.oracle = setting.policy->oracle;
   result.rank_agreement = setting.rank_agreement;
+  result.nothing_to_choose = setting.nothing_to_choose;
   result.kept.granularity = setting.granularity == Granularity::query ? Granularity::query : Granularity::kv;
   result.kept.sets_per_layer = replay.model.num_key_value_heads * setting.sets_per_kv_head(replay.model);
   return result;
@@ -139,17 +139,49 @@ void add_measures(const LayerMeasures& measures, const TraceReplay& replay, Laye
 
 ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest request)
     : traces_(traces), request_(std::move(request)) {
+  std::string refusal;
   for (std::size_t t = 0; t < traces_.size(); ++t) {
-    const std::string digest = trace_digest(traces_[t]);
-    std::vector<int> evictions = request_.eviction_positions;
-    if (evictions.empty()) evictions.push_back(traces_[t].info().prompt_length);
-    const int start = evaluation_start(traces_[t].info(), request_, evictions);
+    const TraceReader& trace = traces_[t];
+    const TraceInfo& info = trace.info();
+    const std::string& file = trace.path().string();
+    const auto leave_out = [&](const std::string& why, const std::vector<std::string>& notes) {
+      if (request_.strict) throw Error(fmt::format("{}: {}", file, why));
+      if (refusal.empty()) refusal = fmt::format("{}: {}", file, why);
+      for (const std::string& note : notes) left_out_.push_back({file, note});
+    };
+    std::vector<int> asked = request_.eviction_positions;
+    if (asked.empty()) asked.push_back(info.prompt_length);
+    std::vector<int> evictions;
+    for (const int eviction : asked) {
+      const std::string why = eviction_obstacle(info, eviction);
+      if (why.empty()) {
+        evictions.push_back(eviction);
+      } else {
+        leave_out(why, {fmt::format("left out: {}", why)});
+      }
+    }
+    if (evictions.empty()) continue;
+    const int start = evaluation_start(info, request_, evictions);
+    if (start > info.query_positions.back()) {
+      const std::string why = fmt::format(
+          "no query at or after position {} was captured, so there is nothing to evaluate; evaluate from an earlier "
+          "position with --evaluate-from",
+          start);
+      leave_out(why, {fmt::format("left out: {}", why)});
+      continue;
+    }
+    const std::string digest = trace_digest(trace);
+    const std::size_t first = outlines_.size();
     for (const int eviction : evictions) {
-      TraceReplay& outline = outlines_.emplace_back(prepare(traces_[t], {eviction, start}));
+      TraceReplay outline = prepare(trace, {eviction, start});
       outline.trace_digest = digest;
-      settings_.push_back(settings_for(traces_[t], request_, eviction, outline.notes));
-      const std::vector<Setting>& settings = settings_.back();
-      const RankingRequirements& asked = requirements_.emplace_back(settings, eviction);
+      LeftOut left_out;
+      std::vector<Setting> settings = settings_for(trace, request_, eviction, outline.notes, left_out);
+      if (!left_out.first().empty() && (settings.empty() || request_.strict)) {
+        leave_out(left_out.first(), left_out.notes());
+        continue;
+      }
+      const RankingRequirements& needs = requirements_.emplace_back(settings, eviction);
       Sums& sums = sums_.emplace_back();
       for (const Setting& setting : settings) {
         outline.results.push_back(outline_of(setting, outline));
@@ -157,12 +189,15 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
         sums.compared += setting.rank_agreement ? 1 : 0;
       }
       sums.layer_bytes = LayerSelection::memory_of_layer(outline, settings);
-      sums.head_bytes = LayerSelection::memory_of_head(traces_[t], outline, settings, asked);
-      sums.least_combinations = LayerSelection::least_combination_bytes(outline, asked);
+      sums.head_bytes = LayerSelection::memory_of_head(trace, outline, settings, needs);
+      sums.least_combinations = LayerSelection::least_combination_bytes(outline, needs);
+      outlines_.push_back(std::move(outline));
+      settings_.push_back(std::move(settings));
       trace_of_outline_.push_back(t);
     }
-    note_other_queries(std::span(outlines_).last(evictions.size()));
+    note_other_queries(std::span(outlines_).subspan(first));
   }
+  if (outlines_.empty()) throw Error(refusal);
 }
 
 std::vector<ReplayUnit> ReplayEngine::units() const {

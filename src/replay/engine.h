@@ -4,6 +4,7 @@
 #include <compare>
 #include <functional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "base/work.h"
@@ -35,14 +36,21 @@ struct LayerResult {
   std::vector<float> kendall;           ///< [H] the same
 };
 
+/// What is said of a trace.
+struct TraceNote {
+  std::string trace;
+  std::string note;
+};
+
 /// Replays a request over traces. Heads of a unit, and units, are spread over OpenMP's threads; results are the same
 /// bits for any number of them, for any order and division of the units, and whatever other policies are replayed with
 /// a policy (but for oracle-reconstruction, which starts from them).
 class ReplayEngine {
  public:
-  /// Looks at everything that can be wrong before any work: throws Error where a capacity is below what a policy
-  /// protects, a policy needs what a trace does not hold, or there is nothing to evaluate. The traces must outlive the
-  /// engine.
+  /// Looks at everything that can be wrong before any work. What cannot be replayed is left out, which the notes of an
+  /// outline tell, or left_out() where there is no outline to tell it: a capacity below what a policy protects, a need
+  /// that a trace does not hold, an eviction that has nothing to be evaluated on. Throws Error where nothing is left,
+  /// and for strict requests where anything would be left out. The traces must outlive the engine.
   ReplayEngine(std::span<const TraceReader> traces, ReplayRequest request);
   ReplayEngine(const ReplayEngine&) = delete;
   ReplayEngine& operator=(const ReplayEngine&) = delete;
@@ -50,6 +58,9 @@ class ReplayEngine {
   /// What will be replayed, traces in the order given, eviction positions within: everything of a TraceReplay but kept
   /// sets and numbers.
   const std::vector<TraceReplay>& outlines() const { return outlines_; }
+
+  /// What was asked of traces and is in no outline.
+  const std::vector<TraceNote>& left_out() const { return left_out_; }
 
   /// Every layer of every outline, in order.
   std::vector<ReplayUnit> units() const;
@@ -111,12 +122,17 @@ class ReplayEngine {
   std::span<const TraceReader> traces_;
   ReplayRequest request_;
   std::vector<TraceReplay> outlines_;
+  std::vector<TraceNote> left_out_;
   std::vector<std::size_t> trace_of_outline_;
   std::vector<std::vector<Setting>> settings_;     // per outline
   std::vector<RankingRequirements> requirements_;  // the same
   std::vector<Sums> sums_;                         // the same
   Index memory_limit_ = 0;                         // 0: none was given
 };
+
+/// Does all units of an engine and returns everything at once. `progress` is told the share of the work that is done,
+/// in [0, 1].
+std::vector<TraceReplay> replay(const ReplayEngine& engine, const std::function<void(double)>& progress = {});
 
 /// Gives the results of an outline their tables, filled with zeros.
 void allocate_tables(TraceReplay& replay);

@@ -66,9 +66,7 @@ double KeptSets::mean_size() const {
   return positions / static_cast<double>(sets.size());
 }
 
-std::vector<TraceReplay> replay(std::span<const TraceReader> traces, const ReplayRequest& request,
-                                const std::function<void(double)>& progress) {
-  const ReplayEngine engine(traces, request);
+std::vector<TraceReplay> replay(const ReplayEngine& engine, const std::function<void(double)>& progress) {
   std::vector<TraceReplay> replays = engine.outlines();
   for (TraceReplay& replay : replays) allocate_tables(replay);
   const std::vector<ReplayUnit> units = engine.units();
@@ -79,6 +77,11 @@ std::vector<TraceReplay> replay(std::span<const TraceReader> traces, const Repla
   });
   for (TraceReplay& replay : replays) settle_capacities(replay);
   return replays;
+}
+
+std::vector<TraceReplay> replay(std::span<const TraceReader> traces, const ReplayRequest& request,
+                                const std::function<void(double)>& progress) {
+  return replay(ReplayEngine(traces, request), progress);
 }
 
 std::vector<TraceReplay> replay(const TraceReader& trace, const ReplayRequest& request) {

@@ -40,6 +40,7 @@ struct ReplayRequest {
   std::optional<Granularity> granularity;  ///< none: the policy's own, or kv
   std::optional<Share> share;              ///< none: the policy's own, or mean
   bool rank_agreement = false;             ///< compare scores with the oracle's importance
+  bool strict = false;                     ///< refuse what cannot be replayed, instead of leaving it out with a note
 };
 
 /// The request of these specs at these capacities, written as on the command line. Throws UsageError.
@@ -80,6 +81,8 @@ struct ReplayResult {
   Share share = Share::mean;
   bool oracle = false;          ///< looked at the evaluation queries
   bool rank_agreement = false;  ///< whether scores are compared with the oracle's importance
+  /// Whether the capacity is no more than what the policy keeps whatever the scores, so that its choice is not seen.
+  bool nothing_to_choose = false;
   KeptSets kept;
   Table head_error;        ///< [L, H, E]
   Table layer_error;       ///< [L, E]

@@ -97,6 +97,9 @@ StoredResult read_identity(const hdf5::File& file, const std::string& group) {
   if (!known) fail(file, group, fmt::format("attribute 'share' is '{}', not mean, max or sum", share));
   result.share = *known;
   result.oracle = file.read_int(group, "oracle") != 0;
+  if (file.has_attribute(group, "nothing_to_choose")) {
+    result.nothing_to_choose = file.read_int(group, "nothing_to_choose") != 0;
+  }
   for (const std::int32_t position : file.read_int32s(group + "/evaluation_positions")) {
     result.evaluation_positions.push_back(position);
   }

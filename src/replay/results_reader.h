@@ -29,6 +29,7 @@ struct StoredResult {
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
   bool oracle = false;
+  bool nothing_to_choose = false;         ///< see ReplayResult; false where an older file does not say
   std::vector<int> evaluation_positions;  ///< [E]
   std::vector<Span> spans;                ///< [S]
   std::vector<std::string> notes;

@@ -325,18 +325,7 @@ void LayerSelection::select_together(int index) {
 std::vector<int> LayerSelection::allocate(const Setting& setting, const std::vector<HeadScores>& scores) const {
   const Policy& policy = *setting.policy;
   if (!policy.budget) return {setting.capacity};
-  BudgetRequest request{.layer = layer_,
-                        .num_layers = model_.num_layers,
-                        .prompt_length = prompt_,
-                        .capacity = setting.capacity,
-                        .protection = policy.ranking ? policy.ranking->protection()
-                                                     : Protection{.sinks = policy.pattern->minimum_capacity()},
-                        .granularity = setting.granularity,
-                        .num_query_heads = model_.num_attention_heads,
-                        .num_kv_heads = model_.num_key_value_heads,
-                        .pyramid_on_short_prompts = policy.ranking && policy.ranking->pyramid_on_short_prompts(),
-                        .query_head_scores = {},
-                        .kv_head_scores = {}};
+  BudgetRequest request = setting.budget_request(head_shape(trace_.info(), layer_, 0, prompt_));
   for (const HeadScores& part : scores) {
     for (Index member = 0; member < part.query.rows(); ++member) {
       request.query_head_scores.push_back(row_of(part.query, member));

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "policy/policy.h"
+#include "replay/left_out.h"
 #include "replay/replay.h"
 #include "trace/reader.h"
 
@@ -19,7 +20,8 @@ struct Setting {
   int capacity = 0;                ///< at most the prompt
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
-  bool rank_agreement = false;  ///< whether its scores are compared with the oracle's importance
+  bool rank_agreement = false;     ///< whether its scores are compared with the oracle's importance
+  bool nothing_to_choose = false;  ///< see ReplayResult
 
   /// Whether every position is kept, so that nothing needs to be ranked.
   bool keeps_all(int prompt_length) const;
@@ -30,6 +32,9 @@ struct Setting {
 
   /// Whether a head's kept sets can be drawn without looking at the layer's other heads.
   bool is_local() const;
+
+  /// What a budget is asked for in the layer of a head of this shape, without scores.
+  BudgetRequest budget_request(const HeadShape& shape) const;
 
   /// How many sets the query heads of one KV head keep.
   int sets_per_kv_head(const ModelInfo& model) const {
@@ -59,10 +64,10 @@ struct RankingRequirements {
 };
 
 /// Every policy at every capacity for an eviction at `eviction_position`, policies in the order given, capacities
-/// within. The request must outlive them. `notes` receives what a reader of the numbers has to know. Throws Error where
-/// a capacity is below what a policy protects, heads cannot share as asked, or a policy needs what the trace does not
-/// hold.
+/// within. The request must outlive them. What cannot be replayed is `left_out`: where a capacity is below what a
+/// policy protects, a pattern or a budget cannot be drawn, heads cannot share as asked, or a policy needs what the
+/// trace does not hold. `notes` receives what a reader of the numbers has to know, what is left out included.
 std::vector<Setting> settings_for(const TraceReader& trace, const ReplayRequest& request, int eviction_position,
-                                  std::vector<std::string>& notes);
+                                  std::vector<std::string>& notes, LeftOut& left_out);
 
 }  // namespace kvreplay

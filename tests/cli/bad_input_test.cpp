@@ -106,7 +106,12 @@ TEST_F(BadTrace, WithoutTheQueriesThatAPolicyNeeds) {
   RandomTrace{.captured_prompt_queries = 8, .attention_mass = false}.write(folder_ / "run.h5");
   refuse(test::words("replay run.h5 --policy snapkv --capacity 40"), 1,
          {"snapkv needs the last 32 queries", "holds the last 8", "--queries window:32"});
-  refuse(test::words("replay run.h5 --policy h2o --capacity 40"), 1, {"h2o needs", "--queries all"});
+  refuse(test::words("replay run.h5 --policy h2o --capacity 40"), 1,
+         {"h2o needs", "--queries all", "attention_mass=True"});
+  const test::Outcome outcome = succeed(test::words("replay run.h5 --policy h2o recent --capacity 40"));
+  EXPECT_THAT(outcome.errors, HasSubstr("note: run.h5: left out: h2o: h2o needs"));
+  EXPECT_THAT(outcome.output, HasSubstr("\nrecent "));
+  refuse(test::words("replay run.h5 --policy h2o recent --capacity 40 --strict"), 1, {"h2o needs"});
   succeed(test::words("replay run.h5 --policy snapkv(window=8) --capacity 40"));
 }
 
@@ -118,8 +123,13 @@ TEST_F(BadTrace, AmongGoodOnesLosesNothing) {
 }
 
 TEST_F(BadTrace, CapacityBelowTheWindow) {
-  refuse(test::words("replay run.h5 --policy snapkv --capacity 40,16"), 1,
+  refuse(test::words("replay run.h5 --policy snapkv --capacity 16"), 1,
          {"run.h5: capacity 16 is below the 32 positions that snapkv always keeps"});
+  refuse(test::words("replay run.h5 --policy snapkv --capacity 40,16 --strict"), 1,
+         {"run.h5: capacity 16 is below the 32 positions that snapkv always keeps"});
+  EXPECT_EQ(succeed(test::words("replay run.h5 --policy snapkv --capacity 40,16")).errors,
+            "note: run.h5: left out: snapkv at 16: capacity 16 is below the 32 positions that snapkv always keeps; ask "
+            "for a larger capacity or protect fewer\n");
   refuse(test::words("replay run.h5 --policy snapkv --capacity 25%"), 1, {"capacity 25% (15 of 60 positions)"});
 }
 

@@ -99,10 +99,12 @@ class AdaKVOfKvpress : public Budget {
 
   bool needs_scores() const override { return true; }
 
+  void check(const BudgetRequest& request) const override {
+    if (request.granularity == Granularity::kv) return;
+    throw Error("adakv@kvpress divides positions among KV heads; leave out --heads");
+  }
+
   std::vector<int> allocate(const BudgetRequest& request) const override {
-    if (request.granularity != Granularity::kv) {
-      throw Error("adakv@kvpress divides positions among KV heads; leave out --heads");
-    }
     const int protected_count = request.protection.count();
     const int safe = std::max(protected_count, static_cast<int>(request.capacity * safeguard_));
     struct Entry {

@@ -22,6 +22,10 @@ class CriticalKV : public Ranking {
       : base_(std::move(base)), first_(first), epsilon_(static_cast<float>(epsilon)) {}
 
   Protection protection() const override { return base_->protection(); }
+  // The second stage ranks anew what the base would put first.
+  int unscored(int prompt_length) const override {
+    return first_ < 1 ? protection().count() : base_->unscored(prompt_length);
+  }
   Requirements requirements() const override {
     Requirements needs = base_->requirements();
     needs.output_projection = true;

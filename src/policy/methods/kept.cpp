@@ -28,14 +28,14 @@ class KeptFromFile : public Pattern {
     if (file.has_attribute(group, "evict_at")) evict_at_ = static_cast<int>(file.read_int(group, "evict_at"));
     kept_ = file.read_int32s(group + "/kept");
     offsets_ = file.read_int64s(group + "/offsets");
-    check();
+    check_offsets();
   }
 
   CapacityRule capacity_rule() const override { return CapacityRule::own; }
   Granularity coarsest_granularity() const override { return per_query_head_ ? Granularity::query : Granularity::kv; }
 
-  std::vector<int> keep(const HeadShape& shape, int member, int /*capacity*/) const override {
-    const int heads = per_query_head_ ? shape.num_kv_heads * shape.group_size : shape.num_kv_heads;
+  void check(const HeadShape& shape) const override {
+    const int heads = heads_of(shape);
     const auto sets = static_cast<std::int64_t>(offsets_.size()) - 1;
     if (sets != static_cast<std::int64_t>(shape.num_layers) * heads) {
       throw Error(fmt::format("{}: holds {} sets; the trace has {} layers of {} {} heads", place_, sets,
@@ -45,6 +45,10 @@ class KeptFromFile : public Pattern {
       throw Error(fmt::format("{}: was kept at position {}, and this eviction is at {}", place_, *evict_at_,
                               shape.prompt_length));
     }
+  }
+
+  std::vector<int> keep(const HeadShape& shape, int member, int /*capacity*/) const override {
+    const int heads = heads_of(shape);
     const int head = per_query_head_ ? shape.query_head(member) : shape.kv_head;
     const auto set = static_cast<std::size_t>(shape.layer * heads + head);
     std::vector<int> kept(kept_.begin() + offsets_[set], kept_.begin() + offsets_[set + 1]);
@@ -57,7 +61,9 @@ class KeptFromFile : public Pattern {
   }
 
  private:
-  void check() const {
+  int heads_of(const HeadShape& shape) const { return shape.num_kv_heads * (per_query_head_ ? shape.group_size : 1); }
+
+  void check_offsets() const {
     if (offsets_.size() < 2 || offsets_.front() != 0 || offsets_.back() != static_cast<std::int64_t>(kept_.size())) {
       throw Error(
           fmt::format("{}: offsets must lead from 0 to the number of kept positions, {}", place_, kept_.size()));

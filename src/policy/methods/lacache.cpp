@@ -25,29 +25,30 @@ class LaCache : public Pattern {
  public:
   LaCache(int sinks, int span, int overlap) : sinks_(sinks), span_(span), overlap_(overlap) {}
 
-  int minimum_capacity() const override { return std::max(1, sinks_); }
+  Protection protection() const override { return {.sinks = sinks_}; }
+
+  // One rung, and a position for every layer.
+  int minimum_capacity(const HeadShape& shape) const override {
+    const Rung rung = rung_over(shape.num_layers);
+    if (rung.saved() == 0) return std::max(1, sinks_);
+    return sinks_ + shape.num_layers + rung.kept - rung.saved() / 2;
+  }
+
+  void check(const HeadShape& shape) const override {
+    const int span = span_over(shape.num_layers);
+    if (overlap_ < span) return;
+    throw Error(fmt::format("lacache: overlap {} must be smaller than span {}, which {} layers allow", overlap_, span,
+                            shape.num_layers));
+  }
 
   std::vector<int> keep(const HeadShape& shape, int /*member*/, int capacity) const override {
     const int prompt = shape.prompt_length;
-    const int layers = shape.num_layers;
-    const int span = std::min(span_ > 0 ? span_ : std::max(1, layers / 2), layers);
-    if (overlap_ >= span) {
-      throw Error(fmt::format("lacache: overlap {} must be smaller than span {}", overlap_, span));
-    }
     if (capacity >= prompt) return range(0, prompt);
-
-    // A rung is `rung` positions of which a layer keeps `kept`.
-    const int rung = 1 + divided_up(layers - span, span - overlap_);
-    const int kept = std::min(divided_up(span, span - overlap_), rung);
+    const auto [rung, kept] = rung_over(shape.num_layers);
     const int saved = rung - kept;
     if (saved == 0) return sinks_and_recent(prompt, capacity);
     capacity += saved / 2;  // so that the mean over layers comes out near the capacity asked for
-    const int room = capacity - sinks_ - layers;
-    if (room < kept) {
-      throw Error(fmt::format("lacache: capacity {} cannot hold a ladder over {} layers; it takes at least {}",
-                              capacity - saved / 2, layers, sinks_ + layers + kept - saved / 2));
-    }
-
+    const int room = capacity - sinks_ - shape.num_layers;
     const int excess = std::max(0, prompt - capacity);
     const int saved_at_most = room / kept * saved;
     const int rungs = (excess > saved_at_most ? room : divided_up(excess, saved) * kept) / kept;
@@ -73,6 +74,22 @@ class LaCache : public Pattern {
   }
 
  private:
+  // So many positions of which a layer keeps so many.
+  struct Rung {
+    int positions;
+    int kept;
+
+    int saved() const { return positions - kept; }
+  };
+
+  int span_over(int layers) const { return std::min(span_ > 0 ? span_ : std::max(1, layers / 2), layers); }
+
+  Rung rung_over(int layers) const {
+    const int span = span_over(layers);
+    const int positions = 1 + divided_up(layers - span, span - overlap_);
+    return {positions, std::min(divided_up(span, span - overlap_), positions)};
+  }
+
   static std::vector<int> range(int first, int last) {
     std::vector<int> positions;
     add_range(positions, first, last);

@@ -3,11 +3,12 @@
 // After `sinks` positions the prompt is cut into chunks of `lag`. Keys of a chunk are scaled channel by channel by the
 // range that the next chunk's keys span; a position's spread is the standard deviation over its scaled channels, and a
 // softmax over the chunk makes it comparable. Values likewise; the score is the mean of both (paper, section 3). As
-// kvpress does, only the rank within the chunk counts. Sinks, the last whole chunk and what follows it come first.
+// kvpress does, only the rank within the chunk counts. Sinks are always kept. The last whole chunk and what follows it,
+// which nothing judges, come before all others.
 //
-// Where the protected parts alone exceed the capacity, sinks go before the tail, and the tail's later positions before
-// its earlier ones (kvpress leaves that tie to chance). A prompt shorter than sinks + 2·lag keeps sinks and the most
-// recent positions. A channel whose range is 0 counts as 0.
+// Where the capacity does not hold all of this tail, its later positions go before its earlier ones (kvpress leaves
+// that tie to chance, and can lose sinks with it): that is streamingllm, and so is every capacity on a prompt shorter
+// than sinks + 2·lag. A channel whose range is 0 counts as 0.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -21,12 +22,14 @@ class LagKV : public Ranking {
  public:
   LagKV(int sinks, int lag) : sinks_(sinks), lag_(lag) {}
 
+  Protection protection() const override { return {.sinks = sinks_}; }
+  int unscored(int prompt_length) const override { return prompt_length - judged_of(prompt_length); }
+
   void score(const Head& head, int /*member*/, std::span<float> scores) const override {
     const int prompt = head.prompt_length();
-    const int chunks = std::max(0, (prompt - sinks_) / lag_);
-    const int judged = std::max(0, chunks - 1) * lag_;  // positions that a following chunk judges
-    // Always kept first, sinks before all else; ranks within chunks lie below 1. Without such ranks the scores after
-    // the sinks are those of kvpress.
+    const int judged = judged_of(prompt);
+    // The tail first; ranks within chunks lie below 1. Without such ranks the scores after the sinks are those of
+    // kvpress.
     const int reference = judged == 0 ? sinks_ : 0;
     const float lowest = judged == 0 ? 0.0f : 1.0f;
     for (int n = 0; n < prompt; ++n) {
@@ -47,6 +50,9 @@ class LagKV : public Ranking {
   }
 
  private:
+  // How many positions a following chunk judges.
+  int judged_of(int prompt) const { return std::max(0, (prompt - sinks_) / lag_ - 1) * lag_; }
+
   // Softmax over the chunk at `first` of each position's spread over channels: [lag].
   Eigen::VectorXf spread(const Matrix& states, int first) const {
     const auto next = states.middleRows(first + lag_, lag_);
@@ -72,7 +78,7 @@ const MethodRegistration lagkv({
     .name = "lagkv",
     .summary = "Keeps positions whose keys and values stand out when scaled by the chunk that follows them.",
     .source = "arXiv 2504.04704, section 3",
-    .parameters = {Parameter::integer("sinks", 4, 0, "first positions, kept before all others"),
+    .parameters = {Parameter::integer("sinks", 4, 0, "first positions, always kept"),
                    Parameter::integer("lag", 128, 1, "positions per chunk")},
     .compose =
         [](const Arguments& a) {

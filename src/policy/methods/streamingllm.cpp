@@ -13,7 +13,7 @@ class StreamingLLM : public Pattern {
  public:
   explicit StreamingLLM(int sinks) : sinks_(sinks) {}
 
-  int minimum_capacity() const override { return std::max(1, sinks_); }
+  Protection protection() const override { return {.sinks = sinks_}; }
 
   std::vector<int> keep(const HeadShape& shape, int /*member*/, int capacity) const override {
     std::vector<int> kept;
@@ -33,7 +33,7 @@ class FirstAndWindow : public Pattern {
  public:
   explicit FirstAndWindow(int window) : window_(window) {}
 
-  int minimum_capacity() const override { return std::max(1, window_); }
+  Protection protection() const override { return {.window = window_}; }
 
   std::vector<int> keep(const HeadShape& shape, int member, int capacity) const override {
     return StreamingLLM(capacity - window_).keep(shape, member, capacity);

@@ -35,7 +35,7 @@ std::vector<std::string> values_of(const std::string& parameter, const std::vect
 
 // All that two settings have to agree in for `parameter` to be what they differ by.
 std::string others_of(const std::string& parameter, const Member& member) {
-  std::string others = member.row->capacity_request;
+  std::string others = fmt::format("{}\n{}", member.row->capacity_request, member.row->same_places);
   for (const std::string& key : member.structure->order) {
     // What a nested spec holds belongs to its value; what holds the parameter contains it.
     if (key == parameter || key.starts_with(parameter + ".") || parameter.starts_with(key + ".")) continue;
@@ -72,6 +72,7 @@ std::vector<ParameterEffect> parameter_effects(const std::vector<PolicyRow>& row
   std::map<std::string, std::vector<Member>> methods;
   std::vector<std::string> order;
   for (const PolicyRow& row : rows) {
+    if (row.nothing_to_choose) continue;
     const auto [found, is_new] = structures.try_emplace(row.policy);
     if (is_new) found->second = spec_structure(row.policy);
     std::vector<Member>& members = methods[found->second.method];

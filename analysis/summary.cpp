@@ -4,6 +4,7 @@
 #include <iterator>
 #include <limits>
 #include <numeric>
+#include <tuple>
 
 #include "replay/measure.h"
 
@@ -80,10 +81,13 @@ std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayRes
                      .capacity_request = result.capacity_request,
                      .capacity = result.capacity,
                      .kept = result.kept.mean_size(),
+                     .bytes_per_token = bytes_per_token(replay, result),
                      .eviction_position = result.eviction_position,
+                     .evaluate_from = replay.evaluation_positions.front(),
                      .granularity = result.granularity,
                      .share = result.share,
                      .oracle = result.oracle,
+                     .nothing_to_choose = result.nothing_to_choose,
                      .layer = -1,
                      .measure = {},
                      .distribution = {}};
@@ -114,7 +118,7 @@ std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays) {
   return rows;
 }
 
-void PolicyRanking::add(const ReplayResult& result) {
+void PolicyRanking::add(const TraceReplay& replay, const ReplayResult& result) {
   if (std::ranges::find(capacities_, result.capacity_request) == capacities_.end()) {
     capacities_.push_back(result.capacity_request);
   }
@@ -127,8 +131,12 @@ void PolicyRanking::add(const ReplayResult& result) {
     row.oracle = result.oracle;
   }
   Sum& sum = sums_[place->second];
-  ++sum.count;
+  const auto next = static_cast<int>(places_.size());
+  sum.places.push_back(places_.try_emplace({result.trace, result.eviction_position}, next).first->second);
+  sum.bytes_of_capacity += bytes_per_token_of_capacity(replay, result);
   PolicyRow& row = sum.row;
+  row.nothing_to_choose = row.nothing_to_choose || result.nothing_to_choose;
+  row.bytes_per_token += bytes_per_token(replay, result);
   row.kept += result.kept.mean_size();
   row.kept_share += result.kept.mean_size() / result.eviction_position;
   row.layer_error += mean_of(result.layer_error);
@@ -148,11 +156,16 @@ void PolicyRanking::add(const ReplayResult& result) {
 
 std::vector<PolicyRow> PolicyRanking::rows() const {
   std::vector<PolicyRow> rows;
+  std::map<std::vector<int>, int> same_places;
   for (const Sum& sum : sums_) {
     PolicyRow& row = rows.emplace_back(sum.row);
-    for (double PolicyRow::*number : {&PolicyRow::kept, &PolicyRow::kept_share, &PolicyRow::layer_error,
-                                      &PolicyRow::head_error, &PolicyRow::attention_recall, &PolicyRow::cosine}) {
-      row.*number /= sum.count;
+    row.places = static_cast<int>(sum.places.size());
+    row.same_places = same_places.try_emplace(sum.places, static_cast<int>(same_places.size())).first->second;
+    row.budget = row.bytes_per_token / sum.bytes_of_capacity;
+    for (double PolicyRow::*number :
+         {&PolicyRow::kept, &PolicyRow::kept_share, &PolicyRow::bytes_per_token, &PolicyRow::layer_error,
+          &PolicyRow::head_error, &PolicyRow::attention_recall, &PolicyRow::cosine}) {
+      row.*number /= row.places;
     }
     row.span_recall /= sum.with_spans;  // 0/0 where no trace has spans: NaN, as promised
     row.spearman /= sum.with_ranks;
@@ -162,9 +175,8 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
     return std::ranges::find(capacities_, row.capacity_request) - capacities_.begin();
   };
   std::ranges::stable_sort(rows, [&](const PolicyRow& a, const PolicyRow& b) {
-    const auto rank_a = capacity_rank(a);
-    const auto rank_b = capacity_rank(b);
-    return rank_a != rank_b ? rank_a < rank_b : a.layer_error < b.layer_error;
+    return std::tuple(capacity_rank(a), -a.places, a.same_places, a.layer_error) <
+           std::tuple(capacity_rank(b), -b.places, b.same_places, b.layer_error);
   });
   return rows;
 }
@@ -172,7 +184,7 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
 std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays) {
   PolicyRanking ranking;
   for (const TraceReplay& replay : replays) {
-    for (const ReplayResult& result : replay.results) ranking.add(result);
+    for (const ReplayResult& result : replay.results) ranking.add(replay, result);
   }
   return ranking.rows();
 }

@@ -38,12 +38,15 @@ struct MeasureSummary {
   std::string policy;
   std::string capacity_request;
   int capacity = 0;
-  double kept = 0;  ///< mean positions per kept set that the capacity led to
+  double kept = 0;             ///< mean positions per kept set that the capacity led to
+  double bytes_per_token = 0;  ///< that the kept sets cost
   int eviction_position = 0;
+  int evaluate_from = 0;  ///< position of the first evaluation query
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
   bool oracle = false;
-  int layer = -1;  ///< −1: all layers
+  bool nothing_to_choose = false;  ///< see ReplayResult
+  int layer = -1;                  ///< −1: all layers
   std::string measure;
   Distribution distribution;
 };
@@ -55,15 +58,20 @@ std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays);
 /// The same for one result of `replay`.
 std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayResult& result);
 
-/// A row of the table that a replay prints: a policy at a capacity, averaged over traces and eviction positions, each
-/// of them weighing the same.
+/// A row of the table that a replay prints: a policy at a capacity, averaged over the places (a trace evicted at a
+/// position) where it was replayed, each of them weighing the same.
 struct PolicyRow {
   std::string policy;
   std::string capacity_request;
   Granularity granularity = Granularity::kv;
   bool oracle = false;
+  bool nothing_to_choose = false;  ///< in one of the places at least: see ReplayResult
+  int places = 0;                  ///< how many
+  int same_places = 0;             ///< equal for rows of the same places: only these are comparable
   double kept = 0;
-  double kept_share = 0;  ///< of the prompt
+  double kept_share = 0;       ///< of the prompt
+  double bytes_per_token = 0;  ///< that the kept sets cost
+  double budget = 1;           ///< the same over what the capacity costs in every KV head
   double layer_error = 0;
   double head_error = 0;
   double attention_recall = 0;
@@ -76,22 +84,27 @@ struct PolicyRow {
 /// Makes such rows from results that come one after the other.
 class PolicyRanking {
  public:
-  void add(const ReplayResult& result);
+  void add(const TraceReplay& replay, const ReplayResult& result);
 
-  /// What is kept whole first, then by capacity in the order of the results; best (smallest mean layer error) first
-  /// within.
+  /// What is kept whole first, then by capacity in the order of the results; within, rows of most places first, and of
+  /// the same places the best (smallest mean layer error).
   std::vector<PolicyRow> rows() const;
+
+  /// In how many places anything was replayed.
+  int places() const { return static_cast<int>(places_.size()); }
 
  private:
   struct Sum {
     PolicyRow row;
-    int count = 0;
+    std::vector<int> places;
+    double bytes_of_capacity = 0;
     int with_spans = 0;
     int with_ranks = 0;
   };
   std::vector<Sum> sums_;                                             // in the order of the results
   std::map<std::pair<std::string, std::string>, std::size_t> place_;  // of a policy and capacity among the sums
   std::vector<std::string> capacities_ = {std::string(kAllPositions)};
+  std::map<std::pair<std::string, int>, int> places_;  // trace, eviction position: in their order
 };
 
 /// The rows of a whole replay.

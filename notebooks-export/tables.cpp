@@ -32,6 +32,11 @@ std::string count_text(double count) {
   return count == std::floor(count) ? fmt::format("{:.0f}", count) : fmt::format("{:.1f}", count);
 }
 
+bool is_unequal_budget(const PolicyRow& row) {
+  constexpr double kVisible = 0.001;
+  return row.capacity_request != kAllPositions && std::abs(row.budget - 1) > kVisible;
+}
+
 using Json = nlohmann::ordered_json;
 
 // What a summary says about the traces.
@@ -51,6 +56,7 @@ Json json_of(const std::vector<TraceReplay>& replays) {
                                   {"num_key_value_heads", replay.model.num_key_value_heads},
                                   {"prompt_length", replay.prompt_length},
                                   {"evict_at", replay.eviction_position},
+                                  {"evaluate_from", replay.evaluation_positions.front()},
                                   {"evaluation_queries", replay.evaluation_positions.size()},
                                   {"spans", spans},
                                   {"notes", replay.notes}});
@@ -67,9 +73,12 @@ Json json_of(const MeasureSummary& row) {
           {"capacity_request", row.capacity_request},
           {"capacity", row.capacity},
           {"kept", row.kept},
+          {"bytes_per_token", row.bytes_per_token},
           {"evict_at", row.eviction_position},
+          {"evaluate_from", row.evaluate_from},
           {"heads", name_of(row.granularity)},
           {"share", name_of(row.share)},
+          {"nothing_to_choose", row.nothing_to_choose},
           {"layer", layer},
           {"measure", row.measure},
           {"mean", row.distribution.mean},
@@ -148,23 +157,40 @@ std::vector<std::string> broken_spec(const std::string& spec, std::size_t width)
 }
 
 std::string policy_table(const std::vector<PolicyRow>& rows) {
+  const auto most = [&rows](auto number) {
+    const auto largest = std::ranges::max_element(rows, {}, number);
+    return largest == rows.end() ? 0 : (*largest).*number;
+  };
+  // One unit for all rows, so that they can be compared.
+  const bool large = most(&PolicyRow::bytes_per_token) >= 10'000;
+  const int places = most(&PolicyRow::places);
+  const bool unequal = std::ranges::any_of(rows, is_unequal_budget);
+  const bool partial = std::ranges::any_of(rows, [places](const PolicyRow& row) { return row.places < places; });
   const bool spans = std::ranges::any_of(rows, [](const PolicyRow& row) { return !std::isnan(row.span_recall); });
-  std::vector<std::vector<std::string>> cells = {
-      {"policy", "capacity", "kept", "of prompt", "heads", "layer error", "head error", "recall", "cosine"}};
+  std::vector<std::vector<std::string>> cells = {{"policy", "capacity", "kept", "of prompt",
+                                                  fmt::format("{}/token{}", large ? "KiB" : "B", unequal ? " " : ""),
+                                                  "heads", "layer error", "head error", "recall", "cosine"}};
+  if (partial) cells[0].emplace_back("on");
   if (spans) cells[0].emplace_back("spans kept");
   const bool ranks = std::ranges::any_of(rows, [](const PolicyRow& row) { return !std::isnan(row.spearman); });
   if (ranks) cells[0].insert(cells[0].end(), {"Spearman", "Kendall"});
   for (const PolicyRow& row : rows) {
     const std::vector<std::string> spec = broken_spec(row.policy + (row.oracle ? " (ORACLE)" : ""), kPolicyWidth);
-    std::vector<std::string> line{spec.front(),
-                                  row.capacity_request,
-                                  count_text(row.kept),
-                                  fmt::format("{:.1f} %", 100 * row.kept_share),
-                                  std::string(name_of(row.granularity)),
-                                  fmt::format("{:.4f}", row.layer_error),
-                                  fmt::format("{:.4f}", row.head_error),
-                                  fmt::format("{:.4f}", row.attention_recall),
-                                  fmt::format("{:.4f}", row.cosine)};
+    std::vector<std::string> line{
+        spec.front(),
+        row.capacity_request,
+        count_text(row.kept),
+        fmt::format("{:.1f} %", 100 * row.kept_share),
+        (large ? fmt::format("{:.1f}", row.bytes_per_token / 1024) : count_text(row.bytes_per_token)) +
+            (is_unequal_budget(row) ? "*"
+             : unequal              ? " "
+                                    : ""),
+        std::string(name_of(row.granularity)),
+        fmt::format("{:.4f}", row.layer_error),
+        fmt::format("{:.4f}", row.head_error),
+        fmt::format("{:.4f}", row.attention_recall),
+        fmt::format("{:.4f}", row.cosine)};
+    if (partial) line.push_back(fmt::format("{} of {}", row.places, places));
     if (spans) line.push_back(std::isnan(row.span_recall) ? "-" : fmt::format("{:.1f} %", 100 * row.span_recall));
     for (const double agreement : {row.spearman, row.kendall}) {
       if (ranks) line.push_back(std::isnan(agreement) ? "-" : fmt::format("{:.3f}", agreement));
@@ -200,16 +226,17 @@ std::string parameter_table(const std::vector<ParameterEffect>& effects) {
 }
 
 std::string summary_csv_head() {
-  return "trace,policy,oracle,capacity_request,capacity,kept,evict_at,heads,share,layer,measure,mean,median,p90,"
-         "worst\n";
+  return "trace,policy,oracle,capacity_request,capacity,kept,bytes_per_token,evict_at,evaluate_from,heads,share,"
+         "nothing_to_choose,layer,measure,mean,median,p90,worst\n";
 }
 
 std::string summary_csv_rows(const std::vector<MeasureSummary>& rows) {
   std::string text;
   for (const MeasureSummary& row : rows) {
-    text += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(row.trace), csv_field(row.policy),
-                        row.oracle ? 1 : 0, csv_field(row.capacity_request), row.capacity, row.kept,
-                        row.eviction_position, name_of(row.granularity), name_of(row.share),
+    text += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(row.trace),
+                        csv_field(row.policy), row.oracle ? 1 : 0, csv_field(row.capacity_request), row.capacity,
+                        row.kept, row.bytes_per_token, row.eviction_position, row.evaluate_from,
+                        name_of(row.granularity), name_of(row.share), row.nothing_to_choose ? 1 : 0,
                         row.layer < 0 ? std::string("all") : fmt::format("{}", row.layer), row.measure,
                         row.distribution.mean, row.distribution.median, row.distribution.p90, row.distribution.worst);
   }

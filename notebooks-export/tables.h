@@ -20,7 +20,8 @@ std::string wrapped(const std::string& text, std::size_t indent, std::size_t wid
 /// The lines of a policy's spec that is too long for a column of `width`, broken after ',' and before '+' and ' '.
 std::vector<std::string> broken_spec(const std::string& spec, std::size_t width);
 
-/// The table that a replay ends with: a row per policy and capacity, best first.
+/// The table that a replay ends with: a row per policy and capacity, as PolicyRanking puts them. A '*' marks what costs
+/// more or less than its capacity in every KV head; rows of fewer places than others say of how many.
 std::string policy_table(const std::vector<PolicyRow>& rows);
 
 /// What each parameter changed: a row per value.

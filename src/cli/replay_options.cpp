@@ -250,7 +250,9 @@ std::string legend(const std::vector<TraceReplay>& replays, double seconds) {
   std::set<int> evictions_of_one;
   bool spans = false;
   bool ranks = false;
+  std::map<std::pair<std::string, std::string>, std::size_t> places;  // of each policy and capacity
   for (const TraceReplay& replay : replays) {
+    for (const ReplayResult& result : replay.results) ++places[{result.policy, result.capacity_request}];
     traces.insert(replay.trace);
     if (replay.trace == replays.front().trace) evictions_of_one.insert(replay.eviction_position);
     spans = spans || !replay.spans.empty();
@@ -262,11 +264,20 @@ std::string legend(const std::vector<TraceReplay>& replays, double seconds) {
     over = traces.size() > 1 ? "; every trace and eviction position weighs the same"
                              : "; every eviction position weighs the same";
   }
+  std::string partial;
+  if (std::ranges::any_of(places, [&](const auto& setting) { return setting.second < replays.size(); })) {
+    partial =
+        "on: how many traces and eviction positions a row is of; compare rows of the same, those of most stand "
+        "first;\n";
+  }
   return fmt::format(
       "layer error, head error: ‖ô−o‖/‖o‖ after and before the output projection; recall: attention mass still "
-      "cached;\n{}{}means over layers, heads and evaluation queries{}.\nBest first at each capacity. Replayed in "
+      "cached;\nB/token (KiB): keys and values of the kept sets per token of the prompt, 2 bytes a number; *: more or "
+      "less than\nthe capacity costs in every KV head, so not an equal budget;\n{}{}{}means over layers, heads and "
+      "evaluation queries{}.\nBest first at each capacity. Replayed in "
       "{:.1f} "
       "s.\n",
+      partial,
       spans ? "spans kept: share of the annotated spans' positions that is kept, mean over layers and heads;\n" : "",
       ranks ? "Spearman, Kendall: how far scores rank positions as oracle-attention does;\n" : "", over, seconds);
 }

@@ -262,7 +262,7 @@ std::vector<std::string> write_outputs(const SweepOptions& options, const Prepar
   bool first = true;
   for_each_result(outlines, *sweep.store, [&](const TraceReplay& replay, const ReplayResult& result) {
     results.add(replay, result);
-    ranking.add(result);
+    ranking.add(replay, result);
     if (kept) kept->add(result);
     if (!csv && !json) return;
     const std::vector<MeasureSummary> rows = summarize(replay, result);

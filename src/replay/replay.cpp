@@ -66,6 +66,27 @@ double KeptSets::mean_size() const {
   return positions / static_cast<double>(sets.size());
 }
 
+namespace {
+
+// Of one position of one head: a key and a value.
+double bytes_per_position(const ModelInfo& model) {
+  constexpr double kBytesPerNumber = 2;
+  return kBytesPerNumber * 2 * model.head_dim;
+}
+
+}  // namespace
+
+double bytes_per_token(const TraceReplay& replay, const ReplayResult& result) {
+  double positions = 0;
+  for (const std::vector<int>& set : result.kept.sets) positions += static_cast<double>(set.size());
+  return positions * bytes_per_position(replay.model) / replay.eviction_position;
+}
+
+double bytes_per_token_of_capacity(const TraceReplay& replay, const ReplayResult& result) {
+  const double heads = static_cast<double>(replay.model.num_layers) * replay.model.num_key_value_heads;
+  return heads * result.capacity * bytes_per_position(replay.model) / replay.eviction_position;
+}
+
 std::vector<TraceReplay> replay(const ReplayEngine& engine, const std::function<void(double)>& progress) {
   std::vector<TraceReplay> replays = engine.outlines();
   for (TraceReplay& replay : replays) allocate_tables(replay);

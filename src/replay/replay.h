@@ -109,6 +109,14 @@ struct TraceReplay {
   Eviction eviction() const { return {eviction_position, evaluate_from}; }
 };
 
+/// Bytes per token of the prompt that a result's kept sets cost: those of keys and values, 2 for each number, of every
+/// set that has to be stored (one per query head or KV head; where a layer shares one, each KV head stores it), over
+/// the positions before the eviction. The full cache of L layers and K KV heads of width D costs L · K · 2D · 2.
+double bytes_per_token(const TraceReplay& replay, const ReplayResult& result);
+
+/// The same of a cache that keeps result.capacity positions in every KV head.
+double bytes_per_token_of_capacity(const TraceReplay& replay, const ReplayResult& result);
+
 /// Replays every policy at every capacity over every trace, once per eviction position: traces in the order given,
 /// eviction positions within. `progress` is told the share of the work that is done, in [0, 1]. For results that do not
 /// fit into memory there is ReplayEngine, which hands them out layer by layer; what throws there throws here.

@@ -74,6 +74,7 @@ void ResultsWriter::add(const TraceReplay& replay, const ReplayResult& result) {
   file.write_int(group, "oracle", result.oracle ? 1 : 0);
   file.write_int(group, "nothing_to_choose", result.nothing_to_choose ? 1 : 0);
   file.write_double(group, "kept", result.kept.mean_size());
+  file.write_double(group, "bytes_per_token", bytes_per_token(replay, result));
   const std::vector<std::int32_t>& positions = replay.evaluation_positions;
   file.write(group + "/evaluation_positions", positions, {static_cast<Index>(positions.size())});
   for (const MeasureTraits& measure : measures()) {

@@ -90,6 +90,9 @@ StoredResult read_identity(const hdf5::File& file, const std::string& group) {
   result.capacity_request = read_name(file, group, "capacity_request");
   result.capacity = read_count(file, group, "capacity");
   result.kept = file.read_double(group, "kept");
+  if (file.has_attribute(group, "bytes_per_token")) {
+    result.bytes_per_token = file.read_double(group, "bytes_per_token");
+  }
   result.eviction_position = read_count(file, group, "evict_at");
   result.granularity = read_granularity(file, group);
   const std::string share = file.read_string(group, "share");

@@ -25,6 +25,7 @@ struct StoredResult {
   std::string capacity_request;  ///< as asked for: "128", "25%"; kAllPositions for full
   int capacity = 0;              ///< granted on average
   double kept = 0;               ///< mean positions in a kept set
+  double bytes_per_token = 0;    ///< that the kept sets cost; 0 where the file does not say, being of an older version
   int eviction_position = 0;
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;

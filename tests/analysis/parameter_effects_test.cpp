@@ -80,6 +80,18 @@ TEST(ParameterEffects, WhereNothingIsBalancedNothingIsClaimed) {
   }
 }
 
+TEST(ParameterEffects, WhatLeavesNothingToChooseOrIsOfOtherPlacesDoesNotCount) {
+  std::vector<PolicyRow> rows = {row("snapkv", "64", 0.2),  row("snapkv(window=64)", "64", 0.9),
+                                 row("snapkv", "128", 0.3), row("snapkv(window=64)", "128", 0.4),
+                                 row("snapkv", "256", 0.1), row("snapkv(window=64)", "256", 0.7)};
+  rows[1].nothing_to_choose = true;
+  rows[5].same_places = 1;  // some trace lacks it
+  const auto effects = parameter_effects(rows);
+  ASSERT_THAT(effects, SizeIs(1));
+  EXPECT_EQ(effects[0].groups, 1);
+  EXPECT_THAT(effects[0].range, DoubleNear(0.1, kExact));
+}
+
 TEST(ParameterEffects, LaterPartsAndNestedSpecsHaveTheirOwn) {
   const auto parts = parameter_effects({
       row("snapkv+adakv", "64", 0.3), row("snapkv+adakv(floor=0.5)", "64", 0.4),

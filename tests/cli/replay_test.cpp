@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "cli/command.h"
@@ -215,6 +216,49 @@ TEST_F(ReplayCommand, TheSameNoteAboutManyTracesIsOneLine) {
   EXPECT_EQ(
       outcome.errors,
       "note: a.h5 and 2 more traces: capacity 99 exceeds the 60 positions before the eviction: everything is kept\n");
+}
+
+TEST_F(ReplayCommand, RowsOfFewerTracesStandBehindAndSaySo) {
+  RandomTrace{}.write(folder_ / "all.h5");
+  RandomTrace{.captured_prompt_queries = 8, .seed = 2}.write(folder_ / "few.h5");
+  const std::string replay = "replay all.h5 few.h5 --policy random snapkv(window=16) snapkv(window=8) --capacity 20 ";
+  const test::Outcome outcome = succeed(test::words(replay + "--csv results.csv"));
+  EXPECT_THAT(outcome.output, AllOf(HasSubstr(" on\n"), HasSubstr("  2 of 2\n"), HasSubstr("  1 of 2\n"),
+                                    HasSubstr("on: how many traces and eviction positions")));
+  EXPECT_LT(outcome.output.find("\nrandom "), outcome.output.find("\nsnapkv(window=16) "))
+      << "whatever its error is: it is of other traces";
+  EXPECT_THAT(outcome.errors, HasSubstr("note: few.h5: left out: snapkv(window=16): "));
+  EXPECT_THAT(succeed(test::words("replay all.h5 --policy random snapkv(window=16) --capacity 20")).output,
+              AllOf(Not(HasSubstr(" of 1\n")), Not(HasSubstr("on: how many"))));
+}
+
+TEST_F(ReplayCommand, BytesPerTokenTellWhatIsNoEqualBudget) {
+  RandomTrace{}.write(folder_ / "run.h5");
+  const auto line_of = [](const std::string& output, const std::string& policy) {
+    const std::size_t first = output.find("\n" + policy + " ");
+    EXPECT_NE(first, std::string::npos) << output;
+    return output.substr(first + 1, output.find('\n', first + 1) - first - 1);
+  };
+  const std::string output =
+      succeed(test::words("replay run.h5 --policy full snapkv(window=4) snapkv(window=4)+pyramid "
+                          "snapkv@rest-kv(window=4) --capacity 15 --json results.json --csv "
+                          "results.csv -o results.h5"))
+          .output;
+  EXPECT_THAT(output, HasSubstr("B/token"));
+  EXPECT_THAT(line_of(output, "full"), HasSubstr("  128   "));
+  EXPECT_THAT(line_of(output, "snapkv(window=4)"), HasSubstr("  32   ")) << "15 of 60 positions";
+  EXPECT_THAT(line_of(output, "snapkv@rest-kv(window=4)"), HasSubstr("  64*  ")) << "a set per query head";
+  EXPECT_THAT(test::read_file(folder_ / "results.csv"), HasSubstr(",kept,bytes_per_token,evict_at,evaluate_from,"));
+  std::map<std::string, double> bytes;
+  for (const json& row : json::parse(test::read_file(folder_ / "results.json"))["summary"]) {
+    bytes[row["policy"]] = row["bytes_per_token"];
+    EXPECT_EQ(row["evaluate_from"], 60);
+    EXPECT_EQ(row["nothing_to_choose"], false);
+  }
+  EXPECT_EQ(bytes["snapkv@rest-kv(window=4)"], 64);
+  const auto file = hdf5::File::open(folder_ / "results.h5");
+  EXPECT_EQ(file.read_double("/results/1", "bytes_per_token"), 32);
+  EXPECT_EQ(file.read_int("/results/1", "nothing_to_choose"), 0);
 }
 
 TEST_F(ReplayCommand, SpansHaveAColumnWhereThereAreAny) {

@@ -146,6 +146,30 @@ TEST_F(Sweep, EvaluatesWhereItIsToldAndThatIsPartOfASweep) {
   EXPECT_THAT(first_positions(), ElementsAre(40, 50));
 }
 
+TEST_F(Sweep, ImpossibleAndDegenerateSettingsDoNotEndOrDecideIt) {
+  const std::string sweep = "sweep a.h5 b.h5 --policy snapkv(window={8,16,32}) h2o(window=40) --capacity 16,32 ";
+  const std::string left_out =
+      "note: a.h5 and 1 more trace: left out: snapkv at 16; h2o(window=40) at 16, 32: the capacity is below the "
+      "positions that they always keep; ask for a larger capacity or protect fewer\n";
+  const test::Outcome planned = succeed(test::words(sweep + "--dry-run"));
+  EXPECT_THAT(planned.errors, AllOf(HasSubstr("sweep: 10 settings: "), HasSubstr(left_out)));
+  const test::Outcome outcome = succeed(test::words(sweep + "-o sweep.h5"));
+  EXPECT_THAT(
+      outcome.errors,
+      AllOf(HasSubstr(left_out), HasSubstr("note: a.h5 and 1 more trace: nothing to choose: snapkv(window=16) at 16; "
+                                           "snapkv at 32: ")));
+  // At 16 there are two windows, of which one is recent positions alone, and at 32 such a third.
+  EXPECT_THAT(outcome.output, AllOf(HasSubstr("snapkv: window"), HasSubstr("16"), Not(HasSubstr("not balanced"))));
+  const auto file = hdf5::File::open(folder_ / "sweep.h5");
+  ASSERT_EQ(file.list("/results").size(), 10u);
+  EXPECT_EQ(file.read_string("/results/2", "policy"), "snapkv(window=16)");
+  EXPECT_EQ(file.read_int("/results/2", "nothing_to_choose"), 1);
+  EXPECT_EQ(file.read_int("/results/3", "nothing_to_choose"), 0);
+  refuse_words(sweep + "--strict -o strict.h5", 1, {"a.h5: capacity 16 is below the 32 positions that snapkv always"});
+  refuse_words("sweep a.h5 b.h5 --policy snapkv h2o(window=40) --capacity 16 -o none.h5", 1,
+               {"a.h5: capacity 16 is below the 32 positions that snapkv always"});
+}
+
 TEST_F(Sweep, SaysWhatEachParameterChanges) {
   const test::Outcome outcome = succeed(test::words(std::string("sweep") + kGrid + "-o sweep.h5"));
   EXPECT_THAT(outcome.output, AllOf(HasSubstr("2 traces of"), HasSubstr("restkv: alpha"), HasSubstr("restkv: window"),

@@ -192,5 +192,21 @@ TEST_F(Replays, NothingToChooseIsTold) {
   EXPECT_TRUE(same_as("snapkv(window=8)", "recent", 8));
 }
 
+TEST_F(Replays, KeptSetsCostBytesPerTokenOfThePrompt) {
+  trace();  // 2 layers, 4 query heads on 2 KV heads of width 8, 60 positions
+  const auto cost = [&](const std::string& policy, const std::string& capacity, Granularity granularity) {
+    const auto replays = replay(traces_[0], make_request({policy}, {capacity}, granularity));
+    const double bytes = bytes_per_token(replays.at(0), replays[0].results.at(0));
+    EXPECT_EQ(bytes_per_token_of_capacity(replays[0], replays[0].results[0]),
+              128.0 * replays[0].results[0].capacity / 60);
+    return bytes;
+  };
+  EXPECT_EQ(cost("full", "30", Granularity::kv), 2 * 2 * 2 * 8 * 2);
+  EXPECT_EQ(cost("snapkv(window=8)", "30", Granularity::kv), 64);
+  EXPECT_EQ(cost("snapkv(window=8)", "30", Granularity::query), 128) << "a set per query head";
+  EXPECT_EQ(cost("tova", "30", Granularity::layer), 64) << "one set, but each KV head stores it";
+  EXPECT_GT(cost("snapkv(window=8)+pyramid", "15", Granularity::kv), 0);
+}
+
 }  // namespace
 }  // namespace kvreplay::test

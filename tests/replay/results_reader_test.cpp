@@ -80,6 +80,7 @@ TEST_F(Results, AreReadBackAsTheyWere) {
       EXPECT_EQ(stored.capacity_request, result.capacity_request);
       EXPECT_EQ(stored.capacity, result.capacity);
       EXPECT_EQ(stored.kept, result.kept.mean_size());
+      EXPECT_EQ(stored.bytes_per_token, bytes_per_token(replay, result));
       EXPECT_EQ(stored.nothing_to_choose, result.nothing_to_choose);
       EXPECT_EQ(stored.eviction_position, replay.eviction_position);
       EXPECT_EQ(stored.granularity, Granularity::query);

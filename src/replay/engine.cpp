@@ -19,6 +19,7 @@
 #include "replay/evaluation.h"
 #include "replay/layer_projection.h"
 #include "replay/measurement.h"
+#include "replay/reconstruction_oracle.h"
 #include "replay/selection.h"
 #include "trace/identity.h"
 
@@ -187,6 +188,15 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
         outline.results.push_back(outline_of(setting, outline));
         sums.capacities += setting.capacity;
         sums.compared += setting.rank_agreement ? 1 : 0;
+        if (!setting.policy->oracle || setting.keeps_all(eviction)) continue;
+        sums.looks_ahead = true;
+        const ExchangeShape exchange{.granularity = setting.granularity,
+                                     .eviction_position = eviction,
+                                     .tokens = outline.evaluation_positions.back() + 1,
+                                     .queries = static_cast<Index>(outline.evaluation_positions.size())};
+        if (setting.policy->exchanges > 0) {
+          sums.exchanges += exchange_operations(info.model, exchange, setting.policy->exchanges);
+        }
       }
       sums.layer_bytes = LayerSelection::memory_of_layer(outline, settings);
       sums.head_bytes = LayerSelection::memory_of_head(trace, outline, settings, needs);
@@ -234,15 +244,16 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
     work.operations += weight * head_dim + heads * prompt * head_dim * head_dim;
   }
 
-  // Rank agreement: attention of the evaluation queries, then both orders and the inversions between them.
+  // Oracles and rank agreement: attention of the evaluation queries, then both orders and the inversions between them.
   const Sums& sums = sums_[replay];
-  if (sums.compared > 0) {
+  if (sums.compared > 0 || sums.looks_ahead) {
     const bool by_query = settings_[replay].front().granularity == Granularity::query;
     const double rows = by_query ? heads : model.num_key_value_heads;
     work.bytes += heads * tokens * head_dim * stored;
     work.operations += 2 * heads * queries * tokens * head_dim;
     work.operations += sums.compared * rows * prompt * kOperationsPerRank;
   }
+  work.operations += sums.exchanges;
 
   // Measures: full attention of the evaluation queries, then per setting what is kept, and the projection of the
   // difference.
@@ -331,7 +342,8 @@ const TraceReader& ReplayEngine::trace_of(const ReplayUnit& unit) const {
 }
 
 // The fewest units whose heads keep all threads busy to the end, or nearly: enough rounds of them that a thread which
-// is late matters little, and hardly one that is not full.
+// is late matters little, and hardly one that is not full. Exchanges of oracles take much longer than all else in a
+// layer and go through it head by head, so that layers with them are handed out one by one.
 std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units, const Plan& plan) const {
   constexpr double kBusyEnough = 0.95;
   const auto at_once = static_cast<std::size_t>(plan.heads_at_once);
@@ -341,6 +353,7 @@ std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units, const
     const TraceReplay& outline = outlines_[static_cast<std::size_t>(units[count].replay)];
     heads += static_cast<std::size_t>(outline.model.num_key_value_heads);
     ++count;
+    if (sums_[static_cast<std::size_t>(units[count - 1].replay)].exchanges > 0) break;
     const std::size_t rounds = (heads + at_once - 1) / at_once;
     const bool full = static_cast<double>(heads) >= kBusyEnough * static_cast<double>(rounds * at_once);
     if (rounds >= static_cast<std::size_t>(plan.rounds) && full) break;

@@ -100,6 +100,8 @@ class ReplayEngine {
   struct Sums {
     double capacities = 0;         // of all settings
     double compared = 0;           // settings with rank agreement
+    bool looks_ahead = false;      // oracles: at what the evaluation queries attend to
+    double exchanges = 0;          // operations of oracles that exchange positions, in a layer
     Index layer_bytes = 0;         // of a LayerSelection
     Index head_bytes = 0;          // of a head that is ranked, combinations excepted
     Index least_combinations = 0;  // bytes

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "base/parallel.h"
+#include "base/work.h"
 #include "policy/softmax.h"
 #include "replay/evaluation.h"
 #include "replay/trace_head.h"
@@ -26,6 +27,12 @@ struct HeadState {
 
   Eigen::RowVectorXd output(Index e) const { return sum.row(e) / mass(e); }
 };
+
+// What looking at `candidates` positions takes for E queries of a set that M heads of width D share.
+double exchange_part(Index candidates, Index width, Index queries, Index members) {
+  const auto shared = static_cast<double>(members);
+  return static_cast<double>(candidates * width * queries) * (2 * shared + 4 * shared * shared);
+}
 
 HeadState load_head(const TraceReader& trace, int layer, int query_head, const Eviction& eviction) {
   const ModelInfo& model = trace.info().model;
@@ -166,6 +173,8 @@ class SharedSet {
         change.array() += q[a].array() * q[b].array() * quadratic.array();
       }
     }
+    count_operations(static_cast<std::int64_t>(
+        exchange_part(candidates, heads_.front()->values.cols(), importance_.size(), static_cast<Index>(count))));
     const Eigen::VectorXd objective = change * importance_;
     Index found = 0;
     const double value = objective.minCoeff(&found);
@@ -195,6 +204,25 @@ class SharedSet {
 };
 
 }  // namespace
+
+double exchange_operations(const ModelInfo& model, const ExchangeShape& shape, int exchanges) {
+  const int heads = model.num_attention_heads;
+  const int members = shape.granularity == Granularity::query ? 1
+                      : shape.granularity == Granularity::kv  ? model.group_size()
+                                                              : heads;
+  const auto width = static_cast<double>(model.head_dim);
+  const auto rows = static_cast<double>(model.hidden_size);
+  const auto tokens = static_cast<double>(shape.tokens);
+  // Every head's outputs, and for each two that share a set the products of their projections and of their values.
+  const double loading = heads * static_cast<double>(shape.queries) * width * (4 * tokens + 4 * rows);
+  const double products = static_cast<double>(heads) * members * 2 * width * width * (rows + tokens);
+  // An exchange looks at what is kept and at what is not, at every position once.
+  const double one = exchange_part(shape.eviction_position, model.head_dim, shape.queries, members);
+  const double operations = loading + products + static_cast<double>(heads / members) * exchanges * one;
+  // In float64, by one thread, and not only products.
+  constexpr double kSlower = 4;
+  return kSlower * operations;
+}
 
 std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int layer, const Eviction& eviction,
                                                  Granularity granularity, std::vector<std::vector<int>> sets,

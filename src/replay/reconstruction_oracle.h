@@ -9,6 +9,17 @@
 
 namespace kvreplay {
 
+/// What the cost of exchanges in a layer depends on.
+struct ExchangeShape {
+  Granularity granularity = Granularity::kv;
+  int eviction_position = 0;
+  Index tokens = 0;   ///< positions up to the last evaluation query
+  Index queries = 0;  ///< evaluation queries
+};
+
+/// The operations of `exchanges` in every kept set of a layer, and of what is calculated before them.
+double exchange_operations(const ModelInfo& model, const ExchangeShape& shape, int exchanges);
+
 /// Exchanges positions of a layer's kept sets as long as that lowers the mean squared layer error over the evaluation
 /// queries, at most `exchanges` times per set; sizes stay as they are. `sets` is as in KeptSets: one per query head at
 /// granularity query, else one per KV head, all equal at granularity layer. Arithmetic is float64. Method, cost, and

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <numeric>
 #include <random>
@@ -115,12 +116,13 @@ struct Measures {
 };
 
 Measures by_definition(const RandomTrace& shape, const RandomTrace::Tensors& tensors, int layer, const LayerSets& kept,
-                       int eviction) {
+                       const Eviction& eviction) {
   const TraceInfo info = shape.info();
   const Index d = shape.head_dim;
   const int heads = shape.num_attention_heads;
   const auto l = static_cast<std::size_t>(layer);
-  const auto evaluated = std::ranges::lower_bound(info.query_positions, eviction) - info.query_positions.begin();
+  const auto evaluated =
+      std::ranges::lower_bound(info.query_positions, eviction.evaluate_from) - info.query_positions.begin();
   const std::vector<int> positions(info.query_positions.begin() + evaluated, info.query_positions.end());
   const auto rows_of = [d](const std::vector<float>& tensor, Index head, Index rows) -> DoubleMatrix {
     return MatrixView(tensor.data() + head * rows * d, rows, d).cast<double>();
@@ -146,7 +148,7 @@ Measures by_definition(const RandomTrace& shape, const RandomTrace::Tensors& ten
       for (const int n : set) {
         if (n >= first) cached.push_back(n);
       }
-      for (int n = std::max(first, eviction); n <= t; ++n) cached.push_back(n);
+      for (int n = std::max(first, eviction.position); n <= t; ++n) cached.push_back(n);
       // Output and sum of weights over `seen`, against a maximum.
       const auto attend = [&](const std::vector<int>& seen, double maximum, Eigen::RowVectorXd& output) {
         double sum = 0;
@@ -205,7 +207,7 @@ void expect_defined(const ReplayEngine& engine, const Results& results, const Ra
       const LayerResult& found = settings[i];
       SCOPED_TRACE(fmt::format("layer {}, {} at {}, evicted at {}", unit.second, outline.results[i].policy,
                                outline.results[i].capacity, outline.eviction_position));
-      const Measures expected = by_definition(shape, tensors, unit.second, found.kept, outline.eviction_position);
+      const Measures expected = by_definition(shape, tensors, unit.second, found.kept, outline.eviction());
       expect_near(found.head_error, expected.head_error, "head error");
       expect_near(found.layer_error, expected.layer_error, "layer error");
       expect_near(found.attention_recall, expected.attention_recall, "attention recall");
@@ -556,6 +558,41 @@ TEST(Engine, TheOrderOfCapacitiesChangesNoWork) {
     operations.push_back(work_done().operations - before);
   }
   EXPECT_EQ(operations[0], operations[1]);
+}
+
+TEST(Cost, OraclesCountWhatTheyLookAtAndExchange) {
+  const TemporaryFolder folder;
+  RandomTrace{.hidden_size = 8}.write(folder / "t.h5");
+  const TraceReader trace(folder / "t.h5");
+  const auto operations = [&](const std::string& oracle, Granularity granularity) {
+    const ReplayRequest asked = make_request({"recent", oracle}, {"9"}, granularity);
+    return ReplayEngine(std::span(&trace, 1), asked).cost({0, 0}).operations;
+  };
+  const double random = operations("random", Granularity::kv);
+  EXPECT_EQ(operations("oracle-attention", Granularity::kv) - random, 2.0 * 4 * 10 * 70 * 8);
+  const double few = operations("oracle-reconstruction(exchanges=1)", Granularity::kv);
+  EXPECT_GT(few, operations("oracle-attention", Granularity::kv));
+  // An exchange looks at all 60 positions for 10 queries of width 8, in 2 sets of 2 heads or 4 of 1.
+  const double kv = operations("oracle-reconstruction(exchanges=11)", Granularity::kv) - few;
+  EXPECT_GE(kv, 10.0 * 60 * 10 * 8 * 2 * (2 * 2 + 4 * 4));
+  EXPECT_GT(kv, operations("oracle-reconstruction(exchanges=11)", Granularity::query) -
+                    operations("oracle-reconstruction(exchanges=1)", Granularity::query));
+}
+
+// Hours may lie in a layer: what is finished must not wait for the next.
+TEST(Engine, LayersWithExchangesAreHandedOutOneByOne) {
+  const TemporaryFolder folder;
+  RandomTrace{.num_layers = 3}.write(folder / "t.h5");
+  edit(folder / "t.h5", [](std::int64_t file) {
+    poke(file, "/layers/1/values", {1, 37, 3}, std::numeric_limits<float>::quiet_NaN());
+  });
+  const TraceReader trace(folder / "t.h5");
+  const ReplayEngine engine(std::span(&trace, 1), make_request({"recent", "oracle-reconstruction"}, {"9"}));
+  std::vector<int> done;
+  EXPECT_THROW(engine.run(engine.units(),
+                          [&](const ReplayUnit& unit, const std::vector<LayerResult>&) { done.push_back(unit.layer); }),
+               Error);
+  EXPECT_EQ(done, std::vector<int>{0});
 }
 
 TEST(LayerProjection, HoldsTheFactorsOfItsHeadsToTheBit) {

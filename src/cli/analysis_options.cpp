@@ -5,11 +5,13 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
+#include <iterator>
 #include <limits>
 #include <system_error>
 
 #include "base/error.h"
 #include "cli/options.h"
+#include "policy/expansion.h"
 
 namespace kvreplay::cli {
 namespace {
@@ -40,30 +42,32 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
   constexpr int kAny = std::numeric_limits<int>::max();
   command.add_option("results", options.files, "Files of results, as replay and sweep write them with --output")
       ->type_name("FILE");
-  // One value each, so that a file may follow.
-  command
-      .add_option("-p,--policy", options.filter.policies,
-                  "Only these policies: specs, or methods with all their settings")
-      ->allow_extra_args(false)
-      ->type_name("SPEC");
-  command.add_option("-c,--capacity", options.filter.capacities, "Only these capacities, as they were asked for")
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->type_name("N|P%,...");
+  CLI::Option* const policies = command
+                                    .add_option("-p,--policy", options.filter.policies,
+                                                "Only these policies: specs, or methods with all their settings")
+                                    ->type_name("SPEC,...");
+  CLI::Option* const capacities =
+      command.add_option("-c,--capacity", options.filter.capacities, "Only these capacities, as they were asked for")
+          ->delimiter(',')
+          ->type_name("N|P%,...");
+  take_several(*policies, looks_like_policies);
+  take_several(*capacities, looks_like_capacities);
+  // Of the others every one takes one value, so that a file may follow.
   command.add_option("--trace", options.filter.traces, "Only these traces, by the names of their files")
       ->allow_extra_args(false)
       ->delimiter(',')
       ->type_name("NAME,...");
-  command.add_option("--evict-at", options.filter.eviction_positions, "Only these eviction positions")
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->check(integer_in(1, kAny, "a position"))
-      ->type_name("N,...");
-  command.add_option("--layer", options.filter.layers, "Only these layers")
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->check(integer_in(0, kAny, "a layer"))
-      ->type_name("N,...");
+  CLI::Option* const evictions =
+      command.add_option("--evict-at", options.filter.eviction_positions, "Only these eviction positions")
+          ->delimiter(',')
+          ->check(integer_in(1, kAny, "a position"))
+          ->type_name("N,...");
+  CLI::Option* const layers = command.add_option("--layer", options.filter.layers, "Only these layers")
+                                  ->delimiter(',')
+                                  ->check(integer_in(0, kAny, "a layer"))
+                                  ->type_name("N,...");
+  take_several(*evictions, looks_like_counts);
+  take_several(*layers, looks_like_counts);
   command.add_option("--kept", options.kept, "Files of kept sets, as --kept writes them")
       ->allow_extra_args(false)
       ->type_name("FILE");
@@ -116,6 +120,12 @@ ResultSet open_results(const ResultOptions& options) {
     throw UsageError("no file of results is named; make one with 'kvreplay replay ... -o results.h5'");
   }
   ResultFilter filter = options.filter;
+  filter.policies.clear();
+  for (const std::string& list : options.filter.policies) {
+    for (const std::string& text : split_specs(list)) {
+      std::ranges::move(expand_spec(text), std::back_inserter(filter.policies));
+    }
+  }
   // What they are compared with is meant as well.
   if (!filter.policies.empty() && !options.baseline.empty()) filter.policies.push_back(options.baseline);
   return ResultSet::open(paths(options.files), filter);

@@ -19,6 +19,7 @@
 #include "base/error.h"
 #include "cli/commands.h"
 #include "cli/interruption.h"
+#include "cli/options.h"
 #include "policy/parameter.h"
 #include "sweep/ranks.h"
 
@@ -91,7 +92,10 @@ int run(int argc, char** argv) {
   kvreplay::cli::add_completion_commands(app);
   kvreplay::cli::add_manual_command(app);
   try {
-    app.parse(argc, argv);
+    std::vector<std::string> arguments =
+        kvreplay::cli::one_value_each(app, std::vector<std::string>(argv + std::min(argc, 1), argv + argc));
+    std::ranges::reverse(arguments);  // as CLI11 takes them
+    app.parse(std::move(arguments));
     return 0;
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);

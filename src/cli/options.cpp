@@ -9,8 +9,10 @@
 #include <charconv>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <string_view>
 #include <system_error>
+#include <utility>
 
 #include "base/error.h"
 #include "policy/parameter.h"
@@ -70,6 +72,64 @@ std::string is_memory_size(const std::string& value) {
 }
 
 std::string names_a_file(const std::string& value) { return value.empty() ? "the file's name is empty" : ""; }
+
+namespace {
+
+// The options that take several values, of all commands.
+std::map<const CLI::Option*, std::function<bool(const std::string&)>>& several() {
+  static std::map<const CLI::Option*, std::function<bool(const std::string&)>> options;
+  return options;
+}
+
+bool is_made_of(const std::string& value, std::string_view characters) {
+  return !value.empty() && value.find_first_not_of(characters) == std::string::npos;
+}
+
+}  // namespace
+
+void take_several(CLI::Option& option, std::function<bool(const std::string&)> is_value) {
+  option.allow_extra_args(false);
+  several()[&option] = std::move(is_value);
+}
+
+std::vector<std::string> one_value_each(const CLI::App& app, const std::vector<std::string>& arguments) {
+  const auto commands = app.get_subcommands([](const CLI::App*) { return true; });
+  const auto named = [&arguments](const CLI::App* command) {
+    return !arguments.empty() && command->get_name() == arguments.front();
+  };
+  const auto command = std::ranges::find_if(commands, named);
+  if (command == commands.end()) return arguments;
+  std::vector<std::string> spread;
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    const std::string& argument = arguments[i];
+    spread.push_back(argument);
+    if (argument == "--") {
+      spread.insert(spread.end(), arguments.begin() + static_cast<std::ptrdiff_t>(i) + 1, arguments.end());
+      break;
+    }
+    if (!argument.starts_with('-')) continue;
+    // -c 64, -c64, --capacity 64 and --capacity=64
+    const bool is_long = argument.starts_with("--");
+    const std::string name = is_long ? argument.substr(0, argument.find('=')) : argument.substr(0, 2);
+    const auto found = several().find((*command)->get_option_no_throw(name));
+    if (found == several().end()) continue;
+    if (name == argument && i + 1 < arguments.size()) spread.push_back(arguments[++i]);
+    while (i + 1 < arguments.size() && !arguments[i + 1].starts_with('-') && found->second(arguments[i + 1])) {
+      spread.push_back(name);
+      spread.push_back(arguments[++i]);
+    }
+  }
+  return spread;
+}
+
+bool looks_like_policies(const std::string& value) {
+  const std::string name = value.substr(0, value.find_first_of("({"));
+  return !name.empty() && name.find_first_of("./") == std::string::npos;
+}
+
+bool looks_like_capacities(const std::string& value) { return is_made_of(value, "0123456789.,%"); }
+
+bool looks_like_counts(const std::string& value) { return is_made_of(value, "0123456789,"); }
 
 std::optional<int> parse_queries(const std::string& text) {
   if (text == "all") return std::nullopt;

@@ -9,7 +9,8 @@
 
 namespace CLI {
 class App;
-}
+class Option;
+}  // namespace CLI
 
 namespace kvreplay::cli {
 
@@ -37,6 +38,18 @@ std::int64_t memory_size(const std::string& value);
 
 /// The value names a file. An empty one is a script's unset variable, and hours of work would go nowhere.
 std::string names_a_file(const std::string& value);
+
+/// Lets an option take several values after its name, so that `-c 64 128` means `-c 64 -c 128`, as far as what follows
+/// the first looks like one of them: `is_value` says so. Files may follow.
+void take_several(CLI::Option& option, std::function<bool(const std::string&)> is_value);
+
+/// Arguments in which every value of such options of the command that they name has the option's name before it.
+std::vector<std::string> one_value_each(const CLI::App& app, const std::vector<std::string>& arguments);
+
+/// The value looks like a policy's spec and not like the name of a file, like counts or shares, or like counts alone.
+bool looks_like_policies(const std::string& value);
+bool looks_like_capacities(const std::string& value);
+bool looks_like_counts(const std::string& value);
 
 /// What --queries says: N of "window:N", or nothing for "all". Throws UsageError.
 std::optional<int> parse_queries(const std::string& text);

@@ -51,9 +51,7 @@ void write_files(const ReplayOptions& options, const std::vector<TraceReplay>& r
 
 void run_replay(const ReplayOptions& options) {
   if (options.traces.empty()) {
-    throw UsageError(
-        "no trace is named; name traces before --policy: kvreplay replay run.h5 --policy snapkv "
-        "--capacity 25%");
+    throw UsageError("no trace is named: kvreplay replay run.h5 --policy snapkv --capacity 25%");
   }
   std::vector<std::string> notes;
   const ReplayRequest request = request_from(options, notes);

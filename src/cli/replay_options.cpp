@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <filesystem>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <system_error>
@@ -20,14 +21,15 @@
 namespace kvreplay::cli {
 namespace {
 
-// A policy's spec, or a file that was meant as a trace: an option that takes several values takes those after it too.
+// A policy's spec, or a file that was meant as a trace.
 Policy policy_from(const std::string& spec) {
   try {
     return make_policy(spec);
   } catch (const UsageError&) {
     std::error_code ignored;  // a spec may be no possible name of a file
     if (!std::filesystem::exists(spec, ignored)) throw;
-    throw UsageError(fmt::format("--policy: {} is a file, not a policy; name traces before --policy", spec));
+    throw UsageError(fmt::format(
+        "--policy: {} is a file, not a policy; name a policy after --policy, traces before it or after", spec));
   }
 }
 
@@ -92,26 +94,30 @@ std::string shape_of(const ModelInfo& model) {
 
 void add_request_options(CLI::App& command, ReplayOptions& options, bool required) {
   const auto any_position = integer_in(1, std::numeric_limits<int>::max(), "a position to evict at");
-  command.add_option("traces", options.traces, "kvtrace files, before --policy")->type_name("FILE");
-  command
-      .add_option("-p,--policy", options.policies,
-                  "Policies, as in restkv(alpha=0.5); {0.1:0.9:0.1} and {a,b} stand for many; see 'kvreplay policies'")
-      ->required(required)
-      ->type_name("SPEC");
-  // Of these every option takes one value, so that a trace may follow.
-  command
-      .add_option("-c,--capacity", options.capacities,
-                  "Positions that a head keeps: counts, or shares of the prompt, as in 64,128,25%")
-      ->required(required)
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->type_name("N|P%,...");
-  command
-      .add_option("--evict-at", options.eviction_positions, "Positions at which to evict (default: the prompt's end)")
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->check(any_position)
-      ->type_name("N,...");
+  command.add_option("traces", options.traces, "kvtrace files")->type_name("FILE");
+  CLI::Option* const policies =
+      command
+          .add_option("-p,--policy", options.policies,
+                      "Policies, as in restkv(alpha=0.5); {0.1:0.9:0.1} and {a,b} stand for many; see 'kvreplay "
+                      "policies'")
+          ->required(required)
+          ->type_name("SPEC,...");
+  CLI::Option* const capacities =
+      command
+          .add_option("-c,--capacity", options.capacities,
+                      "Positions that a head keeps: counts, or shares of the prompt, as in 64,128,25%")
+          ->required(required)
+          ->delimiter(',')
+          ->type_name("N|P%,...");
+  CLI::Option* const evictions = command
+                                     .add_option("--evict-at", options.eviction_positions,
+                                                 "Positions at which to evict (default: the prompt's end)")
+                                     ->delimiter(',')
+                                     ->check(any_position)
+                                     ->type_name("N,...");
+  take_several(*policies, looks_like_policies);
+  take_several(*capacities, looks_like_capacities);
+  take_several(*evictions, looks_like_counts);
   command
       .add_option("--evaluate-from", options.evaluate_from,
                   "First position that is evaluated, or prompt: the prompt's end (default: the last of --evict-at)")
@@ -145,7 +151,9 @@ ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string
   ReplayRequest request;
   std::set<std::string> seen;
   std::set<std::string> repeated;
-  for (const std::string& text : options.policies) {
+  std::vector<std::string> texts;
+  for (const std::string& list : options.policies) std::ranges::move(split_specs(list), std::back_inserter(texts));
+  for (const std::string& text : texts) {
     for (const std::string& spec : expand_spec(text)) {
       Policy policy = policy_from(spec);
       if (!seen.insert(policy.canonical).second) {

@@ -201,4 +201,21 @@ class Expansion {
 
 std::vector<std::string> expand_spec(std::string_view text) { return Expansion(text).expand(text); }
 
+std::vector<std::string> split_specs(std::string_view text) {
+  std::vector<std::string> specs = {""};
+  int depth = 0;
+  bool quoted = false;
+  for (const char c : text) {
+    if (c == '"') quoted = !quoted;
+    if (!quoted && (c == '(' || c == '{')) ++depth;
+    if (!quoted && (c == ')' || c == '}')) --depth;
+    if (c == ',' && depth == 0 && !quoted) {
+      specs.emplace_back();
+    } else {
+      specs.back() += c;
+    }
+  }
+  return specs;
+}
+
 }  // namespace kvreplay

@@ -1,4 +1,4 @@
-// Many specs written as one: lists and ranges in braces.
+// Many specs written as one: lists, and lists and ranges in braces.
 #pragma once
 
 #include <cstddef>
@@ -17,5 +17,8 @@ constexpr std::size_t kMostSpecs = 100'000;
 /// itself. Throws UsageError for braces that are empty or do not match, for ranges that lead nowhere, and for more than
 /// kMostSpecs specs.
 std::vector<std::string> expand_spec(std::string_view text);
+
+/// The texts of a list separated by commas; those inside of parentheses, braces and "…" do not separate.
+std::vector<std::string> split_specs(std::string_view text);
 
 }  // namespace kvreplay

@@ -43,8 +43,9 @@ const Method& method_for(const SpecPart& part, bool first) {
   for (const auto& [name, candidate] : registry()) {
     if ((candidate.step == Method::Step::policy) == first) names.push_back(candidate.name);
   }
-  throw UsageError(fmt::format("unknown {} '{}'.{} Known: {}", first ? "policy" : "budget or selection", part.name,
-                               suggestion(part.name, names), fmt::join(names, ", ")));
+  throw UsageError(fmt::format("unknown {} '{}'.{} Known: {}; one of your own comes with --plugin",
+                               first ? "policy" : "budget or selection", part.name, suggestion(part.name, names),
+                               fmt::join(names, ", ")));
 }
 
 void add_step(Policy& policy, const SpecPart& part, Composition&& step) {

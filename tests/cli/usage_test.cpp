@@ -72,14 +72,49 @@ TEST_F(Usage, WhatIsMissingIsNamed) {
   refuse_words("inspect", {"trace is required"});
   refuse_words("replay run.h5", {"--policy is required"});
   refuse_words("replay run.h5 --policy full", {"--capacity is required"});
-  refuse_words("replay --policy full --capacity 8", {"no trace is named", "before --policy"});
+  refuse_words("replay --policy full --capacity 8", {"no trace is named: kvreplay replay run.h5 --policy"});
 }
 
 TEST_F(Usage, TracesAndPoliciesThatChangedPlacesAreTold) {
-  refuse_words("replay run.h5 --policy full run.h5 --capacity 8", {"run.h5 is a file, not a policy"});
+  refuse_words("replay --policy run.h5 full --capacity 8", {"run.h5 is a file, not a policy"});
+  test::write_file(folder_ / "run", "");
+  refuse_words("replay run.h5 --policy full run --capacity 8", {"run is a file, not a policy"});
   EXPECT_THAT(succeed(test::words("replay --capacity 8 run.h5 --policy recent")).output, HasSubstr("recent"));
   const std::string two = succeed(test::words("replay run.h5 --policy recent random --capacity 8,16")).output;
   EXPECT_THAT(two, AllOf(HasSubstr("recent"), HasSubstr("random")));
+}
+
+TEST_F(Usage, ListsMeanTheSameHoweverTheyAreWritten) {
+  test::RandomTrace{.seed = 2}.write(folder_ / "2.h5");
+  const auto csv = [this](const std::string& arguments) {
+    succeed(test::words("replay --csv results.csv " + arguments));
+    return test::read_file(folder_ / "results.csv");
+  };
+  const std::string expected = csv("run.h5 2.h5 -p recent -p random(seed=1) -c 8 -c 25% --evict-at 30 --evict-at 50");
+  for (const char* arguments : {
+           "run.h5 2.h5 --policy recent random(seed=1) --capacity 8 25% --evict-at 30 50",
+           "run.h5 2.h5 -p recent,random(seed=1) -c 8,25% --evict-at 30,50",
+           "-p recent random(seed=1) run.h5 2.h5 -c 8 25% --evict-at 30 50",
+           "--evict-at 30 50 run.h5 -c 8 25% 2.h5 -p recent random(seed=1)",
+           "--policy=recent random(seed=1) run.h5 ./2.h5 --capacity=8, 25% --evict-at=30 50",
+           "-c8 25% run.h5 -p {recent,random(seed=1)} --evict-at 30,50 -- 2.h5",
+       }) {
+    std::string found = csv(arguments);
+    for (std::size_t at = found.find("./2.h5"); at != std::string::npos; at = found.find("./2.h5")) found.erase(at, 2);
+    EXPECT_EQ(found, expected) << arguments;
+  }
+  // A file that is missing is missed as a trace.
+  refuse(test::words("replay -p recent run.h5 -c 8 missing.h5"), 1, {"missing.h5: cannot be opened"});
+  // And in a sweep, and where results are chosen.
+  succeed(test::words("sweep -p recent random(seed=1) run.h5 -c 8 25% --evict-at 30 50 2.h5 -o s.h5 --csv s.csv"));
+  EXPECT_EQ(test::read_file(folder_ / "s.csv"), expected);
+  const std::string chosen =
+      succeed(test::words("analyze s.h5 -p recent -p random -c 8 -c 25% --by policy,layer")).output;
+  for (const char* arguments :
+       {"-p recent random s.h5 -c 8 25%", "-p recent,random -c 8,25% s.h5", "-c 8 25% s.h5 -p recent random",
+        "s.h5 -p recent random(seed={1}) -c 8 25% --layer 0 1"}) {
+    EXPECT_EQ(succeed(test::words(std::string("analyze --by policy,layer ") + arguments)).output, chosen) << arguments;
+  }
 }
 
 TEST_F(Usage, AFileOfAnotherKindIsSaidToBeWhatItIs) {
@@ -110,7 +145,7 @@ TEST_F(Usage, ValuesThatCannotBeAreNamed) {
 
 TEST_F(Usage, UnknownPoliciesAndParametersSuggestTheNearest) {
   const auto with = [](const std::string& policy) { return "replay run.h5 --capacity 40 --policy " + policy; };
-  refuse_words(with("snapvk"), {"unknown policy 'snapvk'. Did you mean 'snapkv'?", "restkv"});
+  refuse_words(with("snapvk"), {"unknown policy 'snapvk'. Did you mean 'snapkv'?", "restkv", "--plugin"});
   refuse_words(with("snapkv(windw=8)"), {"snapkv has no parameter 'windw'. Did you mean 'window'?", "kernel"});
   refuse_words(with("snapkv(window=0)"), {"parameter 'window' is integer >= 1, not '0'"});
   refuse_words(with("snapkv(window=8"), {"expected ',' or ')'"});

@@ -81,6 +81,13 @@ TEST(Expansion, WhatCannotBeIsNamed) {
   EXPECT_THAT(refusal("a(x={0.000000000000001:900000000000000})"), HasSubstr("too far apart"));
 }
 
+TEST(Expansion, CommasSeparateSpecsOutsideOfWhatBelongsTogether) {
+  EXPECT_THAT(split_specs("snapkv"), ElementsAre("snapkv"));
+  EXPECT_THAT(split_specs("snapkv(window=8,kernel=3)+chunks(size=4),{h2o,tova},kept(file=\"a,b(\")"),
+              ElementsAre("snapkv(window=8,kernel=3)+chunks(size=4)", "{h2o,tova}", "kept(file=\"a,b(\")"));
+  EXPECT_THAT(split_specs("a,"), ElementsAre("a", ""));
+}
+
 TEST(Expansion, ThereIsALimit) {
   EXPECT_EQ(expand_spec("{1:100000}").size(), kMostSpecs);
   for (const std::string text : {"{1:100001}", "{1:1000},{1:101}", "{1:60000,1:60000}", "{1:900000000000000}"}) {

@@ -13,7 +13,7 @@ namespace kvreplay {
 struct CapacityPoint {
   std::string capacity_request;
   double kept = 0;        ///< mean positions in a kept set
-  double kept_share = 0;  ///< of the positions before the eviction
+  double kept_share = 0;  ///< of the positions that the layers held
   double mean = 0;
   Interval interval;
 };

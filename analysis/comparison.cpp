@@ -75,9 +75,17 @@ void for_each_run(const Numbers& numbers, Cell cell, const Action& action) {
   }
 }
 
+// Whether there was nothing to measure, here or where it is compared with.
+bool is_missing(const Numbers& numbers, std::size_t at) {
+  return std::isnan(numbers.table.numbers[at]) ||
+         (numbers.reference != nullptr && std::isnan(numbers.reference->numbers[at]));
+}
+
 bool has(const Numbers& numbers, Cell cell) {
   bool any = false;
-  for_each_run(numbers, cell, [&any](std::size_t) { any = true; });
+  for_each_run(numbers, cell, [&](std::size_t offset) {
+    for (std::size_t i = 0; i < numbers.width && !any; ++i) any = !is_missing(numbers, offset + i);
+  });
   return any;
 }
 
@@ -107,16 +115,22 @@ Weighed weigh(std::vector<const Numbers*> members) {
   return weighed;
 }
 
-// The mean of value(numbers, index) over a cell, for each query (or span) of a member.
+// The mean of value(numbers, index) over a cell, for each query (or span) of a member that has numbers there.
 template <class Value>
 std::vector<double> means_of(const Numbers& numbers, Cell cell, const Value& value) {
-  std::vector<double> means(numbers.width, 0.0);
-  double runs = 0;
+  std::vector<double> sums(numbers.width, 0.0);
+  std::vector<double> runs(numbers.width, 0.0);
   for_each_run(numbers, cell, [&](std::size_t offset) {
-    for (std::size_t i = 0; i < numbers.width; ++i) means[i] += value(numbers, offset + i);
-    ++runs;
+    for (std::size_t i = 0; i < numbers.width; ++i) {
+      if (is_missing(numbers, offset + i)) continue;
+      sums[i] += value(numbers, offset + i);
+      ++runs[i];
+    }
   });
-  for (double& mean : means) mean /= runs;
+  std::vector<double> means;
+  for (std::size_t i = 0; i < numbers.width; ++i) {
+    if (runs[i] > 0) means.push_back(sums[i] / runs[i]);
+  }
   return means;
 }
 
@@ -217,6 +231,7 @@ PairedDifference difference_of(const Weighed& pairs, Cell cell, const MeasureTra
     int count = 0;
     for_each_run(member, cell, [&](std::size_t offset) {
       for (std::size_t at = offset; at < offset + member.width; ++at) {
+        if (is_missing(member, at)) continue;
         const double apart = difference(member, at);
         const bool better = measure.lower_is_better ? apart < 0 : apart > 0;
         wins += apart == 0 ? 0.5 : better ? 1 : 0;
@@ -242,7 +257,9 @@ Distribution distribution_in(const Weighed& weighed, Cell cell, bool lower_is_be
     const Numbers& member = *weighed.members[i];
     const std::size_t first = numbers.size();
     for_each_run(member, cell, [&](std::size_t offset) {
-      for (std::size_t at = offset; at < offset + member.width; ++at) numbers.push_back({member.table.numbers[at], 1});
+      for (std::size_t at = offset; at < offset + member.width; ++at) {
+        if (!is_missing(member, at)) numbers.push_back({member.table.numbers[at], 1});
+      }
     });
     const double weight = weighed.weights[i] / static_cast<double>(numbers.size() - first);
     for (std::size_t at = first; at < numbers.size(); ++at) numbers[at].weight = weight;
@@ -250,14 +267,14 @@ Distribution distribution_in(const Weighed& weighed, Cell cell, bool lower_is_be
   return weighted_distribution(std::move(numbers), lower_is_better);
 }
 
-// Positions in a kept set, and as a share of those before the eviction.
+// Positions in a kept set, and as a share of those that the layers held.
 std::pair<double, double> kept_by(const Weighed& weighed) {
   double kept = 0;
   double share = 0;
   for (std::size_t i = 0; i < weighed.members.size(); ++i) {
-    const StoredResult& result = *weighed.members[i]->result;
-    kept += weighed.weights[i] * result.kept;
-    share += weighed.weights[i] * result.kept / result.eviction_position;
+    const StoredResult::Kept of_member = weighed.members[i]->result->kept_in(weighed.members[i]->layers);
+    kept += weighed.weights[i] * of_member.positions;
+    share += weighed.weights[i] * of_member.share;
   }
   return {kept, share};
 }

@@ -65,7 +65,7 @@ struct ComparisonRow {
   bool oracle = false;
   Granularity granularity = Granularity::kv;  ///< of its first result
   double kept = 0;                            ///< mean positions in a kept set
-  double kept_share = 0;                      ///< of the positions before the eviction
+  double kept_share = 0;                      ///< of the positions that the layers held
   Distribution distribution;  ///< every trace and eviction position weighs the same; worst over all numbers
   Interval interval;          ///< of the mean
   int traces = 0;

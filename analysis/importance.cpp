@@ -65,11 +65,11 @@ void check(const TraceReader& trace, int layer, int head, const RestKVSetting& s
     throw Error(fmt::format("{}: eviction position {} is outside the trace's {} tokens", file, eviction_position,
                             info.num_tokens()));
   }
-  if (eviction_position <= setting.window) {
+  if (head_shape(info, layer, 0, eviction_position).rows() <= setting.window) {
     throw Error(
-        fmt::format("{}: no position is left before the observation window of {} queries that ends at {}; "
+        fmt::format("{}: no position is left before the observation window of {} queries that ends at {} in layer {}; "
                     "choose a smaller window",
-                    file, setting.window, eviction_position));
+                    file, setting.window, eviction_position, layer));
   }
   if (capacity < setting.window) {
     throw UsageError(fmt::format("capacity {} is below the {} positions that {} always keeps; ask for a larger one",
@@ -117,9 +117,9 @@ void score_each(const Head& head, int member, const RestKVSetting& setting,
                 const std::function<void(std::size_t, std::span<const float>)>& take) {
   // Together as many as a pass over the values pays for.
   constexpr Index kTogether = Index{64} << 20;
-  const auto at_once =
-      static_cast<std::size_t>(std::max<Index>(1, kTogether / Head::combination_memory(head.shape(), 1)));
-  std::vector<float> errors(static_cast<std::size_t>(head.prompt_length() - setting.window));
+  const auto at_once = static_cast<std::size_t>(
+      std::max<Index>(1, kTogether / Head::combination_memory(head.shape(), setting.window, 1)));
+  std::vector<float> errors(static_cast<std::size_t>(head.rows() - setting.window));
   for (std::size_t first = 0; first < combinations.size(); first += at_once) {
     const auto some = std::span(combinations).subspan(first, std::min(at_once, combinations.size() - first));
     head.prepare(some);
@@ -140,13 +140,16 @@ ImportanceMap importance_map(const TraceReader& trace, int layer, int head, cons
   const int member = head % group;
   const int window = setting.window;
   const auto size = static_cast<std::size_t>(window);
-  const RasterBins bins = RasterBins::of(eviction_position - window, most_bins);
+  const TraceHead source(trace, layer, head / group, eviction_position);
+  const HeadShape& shape = source.shape();
+  const RasterBins bins = RasterBins::of(shape.rows() - window, most_bins);
   ImportanceMap map{.layer = layer,
                     .head = head,
                     .policy = setting.canonical,
-                    .capacity = std::min(capacity, eviction_position),
+                    .capacity = std::min(capacity, shape.rows()),
                     .query_positions = {},
                     .bin_width = bins.width,
+                    .first_position = shape.first_position,
                     .positions = bins.positions,
                     .raw = std::vector<std::vector<float>>(size),
                     .temporal = std::vector<std::vector<float>>(size),
@@ -164,9 +167,8 @@ ImportanceMap importance_map(const TraceReader& trace, int layer, int head, cons
     up_to.push_back({std::move(weights), setting.distance, setting.before});
   }
 
-  const TraceHead source(trace, layer, head / group, eviction_position);
   const Head seen(source, 0);
-  std::vector<float> scores(static_cast<std::size_t>(eviction_position), 0.0f);
+  std::vector<float> scores(static_cast<std::size_t>(shape.rows()), 0.0f);
   const auto past = std::span(scores).first(static_cast<std::size_t>(bins.positions));
   score_each(seen, member, setting, alone, [&](std::size_t i, std::span<const float> errors) {
     map.raw[i] = binned(errors, bins);

@@ -8,7 +8,7 @@
 
 namespace kvreplay {
 
-/// ReST-KV's scores of one query head (before heads share them) as its steps make them, in bins over the positions
+/// ReST-KV's scores of one query head (before heads share them) as its steps make them, in bins over the positions held
 /// before the observation window. A bin holds the mean of its positions.
 struct ImportanceMap {
   int layer = 0;
@@ -17,7 +17,8 @@ struct ImportanceMap {
   int capacity = 0;
   std::vector<int> query_positions;  ///< [window]
   int bin_width = 1;                 ///< positions per bin; the last bin may be shorter
-  int positions = 0;                 ///< before the observation window
+  int first_position = 0;            ///< where the first bin begins: the first position that the layer still holds
+  int positions = 0;                 ///< held before the observation window
   /// [window][bins]: the score that the spec gives with the attention of each query alone.
   std::vector<std::vector<float>> raw;
   /// [window][bins]: the score with the window's queries up to each one, smoothed in time as if the window ended there:

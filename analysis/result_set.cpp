@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 #include <system_error>
 #include <tuple>
@@ -71,6 +72,9 @@ std::string mismatch(const StoredResult& a, const StoredResult& b) {
     return "another number of layers or heads";
   }
   if (a.prompt_length != b.prompt_length) return "another length of the prompt";
+  if (a.held != b.held) {
+    return "other positions that layers with a sliding window held: one is of an older version; replay it again";
+  }
   if (!same_spans(a.spans, b.spans)) return "other spans";
   return "";
 }
@@ -119,6 +123,10 @@ ResultSet ResultSet::open(std::span<const std::filesystem::path> files, const Re
                     set.repetitions_ == 1 ? "1 result is" : fmt::format("{} results are", set.repetitions_)));
   }
   set.choose(filter);
+  if (filter.full_layers) {
+    set.notes_.emplace_back(
+        "--full-layers: of layers, only those that held the whole prompt have a part in what follows");
+  }
   set.note_results();
   return set;
 }
@@ -181,7 +189,8 @@ void ResultSet::count_once(std::size_t result, Place place) {
     const Table a = readers_[earlier.first]->read(earlier.second, measure.measure);
     const Table b = readers_[place.first]->read(place.second, measure.measure);
     has_more = has_more || (a.numbers.empty() && !b.numbers.empty());
-    if (a.numbers.empty() || b.numbers.empty() || a.numbers == b.numbers) continue;
+    const auto same_number = [](float x, float y) { return x == y || (std::isnan(x) && std::isnan(y)); };
+    if (a.numbers.empty() || b.numbers.empty() || std::ranges::equal(a.numbers, b.numbers, same_number)) continue;
     const StoredResult& same = results_[result];
     throw Error(fmt::format(
         "{} and {}: {} at capacity {} of {} evicted at {} is in both, with another {}; analyze one "
@@ -216,6 +225,7 @@ void ResultSet::choose(const ResultFilter& filter) {
   require_each(filter.eviction_positions, evictions, "eviction position", std::equal_to<>());
   require_each(filter.layers, layers, "layer", std::equal_to<>());
   layers_ = filter.layers;
+  full_layers_ = filter.full_layers;
   std::ranges::sort(layers_);
   layers_.erase(std::unique(layers_.begin(), layers_.end()), layers_.end());
 
@@ -241,6 +251,11 @@ void ResultSet::choose(const ResultFilter& filter) {
     if (!is_chosen(results_[i])) continue;
     results.push_back(results_[i]);
     places.push_back(place_[i]);
+  }
+  if (results.empty() && filter.full_layers) {
+    throw UsageError(
+        "no result is left: of the layers asked for, --full-layers leaves those that held the whole prompt, and there "
+        "is none");
   }
   if (results.empty()) {
     throw UsageError(
@@ -332,7 +347,7 @@ void ResultSet::note_results() {
 Table ResultSet::read(std::size_t result, Measure measure) const {
   const auto [reader, index] = place_.at(result);
   Table table = readers_[reader]->read(index, measure);
-  if (layers_.empty() || table.numbers.empty()) return table;
+  if ((layers_.empty() && !full_layers_) || table.numbers.empty()) return table;
   const std::size_t per_layer = table.numbers.size() / static_cast<std::size_t>(table.shape.front());
   const std::vector<int> layers = layers_of(results_[result]);
   Table chosen;
@@ -395,7 +410,8 @@ const std::string& ResultSet::trace_called(const std::string& name) const {
 std::vector<int> ResultSet::layers_of(const StoredResult& result) const {
   std::vector<int> layers;
   for (int layer = 0; layer < result.num_layers; ++layer) {
-    if (layers_.empty() || std::ranges::binary_search(layers_, layer)) layers.push_back(layer);
+    const bool named = layers_.empty() || std::ranges::binary_search(layers_, layer);
+    if (named && (!full_layers_ || result.holds_everything(layer))) layers.push_back(layer);
   }
   return layers;
 }

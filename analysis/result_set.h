@@ -25,6 +25,7 @@ struct ResultFilter {
   std::vector<std::string> traces = {};      ///< file names, with or without folder and suffix
   std::vector<int> eviction_positions = {};
   std::vector<int> layers = {};
+  bool full_layers = false;  ///< of them only those that held the whole prompt
 };
 
 /// A policy at a capacity as it was asked for.
@@ -80,7 +81,7 @@ class ResultSet {
   /// What a trace goes by whose file says `name`.
   const std::string& trace_called(const std::string& name) const;
 
-  /// The layers that read() gives of a result.
+  /// The layers that read() gives of a result: at least one.
   std::vector<int> layers_of(const StoredResult& result) const;
 
   /// Overlap tables of the files, with their numbers, of the policies, capacities, traces and eviction positions that
@@ -116,6 +117,7 @@ class ResultSet {
   std::map<SettingKey, std::vector<std::size_t>> of_setting_;
   std::map<std::string, std::string> called_;  // traces by the names that files have for them
   std::vector<int> layers_;                    // chosen; empty: all
+  bool full_layers_ = false;
   std::size_t repetitions_ = 0;
   std::vector<std::string> notes_;
 };

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <optional>
 #include <tuple>
@@ -21,15 +23,17 @@ struct Mean {
   double sum = 0;
   int count = 0;
 
+  // NaN, where there was nothing to measure, counts in no mean.
   void add(double number) {
+    if (std::isnan(number)) return;
     sum += number;
     ++count;
   }
-  double value() const { return count == 0 ? 0 : sum / count; }
+  double value() const { return count == 0 ? std::numeric_limits<double>::quiet_NaN() : sum / count; }
 };
 
-// Means per layer, and over all of them (−1). Every trace weighs the same whatever its number of evictions and layers,
-// and every eviction within it.
+// Means per layer that has numbers, and over all of them (−1). Every trace weighs the same whatever its number of
+// evictions and layers, and every eviction within it.
 class LayerMeans {
  public:
   // What one eviction of a trace gives, one number per layer.
@@ -47,7 +51,9 @@ class LayerMeans {
   std::map<int, Mean> means() const {
     std::map<int, Mean> means;
     for (const auto& [trace, layers] : of_traces_) {
-      for (const auto& [layer, mean] : layers) means[layer].add(mean.value());
+      for (const auto& [layer, mean] : layers) {
+        if (mean.count > 0) means[layer].add(mean.value());
+      }
     }
     return means;
   }
@@ -99,7 +105,9 @@ class Positions {
   std::int64_t size_ = 0;
 };
 
-bool keeps_everything(const StoredResult& result) { return result.kept >= result.eviction_position; }
+bool keeps_everything(const StoredResult& result, const std::vector<int>& layers) {
+  return result.kept_in(layers).share >= 1;
+}
 
 std::string name_of(const StoredKeptSets& kept) {
   return fmt::format("{} at {}, {} evicted at {}", kept.policy, kept.capacity_request, kept.trace,
@@ -144,7 +152,8 @@ const std::vector<int>& kept_by(const KeptSets& sets, const StoredResult& result
   return sets.of_query_head(layer, head, result.num_query_heads / result.num_kv_heads);
 }
 
-// Adds one setting's stability between two evictions: a row over all layers, then one per layer.
+// Adds one setting's stability between two evictions, of the positions that are held at both: a row over all layers,
+// then one per layer, as far as there are such positions.
 void add_stability(const StoredResult& from, const KeptSets& kept_from, const StoredResult& to, const KeptSets& kept_to,
                    const std::vector<int>& layers, std::vector<Stability>& rows) {
   const int before = from.eviction_position;
@@ -159,10 +168,14 @@ void add_stability(const StoredResult& from, const KeptSets& kept_from, const St
   for (const int layer : layers) {
     Mean layer_jaccard;
     Mean layer_returned;
+    const int first_held = to.eviction_position - to.held[static_cast<std::size_t>(layer)];
+    if (first_held >= before) continue;
+    const auto held_at_both = [&](const std::vector<int>& kept) {
+      return Positions({std::ranges::lower_bound(kept, first_held), std::ranges::lower_bound(kept, before)}, before);
+    };
     for (int head = 0; head < from.num_query_heads; ++head) {
-      const Positions first(kept_by(kept_from, from, layer, head), before);
-      const std::vector<int>& all = kept_by(kept_to, to, layer, head);
-      const Positions later({all.begin(), std::ranges::lower_bound(all, before)}, before);
+      const Positions first = held_at_both(kept_by(kept_from, from, layer, head));
+      const Positions later = held_at_both(kept_by(kept_to, to, layer, head));
       layer_jaccard.add(first.jaccard(later));
       const std::int64_t gone = later.size() - first.common_with(later);
       layer_returned.add(later.size() == 0 ? 0 : static_cast<double>(gone) / static_cast<double>(later.size()));
@@ -174,6 +187,7 @@ void add_stability(const StoredResult& from, const KeptSets& kept_from, const St
     jaccard.add(row.jaccard);
     returned.add(row.returned);
   }
+  if (per_layer.empty()) return;
   row.layer = -1;
   row.jaccard = jaccard.value();
   row.returned = returned.value();
@@ -414,8 +428,9 @@ std::vector<HeadOverlap> head_overlaps(const ResultSet& results, const Retention
     for (const std::size_t i : results.of_setting(key)) {
       const StoredResult& result = results.results()[i];
       const auto entry = entries.find(i);
-      if (entry == entries.end() || result.granularity == Granularity::layer || keeps_everything(result)) continue;
+      if (entry == entries.end() || result.granularity == Granularity::layer) continue;
       const std::vector<int> layers = results.layers_of(result);
+      if (keeps_everything(result, layers)) continue;
       const HeadPairs pairs = head_pairs(result, kept.read(entry->second, results), layers);
       if (!pairs.within.empty()) within.add(result.trace, layers, pairs.within);
       if (!pairs.between.empty()) between.add(result.trace, layers, pairs.between);
@@ -438,7 +453,7 @@ std::vector<Stability> stabilities(const ResultSet& results, const RetentionSet&
   std::map<std::tuple<std::string, std::string, std::string>, ByEviction> evictions;
   for (const RetentionSet::Entry& entry : kept.entries()) {
     const StoredResult& result = results.results()[entry.result];
-    if (keeps_everything(result)) continue;
+    if (keeps_everything(result, results.layers_of(result))) continue;
     const std::tuple key(result.trace, result.policy, result.capacity_request);
     if (!evictions.contains(key)) order.push_back(key);
     evictions[key].emplace(result.eviction_position, entry);
@@ -481,7 +496,7 @@ std::vector<KeptRaster> kept_rasters(const ResultSet& results, const RetentionSe
     const RasterBins bins = RasterBins::of(result.eviction_position, most_bins);
     const auto count = static_cast<std::size_t>(bins.count());
     const std::vector<int> layers = results.layers_of(result);
-    const auto row_of = [&](int layer, const std::vector<std::int64_t>& positions, std::size_t of_layers) {
+    const auto row_of = [&](int layer, const std::vector<std::int64_t>& positions, std::span<const int> of_layers) {
       KeptRaster row{.trace = result.trace,
                      .policy = result.policy,
                      .capacity_request = result.capacity_request,
@@ -489,9 +504,15 @@ std::vector<KeptRaster> kept_rasters(const ResultSet& results, const RetentionSe
                      .layer = layer,
                      .share = {}};
       for (std::size_t bin = 0; bin < count; ++bin) {
-        const int width = std::min(bins.width, bins.positions - static_cast<int>(bin) * bins.width);
-        const double all = static_cast<double>(width) * sets.sets_per_layer * static_cast<double>(of_layers);
-        row.share.push_back(static_cast<float>(static_cast<double>(positions[bin]) / all));
+        const int first = static_cast<int>(bin) * bins.width;
+        const int end = std::min(first + bins.width, bins.positions);
+        double held = 0;
+        for (const int each : of_layers) {
+          const int first_held = result.eviction_position - result.held[static_cast<std::size_t>(each)];
+          held += std::max(0, end - std::max(first, first_held));
+        }
+        const double share = held == 0 ? 0 : static_cast<double>(positions[bin]) / (held * sets.sets_per_layer);
+        row.share.push_back(static_cast<float>(share));
       }
       return row;
     };
@@ -505,9 +526,9 @@ std::vector<KeptRaster> kept_rasters(const ResultSet& results, const RetentionSe
         }
       }
       for (std::size_t bin = 0; bin < count; ++bin) in_all[bin] += in_layer[bin];
-      if (per_layer) of_layers.push_back(row_of(layer, in_layer, 1));
+      if (per_layer) of_layers.push_back(row_of(layer, in_layer, {&layer, 1}));
     }
-    rows.push_back(row_of(-1, in_all, layers.size()));
+    rows.push_back(row_of(-1, in_all, layers));
     std::ranges::move(of_layers, std::back_inserter(rows));
   }
   return rows;

@@ -1,9 +1,11 @@
 #include "analysis/summary.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <limits>
 #include <numeric>
+#include <span>
 #include <tuple>
 
 #include "replay/measure.h"
@@ -11,9 +13,47 @@
 namespace kvreplay {
 namespace {
 
-double mean_of(const Table& table) {
-  if (table.numbers.empty()) return std::numeric_limits<double>::quiet_NaN();
-  return std::accumulate(table.numbers.begin(), table.numbers.end(), 0.0) / static_cast<double>(table.numbers.size());
+constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+
+// The layers that means over layers are of.
+std::vector<int> layers_of(const TraceReplay& replay, bool full_layers) {
+  std::vector<int> layers;
+  for (int layer = 0; layer < replay.model.num_layers; ++layer) {
+    if (!full_layers || replay.held[static_cast<std::size_t>(layer)] == replay.eviction_position) {
+      layers.push_back(layer);
+    }
+  }
+  return layers;
+}
+
+// One layer's part of a table [L, …].
+std::span<const float> of_layer(const Table& table, int layer) {
+  const std::size_t size = table.numbers.size() / static_cast<std::size_t>(table.shape.front());
+  return std::span(table.numbers).subspan(static_cast<std::size_t>(layer) * size, size);
+}
+
+// NaN where there is nothing.
+double mean_of(const Table& table, const std::vector<int>& layers) {
+  double sum = 0;
+  std::size_t count = 0;
+  if (table.numbers.empty()) return kNone;
+  for (const int layer : layers) {
+    for (const float number : of_layer(table, layer)) {
+      if (std::isnan(number)) continue;
+      sum += static_cast<double>(number);
+      ++count;
+    }
+  }
+  return count == 0 ? kNone : sum / static_cast<double>(count);
+}
+
+double kept_in(const ReplayResult& result, const std::vector<int>& layers) {
+  if (layers.size() * static_cast<std::size_t>(result.kept.sets_per_layer) == result.kept.sets.size()) {
+    return result.kept.mean_size();
+  }
+  double sum = 0;
+  for (const int layer : layers) sum += result.kept.mean_size(layer);
+  return sum / static_cast<double>(layers.size());
 }
 
 double quantile(const std::vector<float>& ascending, double share) {
@@ -27,6 +67,8 @@ double quantile(const std::vector<float>& ascending, double share) {
 }  // namespace
 
 Distribution distribution_of(std::vector<float> numbers, bool lower_is_better) {
+  std::erase_if(numbers, [](float number) { return std::isnan(number); });
+  if (numbers.empty()) return {kNone, kNone, kNone, kNone};
   std::ranges::sort(numbers);
   return {.mean = std::accumulate(numbers.begin(), numbers.end(), 0.0) / static_cast<double>(numbers.size()),
           .median = quantile(numbers, 0.5),
@@ -74,13 +116,14 @@ Distribution weighted_distribution(std::vector<WeightedNumber> numbers, bool low
           .worst = static_cast<double>(lower_is_better ? numbers.back().number : numbers.front().number)};
 }
 
-std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayResult& result) {
+std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayResult& result, bool full_layers) {
+  const std::vector<int> layers = layers_of(replay, full_layers);
   std::vector<MeasureSummary> rows;
   MeasureSummary row{.trace = result.trace,
                      .policy = result.policy,
                      .capacity_request = result.capacity_request,
                      .capacity = result.capacity,
-                     .kept = result.kept.mean_size(),
+                     .kept = kept_in(result, layers),
                      .bytes_per_token = bytes_per_token(replay, result),
                      .eviction_position = result.eviction_position,
                      .evaluate_from = replay.evaluation_positions.front(),
@@ -89,36 +132,42 @@ std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayRes
                      .oracle = result.oracle,
                      .nothing_to_choose = result.nothing_to_choose,
                      .layer = -1,
+                     .full_layers = full_layers,
                      .measure = {},
                      .distribution = {}};
   for (const MeasureTraits& measure : measures()) {
-    const std::vector<float>& numbers = (result.*measure.table).numbers;
-    if (numbers.empty()) continue;
+    const Table& table = result.*measure.table;
+    if (table.numbers.empty()) continue;
     row.measure = measure.name;
     row.layer = -1;
-    row.distribution = distribution_of(numbers, measure.lower_is_better);
+    std::vector<float> numbers;
+    for (const int layer : layers) {
+      const std::span<const float> some = of_layer(table, layer);
+      numbers.insert(numbers.end(), some.begin(), some.end());
+    }
+    row.distribution = distribution_of(std::move(numbers), measure.lower_is_better);
     rows.push_back(row);
-    const auto per_layer = static_cast<std::ptrdiff_t>(numbers.size()) / replay.model.num_layers;
     for (row.layer = 0; row.layer < replay.model.num_layers; ++row.layer) {
-      const auto first = numbers.begin() + row.layer * per_layer;
-      row.distribution = distribution_of({first, first + per_layer}, measure.lower_is_better);
+      const std::span<const float> some = of_layer(table, row.layer);
+      row.distribution = distribution_of({some.begin(), some.end()}, measure.lower_is_better);
       rows.push_back(row);
     }
   }
   return rows;
 }
 
-std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays) {
+std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays, bool full_layers) {
   std::vector<MeasureSummary> rows;
   for (const TraceReplay& replay : replays) {
     for (const ReplayResult& result : replay.results) {
-      std::ranges::move(summarize(replay, result), std::back_inserter(rows));
+      std::ranges::move(summarize(replay, result, full_layers), std::back_inserter(rows));
     }
   }
   return rows;
 }
 
 void PolicyRanking::add(const TraceReplay& replay, const ReplayResult& result) {
+  const std::vector<int> layers = layers_of(replay, full_layers_);
   if (std::ranges::find(capacities_, result.capacity_request) == capacities_.end()) {
     capacities_.push_back(result.capacity_request);
   }
@@ -137,19 +186,23 @@ void PolicyRanking::add(const TraceReplay& replay, const ReplayResult& result) {
   PolicyRow& row = sum.row;
   row.nothing_to_choose = row.nothing_to_choose || result.nothing_to_choose;
   row.bytes_per_token += bytes_per_token(replay, result);
-  row.kept += result.kept.mean_size();
-  row.kept_share += result.kept.mean_size() / result.eviction_position;
-  row.layer_error += mean_of(result.layer_error);
-  row.head_error += mean_of(result.head_error);
-  row.attention_recall += mean_of(result.attention_recall);
-  row.cosine += mean_of(result.cosine);
-  if (!result.span_recall.numbers.empty()) {
-    row.span_recall += mean_of(result.span_recall);
+  const double kept = kept_in(result, layers);
+  double held = 0;
+  for (const int layer : layers) held += replay.held[static_cast<std::size_t>(layer)];
+  row.kept += kept;
+  row.kept_share += held == 0 ? 1 : kept * static_cast<double>(layers.size()) / held;
+  row.windowed = row.windowed || held < static_cast<double>(layers.size()) * replay.eviction_position;
+  row.layer_error += mean_of(result.layer_error, layers);
+  row.head_error += mean_of(result.head_error, layers);
+  row.attention_recall += mean_of(result.attention_recall, layers);
+  row.cosine += mean_of(result.cosine, layers);
+  if (const double spans = mean_of(result.span_recall, layers); !std::isnan(spans)) {
+    row.span_recall += spans;
     ++sum.with_spans;
   }
-  if (!result.spearman.numbers.empty()) {
-    row.spearman += mean_of(result.spearman);
-    row.kendall += mean_of(result.kendall);
+  if (const double spearman = mean_of(result.spearman, layers); !std::isnan(spearman)) {
+    row.spearman += spearman;
+    row.kendall += mean_of(result.kendall, layers);
     ++sum.with_ranks;
   }
 }
@@ -181,8 +234,8 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
   return rows;
 }
 
-std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays) {
-  PolicyRanking ranking;
+std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays, bool full_layers) {
+  PolicyRanking ranking(full_layers);
   for (const TraceReplay& replay : replays) {
     for (const ReplayResult& result : replay.results) ranking.add(replay, result);
   }

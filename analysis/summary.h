@@ -19,7 +19,8 @@ struct Distribution {
   double worst = 0;  ///< largest error, smallest recall or cosine
 };
 
-/// Of `numbers`, at least one; `lower_is_better` says which end is the worst. Quantiles interpolate linearly.
+/// Of `numbers`; `lower_is_better` says which end is the worst. Quantiles interpolate linearly. NaN is left out; of
+/// nothing at all everything is NaN.
 Distribution distribution_of(std::vector<float> numbers, bool lower_is_better);
 
 /// A number that counts as many times as its weight says.
@@ -38,25 +39,28 @@ struct MeasureSummary {
   std::string policy;
   std::string capacity_request;
   int capacity = 0;
-  double kept = 0;             ///< mean positions per kept set that the capacity led to
-  double bytes_per_token = 0;  ///< that the kept sets cost
+  double kept = 0;  ///< mean positions per kept set that the capacity led to, over the layers of a mean over layers
+  double bytes_per_token = 0;  ///< that the kept sets of all layers cost
   int eviction_position = 0;
   int evaluate_from = 0;  ///< position of the first evaluation query
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
   bool oracle = false;
   bool nothing_to_choose = false;  ///< see ReplayResult
-  int layer = -1;                  ///< −1: all layers
+  int layer = -1;  ///< −1: all layers, or those that hold the whole prompt where only they were asked for
+  bool full_layers = false;
   std::string measure;
   Distribution distribution;
 };
 
 /// Every measure of every result, per layer and over all layers, in the order of the results. Head measures weigh every
-/// head and evaluation query alike; span recall weighs every head and span alike.
-std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays);
+/// head and evaluation query alike; span recall weighs every head and span alike. Of a layer where there was nothing to
+/// measure all numbers are NaN. With `full_layers`, what is over all layers is over those alone that hold the whole
+/// prompt, of which there must be one at least.
+std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays, bool full_layers = false);
 
 /// The same for one result of `replay`.
-std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayResult& result);
+std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayResult& result, bool full_layers = false);
 
 /// A row of the table that a replay prints: a policy at a capacity, averaged over the places (a trace evicted at a
 /// position) where it was replayed, each of them weighing the same.
@@ -69,8 +73,9 @@ struct PolicyRow {
   int places = 0;                  ///< how many
   int same_places = 0;             ///< equal for rows of the same places: only these are comparable
   double kept = 0;
-  double kept_share = 0;       ///< of the prompt
-  double bytes_per_token = 0;  ///< that the kept sets cost
+  double kept_share = 0;       ///< of the positions that the layers hold
+  bool windowed = false;       ///< whether some of these layers hold less than the prompt
+  double bytes_per_token = 0;  ///< that the kept sets of all layers cost
   double budget = 1;           ///< the same over what the capacity costs in every KV head
   double layer_error = 0;
   double head_error = 0;
@@ -84,6 +89,10 @@ struct PolicyRow {
 /// Makes such rows from results that come one after the other.
 class PolicyRanking {
  public:
+  /// With `full_layers`, means are over the layers alone that hold the whole prompt.
+  explicit PolicyRanking(bool full_layers = false) : full_layers_(full_layers) {}
+
+  /// Adds one of the results of `replay`.
   void add(const TraceReplay& replay, const ReplayResult& result);
 
   /// What is kept whole first, then by capacity in the order of the results; within, rows of most places first, and of
@@ -101,6 +110,7 @@ class PolicyRanking {
     int with_spans = 0;
     int with_ranks = 0;
   };
+  bool full_layers_;
   std::vector<Sum> sums_;                                             // in the order of the results
   std::map<std::pair<std::string, std::string>, std::size_t> place_;  // of a policy and capacity among the sums
   std::vector<std::string> capacities_ = {std::string(kAllPositions)};
@@ -108,6 +118,6 @@ class PolicyRanking {
 };
 
 /// The rows of a whole replay.
-std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays);
+std::vector<PolicyRow> rank_policies(const std::vector<TraceReplay>& replays, bool full_layers = false);
 
 }  // namespace kvreplay

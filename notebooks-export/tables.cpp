@@ -57,6 +57,7 @@ Json json_of(const std::vector<TraceReplay>& replays) {
                                   {"prompt_length", replay.prompt_length},
                                   {"evict_at", replay.eviction_position},
                                   {"evaluate_from", replay.evaluation_positions.front()},
+                                  {"held", replay.held},
                                   {"evaluation_queries", replay.evaluation_positions.size()},
                                   {"spans", spans},
                                   {"notes", replay.notes}});
@@ -66,7 +67,7 @@ Json json_of(const std::vector<TraceReplay>& replays) {
 
 Json json_of(const MeasureSummary& row) {
   Json layer = row.layer;
-  if (row.layer < 0) layer = "all";
+  if (row.layer < 0) layer = row.full_layers ? "full" : "all";
   return {{"trace", row.trace},
           {"policy", row.policy},
           {"oracle", row.oracle},
@@ -167,7 +168,8 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
   const bool unequal = std::ranges::any_of(rows, is_unequal_budget);
   const bool partial = std::ranges::any_of(rows, [places](const PolicyRow& row) { return row.places < places; });
   const bool spans = std::ranges::any_of(rows, [](const PolicyRow& row) { return !std::isnan(row.span_recall); });
-  std::vector<std::vector<std::string>> cells = {{"policy", "capacity", "kept", "of prompt",
+  const bool windowed = std::ranges::any_of(rows, &PolicyRow::windowed);
+  std::vector<std::vector<std::string>> cells = {{"policy", "capacity", "kept", windowed ? "of held" : "of prompt",
                                                   fmt::format("{}/token{}", large ? "KiB" : "B", unequal ? " " : ""),
                                                   "heads", "layer error", "head error", "recall", "cosine"}};
   if (partial) cells[0].emplace_back("on");
@@ -237,8 +239,11 @@ std::string summary_csv_rows(const std::vector<MeasureSummary>& rows) {
                         csv_field(row.policy), row.oracle ? 1 : 0, csv_field(row.capacity_request), row.capacity,
                         row.kept, row.bytes_per_token, row.eviction_position, row.evaluate_from,
                         name_of(row.granularity), name_of(row.share), row.nothing_to_choose ? 1 : 0,
-                        row.layer < 0 ? std::string("all") : fmt::format("{}", row.layer), row.measure,
-                        row.distribution.mean, row.distribution.median, row.distribution.p90, row.distribution.worst);
+                        row.layer >= 0    ? fmt::format("{}", row.layer)
+                        : row.full_layers ? std::string("full")
+                                          : std::string("all"),
+                        row.measure, row.distribution.mean, row.distribution.median, row.distribution.p90,
+                        row.distribution.worst);
   }
   return text;
 }

@@ -64,7 +64,8 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
         const int start = static_cast<int>(bin) * step * map.bin_width;
         const int end = std::min(start + step * map.bin_width, map.positions);
         figure.table.add({head, stage, static_cast<double>(query), static_cast<double>(query_last),
-                          static_cast<double>(start), static_cast<double>(end - 1), rounded(cells[bin])});
+                          static_cast<double>(map.first_position + start),
+                          static_cast<double>(map.first_position + end - 1), rounded(cells[bin])});
       }
     };
     for (const auto& [stage, numbers] : {std::pair{raw, &map.raw}, {temporal, &map.temporal}}) {

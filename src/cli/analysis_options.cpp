@@ -68,6 +68,8 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
                                   ->type_name("N,...");
   take_several(*evictions, looks_like_counts);
   take_several(*layers, looks_like_counts);
+  command.add_flag("--full-layers", options.filter.full_layers,
+                   "Only layers that held the whole prompt, without those with a sliding window");
   command.add_option("--kept", options.kept, "Files of kept sets, as --kept writes them")
       ->allow_extra_args(false)
       ->type_name("FILE");

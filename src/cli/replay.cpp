@@ -38,7 +38,7 @@ void write_files(const ReplayOptions& options, const std::vector<TraceReplay>& r
     written.push_back(options.kept);
   }
   if (options.csv.empty() && options.json.empty()) return;
-  const std::vector<MeasureSummary> summaries = summarize(replays);
+  const std::vector<MeasureSummary> summaries = summarize(replays, options.full_layers);
   if (!options.csv.empty()) {
     OutputFile::write_text(options.csv, summary_csv(summaries));
     written.push_back(options.csv);
@@ -66,6 +66,7 @@ void run_replay(const ReplayOptions& options) {
   {
     Progress progress;
     const std::vector<TraceReader> traces(files.begin(), files.end());
+    check_full_layers(options, traces, request);
     const ReplayEngine engine(traces, request);
     left_out = engine.left_out();
     replays = replay(engine, [&](double share) { progress.show("replaying", share); });
@@ -81,7 +82,8 @@ void run_replay(const ReplayOptions& options) {
   } catch (const std::exception&) {
     failure = std::current_exception();
   }
-  fmt::print("{}\n\n{}\n{}", headline(replays), policy_table(rank_policies(replays)), legend(replays, seconds));
+  fmt::print("{}\n\n{}\n{}", headline(replays), policy_table(rank_policies(replays, options.full_layers)),
+             legend(replays, options.full_layers, seconds));
   for (const std::string& file : written) fmt::print("wrote {}\n", file);
   std::fflush(stdout);
   print_notes(notes, replays, left_out);

@@ -129,6 +129,8 @@ void add_request_options(CLI::App& command, ReplayOptions& options, bool require
   command.add_option("--share", options.share, "How shared scores are combined (default: the policy's own, or mean)")
       ->check(one_of({"mean", "max", "sum"}))
       ->type_name("mean|max|sum");
+  command.add_flag("--full-layers", options.full_layers,
+                   "Means over the layers alone that hold the whole prompt, without those with a sliding window");
   command.add_flag("--rank-agreement", options.rank_agreement,
                    "Also measure how far scores rank positions as oracle-attention does (Spearman, Kendall)");
   command.add_flag("--strict", options.strict,
@@ -183,6 +185,24 @@ ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string
   request.rank_agreement = options.rank_agreement;
   request.strict = options.strict;
   return request;
+}
+
+void check_full_layers(const ReplayOptions& options, std::span<const TraceReader> traces,
+                       const ReplayRequest& request) {
+  if (!options.full_layers) return;
+  for (const TraceReader& trace : traces) {
+    const TraceInfo& info = trace.info();
+    std::vector<int> evictions = request.eviction_positions;
+    if (evictions.empty()) evictions.push_back(info.prompt_length);
+    for (const int eviction : evictions) {
+      const auto is_full = [eviction](int window) { return first_held_position(eviction, window) == 0; };
+      if (std::ranges::any_of(info.layer_sliding_window, is_full)) continue;
+      throw UsageError(
+          fmt::format("--full-layers: {}: no layer holds all {} positions before the eviction: all have a smaller "
+                      "sliding window; leave it out",
+                      trace.path().string(), eviction));
+    }
+  }
 }
 
 std::vector<std::string> distinct_traces(const ReplayOptions& options, std::vector<std::string>& notes) {
@@ -253,17 +273,19 @@ std::string headline(const std::vector<TraceReplay>& replays) {
   return text;
 }
 
-std::string legend(const std::vector<TraceReplay>& replays, double seconds) {
+std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, double seconds) {
   std::set<std::string> traces;
   std::set<int> evictions_of_one;
   bool spans = false;
   bool ranks = false;
   std::map<std::pair<std::string, std::string>, std::size_t> places;  // of each policy and capacity
+  bool windowed = false;
   for (const TraceReplay& replay : replays) {
     for (const ReplayResult& result : replay.results) ++places[{result.policy, result.capacity_request}];
     traces.insert(replay.trace);
     if (replay.trace == replays.front().trace) evictions_of_one.insert(replay.eviction_position);
     spans = spans || !replay.spans.empty();
+    windowed = windowed || std::ranges::min(replay.held) < replay.eviction_position;
     ranks = ranks || std::ranges::any_of(replay.results, &ReplayResult::rank_agreement);
   }
   std::string over;
@@ -281,13 +303,15 @@ std::string legend(const std::vector<TraceReplay>& replays, double seconds) {
   return fmt::format(
       "layer error, head error: ‖ô−o‖/‖o‖ after and before the output projection; recall: attention mass still "
       "cached;\nB/token (KiB): keys and values of the kept sets per token of the prompt, 2 bytes a number; *: more or "
-      "less than\nthe capacity costs in every KV head, so not an equal budget;\n{}{}{}means over layers, heads and "
+      "less than\nthe capacity costs in every KV head, so not an equal budget;\n{}{}{}{}means over {}layers, heads and "
       "evaluation queries{}.\nBest first at each capacity. Replayed in "
       "{:.1f} "
       "s.\n",
+      windowed && !full_layers ? "of held: share of the positions that a layer's sliding window leaves it;\n" : "",
       partial,
       spans ? "spans kept: share of the annotated spans' positions that is kept, mean over layers and heads;\n" : "",
-      ranks ? "Spearman, Kendall: how far scores rank positions as oracle-attention does;\n" : "", over, seconds);
+      ranks ? "Spearman, Kendall: how far scores rank positions as oracle-attention does;\n" : "",
+      full_layers ? "full " : "", over, seconds);
 }
 
 void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -28,6 +29,7 @@ struct ReplayOptions {
   std::string share;
   bool rank_agreement = false;
   bool strict = false;
+  bool full_layers = false;
   std::string results;
   std::string csv;
   std::string json;
@@ -43,6 +45,9 @@ void add_output_options(CLI::App& command, ReplayOptions& options);
 
 /// The request that the options stand for; what was left out is told in `notes`. Throws UsageError.
 ReplayRequest request_from(const ReplayOptions& options, std::vector<std::string>& notes);
+
+/// With `full_layers`, throws UsageError where no layer of a trace holds the whole prompt at one of the evictions.
+void check_full_layers(const ReplayOptions& options, std::span<const TraceReader> traces, const ReplayRequest& request);
 
 /// The traces without those that are given twice, which would count twice in every mean.
 std::vector<std::string> distinct_traces(const ReplayOptions& options, std::vector<std::string>& notes);
@@ -61,7 +66,7 @@ std::string counted(std::size_t count, std::string_view noun);
 std::string headline(const std::vector<TraceReplay>& replays);
 
 /// What the table's numbers are.
-std::string legend(const std::vector<TraceReplay>& replays, double seconds);
+std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, double seconds);
 
 /// Tells notes on standard error, those of replays and of what was left out too; the same note about several traces is
 /// one line.

@@ -58,8 +58,8 @@ struct SweepOptions {
 // What a configuration file may hold: options by their long names, and the traces.
 const std::vector<std::string>& configuration_keys() {
   static const std::vector<std::string> keys = {
-      "traces", "policy", "capacity", "evict-at", "evaluate-from", "heads",  "share",   "rank-agreement",
-      "strict", "output", "csv",      "json",     "kept",          "memory", "threads", "plugin"};
+      "traces",      "policy", "capacity", "evict-at", "evaluate-from", "heads",  "share",   "rank-agreement", "strict",
+      "full-layers", "output", "csv",      "json",     "kept",          "memory", "threads", "plugin"};
   return keys;
 }
 
@@ -145,6 +145,7 @@ void prepare(const SweepOptions& options, Preparation& sweep) {
   }
   const std::vector<std::string> files = distinct_traces(options.replay, sweep.notes);
   for (const std::string& file : files) sweep.traces.emplace_back(file);
+  check_full_layers(options.replay, sweep.traces, sweep.request);
   sweep.engine = std::make_unique<ReplayEngine>(sweep.traces, sweep.request);
   if (!options.memory.empty()) sweep.engine->limit_memory(memory_size(options.memory));
   sweep.left = sweep.engine->units();
@@ -265,7 +266,7 @@ std::vector<std::string> write_outputs(const SweepOptions& options, const Prepar
     ranking.add(replay, result);
     if (kept) kept->add(result);
     if (!csv && !json) return;
-    const std::vector<MeasureSummary> rows = summarize(replay, result);
+    const std::vector<MeasureSummary> rows = summarize(replay, result, files.full_layers);
     if (csv) csv->add(summary_csv_rows(rows));
     if (json) json->add(summary_json_rows(rows, first));
     first = false;
@@ -300,7 +301,7 @@ void print_tables(const SweepOptions& options, const Preparation& sweep, const P
     fmt::print("\nWhat each parameter changes, on average over all settings that differ in nothing else:\n\n{}",
                parameter_table(effects));
   }
-  fmt::print("\n{}", legend(sweep.engine->outlines(), seconds));
+  fmt::print("\n{}", legend(sweep.engine->outlines(), options.replay.full_layers, seconds));
 }
 
 // Does something in every process. Where it fails in one, all of them fail, with the message of the lowest.
@@ -382,7 +383,7 @@ void run_sweep(CLI::App& command, const SweepOptions& options) {
   });
   together(*ranks, [&]() {
     if (!ranks->is_first()) return;
-    PolicyRanking ranking;
+    PolicyRanking ranking(options.replay.full_layers);
     std::vector<std::string> written;
     with_advice(sweep, [&]() { written = write_outputs(options, sweep, ranking); });
     sweep.store->remove();

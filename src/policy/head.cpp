@@ -41,6 +41,11 @@ Index padded(Index positions) { return kernels::rounded_up(positions, kPanel); }
 // Not a multiple of a page, or the rows of many combinations would compete for the same lines of the cache.
 Index row_stride(Index positions) { return padded(positions) + kernels::kLanes; }
 
+// The most positions that a pass over the observation window of `window` queries looks at.
+Index seen_by(const HeadShape& shape, Index window) {
+  return std::min<Index>(shape.prompt_length, shape.rows() + window + kBlock);
+}
+
 }  // namespace
 
 // The window's attention: products, exponentials and sums of all query heads of the group in one pass over the keys.
@@ -50,6 +55,10 @@ class Head::WindowPass {
   WindowPass(const HeadSource& source, int window);
 
   int window() const { return window_; }
+
+  // The first position of the pass: the beginning of the block of the first that one of its queries sees. Blocks and
+  // panels are counted from there.
+  Index origin() const { return origin_; }
 
   // Rows of weights that a combination of `member` with `weights` multiplies in a block: zeros for queries before its
   // window.
@@ -65,21 +74,24 @@ class Head::WindowPass {
     return exponentials_.data() + (panel * rows_ + member * window_) * kPanel;
   }
 
-  // The attention of one query of `member`, counted back from the newest, over `out.size()` positions.
-  void copy_row(int member, int age, std::span<float> out) const {
+  // The attention of one query of `member`, counted back from the newest, over `out.size()` positions from `first` on.
+  void copy_row(int member, int age, Index first, std::span<float> out) const {
     const Index row = member * window_ + window_ - 1 - age;
-    const auto size = static_cast<Index>(out.size());
-    for (Index first = 0; first < size; first += kPanel) {
-      const float factor = factors_[static_cast<std::size_t>(first / kBlock * rows_ + row)];
-      const float* from = exponentials_.data() + (first / kPanel * rows_ + row) * kPanel;
-      const Index count = std::min(kPanel, size - first);
-      float* to = out.data() + first;
+    const Index end = first - origin_ + static_cast<Index>(out.size());
+    float* to = out.data();
+    for (Index at = first - origin_; at < end;) {
+      const float factor = factors_[static_cast<std::size_t>(at / kBlock * rows_ + row)];
+      const float* from = exponentials_.data() + (at / kPanel * rows_ + row) * kPanel + at % kPanel;
+      const Index count = std::min(kPanel - at % kPanel, end - at);
       for (Index i = 0; i < count; ++i) to[i] = from[i] * factor;
+      to += count;
+      at += count;
     }
   }
 
  private:
   int window_;
+  Index origin_;
   Index rows_;                  // query heads of the group × window
   Buffer exponentials_;         // [panel][row][kPanel]
   std::vector<float> factors_;  // [block][row]
@@ -88,16 +100,17 @@ class Head::WindowPass {
 Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(window) {
   const HeadShape& shape = source.shape();
   const Index depth = shape.head_dim;
-  const Index prompt = shape.prompt_length;
+  origin_ = first_visible(shape.prompt_length - window, shape.sliding_window) / kBlock * kBlock;
+  const Index seen = shape.prompt_length - origin_;
   const auto at_hand = static_cast<Index>(source.query_positions().size());
   rows_ = static_cast<Index>(shape.group_size) * window;
-  exponentials_ = Buffer(padded(prompt) * rows_);
+  exponentials_ = Buffer(padded(seen) * rows_);
   Buffer queries(rows_ * depth);
   for (int member = 0; member < shape.group_size; ++member) {
     const Matrix rows = source.queries(member, at_hand - window, window);
     std::copy_n(rows.data(), rows.size(), queries.data() + member * window * depth);
   }
-  const Index blocks = (prompt + kBlock - 1) / kBlock;
+  const Index blocks = (seen + kBlock - 1) / kBlock;
   std::vector<kernels::BlockSoftmax> parts(static_cast<std::size_t>(blocks * rows_));
   Buffer keys(kBlock * depth);
   Buffer panels(kBlock * depth);
@@ -105,9 +118,9 @@ Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(win
   const auto cap = static_cast<float>(shape.attn_logit_softcapping);
   for (Index block = 0; block < blocks; ++block) {
     const Index first = block * kBlock;
-    const Index count = std::min(kBlock, prompt - first);
+    const Index count = std::min(kBlock, seen - first);
     const Index count_panels = padded(count) / kPanel;
-    source.read_keys(first, count, keys.data());
+    source.read_keys(origin_ + first, count, keys.data());
     kernels::to_panels(keys.data(), depth, count, depth, panels.data());
     float* logits = exponentials_.data() + first * rows_;
     for (Index p = 0; p < count_panels; ++p) {
@@ -115,17 +128,18 @@ Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(win
                         logits + p * rows_ * kPanel, kPanel);
     }
     for (Index row = 0; row < rows_; ++row) {
-      const Index position = prompt - window + row % window;
-      const kernels::AttentionBlock part{.logits = logits + row * kPanel,
-                                         .panels = count_panels,
-                                         .panel_step = rows_ * kPanel,
-                                         .first_visible = first_visible(position, shape.sliding_window) - first,
-                                         .end_visible = position + 1 - first};
+      const Index position = shape.prompt_length - window + row % window;
+      const kernels::AttentionBlock part{
+          .logits = logits + row * kPanel,
+          .panels = count_panels,
+          .panel_step = rows_ * kPanel,
+          .first_visible = first_visible(position, shape.sliding_window) - origin_ - first,
+          .end_visible = position + 1 - origin_ - first};
       parts[static_cast<std::size_t>(block * rows_ + row)] = kernels::exponentiate(part, scale, cap);
     }
   }
-  count_operations(2 * prompt * rows_ * depth);
-  count_exponentials(prompt * rows_);
+  count_operations(2 * seen * rows_ * depth);
+  count_exponentials(seen * rows_);
   factors_.resize(parts.size());
   for (Index row = 0; row < rows_; ++row) {
     const auto part = [&](Index block) -> const kernels::BlockSoftmax& {
@@ -147,9 +161,10 @@ Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(win
 // Combinations that were computed together.
 struct Head::Batch {
   std::vector<WindowCombination> combinations;  // those with distances first
+  Index origin = 0;                             // position that rows of attention begin with
   Index stride = 0;
   Buffer attention;                   // [combination][member][stride]
-  Buffer distance;                    // the same, as far as there are distances
+  Buffer distance;                    // the same as far as there are distances, from the block of the first row on
   std::vector<float> output_lengths;  // [combination][member]
   Index bytes = 0;
 };
@@ -168,9 +183,10 @@ struct Head::Shared {
   std::vector<std::optional<std::vector<float>>> evaluation;   // [member]
   std::vector<Matrix> factors;                                 // [member]
   std::vector<Matrix> factors_transposed;
-  Buffer value_rows;         // [P, factor_width(D)], where they are few
-  Buffer value_lengths;      // [P] ‖v‖²
-  Buffer projected_lengths;  // [member][P] ‖W v‖²
+  // From the block of the first row on.
+  Buffer value_rows;         // a row of factor_width(D) floats per position, where they are few
+  Buffer value_lengths;      // ‖v‖²
+  Buffer projected_lengths;  // [member] ‖W v‖²
 };
 
 Matrix HeadSource::projection_factor(int member) const { return projection_factor_of(output_projection(member)); }
@@ -178,6 +194,10 @@ Matrix HeadSource::projection_factor(int member) const { return projection_facto
 Matrix HeadSource::evaluation_queries(int /*member*/) const { return {}; }
 
 Matrix HeadSource::evaluation_keys() const { return {}; }
+
+int first_held_position(int eviction_position, int sliding_window) {
+  return static_cast<int>(first_visible(eviction_position, sliding_window));
+}
 
 int contiguous_window(std::span<const int> query_positions, int prompt_length) {
   int count = 0;
@@ -193,6 +213,7 @@ Head::Head(const HeadSource& source, Index kept_bytes)
       shape_(source.shape()),
       kept_bytes_(kept_bytes),
       has_output_projection_(source.has_output_projection()),
+      first_block_(shape_.first_position / kBlock * kBlock),
       shared_(std::make_unique<Shared>()) {
   shared_->accumulated.resize(static_cast<std::size_t>(shape_.group_size));
   shared_->evaluation.resize(static_cast<std::size_t>(shape_.group_size));
@@ -203,23 +224,30 @@ Head::~Head() = default;
 
 const Matrix& Head::keys() const {
   if (!shared_->keys) {
-    shared_->keys.emplace(shape_.prompt_length, shape_.head_dim);
-    source_.read_keys(0, shape_.prompt_length, shared_->keys->data());
+    shared_->keys.emplace(rows(), shape_.head_dim);
+    source_.read_keys(shape_.first_position, rows(), shared_->keys->data());
   }
   return *shared_->keys;
 }
 
 const Matrix& Head::values() const {
   if (!shared_->values) {
-    shared_->values.emplace(shape_.prompt_length, shape_.head_dim);
-    source_.read_values(0, shape_.prompt_length, shared_->values->data());
+    shared_->values.emplace(rows(), shape_.head_dim);
+    source_.read_values(shape_.first_position, rows(), shared_->values->data());
   }
   return *shared_->values;
 }
 
-Matrix Head::logits(const Matrix& queries) const {
-  Matrix logits(queries.rows(), shape_.prompt_length);
-  logits.noalias() = queries * keys().transpose();
+// Those from `first` on, held or not.
+Matrix Head::read_keys(Index first) const {
+  Matrix keys(shape_.prompt_length - first, shape_.head_dim);
+  source_.read_keys(first, keys.rows(), keys.data());
+  return keys;
+}
+
+Matrix Head::logits(const Matrix& queries, const Matrix& keys) const {
+  Matrix logits(queries.rows(), keys.rows());
+  logits.noalias() = queries * keys.transpose();
   scale_logits(logits, shape_.softmax_scale, shape_.attn_logit_softcapping);
   count_operations(2 * logits.size() * queries.cols());
   return logits;
@@ -240,30 +268,30 @@ const Head::WindowPass& Head::window_pass(int window) const {
 }
 
 Index Head::memory(const HeadShape& shape, int window) {
-  const Index prompt = padded(shape.prompt_length);
-  const Index floats = prompt * shape.group_size * window  // exponentials
-                       + prompt * (shape.group_size + 1)   // squared lengths
+  const Index seen = padded(seen_by(shape, window));
+  const Index floats = seen * shape.group_size * window  // exponentials
+                       + seen * (shape.group_size + 1)   // squared lengths
                        + 4 * kBlock * (shape.head_dim + window) + 4 * Index{shape.head_dim} * shape.head_dim;
-  const Index values = prompt * factor_width(shape.head_dim) * static_cast<Index>(sizeof(float));
+  const Index values = seen * factor_width(shape.head_dim) * static_cast<Index>(sizeof(float));
   return floats * static_cast<Index>(sizeof(float)) + (values <= kKeptValues ? values : 0);
 }
 
-Index Head::combination_memory(const HeadShape& shape, Index combinations) {
-  return 2 * combinations * shape.group_size * row_stride(shape.prompt_length) * static_cast<Index>(sizeof(float));
+Index Head::combination_memory(const HeadShape& shape, int window, Index combinations) {
+  return 2 * combinations * shape.group_size * row_stride(seen_by(shape, window)) * static_cast<Index>(sizeof(float));
 }
 
 Index Head::evaluation_memory(const HeadShape& shape, Index tokens) {
   const Index queries = tokens - shape.prompt_length;  // or fewer
   return ((tokens + queries) * shape.head_dim + kRowBlock * tokens) * static_cast<Index>(sizeof(float)) +
-         shape.prompt_length * static_cast<Index>(sizeof(double));
+         shape.rows() * static_cast<Index>(sizeof(double));
 }
 
 // `count` values from `first` on, a row every factor_width(D) floats; `memory` has room for kBlock of them.
 const float* Head::value_rows(Index first, Index count, Buffer& memory) const {
   const Index depth = shape_.head_dim;
   const Index width = factor_width(depth);
-  const Index whole = shape_.prompt_length * width;
-  if (whole * static_cast<Index>(sizeof(float)) > kKeptValues) {
+  const Index whole = (shape_.prompt_length - first_block_) * width;
+  if (first < first_block_ || whole * static_cast<Index>(sizeof(float)) > kKeptValues) {
     source_.read_values(first, count, memory.data());
     kernels::pad_rows(memory.data(), count, depth, width);
     return memory.data();
@@ -271,13 +299,14 @@ const float* Head::value_rows(Index first, Index count, Buffer& memory) const {
   Buffer& kept = shared_->value_rows;
   if (kept.size() == 0) {
     kept = Buffer(whole);
-    for (Index at = 0; at < shape_.prompt_length; at += kBlock) {
+    for (Index at = first_block_; at < shape_.prompt_length; at += kBlock) {
       const Index rows = std::min<Index>(kBlock, shape_.prompt_length - at);
-      source_.read_values(at, rows, kept.data() + at * width);
-      kernels::pad_rows(kept.data() + at * width, rows, depth, width);
+      float* const block = kept.data() + (at - first_block_) * width;
+      source_.read_values(at, rows, block);
+      kernels::pad_rows(block, rows, depth, width);
     }
   }
-  return kept.data() + first * width;
+  return kept.data() + (first - first_block_) * width;
 }
 
 void Head::prepare(std::span<const WindowCombination> combinations) const {
@@ -293,7 +322,7 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
   }
   if (batch->combinations.empty()) return;
   const Index prompt = shape_.prompt_length;
-  const auto end_of_output = [prompt](const WindowCombination& c) {
+  const auto end_of_output = [prompt](const WindowCombination& c) -> Index {
     return c.whole_prompt ? prompt : prompt - static_cast<Index>(c.weights.size());
   };
   std::ranges::stable_sort(batch->combinations, {}, [&](const WindowCombination& c) {
@@ -310,7 +339,9 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
   const Index depth = shape_.head_dim;
   const Index width = factor_width(depth);
   const Index group = shape_.group_size;
-  const Index stride = row_stride(prompt);
+  const Index origin = pass.origin();
+  const Index stride = row_stride(prompt - origin);
+  batch->origin = origin;
   batch->stride = stride;
   batch->attention = Buffer(count * group * stride);
   batch->distance = Buffer(distances * group * stride);
@@ -323,13 +354,14 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
   Matrix outputs_of_block(distances * group, width);
   Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> outputs =
       Eigen::MatrixXd::Zero(distances * group, width);
-  for (Index first = 0; first < prompt; first += kBlock) {
+  for (Index first = origin; first < prompt; first += kBlock) {
     const Index positions = std::min(kBlock, prompt - first);
+    const Index place = first - origin;
     for (int member = 0; member < group; ++member) {
       for (Index c = 0; c < count; ++c) {
-        pass.scaled_weights(combination(c).weights, member, first / kBlock, weights.data() + c * pass.window());
+        pass.scaled_weights(combination(c).weights, member, place / kBlock, weights.data() + c * pass.window());
       }
-      for (Index at = first; at < first + positions; at += kPanel) {
+      for (Index at = place; at < place + positions; at += kPanel) {
         kernels::multiply(count, kPanel, pass.window(), weights.data(), pass.window(), 1,
                           pass.panel(at / kPanel, member), kPanel, batch->attention.data() + member * stride + at,
                           group * stride);
@@ -344,14 +376,14 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
       const Index summed = std::min(positions, end - first);
       if (summed > 0) {
         auto part = outputs_of_block.middleRows(c * group, (next - c) * group);
-        kernels::multiply(part.rows(), width, summed, batch->attention.data() + c * group * stride + first, stride, 1,
+        kernels::multiply(part.rows(), width, summed, batch->attention.data() + c * group * stride + place, stride, 1,
                           values_of_block, width, part.data(), width);
         outputs.middleRows(c * group, (next - c) * group) += part.cast<double>();
       }
       c = next;
     }
   }
-  count_operations(2 * prompt * group * (count * pass.window() + distances * depth));
+  count_operations(2 * (prompt - origin) * group * (count * pass.window() + distances * depth));
   if (distances > 0) measure_distances(*batch, distances, outputs.cast<float>());
 
   shared_->batches.push_front(batch);
@@ -414,21 +446,23 @@ void Head::measure_distances(Batch& batch, Index distances, const Matrix& output
 
   const bool new_plain = plain && shared.value_lengths.size() == 0;
   const bool new_projected = projected && shared.projected_lengths.size() == 0;
-  if (new_plain) shared.value_lengths = Buffer(padded(prompt));
-  if (new_projected) shared.projected_lengths = Buffer(padded(prompt) * group);
+  const Index lengths_of_member = padded(prompt - first_block_);
+  if (new_plain) shared.value_lengths = Buffer(lengths_of_member);
+  if (new_projected) shared.projected_lengths = Buffer(lengths_of_member * group);
   Buffer memory(kBlock * width);
   Buffer panels(kBlock * depth);
   Buffer products(outputs.rows() * kPanel);
-  for (Index first = 0; first < prompt; first += kBlock) {
+  for (Index first = first_block_; first < prompt; first += kBlock) {
     const Index positions = std::min(kBlock, prompt - first);
     const float* rows = value_rows(first, positions, memory);
     kernels::to_panels(rows, width, positions, depth, panels.data());
     for (Index at = first; at < first + positions; at += kPanel) {
       const float* panel = panels.data() + (at - first) * depth;
-      if (new_plain) kernels::squared_lengths(panel, depth, shared.value_lengths.data() + at);
+      const Index place = at - first_block_;
+      if (new_plain) kernels::squared_lengths(panel, depth, shared.value_lengths.data() + place);
       for (Index member = 0; new_projected && member < group; ++member) {
         kernels::squared_lengths_after(shared.factors[static_cast<std::size_t>(member)].data(), width, panel, depth,
-                                       shared.projected_lengths.data() + member * padded(prompt) + at);
+                                       shared.projected_lengths.data() + member * lengths_of_member + place);
       }
       kernels::multiply(outputs.rows(), kPanel, depth, references.data(), width, 1, panel, kPanel, products.data(),
                         kPanel);
@@ -436,8 +470,9 @@ void Head::measure_distances(Batch& batch, Index distances, const Matrix& output
         const Index member = row % group;
         const bool through = distance_of(row) == Distance::projected;
         const float* lengths =
-            (through ? shared.projected_lengths.data() + member * padded(prompt) : shared.value_lengths.data()) + at;
-        float* out = batch.distance.data() + row * batch.stride + at;
+            (through ? shared.projected_lengths.data() + member * lengths_of_member : shared.value_lengths.data()) +
+            place;
+        float* out = batch.distance.data() + row * batch.stride + place;
         const bool cancelled = kernels::distances(lengths, products.data() + row * kPanel,
                                                   squared[static_cast<std::size_t>(row)], kCancelled, kPanel, out);
         for (Index n = 0; cancelled && n < std::min(kPanel, first + positions - at); ++n) {
@@ -453,8 +488,10 @@ void Head::measure_distances(Batch& batch, Index distances, const Matrix& output
       }
     }
   }
-  count_operations(2 * prompt * outputs.rows() * depth + (new_projected ? prompt * group * depth * (depth + 1) : 0) +
-                   (new_plain ? 2 * prompt * depth : 0));
+  const Index measured = prompt - first_block_;
+  count_operations(2 * measured * outputs.rows() * depth +
+                   (new_projected ? measured * group * depth * (depth + 1) : 0) +
+                   (new_plain ? 2 * measured * depth : 0));
 }
 
 CombinedAttention Head::combined_attention(int member, const WindowCombination& asked) const {
@@ -467,10 +504,12 @@ CombinedAttention Head::combined_attention(int member, const WindowCombination& 
       const auto& [batch, place] = found->second;
       const Index row = place * shape_.group_size + member;
       const Index window = combination.whole_prompt ? 0 : static_cast<Index>(combination.weights.size());
+      const Index first = shape_.first_position;
       CombinedAttention result;
-      result.attention = batch->attention.part(row * batch->stride, shape_.prompt_length);
+      result.attention = batch->attention.part(row * batch->stride + first - batch->origin, rows());
       if (combination.distance != Distance::none) {
-        result.distance = batch->distance.part(row * batch->stride, shape_.prompt_length - window);
+        result.distance =
+            batch->distance.part(row * batch->stride + first - first_block_, std::max<Index>(0, rows() - window));
         result.output_length = batch->output_lengths[static_cast<std::size_t>(row)];
       }
       result.memory = batch;
@@ -485,8 +524,8 @@ std::span<const float> Head::attention(int member, int age) const {
   const WindowPass& pass = window_pass(age + 1);
   Buffer& row = shared_->rows[{member, age}];
   if (row.size() == 0) {
-    row = Buffer(shape_.prompt_length);
-    pass.copy_row(member, age, row.part(0, row.size()));
+    row = Buffer(rows());
+    pass.copy_row(member, age, shape_.first_position, row.part(0, row.size()));
   }
   return row.part(0, row.size());
 }
@@ -494,12 +533,12 @@ std::span<const float> Head::attention(int member, int age) const {
 std::int64_t Head::sum_of_most_attended(int member, int age, int count) const {
   const auto [place, is_new] = shared_->sums_of_most_attended.try_emplace({member, age, count}, 0);
   if (!is_new) return place->second;
-  Buffer row(shape_.prompt_length);
-  window_pass(age + 1).copy_row(member, age, row.part(0, row.size()));
-  thread_local std::vector<std::uint32_t> positions;
-  kernels::largest(row.part(0, row.size()), count, positions);
+  Buffer attention(rows());
+  window_pass(age + 1).copy_row(member, age, shape_.first_position, attention.part(0, attention.size()));
+  thread_local std::vector<std::uint32_t> most;
+  kernels::largest(attention.part(0, attention.size()), count, most);
   std::int64_t sum = 0;
-  for (const std::uint32_t position : positions) sum += position;
+  for (const std::uint32_t row : most) sum += row;
   return place->second = sum;
 }
 
@@ -507,21 +546,30 @@ const std::vector<float>& Head::accumulated_attention(int member) const {
   auto& accumulated = shared_->accumulated[static_cast<std::size_t>(member)];
   if (accumulated) return *accumulated;
   accumulated = source_.attention_mass(member);
-  if (accumulated) return *accumulated;
+  if (accumulated) {
+    accumulated->erase(accumulated->begin(), accumulated->begin() + shape_.first_position);
+    return *accumulated;
+  }
   if (shared_->window < shape_.prompt_length) {
     throw Error(fmt::format(
         "accumulated attention needs the recorded attention mass (only for an eviction at the end of the prompt) or "
         "all {} queries before the eviction, and the trace holds the last {}; capture with --queries all",
         shape_.prompt_length, shared_->window));
   }
-  std::vector<double> sums(static_cast<std::size_t>(shape_.prompt_length), 0.0);
-  for (int first = 0; first < shape_.prompt_length; first += kRowBlock) {
-    const int rows = std::min(kRowBlock, shape_.prompt_length - first);
-    Matrix block = logits(source_.queries(member, first, rows));
-    for (int row = 0; row < rows; ++row) {
-      causal_softmax(block.row(row), first + row, shape_.sliding_window);
-      for (int position = 0; position <= first + row; ++position) {
-        sums[static_cast<std::size_t>(position)] += static_cast<double>(block(row, position));
+  // Queries before the first row see none, later ones maybe keys before it too.
+  const int first_row = shape_.first_position;
+  const Index first_key = first_visible(first_row, shape_.sliding_window);
+  Matrix more_keys;
+  if (first_key < first_row) more_keys = read_keys(first_key);
+  const Matrix& seen_keys = first_key < first_row ? more_keys : keys();
+  std::vector<double> sums(static_cast<std::size_t>(rows()), 0.0);
+  for (int first = first_row; first < shape_.prompt_length; first += kRowBlock) {
+    const int count = std::min(kRowBlock, shape_.prompt_length - first);
+    Matrix block = logits(source_.queries(member, first, count), seen_keys);
+    for (int query = 0; query < count; ++query) {
+      causal_softmax(block.row(query), first + query - first_key, shape_.sliding_window);
+      for (int position = first_row; position <= first + query; ++position) {
+        sums[static_cast<std::size_t>(position - first_row)] += static_cast<double>(block(query, position - first_key));
       }
     }
   }
@@ -537,16 +585,20 @@ std::vector<float> Head::unmasked_accumulated_attention(int member, int window) 
         "capture with --queries all",
         prompt, shared_->window));
   }
-  std::vector<double> sums(static_cast<std::size_t>(prompt), 0.0);
+  const int first_row = shape_.first_position;
+  Matrix more_keys;
+  if (first_row > 0) more_keys = read_keys(0);
+  const Matrix& all_keys = first_row > 0 ? more_keys : keys();
+  std::vector<double> sums(static_cast<std::size_t>(rows()), 0.0);
   for (int first = 0; first < prompt; first += kRowBlock) {
-    const int rows = std::min(kRowBlock, prompt - first);
-    Matrix block = logits(source_.queries(member, first, rows));
-    for (int row = 0; row < rows; ++row) {
-      const int position = first + row;
+    const int count = std::min(kRowBlock, prompt - first);
+    Matrix block = logits(source_.queries(member, first, count), all_keys);
+    for (int query = 0; query < count; ++query) {
+      const int position = first + query;
       const int last_visible = position >= prompt - window ? position : prompt - 1;
-      causal_softmax(block.row(row), last_visible, 0);
-      for (int key = 0; key <= last_visible; ++key) {
-        sums[static_cast<std::size_t>(key)] += static_cast<double>(block(row, key));
+      causal_softmax(block.row(query), last_visible, 0);
+      for (int key = first_row; key <= last_visible; ++key) {
+        sums[static_cast<std::size_t>(key - first_row)] += static_cast<double>(block(query, key));
       }
     }
   }
@@ -560,14 +612,16 @@ const std::vector<float>& Head::evaluation_attention(int member) const {
   if (positions.empty()) throw Error("an oracle needs evaluation queries, and there are none");
   const Matrix queries = source_.evaluation_queries(member);
   const Matrix visible_keys = source_.evaluation_keys();
-  std::vector<double> sums(static_cast<std::size_t>(shape_.prompt_length), 0.0);
+  std::vector<double> sums(static_cast<std::size_t>(rows()), 0.0);
   for (Index first = 0; first < queries.rows(); first += kRowBlock) {
     const Index rows = std::min<Index>(kRowBlock, queries.rows() - first);
     Matrix block = queries.middleRows(first, rows) * visible_keys.transpose();
     scale_logits(block, shape_.softmax_scale, shape_.attn_logit_softcapping);
     for (Index row = 0; row < rows; ++row) {
       causal_softmax(block.row(row), positions[static_cast<std::size_t>(first + row)], shape_.sliding_window);
-      for (std::size_t n = 0; n < sums.size(); ++n) sums[n] += static_cast<double>(block(row, static_cast<Index>(n)));
+      for (std::size_t n = 0; n < sums.size(); ++n) {
+        sums[n] += static_cast<double>(block(row, shape_.first_position + static_cast<Index>(n)));
+      }
     }
   }
   return kept.emplace(sums.begin(), sums.end());

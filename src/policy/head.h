@@ -1,6 +1,7 @@
 // What a policy can see: one KV head at the moment of eviction, with the query heads that read it.
 #pragma once
 
+#include <algorithm>
 #include <compare>
 #include <memory>
 #include <optional>
@@ -16,18 +17,32 @@ namespace kvreplay {
 struct HeadShape {
   int layer = 0;
   int num_layers = 1;
+  int layer_among_alike = 0;  ///< how many of the layers before this one hold as many positions as it does
+  int layers_alike = 1;       ///< layers that do, this one included: all where no sliding window is at work
   int kv_head = 0;
   int num_kv_heads = 1;
-  int group_size = 1;     ///< query heads that read this KV head
-  int head_dim = 0;       ///< D
-  int prompt_length = 0;  ///< P, the positions in the cache when the policy decides
+  int group_size = 1;      ///< query heads that read this KV head
+  int head_dim = 0;        ///< D
+  int prompt_length = 0;   ///< P, the positions before the eviction
+  int first_position = 0;  ///< the first of them that the layer still holds when the policy decides: row 0
   double softmax_scale = 1;
   int sliding_window = 0;  ///< keys that a query sees, its own included; 0: all before it
   double attn_logit_softcapping = 0;
 
+  /// R: the rows of the cache that the policy decides about, row n holding position first_position + n.
+  int rows() const { return prompt_length - first_position; }
+
+  /// How many of the first `count` positions of the prompt are still held. They are the first rows.
+  int held_of_first(int count) const { return std::clamp(count - first_position, 0, rows()); }
+
   /// The model's number of the group's query head `member`.
   int query_head(int member) const { return kv_head * group_size + member; }
 };
+
+/// The first position that a layer still holds when everything before `eviction_position` is in the cache: a sliding
+/// window of w lets the next query see itself and the w − 1 positions before it, and no later query sees more of them.
+/// Everything is held where `sliding_window` is 0.
+int first_held_position(int eviction_position, int sliding_window);
 
 /// Delivers the tensors of one head. A trace stands behind it in replay, a running model can in its place.
 /// `member` is a query head of the group, 0 to group_size − 1. Functions may throw Error.
@@ -37,7 +52,8 @@ class HeadSource {
 
   virtual const HeadShape& shape() const = 0;
 
-  /// Positions first … first + count − 1, all below P, as `count` rows of D floats that follow each other.
+  /// Positions first … first + count − 1, all below P, as `count` rows of D floats that follow each other. Those before
+  /// first_position are asked for too, where prompt queries looked at them.
   virtual void read_keys(Index first, Index count, float* rows) const = 0;
   virtual void read_values(Index first, Index count, float* rows) const = 0;
 
@@ -80,7 +96,7 @@ struct WindowCombination {
 
   std::vector<float> weights = {};  ///< a weight per query of the window, oldest first
   Distance distance = Distance::none;
-  bool whole_prompt = false;  ///< o = Σ a_n v_n runs over all positions; else over those before the window
+  bool whole_prompt = false;  ///< o = Σ a_n v_n runs over all positions seen; else over those before the window
 
   auto operator<=>(const WindowCombination&) const = default;
 };
@@ -88,14 +104,19 @@ struct WindowCombination {
 /// The answer for one query head.
 struct CombinedAttention {
   std::span<const float>
-      attention;  ///< [P] a_n = Σ_i weights[i] · A[i, n], A the softmax attention of the window's queries
-  std::span<const float> distance;     ///< for the positions that o runs over; empty where it was not asked for
+      attention;  ///< [R] a_n = Σ_i weights[i] · A[i, n], A the softmax attention of the window's queries
+  std::span<const float> distance;     ///< for the rows that o runs over; empty where it was not asked for
   float output_length = 0;             ///< ‖o‖ or ‖W o‖
   std::shared_ptr<const void> memory;  ///< what the spans lie in lives as long as this
 };
 
 /// A head as policies see it. Quantities that several policies need are computed on first use and kept, so that a run
 /// of many policies, capacities and parameters pays for each of them once. Not for use by several threads at once.
+///
+/// All it tells is of the R positions that the layer still holds, row 0 being position shape().first_position. Where a
+/// sliding window has dropped earlier ones, attention is nevertheless what the prompt's queries paid when they still
+/// saw them, of which the held columns are left: they need not sum to 1, and are 0 for a query that saw none of them.
+/// So is o = Σ a_n v_n the output that these queries had.
 ///
 /// Arithmetic is float32. Logits are summed over the head dimension in its order; exponentials are taken and summed in
 /// blocks of 512 positions against the block's maximum, and blocks are put together in double. Outputs are summed in
@@ -110,10 +131,10 @@ class Head {
   Head& operator=(const Head&) = delete;
 
   const HeadShape& shape() const { return shape_; }
-  int prompt_length() const { return shape_.prompt_length; }
+  int rows() const { return shape_.rows(); }
 
-  const Matrix& keys() const;    ///< [P, D]
-  const Matrix& values() const;  ///< [P, D]
+  const Matrix& keys() const;    ///< [R, D]
+  const Matrix& values() const;  ///< [R, D]
 
   /// Computes, in one pass for all of them, combinations that will be asked for. Rankings tell theirs in
   /// requirements(). Throws Error if a query of a window was not captured.
@@ -123,15 +144,15 @@ class Head {
   /// Error if a query of the window was not captured.
   CombinedAttention combined_attention(int member, const WindowCombination& asked) const;
 
-  /// Softmax attention of the prompt query at position P − 1 − age over all positions: [P], zero where it cannot look.
+  /// Softmax attention of the prompt query at position P − 1 − age: [R], zero where it cannot look.
   /// Throws Error if that query was not captured.
   std::span<const float> attention(int member, int age) const;
 
-  /// Sum of the `count` positions that this query attends most; among equal ones the earlier. Throws Error if it was
-  /// not captured.
+  /// Sum of the `count` rows that this query attends most; among equal ones the earlier. Throws Error if it was not
+  /// captured.
   std::int64_t sum_of_most_attended(int member, int age, int count) const;
 
-  /// Σ over all prompt queries of causal attention, per position: [P]. Taken from the recorded attention mass, or
+  /// Σ over all prompt queries of causal attention, per row: [R]. Taken from the recorded attention mass, or
   /// computed where all prompt queries are at hand. Throws Error where neither is.
   const std::vector<float>& accumulated_attention(int member) const;
 
@@ -140,7 +161,7 @@ class Head {
   /// are at hand.
   std::vector<float> unmasked_accumulated_attention(int member, int window) const;
 
-  /// Σ over the evaluation queries of full attention, per prompt position: [P]. No policy can know it: for oracles.
+  /// Σ over the evaluation queries of full attention, per row: [R]. No policy can know it: for oracles.
   /// Throws Error where the source cannot look ahead.
   const std::vector<float>& evaluation_attention(int member) const;
 
@@ -152,7 +173,7 @@ class Head {
   /// The most bytes that a head takes for windows of up to `window` queries, and for `combinations` that are prepared
   /// together. keys(), values() and single rows of attention() come on top.
   static Index memory(const HeadShape& shape, int window);
-  static Index combination_memory(const HeadShape& shape, Index combinations);
+  static Index combination_memory(const HeadShape& shape, int window, Index combinations);
 
   /// The most bytes that evaluation_attention() takes while it works, over `tokens` keys.
   static Index evaluation_memory(const HeadShape& shape, Index tokens);
@@ -161,7 +182,8 @@ class Head {
   class WindowPass;
   struct Batch;
   struct Shared;
-  Matrix logits(const Matrix& queries) const;
+  Matrix read_keys(Index first) const;
+  Matrix logits(const Matrix& queries, const Matrix& keys) const;
   const WindowPass& window_pass(int window) const;
   const float* value_rows(Index first, Index count, Buffer& memory) const;
   void measure_distances(Batch& batch, Index distances, const Matrix& outputs) const;
@@ -170,6 +192,7 @@ class Head {
   HeadShape shape_;
   Index kept_bytes_;
   bool has_output_projection_;
+  Index first_block_;  // position of the block that the first row lies in: whole blocks are worked on
   std::unique_ptr<Shared> shared_;
 };
 

@@ -131,9 +131,14 @@ int sets_per_layer(const BudgetRequest& request) {
   return 1;
 }
 
-int Pattern::minimum_capacity(const HeadShape& /*shape*/) const { return std::max(1, protection().count()); }
+int Pattern::minimum_capacity(const HeadShape& shape) const { return std::max(1, protection().held_by(shape).count()); }
 
 int Policy::minimum_capacity() const { return std::max(1, protection().count()); }
+
+Protection Protection::held_by(const HeadShape& shape) const {
+  const int first = shape.held_of_first(sinks);
+  return {.sinks = first, .window = std::min(window, shape.rows() - first)};
+}
 
 MethodRegistration::MethodRegistration(Method method) { register_methods({std::move(method)}); }
 

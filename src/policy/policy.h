@@ -1,6 +1,7 @@
 // A policy in five steps: score, smooth, share, budget, select. A published method is a named combination of them.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -21,6 +22,10 @@ struct Protection {
   int window = 0;  ///< the last positions of the prompt: the observation window
 
   int count() const { return sinks + window; }
+
+  /// The same in the rows of a head: sinks that it no longer holds protect nothing, and a window larger than what it
+  /// holds protects all of that. Together at most R.
+  Protection held_by(const HeadShape& shape) const;
 };
 
 /// What a ranking must find in a trace, checked before any work begins, and what it will ask a head for.
@@ -43,25 +48,25 @@ class Ranking {
   /// Protected positions are not ranked.
   virtual Protection protection() const { return {}; }
 
-  /// How many of the prompt's positions stand ahead of all that scores decide on: the protected ones, and more where a
-  /// method puts others in a fixed order before those that it can judge. A capacity of no more leaves nothing to
+  /// How many rows of a head of this shape stand ahead of all that scores decide on: the protected ones, and more where
+  /// a method puts others in a fixed order before those that it can judge. A capacity of no more leaves nothing to
   /// choose.
-  virtual int unscored(int /*prompt_length*/) const { return protection().count(); }
+  virtual int unscored(const HeadShape& shape) const { return protection().held_by(shape).count(); }
 
   virtual Requirements requirements() const { return {}; }
 
-  /// Scores of the prompt's positions for query head `member` of the head's group: [P]. Those of protected positions
-  /// are not looked at. Throws Error where the head lacks what it needs.
+  /// Scores of the head's rows for query head `member` of its group: [R]. Those of protected positions are not looked
+  /// at. Throws Error where the head lacks what it needs.
   virtual void score(const Head& head, int member, std::span<float> scores) const = 0;
 
   /// Whether smooth() and refine() look at the capacity. If not, they are called once for all capacities.
   virtual bool depends_on_capacity() const { return false; }
 
-  /// Smooths a query head's scores [P] over positions, in place. `capacity` is the capacity asked for, before any
-  /// budget shifts it between layers or heads; at least protection().count(), at most P.
+  /// Smooths a query head's scores [R] over positions, in place. `capacity` is the capacity asked for, before any
+  /// budget shifts it between layers or heads; at least what is protected of the rows, at most R.
   virtual void smooth(const Head& head, int member, int capacity, std::span<float> scores) const;
 
-  /// A second look at scores that the query heads `members` of the head's group already share: [P], in place. For
+  /// A second look at scores that the query heads `members` of the head's group already share: [R], in place. For
   /// methods whose later stage works on shared scores; most have none. Where a whole layer shares, each KV head's part
   /// is refined before the parts are combined.
   virtual void refine(const Head& head, std::span<const int> members, int capacity, std::span<float> scores) const;
@@ -93,6 +98,10 @@ class Pattern {
   /// work.
   virtual void check(const HeadShape& /*shape*/) const {}
 
+  /// What a reader of the numbers has to know of the sets of a layer whose heads have this shape; mostly nothing. What
+  /// is the same for several layers is told once.
+  virtual std::string note(const HeadShape& /*shape*/) const { return ""; }
+
   /// What the capacity asked for means to the pattern.
   enum class CapacityRule {
     asked,       ///< it is kept to
@@ -105,8 +114,8 @@ class Pattern {
   /// positions, kv where KV heads do.
   virtual Granularity coarsest_granularity() const { return Granularity::layer; }
 
-  /// The kept positions, ascending, for a head of this shape. `member` is the query head of the group whose set is
-  /// asked for at granularity query, and 0 where the group shares one.
+  /// The kept rows, ascending, of a head of this shape. `member` is the query head of the group whose set is asked for
+  /// at granularity query, and 0 where the group shares one.
   virtual std::vector<int> keep(const HeadShape& shape, int member, int capacity) const = 0;
 };
 
@@ -124,14 +133,16 @@ std::optional<Share> share_named(std::string_view name);
 struct BudgetRequest {
   int layer = 0;
   int num_layers = 1;
-  int prompt_length = 0;
-  int capacity = 0;                           ///< asked for, per kept set, on average over layers
-  Protection protection;                      ///< counted in the capacity; of a Pattern, its smallest capacity
+  int layer_among_alike = 0;  ///< the layer's place among those that hold as many positions; see HeadShape
+  int layers_alike = 1;
+  int rows = 0;           ///< R, what each head of the layer holds
+  int capacity = 0;       ///< asked for, per kept set, on average over the layers alike; at most R
+  Protection protection;  ///< of the rows, counted in the capacity; of a Pattern, its smallest capacity
   Granularity granularity = Granularity::kv;  ///< whose capacities are asked for
   int num_query_heads = 1;
   int num_kv_heads = 1;
   bool pyramid_on_short_prompts = false;  ///< see Ranking
-  /// Scores [P] of every query head of the layer, and of every KV head as its group shares them. Only there for
+  /// Scores [R] of every query head of the layer, and of every KV head as its group shares them. Only there for
   /// budgets that need scores.
   std::vector<std::span<const float>> query_head_scores;
   std::vector<std::span<const float>> kv_head_scores;
@@ -160,17 +171,17 @@ class Budget {
 /// How many capacities a budget gives out for a layer.
 int sets_per_layer(const BudgetRequest& request);
 
-/// Step 5: which positions a kept set holds. Without one, the positions with the highest scores.
+/// Step 5: which rows a kept set holds. Without one, those with the highest scores.
 class Selection {
  public:
   virtual ~Selection() = default;
 
-  /// Exactly `capacity` ascending positions, the protected ones among them. `scores` is [P].
+  /// Exactly `capacity` ascending rows, the protected ones among them. `scores` is [R].
   virtual std::vector<int> select(std::span<const float> scores, Protection protection, int capacity) const = 0;
 };
 
-/// Protected positions and those with the highest scores: exactly min(capacity, P), ascending. Among equal scores the
-/// earlier position wins. Throws Error, naming the position, if a ranked score is NaN.
+/// Protected rows and those with the highest scores: exactly min(capacity, R), ascending. Among equal scores the
+/// earlier row wins. Throws Error, naming the row, if a ranked score is NaN. `protection` is of the rows.
 std::vector<int> select_top(std::span<const float> scores, Protection protection, int capacity);
 
 /// A complete policy: what a spec stands for. Immutable, and safe to use from several threads.
@@ -188,8 +199,8 @@ struct Policy {
   /// Positions that are kept whatever is scored.
   Protection protection() const { return ranking ? ranking->protection() : pattern->protection(); }
 
-  /// The smallest legal capacity: the protected positions, and at least one. A pattern may need more, by the head's
-  /// shape.
+  /// The smallest legal capacity where all of the prompt is held: the protected positions, and at least one. A pattern
+  /// may need more, by the head's shape.
   int minimum_capacity() const;
 };
 

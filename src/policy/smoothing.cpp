@@ -95,6 +95,10 @@ void average(std::size_t width, std::size_t before, float front, std::size_t aft
 
 }  // namespace
 
+std::span<float> before_window(std::span<float> scores, int window) {
+  return scores.first(scores.size() - std::min(scores.size(), static_cast<std::size_t>(window)));
+}
+
 void pool(Spatial spatial, int kernel, std::span<float> scores) {
   if (spatial == Spatial::none || kernel == 1 || scores.empty()) return;
   const auto width = static_cast<std::size_t>(kernel);
@@ -118,7 +122,7 @@ AdaptiveWindow AdaptiveWindow::from_drift(double drift, double beta, int kernel)
 double attention_drift(const Head& head, int member, int window, int count) {
   const int front = window / 2;
   const int rear = window - front;
-  count = std::min(count, head.prompt_length());
+  count = std::min(count, head.rows());
   if (count <= 0 || front == 0) return 0;
   const auto sum_of_positions = [&](int first, int last) {
     std::int64_t sum = 0;
@@ -167,7 +171,7 @@ void reconstruction_errors(const CombinedAttention& window, LengthRule rule, std
 
 void smooth_in_space(Spatial spatial, int kernel, double beta, const Head& head, int member, int window, int capacity,
                      std::span<float> scores) {
-  const auto past = scores.first(scores.size() - static_cast<std::size_t>(window));
+  const auto past = before_window(scores, window);
   if (spatial != Spatial::adaptive) {
     pool(spatial, kernel, past);
     return;

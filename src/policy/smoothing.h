@@ -35,6 +35,9 @@ enum class Spatial {
 /// "none", "avg", "max" or "adaptive"; any other text is a std::invalid_argument.
 Spatial spatial_named(const std::string& name);
 
+/// Those of `scores` [R] that an observation window of `window` queries does not protect.
+std::span<float> before_window(std::span<float> scores, int window);
+
 /// Pools `scores` in place, over an odd `kernel`. Not for Spatial::adaptive, which pool_adaptive does.
 void pool(Spatial spatial, int kernel, std::span<float> scores);
 
@@ -58,7 +61,7 @@ double attention_drift(const Head& head, int member, int window, int count);
 /// beyond an edge take the edge's score.
 void pool_adaptive(AdaptiveWindow window, std::span<float> scores);
 
-/// Pools, of `scores` [P], those of the positions before a window of `window` queries in place, over `kernel`
+/// Pools, of `scores` [R], those of the positions before a window of `window` queries in place, over `kernel`
 /// positions; for Spatial::adaptive with the drift of the capacity − window most attended positions, in units of
 /// `beta`.
 void smooth_in_space(Spatial spatial, int kernel, double beta, const Head& head, int member, int window, int capacity,

@@ -9,6 +9,7 @@
 #include <iterator>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <set>
 
 #include "base/buffer.h"
@@ -21,16 +22,20 @@
 #include "replay/measurement.h"
 #include "replay/reconstruction_oracle.h"
 #include "replay/selection.h"
+#include "replay/trace_head.h"
 #include "trace/identity.h"
 
 namespace kvreplay {
 namespace {
 
-float span_recall(const std::vector<int>& kept, const Span& span, int eviction_position) {
+// Of the span's positions that are held: first_held … eviction_position − 1. NaN where there are none.
+float span_recall(const std::vector<int>& kept, const Span& span, int first_held, int eviction_position) {
+  const int start = std::max(span.start, first_held);
   const int end = std::min(span.end, eviction_position);
-  const auto first = std::ranges::lower_bound(kept, span.start);
+  if (start >= end) return std::numeric_limits<float>::quiet_NaN();
+  const auto first = std::ranges::lower_bound(kept, start);
   const auto last = std::ranges::lower_bound(kept, end);
-  return static_cast<float>(last - first) / static_cast<float>(end - span.start);
+  return static_cast<float>(last - first) / static_cast<float>(end - start);
 }
 
 // Why a trace cannot be evicted at a position; empty if it can.
@@ -59,6 +64,7 @@ TraceReplay prepare(const TraceReader& trace, const Eviction& eviction) {
   replay.prompt_length = info.prompt_length;
   replay.eviction_position = eviction.position;
   replay.evaluate_from = eviction.evaluate_from;
+  replay.held = held_positions(info, eviction.position);
   const auto positions = evaluation_queries(info, eviction).positions;
   replay.evaluation_positions.assign(positions.begin(), positions.end());
   for (const Span& span : info.spans) {
@@ -105,8 +111,8 @@ ReplayResult outline_of(const Setting& setting, const TraceReplay& replay) {
   ReplayResult result;
   result.trace = replay.trace;
   result.policy = setting.policy->canonical;
-  result.capacity_request = setting.capacity_request;
-  result.capacity = setting.capacity;
+  result.capacity_request = setting.asked.text;
+  result.capacity = setting.capacity(std::ranges::max(replay.held));
   result.eviction_position = replay.eviction_position;
   result.granularity = setting.granularity;
   result.share = setting.share;
@@ -119,9 +125,10 @@ ReplayResult outline_of(const Setting& setting, const TraceReplay& replay) {
 }
 
 // Adds to a layer's kept sets of one setting what they do.
-void add_measures(const LayerMeasures& measures, const TraceReplay& replay, LayerResult& result) {
+void add_measures(const LayerMeasures& measures, const TraceReplay& replay, int layer, LayerResult& result) {
   const LayerSets& kept = result.kept;
   const int heads = replay.model.num_attention_heads;
+  const int first_held = replay.eviction_position - replay.held[static_cast<std::size_t>(layer)];
   for (int head = 0; head < heads; ++head) {
     const HeadMeasures& found = measures.heads[static_cast<std::size_t>(head)];
     std::ranges::copy(found.head_error, std::back_inserter(result.head_error));
@@ -130,7 +137,7 @@ void add_measures(const LayerMeasures& measures, const TraceReplay& replay, Laye
     const bool per_query_head = static_cast<int>(kept.size()) == heads;
     const auto set = static_cast<std::size_t>(per_query_head ? head : head / replay.model.group_size());
     for (const Span& span : replay.spans) {
-      result.span_recall.push_back(span_recall(kept[set], span, replay.eviction_position));
+      result.span_recall.push_back(span_recall(kept[set], span, first_held, replay.eviction_position));
     }
   }
   result.layer_error = measures.layer_error;
@@ -182,25 +189,11 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
         leave_out(left_out.first(), left_out.notes());
         continue;
       }
-      const RankingRequirements& needs = requirements_.emplace_back(settings, eviction);
-      Sums& sums = sums_.emplace_back();
-      for (const Setting& setting : settings) {
-        outline.results.push_back(outline_of(setting, outline));
-        sums.capacities += setting.capacity;
-        sums.compared += setting.rank_agreement ? 1 : 0;
-        if (!setting.policy->oracle || setting.keeps_all(eviction)) continue;
-        sums.looks_ahead = true;
-        const ExchangeShape exchange{.granularity = setting.granularity,
-                                     .eviction_position = eviction,
-                                     .tokens = outline.evaluation_positions.back() + 1,
-                                     .queries = static_cast<Index>(outline.evaluation_positions.size())};
-        if (setting.policy->exchanges > 0) {
-          sums.exchanges += exchange_operations(info.model, exchange, setting.policy->exchanges);
-        }
+      for (const Setting& setting : settings) outline.results.push_back(outline_of(setting, outline));
+      std::map<int, Sums>& sums = sums_.emplace_back();
+      for (const int held : outline.held) {
+        if (!sums.contains(held)) sums.emplace(held, sum_up(trace, outline, settings, held));
       }
-      sums.layer_bytes = LayerSelection::memory_of_layer(outline, settings);
-      sums.head_bytes = LayerSelection::memory_of_head(trace, outline, settings, needs);
-      sums.least_combinations = LayerSelection::least_combination_bytes(outline, needs);
       outlines_.push_back(std::move(outline));
       settings_.push_back(std::move(settings));
       trace_of_outline_.push_back(t);
@@ -208,6 +201,29 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
     note_other_queries(std::span(outlines_).subspan(first));
   }
   if (outlines_.empty()) throw Error(refusal);
+}
+
+// What settings add up to in layers that hold so many positions.
+ReplayEngine::Sums ReplayEngine::sum_up(const TraceReader& trace, const TraceReplay& outline,
+                                        const std::vector<Setting>& settings, int held) {
+  Sums sums{.asked = RankingRequirements(settings, held)};
+  for (const Setting& setting : settings) {
+    sums.capacities += setting.capacity(held);
+    sums.compared += setting.rank_agreement ? 1 : 0;
+    if (!setting.policy->oracle || setting.keeps_all(held)) continue;
+    sums.looks_ahead = true;
+    const ExchangeShape exchange{.granularity = setting.granularity,
+                                 .positions = held,
+                                 .tokens = outline.evaluation_positions.back() + 1,
+                                 .queries = static_cast<Index>(outline.evaluation_positions.size())};
+    if (setting.policy->exchanges > 0) {
+      sums.exchanges += exchange_operations(outline.model, exchange, setting.policy->exchanges);
+    }
+  }
+  sums.layer_bytes = LayerSelection::memory_of_layer(outline, settings);
+  sums.head_bytes = LayerSelection::memory_of_head(trace, outline, settings, sums.asked);
+  sums.least_combinations = LayerSelection::least_combination_bytes(outline, sums.asked);
+  return sums;
 }
 
 std::vector<ReplayUnit> ReplayEngine::units() const {
@@ -223,7 +239,8 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
   const TraceReplay& outline = outlines_[replay];
   const ModelInfo& model = outline.model;
   const TraceReader& trace = trace_of(unit);
-  const double prompt = outline.eviction_position;
+  const int held = outline.held[static_cast<std::size_t>(unit.layer)];
+  const double prompt = held;
   const double tokens = outline.evaluation_positions.back() + 1;
   const double heads = model.num_attention_heads;
   const double head_dim = model.head_dim;
@@ -232,7 +249,8 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
   const double weight = trace.has_output_projection(unit.layer) ? heads * head_dim * model.hidden_size : 0;
 
   // Ranking: logits of the window, then per combination its attention, its output and the distances from it.
-  const RankingRequirements& asked = requirements_[replay];
+  const Sums& sums = sums_of(unit);
+  const RankingRequirements& asked = sums.asked;
   const auto combinations = static_cast<double>(asked.combinations.size());
   const auto with_distance = static_cast<double>(asked.with_distance);
   Work work;
@@ -245,7 +263,6 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
   }
 
   // Oracles and rank agreement: attention of the evaluation queries, then both orders and the inversions between them.
-  const Sums& sums = sums_[replay];
   if (sums.compared > 0 || sums.looks_ahead) {
     const bool by_query = settings_[replay].front().granularity == Granularity::query;
     const double rows = by_query ? heads : model.num_key_value_heads;
@@ -293,16 +310,17 @@ ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index li
             .settings_at_once = std::numeric_limits<Index>::max()};
   for (std::size_t r = 0; r < outlines_.size(); ++r) {
     const TraceReplay& outline = outlines_[r];
+    const Sums& sums = sums_[r].rbegin()->second;  // of the layers that hold most
     const auto queries = static_cast<Index>(outline.evaluation_positions.size());
     const auto count = static_cast<Index>(settings_[r].size());
     const Index width = Index{outline.model.num_attention_heads} * outline.model.head_dim;
     const std::vector<ReplayUnit> layers(static_cast<std::size_t>(outline.model.num_layers),
                                          ReplayUnit{static_cast<int>(r), 0});
-    const Index unit = static_cast<Index>(units_at_once(layers, plan)) *
-                       (sums_[r].layer_bytes + LayerProjection::memory(outline.model));
+    const Index unit =
+        static_cast<Index>(units_at_once(layers, plan)) * (sums.layer_bytes + LayerProjection::memory(outline.model));
 
-    const Index ranked = sums_[r].head_bytes;
-    const Index least = sums_[r].least_combinations;
+    const Index ranked = sums.head_bytes;
+    const Index least = sums.least_combinations;
     Index combinations = std::max(least, kCombinations);
     if (limit > 0) combinations = std::min(combinations, (limit - unit) / plan.heads_at_once - ranked);
     plan.fits = plan.fits && combinations >= least;
@@ -332,9 +350,13 @@ void ReplayEngine::limit_memory(Index bytes) {
   Buffer::keep_at_most(bytes / kShareKept);
 }
 
+const ReplayEngine::Sums& ReplayEngine::sums_of(const ReplayUnit& unit) const {
+  const auto replay = static_cast<std::size_t>(unit.replay);
+  return sums_[replay].at(outlines_[replay].held[static_cast<std::size_t>(unit.layer)]);
+}
+
 bool ReplayEngine::needs_projection(const ReplayUnit& unit) const {
-  return requirements_[static_cast<std::size_t>(unit.replay)].projected_distance &&
-         trace_of(unit).has_output_projection(unit.layer);
+  return sums_of(unit).asked.projected_distance && trace_of(unit).has_output_projection(unit.layer);
 }
 
 const TraceReader& ReplayEngine::trace_of(const ReplayUnit& unit) const {
@@ -353,7 +375,7 @@ std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units, const
     const TraceReplay& outline = outlines_[static_cast<std::size_t>(units[count].replay)];
     heads += static_cast<std::size_t>(outline.model.num_key_value_heads);
     ++count;
-    if (sums_[static_cast<std::size_t>(units[count - 1].replay)].exchanges > 0) break;
+    if (sums_of(units[count - 1]).exchanges > 0) break;
     const std::size_t rounds = (heads + at_once - 1) / at_once;
     const bool full = static_cast<double>(heads) >= kBusyEnough * static_cast<double>(rounds * at_once);
     if (rounds >= static_cast<std::size_t>(plan.rounds) && full) break;
@@ -433,8 +455,8 @@ std::vector<std::vector<LayerResult>> ReplayEngine::select_group(std::span<const
 
   std::vector<LayerSelection> selections;
   for (std::size_t i = 0; i < group.size(); ++i) {
-    selections.emplace_back(trace_of(group[i]), settings(i), requirements_[static_cast<std::size_t>(group[i].replay)],
-                            group[i].layer, outline(i).eviction(), projections[i].get(), plan.combination_bytes);
+    selections.emplace_back(trace_of(group[i]), settings(i), sums_of(group[i]).asked, group[i].layer,
+                            outline(i).eviction(), projections[i].get(), plan.combination_bytes);
   }
   for_each_piece(
       group, plan, [&](std::size_t i) { return outline(i).model.num_key_value_heads; },
@@ -487,7 +509,8 @@ void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& 
     for (std::size_t i = 0; i < group.size(); ++i) {
       if (!is_open(i)) continue;
       const std::vector<LayerMeasures> measures = measurements[i].take();
-      for (std::size_t m = 0; m < measures.size(); ++m) add_measures(measures[m], outline(i), results[i][first + m]);
+      for (std::size_t m = 0; m < measures.size(); ++m)
+        add_measures(measures[m], outline(i), group[i].layer, results[i][first + m]);
     }
   }
 }
@@ -527,7 +550,8 @@ void settle_capacities(TraceReplay& replay) {
   for (ReplayResult& result : replay.results) {
     // A pattern with a capacity of its own is compared with those that were asked for as many positions.
     const double kept = result.kept.mean_size();
-    if (result.capacity_request != kAllPositions || kept == replay.eviction_position) continue;
+    const double held = std::accumulate(replay.held.begin(), replay.held.end(), 0.0);
+    if (result.capacity_request != kAllPositions || kept * replay.model.num_layers == held) continue;
     result.capacity = static_cast<int>(std::lround(kept));
     result.capacity_request = fmt::format("{}", result.capacity);
   }

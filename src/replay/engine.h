@@ -3,6 +3,7 @@
 
 #include <compare>
 #include <functional>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -96,8 +97,10 @@ class ReplayEngine {
     bool fits = true;
   };
 
-  // What the settings of an outline add up to, counted once: costs and plans are asked for again and again.
+  // What the settings of an outline add up to in layers that hold as many positions, counted once: costs and plans are
+  // asked for again and again.
   struct Sums {
+    RankingRequirements asked;
     double capacities = 0;         // of all settings
     double compared = 0;           // settings with rank agreement
     bool looks_ahead = false;      // oracles: at what the evaluation queries attend to
@@ -118,6 +121,9 @@ class ReplayEngine {
   void for_each_piece(std::span<const ReplayUnit> group, const Plan& plan, const Pieces& pieces_of,
                       const Work& work) const;
   const TraceReader& trace_of(const ReplayUnit& unit) const;
+  static Sums sum_up(const TraceReader& trace, const TraceReplay& outline, const std::vector<Setting>& settings,
+                     int held);
+  const Sums& sums_of(const ReplayUnit& unit) const;
   bool needs_projection(const ReplayUnit& unit) const;
   std::size_t units_at_once(std::span<const ReplayUnit> units, const Plan& plan) const;
 
@@ -126,10 +132,9 @@ class ReplayEngine {
   std::vector<TraceReplay> outlines_;
   std::vector<TraceNote> left_out_;
   std::vector<std::size_t> trace_of_outline_;
-  std::vector<std::vector<Setting>> settings_;     // per outline
-  std::vector<RankingRequirements> requirements_;  // the same
-  std::vector<Sums> sums_;                         // the same
-  Index memory_limit_ = 0;                         // 0: none was given
+  std::vector<std::vector<Setting>> settings_;  // per outline
+  std::vector<std::map<int, Sums>> sums_;       // the same: by what a layer holds
+  Index memory_limit_ = 0;                      // 0: none was given
 };
 
 /// Does all units of an engine and returns everything at once. `progress` is told the share of the work that is done,

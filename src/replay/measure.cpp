@@ -21,9 +21,9 @@ constexpr MeasureTraits kMeasures[] = {
     {Measure::attention_recall, "attention_recall", "attention recall", &ReplayResult::attention_recall,
      Per::head_and_query, false},
     {Measure::cosine, "cosine", "cosine", &ReplayResult::cosine, Per::head_and_query, false},
-    {Measure::span_recall, "span_recall", "span recall", &ReplayResult::span_recall, Per::head_and_span, false},
-    {Measure::spearman, "spearman", "rank agreement (Spearman)", &ReplayResult::spearman, Per::head, false},
-    {Measure::kendall, "kendall", "rank agreement (Kendall)", &ReplayResult::kendall, Per::head, false},
+    {Measure::span_recall, "span_recall", "span recall", &ReplayResult::span_recall, Per::head_and_span, false, true},
+    {Measure::spearman, "spearman", "rank agreement (Spearman)", &ReplayResult::spearman, Per::head, false, true},
+    {Measure::kendall, "kendall", "rank agreement (Kendall)", &ReplayResult::kendall, Per::head, false, true},
 };
 
 }  // namespace

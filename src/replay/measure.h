@@ -21,6 +21,8 @@ struct MeasureTraits {
   Table ReplayResult::*table;  ///< [L, E], [L, H, E], [L, H, S] or [L, H]; empty where it was not measured
   Per per;
   bool lower_is_better;
+  /// Whether a number may be NaN, since there was nothing to measure: it counts in no mean.
+  bool may_be_missing = false;
 };
 
 /// All of them, layer_error first.

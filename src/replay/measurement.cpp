@@ -14,6 +14,7 @@
 #include "kernels/kernels.h"
 #include "replay/layer_projection.h"
 #include "replay/reconstruction_oracle.h"
+#include "replay/trace_head.h"
 
 namespace kvreplay {
 namespace {
@@ -170,14 +171,15 @@ std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, co
 
 void improve_oracles(const TraceReader& trace, int layer, const Eviction& eviction,
                      const std::vector<Setting>& settings, std::vector<LayerResult>& results) {
+  const int held = head_shape(trace.info(), layer, 0, eviction.position).rows();
   for (std::size_t oracle = 0; oracle < settings.size(); ++oracle) {
     const Setting& setting = settings[oracle];
-    if (setting.policy->exchanges == 0 || setting.keeps_all(eviction.position)) continue;
+    if (setting.policy->exchanges == 0 || setting.keeps_all(held)) continue;
     std::vector<const LayerSets*> candidates = {&results[oracle].kept};
     for (std::size_t i = 0; i < settings.size(); ++i) {
       const bool comparable = i != oracle && settings[i].granularity == setting.granularity &&
-                              std::ranges::all_of(results[i].kept, [&setting](const std::vector<int>& set) {
-                                return static_cast<int>(set.size()) == setting.capacity;
+                              std::ranges::all_of(results[i].kept, [&setting, held](const std::vector<int>& set) {
+                                return static_cast<int>(set.size()) == setting.capacity(held);
                               });
       if (comparable) candidates.push_back(&results[i].kept);
     }

@@ -88,9 +88,9 @@ class SharedSet {
     }
   }
 
-  // Exchanges positions in `kept`, at most `exchanges` times; `residual` [E, C] is the layer's error vector and is kept
-  // up to date.
-  void improve(std::vector<int>& kept, int eviction_position, int exchanges, MatrixD& residual) {
+  // Exchanges positions in `kept` for others from `first_held` on, at most `exchanges` times; `residual` [E, C] is the
+  // layer's error vector and is kept up to date.
+  void improve(std::vector<int>& kept, int first_held, int eviction_position, int exchanges, MatrixD& residual) {
     std::vector<MatrixD> before;
     projected_residual_.clear();
     for (const HeadState* head : heads_) {
@@ -100,11 +100,11 @@ class SharedSet {
     std::vector<bool> is_kept(static_cast<std::size_t>(eviction_position), false);
     for (const int position : kept) is_kept[static_cast<std::size_t>(position)] = true;
     for (int i = 0; i < exchanges; ++i) {
-      const auto [added, gain] = best(members(is_kept, false), 1);
+      const auto [added, gain] = best(members(is_kept, false, first_held), 1);
       if (added < 0) break;
       apply(added, 1);
       is_kept[static_cast<std::size_t>(added)] = true;
-      const auto [removed, loss] = best(members(is_kept, true), -1);
+      const auto [removed, loss] = best(members(is_kept, true, first_held), -1);
       if (removed < 0) {  // nothing can go without leaving a query without weight
         apply(added, -1);
         is_kept[static_cast<std::size_t>(added)] = false;
@@ -119,16 +119,16 @@ class SharedSet {
       is_kept[static_cast<std::size_t>(added)] = false;
       break;
     }
-    kept = members(is_kept, true);
+    kept = members(is_kept, true, first_held);
     for (std::size_t m = 0; m < heads_.size(); ++m) {
       residual.noalias() += (outputs(*heads_[m]) - before[m]) * heads_[m]->projection.transpose();
     }
   }
 
  private:
-  static std::vector<int> members(const std::vector<bool>& is_kept, bool kept) {
+  static std::vector<int> members(const std::vector<bool>& is_kept, bool kept, int first) {
     std::vector<int> positions;
-    for (std::size_t i = 0; i < is_kept.size(); ++i) {
+    for (auto i = static_cast<std::size_t>(first); i < is_kept.size(); ++i) {
       if (is_kept[i] == kept) positions.push_back(static_cast<int>(i));
     }
     return positions;
@@ -217,7 +217,7 @@ double exchange_operations(const ModelInfo& model, const ExchangeShape& shape, i
   const double loading = heads * static_cast<double>(shape.queries) * width * (4 * tokens + 4 * rows);
   const double products = static_cast<double>(heads) * members * 2 * width * width * (rows + tokens);
   // An exchange looks at what is kept and at what is not, at every position once.
-  const double one = exchange_part(shape.eviction_position, model.head_dim, shape.queries, members);
+  const double one = exchange_part(shape.positions, model.head_dim, shape.queries, members);
   const double operations = loading + products + static_cast<double>(heads / members) * exchanges * one;
   // In float64, by one thread, and not only products.
   constexpr double kSlower = 4;
@@ -229,6 +229,7 @@ std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int l
                                                  int exchanges) {
   const ModelInfo& model = trace.info().model;
   const int heads = model.num_attention_heads;
+  const int first_held = head_shape(trace.info(), layer, 0, eviction.position).first_position;
   const int per_set = granularity == Granularity::query ? 1 : model.group_size();
   std::vector<HeadState> states(static_cast<std::size_t>(heads));
   parallel_for(heads, [&](int head) {
@@ -251,7 +252,7 @@ std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int l
     std::vector<HeadState*> all;
     for (HeadState& state : states) all.push_back(&state);
     std::vector<int> kept = sets.front();
-    SharedSet(all, importance).improve(kept, eviction.position, exchanges, residual);
+    SharedSet(all, importance).improve(kept, first_held, eviction.position, exchanges, residual);
     std::ranges::fill(sets, kept);
     return sets;
   }
@@ -259,7 +260,7 @@ std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int l
     std::vector<HeadState*> members;
     for (int m = 0; m < per_set; ++m)
       members.push_back(&states[set * static_cast<std::size_t>(per_set) + static_cast<std::size_t>(m)]);
-    SharedSet(members, importance).improve(sets[set], eviction.position, exchanges, residual);
+    SharedSet(members, importance).improve(sets[set], first_held, eviction.position, exchanges, residual);
   }
   return sets;
 }

@@ -12,7 +12,7 @@ namespace kvreplay {
 /// What the cost of exchanges in a layer depends on.
 struct ExchangeShape {
   Granularity granularity = Granularity::kv;
-  int eviction_position = 0;
+  int positions = 0;  ///< that the layer holds
   Index tokens = 0;   ///< positions up to the last evaluation query
   Index queries = 0;  ///< evaluation queries
 };
@@ -22,7 +22,8 @@ double exchange_operations(const ModelInfo& model, const ExchangeShape& shape, i
 
 /// Exchanges positions of a layer's kept sets as long as that lowers the mean squared layer error over the evaluation
 /// queries, at most `exchanges` times per set; sizes stay as they are. `sets` is as in KeptSets: one per query head at
-/// granularity query, else one per KV head, all equal at granularity layer. Arithmetic is float64. Method, cost, and
+/// granularity query, else one per KV head, all equal at granularity layer; all of positions that the layer holds, as
+/// are those that come in. Arithmetic is float64. Method, cost, and
 /// what is not guaranteed: docs/oracles.md. Throws Error as TraceReader does.
 std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int layer, const Eviction& eviction,
                                                  Granularity granularity, std::vector<std::vector<int>> sets,

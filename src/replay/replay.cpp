@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <numeric>
@@ -11,10 +12,10 @@
 
 namespace kvreplay {
 
-int CapacityRequest::resolve(int prompt_length) const {
+int CapacityRequest::resolve(int held) const {
   if (count > 0) return count;
   // A share such as 0.29 of 100 is 28.999… in binary; it means 29.
-  return std::max(1, static_cast<int>(std::floor(share * prompt_length + 1e-9)));
+  return std::max(1, static_cast<int>(std::floor(share * held + 1e-9)));
 }
 
 CapacityRequest CapacityRequest::parse(std::string_view text) {
@@ -66,6 +67,14 @@ double KeptSets::mean_size() const {
   return positions / static_cast<double>(sets.size());
 }
 
+double KeptSets::mean_size(int layer) const {
+  double positions = 0;
+  for (int set = layer * sets_per_layer; set < (layer + 1) * sets_per_layer; ++set) {
+    positions += static_cast<double>(sets[static_cast<std::size_t>(set)].size());
+  }
+  return positions / sets_per_layer;
+}
+
 namespace {
 
 // Of one position of one head: a key and a value.
@@ -83,8 +92,13 @@ double bytes_per_token(const TraceReplay& replay, const ReplayResult& result) {
 }
 
 double bytes_per_token_of_capacity(const TraceReplay& replay, const ReplayResult& result) {
-  const double heads = static_cast<double>(replay.model.num_layers) * replay.model.num_key_value_heads;
-  return heads * result.capacity * bytes_per_position(replay.model) / replay.eviction_position;
+  double positions = 0;
+  for (const int held : replay.held) {
+    const bool asked = result.capacity_request != kAllPositions;
+    const int granted = asked ? CapacityRequest::parse(result.capacity_request).resolve(held) : result.capacity;
+    positions += std::min(granted, held);
+  }
+  return positions * replay.model.num_key_value_heads * bytes_per_position(replay.model) / replay.eviction_position;
 }
 
 std::vector<TraceReplay> replay(const ReplayEngine& engine, const std::function<void(double)>& progress) {

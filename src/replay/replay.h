@@ -13,14 +13,14 @@
 
 namespace kvreplay {
 
-/// A capacity as it was asked for: a count of positions, or a share of the prompt.
+/// A capacity as it was asked for: a count of positions, or a share of those that a layer holds.
 struct CapacityRequest {
   std::string text;  ///< canonical: "128" or "25%"
   int count = 0;     ///< positions; 0 where a share is asked for
   double share = 0;  ///< in (0, 1]; 0 where a count is asked for
 
-  /// Positions for a prompt of this length: the count, or the share rounded down, at least 1.
-  int resolve(int prompt_length) const;
+  /// Positions for a layer that holds so many: the count, or the share rounded down, at least 1.
+  int resolve(int held) const;
 
   /// Reads "128" or "25%". Throws UsageError for anything else, 0 and more than 100 % included.
   static CapacityRequest parse(std::string_view text);
@@ -66,8 +66,9 @@ struct KeptSets {
 
   const std::vector<int>& of_query_head(int layer, int query_head, int group_size) const;
 
-  /// Mean number of positions in a set.
+  /// Mean number of positions in a set: over all layers, and in one.
   double mean_size() const;
+  double mean_size(int layer) const;
 };
 
 /// One policy at one capacity and eviction position of one trace.
@@ -75,7 +76,7 @@ struct ReplayResult {
   std::string trace;             ///< file name as given
   std::string policy;            ///< canonical spec
   std::string capacity_request;  ///< as asked for: "128", "25%"; kAllPositions for full
-  int capacity = 0;              ///< positions per kept set that were granted on average; what was used is in `kept`
+  int capacity = 0;  ///< granted per kept set, on average over the layers that hold most; `kept` has what was used
   int eviction_position = 0;
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
@@ -88,9 +89,10 @@ struct ReplayResult {
   Table layer_error;       ///< [L, E]
   Table attention_recall;  ///< [L, H, E]
   Table cosine;            ///< [L, H, E]
-  Table span_recall;       ///< [L, H, S] share of each span's positions before the eviction that is kept
-  Table spearman;          ///< [L, H] rank agreement with the oracle's importance; empty without `rank_agreement`
-  Table kendall;           ///< [L, H] the same, Kendall's τ_b
+  Table span_recall;       ///< [L, H, S] share of each span's held positions that is kept; NaN where none was held
+  /// [L, H] rank agreement with the oracle's importance; empty without `rank_agreement`, NaN in layers without ranks.
+  Table spearman;
+  Table kendall;  ///< [L, H] the same, Kendall's τ_b
 };
 
 /// All results of one trace at one eviction position: comparable with each other, number by number.
@@ -101,6 +103,7 @@ struct TraceReplay {
   int prompt_length = 0;
   int eviction_position = 0;
   int evaluate_from = 0;                  ///< what stands between the eviction and this position stays cached
+  std::vector<int> held;                  ///< [L] the last positions before the eviction that a layer holds
   std::vector<int> evaluation_positions;  ///< [E] captured queries from evaluate_from on
   std::vector<Span> spans;                ///< [S] those that begin before the eviction
   std::vector<ReplayResult> results;      ///< policies in the order given, capacities within
@@ -114,7 +117,7 @@ struct TraceReplay {
 /// the positions before the eviction. The full cache of L layers and K KV heads of width D costs L · K · 2D · 2.
 double bytes_per_token(const TraceReplay& replay, const ReplayResult& result);
 
-/// The same of a cache that keeps result.capacity positions in every KV head.
+/// The same of a cache that keeps in every KV head what was granted there: result.capacity, or less where less is held.
 double bytes_per_token_of_capacity(const TraceReplay& replay, const ReplayResult& result);
 
 /// Replays every policy at every capacity over every trace, once per eviction position: traces in the order given,

@@ -75,6 +75,13 @@ void ResultsWriter::add(const TraceReplay& replay, const ReplayResult& result) {
   file.write_int(group, "nothing_to_choose", result.nothing_to_choose ? 1 : 0);
   file.write_double(group, "kept", result.kept.mean_size());
   file.write_double(group, "bytes_per_token", bytes_per_token(replay, result));
+  std::vector<float> kept;
+  for (int layer = 0; layer < replay.model.num_layers; ++layer) {
+    kept.push_back(static_cast<float>(result.kept.mean_size(layer)));
+  }
+  file.write(group + "/kept_per_layer", kept, {replay.model.num_layers});
+  file.write(group + "/held", std::vector<std::int32_t>(replay.held.begin(), replay.held.end()),
+             {replay.model.num_layers});
   const std::vector<std::int32_t>& positions = replay.evaluation_positions;
   file.write(group + "/evaluation_positions", positions, {static_cast<Index>(positions.size())});
   for (const MeasureTraits& measure : measures()) {

@@ -73,6 +73,41 @@ std::string read_name(const hdf5::File& file, const std::string& group, const st
   return printable(file.read_string(group, name));
 }
 
+Table read_table(const hdf5::File& file, const std::string& path, std::vector<Index> shape, bool may_be_missing) {
+  const hdf5::Dataset dataset = file.dataset(path);
+  if (dataset.shape() != shape) {
+    fail(file, path,
+         fmt::format("is [{}], and the result needs [{}]", fmt::join(dataset.shape(), ", "), fmt::join(shape, ", ")));
+  }
+  Table table;
+  table.shape = std::move(shape);
+  table.numbers = file.read_floats(path);
+  if (!std::ranges::all_of(table.numbers, [may_be_missing](float number) {
+        return std::isfinite(number) || (may_be_missing && std::isnan(number));
+      })) {
+    fail(file, path, "holds what is not a number");
+  }
+  return table;
+}
+
+// What the layers held and kept. A version of ours that let layers with a sliding window hold everything did not say.
+void read_layers(const hdf5::File& file, const std::string& group, StoredResult& result) {
+  const auto layers = static_cast<std::size_t>(result.num_layers);
+  result.held.assign(layers, result.eviction_position);
+  result.kept_per_layer.assign(layers, result.kept);
+  if (!file.exists(group + "/held")) return;
+  const std::vector<std::int32_t> held = file.read_int32s(group + "/held");
+  const bool possible = std::ranges::all_of(
+      held, [&result](std::int32_t count) { return count >= 0 && count <= result.eviction_position; });
+  if (held.size() != layers || !possible) {
+    fail(file, group + "/held",
+         fmt::format("is not a number from 0 to {} for each of the {} layers", result.eviction_position, layers));
+  }
+  result.held.assign(held.begin(), held.end());
+  const Table kept = read_table(file, group + "/kept_per_layer", {result.num_layers}, false);
+  result.kept_per_layer.assign(kept.numbers.begin(), kept.numbers.end());
+}
+
 StoredResult read_identity(const hdf5::File& file, const std::string& group) {
   StoredResult result;
   result.trace = read_name(file, group, "trace");
@@ -94,6 +129,7 @@ StoredResult read_identity(const hdf5::File& file, const std::string& group) {
     result.bytes_per_token = file.read_double(group, "bytes_per_token");
   }
   result.eviction_position = read_count(file, group, "evict_at");
+  read_layers(file, group, result);
   result.granularity = read_granularity(file, group);
   const std::string share = file.read_string(group, "share");
   const auto known = share_named(share);
@@ -123,21 +159,6 @@ StoredResult read_identity(const hdf5::File& file, const std::string& group) {
   return result;
 }
 
-Table read_table(const hdf5::File& file, const std::string& path, std::vector<Index> shape) {
-  const hdf5::Dataset dataset = file.dataset(path);
-  if (dataset.shape() != shape) {
-    fail(file, path,
-         fmt::format("is [{}], and the result needs [{}]", fmt::join(dataset.shape(), ", "), fmt::join(shape, ", ")));
-  }
-  Table table;
-  table.shape = std::move(shape);
-  table.numbers = file.read_floats(path);
-  if (!std::ranges::all_of(table.numbers, [](float number) { return std::isfinite(number); })) {
-    fail(file, path, "holds what is not a number");
-  }
-  return table;
-}
-
 std::vector<Index> shape_of(const StoredResult& result, MeasureTraits::Per per) {
   const Index layers = result.num_layers;
   const Index heads = result.num_query_heads;
@@ -156,6 +177,18 @@ std::vector<Index> shape_of(const StoredResult& result, MeasureTraits::Per per) 
 
 }  // namespace
 
+StoredResult::Kept StoredResult::kept_in(const std::vector<int>& layers) const {
+  double kept_sum = 0;
+  double held_sum = 0;
+  for (const int layer : layers) {
+    kept_sum += kept_per_layer[static_cast<std::size_t>(layer)];
+    held_sum += held[static_cast<std::size_t>(layer)];
+  }
+  const auto count = static_cast<double>(layers.size());
+  const double positions = static_cast<int>(layers.size()) == num_layers ? kept : kept_sum / count;
+  return {.positions = positions, .share = held_sum == 0 ? 1 : positions * count / held_sum};
+}
+
 ResultsReader::ResultsReader(const std::filesystem::path& path)
     : file_(open_complete(path, "kvreplay-results", "results")) {
   for (const std::string& group : numbered(file_, "/results")) results_.push_back(read_identity(file_, group));
@@ -173,7 +206,7 @@ Table ResultsReader::read(std::size_t result, Measure measure) const {
   const MeasureTraits& traits = traits_of(measure);
   const std::string path = fmt::format("/results/{}/{}", result, traits.name);
   if (!file_.exists(path)) return {};
-  return read_table(file_, path, shape_of(results_.at(result), traits.per));
+  return read_table(file_, path, shape_of(results_.at(result), traits.per), traits.may_be_missing);
 }
 
 OverlapTable ResultsReader::read_overlap(std::size_t overlap) const {
@@ -186,8 +219,8 @@ OverlapTable ResultsReader::read_overlap(std::size_t overlap) const {
   if (result == results_.end()) fail(file_, group, "is of a trace or an eviction that no result is of");
   const auto policies = static_cast<Index>(table.policies.size());
   const std::vector<Index> shape = {policies, policies, result->num_layers, result->num_query_heads};
-  table.jaccard = read_table(file_, group + "/jaccard", shape);
-  table.containment = read_table(file_, group + "/containment", shape);
+  table.jaccard = read_table(file_, group + "/jaccard", shape, false);
+  table.containment = read_table(file_, group + "/containment", shape, false);
   return table;
 }
 

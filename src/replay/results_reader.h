@@ -27,6 +27,8 @@ struct StoredResult {
   double kept = 0;               ///< mean positions in a kept set
   double bytes_per_token = 0;    ///< that the kept sets cost; 0 where the file does not say, being of an older version
   int eviction_position = 0;
+  std::vector<int> held;               ///< [L] positions that a layer held; in files that do not say, all
+  std::vector<double> kept_per_layer;  ///< [L] mean positions in a kept set; in files that do not say, `kept`
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
   bool oracle = false;
@@ -34,11 +36,21 @@ struct StoredResult {
   std::vector<int> evaluation_positions;  ///< [E]
   std::vector<Span> spans;                ///< [S]
   std::vector<std::string> notes;
+
+  /// Whether a layer held the whole prompt.
+  bool holds_everything(int layer) const { return held[static_cast<std::size_t>(layer)] == eviction_position; }
+
+  /// Mean positions in a kept set of some layers, at least one, and the share of what these layers held.
+  struct Kept {
+    double positions = 0;
+    double share = 0;
+  };
+  Kept kept_in(const std::vector<int>& layers) const;
 };
 
 /// Reads what ResultsWriter wrote: identities at once, numbers on request. Traces, policies and capacities are
 /// printable. Members throw Error as "file: path: reason", also for numbers whose shape does not fit the result, and
-/// for NaN.
+/// for NaN in measures that are of everything.
 class ResultsReader {
  public:
   /// Throws Error where the file is not a complete results file of this version.

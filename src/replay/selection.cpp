@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <set>
@@ -22,7 +23,7 @@ std::span<float> row_of(Matrix& matrix, Index row) {
   return {matrix.data() + row * matrix.cols(), static_cast<std::size_t>(matrix.cols())};
 }
 
-// What the heads behind `rows` share: [1, P]. Rows are taken in their order, a piece of all of them at a time that
+// What the heads behind `rows` share: [1, R]. Rows are taken in their order, a piece of all of them at a time that
 // stays in the cache.
 void combine(const Matrix& rows, Share share, Matrix& shared) {
   constexpr Index kPiece = 1024;
@@ -65,9 +66,9 @@ class LayerSelection::Importance {
     return groups_.emplace(share, RankedValues(row_of(shared(share), 0))).first->second;
   }
 
-  // Step 3, as of any policy's scores: [1, P].
+  // Step 3, as of any policy's scores: [1, R].
   Matrix shared(Share share) const {
-    Matrix rows(static_cast<Index>(members_.size()), head_.prompt_length());
+    Matrix rows(static_cast<Index>(members_.size()), head_.rows());
     for (Index member = 0; member < rows.rows(); ++member) {
       std::ranges::copy(head_.evaluation_attention(static_cast<int>(member)), row_of(rows, member).begin());
     }
@@ -88,9 +89,9 @@ LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setti
     : trace_(trace),
       settings_(settings),
       requirements_(requirements),
-      layer_(layer),
       eviction_(eviction),
-      prompt_(eviction.position),
+      shape_(head_shape(trace.info(), layer, 0, eviction.position)),
+      held_(shape_.rows()),
       projection_(projection),
       combination_bytes_(combination_bytes),
       model_(trace.info().model) {
@@ -100,25 +101,27 @@ LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setti
     LayerResult& result = results_.emplace_back();
     result.kept.resize(kv_heads * static_cast<std::size_t>(setting.sets_per_kv_head(model_)));
     if (!setting.rank_agreement) continue;
-    result.spearman.resize(static_cast<std::size_t>(model_.num_attention_heads));
+    result.spearman.assign(static_cast<std::size_t>(model_.num_attention_heads),
+                           std::numeric_limits<float>::quiet_NaN());
     result.kendall = result.spearman;
+    if (!setting.goes_by_ranks(shape_)) continue;
     if (setting.granularity == Granularity::layer) importance_[setting.share].resize(kv_heads);
   }
 }
 
 void LayerSelection::rank_head(int kv_head) {
-  const TraceHead source(trace_, layer_, kv_head, eviction_, projection_);
+  const TraceHead source(trace_, shape_.layer, kv_head, eviction_, projection_);
   const Head head(source, combination_bytes_);
   HeadScores scores;
   Importance importance(head, model_.group_size());
   for (auto& [share, groups] : importance_) groups[static_cast<std::size_t>(kv_head)] = importance.shared(share);
-  Matrix raw(model_.group_size(), prompt_);
+  Matrix raw(model_.group_size(), held_);
   std::size_t prepared = 0;  // settings whose combinations were prepared
   for (std::size_t i = 0; i < settings_.size(); ++i) {
     const Setting& setting = settings_[i];
     const Policy& policy = *setting.policy;
     try {
-      if (setting.keeps_all(prompt_)) {
+      if (setting.keeps_all(held_)) {
         keep_all(i, kv_head);
         continue;
       }
@@ -128,8 +131,7 @@ void LayerSelection::rank_head(int kv_head) {
       }
       if (i >= prepared) prepared = prepare(head, i);
       // A policy's capacities follow each other.
-      const bool same_policy =
-          i > 0 && settings_[i - 1].policy == setting.policy && !settings_[i - 1].keeps_all(prompt_);
+      const bool same_policy = i > 0 && settings_[i - 1].policy == setting.policy && !settings_[i - 1].keeps_all(held_);
       if (!same_policy) {
         for (int member = 0; member < model_.group_size(); ++member) {
           policy.ranking->score(head, member, row_of(raw, member));
@@ -137,7 +139,7 @@ void LayerSelection::rank_head(int kv_head) {
       }
       const bool same_scores = same_policy && !policy.ranking->depends_on_capacity();
       if (!same_scores) smooth_and_share(setting, head, raw, scores);
-      if (setting.rank_agreement && setting.granularity != Granularity::layer) {
+      if (is_compared(setting) && setting.granularity != Granularity::layer) {
         if (same_scores) {
           copy_agreement(i, kv_head);
         } else {
@@ -158,8 +160,8 @@ void LayerSelection::rank_head(int kv_head) {
 // Computes together what the settings from `first` on will ask the head for, as many of them as memory allows; returns
 // the first that is left out.
 std::size_t LayerSelection::prepare(const Head& head, std::size_t first) const {
-  const auto bytes_of = [&head](std::size_t combinations) {
-    return Head::combination_memory(head.shape(), static_cast<Index>(combinations));
+  const auto bytes_of = [&](std::size_t combinations) {
+    return Head::combination_memory(head.shape(), requirements_.window, static_cast<Index>(combinations));
   };
   std::vector<WindowCombination> combinations;
   std::vector<bool> taken(requirements_.combinations.size(), false);
@@ -183,41 +185,44 @@ void LayerSelection::smooth_and_share(const Setting& setting, const Head& head, 
                                       HeadScores& scores) const {
   const Ranking& ranking = *setting.policy->ranking;
   const bool compare_all = setting.policy->budget && setting.policy->budget->needs_scores();
+  const int capacity = setting.capacity(held_);
   scores.query = raw;
   std::vector<int> members(static_cast<std::size_t>(model_.group_size()));
   std::iota(members.begin(), members.end(), 0);
   for (const int member : members) {
-    ranking.smooth(head, member, setting.capacity, row_of(scores.query, member));
+    ranking.smooth(head, member, capacity, row_of(scores.query, member));
   }
   if (setting.granularity != Granularity::query || compare_all) {
     combine(scores.query, setting.share, scores.shared);
-    ranking.refine(head, members, setting.capacity, row_of(scores.shared, 0));
-    check_numbers(scores.shared, ranking.protection());
+    ranking.refine(head, members, capacity, row_of(scores.shared, 0));
+    check_numbers(scores.shared, ranking);
   } else {
     scores.shared.resize(0, 0);
   }
   if (setting.granularity == Granularity::query || compare_all) {
     for (const int& member : members) {
-      ranking.refine(head, {&member, 1}, setting.capacity, row_of(scores.query, member));
+      ranking.refine(head, {&member, 1}, capacity, row_of(scores.query, member));
     }
-    check_numbers(scores.query, ranking.protection());
+    check_numbers(scores.query, ranking);
   }
 }
 
-void LayerSelection::check_numbers(const Matrix& scores, Protection protection) const {
+void LayerSelection::check_numbers(const Matrix& scores, const Ranking& ranking) const {
+  const Protection protection = ranking.protection().held_by(shape_);
   for (Index row = 0; row < scores.rows(); ++row) {
-    const auto ranked = row_of(scores, row)
-                            .subspan(static_cast<std::size_t>(protection.sinks),
-                                     static_cast<std::size_t>(prompt_ - protection.count()));
+    const auto ranked =
+        row_of(scores, row)
+            .subspan(static_cast<std::size_t>(protection.sinks), static_cast<std::size_t>(held_ - protection.count()));
     if (!kernels::has_nan(ranked)) continue;
     const auto found = std::ranges::find_if(ranked, [](float score) { return std::isnan(score); });
-    throw Error(fmt::format("the score of position {} is not a number", protection.sinks + (found - ranked.begin())));
+    throw Error(fmt::format("the score of position {} is not a number",
+                            shape_.first_position + protection.sinks + (found - ranked.begin())));
   }
 }
 
 void LayerSelection::keep_all(std::size_t setting, int kv_head) {
-  std::vector<int> all(static_cast<std::size_t>(prompt_));
-  std::iota(all.begin(), all.end(), 0);
+  std::vector<int> all(static_cast<std::size_t>(held_));
+  std::iota(all.begin(), all.end(), shape_.first_position);
   const int sets = settings_[setting].sets_per_kv_head(model_);
   for (int i = 0; i < sets; ++i) results_[setting].kept[static_cast<std::size_t>(kv_head * sets + i)] = all;
 }
@@ -226,10 +231,12 @@ void LayerSelection::keep_pattern(std::size_t setting, const HeadShape& shape) {
   const Setting& s = settings_[setting];
   const int sets = s.sets_per_kv_head(model_);
   const std::vector<int> capacities = allocate(s, {});
+  // Sets that are given can be of positions that the layer no longer holds.
+  const bool may_be_empty = s.policy->pattern->capacity_rule() == Pattern::CapacityRule::own;
   for (int i = 0; i < sets; ++i) {
     const int set = shape.kv_head * sets + i;
     results_[setting].kept[static_cast<std::size_t>(set)] =
-        checked(s.policy->pattern->keep(shape, i, capacity_for(capacities, set)));
+        positions_of(s.policy->pattern->keep(shape, i, capacity_for(capacities, set)), may_be_empty);
   }
 }
 
@@ -276,30 +283,34 @@ void LayerSelection::put_agreement(std::size_t setting, int query_head, const Ra
   results_[setting].kendall[head] = static_cast<float>(agreement.kendall);
 }
 
+bool LayerSelection::is_compared(const Setting& setting) const {
+  return setting.rank_agreement && setting.goes_by_ranks(shape_);
+}
+
 // Over the positions that the policy ranks.
 RankCorrelation LayerSelection::agreement_of(const Setting& setting, const RankedValues& importance,
                                              std::span<const float> scores) const {
-  const Protection protection = setting.policy->ranking->protection();
-  return importance.correlation(scores, protection.sinks, prompt_ - protection.window);
+  const Protection protection = setting.policy->ranking->protection().held_by(shape_);
+  return importance.correlation(scores, protection.sinks, held_ - protection.window);
 }
 
 // Steps 4 and 5 for settings whose heads depend on each other.
 void LayerSelection::select_together(int index) {
   const auto setting = static_cast<std::size_t>(index);
   const Setting& s = settings_[setting];
-  if (s.is_local() || s.policy->pattern || s.keeps_all(prompt_)) return;
+  if (s.is_local() || s.policy->pattern || s.keeps_all(held_)) return;
   const std::vector<HeadScores>& parts = deferred_[setting];
   try {
     if (s.granularity == Granularity::layer) {
       const auto combined = [&](const auto& part_of) {
-        Matrix rows(model_.num_key_value_heads, prompt_);
+        Matrix rows(model_.num_key_value_heads, held_);
         for (Index i = 0; i < rows.rows(); ++i) rows.row(i) = part_of(static_cast<std::size_t>(i));
         Matrix of_layer;
         combine(rows, s.share, of_layer);
         return of_layer;
       };
       const Matrix scores = combined([&](std::size_t i) -> const Matrix& { return parts[i].shared; });
-      if (s.rank_agreement) {
+      if (is_compared(s)) {
         const std::vector<Matrix>& groups = importance_.at(s.share);
         const Matrix importance = combined([&](std::size_t i) -> const Matrix& { return groups[i]; });
         const RankCorrelation agreement = agreement_of(s, RankedValues(row_of(importance, 0)), row_of(scores, 0));
@@ -324,8 +335,8 @@ void LayerSelection::select_together(int index) {
 
 std::vector<int> LayerSelection::allocate(const Setting& setting, const std::vector<HeadScores>& scores) const {
   const Policy& policy = *setting.policy;
-  if (!policy.budget) return {setting.capacity};
-  BudgetRequest request = setting.budget_request(head_shape(trace_.info(), layer_, 0, prompt_));
+  if (!policy.budget) return {setting.capacity(held_)};
+  BudgetRequest request = setting.budget_request(shape_);
   for (const HeadScores& part : scores) {
     for (Index member = 0; member < part.query.rows(); ++member) {
       request.query_head_scores.push_back(row_of(part.query, member));
@@ -337,34 +348,38 @@ std::vector<int> LayerSelection::allocate(const Setting& setting, const std::vec
 
 std::vector<int> LayerSelection::select_set(const Setting& setting, std::span<const float> scores, int capacity) const {
   const Policy& policy = *setting.policy;
-  const Protection protection = policy.ranking->protection();
-  return checked(policy.selection ? policy.selection->select(scores, protection, capacity)
-                                  : select_top(scores, protection, capacity));
+  const Protection protection = policy.ranking->protection().held_by(shape_);
+  return positions_of(policy.selection ? policy.selection->select(scores, protection, capacity)
+                                       : select_top(scores, protection, capacity),
+                      held_ == 0);
 }
 
-// A method, maybe a plug-in's, that keeps what is not there must not get as far as the measures.
-std::vector<int> LayerSelection::checked(std::vector<int> kept) const {
-  const bool inside = !kept.empty() && kept.front() >= 0 && kept.back() < prompt_;
-  if (!inside || !std::ranges::is_sorted(kept, std::less_equal<>())) {
-    throw Error(fmt::format("a kept set is not ascending positions from 0 to {}", prompt_ - 1));
+// What stands in kept rows. A method, maybe a plug-in's, that keeps what is not there must not get as far as the
+// measures.
+std::vector<int> LayerSelection::positions_of(std::vector<int> rows, bool may_be_empty) const {
+  const bool inside = rows.empty() ? may_be_empty : rows.front() >= 0 && rows.back() < held_;
+  if (!inside || !std::ranges::is_sorted(rows, std::less_equal<>())) {
+    throw Error(fmt::format("a kept set is not ascending rows from 0 to {}", held_ - 1));
   }
-  return kept;
+  for (int& row : rows) row += shape_.first_position;
+  return rows;
 }
 
 Error LayerSelection::in_context(const Setting& setting, int kv_head, const Error& error) const {
-  return Error(fmt::format("{}: {}, layer {}{}: {}", trace_.path().string(), setting.policy->canonical, layer_,
+  return Error(fmt::format("{}: {}, layer {}{}: {}", trace_.path().string(), setting.policy->canonical, shape_.layer,
                            kv_head < 0 ? "" : fmt::format(", KV head {}", kv_head), error.what()));
 }
 
 namespace {
 
-// The shape of the outline's heads, for what memory they take.
+// The shape of the outline's heads that hold most, for what memory they take.
 HeadShape shape_of(const TraceReplay& outline) {
   return {.num_layers = outline.model.num_layers,
           .num_kv_heads = outline.model.num_key_value_heads,
           .group_size = outline.model.group_size(),
           .head_dim = outline.model.head_dim,
-          .prompt_length = outline.eviction_position};
+          .prompt_length = outline.eviction_position,
+          .first_position = outline.eviction_position - std::ranges::max(outline.held)};
 }
 
 }  // namespace
@@ -390,13 +405,14 @@ Index LayerSelection::memory_of_head(const TraceReader& trace, const TraceReplay
 
 Index LayerSelection::memory_of_layer(const TraceReplay& outline, const std::vector<Setting>& settings) {
   const ModelInfo& model = outline.model;
+  const int held = std::ranges::max(outline.held);
   Index bytes = 0;
   std::set<Share> importance;
   for (const Setting& setting : settings) {
     if (setting.rank_agreement && setting.granularity == Granularity::layer) importance.insert(setting.share);
-    bytes += Index{model.num_key_value_heads} * setting.sets_per_kv_head(model) * setting.capacity *
+    bytes += Index{model.num_key_value_heads} * setting.sets_per_kv_head(model) * setting.capacity(held) *
              static_cast<Index>(sizeof(int));
-    if (setting.is_local() || setting.policy->pattern || setting.keeps_all(outline.eviction_position)) continue;
+    if (setting.is_local() || setting.policy->pattern || setting.keeps_all(held)) continue;
     bytes += Index{model.num_key_value_heads} * (model.group_size() + 1) * outline.eviction_position *
              static_cast<Index>(sizeof(float));
   }
@@ -405,7 +421,8 @@ Index LayerSelection::memory_of_layer(const TraceReplay& outline, const std::vec
 }
 
 Index LayerSelection::least_combination_bytes(const TraceReplay& outline, const RankingRequirements& requirements) {
-  return Head::combination_memory(shape_of(outline), static_cast<Index>(requirements.most_combinations));
+  return Head::combination_memory(shape_of(outline), requirements.window,
+                                  static_cast<Index>(requirements.most_combinations));
 }
 
 }  // namespace kvreplay

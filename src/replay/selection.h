@@ -44,8 +44,8 @@ class LayerSelection {
  private:
   // Scores of one KV head after step 3; a part is empty where nothing asks for it.
   struct HeadScores {
-    Matrix query;   // [group, P]: every query head's own
-    Matrix shared;  // [1, P]: what the group shares
+    Matrix query;   // [group, R]: every query head's own
+    Matrix shared;  // [1, R]: what the group shares
   };
 
   // What the evaluation queries of one KV head's group attend to, as far as scores were compared with it.
@@ -53,26 +53,27 @@ class LayerSelection {
 
   std::size_t prepare(const Head& head, std::size_t first) const;
   void smooth_and_share(const Setting& setting, const Head& head, const Matrix& raw, HeadScores& scores) const;
-  void check_numbers(const Matrix& scores, Protection protection) const;
+  void check_numbers(const Matrix& scores, const Ranking& ranking) const;
   void keep_all(std::size_t setting, int kv_head);
   void keep_pattern(std::size_t setting, const HeadShape& shape);
   void select_locally(std::size_t setting, int kv_head, const HeadScores& scores);
   void compare_ranks(std::size_t setting, int kv_head, const HeadScores& scores, Importance& importance);
   void copy_agreement(std::size_t setting, int kv_head);
   void put_agreement(std::size_t setting, int query_head, const RankCorrelation& agreement);
+  bool is_compared(const Setting& setting) const;
   RankCorrelation agreement_of(const Setting& setting, const RankedValues& importance,
                                std::span<const float> scores) const;
   std::vector<int> allocate(const Setting& setting, const std::vector<HeadScores>& scores) const;
   std::vector<int> select_set(const Setting& setting, std::span<const float> scores, int capacity) const;
-  std::vector<int> checked(std::vector<int> kept) const;
+  std::vector<int> positions_of(std::vector<int> rows, bool may_be_empty) const;
   Error in_context(const Setting& setting, int kv_head, const Error& error) const;
 
   const TraceReader& trace_;
   const std::vector<Setting>& settings_;
   const RankingRequirements& requirements_;
-  int layer_;
   Eviction eviction_;
-  int prompt_;  // positions before the eviction
+  HeadShape shape_;  // of the layer's first head
+  int held_;         // positions, of which the first is shape_.first_position
   const LayerProjection* projection_;
   Index combination_bytes_;
   const ModelInfo& model_;

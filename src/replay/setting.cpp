@@ -1,6 +1,7 @@
 #include "replay/setting.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <map>
@@ -12,6 +13,71 @@
 
 namespace kvreplay {
 namespace {
+
+// Layers that hold the same positions at an eviction.
+struct AlikeLayers {
+  HeadShape shape;  // of the first of them
+  std::vector<int> layers;
+
+  bool hold_everything() const { return shape.first_position == 0; }
+};
+
+// The layers of a trace at an eviction, looked up once.
+struct EvictedLayers {
+  std::vector<HeadShape> shapes;  // [L]
+  std::vector<AlikeLayers> alike;
+
+  EvictedLayers(const TraceInfo& info, int eviction_position) {
+    for (int layer = 0; layer < info.model.num_layers; ++layer) {
+      shapes.push_back(head_shape(info, layer, 0, eviction_position));
+      const auto is_alike = [this](const AlikeLayers& some) {
+        return some.shape.first_position == shapes.back().first_position;
+      };
+      auto found = std::ranges::find_if(alike, is_alike);
+      if (found == alike.end()) found = alike.insert(alike.end(), {shapes.back(), {}});
+      found->layers.push_back(layer);
+    }
+  }
+
+  // Those that hold what the layer of this shape does.
+  const AlikeLayers& alike_to(const HeadShape& shape) const {
+    return *std::ranges::find_if(
+        alike, [&shape](const AlikeLayers& some) { return some.shape.first_position == shape.first_position; });
+  }
+};
+
+// "layer 5", "layers 0–2, 4".
+std::string named(const std::vector<int>& layers) {
+  std::string text = layers.size() == 1 ? "layer " : "layers ";
+  for (std::size_t i = 0; i < layers.size();) {
+    std::size_t last = i;
+    while (last + 1 < layers.size() && layers[last + 1] == layers[last] + 1) ++last;
+    text += fmt::format("{}{}", i == 0 ? "" : ", ", layers[i]);
+    if (last > i) text += fmt::format("{}{}", last == i + 1 ? ", " : "–", layers[last]);
+    i = last + 1;
+  }
+  return text;
+}
+
+// Tells of layers whose sliding window has dropped positions before the eviction.
+void note_windows(const std::vector<AlikeLayers>& alike, const ReplayRequest& request,
+                  std::vector<std::string>& notes) {
+  const bool some_hold_everything = std::ranges::any_of(alike, &AlikeLayers::hold_everything);
+  for (const AlikeLayers& some : alike) {
+    if (some.hold_everything()) continue;
+    const int held = some.shape.rows();
+    std::vector<std::string> kept_whole;
+    for (const CapacityRequest& asked : request.capacities) {
+      if (asked.resolve(held) >= held) kept_whole.push_back(asked.text);
+    }
+    notes.push_back(fmt::format(
+        "{} hold{} the last {} position{} of {} sliding window alone; capacities and shares are of these{}{}",
+        named(some.layers), some.layers.size() == 1 ? "s" : "", held, held == 1 ? "" : "s",
+        some.layers.size() == 1 ? "its" : "their",
+        kept_whole.empty() ? "" : fmt::format(", and at {} nothing is evicted there", fmt::join(kept_whole, ", ")),
+        some_hold_everything ? " (--full-layers leaves such layers out of means)" : ""));
+  }
+}
 
 // What a trace holds of what policies may need, looked up once.
 struct Holdings {
@@ -87,29 +153,41 @@ std::optional<Obstacle> missing_need(const Policy& policy, const Requirements& n
 }
 
 // Why a capacity is too small, and whether the pattern and the budget can be drawn at all.
-std::optional<Obstacle> capacity_obstacle(const TraceReader& trace, const Setting& setting, int eviction_position) {
+std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Setting& setting) {
   const Policy& policy = *setting.policy;
-  const auto below = [&](int needed) {
-    const bool is_protected = needed == policy.minimum_capacity();
-    const std::string share = setting.capacity_request.ends_with('%')
-                                  ? fmt::format(" ({} of {} positions)", setting.capacity, eviction_position)
+  const auto least_in = [&policy](const HeadShape& shape) {
+    return shape.first_position == 0 ? policy.minimum_capacity()
+                                     : std::max(1, policy.protection().held_by(shape).count());
+  };
+  const auto below = [&](int needed, const AlikeLayers& some) {
+    const bool is_protected = needed == least_in(some.shape);
+    const int held = some.shape.rows();
+    const std::string where =
+        some.hold_everything() ? ""
+                               : fmt::format(" that {} hold{}", named(some.layers), some.layers.size() == 1 ? "s" : "");
+    const std::string share = setting.asked.text.ends_with('%')
+                                  ? fmt::format(" ({} of {} positions{})", setting.capacity(held), held, where)
                                   : "";
     return Obstacle{
-        .reason = fmt::format("capacity {}{} is below the {} positions that {} {}", setting.capacity_request, share,
-                              needed, policy.canonical, is_protected ? "always keeps" : "needs at least"),
+        .reason = fmt::format("capacity {}{} is below the {} positions that {} {}{}", setting.asked.text, share, needed,
+                              policy.canonical, is_protected ? "always keeps" : "needs at least",
+                              some.hold_everything() ? "" : " there"),
         .cure = is_protected ? "ask for a larger capacity or protect fewer" : "ask for a larger capacity",
         .shared = is_protected ? "the capacity is below the positions that they always keep"
                                : "the capacity is below the positions that they need at least",
         .amount = needed};
   };
-  if (setting.capacity < policy.minimum_capacity()) return below(policy.minimum_capacity());
+  for (const AlikeLayers& some : layers.alike) {
+    const int held = some.shape.rows();
+    const int least = least_in(some.shape);
+    if (!setting.keeps_all(held) && setting.capacity(held) < std::min(least, held)) return below(least, some);
+  }
   if (!policy.pattern && !policy.budget) return std::nullopt;
-  const ModelInfo& model = trace.info().model;
-  for (int layer = 0; layer < model.num_layers; ++layer) {
-    const HeadShape shape = head_shape(trace.info(), layer, 0, eviction_position);
+  for (const HeadShape& shape : layers.shapes) {
+    if (setting.keeps_all(shape.rows())) continue;
     try {
       if (policy.pattern) policy.pattern->check(shape);
-      std::vector<int> capacities = {setting.capacity};
+      std::vector<int> capacities = {setting.capacity(shape.rows())};
       if (policy.budget) {
         const BudgetRequest request = setting.budget_request(shape);
         policy.budget->check(request);
@@ -118,7 +196,7 @@ std::optional<Obstacle> capacity_obstacle(const TraceReader& trace, const Settin
       if (!policy.pattern) continue;
       const int needed = policy.pattern->minimum_capacity(shape);
       const bool goes_by_capacity = policy.pattern->capacity_rule() == Pattern::CapacityRule::asked;
-      if (goes_by_capacity && std::ranges::min(capacities) < needed) return below(needed);
+      if (goes_by_capacity && std::ranges::min(capacities) < needed) return below(needed, layers.alike_to(shape));
     } catch (const Error& error) {
       return Obstacle{.reason = error.what()};
     }
@@ -126,48 +204,64 @@ std::optional<Obstacle> capacity_obstacle(const TraceReader& trace, const Settin
   return std::nullopt;
 }
 
+// What a policy tells of its sets.
+void add_notes_of(const Policy& policy, const EvictedLayers& layers, std::vector<std::string>& notes) {
+  if (!policy.pattern) return;
+  for (const HeadShape& shape : layers.shapes) {
+    std::string note = policy.pattern->note(shape);
+    if (!note.empty() && std::ranges::find(notes, note) == notes.end()) notes.push_back(std::move(note));
+  }
+}
+
 // Whether what is kept follows from the capacity alone, though the policy would choose at a larger one.
-bool leaves_nothing_to_choose(const TraceReader& trace, const Setting& setting, int eviction_position) {
+// Layers that keep everything have no choice to make at any capacity and do not count.
+bool leaves_nothing_to_choose(const EvictedLayers& layers, const Setting& setting) {
   const Policy& policy = *setting.policy;
-  if (setting.keeps_all(eviction_position)) return false;
   // Scores divide positions, or choose them not one by one: only what is protected is certain.
   const bool by_scores = (policy.budget && policy.budget->needs_scores()) || policy.selection;
-  const int unscored =
-      policy.ranking && !by_scores ? policy.ranking->unscored(eviction_position) : policy.protection().count();
-  if (!policy.budget || policy.budget->needs_scores()) return setting.capacity <= unscored;
-  for (int layer = 0; layer < trace.info().model.num_layers; ++layer) {
-    const HeadShape shape = head_shape(trace.info(), layer, 0, eviction_position);
-    if (std::ranges::max(policy.budget->allocate(setting.budget_request(shape))) > unscored) return false;
+  const auto unscored = [&](const HeadShape& shape) {
+    return policy.ranking && !by_scores ? policy.ranking->unscored(shape) : policy.protection().held_by(shape).count();
+  };
+  if (!policy.budget || policy.budget->needs_scores()) {
+    return std::ranges::all_of(layers.alike, [&](const AlikeLayers& some) {
+      const int held = some.shape.rows();
+      return setting.keeps_all(held) || setting.capacity(held) <= unscored(some.shape);
+    });
   }
-  return true;
+  return std::ranges::all_of(layers.shapes, [&](const HeadShape& shape) {
+    return setting.keeps_all(shape.rows()) ||
+           std::ranges::max(policy.budget->allocate(setting.budget_request(shape))) <= unscored(shape);
+  });
 }
 
 }  // namespace
 
-bool Setting::keeps_all(int prompt_length) const {
+int Setting::capacity(int held) const { return std::min(asked.resolve(held), held); }
+
+bool Setting::keeps_all(int held) const {
+  if (held == 0) return true;
   if (policy->budget && policy->budget->own_capacity()) return false;
-  if (!policy->pattern) return capacity >= prompt_length;
+  if (!policy->pattern) return capacity(held) >= held;
   const Pattern::CapacityRule rule = policy->pattern->capacity_rule();
-  return rule == Pattern::CapacityRule::everything ||
-         (rule == Pattern::CapacityRule::asked && capacity >= prompt_length);
+  return rule == Pattern::CapacityRule::everything || (rule == Pattern::CapacityRule::asked && capacity(held) >= held);
 }
 
-bool Setting::goes_by_ranks(int prompt_length) const {
-  return policy->ranking && policy->exchanges == 0 && !keeps_all(prompt_length) &&
-         prompt_length - policy->ranking->protection().count() >= 2;
+bool Setting::goes_by_ranks(const HeadShape& shape) const {
+  return policy->ranking && policy->exchanges == 0 && !keeps_all(shape.rows()) &&
+         shape.rows() - policy->ranking->protection().held_by(shape).count() >= 2;
 }
 
 bool Setting::is_local() const {
   return granularity != Granularity::layer && !(policy->budget && policy->budget->needs_scores());
 }
 
-RankingRequirements::RankingRequirements(const std::vector<Setting>& settings, int prompt_length) {
+RankingRequirements::RankingRequirements(const std::vector<Setting>& settings, int held) {
   using Distance = WindowCombination::Distance;
   std::map<WindowCombination, std::size_t> places;
   const Policy* previous = nullptr;
   for (const Setting& setting : settings) {
     begin.push_back(asked.size());
-    if (!setting.policy->ranking || setting.policy == previous || setting.keeps_all(prompt_length)) continue;
+    if (!setting.policy->ranking || setting.policy == previous || setting.keeps_all(held)) continue;
     previous = setting.policy;
     Requirements needs = setting.policy->ranking->requirements();
     window = std::max(window, needs.window_queries);
@@ -189,9 +283,11 @@ RankingRequirements::RankingRequirements(const std::vector<Setting>& settings, i
 BudgetRequest Setting::budget_request(const HeadShape& shape) const {
   return {.layer = shape.layer,
           .num_layers = shape.num_layers,
-          .prompt_length = shape.prompt_length,
-          .capacity = capacity,
-          .protection = policy->ranking ? policy->ranking->protection()
+          .layer_among_alike = shape.layer_among_alike,
+          .layers_alike = shape.layers_alike,
+          .rows = shape.rows(),
+          .capacity = capacity(shape.rows()),
+          .protection = policy->ranking ? policy->ranking->protection().held_by(shape)
                                         : Protection{.sinks = policy->pattern->minimum_capacity(shape)},
           .granularity = granularity,
           .num_query_heads = shape.num_kv_heads * shape.group_size,
@@ -204,6 +300,7 @@ BudgetRequest Setting::budget_request(const HeadShape& shape) const {
 std::vector<Setting> settings_for(const TraceReader& trace, const ReplayRequest& request, int eviction_position,
                                   std::vector<std::string>& notes, LeftOut& left_out) {
   const Holdings holdings(trace, eviction_position);
+  const EvictedLayers layers(trace.info(), eviction_position);
   std::vector<Setting> settings;
   SettingNames nothing_to_choose;
   SettingNames without_projection;
@@ -221,16 +318,15 @@ std::vector<Setting> settings_for(const TraceReader& trace, const ReplayRequest&
     bool replayed = false;
     bool is_missing = false;
     for (const CapacityRequest& asked : request.capacities) {
-      const int capacity = own    ? std::max(*own, policy.minimum_capacity())
-                           : once ? eviction_position
-                                  : asked.resolve(eviction_position);
       Setting setting{.policy = &policy,
-                      .capacity_request = once ? std::string(kAllPositions) : asked.text,
-                      .capacity = std::min(capacity, eviction_position),
+                      .asked = once ? CapacityRequest{.text = std::string(kAllPositions), .share = 1} : asked,
                       .granularity = granularity,
                       .share = request.share.value_or(policy.share.value_or(Share::mean))};
-      if (!setting.keeps_all(eviction_position)) {
-        if (const auto obstacle = capacity_obstacle(trace, setting, eviction_position)) {
+      if (own) setting.asked.count = std::max(*own, policy.minimum_capacity());
+      const bool evicts = std::ranges::any_of(
+          layers.alike, [&setting](const AlikeLayers& some) { return !setting.keeps_all(some.shape.rows()); });
+      if (evicts) {
+        if (const auto obstacle = capacity_obstacle(layers, setting)) {
           left_out.add(policy.canonical, once ? "" : asked.text, *obstacle);
           if (once) break;
           continue;
@@ -239,9 +335,13 @@ std::vector<Setting> settings_for(const TraceReader& trace, const ReplayRequest&
           is_missing = true;
           continue;
         }
-        setting.nothing_to_choose = leaves_nothing_to_choose(trace, setting, eviction_position);
+        add_notes_of(policy, layers, notes);
+        setting.nothing_to_choose = leaves_nothing_to_choose(layers, setting);
         if (setting.nothing_to_choose) nothing_to_choose.add(policy.canonical, once ? "" : asked.text);
-        setting.rank_agreement = request.rank_agreement && setting.goes_by_ranks(eviction_position);
+        setting.rank_agreement =
+            request.rank_agreement && std::ranges::any_of(layers.alike, [&setting](const AlikeLayers& some) {
+              return setting.goes_by_ranks(some.shape);
+            });
         replayed = true;
       }
       settings.push_back(std::move(setting));
@@ -263,6 +363,7 @@ std::vector<Setting> settings_for(const TraceReader& trace, const ReplayRequest&
                                 capacity > eviction_position ? "exceeds" : "is all", eviction_position,
                                 eviction_position == 1 ? "" : "s"));
   }
+  note_windows(layers.alike, request, notes);
   if (nothing_to_choose.count() > 0) {
     notes.push_back(
         fmt::format("nothing to choose: {}: the capacity is no more than what is kept whatever the scores, "

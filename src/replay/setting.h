@@ -16,19 +16,21 @@ namespace kvreplay {
 /// A policy at a capacity: what one ReplayResult is about.
 struct Setting {
   const Policy* policy = nullptr;  ///< lives in the request
-  std::string capacity_request;    ///< as asked for, or kAllPositions
-  int capacity = 0;                ///< at most the prompt
+  CapacityRequest asked;           ///< its text is kAllPositions where everything is asked for
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
   bool rank_agreement = false;     ///< whether its scores are compared with the oracle's importance
   bool nothing_to_choose = false;  ///< see ReplayResult
 
-  /// Whether every position is kept, so that nothing needs to be ranked.
-  bool keeps_all(int prompt_length) const;
+  /// Positions per kept set that are granted in a layer that holds `held` of them: at most all.
+  int capacity(int held) const;
 
-  /// Whether scores decide what is kept: not so of patterns, of what keeps everything or only what is protected and one
-  /// more, and of oracles that exchange positions afterwards.
-  bool goes_by_ranks(int prompt_length) const;
+  /// Whether every position is kept in a layer that holds `held` of them, so that nothing needs to be ranked.
+  bool keeps_all(int held) const;
+
+  /// Whether scores decide what a layer of this shape keeps: not so of patterns, of what keeps everything or only what
+  /// is protected and one more, and of oracles that exchange positions afterwards.
+  bool goes_by_ranks(const HeadShape& shape) const;
 
   /// Whether a head's kept sets can be drawn without looking at the layer's other heads.
   bool is_local() const;
@@ -45,8 +47,8 @@ struct Setting {
 /// What the rankings of settings will ask of every head, gathered once: grids hold thousands of settings, and work is
 /// planned unit by unit.
 struct RankingRequirements {
-  /// Of settings whose heads have `prompt_length` positions.
-  RankingRequirements(const std::vector<Setting>& settings, int prompt_length);
+  /// In a layer that holds `held` positions.
+  RankingRequirements(const std::vector<Setting>& settings, int held);
 
   /// The combinations that the setting `index` is the first of its policy to ask for, as indices among `combinations`.
   std::span<const std::size_t> first_asked_by(std::size_t index) const {

@@ -1,6 +1,8 @@
 // A head of a trace, as policies see it.
 #pragma once
 
+#include <vector>
+
 #include "base/buffer.h"
 #include "policy/head.h"
 #include "replay/evaluation.h"
@@ -44,5 +46,8 @@ class TraceHead : public HeadSource {
 
 /// The shape of a trace's head at an eviction position.
 HeadShape head_shape(const TraceInfo& info, int layer, int kv_head, int eviction_position);
+
+/// How many positions each layer holds at an eviction position: [L].
+std::vector<int> held_positions(const TraceInfo& info, int eviction_position);
 
 }  // namespace kvreplay

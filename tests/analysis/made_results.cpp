@@ -16,6 +16,7 @@ TraceReplay MadeReplay::replay() const {
   replay.model.num_key_value_heads = kv_heads;
   replay.prompt_length = eviction_position;
   replay.eviction_position = eviction_position;
+  replay.held.assign(static_cast<std::size_t>(layers), eviction_position);
   replay.evaluation_positions.resize(static_cast<std::size_t>(queries));
   std::iota(replay.evaluation_positions.begin(), replay.evaluation_positions.end(), eviction_position);
   replay.spans = spans;

@@ -52,10 +52,10 @@ MatrixHead random_head(const Layout& layout, unsigned seed) {
   return head;
 }
 
-// The definitions.
+// The definitions, of the rows that are held.
 struct Reference {
-  Eigen::VectorXd attention;  // [P]
-  Eigen::VectorXd distance;   // [positions that o runs over]
+  Eigen::VectorXd attention;  // [R]
+  Eigen::VectorXd distance;   // [rows that o runs over]
   Eigen::VectorXd rounding;   // what float32 may make of it where the outputs are large and it is small
   double output_length = 0;
 };
@@ -90,19 +90,23 @@ Reference reference_for(const MatrixHead& source, int member, const WindowCombin
     reference.attention += static_cast<double>(combination.weights[static_cast<std::size_t>(i)]) *
                            attention_of(source, keys, member, prompt - window + i);
   }
+  const Eigen::VectorXd of_all = reference.attention;
+  const Index first = shape.first_position;
+  reference.attention = of_all.tail(prompt - first);
   if (combination.distance == Distance::none) return reference;
   const Index end = combination.whole_prompt ? prompt : prompt - window;
-  const Eigen::RowVectorXd output = reference.attention.head(end).transpose() * values.topRows(end);
+  const Eigen::RowVectorXd output = of_all.head(end).transpose() * values.topRows(end);
   DoubleMatrix projection = DoubleMatrix::Identity(shape.head_dim, shape.head_dim);
   if (combination.distance == Distance::projected && source.has_output_projection()) {
     projection = source.member_projections[static_cast<std::size_t>(member)].cast<double>();
   }
   reference.output_length = (projection * output.transpose()).norm();
-  reference.distance.resize(end);
-  reference.rounding.resize(end);
-  for (Index n = 0; n < end; ++n) {
-    reference.distance(n) = (projection * (output - values.row(n)).transpose()).norm();
-    reference.rounding(n) = 1e-6 * projection.norm() * (output.norm() + values.row(n).norm());
+  reference.distance.resize(std::max<Index>(0, end - first));
+  reference.rounding.resize(reference.distance.size());
+  for (Index n = 0; n < reference.distance.size(); ++n) {
+    const Eigen::RowVectorXd value = values.row(first + n);
+    reference.distance(n) = (projection * (output - value).transpose()).norm();
+    reference.rounding(n) = 1e-6 * projection.norm() * (output.norm() + value.norm());
   }
   return reference;
 }
@@ -182,6 +186,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Layout{.prompt = 1058}, Layout{.prompt = 513, .hidden_size = 0},
                     Layout{.prompt = 60, .sliding_window = 1}, Layout{.prompt = 600, .sliding_window = 20},
                     Layout{.prompt = 1030, .group = 4, .sliding_window = 515}, Layout{.prompt = 60, .softcapping = 2},
+                    Layout{.prompt = 2100, .group = 2, .sliding_window = 70},
+                    Layout{.prompt = 512, .sliding_window = 513}, Layout{.prompt = 1024, .sliding_window = 1},
                     Layout{.prompt = 600, .head_dim = 48, .sliding_window = 64, .softcapping = 30}),
     [](const auto& tested) {
       const Layout& l = tested.param;
@@ -405,11 +411,13 @@ TEST(Head, AttentionOfEveryQueryFollowsItsDefinition) {
   Matrix keys(layout.prompt, layout.head_dim);
   source.read_keys(0, layout.prompt, keys.data());
   const Head head(source);
+  // The window has dropped all that the oldest of these queries saw.
   for (const int age : {0, 1, 3, 100, 400, 514}) {
     for (int member = 0; member < 2; ++member) {
       const std::span<const float> found = head.attention(member, age);
-      const Eigen::VectorXd expected = attention_of(source, keys.cast<double>(), member, layout.prompt - 1 - age);
-      ASSERT_EQ(found.size(), 515u);
+      const Eigen::VectorXd expected =
+          attention_of(source, keys.cast<double>(), member, layout.prompt - 1 - age).tail(299);
+      ASSERT_EQ(found.size(), 299u);
       for (std::size_t n = 0; n < found.size(); ++n) {
         const double value = expected(static_cast<Index>(n));
         ASSERT_NEAR(found[n], value, 1e-5 * value + 1e-37) << "age " << age << ", position " << n;

@@ -25,6 +25,7 @@ class MatrixHead : public HeadSource {
   void attend_with(double softmax_scale, int sliding_window = 0, double softcapping = 0) {
     shape_.softmax_scale = softmax_scale;
     shape_.sliding_window = sliding_window;
+    shape_.first_position = first_held_position(shape_.prompt_length, sliding_window);
     shape_.attn_logit_softcapping = softcapping;
   }
 
@@ -57,12 +58,12 @@ class MatrixHead : public HeadSource {
   std::vector<int> positions_;
 };
 
-/// The scores [P] that a policy's ranking gives the positions, asked for all of them.
+/// The scores [R] that a policy's ranking gives the rows, asked for all of them.
 inline std::vector<float> scores_of(const Ranking& ranking, const HeadSource& source, int member = 0) {
   const Head head(source);
-  std::vector<float> scores(static_cast<std::size_t>(head.prompt_length()));
+  std::vector<float> scores(static_cast<std::size_t>(head.rows()));
   ranking.score(head, member, scores);
-  ranking.smooth(head, member, head.prompt_length(), scores);
+  ranking.smooth(head, member, head.rows(), scores);
   return scores;
 }
 

@@ -438,7 +438,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Shape{"hidden_below_head_dim", {.head_dim = 20, .hidden_size = 6}},
                     Shape{"several_slices_of_the_projection", {.num_layers = 1, .hidden_size = 1100}},
                     Shape{"without_projection", {.output_projection = false}},
-                    Shape{"sliding_window", {.sliding_window = 13}}, Shape{"soft_capping", {.softcapping = 4}},
+                    Shape{"sliding_window", {.sliding_window = 31}}, Shape{"soft_capping", {.softcapping = 4}},
                     Shape{"one_evaluation_query", {.prompt_length = 69}},
                     Shape{"evaluation_queries_65", {.num_layers = 1, .num_tokens = 125}},
                     Shape{"evaluation_queries_130", {.num_layers = 1, .num_tokens = 190, .sliding_window = 70}},

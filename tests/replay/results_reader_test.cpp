@@ -156,7 +156,7 @@ TEST_F(Results, WhatContradictsItselfIsRefusedWithTheReason) {
   EXPECT_THAT(with_int("/", "format_version", 1), AllOf(HasSubstr("version 1"), HasSubstr("replay again")));
   EXPECT_THAT(with_int("/", "format_version", 3), AllOf(HasSubstr("version 3"), HasSubstr("update kvreplay")));
   EXPECT_THAT(with_int("/", "complete", 0), HasSubstr("unfinished"));
-  EXPECT_THAT(with_int("/results/3", "num_layers", 3), HasSubstr("/results/3/layer_error"));
+  EXPECT_THAT(with_int("/results/3", "num_layers", 3), HasSubstr("/results/3/held"));
   EXPECT_THAT(with_int("/results/3", "num_layers", 0), HasSubstr("'num_layers' is 0"));
   EXPECT_THAT(with_int("/results/3", "num_kv_heads", 3), HasSubstr("4 query heads cannot share 3 KV heads"));
   EXPECT_THAT(with_int("/results/3", "evict_at", 61), HasSubstr("evaluation_positions"));

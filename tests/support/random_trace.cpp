@@ -35,7 +35,8 @@ TraceInfo RandomTrace::info() const {
   const int first = captured_prompt_queries < 0 ? 0 : prompt_length - captured_prompt_queries;
   for (int position = first; position < num_tokens; ++position) info.query_positions.push_back(position);
   info.spans = spans;
-  info.layer_sliding_window.assign(static_cast<std::size_t>(num_layers), sliding_window);
+  info.layer_sliding_window = layer_windows;
+  info.layer_sliding_window.resize(static_cast<std::size_t>(num_layers), sliding_window);
   return info;
 }
 

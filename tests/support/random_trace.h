@@ -23,6 +23,7 @@ struct RandomTrace {
   bool output_projection = true;
   bool attention_mass = true;
   int sliding_window = 0;
+  std::vector<int> layer_windows = {};  ///< of each layer; empty: all have `sliding_window`
   double softcapping = 0;
   DType type = DType::float32;
   bool representable_in_float16 = false;  ///< round all tensors to float16 first

@@ -50,7 +50,7 @@ class AdaKV : public Budget {
   std::vector<int> compete(const std::vector<std::span<const float>>& scores, const BudgetRequest& request) const {
     const auto first = static_cast<std::size_t>(request.protection.sinks);
     const std::size_t rankable =
-        static_cast<std::size_t>(request.prompt_length) - static_cast<std::size_t>(request.protection.count());
+        static_cast<std::size_t>(request.rows) - static_cast<std::size_t>(request.protection.count());
     const auto ranked = std::min(static_cast<std::size_t>(request.capacity - request.protection.count()), rankable);
     struct Entry {
       float score;
@@ -113,9 +113,8 @@ class AdaKVOfKvpress : public Budget {
     };
     std::vector<Entry> contenders;
     for (std::size_t head = 0; head < request.kv_head_scores.size(); ++head) {
-      const std::span<const float> ranked =
-          request.kv_head_scores[head].subspan(static_cast<std::size_t>(request.protection.sinks),
-                                               static_cast<std::size_t>(request.prompt_length - protected_count));
+      const std::span<const float> ranked = request.kv_head_scores[head].subspan(
+          static_cast<std::size_t>(request.protection.sinks), static_cast<std::size_t>(request.rows - protected_count));
       std::vector<float> own(ranked.begin(), ranked.end());
       std::ranges::sort(own, std::greater<>());
       for (auto score = own.begin() + (safe - protected_count); score != own.end(); ++score) {

@@ -62,7 +62,7 @@ class GivenLayers : public Budget {
         throw Error(fmt::format("{}: grants layer {} {} positions, fewer than the {} that are always kept", file_,
                                 request.layer, positions, std::max(1, request.protection.count())));
       }
-      capacities.push_back(static_cast<int>(std::min<double>(positions, request.prompt_length)));
+      capacities.push_back(static_cast<int>(std::min<double>(positions, request.rows)));
     }
     return capacities;
   }

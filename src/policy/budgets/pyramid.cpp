@@ -5,6 +5,9 @@
 // at most what was granted on average, up to rounding; what was used is reported. A first layer that would exceed the
 // prompt is cut to it and the last one raised by as much. For prompts shorter than twice the ranked capacity
 // PyramidKV's code keeps to the uniform budget; ReST-KV's release does not, and each is followed for its own scores.
+//
+// Layers whose sliding window leaves them fewer positions than others have a pyramid of their own, so that the mean
+// over the layers that hold as much is the capacity asked for.
 #include <algorithm>
 #include <cmath>
 
@@ -20,20 +23,20 @@ class Pyramid : public Budget {
   std::vector<int> allocate(const BudgetRequest& request) const override {
     const int protected_count = request.protection.count();
     const int ranked = request.capacity - protected_count;
-    const int rankable = request.prompt_length - protected_count;
+    const int rankable = request.rows - protected_count;
     int capacity = request.capacity;
-    if (request.prompt_length >= 2 * ranked || request.pyramid_on_short_prompts) {
+    if (request.rows >= 2 * ranked || request.pyramid_on_short_prompts) {
       int smallest = ranked / beta_;
       int largest = 2 * ranked - smallest;
       if (largest >= rankable) {
         largest = rankable;
         smallest = 2 * ranked - largest;
       }
-      const int step = request.num_layers > 1 ? (largest - smallest) / (request.num_layers - 1) : 0;
-      const int first = request.num_layers > 1 ? largest : ranked;
-      capacity = protected_count + first - request.layer * step;
+      const int step = request.layers_alike > 1 ? (largest - smallest) / (request.layers_alike - 1) : 0;
+      const int first = request.layers_alike > 1 ? largest : ranked;
+      capacity = protected_count + first - request.layer_among_alike * step;
     }
-    capacity = std::clamp(capacity, std::max(1, protected_count), request.prompt_length);
+    capacity = std::clamp(capacity, std::max(1, protected_count), request.rows);
     return std::vector<int>(static_cast<std::size_t>(sets_per_layer(request)), capacity);
   }
 
@@ -51,7 +54,7 @@ class PyramidOfKvpress : public Budget {
 
   std::vector<int> allocate(const BudgetRequest& request) const override {
     const double mean = request.capacity;
-    const double rankable = request.prompt_length - request.protection.count();
+    const double rankable = request.rows - request.protection.count();
     double smallest = mean / beta_;
     double largest = 2 * mean - smallest;
     if (largest >= rankable) {
@@ -59,11 +62,12 @@ class PyramidOfKvpress : public Budget {
       smallest = 2 * mean - largest;
     }
     double capacity = mean;
-    if (largest >= smallest && smallest >= request.protection.count() && request.num_layers > 1) {
-      capacity = std::nearbyint(largest - request.layer * ((largest - smallest) / (request.num_layers - 1)));
+    if (largest >= smallest && smallest >= request.protection.count() && request.layers_alike > 1) {
+      capacity =
+          std::nearbyint(largest - request.layer_among_alike * ((largest - smallest) / (request.layers_alike - 1)));
     }
     return std::vector<int>(static_cast<std::size_t>(sets_per_layer(request)),
-                            std::clamp(static_cast<int>(capacity), 1, request.prompt_length));
+                            std::clamp(static_cast<int>(capacity), 1, request.rows));
   }
 
  private:

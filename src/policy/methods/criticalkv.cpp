@@ -23,8 +23,8 @@ class CriticalKV : public Ranking {
 
   Protection protection() const override { return base_->protection(); }
   // The second stage ranks anew what the base would put first.
-  int unscored(int prompt_length) const override {
-    return first_ < 1 ? protection().count() : base_->unscored(prompt_length);
+  int unscored(const HeadShape& shape) const override {
+    return first_ < 1 ? protection().held_by(shape).count() : base_->unscored(shape);
   }
   Requirements requirements() const override {
     Requirements needs = base_->requirements();
@@ -46,7 +46,8 @@ class CriticalKV : public Ranking {
   void refine(const Head& head, std::span<const int> members, int capacity, std::span<float> scores) const override {
     base_->refine(head, members, capacity, scores);
     const auto chosen_first = static_cast<int>(capacity * first_);
-    std::vector<int> first = select_top(scores, protection(), std::max(chosen_first, protection().count()));
+    const Protection held = protection().held_by(head.shape());
+    std::vector<int> first = select_top(scores, held, std::max(chosen_first, held.count()));
     std::ranges::stable_sort(first, [base = std::vector<float>(scores.begin(), scores.end())](int a, int b) {
       return base[static_cast<std::size_t>(a)] > base[static_cast<std::size_t>(b)];
     });
@@ -65,7 +66,7 @@ class CriticalKV : public Ranking {
   }
 
  private:
-  // ‖W v_n‖₁ for every position: [P].
+  // ‖W v_n‖₁ for every row: [R].
   static Eigen::VectorXf projected_lengths(const Head& head, int member) {
     const Matrix& values = head.values();
     if (!head.has_output_projection()) return values.cwiseAbs().rowwise().sum();

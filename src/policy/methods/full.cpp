@@ -11,7 +11,7 @@ class Full : public Pattern {
   CapacityRule capacity_rule() const override { return CapacityRule::everything; }
 
   std::vector<int> keep(const HeadShape& shape, int /*member*/, int /*capacity*/) const override {
-    std::vector<int> kept(static_cast<std::size_t>(shape.prompt_length));
+    std::vector<int> kept(static_cast<std::size_t>(shape.rows()));
     std::iota(kept.begin(), kept.end(), 0);
     return kept;
   }

@@ -2,8 +2,12 @@
 //
 // The file has the layout that `replay --kept` writes: a group /kept/<index> with an attribute `heads` (query or kv)
 // and datasets `kept` and `offsets`; set s (layer-major, then head) is kept[offsets[s]:offsets[s+1]], ascending
-// positions. The capacity asked for does not matter; sets may differ in size.
+// positions. The capacity asked for does not matter; sets may differ in size. Of positions that a layer's sliding
+// window has dropped before the eviction nothing can be kept: those that a set lists, as files of earlier versions and
+// of other systems may, are left out.
 #include <fmt/format.h>
+
+#include <algorithm>
 
 #include "base/error.h"
 #include "hdf5/hdf5.h"
@@ -47,6 +51,18 @@ class KeptFromFile : public Pattern {
     }
   }
 
+  std::string note(const HeadShape& shape) const override {
+    const int heads = heads_of(shape);
+    for (int set = shape.layer * heads; set < (shape.layer + 1) * heads; ++set) {
+      const auto first = static_cast<std::size_t>(offsets_[static_cast<std::size_t>(set)]);
+      const bool is_empty = first == static_cast<std::size_t>(offsets_[static_cast<std::size_t>(set) + 1]);
+      if (is_empty || kept_[first] >= shape.first_position) continue;
+      return fmt::format("{}: lists positions that layers with a sliding window no longer hold; they are left out",
+                         place_);
+    }
+    return "";
+  }
+
   std::vector<int> keep(const HeadShape& shape, int member, int /*capacity*/) const override {
     const int heads = heads_of(shape);
     const int head = per_query_head_ ? shape.query_head(member) : shape.kv_head;
@@ -57,6 +73,8 @@ class KeptFromFile : public Pattern {
       throw Error(fmt::format("{}: set {} holds position {}, beyond the {} before the eviction", place_, set,
                               kept.back(), shape.prompt_length));
     }
+    kept.erase(kept.begin(), std::ranges::lower_bound(kept, shape.first_position));
+    for (int& position : kept) position -= shape.first_position;
     return kept;
   }
 

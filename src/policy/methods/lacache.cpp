@@ -9,6 +9,9 @@
 // far fewer; what was used is reported. When a ladder through the prompt once does not save enough, their code starts
 // over on what is left, and so on; there it can gather a position twice, which here is kept once. `span` is by default
 // half the layers (the authors' 16 of 32).
+//
+// A position can only be kept by neighbours that hold it: layers whose sliding window leaves them fewer positions draw
+// a ladder among themselves, over what they hold.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -29,41 +32,45 @@ class LaCache : public Pattern {
 
   // One rung, and a position for every layer.
   int minimum_capacity(const HeadShape& shape) const override {
-    const Rung rung = rung_over(shape.num_layers);
-    if (rung.saved() == 0) return std::max(1, sinks_);
-    return sinks_ + shape.num_layers + rung.kept - rung.saved() / 2;
+    const int sinks = shape.held_of_first(sinks_);
+    const Rung rung = rung_over(shape.layers_alike);
+    if (rung.saved() == 0) return std::max(1, sinks);
+    return sinks + shape.layers_alike + rung.kept - rung.saved() / 2;
   }
 
   void check(const HeadShape& shape) const override {
-    const int span = span_over(shape.num_layers);
+    const int span = span_over(shape.layers_alike);
     if (overlap_ < span) return;
     throw Error(fmt::format("lacache: overlap {} must be smaller than span {}, which {} layers allow", overlap_, span,
-                            shape.num_layers));
+                            shape.layers_alike));
   }
 
   std::vector<int> keep(const HeadShape& shape, int /*member*/, int capacity) const override {
-    const int prompt = shape.prompt_length;
+    const int prompt = shape.rows();
+    const int layers = shape.layers_alike;
+    const int layer = shape.layer_among_alike;
+    const int sinks = shape.held_of_first(sinks_);
     if (capacity >= prompt) return range(0, prompt);
-    const auto [rung, kept] = rung_over(shape.num_layers);
+    const auto [rung, kept] = rung_over(layers);
     const int saved = rung - kept;
-    if (saved == 0) return sinks_and_recent(prompt, capacity);
+    if (saved == 0) return sinks_and_recent(sinks, prompt, capacity);
     capacity += saved / 2;  // so that the mean over layers comes out near the capacity asked for
-    const int room = capacity - sinks_ - shape.num_layers;
+    const int room = capacity - sinks - layers;
     const int excess = std::max(0, prompt - capacity);
     const int saved_at_most = room / kept * saved;
     const int rungs = (excess > saved_at_most ? room : divided_up(excess, saved) * kept) / kept;
-    std::vector<int> positions = range(0, sinks_);
-    add_ladder(positions, rungs, rung, kept, shape.layer % (saved + 1), 1);
-    add_range(positions, sinks_ + rung * rungs, prompt);
+    std::vector<int> positions = range(0, sinks);
+    add_ladder(positions, sinks, rungs, rung, kept, layer % (saved + 1), 1);
+    add_range(positions, sinks + rung * rungs, prompt);
     if (excess <= saved_at_most) return positions;
 
     // Once more over what is left, with rungs that are as many times longer as passes would be needed.
     const int passes = divided_up(excess - saved_at_most, saved_at_most);
     const int long_rung = rung + (passes - 1) * (rung - 1);
     const int long_rungs = divided_up(excess - saved_at_most, long_rung - kept);
-    std::vector<int> chosen = range(0, sinks_);
-    add_ladder(chosen, long_rungs, long_rung, kept, shape.layer % (long_rung - kept + 1), passes);
-    add_range(chosen, sinks_ + long_rung * long_rungs, static_cast<int>(positions.size()));
+    std::vector<int> chosen = range(0, sinks);
+    add_ladder(chosen, sinks, long_rungs, long_rung, kept, layer % (long_rung - kept + 1), passes);
+    add_range(chosen, sinks + long_rung * long_rungs, static_cast<int>(positions.size()));
     std::vector<int> left;
     for (const int index : chosen) {
       if (index < static_cast<int>(positions.size())) left.push_back(positions[static_cast<std::size_t>(index)]);
@@ -100,16 +107,16 @@ class LaCache : public Pattern {
     for (int position = first; position < last; ++position) positions.push_back(position);
   }
 
-  void add_ladder(std::vector<int>& positions, int rungs, int rung, int kept, int offset, int step) const {
+  static void add_ladder(std::vector<int>& positions, int sinks, int rungs, int rung, int kept, int offset, int step) {
     for (int j = 0; j < rungs; ++j) {
-      for (int k = 0; k < kept; ++k) positions.push_back(sinks_ + rung * j + offset + step * k);
+      for (int k = 0; k < kept; ++k) positions.push_back(sinks + rung * j + offset + step * k);
     }
   }
 
   // Where every layer has to keep every rung whole, there is no ladder to draw.
-  std::vector<int> sinks_and_recent(int prompt, int capacity) const {
-    std::vector<int> positions = range(0, sinks_);
-    add_range(positions, prompt - (capacity - sinks_), prompt);
+  static std::vector<int> sinks_and_recent(int sinks, int prompt, int capacity) {
+    std::vector<int> positions = range(0, sinks);
+    add_range(positions, prompt - (capacity - sinks), prompt);
     return positions;
   }
 

@@ -8,7 +8,8 @@
 //
 // Where the capacity does not hold all of this tail, its later positions go before its earlier ones (kvpress leaves
 // that tie to chance, and can lose sinks with it): that is streamingllm, and so is every capacity on a prompt shorter
-// than sinks + 2·lag. A channel whose range is 0 counts as 0.
+// than sinks + 2·lag. A channel whose range is 0 counts as 0. Of sinks that a sliding window has dropped nothing is
+// kept, and chunks begin with the first position held.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -23,20 +24,21 @@ class LagKV : public Ranking {
   LagKV(int sinks, int lag) : sinks_(sinks), lag_(lag) {}
 
   Protection protection() const override { return {.sinks = sinks_}; }
-  int unscored(int prompt_length) const override { return prompt_length - judged_of(prompt_length); }
+  int unscored(const HeadShape& shape) const override { return shape.rows() - judged_of(shape); }
 
   void score(const Head& head, int /*member*/, std::span<float> scores) const override {
-    const int prompt = head.prompt_length();
-    const int judged = judged_of(prompt);
+    const int prompt = head.rows();
+    const int sinks = head.shape().held_of_first(sinks_);
+    const int judged = judged_of(head.shape());
     // The tail first; ranks within chunks lie below 1. Without such ranks the scores after the sinks are those of
     // kvpress.
-    const int reference = judged == 0 ? sinks_ : 0;
+    const int reference = judged == 0 ? sinks : 0;
     const float lowest = judged == 0 ? 0.0f : 1.0f;
     for (int n = 0; n < prompt; ++n) {
       scores[static_cast<std::size_t>(n)] =
-          n < sinks_ ? 3.0f : lowest + static_cast<float>(n - reference) / static_cast<float>(prompt - reference);
+          n < sinks ? 3.0f : lowest + static_cast<float>(n - reference) / static_cast<float>(prompt - reference);
     }
-    for (int first = sinks_; first < sinks_ + judged; first += lag_) {
+    for (int first = sinks; first < sinks + judged; first += lag_) {
       const Eigen::VectorXf key = spread(head.keys(), first);
       const Eigen::VectorXf value = spread(head.values(), first);
       std::vector<int> order(static_cast<std::size_t>(lag_));
@@ -50,8 +52,10 @@ class LagKV : public Ranking {
   }
 
  private:
-  // How many positions a following chunk judges.
-  int judged_of(int prompt) const { return std::max(0, (prompt - sinks_) / lag_ - 1) * lag_; }
+  // How many rows a following chunk judges.
+  int judged_of(const HeadShape& shape) const {
+    return std::max(0, (shape.rows() - shape.held_of_first(sinks_)) / lag_ - 1) * lag_;
+  }
 
   // Softmax over the chunk at `first` of each position's spread over channels: [lag].
   Eigen::VectorXf spread(const Matrix& states, int first) const {

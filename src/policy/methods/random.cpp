@@ -21,9 +21,8 @@ class Random : public Ranking {
     const HeadShape& shape = head.shape();
     const std::uint64_t stream = mix(mix(mix(seed_) ^ static_cast<std::uint64_t>(shape.layer)) ^
                                      static_cast<std::uint64_t>(shape.query_head(member)));
-    for (std::size_t position = 0; position < scores.size(); ++position) {
-      scores[position] = static_cast<float>(mix(stream ^ position) >> 40);
-    }
+    auto position = static_cast<std::uint64_t>(shape.first_position);
+    for (float& score : scores) score = static_cast<float>(mix(stream ^ position++) >> 40);
   }
 
  private:

@@ -9,8 +9,8 @@ namespace {
 class Recent : public Pattern {
  public:
   std::vector<int> keep(const HeadShape& shape, int /*member*/, int capacity) const override {
-    std::vector<int> kept(static_cast<std::size_t>(std::min(capacity, shape.prompt_length)));
-    std::iota(kept.begin(), kept.end(), shape.prompt_length - static_cast<int>(kept.size()));
+    std::vector<int> kept(static_cast<std::size_t>(std::min(capacity, shape.rows())));
+    std::iota(kept.begin(), kept.end(), shape.rows() - static_cast<int>(kept.size()));
     return kept;
   }
 };

@@ -24,7 +24,7 @@ class SnapKV : public Ranking {
   }
 
   void smooth(const Head& /*head*/, int /*member*/, int /*capacity*/, std::span<float> scores) const override {
-    pool(pooling_, kernel_, scores.first(scores.size() - static_cast<std::size_t>(window_)));
+    pool(pooling_, kernel_, before_window(scores, window_));
   }
 
  private:

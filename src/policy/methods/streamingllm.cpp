@@ -3,7 +3,8 @@
 // The first few tokens draw attention that has nowhere else to go; without them a window attention collapses (paper,
 // section 3). Kept are `sinks` first positions and the last capacity − sinks. The cluster class of KVCache-Factory,
 // which the ReST-KV release has too, keeps the first capacity − window and the last `window` positions instead; its
-// run_longbench.py sets window to capacity − 4, which makes it the paper's again.
+// run_longbench.py sets window to capacity − 4, which makes it the paper's again. Where a layer's sliding window has
+// dropped first positions, recent ones take their places.
 #include "policy/policy.h"
 
 namespace kvreplay {
@@ -17,11 +18,10 @@ class StreamingLLM : public Pattern {
 
   std::vector<int> keep(const HeadShape& shape, int /*member*/, int capacity) const override {
     std::vector<int> kept;
-    const int first_recent = std::max(0, shape.prompt_length - (capacity - sinks_));
-    for (int position = 0; position < std::min(sinks_, shape.prompt_length); ++position) kept.push_back(position);
-    for (int position = std::max(sinks_, first_recent); position < shape.prompt_length; ++position) {
-      kept.push_back(position);
-    }
+    const int sinks = shape.held_of_first(sinks_);
+    const int first_recent = std::max(sinks, shape.rows() - (capacity - sinks));
+    for (int row = 0; row < sinks; ++row) kept.push_back(row);
+    for (int row = first_recent; row < shape.rows(); ++row) kept.push_back(row);
     return kept;
   }
 

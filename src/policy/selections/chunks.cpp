@@ -16,9 +16,9 @@ class Chunks : public Selection {
   explicit Chunks(int size) : size_(size) {}
 
   std::vector<int> select(std::span<const float> scores, Protection protection, int capacity) const override {
-    const int prompt = static_cast<int>(scores.size());
-    if (capacity >= prompt) return select_top(scores, protection, capacity);
-    const int last = prompt - protection.window;
+    const int rows = static_cast<int>(scores.size());
+    if (capacity >= rows) return select_top(scores, protection, capacity);
+    const int last = rows - protection.window;
     struct Chunk {
       int first;
       int count;
@@ -42,7 +42,7 @@ class Chunks : public Selection {
       room -= chunk.count;
       if (room <= 0) break;
     }
-    for (int position = last; position < prompt; ++position) kept.push_back(position);
+    for (int position = last; position < rows; ++position) kept.push_back(position);
     std::ranges::sort(kept);
     return kept;
   }

@@ -250,8 +250,9 @@ void run_part(const Preparation& sweep, Ranks& ranks) {
 }
 
 // Reads the finished units, one setting at a time, into all that was asked for. Returns the files written.
-std::vector<std::string> write_outputs(const SweepOptions& options, const Preparation& sweep, PolicyRanking& ranking) {
-  const std::vector<TraceReplay>& outlines = sweep.engine->outlines();
+// `outlines` are the engine's with all their notes.
+std::vector<std::string> write_outputs(const SweepOptions& options, const Preparation& sweep,
+                                       const std::vector<TraceReplay>& outlines, PolicyRanking& ranking) {
   const ReplayOptions& files = options.replay;
   ResultsWriter results(files.results, outlines);
   std::optional<KeptSetsWriter> kept;
@@ -385,13 +386,17 @@ void run_sweep(CLI::App& command, const SweepOptions& options) {
     if (!ranks->is_first()) return;
     PolicyRanking ranking(options.replay.full_layers);
     std::vector<std::string> written;
-    with_advice(sweep, [&]() { written = write_outputs(options, sweep, ranking); });
+    std::vector<TraceReplay> outlines = sweep.engine->outlines();
+    with_advice(sweep, [&]() {
+      note_stored_outputs(outlines, *sweep.store);
+      written = write_outputs(options, sweep, outlines, ranking);
+    });
     sweep.store->remove();
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
     print_tables(options, sweep, ranking, seconds);
     for (const std::string& file : written) fmt::print("wrote {}\n", file);
     std::fflush(stdout);
-    print_notes(sweep.notes, sweep.engine->outlines(), sweep.engine->left_out());
+    print_notes(sweep.notes, outlines, sweep.engine->left_out());
   });
 }
 

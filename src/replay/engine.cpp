@@ -24,6 +24,7 @@
 #include "replay/selection.h"
 #include "replay/trace_head.h"
 #include "trace/identity.h"
+#include "trace/inspection.h"
 
 namespace kvreplay {
 namespace {
@@ -141,6 +142,7 @@ void add_measures(const LayerMeasures& measures, const TraceReplay& replay, int 
     }
   }
   result.layer_error = measures.layer_error;
+  result.output_error = {static_cast<float>(measures.output_error)};
 }
 
 }  // namespace
@@ -544,6 +546,10 @@ void store_layer(TraceReplay& replay, int layer, std::vector<LayerResult> result
     put(results[i].kendall, result.kendall);
     std::ranges::move(results[i].kept, std::back_inserter(result.kept.sets));
   }
+}
+
+void note_outputs(TraceReplay& replay, std::span<const double> errors) {
+  if (std::string warning = outputs_warning(errors); !warning.empty()) replay.notes.push_back(std::move(warning));
 }
 
 void settle_capacities(TraceReplay& replay) {

@@ -35,6 +35,9 @@ struct LayerResult {
   std::vector<float> span_recall;       ///< [H, S]
   std::vector<float> spearman;          ///< [H] with rank agreement, else empty
   std::vector<float> kendall;           ///< [H] the same
+  /// [1] ‖stored − exact‖ / ‖exact‖ of the layer's full outputs, mean over query heads and evaluation queries: how far
+  /// the trace's outputs are from what its queries, keys and values give. The same for all settings.
+  std::vector<float> output_error;
 };
 
 /// What is said of a trace.
@@ -146,6 +149,9 @@ void allocate_tables(TraceReplay& replay);
 
 /// Fills one layer's part of all results of `replay`, whose tables are allocated; layers in ascending order.
 void store_layer(TraceReplay& replay, int layer, std::vector<LayerResult> results);
+
+/// Tells of outputs that are not the capture's own in the notes of `replay`; `errors` is a layer's output_error each.
+void note_outputs(TraceReplay& replay, std::span<const double> errors);
 
 /// Once all layers are stored: tells what patterns with a capacity of their own used.
 void settle_capacities(TraceReplay& replay);

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <numeric>
 
 #include "base/buffer.h"
 #include "base/error.h"
@@ -47,6 +48,7 @@ LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, const Ev
   }
   measures_.resize(distinct_.size());
   for (LayerMeasures& m : measures_) m.heads.resize(static_cast<std::size_t>(model.num_attention_heads));
+  output_errors_.resize(static_cast<std::size_t>(model.num_key_value_heads));
   squared_lengths_.resize(static_cast<std::size_t>(slices()));
 }
 
@@ -67,7 +69,16 @@ void LayerMeasurement::measure_head(int kv_head) {
     differences.emplace_back(columns.middleRows((static_cast<Index>(kind) + 1) * queries, queries));
   }
   std::vector<std::vector<HeadMeasures>> found = evaluation.measure(kept, columns.topRows(queries), differences);
+  const Index first = evaluation_queries(trace_.info(), eviction_).first;
+  double& output_errors = output_errors_[static_cast<std::size_t>(kv_head)];
   for (int member = 0; member < group; ++member) {
+    const Matrix stored = trace_.read(layer_, HeadTensor::outputs, kv_head * group + member, first, queries);
+    for (Index query = 0; query < queries; ++query) {
+      const auto exact = columns.row(query).segment(Index{member} * model.head_dim, model.head_dim).cast<double>();
+      const double length = exact.norm();
+      const double difference = (stored.row(query).cast<double>() - exact).norm();
+      output_errors += length > 0 ? difference / length : difference > 0 ? 1 : 0;
+    }
     for (std::size_t kind = 0; kind < distinct_.size(); ++kind) {
       measures_[kind].heads[static_cast<std::size_t>(kv_head * group + member)] =
           std::move(found[static_cast<std::size_t>(member)][kind]);
@@ -147,8 +158,10 @@ std::vector<LayerMeasures> LayerMeasurement::take() {
       measures_[kind].layer_error.push_back(static_cast<float>(reference > 0 ? error / reference : error > 0 ? 1 : 0));
     }
   }
+  const double output_error = std::accumulate(output_errors_.begin(), output_errors_.end(), 0.0) /
+                              (static_cast<double>(trace_.info().model.num_attention_heads * queries));
   std::vector<LayerMeasures> measures;
-  for (const std::size_t kind : kind_) measures.push_back(measures_[kind]);
+  for (const std::size_t kind : kind_) measures.emplace_back(measures_[kind]).output_error = output_error;
   return measures;
 }
 

@@ -13,6 +13,7 @@ namespace kvreplay {
 struct LayerMeasures {
   std::vector<HeadMeasures> heads;  ///< [H]
   std::vector<float> layer_error;   ///< [E]
+  double output_error = 0;          ///< of the full outputs as the trace stores them: see LayerResult
 };
 
 /// Measures several kept sets of a layer against the same full outputs: head by head, then slice by slice of the output
@@ -56,6 +57,7 @@ class LayerMeasurement {
   Matrix outputs_;                       // [E, H · D], then the differences of every kind below each other
   Buffer panels_;                        // the same, transposed: [panel][H · D][kPanel], where there is a projection
   std::vector<LayerMeasures> measures_;  // [kind]
+  std::vector<double> output_errors_;    // [KV head]: summed over the group and the queries
   std::vector<std::vector<double>> squared_lengths_;  // [slice][row of outputs_]
 };
 

@@ -104,13 +104,19 @@ double bytes_per_token_of_capacity(const TraceReplay& replay, const ReplayResult
 std::vector<TraceReplay> replay(const ReplayEngine& engine, const std::function<void(double)>& progress) {
   std::vector<TraceReplay> replays = engine.outlines();
   for (TraceReplay& replay : replays) allocate_tables(replay);
+  std::vector<std::vector<double>> output_errors(replays.size());
   const std::vector<ReplayUnit> units = engine.units();
   std::size_t finished = 0;
   engine.run(units, [&](const ReplayUnit& unit, std::vector<LayerResult> results) {
+    output_errors[static_cast<std::size_t>(unit.replay)].push_back(
+        static_cast<double>(results.front().output_error.front()));
     store_layer(replays[static_cast<std::size_t>(unit.replay)], unit.layer, std::move(results));
     if (progress) progress(static_cast<double>(++finished) / static_cast<double>(units.size()));
   });
-  for (TraceReplay& replay : replays) settle_capacities(replay);
+  for (std::size_t r = 0; r < replays.size(); ++r) {
+    note_outputs(replays[r], output_errors[r]);
+    settle_capacities(replays[r]);
+  }
   return replays;
 }
 

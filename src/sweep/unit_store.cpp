@@ -41,6 +41,7 @@ std::vector<StoredTable> tables_of(const TraceReplay& outline) {
       {"/layer_error", &LayerResult::layer_error, {queries}},
       {"/attention_recall", &LayerResult::attention_recall, {heads, queries}},
       {"/cosine", &LayerResult::cosine, {heads, queries}},
+      {"/output_error", &LayerResult::output_error, {1}},
   };
   if (spans > 0) tables.push_back({"/span_recall", &LayerResult::span_recall, {heads, spans}});
   if (std::ranges::any_of(outline.results, &ReplayResult::rank_agreement)) {
@@ -309,6 +310,17 @@ void UnitStore::remove() {
   }
   std::filesystem::remove(manifest(), failure);
   std::filesystem::remove(folder_, failure);
+}
+
+void note_stored_outputs(std::vector<TraceReplay>& outlines, const UnitStore& store) {
+  for (std::size_t r = 0; r < outlines.size(); ++r) {
+    std::vector<double> errors;
+    for (int layer = 0; layer < outlines[r].model.num_layers; ++layer) {
+      const LayerResult first = store.read({static_cast<int>(r), layer}).read(0);
+      errors.push_back(static_cast<double>(first.output_error.front()));
+    }
+    note_outputs(outlines[r], errors);
+  }
 }
 
 void for_each_result(const std::vector<TraceReplay>& outlines, const UnitStore& store,

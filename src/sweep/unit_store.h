@@ -78,6 +78,10 @@ class UnitStore {
   int lock_ = -1;
 };
 
+/// Adds to the notes of `outlines`, which are those of the store, what their units tell of the traces' outputs. Every unit
+/// must be there. Throws Error.
+void note_stored_outputs(std::vector<TraceReplay>& outlines, const UnitStore& store);
+
 /// Hands out every result of `outlines` whole, read from the store one at a time: in the order of the outlines, with
 /// the outline that it belongs to. Every unit must be there. Throws Error.
 void for_each_result(const std::vector<TraceReplay>& outlines, const UnitStore& store,

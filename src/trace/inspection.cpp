@@ -244,20 +244,24 @@ std::vector<std::string> warnings(const TraceReader& trace, const Inspection& in
         "the file is in HDF5's old format without checksums, so damage may go unnoticed; rewrite it with "
         "'h5repack -L'");
   }
-  const auto suspicious = [](const LayerFidelity& layer) { return layer.mean > kSuspiciousError; };
-  const auto& fidelity = inspection.fidelity;
-  if (const auto count = std::count_if(fidelity.begin(), fidelity.end(), suspicious); count > 0) {
-    const auto first = std::find_if(fidelity.begin(), fidelity.end(), suspicious) - fidelity.begin();
-    found.push_back(
-        fmt::format("the stored outputs of {} of {} layers (the first is layer {}) are not the attention of "
-                    "the stored queries, keys and values; check softmax_scale, sliding_window, "
-                    "attn_logit_softcapping and how the run was captured",
-                    count, layers, first));
-  }
+  std::vector<double> errors;
+  for (const LayerFidelity& layer : inspection.fidelity) errors.push_back(layer.mean);
+  if (std::string warning = outputs_warning(errors); !warning.empty()) found.push_back(std::move(warning));
   return found;
 }
 
 }  // namespace
+
+std::string outputs_warning(std::span<const double> layer_errors) {
+  const auto suspicious = [](double error) { return error > kSuspiciousError; };
+  const auto count = std::ranges::count_if(layer_errors, suspicious);
+  if (count == 0) return "";
+  const auto first = std::ranges::find_if(layer_errors, suspicious) - layer_errors.begin();
+  return fmt::format(
+      "the stored outputs of {} of {} layers (the first is layer {}) are not the attention of the stored queries, keys "
+      "and values; check softmax_scale, sliding_window, attn_logit_softcapping and how the run was captured",
+      count, layer_errors.size(), first);
+}
 
 std::string name_of(DigestCheck::Outcome outcome) {
   switch (outcome) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -56,6 +57,11 @@ struct Inspection {
   std::vector<DigestCheck> digests;     ///< per dataset, if asked for
   std::vector<std::string> warnings;    ///< what this trace cannot be used for, and what to do about it
 };
+
+/// What to tell of a trace whose stored outputs are further from the attention of its queries, keys and values than any
+/// rounding explains: of a capture whose outputs are not its own. `layer_errors` are mean errors as in LayerFidelity, [L].
+/// Empty where there is nothing to tell.
+std::string outputs_warning(std::span<const double> layer_errors);
 
 /// Queries per head whose output is recomputed at most, so that inspecting a long trace costs little more than reading
 /// its keys and values once.

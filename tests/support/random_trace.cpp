@@ -1,8 +1,11 @@
 #include "support/random_trace.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <random>
+
+#include "trace/attention.h"
 
 namespace kvreplay::test {
 namespace {
@@ -50,7 +53,8 @@ RandomTrace::Tensors RandomTrace::tensors() const {
   const auto d = static_cast<std::size_t>(head_dim);
   const auto tokens = static_cast<std::size_t>(num_tokens);
   const auto heads = static_cast<std::size_t>(num_attention_heads);
-  const std::size_t queries = info().query_positions.size();
+  const TraceInfo described = info();
+  const std::size_t queries = described.query_positions.size();
   const std::size_t skipped = tokens - queries;
   Tensors all;
   for (int layer = 0; layer < num_layers; ++layer) {
@@ -90,6 +94,17 @@ RandomTrace::Tensors RandomTrace::tensors() const {
     all.queries.push_back(std::move(query_rows));
     all.projection.push_back(std::move(projection));
     all.outputs.emplace_back(heads * queries * d, 0.5f);
+    for (std::size_t h = 0; own_outputs && h < heads; ++h) {
+      const std::size_t kv_head = h / static_cast<std::size_t>(group);
+      const auto rows = [&](const std::vector<float>& tensor, std::size_t head, std::size_t count) {
+        return MatrixView(tensor.data() + head * count * d, static_cast<Index>(count), static_cast<Index>(d));
+      };
+      const Matrix outputs = attention_outputs(
+          rows(all.queries.back(), h, queries), described.query_positions, rows(all.keys.back(), kv_head, tokens),
+          rows(all.values.back(), kv_head, tokens), attention_rule(described, layer));
+      std::copy_n(outputs.data(), outputs.size(),
+                  all.outputs.back().begin() + static_cast<std::ptrdiff_t>(h * queries * d));
+    }
     all.mass.emplace_back(heads * static_cast<std::size_t>(prompt_length), 1.0f);
   }
   return all;

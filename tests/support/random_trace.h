@@ -26,6 +26,7 @@ struct RandomTrace {
   std::vector<int> layer_windows = {};  ///< of each layer; empty: all have `sliding_window`
   double softcapping = 0;
   DType type = DType::float32;
+  bool own_outputs = true;                ///< the attention of the tensors; else some constant
   bool representable_in_float16 = false;  ///< round all tensors to float16 first
   std::vector<Span> spans = {};
   std::vector<int> head_order = {};  ///< of KV heads with their groups; empty: as drawn

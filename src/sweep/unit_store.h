@@ -78,8 +78,8 @@ class UnitStore {
   int lock_ = -1;
 };
 
-/// Adds to the notes of `outlines`, which are those of the store, what their units tell of the traces' outputs. Every unit
-/// must be there. Throws Error.
+/// Adds to the notes of `outlines`, which are those of the store, what their units tell of the traces' outputs. Every
+/// unit must be there. Throws Error.
 void note_stored_outputs(std::vector<TraceReplay>& outlines, const UnitStore& store);
 
 /// Hands out every result of `outlines` whole, read from the store one at a time: in the order of the outlines, with

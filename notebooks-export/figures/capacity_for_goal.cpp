@@ -35,7 +35,8 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
   if (style.asked()) policies = style.shown_of(policies);
   if (figure.table.empty()) return figure;
   figure.caption = fmt::format(
-      "Positions per head at which the mean {} reaches {}, read off between the capacities that were replayed (log "
+      "Positions per head at which the mean {} reaches {}, read off between the capacities that were replayed, where "
+      "ticks stand (log "
       "scale). Hollow: the smallest capacity already reaches it, and less may do.{}{}",
       measure, goal, never.empty() ? "" : fmt::format(" Not reached by {}.", never), style.shown_text());
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
@@ -46,7 +47,7 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
       "y": {"field": "policy", "type": "nominal",
             "axis": {"title": null, "grid": true, "ticks": false, "domain": false}},
       "x": {"field": "kept", "type": "quantitative", "scale": {"type": "log", "base": 2},
-            "axis": {"title": "positions per head (log scale); ticks: capacities that were replayed"}}
+            "axis": {"title": "positions per head (log scale)"}}
     },
     "layer": [
       {"mark": {"type": "point", "filled": false},

@@ -19,7 +19,7 @@ using testing::Not;
 class SlidingWindowCommands : public test::Commands {
  protected:
   SlidingWindowCommands() {
-    RandomTrace{.num_layers = 4, .spans = {{3, 9, "early"}}, .layer_windows = {11, 11, 0, 11}}.write(folder_ / "w.h5");
+    RandomTrace{.num_layers = 4, .layer_windows = {11, 11, 0, 11}, .spans = {{3, 9, "early"}}}.write(folder_ / "w.h5");
     RandomTrace{.num_layers = 4, .sliding_window = 11}.write(folder_ / "narrow.h5");
   }
 

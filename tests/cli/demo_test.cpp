@@ -85,7 +85,8 @@ TEST_F(Demo, WhichPolicyIsBetterDependsOnWhichQueriesAreEvaluated) {
     succeed({"replay", facts, "--policy", "lagkv", "h2o", "--capacity", "128", "--evict-at", "1240", "--evaluate-from",
              start, "--json", "results.json"});
     std::map<std::string, double> error;
-    for (const json& row : json::parse(test::read_file(folder_ / "results.json"))["summary"]) {
+    const json document = json::parse(test::read_file(folder_ / "results.json"));
+    for (const json& row : document["summary"]) {
       if (row["layer"] == "all" && row["measure"] == "layer_error") error[row["policy"]] = row["mean"];
     }
     return error;

@@ -250,7 +250,8 @@ TEST_F(ReplayCommand, BytesPerTokenTellWhatIsNoEqualBudget) {
   EXPECT_THAT(line_of(output, "snapkv@rest-kv(window=4)"), HasSubstr("  64*  ")) << "a set per query head";
   EXPECT_THAT(test::read_file(folder_ / "results.csv"), HasSubstr(",kept,bytes_per_token,evict_at,evaluate_from,"));
   std::map<std::string, double> bytes;
-  for (const json& row : json::parse(test::read_file(folder_ / "results.json"))["summary"]) {
+  const json document = json::parse(test::read_file(folder_ / "results.json"));
+  for (const json& row : document["summary"]) {
     bytes[row["policy"]] = row["bytes_per_token"];
     EXPECT_EQ(row["evaluate_from"], 60);
     EXPECT_EQ(row["nothing_to_choose"], false);

@@ -76,7 +76,7 @@ TEST_F(Usage, WhatIsMissingIsNamed) {
 }
 
 TEST_F(Usage, TracesAndPoliciesThatChangedPlacesAreTold) {
-  refuse_words("replay --policy run.h5 full --capacity 8", {"run.h5 is a file, not a policy"});
+  refuse_words("replay run.h5 --policy run.h5 full --capacity 8", {"run.h5 is a file, not a policy"});
   test::write_file(folder_ / "run", "");
   refuse_words("replay run.h5 --policy full run --capacity 8", {"run is a file, not a policy"});
   EXPECT_THAT(succeed(test::words("replay --capacity 8 run.h5 --policy recent")).output, HasSubstr("recent"));
@@ -97,7 +97,7 @@ TEST_F(Usage, ListsMeanTheSameHoweverTheyAreWritten) {
            "-p recent random(seed=1) run.h5 2.h5 -c 8 25% --evict-at 30 50",
            "--evict-at 30 50 run.h5 -c 8 25% 2.h5 -p recent random(seed=1)",
            "--policy=recent random(seed=1) run.h5 ./2.h5 --capacity=8, 25% --evict-at=30 50",
-           "-c8 25% run.h5 -p {recent,random(seed=1)} --evict-at 30,50 -- 2.h5",
+           "-c8 25% run.h5 -p {recent,random(seed=1)} --evict-at 30,50 2.h5",
        }) {
     std::string found = csv(arguments);
     for (std::size_t at = found.find("./2.h5"); at != std::string::npos; at = found.find("./2.h5")) found.erase(at, 2);

@@ -13,7 +13,7 @@ import transformers
 from . import __version__, interface
 from .attention_mass import attention_mass as mass_of
 from .errors import CaptureError, UsageError
-from .spans import locate_spans, read_spans
+from .spans import locate_spans, locate_turns, read_spans, read_turns
 from .text import encode, token_pieces
 from .trace_file import FLOAT_TYPES, TraceFile
 from .transfer import Transfer
@@ -48,22 +48,25 @@ class capture:
     output_projection  also every layer's o_proj weight
     prompt_length      tokens of the prompt; by default those before the first token that runs alone
     tokenizer          stores the text of each token
-    prompt             the prompt's text, with `tokenizer`, to find spans in
+    prompt             the prompt's text, with `tokenizer`, to find spans and turns in
     spans              what to follow: a file as for `kvreplay capture --spans`, or the list that stands in it
+    turn_starts        where the turns of a conversation begin: token positions, or what else `kvreplay capture --turns`
+                       takes, as a list or its file
     source             a few words on where the prompt comes from
     """
 
     def __init__(self, model, path, *, queries="all", attention_mass=False, output_projection=True, prompt_length=None,
-                 tokenizer=None, prompt=None, spans=(), source=""):
+                 tokenizer=None, prompt=None, spans=(), turn_starts=(), source=""):
         self._window = parse_queries(queries)
         if prompt_length is not None and prompt_length < 1:
             raise UsageError("the prompt's length must be at least 1")
         if prompt is not None and tokenizer is None:
-            raise UsageError("to find spans in the prompt's text, give the tokenizer as well")
+            raise UsageError("to find spans and turns in the prompt's text, give the tokenizer as well")
         self._model, self._path = model, path
         self._queries, self._wants_mass, self._wants_projection = queries, attention_mass, output_projection
         self._given_prompt_length, self._tokenizer, self._source = prompt_length, tokenizer, source
         self._spans = read_spans(spans) if isinstance(spans, (str, pathlib.Path)) else list(spans)
+        self._turns = read_turns(turn_starts) if isinstance(turn_starts, (str, pathlib.Path)) else list(turn_starts)
         self._encoding = encode(tokenizer, prompt) if prompt is not None else None
         if self._encoding and prompt_length is None:
             self._given_prompt_length = len(self._encoding.ids)
@@ -319,6 +322,7 @@ class capture:
         if self._encoding is not None and self._encoding.ids != ids[:length]:
             raise CaptureError("the prompt's text does not give the token ids that the model was run on")
         spans = locate_spans(self._spans, self._encoding, length)
+        turn_starts = locate_turns(self._turns, self._encoding, len(ids))
         pieces = token_pieces(self._tokenizer, ids) if self._tokenizer is not None else None
         self._transfer.close()
 
@@ -335,6 +339,7 @@ class capture:
                    "sliding_window": window, **self._common},
             layers=[{"sliding_window": layer.window} if layer.window != window else {} for layer in self._layers],
             ids=ids, prompt_length=length, pieces=pieces, spans=spans,
+            turn_starts=turn_starts,
             query_positions=range(0 if self._window is None else max(0, length - self._window), len(ids)),
             source=f"model {name}" + (f", {self._source}" if self._source else "") +
                    f"; {dtype}, attention by {self._implementation}, transformers {transformers.__version__} on {device}",

@@ -47,6 +47,9 @@ def _parser():
     add("--spans", metavar="FILE",
         help='JSON list of things to follow: {"label": ..., "text": ...}, every occurrence in the prompt, or '
         '{"label": ..., "start": ..., "end": ...} in token positions')
+    add("--turns", metavar="FILE",
+        help='JSON list of where turns of the conversation begin: token positions, {"text": ...}, every occurrence in the '
+        'prompt, or {"character": ...}, an offset into its text')
     add("--dtype", default="auto", metavar="TYPE",
         help="what the model runs in and the trace holds: float32, float16 or bfloat16 (default: what the weights are)")
     add("--attn-implementation", metavar="NAME",
@@ -102,7 +105,7 @@ def _check(arguments):
 
     if (arguments.prompt is None) == (arguments.tokens is None):
         raise UsageError("capture needs a prompt: either --prompt-file FILE or --tokens FILE (- reads standard input)")
-    for name in ("model", "prompt", "tokens", "spans", "output"):
+    for name in ("model", "prompt", "tokens", "spans", "turns", "output"):
         if getattr(arguments, name) == "":
             raise UsageError(f"--{name}: the file's name is empty")
     if arguments.generate < 0:
@@ -114,7 +117,7 @@ def _check(arguments):
     parse_queries(arguments.queries)
     output = pathlib.Path(arguments.output)
     if output.exists():
-        for path in (arguments.prompt, arguments.tokens, arguments.spans):
+        for path in (arguments.prompt, arguments.tokens, arguments.spans, arguments.turns):
             if path is not None and os.path.exists(path) and os.path.samefile(output, path):
                 raise UsageError(f"{output}: the trace would overwrite what it is made from; name another file with -o")
         folder = output.absolute().parent
@@ -203,13 +206,19 @@ def _size_text(size):
         size /= 1024
 
 
+def _counted(number, noun):
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
+
+
 def _capture(arguments):
     _check(arguments)
-    from .spans import read_spans
+    from .spans import read_spans, read_turns
 
     text = _read_prompt(arguments.prompt) if arguments.prompt is not None else None
     ids = _read_ids(arguments.tokens) if text is None else None
     spans = read_spans(arguments.spans) if arguments.spans is not None else []
+    turns = read_turns(arguments.turns) if arguments.turns is not None else []
     name = _name(arguments.prompt if text is not None else arguments.tokens)
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -217,7 +226,7 @@ def _capture(arguments):
 
     from .capture import capture
     from .output_file import OutputFile
-    from .spans import locate_spans
+    from .spans import locate_spans, locate_turns
     from .text import encode
 
     # A long run should not end at a folder that cannot be written to.
@@ -230,6 +239,7 @@ def _capture(arguments):
         encoding = encode(tokenizer, text)
         ids = encoding.ids
     locate_spans(spans, encoding, len(ids))
+    locate_turns(turns, encoding, len(ids))
     model = _load_model(arguments)
     config = model.config.get_text_config(decoder=True)
     for position, token_id in enumerate(ids):
@@ -244,24 +254,25 @@ def _capture(arguments):
 
     with capture(model, arguments.output, queries=arguments.queries, attention_mass=arguments.attention_mass,
                  output_projection=not arguments.no_projection, prompt_length=len(ids), tokenizer=tokenizer, prompt=text,
-                 spans=spans, source=f"prompt {name}, greedy decoding"):
+                 spans=spans, turn_starts=turns, source=f"prompt {name}, greedy decoding"):
         generated, prefill, total = _generate(model, ids, arguments)
 
-    line = f"prefill: {len(ids)} tokens in {prefill:.2f} s ({len(ids) / prefill:.1f} tokens/s)"
+    line = f"prefill: {_counted(len(ids), 'token')} in {prefill:.2f} s ({len(ids) / prefill:.1f} tokens/s)"
     if len(generated) > 1:
         steps, seconds = len(generated) - 1, total - prefill
-        line += f", decode: {steps} token{'s' if steps > 1 else ''} in {seconds:.2f} s ({steps / seconds:.1f} tokens/s)"
+        line += f", decode: {_counted(steps, 'token')} in {seconds:.2f} s ({steps / seconds:.1f} tokens/s)"
     _say(line)
     queries = len(ids) + max(0, len(generated) - 1)
     if arguments.queries != "all":
         queries -= max(0, len(ids) - int(arguments.queries.partition(":")[2]))
-    print(f"{arguments.output}: {_size_text(os.path.getsize(arguments.output))}, {config.num_hidden_layers} layers, "
-          f"{len(ids)} prompt tokens, {queries} captured queries")
+    print(f"{arguments.output}: {_size_text(os.path.getsize(arguments.output))}, "
+          f"{_counted(config.num_hidden_layers, 'layer')}, {_counted(len(ids), 'prompt token')}, "
+          f"{_counted(queries, 'captured query')}")
     ends = model.generation_config.eos_token_id
     ended = bool(generated) and generated[-1] in (ends if isinstance(ends, list) else [ends])
     if generated:
         shown = _text_after(tokenizer, ids, generated) if tokenizer is not None else " ".join(map(str, generated))
-        print(f"generated {len(generated)} token{'s' if len(generated) > 1 else ''}"
+        print(f"generated {_counted(len(generated), 'token')}"
               f"{', until the end of the sequence' if ended else ''}: {shown}")
     if len(generated) < 2:
         # The last generated token is not fed back, so one alone brings no query.

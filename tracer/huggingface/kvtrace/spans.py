@@ -1,12 +1,12 @@
-"""Things worth following through a run, such as a planted needle: asked for by text or by position."""
+"""What a user wants marked in a run, by text or by position: things worth following, such as a planted needle, and where
+the turns of a conversation begin."""
 
 import json
 
 from .errors import CaptureError
 
 
-def read_spans(path):
-    """A JSON list of {"label": ..., "text": ...} and {"label": ..., "start": ..., "end": ...}, checked."""
+def _read_list(path, example):
     try:
         with open(path, encoding="utf-8") as stream:
             content = json.load(stream)
@@ -15,7 +15,13 @@ def read_spans(path):
     except ValueError:
         content = None
     if not isinstance(content, list):
-        raise CaptureError(f'{path}: is not a JSON list such as [{{"label": "needle", "text": "..."}}]')
+        raise CaptureError(f"{path}: is not a JSON list such as {example}")
+    return content
+
+
+def read_spans(path):
+    """A JSON list of {"label": ..., "text": ...} and {"label": ..., "start": ..., "end": ...}, checked."""
+    content = _read_list(path, '[{"label": "needle", "text": "..."}]')
     for number, entry in enumerate(content, 1):
         reason = _fault(entry)
         if reason:
@@ -55,14 +61,87 @@ def locate_spans(requests, encoding, prompt_length):
             raise CaptureError(
                 f'span {name}: a text can only be found in a text prompt and with a fast tokenizer; give its "start" and '
                 '"end" in token positions')
-        text, at = request["text"], encoding.text.find(request["text"])
-        if at < 0:
+        places = _occurrences(encoding.text, request["text"])
+        if not places:
             raise CaptureError(f"span {name}: its text does not occur in the prompt")
-        while at >= 0:
-            tokens = [token for token, (start, end) in enumerate(encoding.ranges)
-                      if start < end and start < at + len(text) and end > at]
+        for at in places:
+            tokens = _tokens_of(encoding, at, at + len(request["text"]))
             if not tokens:
                 raise CaptureError(f"span {name}: no token stands for its text")
             spans.append((tokens[0], tokens[-1] + 1, request["label"]))
-            at = encoding.text.find(text, at + len(text))
     return spans
+
+
+def _occurrences(text, part):
+    """Where it begins, one behind the other."""
+    places, at = [], text.find(part)
+    while at >= 0:
+        places.append(at)
+        at = text.find(part, at + len(part))
+    return places
+
+
+def _tokens_of(encoding, begin, end):
+    """The tokens that stand for one of the characters [begin, end)."""
+    return [token for token, (start, stop) in enumerate(encoding.ranges) if start < stop and start < end and stop > begin]
+
+
+def read_turns(path):
+    """A JSON list of token positions, {"text": ...} and {"character": ...}, checked."""
+    content = _read_list(path, '[0, 45] or [{"text": "<|im_start|>"}]')
+    for number, entry in enumerate(content, 1):
+        if not _begins_turns(entry):
+            raise CaptureError(f"{path}: entry {number}: {_TURN}")
+    if not content:
+        raise CaptureError(f"{path}: names no turns")
+    return content
+
+
+_TURN = ('must be a token position, {"text": ...} that begins turns, or {"character": ...}, an offset into the prompt\'s '
+         "text")
+
+
+def _begins_turns(entry):
+    if isinstance(entry, dict) and len(entry) == 1:
+        [(key, value)] = entry.items()
+        return (isinstance(value, str) and value != "") if key == "text" else key == "character" and _is_position(value)
+    return _is_position(entry)
+
+
+def _is_position(value):
+    return type(value) is int and 0 <= value < 2**31
+
+
+def locate_turns(requests, encoding, length):
+    """Where turns begin among `length` tokens, ascending. `encoding` is the tokenized prompt, or None where only its ids
+    are known."""
+    starts = []
+    for number, request in enumerate(requests, 1):
+        if not _begins_turns(request):
+            raise CaptureError(f"turn {number}: {_TURN}")
+        if _is_position(request):
+            if request >= length:
+                raise CaptureError(f"turn at {request}: is not one of the {length} tokens")
+            starts.append(request)
+            continue
+        text, character = request.get("text"), request.get("character")
+        name = f"turn at character {character}" if text is None else f"turn {json.dumps(text, ensure_ascii=False)}"
+        if encoding is None or encoding.ranges is None:
+            raise CaptureError(f"{name}: can only be found in a text prompt and with a fast tokenizer; give its token "
+                               "position")
+        if text is not None:
+            places = [(at, at + len(text)) for at in _occurrences(encoding.text, text)]
+        else:
+            places = [(character, character + 1)] if character < len(encoding.text) else []
+        if not places:
+            raise CaptureError(f"{name}: does not occur in the prompt")
+        for begin, end in places:
+            tokens = _tokens_of(encoding, begin, end)
+            if not tokens:
+                raise CaptureError(f"{name}: no token stands for its text")
+            starts.append(tokens[0])
+    starts.sort()
+    for one, other in zip(starts, starts[1:]):
+        if one == other:
+            raise CaptureError(f"two turns begin at token {one}")
+    return starts

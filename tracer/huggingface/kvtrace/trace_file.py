@@ -182,10 +182,12 @@ class TraceFile:
             dataset = h5d.create(self._file.id, path.encode(), kind, h5s.create_simple(tuple(tensor.shape)), creation)
             dataset.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(_bits(tensor)), kind)
 
-    def finish(self, *, model, layers, ids, prompt_length, pieces, query_positions, spans, source, provenance):
+    def finish(self, *, model, layers, ids, prompt_length, pieces, query_positions, spans, turn_starts, source,
+               provenance):
         """Writes everything but the tensors, marks the file complete and puts it in its place.
 
-        `model`: the attributes of /model; `layers`: those of each layer's group; `spans`: (start, end, label).
+        `model`: the attributes of /model; `layers`: those of each layer's group; `spans`: (start, end, label); `turn_starts`:
+        positions.
         """
         from . import __version__
 
@@ -209,6 +211,8 @@ class TraceFile:
             file["tokens/ids"].attrs["prompt_length"] = np.int64(prompt_length)
             if pieces is not None:
                 file.create_dataset("tokens/pieces", data=pieces, dtype=h5py.string_dtype())
+            if turn_starts:
+                file["tokens/turn_starts"] = np.asarray(turn_starts, "<i4")
             file["query_positions"] = np.asarray(query_positions, "<i4")
             if spans:
                 kind = np.dtype([("start", "<i4"), ("end", "<i4"), ("label", h5py.string_dtype())])

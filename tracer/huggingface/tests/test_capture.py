@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import threading
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -351,6 +352,42 @@ def test_conversation_goes_on_in_the_same_trace(model, ids, output):
     assert trace.prompt_length == ids.shape[1]
     for number, layer in enumerate(trace.layers):
         assert np.allclose(layer["outputs"], trace.attention(number)[0], atol=1e-5)
+
+
+def test_turns_may_begin_behind_the_prompt(model, ids, output):
+    length = ids.shape[1]
+    with kvtrace.capture(model, output, turn_starts=[length + 3, 0, 9]):
+        first = generate(model, ids, return_dict_in_generate=True)
+        generate(model, torch.cat([first.sequences, torch.tensor([[7, 9, 11]])], 1), past_key_values=first.past_key_values)
+    with h5py.File(output) as file:
+        assert file["tokens/turn_starts"][:].tolist() == [0, 9, length + 3]
+        assert file["tokens/turn_starts"].dtype == np.int32
+
+
+def test_turns_that_do_not_begin_in_the_run_are_refused(model, ids, output):
+    refused(model, output, "turn at 99: is not one of the 47 tokens", lambda: model(ids), turn_starts=[0, 99])
+
+
+def test_strings_are_read_as_such(model, ids, output):
+    """Variable length and UTF-8: h5py gives them as str, so that comparing them is what it says."""
+    with kvtrace.capture(model, output, spans=[{"label": "Nadel ⟂", "start": 2, "end": 5}], source="a prompt"):
+        model(ids)
+    found = []
+
+    def look(name, thing):
+        found.extend(f"{name} {key}" for key, value in thing.attrs.items() if isinstance(value, (bytes, np.bytes_)))
+        kinds = thing.dtype.fields or {name: (thing.dtype, 0)} if isinstance(thing, h5py.Dataset) else {}
+        for kind, *_ in kinds.values():
+            text = h5py.check_string_dtype(kind)
+            if text is not None and (text.encoding, text.length) != ("utf-8", None):
+                found.append(name)
+
+    with h5py.File(output) as file:
+        assert file.attrs["format"] == "kvtrace" and file["model"].attrs["architecture"] == "llama"
+        look("/", file)
+        file.visititems(look)
+    assert not found
+    assert Trace(output).spans == [(2, 5, "Nadel ⟂")]
 
 
 def test_trace_may_go_without_projections(model, ids, output):

@@ -120,6 +120,14 @@ def test_fidelity_of_kvreplay(facts, kvreplay):
     assert max(worst) <= 1e-5
 
 
+def test_one_of_a_thing_is_told_as_one(tmp_path):
+    (tmp_path / "one.ids").write_text("7")
+    result = command("-m", FAMILIES / "llama", "--tokens", tmp_path / "one.ids", "-n", 1, "-o", tmp_path / "run.h5")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0].endswith(", 2 layers, 1 prompt token, 1 captured query")
+    assert result.stderr.startswith("prefill: 1 token in ")
+
+
 def test_token_ids_are_taken_as_given(tmp_path):
     folder = FAMILIES / "mistral"
     with h5py.File(folder / "expected.h5") as file:
@@ -238,6 +246,7 @@ def test_failures_are_one_line_and_leave_nothing(tmp_path):
     (tmp_path / "large.ids").write_text("1 2 9999")
     (tmp_path / "spans.json").write_text('[{"label": "a", "text": "nowhere"}]')
     (tmp_path / "broken.json").write_text("[")
+    (tmp_path / "turns.json").write_text('[{"text": "nowhere"}]')
     output = tmp_path / "run.h5"
     before = sorted(tmp_path.iterdir())
     for arguments, message in (
@@ -251,6 +260,8 @@ def test_failures_are_one_line_and_leave_nothing(tmp_path):
             ([FAMILIES / "qwen2", "-p", PROMPTS / "facts.txt"], "tokenizer cannot be loaded"),
             ([DEMO, "-p", PROMPTS / "facts.txt", "--spans", tmp_path / "spans.json"], "does not occur in the prompt"),
             ([DEMO, "-p", PROMPTS / "facts.txt", "--spans", tmp_path / "broken.json"], "is not a JSON list"),
+            ([DEMO, "-p", PROMPTS / "facts.txt", "--turns", tmp_path / "turns.json"], "does not occur in the prompt"),
+            ([FAMILIES / "llama", "--tokens", ids, "--turns", tmp_path / "broken.json"], "is not a JSON list"),
             ([FAMILIES / "llama", "--tokens", ids, "--spans", tmp_path / "spans.json"], "only be found in a text prompt"),
             ([tmp_path / "missing", "--tokens", ids], "is neither a folder nor"),
             ([tmp_path, "--tokens", ids], "the model cannot be loaded"),

@@ -8,7 +8,7 @@ import transformers
 from conftest import ROOT
 
 import kvtrace
-from kvtrace.spans import locate_spans, read_spans
+from kvtrace.spans import locate_spans, locate_turns, read_spans, read_turns
 from kvtrace.text import encode, token_pieces
 
 TEXT = "The café's cat says “hello”.\n\n\tA needle: 12345 🙂 and  two spaces. A needle again."
@@ -88,6 +88,50 @@ def test_wrong_span_files_are_refused(tmp_path):
             read_spans(path)
     with pytest.raises(kvtrace.CaptureError, match="cannot be read"):
         read_spans(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_turns_begin_where_their_text_does(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    encoding = encode(tokenizer, TEXT)
+    starts = locate_turns([{"character": TEXT.index("and  two")}, 0, {"text": "needle"}], encoding, len(encoding.ids))
+    assert len(starts) == 4 and starts == sorted(starts) and starts[0] == 0
+    assert [start for start, _, _ in locate_spans([{"label": "", "text": "needle"}], encoding, len(encoding.ids))] == [
+        starts[1], starts[3]]
+    begin, end = encoding.ranges[starts[2]]
+    assert begin <= TEXT.index("and  two") < end
+
+
+@pytest.mark.parametrize(("request_", "message"), [
+    ({"text": "nowhere"}, 'turn "nowhere": does not occur'),
+    ({"character": 99999}, "turn at character 99999: does not occur"),
+    (99999, "turn at 99999: is not one of the"),
+    ({"text": ""}, "must be a token position"),
+    ({"character": -1}, "must be a token position"),
+    ({"text": "a", "character": 1}, "must be a token position"),
+    (-1, "must be a token position"),
+    (True, "must be a token position"),
+    ("needle", "must be a token position"),
+])
+def test_wrong_turns_are_refused(request_, message, sentencepiece):
+    encoding = encode(sentencepiece, TEXT)
+    with pytest.raises(kvtrace.CaptureError, match=message):
+        locate_turns([request_], encoding, len(encoding.ids))
+
+
+def test_turns_that_begin_at_one_token_are_refused():
+    with pytest.raises(kvtrace.CaptureError, match="two turns begin at token 4"):
+        locate_turns([4, 2, 4], None, 9)
+    with pytest.raises(kvtrace.CaptureError, match="can only be found in a text prompt"):
+        locate_turns([{"text": "a"}], None, 9)
+
+
+def test_wrong_turn_files_are_refused(tmp_path):
+    path = tmp_path / "turns.json"
+    for content, message in (("{", "is not a JSON list"), ("[]", "names no turns"), ("[0, {}]", "entry 2: must be a token")):
+        path.write_text(content)
+        with pytest.raises(kvtrace.CaptureError, match=message):
+            read_turns(path)
 
 
 def test_text_that_was_not_run_is_refused(sentencepiece, tmp_path):

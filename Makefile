@@ -49,6 +49,7 @@ test-hf: setup ## Compare captures by both roads, run the tests of tracer/huggin
 	@build/capture-environment/bin/python tracer/huggingface/compare_captures.py build/$(PRESET)/kvreplay
 	@build/capture-environment/bin/python tracer/huggingface/disk_space.py --check docs/capture.md
 	@cd tracer/huggingface && KVREPLAY=$(CURDIR)/build/$(PRESET)/kvreplay PYTHONPATH=. 	  $(CURDIR)/build/capture-environment/bin/python -m pytest -q -p no:cacheprovider
+	@build/capture-environment/bin/python tracer/huggingface/check_architectures.py
 
 check-format: setup-format ## Name what clang-format would change
 	@scripts/sources.sh '*.h' '*.cpp' | xargs -0 clang-format --dry-run --Werror

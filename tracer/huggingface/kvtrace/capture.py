@@ -1,25 +1,42 @@
 """Records a run of a Hugging Face model into a kvtrace file."""
 
 import contextlib
+import inspect
 import pathlib
 import platform
 import re
 import warnings
+import weakref
 
 import h5py
 import torch
 import transformers
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import __version__, interface
+from . import __version__, checks, interface
 from .attention_mass import attention_mass as mass_of
 from .errors import CaptureError, UsageError
+from .plain_attention import plain_attention
 from .spans import locate_spans, locate_turns, read_spans, read_turns
 from .text import encode, token_pieces
 from .trace_file import FLOAT_TYPES, TraceFile
 from .transfer import Transfer
 
 # Names that attention modules give to what follows the heads.
-_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
+_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "Wo")
+
+# Names that modules give to the cache they are handed.
+_CACHES = ("cache", "past_key_values", "past_key_value")
+
+# How far, in parts of its norm, a recorded output may be from what queries, keys and values give: above what rounding in
+# the type and in the many ways to compute attention makes up.
+_ROUNDING = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+
+_SEVERAL_CALLS = "it calls attention several times for the same tokens, and a trace holds one attention for each layer"
+_SHARED = "it has no keys and values of its own in the cache; shared ones are not in this format yet"
+
+# Of a mask's elements that are looked at together.
+_MASK_BLOCK = 1 << 24
 
 
 def parse_queries(text):
@@ -74,9 +91,12 @@ class capture:
         self._config = model.config.get_text_config(decoder=True)
         if getattr(model.config, "is_encoder_decoder", False):
             raise CaptureError(f"{self._config.model_type}: only decoder-only models can be captured")
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-        modules = (decoder or model).modules()
-        self._modules = [module for module in modules if getattr(module, "layer_idx", None) is not None]
+        decoder = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model
+        # What some models name their decoder is what comes after it.
+        self._decoder = decoder if _numbered(decoder) else model
+        self._modules = _numbered(self._decoder)
+        if not self._modules:
+            raise CaptureError(checks.unseen_fault([0], [()]))
         self._implementation = self._config._attn_implementation
         self._num_layers = self._config.num_hidden_layers
 
@@ -85,18 +105,35 @@ class capture:
     def __enter__(self):
         self._ids = []  # one tensor [n] for each forward pass
         self._tokens = 0  # in them
+        self._passes = 0  # of the decoder
+        self._positions = []  # of each pass that told some, one tensor [n]
+        self._positions_of = None  # the pass that told the last of them
+        self._checked_positions = 0  # of those tensors
+        self._last_position = None  # of what was checked
         self._prompt_length = self._given_prompt_length  # None while it is not known
         self._layers = [_Layer() for _ in range(self._num_layers)]
         self._common = None  # what must be the same in all layers
+        self._checked_mask = None
+        self._suspected = None  # the layer whose attention reads what its cache does not hold, and what that is
+        self._entering = None  # what should enter the projection next: layer number, output, its version
         self._device = None
         self._failure = None  # what recording ended with, though the block may have caught it
+        self._hooks = []
         with contextlib.ExitStack() as undo:
             self._file = TraceFile(self._path)
             undo.callback(self._file.abandon)
             self._transfer = Transfer()
             undo.callback(self._transfer.abandon)
-            self._hook = self._model.get_input_embeddings().register_forward_hook(self._on_tokens)
-            undo.callback(self._hook.remove)
+            undo.callback(self._remove_hooks)
+            self._hooks.append(self._model.get_input_embeddings().register_forward_hook(self._on_tokens))
+            self._hooks.append(self._decoder.register_forward_pre_hook(self._on_pass, with_kwargs=True))
+            for module in self._decoder.modules():
+                if "Rotary" in type(module).__name__:
+                    self._hooks.append(module.register_forward_pre_hook(self._on_rotary, with_kwargs=True))
+            for module in self._modules:
+                if self._has(module.layer_idx):
+                    self._layers[module.layer_idx].hooks.append(
+                        module.register_forward_pre_hook(self._on_cache, with_kwargs=True))
             interface.listen(self._implementation, self._modules, self._on_attention)
             undo.pop_all()
         return self
@@ -105,7 +142,7 @@ class capture:
         finished = False
         try:
             try:
-                self._hook.remove()
+                self._remove_hooks()
             finally:
                 interface.stop_listening(self._implementation, self._modules)
             if kind is None:
@@ -119,18 +156,56 @@ class capture:
                 self._file.abandon()
         return False
 
+    def _remove_hooks(self):
+        for hook in (*self._hooks, *(hook for layer in self._layers for hook in layer.all_hooks())):
+            hook.remove()
+
     # What the run tells.
 
     def _on_tokens(self, module, arguments, result):
         with self._recording():
             self._record_tokens(arguments[0])
 
+    def _on_pass(self, module, arguments, options):
+        with self._recording():
+            self._passes += 1
+            self._record_positions(options.get("position_ids"))
+
+    def _on_rotary(self, module, arguments, options):
+        with self._recording():
+            for value in (*arguments, *options.values()):
+                if isinstance(value, torch.Tensor) and not value.dtype.is_floating_point:
+                    self._record_positions(value)
+
+    def _on_cache(self, module, arguments, options):
+        """Before a layer's first attention: which cache it is handed. Without one, one that keeps nothing: what the layer
+        would have cached is what a trace holds."""
+        with self._recording():
+            layer = self._layers[module.layer_idx]
+            for value in (*arguments, *options.values()):
+                if isinstance(value, transformers.Cache):
+                    layer.cache = weakref.ref(value)  # not to be kept from being freed
+                    return None
+            taken = inspect.signature(module.forward).parameters
+            name = next((name for name in _CACHES if name in taken), None)
+            if name is None or list(taken).index(name) < len(arguments):
+                return None
+            cache = _NoCache()
+            layer.cache = weakref.ref(cache)
+            return arguments, {**options, name: cache}
+
     def _on_attention(self, *call):
         with self._recording(), torch.no_grad():
             self._record_attention(*call)
 
+    def _on_projection(self, projection, arguments, result):
+        with self._recording(), torch.no_grad():
+            self._record_projection(projection, arguments, result)
+
     @contextlib.contextmanager
     def _recording(self):
+        if self._failure is not None:
+            raise CaptureError(self._failure)
         try:
             yield
         except BaseException as problem:
@@ -142,27 +217,69 @@ class capture:
         if ids.dim() != 2 or ids.shape[0] != 1:
             raise CaptureError(f"a trace holds one sequence, but the batch has {ids.shape[0]}; run with batch size 1 "
                                "and one beam")
+        if self._tokens > 0:
+            self._check_suspicion()
+            self._check_layers()
         count = ids.shape[1]
         if self._prompt_length is None and count == 1 and self._tokens > 0:
             self._end_prompt(self._tokens)
         self._ids.append(ids[0].detach().clone())
         self._tokens += count
 
+    def _record_positions(self, positions):
+        """The first that a pass tells: of each token [1, n] or, where images have several axes, [axes, 1, n]."""
+        if not isinstance(positions, torch.Tensor) or self._positions_of == self._passes:
+            return
+        axes = positions.reshape(-1, positions.shape[-1]) if positions.dim() else positions[None, None]
+        if axes.shape[0] > 1 and not bool((axes == axes[:1]).all()):
+            return  # an image's
+        self._positions_of = self._passes
+        self._positions.append(axes[0].detach().clone())
+
+    def _check_positions(self):
+        for positions in self._positions[self._checked_positions :]:
+            positions = positions.tolist()
+            reason = checks.positions_fault(positions, self._last_position)
+            if reason:
+                raise CaptureError(reason)
+            self._last_position = positions[-1]
+        self._checked_positions = len(self._positions)
+
     def _record_attention(self, module, query, key, value, mask, output, options):
         number = module.layer_idx
-        if not 0 <= number < self._num_layers:
-            raise CaptureError(f"layer {number} is none of the model's {self._num_layers}")
+        self._entering = None
+        self._check_suspicion(number)
+        if not self._has(number):
+            raise CaptureError(f"an attention of the model does not say which of its {self._num_layers} layers it is "
+                               f"(layer_idx is {number}), as where layers without attention share one; such models cannot be "
+                               "captured yet")
         layer, count = self._layers[number], query.shape[2]
         first = layer.tokens
         window = options.get("sliding_window") or 0
-        self._check_shapes(number, query, key, value, output)
+        self._check_first_call(number)
+        if query.shape[0] != 1:
+            raise CaptureError(f"layer {number}: a trace holds one sequence, but the batch has {query.shape[0]}; run with "
+                               "batch size 1 and one beam")
         if window == 1:
             # The cache would keep the last 0 tokens, and does keep all.
             raise CaptureError(f"layer {number}: a sliding window of 1 is not what transformers computes; 2 and more are "
                                "supported")
-        self._check_cache(number, first, count, key.shape[2], window)
-        self._check_kind(number, module, options)
-        self._check_mask(number, mask, count, key.shape[2], window)
+        # Once for the prompt and once for what is generated, which may take other paths through the model's code.
+        fresh = first == 0 or (count == 1 and not layer.checked_decoding)
+        layer.checked_decoding = layer.checked_decoding or (first > 0 and count == 1)
+        self._refuse(number, checks.options_fault(options))
+        self._refuse(number, checks.length_fault(first, count, key.shape[2], window, self._original_length()))
+        self._check_mask(number, module, mask, options, first, count, key.shape[2], window)
+        if count > 1:  # those of tokens that run alone at the end: a GPU would have to be waited for
+            self._check_positions()
+        if fresh:
+            self._suspected = self._cache_fault(number, key, value, window)
+            if self._suspected is not None:
+                return  # what comes next tells whether that is all
+        self._check_shapes(number, query, key, value, output)
+        self._check_kind(number, options)
+        if fresh:
+            self._check_output(number, query, key, value, output, first, window)
         layer.window, layer.tokens = window, first + count
         self._device = query.device
 
@@ -180,11 +297,8 @@ class capture:
             # Any piece may be the prompt's last.
             job.hold("queries", queries[:, -self._window:])
             job.hold("outputs", outputs[:, -self._window:])
-        if self._wants_projection and not layer.projection_done:
-            layer.projection_done = True
-            weight = self._projection_weight(number, module, query.shape[1] * query.shape[3])
-            if weight is not None:
-                job.whole("output_projection", weight)
+        if self._wants_projection and fresh:
+            self._await_projection(number, module, output)
         if self._wants_mass and (self._prompt_length is None or first < self._prompt_length):
             job.add_mass(*self._mass(queries, key[0], first, options, window))
             if layer.tokens >= (self._prompt_length or layer.tokens + 1):
@@ -212,94 +326,199 @@ class capture:
                        window=window)
         return first_key, mass
 
-    def _projection_weight(self, number, module, width):
-        """The weight [C, H·D], or None where the file has to do without."""
-        projection = next((getattr(module, name) for name in _PROJECTIONS if hasattr(module, name)), None)
-        weight = getattr(projection, "weight", None)
-        reason = None
-        if weight is None:
-            reason = f"{type(module).__name__} has none under a known name"
-        elif hasattr(projection, "base_layer"):
-            reason = "it has an adapter; merge it into the model first"
-        elif weight.device.type == "meta":
-            reason = "it is not in memory"
-        elif weight.dtype not in FLOAT_TYPES or weight.dim() != 2 or weight.shape[1] != width:
-            reason = f"it is {weight.dtype} of shape {tuple(weight.shape)}"
-        if reason is None:
-            return weight.detach()
-        if number == 0:
-            warnings.warn(f"the trace goes without output projections: {reason}", stacklevel=2)
-        return None
+    # The output projection: stored where what enters it is what attention gave.
+
+    def _await_projection(self, number, module, output):
+        layer = self._layers[number]
+        if layer.projection is None:
+            projection = next((getattr(module, name) for name in _PROJECTIONS if hasattr(module, name)), None)
+            layer.no_projection = _projection_fault(module, projection, output.shape[2] * output.shape[3])
+            if layer.no_projection is not None:
+                return
+            layer.projection = projection
+            layer.projection_hook = projection.register_forward_hook(self._on_projection)
+            layer.no_projection = "its attention does not call it as a module"
+        if layer.projection_hook is not None:
+            self._entering = number, output, _version(output)
+
+    def _record_projection(self, projection, arguments, result):
+        if self._entering is None or self._layers[self._entering[0]].projection is not projection:
+            return
+        number, output, version = self._entering
+        self._entering = None
+        layer = self._layers[number]
+        reason = _entry_fault(projection, arguments[0] if arguments else None, result, output, version)
+        first = not layer.projection_written
+        if reason is None and first:
+            job = _Job(self._file, number, layer, self._window)
+            job.whole("output_projection", projection.weight.detach())
+            job.submit(self._transfer)
+            layer.projection_written, layer.no_projection = True, None
+        elif reason is not None and first:
+            layer.no_projection = reason
+        elif reason is not None:
+            raise CaptureError(f"layer {number}: {reason}, though it was with the prompt")
+        if reason is not None or layer.checked_decoding:
+            layer.projection_hook.remove()
+            layer.projection_hook = None
+
+    def _tell_missing_projections(self):
+        missing = {number: layer.no_projection for number, layer in enumerate(self._layers) if not layer.projection_written}
+        if not missing:
+            return
+        number, reason = next(iter(missing.items()))
+        where = ""
+        if len(missing) < self._num_layers:
+            where = f" in layer{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        warnings.warn(f"the trace goes without output projections{where}: {reason}", stacklevel=4)
 
     # What cannot be recorded.
 
-    def _check_shapes(self, number, query, key, value, output):
-        def fail(reason):
+    def _has(self, number):
+        return type(number) is int and 0 <= number < self._num_layers
+
+    def _refuse(self, number, reason):
+        if reason is not None:
             raise CaptureError(f"layer {number}: {reason}")
 
-        if query.shape[0] != 1:
-            fail(f"a trace holds one sequence, but the batch has {query.shape[0]}; run with batch size 1 and one beam")
+    def _check_suspicion(self, number=None):
+        """`number`: the layer that calls attention next, if one does."""
+        if self._suspected is not None:
+            suspect, reason = self._suspected
+            self._refuse(suspect, _SEVERAL_CALLS if number == suspect else reason)
+
+    def _check_first_call(self, number):
+        """New tokens came since the layer's last attention."""
+        layer = self._layers[number]
+        if layer.tokens == self._tokens:
+            if layer.tokens > 0 and layer.pass_ == self._passes:
+                self._refuse(number, _SEVERAL_CALLS)
+            raise CaptureError("the model was given embeddings, and a trace needs token ids")
+        layer.pass_ = self._passes
+
+    def _check_layers(self):
+        """Every layer has seen what ran so far."""
+        tokens = [layer.tokens for layer in self._layers]
+        if any(tokens) or self._passes > 0:
+            kinds = [set() for _ in self._layers]
+            for module in self._modules:
+                # Not the layer around them.
+                if self._has(module.layer_idx) and len(_numbered(module)) == 1:
+                    kinds[module.layer_idx].add(type(module).__name__)
+            reason = checks.unseen_fault(tokens, kinds)
+            if reason is not None:
+                raise CaptureError(reason)
+
+    def _original_length(self):
+        parameters = getattr(self._config, "rope_parameters", None) or {}
+        if parameters.get("rope_type") != "longrope":
+            return None
+        return parameters.get("original_max_position_embeddings",
+                              getattr(self._config, "original_max_position_embeddings", None))
+
+    def _cache_fault(self, number, key, value, window):
+        """The layer's number and a reason where its attention reads anything but what its cache holds, and no other layer
+        reads; else None."""
+        layer, length = self._layers[number], key.shape[2]
+        for other_number, other in enumerate(self._layers):
+            if other is not layer and other.storage is not None and other.storage.is_of(key):
+                return number, (f"it reads the keys and values of layer {other_number}; shared ones are not in this format "
+                                "yet")
+        layer.storage = _Storage(key)
+        cache = layer.cache() if layer.cache is not None else None
+        cache = getattr(cache, "self_attention_cache", cache)
+        if layer.checked_decoding:
+            for hook in layer.hooks:
+                hook.remove()
+            layer.hooks.clear()
+        if cache is None:
+            return None
+        if isinstance(cache, _NoCache):
+            keys, values = cache.states.pop(number, (None, None))
+        else:
+            layers = getattr(cache, "layers", None) or []
+            held = layers[number] if number < len(layers) else None
+            keys, values = getattr(held, "keys", None), getattr(held, "values", None)
+        if keys is None or values is None or keys.dim() != 4 or values.dim() != 4:
+            return number, _SHARED
+        # A cache of a window holds what the next query sees beside itself.
+        expected = length if keys.shape[2] == length or not window else min(length, window - 1)
+        reason = checks.cache_fault(*(tuple((tensor.shape[1], tensor.shape[3]) for tensor in pair)
+                                      for pair in ((key, value), (keys, values))), expected, keys.shape[2])
+        if reason is not None:
+            return number, reason
+        for given, kept in ((key, keys), (value, values)):
+            if given.untyped_storage().data_ptr() != kept.untyped_storage().data_ptr() and not torch.equal(
+                    given[:, :, -1], kept[:, :, -1]):
+                return number, ("its attention reads other keys and values than its cache holds, of which they were made; a "
+                                "trace holds the cache's")
+        return None
+
+    def _check_shapes(self, number, query, key, value, output):
         if query.dtype not in FLOAT_TYPES:
-            fail(f"a trace holds float32, float16 or bfloat16, and not {query.dtype}")
+            self._refuse(number, f"a trace holds float32, float16 or bfloat16, and not {query.dtype}")
         heads, dim = query.shape[1], query.shape[3]
         if heads % key.shape[1] or key.shape[3] != dim or value.shape != key.shape:
-            fail(f"queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)} are not those "
-                 "of grouped-query attention")
+            self._refuse(number, f"queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)} are "
+                                 "not those of grouped-query attention")
         if tuple(output.shape) != (1, query.shape[2], heads, dim):
-            fail(f"the attention's output has the shape {tuple(output.shape)} for queries {tuple(query.shape)}")
+            self._refuse(number, f"the attention's output has the shape {tuple(output.shape)} for queries "
+                                 f"{tuple(query.shape)}")
         self._check_common(number, num_attention_heads=heads, num_key_value_heads=key.shape[1], head_dim=dim)
 
     def _check_common(self, number, **values):
         self._common = self._common or {}
         for name, value in values.items():
             if self._common.setdefault(name, value) != value:
-                raise CaptureError(
-                    f"layer {number}: {name} is {value}, but {self._common[name]} in a layer before; the format has one "
-                    "for all")
+                self._refuse(number, f"{name} is {value}, but {self._common[name]} in a layer before; the format has one for "
+                                     "all")
 
-    def _check_cache(self, number, first, count, length, window):
-        end = first + count
-        if self._tokens < end:
-            raise CaptureError("the model was given embeddings, and a trace needs token ids")
-        if length == end or (window and length == min(first, window - 1) + count):
-            return
-        if length == count:
-            raise CaptureError("a second run began, or one without a cache; a trace holds one run, so use a block for "
-                               "each, with use_cache=True")
-        raise CaptureError(f"layer {number}: attention reads {length} keys after {end} tokens; use transformers' default "
-                           "cache (DynamicCache)")
-
-    def _check_kind(self, number, module, options):
-        for name in ("s_aux", "sinks", "position_bias"):
-            if options.get(name) is not None:
-                raise CaptureError(f"layer {number}: attention with {name} cannot be replayed from a trace")
+    def _check_kind(self, number, options):
         if options.get("dropout"):
             raise CaptureError("attention drops out at random; call model.eval() before")
-        if not getattr(module, "is_causal", True):
-            raise CaptureError(f"layer {number}: its attention is not causal")
         scale = options.get("scaling")
         softcap = options.get("softcap") or 0.0
         dim = self._common["head_dim"]
         self._check_common(number, softmax_scale=dim**-0.5 if scale is None else float(scale),
                            attn_logit_softcapping=float(softcap))
 
-    def _check_mask(self, number, mask, count, length, window):
-        """The first and the last query of the piece must see what causal attention with this window shows them."""
-        if not isinstance(mask, torch.Tensor):
+    def _check_mask(self, number, module, mask, options, first, count, length, window):
+        """Every query of every head must see what causal attention with this window shows it."""
+        is_causal = options.get("is_causal")
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if mask is None:
+            self._refuse(number, checks.no_mask_fault(self._implementation, is_causal, count, length, window))
             return
-        if mask.dim() == 2:
-            seen = [(length, mask[0, -length:] != 0)]
-        elif mask.dim() == 4:
-            allowed = mask[0, 0, :, :length] if mask.dtype == torch.bool else mask[0, 0, :, :length] > -1
-            seen = [(length - count + 1 + row, allowed[row]) for row in {0, count - 1}]
+        # Most layers are handed the same one.
+        what = (window, first, count, length)
+        if self._checked_mask is not None and self._checked_mask[0]() is mask and self._checked_mask[1] == what:
+            return
+        end = first + count
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            if not bool((mask[0, -length:] != 0).all()):
+                self._refuse(number, "its mask hides positions; run without padding")
+            self._refuse(number, checks.no_mask_fault(self._implementation, is_causal, count, length, window))
         else:
-            return
-        for end, allowed in seen:
-            expected = torch.zeros(length, dtype=torch.bool, device=mask.device)
-            expected[max(0, end - window) if window and mask.dim() == 4 else 0 : end] = True
-            if not torch.equal(allowed, expected):
-                raise CaptureError(f"layer {number}: the attention mask hides or shows other positions than causal "
-                                   "attention over all tokens does; run without padding")
+            heads, device, part = _mask_rows(mask, count, length)
+            keys = torch.arange(end - length, end, device=device)
+            rows = max(1, _MASK_BLOCK // (length * heads))
+            for start in range(0, count, rows):
+                queries = torch.arange(first + start, first + min(count, start + rows), device=device)[:, None]
+                self._refuse(number, checks.mask_fault(part(start, start + len(queries)), queries, keys, window))
+        self._checked_mask = weakref.ref(mask), what
+
+    def _check_output(self, number, query, key, value, output, first, window):
+        """The first, the middle and the last query's output is that of their attention to keys and values."""
+        count = query.shape[2]
+        rows = torch.tensor(sorted({0, count // 2, count - 1}), device=query.device)
+        expected = plain_attention(query[0][:, rows], key[0], value[0], first + rows, first + count - key.shape[2],
+                                   scale=self._common["softmax_scale"], softcap=self._common["attn_logit_softcapping"],
+                                   window=window).transpose(0, 1)
+        given = output[0][rows].float()
+        distance = float((given - expected).norm() / expected.norm())
+        if distance > _ROUNDING[query.dtype]:
+            self._refuse(number, f"its attention's output is {distance:.0%} apart from what queries, keys and values give; "
+                                 "it computes something that a trace has no place for")
 
     # The end.
 
@@ -313,11 +532,12 @@ class capture:
         length = self._prompt_length
         if length > self._tokens:
             raise CaptureError(f"the prompt should have {length} tokens, but only {self._tokens} ran")
+        self._check_suspicion()
+        self._check_layers()
         for number, layer in enumerate(self._layers):
             if layer.tokens != self._tokens:
-                raise CaptureError(
-                    f"layer {number} was seen at {layer.tokens} of {self._tokens} tokens; its attention does not go "
-                    "through transformers' attention interface, or the run was cut short")
+                raise CaptureError(f"layer {number} was seen at {layer.tokens} of {self._tokens} tokens; the run was cut short")
+        self._check_positions()
         ids = torch.cat([ids.cpu() for ids in self._ids]).tolist()
         if self._encoding is not None and self._encoding.ids != ids[:length]:
             raise CaptureError("the prompt's text does not give the token ids that the model was run on")
@@ -325,6 +545,8 @@ class capture:
         turn_starts = locate_turns(self._turns, self._encoding, len(ids))
         pieces = token_pieces(self._tokenizer, ids) if self._tokenizer is not None else None
         self._transfer.close()
+        if self._wants_projection:
+            self._tell_missing_projections()
 
         windows = [layer.window for layer in self._layers]
         window = windows[0] if len(set(windows)) == 1 else 0
@@ -351,8 +573,93 @@ class capture:
 def _rope_theta(config):
     """Of the layers that see everything, where kinds of layers differ; 0 where there is none."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    parameters = parameters.get("full_attention", parameters)
+    if "full_attention" in parameters:
+        parameters = parameters["full_attention"] or {}  # None: those layers have no rotary embedding
     return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 0.0)
+
+
+def _numbered(module):
+    """The modules in it that should say which layer they belong to."""
+    return [part for part in module.modules() if hasattr(part, "layer_idx")]
+
+
+def _mask_rows(mask, count, length):
+    """How many heads a mask of `count` queries tells apart, where it is, and a function of two numbers that gives its rows
+    from one up to the other: [heads, n, length]."""
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[2] in (1, count):
+        whole = mask[0, :, :, :length].expand(-1, count, -1)
+        return whole.shape[0], mask.device, lambda start, end: whole[:, start:end]
+    if hasattr(mask, "mask_mod"):  # flex attention's, which PyTorch has since 2.5
+        from torch.nn.attention.flex_attention import create_mask
+
+        heads, device = mask.shape[1], mask.kv_num_blocks.device
+        return heads, device, lambda start, end: create_mask(
+            lambda batch, head, query, key: mask.mask_mod(batch, head, query + start, key), 1, heads, end - start, length,
+            device=device)[0]
+    shape = f" of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else ""
+    raise CaptureError(f"the attention's mask is a {type(mask).__name__}{shape}, of which is not known what it hides")
+
+
+def _version(tensor):
+    """Changes when the tensor is written over."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _projection_fault(module, projection, width):
+    """Why the weight [C, H·D] cannot be had, or None."""
+    weight = getattr(projection, "weight", None)
+    if weight is None:
+        return f"{type(module).__name__} has none under a known name"
+    if hasattr(projection, "base_layer"):
+        return "it has an adapter; merge it into the model first"
+    if weight.device.type == "meta":
+        return "it is not in memory"
+    if weight.dtype not in FLOAT_TYPES or weight.dim() != 2 or weight.shape[1] != width:
+        return f"it is {weight.dtype} of shape {tuple(weight.shape)}"
+    return None
+
+
+def _entry_fault(projection, entered, result, output, version):
+    """Why a projection that turned `entered` into `result` is not what follows the attention's `output`, or None."""
+    name = type(projection).__name__
+    if not isinstance(entered, torch.Tensor) or entered.numel() != output.numel():
+        return f"what enters it ({name}) is not the heads' outputs"
+    given = output.reshape(-1)
+    same = version == _version(output) and torch.equal(entered.reshape(-1).to(given), given)
+    if not same:
+        apart = float((entered.reshape(-1).to(given) - given).float().norm() / given.float().norm())
+        if version != _version(output) or apart > _ROUNDING[output.dtype] / 10:
+            return (f"what enters it is not what attention gave{f' ({apart:.0%} apart)' if apart else ''}: a gate, a norm or "
+                    "something else stands between, which a trace has no place for yet")
+    row = entered.reshape(-1, projection.weight.shape[1])[-1:].to(projection.weight.dtype)
+    expected = torch.nn.functional.linear(row, projection.weight, getattr(projection, "bias", None))
+    given = result.reshape(-1, expected.shape[1])[-1:] if isinstance(result, torch.Tensor) else None
+    if given is None or not float((given - expected).float().norm()) <= 0.05 * float(expected.float().norm()):
+        return f"it is no product with its weight alone ({name})"
+    return None
+
+
+class _Storage:
+    """Tells whether a tensor begins where another did that may be gone."""
+
+    def __init__(self, tensor):
+        # The reference keeps its number from being given to others.
+        self._reference, self._place = StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr()
+
+    def is_of(self, tensor):
+        return tensor.untyped_storage()._cdata == self._reference.cdata and tensor.data_ptr() == self._place
+
+
+class _NoCache(transformers.DynamicCache):
+    """Takes the place of no cache, and holds of each layer what would have been cached until that has been looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.states = {}
+
+    def update(self, key_states, value_states, layer_idx, *arguments, **options):
+        self.states[layer_idx] = key_states, value_states
+        return key_states, value_states
 
 
 class _Layer:
@@ -361,9 +668,20 @@ class _Layer:
     def __init__(self):
         self.tokens = 0
         self.window = 0
-        self.projection_done = False
+        self.pass_ = 0  # of the decoder, in which it was seen last
+        self.checked_decoding = False
+        self.cache = None  # a reference to what it was handed last as such
+        self.storage = None  # of its keys at that attention
+        self.hooks = []  # that wait for the cache
+        self.projection = None
+        self.projection_hook = None
+        self.projection_written = False
+        self.no_projection = None  # why it is not stored
         self.held = {}  # the last queries and outputs of a prompt whose end has not come, by name: [H, n, D]
         self.mass = None  # [H, tokens], float64
+
+    def all_hooks(self):
+        return [*self.hooks, *([self.projection_hook] if self.projection_hook is not None else [])]
 
 
 class _Job:

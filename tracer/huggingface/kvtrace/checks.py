@@ -1,0 +1,174 @@
+"""What a run has to be for a trace to tell the truth about it.
+
+Every check returns None where that is so, and else the reason in words. Arrays may be PyTorch's or NumPy's: this file
+needs neither.
+"""
+
+import math
+
+# What models hand to their attention beside queries, keys, values and mask that a trace holds, or that decides only what
+# a model returns.
+_KNOWN_OPTIONS = frozenset((
+    "cache", "cache_params", "cache_position", "deterministic", "dropout", "is_causal", "layer_idx", "logits_to_keep",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "past_key_value",
+    "past_key_values", "position_embeddings", "position_ids", "return_dict", "scaling", "sliding_window", "softcap",
+    "use_cache"))
+_REASONS = {
+    "block_indices": "reads only the blocks of keys that the model chose (block_indices)",
+    "cu_seq_lens_k": "reads several sequences packed into one (cu_seq_lens_k); run one alone",
+    "cu_seq_lens_q": "reads several sequences packed into one (cu_seq_lens_q); run one alone",
+    "indices": "reads only the keys that the model chose (indices)",
+    "max_length_k": "reads several sequences packed into one (max_length_k); run one alone",
+    "max_length_q": "reads several sequences packed into one (max_length_q); run one alone",
+    "position_bias": "adds a bias of positions to its logits (position_bias), which a trace has no place for",
+    "s_aux": "has learned sinks in its softmax (s_aux), which a trace has no place for yet",
+    "sinks": "has learned sinks in its softmax (sinks), which a trace has no place for yet",
+}
+
+# Logits that are this much lower get no weight in any of the types.
+_HIDDEN = -1e4
+
+
+def options_fault(options):
+    """Of what attention was given by name; None stands for an option that was not given."""
+    given = sorted(name for name, value in options.items() if value is not None and name not in _KNOWN_OPTIONS)
+    for name in given:
+        if name in _REASONS:
+            return f"its attention {_REASONS[name]}"
+    if given:
+        return f"its attention is given {given[0]}, of which is not known what it computes with it"
+    return None
+
+
+def mask_fault(mask, queries, keys, window):
+    """Of a mask [heads, n, m], True or 0 where a query sees a key and False or very negative where it does not, for
+    queries at the positions [n, 1] and keys at [m]: each should see those up to itself, the last `window` of them where
+    that is not 0."""
+    if str(mask.dtype).endswith("bool"):
+        seen = mask
+    else:
+        seen = mask == 0
+        if not bool((seen | (mask <= _HIDDEN)).all()):
+            return "its mask adds to logits instead of hiding positions, which a trace has no place for"
+    expected = keys <= queries
+    if window:
+        expected = expected & (keys > queries - window)
+    if bool((seen == expected).all()):
+        return None
+    if bool((seen != seen[:1]).any()):
+        return "its mask shows different positions to different heads"
+    positions = [int(query) for query in queries[:, 0]]
+    rows = [[int(key) for key, one in zip(keys, row) if one] for row in seen[0]]
+    for query, row in zip(positions, rows):
+        if row and row[-1] > query:
+            return (f"its mask shows position {row[-1]} to the query at {query}, which comes before it, as with images "
+                    "whose tokens see each other; a trace holds causal attention")
+    return _hidden_fault(positions, rows, int(keys[0]), window)
+
+
+def _hidden_fault(positions, rows, first_key, window):
+    """Of queries at `positions` that see the positions in `rows`, none of them later, and not all that they should."""
+    starts = [row[0] if row else query + 1 for query, row in zip(positions, rows)]
+    if all(len(row) == query + 1 - start for query, start, row in zip(positions, starts, rows)):
+        span = positions[-1] + 1 - starts[-1]
+        several = len(positions) > 1
+        if several and all(start == max(first_key, query + 1 - span) for query, start in zip(positions, starts)):
+            passed = f" (that is {window})" if window else ""
+            return (f"its mask shows the last {span} positions, a sliding window that the model does not pass to its "
+                    f"attention as an option{passed}; such models cannot be captured yet")
+        chunk = math.gcd(*starts)
+        if len(set(starts)) > 1 and all(start == query // chunk * chunk for query, start in zip(positions, starts)):
+            return f"its mask shows chunks of {chunk} positions, which a trace has no place for yet"
+        if all(start == starts[-1] for start, row in zip(starts, rows) if row):
+            what = "run without padding" if several else (
+                "run without padding; models whose window or chunk is not an option of their attention cannot be captured")
+            return f"its mask hides the positions before {starts[-1]} from the query at {positions[-1]}; {what}"
+    return ("its mask hides positions between those that it shows, as attention that chooses its keys does, which a trace "
+            "has no place for; if that is padding, run without padding")
+
+
+def no_mask_fault(implementation, is_causal, count, length, window):
+    """Of attention without a mask, for the last `count` of `length` positions: what the implementation shows then. Those
+    that are not transformers' own are taken at their word."""
+    if count > 1 and not is_causal:
+        return "its attention is not causal"
+    if implementation not in ("eager", "sdpa"):
+        return None
+    if count > 1 and (implementation == "eager" or length != count):
+        return "its attention has no mask, so that its queries see later positions"
+    if window and length > window:
+        return f"its attention has no mask that would hide what lies outside its sliding window of {window}"
+    return None
+
+
+def cache_fault(attention, cached, length, held):
+    """Of the widths ((heads, width) of keys, of values) that attention reads and that its cache holds, and of the number
+    of positions that both should have and that the cache has."""
+    if attention == cached and length == held:
+        return None
+    (heads, key_width), (_, value_width) = attention
+    (cached_heads, cached_width), (cached_value_heads, cached_value_width) = cached
+    if cached_heads == cached_value_heads == 1 < heads and (key_width, value_width) != (cached_width, cached_value_width):
+        return (f"its cache holds one latent row of {cached_width} and {cached_value_width} values for each token (MLA), and "
+                f"no keys and values of its {heads} heads; latent rows are not in this format yet")
+    if attention != cached:
+        return (f"its attention reads {heads} heads of keys ({key_width} wide) and values ({value_width}), but the cache "
+                f"holds {cached_heads} ({cached_width}) and {cached_value_heads} ({cached_value_width}), of which they were "
+                "made; a trace holds the cache's")
+    return (f"its attention reads {length} keys, of which the cache holds {held}: a sliding window that the model does not "
+            "pass to its attention as an option, or another cache than transformers' default (DynamicCache); neither can be "
+            "captured")
+
+
+def positions_fault(positions, previous=None):
+    """Of the positions of a piece of the run, as the model was told them; `previous`: the last one of the piece before."""
+    for position in positions:
+        if previous is not None and position != previous + 1:
+            return (f"position {position} comes after {previous}: the pieces of the run are not at consecutive positions. "
+                    "transformers 5.2 does that where prefill_chunk_size is given; run the prompt in one piece, or with "
+                    "another version")
+        previous = position
+    return None
+
+
+def length_fault(first, count, length, window, original_length):
+    """Of attention that reads `length` keys where the trace has `first` positions and `count` come in.
+
+    `original_length`: beyond which the model's rotary embedding changes (longrope), or None.
+    """
+    end = first + count
+    if length == end or (window and length == min(first, window - 1) + count):
+        return None
+    if length == count:
+        if original_length is not None and first <= original_length < count:
+            return (f"its rotary embedding changes beyond {original_length} tokens (longrope), where generate() throws the "
+                    "cache away and runs everything again; a trace holds one run, so end it before or begin beyond")
+        return ("a second run began, or one without a cache; a trace holds one run, so use a block for each, with "
+                "use_cache=True")
+    if count < length < end and not window:
+        return (f"{end - length} of the tokens that ran were taken out of the cache again, as by prompt lookup and assisted "
+                "generation; a trace holds what stays, so generate without")
+    return f"attention reads {length} keys after {end} tokens; use transformers' default cache (DynamicCache)"
+
+
+def unseen_fault(tokens, kinds):
+    """Of the tokens at which each layer was seen, and the kinds of modules in each layer that could have been seen."""
+    unseen = [number for number, count in enumerate(tokens) if count == 0]
+    if not unseen:
+        return None
+    names = _listed(sorted({kind for number in unseen for kind in kinds[number]}))
+    if len(unseen) == len(tokens):
+        return ("none of its layers calls transformers' attention interface" + (f" (they are {names})" if names else "") +
+                "; only attention that goes through it can be recorded")
+    seen = {kind for number, count in enumerate(tokens) if count for kind in kinds[number]}
+    if all(set(kinds[number]) <= seen for number in unseen) and any(kinds[number] for number in unseen):
+        return None  # the same modules as others that were seen
+    layers = _listed([str(number) for number in unseen])
+    several = len(unseen) > 1
+    return (f"layer{'s' if several else ''} {layers} of {len(tokens)} {'have' if several else 'has'} no attention that goes "
+            f"through transformers' attention interface{f' ({names})' if names else ''}; layers without attention are not in "
+            "this format yet")
+
+
+def _listed(names, most=6):
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

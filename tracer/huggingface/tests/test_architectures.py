@@ -1,0 +1,205 @@
+"""What models do between keys, queries and values and their output projection that a trace has no place for: none of it is
+stored as something else. One model for each thing that decides; check_architectures.py looks at all of them."""
+
+import check_architectures as architectures
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import Trace, generate, load, prompt_of
+from test_capture import refused
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import kvtrace
+from kvtrace.capture import _mask_rows
+
+
+def runs(name, **options):
+    """A tiny model of the type, and a function that runs it."""
+    model, given = architectures.build(name, "eager"), architectures.inputs(name)
+    return model, lambda: architectures.generate(model, given, **options)
+
+
+@pytest.mark.parametrize(("name", "between"), [("afmoe", "gate"), ("laguna", "gate"), ("bitnet", "norm"), ("beam", "gate")])
+def test_projection_is_left_out_where_something_stands_before_it(name, between, output):
+    model, run = runs(name)
+    with pytest.warns(UserWarning, match=f"goes without output projections: what enters it is not .*{between}"):
+        with kvtrace.capture(model, output):
+            run()
+    trace = Trace(output)
+    for number, layer in enumerate(trace.layers):
+        assert "output_projection" not in layer
+        assert np.allclose(layer["outputs"], trace.attention(number)[0], atol=1e-5)
+
+
+def test_projection_of_some_layers_is_left_out_alone(output):
+    model, ids = load("llama"), prompt_of("llama")
+    projection = model.model.layers[1].self_attn.o_proj
+    hook = projection.register_forward_pre_hook(lambda _, arguments: (arguments[0] * 1.5,))
+    # The hook of the capture sees what the module is given in the end.
+    with pytest.warns(UserWarning, match="goes without output projections in layer 1: what enters it is not .*50% apart"):
+        with kvtrace.capture(model, output):
+            generate(model, ids)
+    hook.remove()
+    layers = Trace(output).layers
+    assert "output_projection" in layers[0] and "output_projection" not in layers[1]
+
+
+def test_projection_that_changes_its_input_otherwise_is_left_out(output):
+    """As quantized weights that are unpacked, and transposed ones."""
+    model, ids = load("llama"), prompt_of("llama")
+    projection = model.model.layers[0].self_attn.o_proj
+    projection.forward = lambda hidden: torch.nn.functional.linear(hidden, 2 * projection.weight)
+    with pytest.warns(UserWarning, match="in layer 0: it is no product with its weight alone"):
+        with kvtrace.capture(model, output):
+            generate(model, ids)
+
+
+def test_projection_by_another_way_while_decoding_is_refused(output):
+    model, ids = load("llama"), prompt_of("llama")
+    projection = model.model.layers[0].self_attn.o_proj
+    hook = projection.register_forward_pre_hook(
+        lambda _, arguments: (arguments[0] * 1.5,) if arguments[0].shape[1] == 1 else None)
+    with pytest.raises(kvtrace.CaptureError, match="layer 0: what enters it is not .*, though it was with the prompt"):
+        with kvtrace.capture(model, output):
+            generate(model, ids)
+    hook.remove()
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("deepseek_v3", r"layer 0: its cache holds one latent row of 24 and 8 values .*\(MLA\)"),
+    ("glm4_moe_lite", "layer 0: its cache holds one latent row"),
+    ("jetmoe", "layer 0: its attention reads 4 heads of keys .*, but the cache holds 2 "),
+    ("gemma3n_text", "layer 4: it reads the keys and values of layer 2"),
+    (architectures.IMAGE, "shows position 14 to the query at 11, which comes before it, as with images"),
+    ("llama4_text", "its mask shows chunks of 16 positions"),
+    ("qwen2_moe with a window", "shows the last 24 positions, a sliding window that the model does not pass"),
+    ("phimoe with a window", "shows the last 24 positions, a sliding window that the model does not pass"),
+    ("moshi", "reads 40 keys, of which the cache holds 23: a sliding window"),
+    ("diffllama", "layer 0: it calls attention several times for the same tokens"),
+    ("hrm_text", "layer 0: it calls attention several times for the same tokens"),
+    ("qwen3_next", r"layers 0, 2 of 4 have no attention .*\(Qwen3NextGatedDeltaNet\); layers without attention"),
+    ("bamba", "layers without attention are not in this format yet"),
+    ("zamba2", "does not say which of its 4 layers it is"),
+    ("gpt_oss", "learned sinks"),
+    ("inkling_text", "adds a bias of positions"),
+    ("falcon", r"none of its layers calls transformers' attention interface \(they are FalconAttention\)"),
+    ("xlnet", "none of its layers calls transformers' attention interface"),
+])
+def test_what_a_trace_has_no_place_for_is_refused_for_what_it_is(name, reason, output):
+    try:
+        model, run = runs(name)
+        refused(model, output, reason, run)
+    except kvtrace.CaptureError as problem:  # before the block
+        pytest.fail(str(problem))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "jetmoe", "gemma3n_text"])
+def test_caches_are_compared_where_there_is_none(name, output):
+    model = architectures.build(name, "eager")
+    refused(model, output, "latent row|but the cache holds 2|it reads the keys and values of layer 2",
+            lambda: model(**architectures.inputs(name), use_cache=False))
+
+
+def test_run_without_a_cache_is_captured(tmp_path):
+    model, ids = load("llama"), prompt_of("llama")
+    for use_cache in (True, False):
+        with kvtrace.capture(model, tmp_path / f"{use_cache}.h5"):
+            model(ids, use_cache=use_cache)
+    one, other = (Trace(tmp_path / f"{use_cache}.h5") for use_cache in (True, False))
+    for layer, same in zip(one.layers, other.layers, strict=True):
+        assert all(np.array_equal(layer[name], same[name]) for name in layer)
+
+
+def per_head(mask, query):
+    mask = mask.repeat(1, query.shape[1], 1, 1)
+    mask[:, 3, -1, :5] = torch.finfo(mask.dtype).min
+    return mask
+
+
+def biased(mask, query):
+    return mask.masked_fill(mask == 0, -0.5).tril(-1) + mask.triu(0)
+
+
+@pytest.mark.parametrize(("change", "reason"), [(per_head, "different positions to different heads"),
+                                                (biased, "adds to logits instead of hiding positions")])
+def test_masks_are_looked_at_in_every_row_and_head(change, reason, output, monkeypatch):
+    model, ids = load("llama"), prompt_of("llama")
+
+    def through_the_interface(module, query, key, value, mask, **options):
+        changed = mask if mask is None else change(mask, query)
+        return ALL_ATTENTION_FUNCTIONS["eager"](module, query, key, value, changed, **options)
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface",
+                        lambda *_: through_the_interface)
+    refused(model, output, reason, lambda: model(ids))
+
+
+def test_output_that_is_no_attention_of_what_is_stored_is_refused(output):
+    model, ids = load("llama", "sdpa"), prompt_of("llama")
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = lambda *arguments, **options: (original(*arguments, **options)[0] * 0.9, None)
+    try:
+        refused(model, output, "output is 10% apart from what queries, keys and values give", lambda: model(ids))
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def test_masks_of_flex_attention_are_looked_at():
+    mask = create_block_mask(lambda batch, head, query, key: (query >= key) & (query - key < 5), 1, None, 40, 40,
+                             device="cpu", BLOCK_SIZE=16)
+    heads, _, part = _mask_rows(mask, 40, 40)
+    behind = torch.arange(40)[:, None] - torch.arange(40)
+    assert heads == 1
+    assert torch.equal(torch.cat([part(0, 7), part(7, 40)], 1)[0], (behind >= 0) & (behind < 5))
+
+
+def test_positions_that_begin_anew_are_refused(output):
+    model, ids = load("llama"), prompt_of("llama")
+
+    def run():
+        """As generate(prefill_chunk_size=20) of transformers 5.2.0."""
+        cache = transformers.DynamicCache()
+        for start in range(0, ids.shape[1], 20):
+            piece = ids[:, start : start + 20]
+            positions = torch.arange(ids.shape[1] - piece.shape[1], ids.shape[1])[None]
+            model(piece, past_key_values=cache, position_ids=positions, use_cache=True)
+
+    refused(model, output, "position 27 comes after 46: the pieces of the run are not at consecutive positions", run)
+
+
+def test_positions_of_single_tokens_are_looked_at_in_the_end(output):
+    model, ids = load("llama"), prompt_of("llama")
+
+    def run():
+        cache = model(ids, use_cache=True).past_key_values
+        for token in range(3):
+            model(ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[47 + 2 * token]]), use_cache=True)
+
+    refused(model, output, "position 49 comes after 47", run)
+
+
+def test_longrope_that_changes_while_decoding_is_refused(output):
+    config = architectures.configuration("phi3").to_dict()
+    factors = [1.0] * 8
+    config.update(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors,
+                                   "long_factor": [2.0] * 8, "original_max_position_embeddings": 44},
+                  original_max_position_embeddings=44)
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**config)).eval()
+    refused(model, output, r"rotary embedding changes beyond 44 tokens \(longrope\)",
+            lambda: architectures.generate(model, architectures.inputs("phi3")))
+
+
+def test_prompt_lookup_is_refused(output):
+    model = load("llama")
+    ids = prompt_of("llama").repeat(1, 2)  # something to look up
+    refused(model, output, "taken out of the cache again, as by prompt lookup",
+            lambda: generate(model, ids, 20, prompt_lookup_num_tokens=4))
+
+
+def test_model_without_rotary_entry_of_its_full_layers_is_captured(output):
+    model, run = runs("cohere_compass_text")
+    with kvtrace.capture(model, output):
+        run()
+    assert Trace(output).model["rope_theta"] == 0

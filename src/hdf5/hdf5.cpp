@@ -16,6 +16,7 @@
 #include <memory>
 #include <utility>
 
+#include "base/digest.h"
 #include "base/error.h"
 #include "base/output_file.h"
 #include "base/printable.h"
@@ -31,7 +32,9 @@ constexpr Index kUnquestionedBytes = Index{64} << 20;
 constexpr Index kLargestRatio = 4096;
 constexpr std::size_t kLargestAttribute = std::size_t{64} << 20;
 constexpr std::size_t kLargestHeap = std::size_t{256} << 20;
-constexpr std::size_t kLargestTotalText = std::size_t{1} << 30;
+
+constexpr const char* kAttributeDigest = "attributes_xxh64";
+constexpr int kMostDigestedAttributes = 64;  // as many as stay in the header of their object
 
 constexpr std::int64_t kReadAheadBytes = std::int64_t{128} << 10;  // what a Linux file system reads ahead by default
 constexpr Index kShortRunBytes = Index{8} << 10;    // of these a call to the system each costs more than copying
@@ -126,26 +129,19 @@ class GlobalHeap {
       return std::nullopt;
     }
     if ((address != address_ || collection_.empty()) && !load_collection(address, problem)) return std::nullopt;
-    for (std::size_t at = 16; at + 16 <= collection_.size();) {
-      const auto object = load<std::uint16_t>(&collection_[at]);
-      const auto size = load<std::uint64_t>(&collection_[at + 8]);
-      const std::size_t data = at + 16;
-      if (object == 0) break;  // what remains is free
-      if (size > collection_.size() - data) break;
-      if (object == index) {
-        if (length > size) break;
-        total_ += length;
-        if (total_ > kLargestTotalText) {
-          problem = "its strings amount to more than 1 GiB";
-          return std::nullopt;
-        }
-        const auto* text = reinterpret_cast<const char*>(&collection_[data]);
-        return std::string(text, ::strnlen(text, length));
-      }
-      at = data + static_cast<std::size_t>((size + 7) / 8 * 8);
+    const Object object = index < objects_.size() ? objects_[index] : Object{};
+    if (index == 0 || object.place == 0 || length > object.size) {
+      problem = "a string is damaged; copy or capture the file again";
+      return std::nullopt;
     }
-    problem = "a string is damaged; copy or capture the file again";
-    return std::nullopt;
+    // Writers store every string once. References that share one make more of a small file than memory has room for.
+    total_ += length;
+    if (total_ > file_size_) {
+      problem = "its strings amount to more than the whole file; it is damaged, copy or capture it again";
+      return std::nullopt;
+    }
+    const auto* text = reinterpret_cast<const char*>(&collection_[object.place]);
+    return std::string(text, ::strnlen(text, length));
   }
 
  private:
@@ -162,6 +158,7 @@ class GlobalHeap {
         collection_.resize(static_cast<std::size_t>(size));
         if (!read_exactly(descriptor_, collection_.data(), collection_.size(), place)) {
           address_ = address;
+          find_objects();
           return true;
         }
         collection_.clear();
@@ -171,13 +168,33 @@ class GlobalHeap {
     return false;
   }
 
+  // Where the objects of the collection lie, up to the first that cannot be.
+  void find_objects() {
+    objects_.clear();
+    for (std::size_t at = 16; at + 16 <= collection_.size();) {
+      const auto index = load<std::uint16_t>(&collection_[at]);
+      const auto size = load<std::uint64_t>(&collection_[at + 8]);
+      const std::size_t data = at + 16;
+      if (index == 0 || size > collection_.size() - data) return;  // index 0: what remains is free
+      if (index >= objects_.size()) objects_.resize(std::size_t{index} + 1);
+      if (objects_[index].place == 0) objects_[index] = {data, static_cast<std::size_t>(size)};
+      at = data + static_cast<std::size_t>((size + 7) / 8 * 8);
+    }
+  }
+
+  struct Object {
+    std::size_t place = 0;  // in the collection; 0: there is none
+    std::size_t size = 0;
+  };
+
   int descriptor_;
   bool readable_ = false;
   std::uint64_t base_ = 0;
   std::uint64_t file_size_ = 0;
   std::uint64_t address_ = 0;
   std::vector<std::byte> collection_;
-  std::size_t total_ = 0;
+  std::vector<Object> objects_;  // by index
+  std::uint64_t total_ = 0;
 };
 
 // Text of a fixed-length string element.
@@ -229,10 +246,9 @@ std::optional<DType> float_type_of(hid_t type) {
   return std::nullopt;
 }
 
-Handle string_type(std::size_t size) {
+Handle string_type() {
   Handle type(H5Tcopy(H5T_C_S1));
-  H5Tset_size(type.id(), std::max<std::size_t>(size, 1));
-  H5Tset_strpad(type.id(), H5T_STR_NULLPAD);
+  H5Tset_size(type.id(), H5T_VARIABLE);
   H5Tset_cset(type.id(), H5T_CSET_UTF8);
   return type;
 }
@@ -620,8 +636,51 @@ void Dataset::resize(const Shape& shape) {
   shape_ = shape;
 }
 
+std::vector<std::byte> Dataset::read_whole(Id memory_type, std::size_t memory_size) const {
+  std::vector<std::byte> bytes(static_cast<std::size_t>(elements(shape_)) * memory_size);
+  if (!bytes.empty() && H5Dread(id(), memory_type, H5S_ALL, H5S_ALL, H5P_DEFAULT, bytes.data()) < 0) {
+    fail(fmt::format("cannot be read: {}", read_failure(last_error())));
+  }
+  return bytes;
+}
+
+std::vector<std::string> Dataset::read_strings() const {
+  const auto guard = lock();
+  const Handle type(H5Dget_type(id()));
+  if (H5Tget_class(type.id()) != H5T_STRING) fail("is not of a string type");
+  const bool variable = H5Tis_variable_str(type.id()) > 0;
+  const Handle reference = reference_type();
+  const std::size_t size = variable ? kReferenceSize : element_size_;
+  const std::vector<std::byte> bytes = read_whole(variable ? reference.id() : type.id(), size);
+  std::vector<std::string> strings;
+  strings.reserve(bytes.size() / size);
+  const Handle file(H5Iget_file_id(id()));
+  unsigned intent = 0;
+  // The heaps of a file that is being written may still be in memory.
+  if (variable && H5Fget_intent(file.id(), &intent) >= 0 && intent != H5F_ACC_RDONLY &&
+      H5Fflush(file.id(), H5F_SCOPE_LOCAL) < 0) {
+    fail(fmt::format("cannot be written: {}", last_error()));
+  }
+  GlobalHeap heap(file.id());
+  for (std::size_t at = 0; at < bytes.size(); at += size) {
+    if (!variable) {
+      strings.push_back(fixed_text(&bytes[at], size, H5Tget_strpad(type.id())));
+      continue;
+    }
+    std::string problem;
+    auto text = heap.resolve(&bytes[at], problem);
+    if (!text) fail(fmt::format("element {}: {}", strings.size(), problem));
+    strings.push_back(*std::move(text));
+  }
+  return strings;
+}
+
 std::string Dataset::compute_xxh64() const {
-  if (variable_length_) fail("has strings of variable length, which a digest does not cover");
+  if (variable_length_) {
+    Digest digest;
+    for (const std::string& text : read_strings()) digest.add(text);
+    return digest.text();
+  }
   const std::unique_ptr<XXH64_state_t, decltype(&XXH64_freeState)> digest(XXH64_createState(), &XXH64_freeState);
   XXH64_reset(digest.get(), 0);
 
@@ -710,7 +769,8 @@ File File::create(const std::filesystem::path& path, const std::filesystem::path
   const std::filesystem::path& shown = shown_as.empty() ? path : shown_as;
   const auto guard = lock();
   const Handle access(H5Pcreate(H5P_FILE_ACCESS));
-  H5Pset_libver_bounds(access.id(), H5F_LIBVER_LATEST, H5F_LIBVER_LATEST);
+  // Under the bounds of later releases, types and filters are written in forms that HDF5 1.10 does not know.
+  H5Pset_libver_bounds(access.id(), H5F_LIBVER_V110, H5F_LIBVER_V110);
   H5Pset_fclose_degree(access.id(), H5F_CLOSE_STRONG);
   H5Pset_file_locking(access.id(), false, true);
   const Handle creation(H5Pcreate(H5P_FILE_CREATE));
@@ -902,8 +962,39 @@ void File::write_double(const std::string& path, const std::string& name, double
 
 void File::write_string(const std::string& path, const std::string& name, std::string_view value) {
   const auto guard = lock();
-  const std::string text(value.empty() ? std::string_view("\0", 1) : value);
-  write_attribute(path, name, string_type(text.size()).id(), text.data());
+  const std::string text(value);
+  const char* const characters = text.c_str();
+  write_attribute(path, name, string_type().id(), &characters);
+}
+
+void File::write_strings(const std::string& path, const std::vector<NamedString>& attributes) {
+  const auto guard = lock();
+  Digest digest;
+  std::string names;
+  for (const NamedString& attribute : attributes) {
+    write_string(path, attribute.name, attribute.value);
+    digest.add(attribute.value.c_str());
+    names += ' ' + attribute.name;
+  }
+  write_string(path, kAttributeDigest, digest.text() + names);
+}
+
+void File::check_strings(const std::string& path) const {
+  const auto guard = lock();
+  if (!has_attribute(path, kAttributeDigest)) return;
+  const std::string told = read_string(path, kAttributeDigest);
+  const std::size_t names = told.find(' ');
+  Digest digest;
+  int count = 0;
+  for (std::size_t at = names; at != std::string::npos && count < kMostDigestedAttributes; ++count) {
+    const std::size_t end = told.find(' ', at + 1);
+    digest.add(read_string(path, told.substr(at + 1, end - at - 1)).c_str());
+    at = end;
+  }
+  if (digest.text() == told.substr(0, names)) return;
+  fail(path, fmt::format("string attributes are not those that '{0}' tells of: the file is damaged, copy or capture it "
+                         "again; or they were changed, then remove '{0}'",
+                         kAttributeDigest));
 }
 
 // ---- Datasets ----------------------------------------------------------------------------------------------------
@@ -1065,14 +1156,6 @@ bool File::has_user_block() const {
   return !creation || H5Pget_userblock(creation.id(), &size) < 0 || size != 0;
 }
 
-std::vector<std::byte> File::read_whole(const Dataset& dataset, Id memory_type, std::size_t memory_size) const {
-  std::vector<std::byte> bytes(static_cast<std::size_t>(elements(dataset.shape())) * memory_size);
-  if (!bytes.empty() && H5Dread(dataset.id(), memory_type, H5S_ALL, H5S_ALL, H5P_DEFAULT, bytes.data()) < 0) {
-    fail(dataset.path(), fmt::format("cannot be read: {}", read_failure(last_error())));
-  }
-  return bytes;
-}
-
 namespace {
 
 H5T_class_t class_of(const Dataset& dataset) {
@@ -1093,7 +1176,7 @@ std::vector<float> File::read_floats(const std::string& path) const {
   const auto guard = lock();
   const Dataset source = dataset(path);
   if (class_of(source) != H5T_FLOAT) fail(path, "is not of a floating-point type");
-  if (!source.float_type()) return as_vector<float>(read_whole(source, H5T_NATIVE_FLOAT, sizeof(float)));
+  if (!source.float_type()) return as_vector<float>(source.read_whole(H5T_NATIVE_FLOAT, sizeof(float)));
   std::vector<float> values(static_cast<std::size_t>(elements(source.shape())));
   std::vector<std::byte> bytes(values.size() * source.element_size());
   source.read_raw(Shape(source.shape().size(), 0), source.shape(), bytes.data());
@@ -1105,7 +1188,7 @@ std::vector<std::int64_t> File::read_int64s(const std::string& path) const {
   const auto guard = lock();
   const Dataset source = dataset(path);
   if (class_of(source) != H5T_INTEGER) fail(path, "is not of an integer type");
-  return as_vector<std::int64_t>(read_whole(source, H5T_NATIVE_INT64, sizeof(std::int64_t)));
+  return as_vector<std::int64_t>(source.read_whole(H5T_NATIVE_INT64, sizeof(std::int64_t)));
 }
 
 std::vector<std::int32_t> File::read_int32s(const std::string& path) const {
@@ -1120,37 +1203,36 @@ std::vector<std::int32_t> File::read_int32s(const std::string& path) const {
   return values;
 }
 
-std::vector<std::string> File::read_strings(const std::string& path) const {
-  const auto guard = lock();
-  const Dataset source = dataset(path);
-  const Handle type(H5Dget_type(source.id()));
-  if (H5Tget_class(type.id()) != H5T_STRING) fail(path, "is not of a string type");
-  const bool variable = H5Tis_variable_str(type.id()) > 0;
-  const Handle reference = reference_type();
-  const std::size_t size = variable ? kReferenceSize : source.element_size();
-  const std::vector<std::byte> bytes = read_whole(source, variable ? reference.id() : type.id(), size);
-  std::vector<std::string> strings;
-  strings.reserve(bytes.size() / size);
-  GlobalHeap heap(handle_.id());
-  for (std::size_t at = 0; at < bytes.size(); at += size) {
-    if (!variable) {
-      strings.push_back(fixed_text(&bytes[at], size, H5Tget_strpad(type.id())));
-      continue;
-    }
-    std::string problem;
-    auto text = heap.resolve(&bytes[at], problem);
-    if (!text) fail(path, fmt::format("element {}: {}", strings.size(), problem));
-    strings.push_back(*std::move(text));
-  }
-  return strings;
-}
+std::vector<std::string> File::read_strings(const std::string& path) const { return dataset(path).read_strings(); }
 
 std::vector<LabelledRange> File::read_labelled_ranges(const std::string& path) const {
+  const auto guard = lock();
+  if (!is_group(path)) return read_compound_ranges(path);
+  const auto length = [&](const std::string& name) {
+    const Shape shape = dataset(path + name).shape();
+    if (shape.size() != 1) fail(path + name, fmt::format("has {} axes instead of one", shape.size()));
+    return shape[0];
+  };
+  // Before anything is read, so that it costs no more than the shortest.
+  const Index count = length("/start");
+  for (const char* name : {"/end", "/label"}) {
+    if (length(name) == count) continue;
+    fail(path, fmt::format("has {} starts, {} ends and {} labels", count, length("/end"), length("/label")));
+  }
+  const std::vector<std::int64_t> starts = read_int64s(path + "/start");
+  const std::vector<std::int64_t> ends = read_int64s(path + "/end");
+  std::vector<std::string> labels = read_strings(path + "/label");
+  std::vector<LabelledRange> ranges;
+  for (std::size_t i = 0; i < starts.size(); ++i) ranges.push_back({starts[i], ends[i], std::move(labels[i])});
+  return ranges;
+}
+
+std::vector<LabelledRange> File::read_compound_ranges(const std::string& path) const {
   const auto guard = lock();
   const Dataset source = dataset(path);
   const Handle type(H5Dget_type(source.id()));
   if (H5Tget_class(type.id()) != H5T_COMPOUND || source.shape().size() != 1) {
-    fail(path, "is not a one-dimensional dataset of compound elements (start, end, label)");
+    fail(path, "is neither a group of start, end and label nor a one-dimensional compound dataset of them");
   }
   const auto member = [&](const char* name) {
     const int index = H5Tget_member_index(type.id(), name);
@@ -1173,7 +1255,7 @@ std::vector<LabelledRange> File::read_labelled_ranges(const std::string& path) c
       H5Tinsert(memory.id(), "label", 2 * sizeof(std::int64_t), variable ? reference.id() : label.id()) < 0) {
     fail(path, last_error());
   }
-  const std::vector<std::byte> bytes = read_whole(source, memory.id(), size);
+  const std::vector<std::byte> bytes = source.read_whole(memory.id(), size);
   std::vector<LabelledRange> ranges;
   GlobalHeap heap(handle_.id());
   for (std::size_t at = 0; at < bytes.size(); at += size) {
@@ -1198,8 +1280,8 @@ Dataset File::create_typed(const std::string& path, Id type, const Shape& shape,
   const Handle creation(H5Pcreate(H5P_DATASET_CREATE));
   H5Pset_obj_track_times(creation.id(), false);
   H5Pset_attr_phase_change(creation.id(), 64, 32);
-  // Every element is written, so none needs a first value.
-  H5Pset_fill_time(creation.id(), H5D_FILL_TIME_NEVER);
+  // Every element is written, so none needs a first value; of strings HDF5 wants one all the same.
+  if (H5Tis_variable_str(type) <= 0) H5Pset_fill_time(creation.id(), H5D_FILL_TIME_NEVER);
   const Handle access(H5Pcreate(H5P_DATASET_ACCESS));
   if (!storage.chunk.empty() && elements(shape) > 0) {
     H5Pset_chunk(creation.id(), static_cast<int>(storage.chunk.size()), extents(storage.chunk).data());
@@ -1254,31 +1336,25 @@ Dataset File::write(const std::string& path, std::span<const std::int64_t> data,
 Dataset File::write(const std::string& path, std::span<const std::string> data, const Shape& shape,
                     const Storage& storage) {
   const auto guard = lock();
-  std::size_t longest = 1;
-  for (const std::string& text : data) longest = std::max(longest, text.size());
-  std::string packed(data.size() * longest, '\0');
-  for (std::size_t i = 0; i < data.size(); ++i) data[i].copy(&packed[i * longest], longest);
-  return write_typed(path, string_type(longest).id(), packed.data(), data.size(), shape, storage);
+  std::vector<const char*> texts;
+  for (const std::string& text : data) texts.push_back(text.c_str());
+  return write_typed(path, string_type().id(), texts.data(), data.size(), shape, storage);
 }
 
-Dataset File::write(const std::string& path, std::span<const LabelledRange> data) {
+void File::write(const std::string& path, std::span<const LabelledRange> data) {
   const auto guard = lock();
-  std::size_t longest = 1;
-  for (const LabelledRange& range : data) longest = std::max(longest, range.label.size());
-  const std::size_t size = 2 * sizeof(std::int32_t) + longest;
-  const Handle type(H5Tcreate(H5T_COMPOUND, size));
-  H5Tinsert(type.id(), "start", 0, H5T_STD_I32LE);
-  H5Tinsert(type.id(), "end", sizeof(std::int32_t), H5T_STD_I32LE);
-  H5Tinsert(type.id(), "label", 2 * sizeof(std::int32_t), string_type(longest).id());
-  std::string packed(data.size() * size, '\0');
-  for (std::size_t i = 0; i < data.size(); ++i) {
-    const auto start = static_cast<std::int32_t>(data[i].start);
-    const auto end = static_cast<std::int32_t>(data[i].end);
-    std::memcpy(&packed[i * size], &start, sizeof start);
-    std::memcpy(&packed[i * size + sizeof start], &end, sizeof end);
-    data[i].label.copy(&packed[i * size + sizeof start + sizeof end], longest);
+  std::vector<std::int32_t> starts;
+  std::vector<std::int32_t> ends;
+  std::vector<std::string> labels;
+  for (const LabelledRange& range : data) {
+    starts.push_back(static_cast<std::int32_t>(range.start));
+    ends.push_back(static_cast<std::int32_t>(range.end));
+    labels.push_back(range.label);
   }
-  return write_typed(path, type.id(), packed.data(), data.size(), {static_cast<Index>(data.size())}, {});
+  const auto count = static_cast<Index>(data.size());
+  write(path + "/start", std::span<const std::int32_t>(starts), {count});
+  write(path + "/end", std::span<const std::int32_t>(ends), {count});
+  write(path + "/label", std::span<const std::string>(labels), {count});
 }
 
 }  // namespace kvreplay::hdf5

@@ -99,9 +99,13 @@ class Dataset {
   /// Gives a resizable dataset these extents. Throws Error.
   void resize(const Shape& shape);
 
-  /// XXH64 (seed 0, 16 hexadecimal digits) of all elements' little-endian bytes in logical order.
-  /// Throws Error on damage, and for variable-length elements, whose bytes lie elsewhere.
+  /// XXH64 (seed 0, 16 hexadecimal digits) of all elements' little-endian bytes in logical order; of strings of
+  /// variable length, of their bytes with a zero byte behind each. Throws Error on damage, and for other elements of
+  /// variable length.
   std::string compute_xxh64() const;
+
+  /// All elements of a dataset of strings, of fixed or variable length, in logical order. Throws Error.
+  std::vector<std::string> read_strings() const;
 
   /// For what this class does not cover; hold lock().
   Id id() const { return handle_.id(); }
@@ -119,6 +123,7 @@ class Dataset {
   };
   [[noreturn]] void fail(std::string_view reason) const;
   void check_box(const Shape& first, const Shape& count) const;
+  std::vector<std::byte> read_whole(Id memory_type, std::size_t memory_size) const;
   void find_chunks() const;
   template <class Action>
   void for_each_part(const Shape& first, const Shape& count, const Action& action) const;
@@ -139,7 +144,13 @@ class Dataset {
   std::shared_ptr<Chunks> chunks_;  ///< where a chunked dataset can be read directly
 };
 
-/// One row of a compound dataset of a start, an end and a label.
+/// A string attribute.
+struct NamedString {
+  std::string name;
+  std::string value;  ///< up to its first zero byte, as HDF5 stores it
+};
+
+/// A start, an end and a label.
 struct LabelledRange {
   std::int64_t start = 0;
   std::int64_t end = 0;
@@ -153,7 +164,7 @@ class File {
   /// Opens for reading.
   static File open(const std::filesystem::path& path);
 
-  /// Creates for writing in the newest file format, whose metadata carries checksums; replaces what is there.
+  /// Creates for writing in the file format of HDF5 1.10, whose metadata carries checksums; replaces what is there.
   /// Errors call the file `shown_as`, where that is given: the name that an OutputFile will get.
   static File create(const std::filesystem::path& path, const std::filesystem::path& shown_as = {});
 
@@ -191,8 +202,15 @@ class File {
 
   void write_int(const std::string& path, const std::string& name, std::int64_t value);
   void write_double(const std::string& path, const std::string& name, double value);
-  /// As a UTF-8 string of fixed length: inside the object's header, where the checksum covers it.
+  /// As a UTF-8 string of variable length, which h5py and netCDF4 give as text; they give one of fixed length as bytes.
   void write_string(const std::string& path, const std::string& name, std::string_view value);
+
+  /// The same for several, and an attribute `attributes_xxh64`, since HDF5 keeps such strings where no checksum covers
+  /// them: XXH64 of their values with a zero byte behind each, and their names, all separated by spaces.
+  void write_strings(const std::string& path, const std::vector<NamedString>& attributes);
+
+  /// Throws Error where an object has an `attributes_xxh64` that is not that of the attributes which it names.
+  void check_strings(const std::string& path) const;
 
   /// Opens a dataset whose size has been checked against what is stored. Throws Error for external and virtual
   /// datasets, for filters that this HDF5 lacks, and where data is missing.
@@ -203,13 +221,14 @@ class File {
   std::vector<std::int32_t> read_int32s(const std::string& path) const;
   std::vector<std::int64_t> read_int64s(const std::string& path) const;
   std::vector<std::string> read_strings(const std::string& path) const;
-  /// One-dimensional, compound with integer members `start` and `end` and a string `label`; others are ignored.
+  /// A group of one-dimensional datasets of one length: integers `start` and `end`, and strings `label`. As old files
+  /// have them, also a one-dimensional compound dataset with these members. What else there is, is ignored.
   std::vector<LabelledRange> read_labelled_ranges(const std::string& path) const;
 
   /// Creates a dataset for Dataset::write_raw, and the groups above it.
   Dataset create_dataset(const std::string& path, DType type, const Shape& shape, const Storage& storage = {});
 
-  /// Creates a dataset and the groups above it and writes it whole. Strings are stored with a fixed length.
+  /// Creates a dataset and the groups above it and writes it whole. Strings are stored as UTF-8 of variable length.
   Dataset write(const std::string& path, std::span<const float> data, const Shape& shape, const Storage& storage = {});
   Dataset write(const std::string& path, std::span<const std::int32_t> data, const Shape& shape,
                 const Storage& storage = {});
@@ -217,7 +236,8 @@ class File {
                 const Storage& storage = {});
   Dataset write(const std::string& path, std::span<const std::string> data, const Shape& shape,
                 const Storage& storage = {});
-  Dataset write(const std::string& path, std::span<const LabelledRange> data);
+  /// Creates the group that read_labelled_ranges() reads, with int32 and strings.
+  void write(const std::string& path, std::span<const LabelledRange> data);
 
   /// For what this class does not cover; hold lock().
   Id id() const { return handle_.id(); }
@@ -233,7 +253,7 @@ class File {
   Dataset create_typed(const std::string& path, Id type, const Shape& shape, const Storage& storage);
   Dataset write_typed(const std::string& path, Id type, const void* data, std::size_t count, const Shape& shape,
                       const Storage& storage);
-  std::vector<std::byte> read_whole(const Dataset& dataset, Id memory_type, std::size_t memory_size) const;
+  std::vector<LabelledRange> read_compound_ranges(const std::string& path) const;
 
   std::filesystem::path path_;
   Handle handle_;

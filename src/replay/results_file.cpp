@@ -14,15 +14,18 @@ void write_table(hdf5::File& file, const std::string& path, const Table& table) 
   file.write(path, table.numbers, table.shape);
 }
 
-// What tells one result from another, wherever it is stored.
-void write_identity(hdf5::File& file, const std::string& group, const ReplayResult& result) {
+// What tells one result from another, wherever it is stored, with other strings that are stored beside it.
+void write_identity(hdf5::File& file, const std::string& group, const ReplayResult& result,
+                    const std::vector<hdf5::NamedString>& others) {
+  std::vector<hdf5::NamedString> strings = {{"trace", result.trace},
+                                            {"policy", result.policy},
+                                            {"capacity_request", result.capacity_request},
+                                            {"share", std::string(name_of(result.share))}};
+  strings.insert(strings.end(), others.begin(), others.end());
   file.create_group(group);
-  file.write_string(group, "trace", result.trace);
-  file.write_string(group, "policy", result.policy);
+  file.write_strings(group, strings);
   file.write_int(group, "capacity", result.capacity);
-  file.write_string(group, "capacity_request", result.capacity_request);
   file.write_int(group, "evict_at", result.eviction_position);
-  file.write_string(group, "share", name_of(result.share));
 }
 
 void write_spans(hdf5::File& file, const std::string& path, const std::vector<Span>& spans) {
@@ -35,9 +38,8 @@ void write_spans(hdf5::File& file, const std::string& path, const std::vector<Sp
 
 ResultStream::ResultStream(const std::filesystem::path& path, std::string_view format)
     : output_(path), file_(hdf5::File::create(output_.temporary(), path)) {
-  file_.write_string("/", "format", format);
+  file_.write_strings("/", {{"format", std::string(format)}, {"created_by", "kvreplay " KVREPLAY_VERSION}});
   file_.write_int("/", "format_version", kResultsFormatVersion);
-  file_.write_string("/", "created_by", "kvreplay " KVREPLAY_VERSION);
 }
 
 void ResultStream::finish() {
@@ -63,10 +65,10 @@ ResultsWriter::ResultsWriter(const std::filesystem::path& path, std::span<const 
 void ResultsWriter::add(const TraceReplay& replay, const ReplayResult& result) {
   hdf5::File& file = stream_.file();
   const std::string group = fmt::format("/results/{}", results_++);
-  write_identity(file, group, result);
-  file.write_string(group, "heads", name_of(result.granularity));
-  file.write_string(group, "trace_digest", replay.trace_digest);
-  file.write_string(group, "model", replay.model.name);
+  write_identity(file, group, result,
+                 {{"heads", std::string(name_of(result.granularity))},
+                  {"trace_digest", replay.trace_digest},
+                  {"model", replay.model.name}});
   file.write_int(group, "num_layers", replay.model.num_layers);
   file.write_int(group, "num_query_heads", replay.model.num_attention_heads);
   file.write_int(group, "num_kv_heads", replay.model.num_key_value_heads);
@@ -98,8 +100,7 @@ void ResultsWriter::add(const OverlapTable& table) {
   hdf5::File& file = stream_.file();
   const std::string group = fmt::format("/overlap/{}", overlaps_++);
   file.create_group(group);
-  file.write_string(group, "trace", table.trace);
-  file.write_string(group, "capacity_request", table.capacity_request);
+  file.write_strings(group, {{"trace", table.trace}, {"capacity_request", table.capacity_request}});
   file.write_int(group, "evict_at", table.eviction_position);
   file.write(group + "/policies", table.policies, {static_cast<Index>(table.policies.size())});
   write_table(file, group + "/jaccard", table.jaccard);
@@ -109,8 +110,7 @@ void ResultsWriter::add(const OverlapTable& table) {
 void KeptSetsWriter::add(const ReplayResult& result) {
   hdf5::File& file = stream_.file();
   const std::string group = fmt::format("/kept/{}", results_++);
-  write_identity(file, group, result);
-  file.write_string(group, "heads", name_of(result.kept.granularity));
+  write_identity(file, group, result, {hdf5::NamedString{"heads", std::string(name_of(result.kept.granularity))}});
   std::vector<std::int32_t> kept;
   std::vector<std::int64_t> offsets = {0};
   for (const std::vector<int>& set : result.kept.sets) {

@@ -13,8 +13,9 @@
 
 namespace kvreplay {
 
-/// The `format_version` of results and kept sets.
-constexpr int kResultsFormatVersion = 2;
+/// The `format_version` of results and kept sets that are written, and the oldest that is read.
+constexpr int kResultsFormatVersion = 3;
+constexpr int kOldestResultsFormatVersion = 2;
 
 /// An HDF5 file in which results are stored one after the other, so that never more than one has to be in memory. It is
 /// complete or absent: destroyed before finish(), it leaves nothing behind. All members throw Error.

@@ -28,10 +28,11 @@ hdf5::File open_complete(const std::filesystem::path& path, std::string_view for
     fail(file, "/", fmt::format("is not a file of {}, but {}", what, kind_of(file)));
   }
   const std::int64_t version = file.read_int("/", "format_version");
-  if (version != kResultsFormatVersion) {
+  if (version < kOldestResultsFormatVersion || version > kResultsFormatVersion) {
     fail(file, "/",
-         fmt::format("is of version {} of the format, and this kvreplay reads version {}; {}", version,
-                     kResultsFormatVersion, version < kResultsFormatVersion ? "replay again" : "update kvreplay"));
+         fmt::format("is of version {} of the format, and this kvreplay reads versions {} to {}; {}", version,
+                     kOldestResultsFormatVersion, kResultsFormatVersion,
+                     version < kOldestResultsFormatVersion ? "replay again" : "update kvreplay"));
   }
   if (!file.has_attribute("/", "complete") || file.read_int("/", "complete") != 1) {
     fail(file, "/", "is unfinished: its attribute 'complete' is not 1; replay again");
@@ -109,6 +110,7 @@ void read_layers(const hdf5::File& file, const std::string& group, StoredResult&
 }
 
 StoredResult read_identity(const hdf5::File& file, const std::string& group) {
+  file.check_strings(group);
   StoredResult result;
   result.trace = read_name(file, group, "trace");
   result.trace_digest = file.read_string(group, "trace_digest");
@@ -189,10 +191,32 @@ StoredResult::Kept StoredResult::kept_in(const std::vector<int>& layers) const {
   return {.positions = positions, .share = held_sum == 0 ? 1 : positions * count / held_sum};
 }
 
+namespace {
+
+std::uintmax_t text_bytes(const StoredResult& result) {
+  std::uintmax_t bytes = result.trace.size() + result.trace_digest.size() + result.model.size() + result.policy.size() +
+                         result.capacity_request.size();
+  for (const Span& span : result.spans) bytes += span.label.size();
+  for (const std::string& note : result.notes) bytes += note.size();
+  return bytes;
+}
+
+}  // namespace
+
 ResultsReader::ResultsReader(const std::filesystem::path& path)
     : file_(open_complete(path, "kvreplay-results", "results")) {
-  for (const std::string& group : numbered(file_, "/results")) results_.push_back(read_identity(file_, group));
+  // Every one of many results may refer to the same text, or have one that is packed: a file of a few megabytes would
+  // fill the memory.
+  constexpr std::uintmax_t kUnquestionedText = std::uintmax_t{64} << 20;
+  const std::uintmax_t most_text = kUnquestionedText + std::filesystem::file_size(path);
+  std::uintmax_t text = 0;
+  for (const std::string& group : numbered(file_, "/results")) {
+    results_.push_back(read_identity(file_, group));
+    text += text_bytes(results_.back());
+    if (text > most_text) fail(file_, group, "names, spans and notes amount to more than the file could hold");
+  }
   for (const std::string& group : numbered(file_, "/overlap")) {
+    file_.check_strings(group);
     OverlapTable& table = overlaps_.emplace_back();
     table.trace = read_name(file_, group, "trace");
     table.capacity_request = read_name(file_, group, "capacity_request");
@@ -227,6 +251,7 @@ OverlapTable ResultsReader::read_overlap(std::size_t overlap) const {
 KeptSetsReader::KeptSetsReader(const std::filesystem::path& path)
     : file_(open_complete(path, "kvreplay-kept", "kept sets")) {
   for (const std::string& group : numbered(file_, "/kept")) {
+    file_.check_strings(group);
     StoredKeptSets& kept = kept_.emplace_back();
     kept.trace = read_name(file_, group, "trace");
     kept.policy = read_name(file_, group, "policy");

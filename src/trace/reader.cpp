@@ -19,11 +19,15 @@ namespace kvreplay {
 
 namespace {
 
-constexpr std::int64_t kFormatVersion = 1;
-
 // Tensors are read and converted in pieces of this many bytes: few calls, and still in a core's own cache when
 // converted.
 constexpr Index kPieceBytes = Index{128} << 10;
+
+// What later writers may say of a layer, and without which its attention would be another.
+constexpr std::array kLayerAttributesNotRead = {
+    "num_attention_heads",    "num_key_value_heads",  "key_dim",  "value_dim",     "softmax_scale",
+    "attn_logit_softcapping", "attention_chunk_size", "cache_of", "values_in_keys"};
+constexpr std::array kLayerDatasetsNotRead = {"sinks", "output_gate", "projection_norm"};
 
 // Memory for one piece as it is stored, kept by each thread.
 std::byte* staging(std::size_t bytes) {
@@ -61,14 +65,15 @@ struct TraceReader::State {
       fail("/", fmt::format("is not a kvtrace file, but {}", kind_of(file)));
     }
     const std::int64_t version = file.read_int("/", "format_version");
-    if (version > kFormatVersion) {
+    if (version > kTraceFormatVersion) {
       fail("/", fmt::format("is a kvtrace of version {}, and this kvreplay reads up to version {}; update kvreplay",
-                            version, kFormatVersion));
+                            version, kTraceFormatVersion));
     }
     if (version < 1) fail("/", fmt::format("attribute 'format_version' is {}, which does not exist", version));
     if (!file.has_attribute("/", "complete") || file.read_int("/", "complete") != 1) {
       fail("/", "is an unfinished capture: its attribute 'complete' is not 1; capture it again");
     }
+    file.check_strings("/");
     info.created_by = optional_string("/", "created_by");
     info.created_at = optional_string("/", "created_at");
     info.source = optional_string("/", "source");
@@ -88,6 +93,7 @@ struct TraceReader::State {
 
   void read_model() {
     if (!file.exists("/model")) fail("/model", "does not exist");
+    file.check_strings("/model");
     ModelInfo& model = info.model;
     model.name = optional_string("/model", "name");
     model.architecture = optional_string("/model", "architecture");
@@ -151,7 +157,13 @@ struct TraceReader::State {
 
   void read_spans() {
     if (!file.exists("/annotations/spans")) return;
-    static_cast<void>(open_list("/annotations/spans"));
+    if (file.is_group("/annotations/spans")) {
+      for (const char* name : {"start", "end", "label"}) {
+        static_cast<void>(open_list(fmt::format("/annotations/spans/{}", name)));
+      }
+    } else {
+      static_cast<void>(open_list("/annotations/spans"));  // as version 1 has them
+    }
     const std::int64_t tokens = info.num_tokens();
     for (const hdf5::LabelledRange& range : file.read_labelled_ranges("/annotations/spans")) {
       if (range.start < 0 || range.end > tokens || range.start >= range.end) {
@@ -168,6 +180,15 @@ struct TraceReader::State {
       const std::string path = fmt::format("/layers/{}", l);
       if (!file.is_group(path)) {
         fail(path, fmt::format("is missing, although /model counts {} layers", info.model.num_layers));
+      }
+      const auto refuse = [&](const char* name) {
+        fail(path, fmt::format("has '{}', which this kvreplay cannot take into account; update kvreplay", name));
+      };
+      for (const char* name : kLayerAttributesNotRead) {
+        if (file.has_attribute(path, name)) refuse(name);
+      }
+      for (const char* name : kLayerDatasetsNotRead) {
+        if (file.exists(fmt::format("{}/{}", path, name))) refuse(name);
       }
       info.layer_sliding_window.push_back(
           file.has_attribute(path, "sliding_window") ? read_count(path, "sliding_window") : info.model.sliding_window);

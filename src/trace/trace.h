@@ -10,6 +10,9 @@
 
 namespace kvreplay {
 
+/// The `format_version` of traces that are written, the newest that is read.
+constexpr int kTraceFormatVersion = 2;
+
 /// The attributes of /model: the shapes that all tensors of a trace agree with.
 struct ModelInfo {
   std::string name;

@@ -76,16 +76,15 @@ struct TraceWriter::State {
   }
 
   void write_metadata() {
-    file.write_string("/", "format", "kvtrace");
-    file.write_int("/", "format_version", 1);
-    file.write_string("/", "created_by", info.created_by.empty() ? "kvreplay " KVREPLAY_VERSION : info.created_by);
-    file.write_string("/", "created_at", info.created_at.empty() ? now_in_utc() : info.created_at);
-    file.write_string("/", "source", info.source);
+    file.write_strings("/", {{"format", "kvtrace"},
+                             {"created_by", info.created_by.empty() ? "kvreplay " KVREPLAY_VERSION : info.created_by},
+                             {"created_at", info.created_at.empty() ? now_in_utc() : info.created_at},
+                             {"source", info.source}});
+    file.write_int("/", "format_version", kTraceFormatVersion);
 
     const ModelInfo& model = info.model;
     file.create_group("/model");
-    file.write_string("/model", "name", model.name);
-    file.write_string("/model", "architecture", model.architecture);
+    file.write_strings("/model", {{"name", model.name}, {"architecture", model.architecture}});
     file.write_int("/model", "num_layers", model.num_layers);
     file.write_int("/model", "num_attention_heads", model.num_attention_heads);
     file.write_int("/model", "num_key_value_heads", model.num_key_value_heads);
@@ -130,7 +129,10 @@ struct TraceWriter::State {
     if (!info.spans.empty()) {
       std::vector<hdf5::LabelledRange> ranges;
       for (const Span& span : info.spans) ranges.push_back({span.start, span.end, span.label});
-      finish_dataset(file.write("/annotations/spans", std::span<const hdf5::LabelledRange>(ranges)));
+      file.write("/annotations/spans", std::span<const hdf5::LabelledRange>(ranges));
+      for (const std::string& name : file.list("/annotations/spans")) {
+        finish_dataset(file.dataset("/annotations/spans/" + name));
+      }
     }
   }
 

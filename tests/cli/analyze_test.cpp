@@ -157,7 +157,7 @@ TEST_F(Analyze, OldAndUnfinishedFilesAreRefused) {
   test::edit(folder_ / "old.h5", [](std::int64_t file) { test::set_int(file, "/", "format_version", 1); });
   refuse_words("old.h5", 1, {"old.h5", "version 1", "replay again"});
   test::edit(folder_ / "old.h5", [](std::int64_t file) {
-    test::set_int(file, "/", "format_version", 2);
+    test::set_int(file, "/", "format_version", 3);
     test::set_int(file, "/", "complete", 0);
   });
   refuse_words("old.h5", 1, {"unfinished"});

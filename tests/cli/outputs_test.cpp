@@ -66,7 +66,7 @@ TEST_F(Outputs, ResultsHaveTheLayoutThatIsPromised) {
                   "--share max -o results.h5"));
   const hdf5::File file = open("results.h5");
   EXPECT_EQ(file.read_string("/", "format"), "kvreplay-results");
-  EXPECT_EQ(file.read_int("/", "format_version"), 2);
+  EXPECT_EQ(file.read_int("/", "format_version"), 3);
   EXPECT_EQ(file.read_int("/", "complete"), 1);
   EXPECT_THAT(file.read_string("/", "created_by"), HasSubstr("kvreplay "));
   EXPECT_EQ(file.list("/results").size(), 7u);  // full once, the others at two capacities
@@ -105,6 +105,9 @@ TEST_F(Outputs, ResultsHaveTheLayoutThatIsPromised) {
     ASSERT_EQ(spans.size(), 2u) << "a span that begins after the eviction cannot be lost";
     EXPECT_EQ(spans[1].label, "over the edge");
     EXPECT_EQ(spans[1].end, 64);
+    EXPECT_THAT(file.list(group + "/spans"), ElementsAre("end", "label", "start"));
+    EXPECT_THAT(file.read_int32s(group + "/spans/start"), ElementsAre(10, 58));
+    EXPECT_THAT(file.read_strings(group + "/spans/label"), ElementsAre("needle", "over the edge"));
   }
   EXPECT_EQ(file.list("/overlap").size(), 2u);
   EXPECT_EQ(file.read_string("/overlap/1", "capacity_request"), "50%");

@@ -68,7 +68,9 @@ TEST_F(Sweep, GivesTheNumbersThatReplayGives) {
     }
     EXPECT_EQ(sweep.read_double(group, "kept"), replay.read_double(group, "kept"));
     ASSERT_EQ(sweep.list(group), replay.list(group));
-    for (const std::string& name : replay.list(group)) {
+    std::vector<std::string> names = replay.list(group);
+    if (std::erase(names, "spans") > 0) names.insert(names.end(), {"spans/start", "spans/end", "spans/label"});
+    for (const std::string& name : names) {
       const std::string path = group + "/" + name;
       EXPECT_EQ(sweep.dataset(path).shape(), replay.dataset(path).shape()) << path;
       EXPECT_EQ(sweep.dataset(path).compute_xxh64(), replay.dataset(path).compute_xxh64()) << path;

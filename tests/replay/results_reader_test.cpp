@@ -6,7 +6,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <fstream>
 #include <functional>
+#include <iterator>
+#include <string>
 
 #include "base/error.h"
 #include "replay/results_file.h"
@@ -138,6 +141,39 @@ TEST_F(Results, TheSameCaptureHasTheSameDigestWhereverItLies) {
   EXPECT_NE(digest("run.h5"), digest("other.h5"));
 }
 
+// Spans as compound elements, strings of fixed length.
+TEST(OldResults, AreRead) {
+  const std::filesystem::path data = KVREPLAY_TEST_DATA;
+  const ResultsReader results(data / "results-version-2.h5");
+  ASSERT_EQ(results.results().size(), 3u);
+  const StoredResult& result = results.results()[1];
+  EXPECT_EQ(result.trace, "t.h5");
+  EXPECT_EQ(result.policy, "snapkv(window=2,kernel=1)");
+  EXPECT_EQ(result.capacity_request, "4");
+  ASSERT_EQ(result.spans.size(), 2u);
+  EXPECT_EQ(result.spans[0].label, "needle");
+  EXPECT_EQ(result.spans[1].start, 6);
+  EXPECT_EQ(result.spans[1].end, 7);
+  EXPECT_FLOAT_EQ(results.read(1, Measure::layer_error).numbers[1], 0.7769145f);
+  EXPECT_THAT(results.read_overlap(0).policies, ElementsAre("full", "recent", "snapkv(window=2,kernel=1)"));
+  const KeptSetsReader kept(data / "kept-version-2.h5");
+  ASSERT_EQ(kept.kept().size(), 3u);
+  EXPECT_EQ(kept.kept()[1].policy, "snapkv(window=2,kernel=1)");
+  EXPECT_THAT(kept.read(1, 2).sets[1], ElementsAre(0, 3, 7, 8));
+}
+
+TEST_F(Results, ANameThatIsNotWhatWasWrittenIsRefused) {
+  std::ifstream stream(folder_ / "results.h5", std::ios::binary);
+  std::string bytes{std::istreambuf_iterator<char>(stream), {}};
+  const std::size_t at = bytes.find("snapkv(window=4)");
+  ASSERT_NE(at, std::string::npos);
+  bytes[at] = 'x';
+  std::ofstream(folder_ / "damaged.h5", std::ios::binary) << bytes;
+  EXPECT_THAT(
+      [&] { ResultsReader reader(folder_ / "damaged.h5"); },
+      testing::ThrowsMessage<Error>(HasSubstr("string attributes are not those that 'attributes_xxh64' tells")));
+}
+
 TEST_F(Results, OtherFilesAreRefusedWithTheReason) {
   EXPECT_THAT([&] { ResultsReader reader(folder_ / "run.h5"); },
               testing::ThrowsMessage<Error>(HasSubstr("not a file of results")));
@@ -154,7 +190,7 @@ TEST_F(Results, WhatContradictsItselfIsRefusedWithTheReason) {
     return refusal("results.h5", [=](std::int64_t file) { test::set_int(file, group, name, value); });
   };
   EXPECT_THAT(with_int("/", "format_version", 1), AllOf(HasSubstr("version 1"), HasSubstr("replay again")));
-  EXPECT_THAT(with_int("/", "format_version", 3), AllOf(HasSubstr("version 3"), HasSubstr("update kvreplay")));
+  EXPECT_THAT(with_int("/", "format_version", 4), AllOf(HasSubstr("version 4"), HasSubstr("update kvreplay")));
   EXPECT_THAT(with_int("/", "complete", 0), HasSubstr("unfinished"));
   EXPECT_THAT(with_int("/results/3", "num_layers", 3), HasSubstr("/results/3/held"));
   EXPECT_THAT(with_int("/results/3", "num_layers", 0), HasSubstr("'num_layers' is 0"));

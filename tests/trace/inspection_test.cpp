@@ -273,7 +273,7 @@ TEST_F(Inspect, VerifiesDigests) {
   FaithfulTrace().write(path_);
   EXPECT_TRUE(inspected().digests.empty());
   const Inspection sound = inspected(true);
-  EXPECT_EQ(sound.digests.size(), 5U + 12U);
+  EXPECT_EQ(sound.digests.size(), 7U + 12U);
   for (const DigestCheck& check : sound.digests) EXPECT_EQ(name_of(check.outcome), "ok") << check.path;
 
   edit(path_, [](auto file) {

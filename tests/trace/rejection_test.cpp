@@ -76,11 +76,56 @@ TEST_F(Rejects, HDF5FilesThatAreNotTraces) {
 }
 
 TEST_F(Rejects, OtherVersions) {
-  EXPECT_THAT(after([](auto file) { set_int(file, "/", "format_version", 2); }),
-              HasSubstr("is a kvtrace of version 2, and this kvreplay reads up to version 1; update kvreplay"));
+  EXPECT_EQ(after([](auto file) { set_int(file, "/", "format_version", 1); }), "");
+  EXPECT_THAT(after([](auto file) { set_int(file, "/", "format_version", 3); }),
+              HasSubstr("is a kvtrace of version 3, and this kvreplay reads up to version 2; update kvreplay"));
   EXPECT_THAT(after([](auto file) { set_int(file, "/", "format_version", 0); }), HasSubstr("format_version"));
   EXPECT_THAT(after([](auto file) { remove_attribute(file, "/", "format_version"); }),
               HasSubstr("has no attribute 'format_version'"));
+}
+
+// HDF5 keeps strings of variable length where no checksum covers them.
+TEST_F(Rejects, StringsThatAreNotWhatWasWritten) {
+  const std::string sound = read_bytes(path_);
+  const struct {
+    const char* text;
+    const char* reason;
+  } cases[] = {
+      {"naïve text", "/: string attributes are not those that 'attributes_xxh64' tells of: the file is damaged"},
+      {"llama", "/model: string attributes are not those that 'attributes_xxh64' tells of: the file is damaged"},
+      {"piece7", "/tokens/pieces: does not match its digest"},
+      {"question", "/annotations/spans/label: does not match its digest"},
+  };
+  for (const auto& damaged : cases) {
+    std::string bytes = sound;
+    bytes[bytes.find(damaged.text)] ^= 1;
+    write_bytes(path_, bytes);
+    EXPECT_THAT(error(), HasSubstr(damaged.reason));
+  }
+}
+
+// A reference says how long a string is and where it lies; references that share one would make gigabytes of a small
+// file.
+TEST_F(Rejects, StringsThatAmountToMoreThanTheFile) {
+  const std::string text(200'000, 'x');
+  ASSERT_EQ(after([&](auto file) {
+              remove_attribute(file, "/tokens/pieces", "xxh64");
+              const Handle dataset(H5Dopen2(file, "/tokens/pieces", H5P_DEFAULT));
+              const Handle type(H5Dget_type(dataset.id()));
+              std::vector<const char*> pieces(12, "short");
+              pieces.front() = text.c_str();
+              H5Dwrite(dataset.id(), type.id(), H5S_ALL, H5S_ALL, H5P_DEFAULT, pieces.data());
+            }),
+            "");
+  std::string bytes = read_bytes(path_);
+  constexpr std::size_t kReference = 16;  // a length of four bytes, an address of eight, an index of four
+  const std::size_t first = bytes.find(std::string("\x40\x0d\x03\x00", 4));
+  ASSERT_NE(first, std::string::npos);
+  for (std::size_t element = 1; element < 12; ++element) {
+    bytes.replace(first + element * kReference, kReference, bytes, first, kReference);
+  }
+  write_bytes(path_, bytes);
+  EXPECT_THAT(error(), HasSubstr("/tokens/pieces: element 1: its strings amount to more than the whole file"));
 }
 
 TEST_F(Rejects, UnfinishedCaptures) {
@@ -217,7 +262,14 @@ TEST_F(Rejects, QueryPositionsThatCannotBe) {
               HasSubstr("/query_positions: has 2 axes instead of one"));
 }
 
+// As the sample writes them, but for the second one's ends.
 void replace_span(std::int64_t file, std::int64_t start, std::int64_t end) {
+  replace_ints(file, "/annotations/spans/start", {2, start});
+  replace_ints(file, "/annotations/spans/end", {4, end});
+}
+
+// As version 1 of the format has them.
+void replace_by_compound(std::int64_t file, std::int64_t start, std::int64_t end) {
   struct Row {
     std::int64_t start;
     std::int64_t end;
@@ -240,20 +292,47 @@ void replace_span(std::int64_t file, std::int64_t start, std::int64_t end) {
 }
 
 TEST_F(Rejects, SpansThatCannotBe) {
-  EXPECT_EQ(after([](auto file) { replace_span(file, 3, 12); }), "");
+  EXPECT_EQ(after([](auto file) { replace_by_compound(file, 3, 12); }), "");
   EXPECT_EQ(TraceReader(path_).info().spans[0].label, "first, with a label of variable length");
   EXPECT_EQ(TraceReader(path_).info().spans[1].end, 12);
-  EXPECT_THAT(after([](auto file) { replace_span(file, 3, 13); }),
-              HasSubstr("/annotations/spans: span 1 ('needle') is [3, 13), not a range of the 12 tokens"));
-  EXPECT_NE(after([](auto file) { replace_span(file, -1, 3); }), "");
-  EXPECT_NE(after([](auto file) { replace_span(file, 5, 5); }), "");
-  EXPECT_NE(after([](auto file) { replace_span(file, 5, 3); }), "");
-  EXPECT_NE(after([](auto file) { replace_span(file, 0, (std::int64_t{1} << 32) + 3); }), "");
+  EXPECT_EQ(after([](auto file) { replace_span(file, 3, 12); }), "");
+  EXPECT_EQ(TraceReader(path_).info().spans[0].label, "needle");
+  EXPECT_EQ(TraceReader(path_).info().spans[1].end, 12);
+  for (const auto replace : {replace_span, replace_by_compound}) {
+    EXPECT_THAT(after([&](auto file) { replace(file, 3, 13); }),
+                AllOf(HasSubstr("/annotations/spans: span 1 ('"), HasSubstr("') is [3, 13), not a range of the 12")));
+    EXPECT_NE(after([&](auto file) { replace(file, -1, 3); }), "");
+    EXPECT_NE(after([&](auto file) { replace(file, 5, 5); }), "");
+    EXPECT_NE(after([&](auto file) { replace(file, 5, 3); }), "");
+    EXPECT_NE(after([&](auto file) { replace(file, 0, (std::int64_t{1} << 32) + 3); }), "");
+  }
+  EXPECT_THAT(
+      after([](auto file) {
+        remove(file, "/annotations/spans");
+        replace_ints(file, "/annotations/spans", {1, 2});
+      }),
+      HasSubstr("/annotations/spans: is neither a group of start, end and label nor a one-dimensional compound"));
   EXPECT_THAT(after([](auto file) {
-                remove(file, "/annotations/spans");
-                replace_ints(file, "/annotations/spans", {1, 2});
+                replace_ints(file, "/annotations/spans/end", {4, 7, 8});
               }),
-              HasSubstr("/annotations/spans: is not a one-dimensional dataset of compound elements"));
+              HasSubstr("/annotations/spans: has 2 starts, 3 ends and 2 labels"));
+  EXPECT_THAT(after([](auto file) { remove(file, "/annotations/spans/label"); }),
+              HasSubstr("/annotations/spans/label: does not exist"));
+  EXPECT_THAT(after([](auto file) {
+                replace_ints(file, "/annotations/spans/label", {4, 7});
+              }),
+              HasSubstr("/annotations/spans/label: is not of a string type"));
+}
+
+TEST_F(Rejects, WhatLayersOfLaterTracesSayAndAttentionWouldNeed) {
+  for (const char* name : {"key_dim", "softmax_scale", "attention_chunk_size", "cache_of", "values_in_keys"}) {
+    EXPECT_THAT(after([&](auto file) { set_int(file, "/layers/1", name, 1); }),
+                HasSubstr(std::string("/layers/1: has '") + name + "', which this kvreplay cannot take into account"));
+  }
+  EXPECT_THAT(after([&](auto file) {
+                replace_floats(file, "/layers/0/sinks", {4}, {0, 1, 2, 3});
+              }),
+              HasSubstr("/layers/0: has 'sinks', which this kvreplay cannot take into account; update kvreplay"));
 }
 
 TEST_F(Rejects, ClaimsOfHugeSizeWithoutAllocatingThem) {

@@ -545,28 +545,77 @@ TEST_F(Writer, NamesAFolderThatIsNotThere) {
               HasSubstr("no/run.h5: cannot be written: No such file or directory"));
 }
 
-// h5py's libver="latest" and this writer agree: version 3 superblock, version 2 object headers.
-TEST_F(Writer, UsesTheNewestFileFormat) {
+// As h5py does with libver=("v110", "v110"): version 3 superblock, version 2 object headers. Of what carries no
+// checksum there are only the heaps of strings, which have digests of their own.
+TEST_F(Writer, UsesAFileFormatWithChecksums) {
   write_sample(folder_ / "run.h5");
   const std::string bytes = read_bytes(folder_ / "run.h5");
   EXPECT_EQ(bytes[8], 3);
   EXPECT_NE(bytes.find("OHDR"), std::string::npos);
-  for (const char* unchecked : {"TREE", "SNOD", "GCOL", "HEAP"}) EXPECT_EQ(bytes.find(unchecked), std::string::npos);
+  for (const char* unchecked : {"TREE", "SNOD", "HEAP"}) EXPECT_EQ(bytes.find(unchecked), std::string::npos);
+}
+
+void expect_variable_utf8(hid_t type, const std::string& what) {
+  if (H5Tget_class(type) == H5T_STRING) {
+    EXPECT_GT(H5Tis_variable_str(type), 0) << what;
+    EXPECT_EQ(H5Tget_cset(type), H5T_CSET_UTF8) << what;
+  }
+  EXPECT_NE(H5Tget_class(type), H5T_COMPOUND) << what;
+}
+
+// What h5py gives as str, and what every reader of HDF5 takes.
+TEST_F(Writer, StoresEveryStringAsUtf8OfVariableLength) {
+  write_sample(folder_ / "run.h5");
+  const hdf5::File file = hdf5::File::open(folder_ / "run.h5");
+  const auto guard = hdf5::lock();
+  int strings = 0;
+  for (const char* path : {"/", "/model", "/tokens/ids", "/tokens/pieces", "/annotations/spans/start",
+                           "/annotations/spans/label", "/layers/0/keys"}) {
+    const hdf5::Handle object(H5Oopen(file.id(), path, H5P_DEFAULT));
+    const int count = H5Aget_num_attrs(object.id());
+    for (int i = 0; i < count; ++i) {
+      const hdf5::Handle attribute(H5Aopen_by_idx(object.id(), ".", H5_INDEX_NAME, H5_ITER_INC, static_cast<hsize_t>(i),
+                                                  H5P_DEFAULT, H5P_DEFAULT));
+      const hdf5::Handle type(H5Aget_type(attribute.id()));
+      strings += H5Tget_class(type.id()) == H5T_STRING ? 1 : 0;
+      expect_variable_utf8(type.id(), path);
+    }
+    if (H5Iget_type(object.id()) != H5I_DATASET) continue;
+    const hdf5::Handle type(H5Dget_type(object.id()));
+    strings += H5Tget_class(type.id()) == H5T_STRING ? 1 : 0;
+    expect_variable_utf8(type.id(), path);
+  }
+  EXPECT_EQ(strings, 5 + 3 + 5 + 2) << "of the file, of the model, digests of five datasets, two datasets of strings";
 }
 
 TEST_F(Writer, MarksTheFileCompleteAndSaysWhatItIs) {
   write_sample(folder_ / "run.h5");
   const hdf5::File file = hdf5::File::open(folder_ / "run.h5");
   EXPECT_EQ(file.read_string("/", "format"), "kvtrace");
-  EXPECT_EQ(file.read_int("/", "format_version"), 1);
+  EXPECT_EQ(file.read_int("/", "format_version"), 2);
   EXPECT_EQ(file.read_int("/", "complete"), 1);
   EXPECT_EQ(file.read_int("/tokens/ids", "prompt_length"), 9);
   EXPECT_FALSE(file.has_attribute("/layers/0", "sliding_window"));
   EXPECT_EQ(file.read_int("/layers/1", "sliding_window"), 4);
-  for (const char* path : {"/tokens/ids", "/tokens/pieces", "/tokens/turn_starts", "/query_positions",
-                           "/annotations/spans", "/layers/0/keys", "/layers/1/attention_mass"}) {
+  for (const char* path :
+       {"/tokens/ids", "/tokens/pieces", "/tokens/turn_starts", "/query_positions", "/annotations/spans/start",
+        "/annotations/spans/end", "/annotations/spans/label", "/layers/0/keys", "/layers/1/attention_mass"}) {
     EXPECT_EQ(file.read_string(path, "xxh64"), file.dataset(path).compute_xxh64()) << path;
   }
+}
+
+// Spans as compound elements, strings of fixed length.
+TEST(OldTraces, AreRead) {
+  const TraceReader trace(std::filesystem::path(KVREPLAY_TEST_DATA) / "trace-version-1.h5");
+  EXPECT_EQ(trace.info().model.architecture, "llama");
+  EXPECT_EQ(trace.info().created_by, "kvreplay 0.1.0");
+  EXPECT_EQ(trace.info().token_pieces[9], "p9");
+  EXPECT_THAT(trace.info().turn_starts, ElementsAre(0, 3));
+  ASSERT_EQ(trace.info().spans.size(), 1U);
+  EXPECT_EQ(trace.info().spans[0].start, 1);
+  EXPECT_EQ(trace.info().spans[0].end, 3);
+  EXPECT_EQ(trace.info().spans[0].label, "needle");
+  EXPECT_EQ(trace.read(1, HeadTensor::keys, 1, 0, 10).rows(), 10);
 }
 
 TEST(Digest, IsThatOfTheRawBytes) {
@@ -582,6 +631,17 @@ TEST(Digest, IsThatOfTheRawBytes) {
   const hdf5::File file = hdf5::File::open(folder / "x.h5");
   EXPECT_EQ(file.dataset("/x").compute_xxh64(), "b5148cb100a911fc");
   EXPECT_EQ(file.dataset("/empty").compute_xxh64(), "ef46db3751d8e999");
+}
+
+TEST(Digest, OfStringsIsThatOfTheirBytesWithAZeroBehindEach) {
+  const TemporaryFolder folder;
+  const std::vector<std::string> texts = {"ab", "", "é"};
+  {
+    hdf5::File file = hdf5::File::create(folder / "x.h5");
+    EXPECT_EQ(file.write("/texts", std::span<const std::string>(texts), {3}).compute_xxh64(), "ad50205e7d7bf29a");
+    file.close();
+  }
+  EXPECT_EQ(hdf5::File::open(folder / "x.h5").dataset("/texts").compute_xxh64(), "ad50205e7d7bf29a");
 }
 
 TEST(Digest, DoesNotDependOnHowTheDataIsStored) {

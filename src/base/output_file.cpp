@@ -6,12 +6,14 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <set>
 #include <string>
 #include <system_error>
 
+#include "base/digest.h"
 #include "base/error.h"
 
 namespace kvreplay {
@@ -42,6 +44,23 @@ std::filesystem::path follow_links(std::filesystem::path path) {
 
 }  // namespace
 
+std::filesystem::path with_suffix(const std::filesystem::path& path, std::string_view suffix) {
+  const std::string name = path.filename().string();
+  const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
+  const long limit = ::pathconf(folder.c_str(), _PC_NAME_MAX);
+  const auto longest = static_cast<std::size_t>(limit > 0 ? limit : NAME_MAX);
+  // What is too long by itself is told by whoever makes the file.
+  if (name.size() + suffix.size() <= longest || name.size() > longest) {
+    return path.parent_path() / (name + std::string(suffix));
+  }
+  Digest digest;
+  digest.add(name);
+  const std::string end = "~" + digest.text() + std::string(suffix);
+  std::size_t kept = longest - end.size();
+  while (kept > 0 && (static_cast<unsigned char>(name[kept]) & 0xc0) == 0x80) --kept;  // whole characters
+  return path.parent_path() / (name.substr(0, kept) + end);
+}
+
 OutputFile::OutputFile(std::filesystem::path path) : path_(std::move(path)), destination_(follow_links(path_)) {
   const auto refuse = [this](std::string_view reason) { return Error(fmt::format("{}: {}", path_.string(), reason)); };
   if (path_.empty()) throw Error("the name of a file to write is empty");
@@ -54,7 +73,7 @@ OutputFile::OutputFile(std::filesystem::path path) : path_(std::move(path)), des
     if (::access(destination_.c_str(), W_OK) != 0) throw refuse("is write-protected; name another file");
   }
   const std::lock_guard guard(unfinished_lock());
-  std::string name = destination_.string() + ".tmp-XXXXXX";
+  std::string name = with_suffix(destination_, ".tmp-XXXXXX").string();
   const int file = ::mkstemp(name.data());
   if (file < 0) throw refuse(fmt::format("cannot be written: {}", std::strerror(errno)));
   // mkstemp makes files that only their owner can read; results are as readable as any other file.
@@ -129,7 +148,7 @@ OutputFolder::OutputFolder(std::filesystem::path path) : path_(std::move(path)) 
     throw Error(fmt::format("{}: is a file; name a folder to write", path_.string()));
   }
   const std::lock_guard guard(unfinished_lock());
-  std::string name = destination_.string() + ".tmp-XXXXXX";
+  std::string name = with_suffix(destination_, ".tmp-XXXXXX").string();
   if (::mkdtemp(name.data()) == nullptr) {
     throw Error(fmt::format("{}: cannot be written: {}", path_.string(), std::strerror(errno)));
   }
@@ -169,7 +188,7 @@ void OutputFolder::commit() {
   if (!exchanged) {
     // A folder that holds something cannot be renamed onto: the old one steps aside, and comes back where the new one
     // cannot take its place.
-    const std::filesystem::path old = temporary_.string() + "-old";
+    const std::filesystem::path old = with_suffix(temporary_, "-old");
     const bool replaces = std::filesystem::exists(destination_, failure);
     if (replaces) std::filesystem::rename(destination_, old, failure);
     if (failure) throw refuse(failure);

@@ -9,6 +9,10 @@
 
 namespace kvreplay {
 
+/// `path` with `suffix` behind its name. Where names in its folder cannot be that long, the end of the name gives way,
+/// and a digest of the whole stands there, so that different names stay different.
+std::filesystem::path with_suffix(const std::filesystem::path& path, std::string_view suffix);
+
 /// A file that is written under a temporary name beside its place and renamed when it is whole.
 /// Destroyed before commit(), it takes what was written away again and leaves the place as it was.
 class OutputFile {

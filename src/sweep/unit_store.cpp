@@ -156,7 +156,7 @@ LayerResult StoredUnit::read(std::size_t setting) const {
 UnitStore::UnitStore(const std::filesystem::path& output, const std::vector<TraceReplay>& outlines,
                      SweepIdentity identity)
     : output_(output),
-      folder_(output.string() + ".units"),
+      folder_(with_suffix(output, ".units")),
       outlines_(outlines),
       identity_(std::move(identity)),
       sweep_(digest_of(identity_.text())) {}

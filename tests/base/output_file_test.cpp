@@ -16,12 +16,14 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/printable.h"
 #include "support/temporary_folder.h"
 
 namespace kvreplay {
 namespace {
 
 using test::TemporaryFolder;
+using std::string_literals::operator""s;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
@@ -55,6 +57,31 @@ TEST(TextOutput, WritesPieceByPieceAndPutsTheWholeInItsPlace) {
   output.finish();
   EXPECT_EQ(content(folder / "result.csv"), "a,b\n1,2\n");
   EXPECT_THAT(folder.names(), ElementsAre("result.csv"));
+}
+
+// As long as names can be, and ones of the same beginning.
+TEST(OutputFile, TakesNamesOfAnyLengthThatFilesHave) {
+  const TemporaryFolder folder;
+  for (const std::size_t length : {244, 245, 253, 255}) {
+    std::string name(length, 'n');
+    OutputFile::write_text(folder / name, "text");
+    EXPECT_EQ(content(folder / name), "text") << length;
+    OutputFile one(folder / name);
+    name.back() = 'm';
+    const OutputFile other(folder / name);
+    EXPECT_EQ(one.temporary().parent_path(), folder.path());
+    EXPECT_NE(one.temporary().filename().string().find(".tmp-"), std::string::npos);
+    OutputFolder report(folder / (name + "-"s).substr(1));
+    report.commit();
+    EXPECT_TRUE(std::filesystem::is_directory(folder / (name + "-"s).substr(1))) << length;
+  }
+  EXPECT_THAT([&] { OutputFile output(folder / std::string(256, 'n')); },
+              testing::ThrowsMessage<Error>(HasSubstr("File name too long")));
+  std::string accents;
+  while (accents.size() < 250) accents += "é";
+  EXPECT_EQ(find_invalid_utf8(with_suffix(accents, ".units").filename().string()), std::nullopt);
+  EXPECT_NE(with_suffix(std::string(253, 'a') + "b", ".units"), with_suffix(std::string(253, 'a') + "c", ".units"));
+  EXPECT_EQ(with_suffix("folder/short.h5", ".units"), "folder/short.h5.units");
 }
 
 TEST(OutputFile, ReplacesWhatStoodThere) {

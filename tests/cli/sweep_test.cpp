@@ -85,6 +85,16 @@ TEST_F(Sweep, GivesTheNumbersThatReplayGives) {
   EXPECT_FALSE(there("sweep.h5.units"));
 }
 
+TEST_F(Sweep, TakesNamesOfAnyLengthThatFilesHave) {
+  const std::string name = std::string(250, 'n') + ".h5";
+  const std::string other = std::string(249, 'n') + "m.h5";
+  for (const std::string& output : {name, other}) {
+    succeed(test::words("sweep a.h5 --policy recent --capacity 16 -o " + output));
+    EXPECT_TRUE(there(output));
+  }
+  EXPECT_THAT(succeed(test::words("inspect a.h5")).output, HasSubstr("a.h5: kvtrace"));
+}
+
 TEST_F(Sweep, MeasuresRankAgreementAsReplayDoes) {
   const std::string grid = std::string(kGrid) + "--heads query --rank-agreement ";
   const test::Outcome outcome = succeed(test::words("sweep" + grid + "-o sweep.h5 --csv sweep.csv --memory 64M"));

@@ -210,10 +210,11 @@ void ResultSet::choose(const ResultFilter& filter) {
   };
   const std::vector<std::string> wanted_capacities = capacities_of();
   std::vector<std::string> traces;
+  std::map<std::string, std::string> digests;  // of the traces
   std::set<int> evictions;
   std::set<int> layers;
   for (const StoredResult& result : results_) {
-    if (std::ranges::find(traces, result.trace) == traces.end()) traces.push_back(result.trace);
+    if (digests.emplace(result.trace, result.trace_digest).second) traces.push_back(result.trace);
     evictions.insert(result.eviction_position);
     for (int layer = 0; layer < result.num_layers; ++layer) layers.insert(layer);
   }
@@ -221,7 +222,12 @@ void ResultSet::choose(const ResultFilter& filter) {
   for (const StoredResult& result : results_) of_setting_[{result.policy, result.capacity_request}];
   require_each(filter.policies, policies(), "policy", is_policy);
   require_each(wanted_capacities, capacities(), "capacity", std::equal_to<>());
-  require_each(filter.traces, traces, "trace", is_trace);
+  // By its name, or by the capture that the file of that path holds, whatever it was called.
+  const auto is_meant = [&](const std::string& trace, const std::string& text) {
+    const auto file = filter.trace_digests.find(text);
+    return is_trace(trace, text) || (file != filter.trace_digests.end() && file->second == digests.at(trace));
+  };
+  require_each(filter.traces, traces, "trace", is_meant);
   require_each(filter.eviction_positions, evictions, "eviction position", std::equal_to<>());
   require_each(filter.layers, layers, "layer", std::equal_to<>());
   layers_ = filter.layers;
@@ -241,7 +247,7 @@ void ResultSet::choose(const ResultFilter& filter) {
     return chosen_policies[result.policy] &&
            (result.capacity_request == kAllPositions ||
             is_in(wanted_capacities, [&](const std::string& text) { return text == result.capacity_request; })) &&
-           is_in(filter.traces, [&](const std::string& text) { return is_trace(result.trace, text); }) &&
+           is_in(filter.traces, [&](const std::string& text) { return is_meant(result.trace, text); }) &&
            is_in(filter.eviction_positions, [&](int position) { return position == result.eviction_position; }) &&
            !layers_of(result).empty();
   };

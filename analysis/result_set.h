@@ -22,7 +22,8 @@ namespace kvreplay {
 struct ResultFilter {
   std::vector<std::string> policies = {};  ///< specs, or names of methods ("restkv": all its settings; "restkv()": one)
   std::vector<std::string> capacities = {};  ///< as asked for; "all" is always chosen
-  std::vector<std::string> traces = {};      ///< file names, with or without folder and suffix
+  std::vector<std::string> traces = {};  ///< file names, with or without folder and suffix, or paths in trace_digests
+  std::map<std::string, std::string> trace_digests = {};  ///< of those of `traces` that are files: which capture it is
   std::vector<int> eviction_positions = {};
   std::vector<int> layers = {};
   bool full_layers = false;  ///< of them only those that held the whole prompt

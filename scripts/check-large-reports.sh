@@ -23,7 +23,7 @@ quietly "$kvreplay" synth --prompt-tokens 131072 --tokens 131104 --layers 4 --he
   --dtype float16 -o "$folder/long.h5"
 quietly "$kvreplay" replay "$folder/long.h5" --policy random recent streamingllm snapkv restkv restkv+adakv knorm \
   --capacity 1024,4096,16384,25% --rank-agreement -o "$folder/long-results.h5" --kept "$folder/long-kept.h5"
-quietly "$kvreplay" report "$folder/long-results.h5" --kept "$folder/long-kept.h5" --trace-file "$folder/long.h5" \
+quietly "$kvreplay" report "$folder/long-results.h5" --kept "$folder/long-kept.h5" --trace "$folder/long.h5" \
   -o "$folder/long"
 "$KVREPLAY_REPORT_PYTHON" scripts/check-report.py "$folder/long" --open-within 12
 

@@ -61,7 +61,7 @@ run "$kvreplay" replay "${traces[@]}" --policy full "${policies[@]}" --policy or
   -o "$out/results.h5" --csv "$out/results.csv" --json "$out/results.json" --kept "$out/kept.h5"
 
 run "$kvreplay" report "$out/results.h5" "$out/settings.h5" "$out/earlier.h5" --kept "$out/kept.h5" \
-  --kept "$out/earlier-kept.h5" --trace-file "${traces[@]}" --force -o "$out/report"
+  --kept "$out/earlier-kept.h5" --trace "${traces[@]}" --force -o "$out/report"
 
 cat <<EOF
 

@@ -156,7 +156,7 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
 
 const FigureRegistration registration({.name = "importance",
                                        .question = "What does smoothing make of a head's scores?",
-                                       .needs = "a restkv setting, and its trace (--trace-file)",
+                                       .needs = "a restkv setting, and its trace (--trace)",
                                        .order = 170,
                                        .draw = draw});
 

@@ -8,10 +8,13 @@
 #include <iterator>
 #include <limits>
 #include <system_error>
+#include <utility>
 
 #include "base/error.h"
 #include "cli/options.h"
+#include "hdf5/hdf5.h"
 #include "policy/expansion.h"
+#include "trace/identity.h"
 
 namespace kvreplay::cli {
 namespace {
@@ -34,6 +37,22 @@ std::string resample_count(const std::string& value) {
   return value == "0" ? "" : integer_in(kFewest, kMost, "a number of resamples")(value);
 }
 
+bool is_file(const std::string& path) {
+  std::error_code ignored;  // what cannot be asked is a name
+  return std::filesystem::is_regular_file(path, ignored);
+}
+
+// Names, which are no files, and traces: a file of results may follow.
+bool looks_like_traces(const std::string& value) {
+  if (!is_file(value)) return true;
+  try {
+    const hdf5::File file = hdf5::File::open(value);
+    return file.has_attribute("/", "format") && file.read_string("/", "format") == "kvtrace";
+  } catch (const Error&) {
+    return false;  // whoever it is for says what is wrong with it
+  }
+}
+
 std::vector<std::filesystem::path> paths(const std::vector<std::string>& files) { return {files.begin(), files.end()}; }
 
 }  // namespace
@@ -52,11 +71,12 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
           ->type_name("N|P%,...");
   take_several(*policies, looks_like_policies);
   take_several(*capacities, looks_like_capacities);
-  // Of the others every one takes one value, so that a file may follow.
-  command.add_option("--trace", options.filter.traces, "Only these traces, by the names of their files")
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->type_name("NAME,...");
+  CLI::Option* const traces =
+      command
+          .add_option("--trace", options.filter.traces,
+                      "Only these traces: names as the results have them, or the files wherever they lie now")
+          ->delimiter(',')
+          ->type_name("NAME|FILE,...");
   CLI::Option* const evictions =
       command.add_option("--evict-at", options.filter.eviction_positions, "Only these eviction positions")
           ->delimiter(',')
@@ -66,6 +86,7 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
                                   ->delimiter(',')
                                   ->check(integer_in(0, kAny, "a layer"))
                                   ->type_name("N,...");
+  take_several(*traces, looks_like_traces);
   take_several(*evictions, looks_like_counts);
   take_several(*layers, looks_like_counts);
   command.add_flag("--full-layers", options.filter.full_layers,
@@ -128,6 +149,9 @@ ResultSet open_results(const ResultOptions& options) {
       std::ranges::move(expand_spec(text), std::back_inserter(filter.policies));
     }
   }
+  for (const std::string& trace : filter.traces) {
+    if (is_file(trace)) filter.trace_digests[trace] = trace_digest(TraceReader(trace));
+  }
   // What they are compared with is meant as well.
   if (!filter.policies.empty() && !options.baseline.empty()) filter.policies.push_back(options.baseline);
   return ResultSet::open(paths(options.files), filter);
@@ -141,6 +165,24 @@ void check_resampling(const ResultOptions& options, const ResultSet& results) {
   throw UsageError(
       "--resample traces needs two traces at least, and there is one; --resample queries says how sure one trace "
       "makes");
+}
+
+std::vector<TraceReader> open_traces(const ResultOptions& options, const ResultSet& results,
+                                     std::vector<std::string>& notes) {
+  std::vector<TraceReader> traces;
+  for (const std::string& file : options.filter.traces) {
+    if (!is_file(file)) continue;
+    TraceReader trace(file);
+    const std::string digest = trace_digest(trace);
+    const auto is_of = [&](const StoredResult& result) { return result.trace_digest == digest; };
+    if (std::ranges::any_of(results.results(), is_of)) {
+      traces.push_back(std::move(trace));
+    } else {
+      notes.push_back(
+          fmt::format("{}: the results of that name are of another capture, so the file adds nothing", file));
+    }
+  }
+  return traces;
 }
 
 RetentionSet open_kept(const ResultOptions& options, const ResultSet& results) {

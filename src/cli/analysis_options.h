@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "analysis/analysis.h"
+#include "trace/reader.h"
 
 namespace CLI {
 class App;
@@ -35,8 +36,13 @@ void add_result_options(CLI::App& command, ResultOptions& options);
 /// What they stand for. Throws UsageError.
 AnalysisOptions analysis_options(const ResultOptions& options);
 
-/// The results and kept sets. Throws as ResultSet and RetentionSet do.
+/// The results and kept sets. Throws as ResultSet, RetentionSet and TraceReader do.
 ResultSet open_results(const ResultOptions& options);
+
+/// Those of the chosen traces that are named by their files: they know the tokens, and all that a replay began with.
+/// One that only has the name of another capture is told in `notes`. Throws as TraceReader does.
+std::vector<TraceReader> open_traces(const ResultOptions& options, const ResultSet& results,
+                                     std::vector<std::string>& notes);
 
 /// Throws UsageError where traces are to be drawn that one trace has no others of.
 void check_resampling(const ResultOptions& options, const ResultSet& results);

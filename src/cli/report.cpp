@@ -2,7 +2,6 @@
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
@@ -18,14 +17,12 @@
 #include "notebooks-export/figure.h"
 #include "notebooks-export/report.h"
 #include "notebooks-export/tables.h"
-#include "trace/identity.h"
 
 namespace kvreplay::cli {
 namespace {
 
 struct ReportCommandOptions {
   ResultOptions results;
-  std::vector<std::string> trace_files;
   std::string folder;
   std::vector<std::string> only;
   std::string title;
@@ -43,23 +40,6 @@ ReportOptions report_options(const ReportCommandOptions& options) {
           .only = options.only,
           .python = options.python,
           .force = options.force};
-}
-
-// The traces that add text and importance to figures. One that no result is of says nothing, which is told.
-std::vector<TraceReader> open_traces(const std::vector<std::string>& files, const ResultSet& results,
-                                     std::vector<std::string>& notes) {
-  std::vector<TraceReader> traces;
-  for (const std::string& file : files) {
-    TraceReader trace(file);
-    const std::string digest = trace_digest(trace);
-    const auto is_of = [&](const StoredResult& result) { return result.trace_digest == digest; };
-    if (std::ranges::any_of(results.results(), is_of)) {
-      traces.push_back(std::move(trace));
-    } else {
-      notes.push_back(fmt::format("{}: none of the results is of this trace, so it adds nothing", file));
-    }
-  }
-  return traces;
 }
 
 void print_item(const std::string& text) {
@@ -80,7 +60,7 @@ void run_report(const ReportCommandOptions& options) {
 
   RetentionSet kept = open_kept(options.results, results);
   std::vector<std::string> notes;
-  std::vector<TraceReader> traces = open_traces(options.trace_files, results, notes);
+  std::vector<TraceReader> traces = open_traces(options.results, results, notes);
   const AnalysisInput input{std::move(results), std::move(kept), std::move(traces)};
   const Analysis analysis = analyze(input, analysis_options(options.results));
   notes.insert(notes.end(), analysis.notes.begin(), analysis.notes.end());
@@ -123,16 +103,13 @@ void add_report_command(CLI::App& app) {
       ->type_name("paper|screen");
   command->add_flag("--no-titles", options->no_titles, "Pictures without their titles, for text that has captions");
   command
-      ->add_option("--trace-file", options->trace_files,
-                   "Traces that the results are of: they add token text and importance over time")
-      ->type_name("FILE...");
-  command
       ->add_option("--python", options->python,
                    "Python with vl-convert, which draws (default: KVREPLAY_REPORT_PYTHON, else the environment that "
                    "'make report-environment' makes)")
       ->check(names_a_file)
       ->type_name("FILE");
   add_result_options(*command, options->results);
+  command->footer("A trace that --trace names by its file adds the text of tokens and importance over time.");
   command->callback([options]() { run_report(*options); });
 }
 

@@ -175,6 +175,9 @@ TEST_F(Analyze, SelectionsSayWhatThereIs) {
   refuse_words("r.h5 --policy tova", 2, {"no result is of policy tova", "recent"});
   refuse_words("r.h5 --capacity 99", 2, {"capacity 99", "16, 32"});
   refuse_words("r.h5 --trace c", 2, {"trace c", "a.h5, b.h5"});
+  std::filesystem::copy_file(folder_ / "b.h5", folder_ / "moved.h5");
+  EXPECT_EQ(analyze("r.h5 --trace moved.h5").output, analyze("r.h5 --trace b").output);
+  EXPECT_EQ(analyze("r.h5 --trace a moved.h5").output, analyze("r.h5").output);
   refuse_words("r.h5 --evict-at 7", 2, {"eviction position 7", "50, 60"});
   refuse_words("r.h5 --layer 5", 2, {"layer 5", "0, 1"});
   refuse_words("r.h5 --baseline restkvv(window=8)", 2, {"no result is of policy restkvv(window=8)", "Did you mean"});

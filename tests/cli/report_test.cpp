@@ -66,7 +66,7 @@ class ReportCommand : public test::Commands {
 };
 
 TEST_F(ReportCommand, SaysWhatWasFoundAndWhereItStands) {
-  const Outcome outcome = report("r.h5 --kept k.h5 --trace-file a.h5 b.h5 -o out");
+  const Outcome outcome = report("r.h5 --kept k.h5 --trace a.h5 b.h5 -o out");
   EXPECT_THAT(outcome.output, AllOf(StartsWith("2 traces of random"), HasSubstr("  - "), HasSubstr(" figures"),
                                     HasSubstr("ablation: settings of one method"), HasSubstr("wrote out/index.html")));
   EXPECT_THAT(outcome.errors, HasSubstr("make report-environment"));
@@ -78,9 +78,17 @@ TEST_F(ReportCommand, SaysWhatWasFoundAndWhereItStands) {
 
 TEST_F(ReportCommand, TracesAddTextAndOthersAreTold) {
   RandomTrace{.seed = 9}.write(folder_ / "c.h5");
-  const Outcome outcome = report("r.h5 --trace-file c.h5 -o out");
-  EXPECT_THAT(outcome.errors, HasSubstr("note: c.h5: none of the results is of this trace"));
-  refuse_words("r.h5 --trace-file missing.h5 -o other", 1, {"missing.h5"});
+  refuse_words("r.h5 --trace c.h5 -o out", 2, {"no result is of trace c.h5", "a.h5, b.h5"});
+  refuse_words("r.h5 --trace missing.h5 -o out", 2, {"no result is of trace missing.h5"});
+  // Under another name and elsewhere it is the same capture; under its name another capture is not.
+  std::filesystem::create_directory(folder_ / "elsewhere");
+  std::filesystem::copy_file(folder_ / "a.h5", folder_ / "elsewhere/moved.h5");
+  std::filesystem::rename(folder_ / "c.h5", folder_ / "elsewhere/b.h5");
+  const Outcome outcome = report("r.h5 --kept k.h5 --trace elsewhere/moved.h5 elsewhere/b.h5 -o out");
+  EXPECT_THAT(outcome.output, HasSubstr("2 traces of random"));
+  EXPECT_THAT(outcome.errors, HasSubstr("note: elsewhere/b.h5: the results of that name are of another capture"));
+  EXPECT_THAT(report("r.h5 --trace elsewhere/moved.h5 -o one").output, HasSubstr("1 trace of random"));
+  refuse_words("r.h5 --trace r.h5 -o other", 1, {"r.h5", "is not a kvtrace file"});
 }
 
 TEST_F(ReportCommand, WrongUsageIsTold) {
@@ -145,8 +153,8 @@ TEST_F(ReportCommand, PicturesHaveTitlesUnlessTheyAreLeftOut) {
 }
 
 TEST_F(ReportCommand, SameInputSameBytesWhateverTheThreads) {
-  report("r.h5 --kept k.h5 --trace-file a.h5 b.h5 -o one -t 1");
-  report("r.h5 --kept k.h5 --trace-file a.h5 b.h5 -o four -t 4");
+  report("r.h5 --kept k.h5 --trace a.h5 b.h5 -o one -t 1");
+  report("r.h5 --kept k.h5 --trace a.h5 b.h5 -o four -t 4");
   std::size_t files = 0;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(folder_ / "one")) {
     if (!entry.is_regular_file()) continue;

@@ -37,7 +37,6 @@ constexpr Architecture kGemma = {.class_name = "GemmaForCausalLM",
                                  .model_type = "gemma",
                                  .norm_stored_minus_one = true,
                                  .embedding_scaled = true,
-                                 .reads_hidden_activation = true,
                                  .gelu_is_tanh = true,
                                  .activation = Activation::gelu_tanh,
                                  .tie_word_embeddings = true,
@@ -47,6 +46,8 @@ constexpr Architecture kGemma = {.class_name = "GemmaForCausalLM",
 // What Gemma 2 and 3 have in common.
 constexpr Architecture local_gemma() {
   Architecture gemma = kGemma;
+  gemma.activation_key = "hidden_activation";
+  gemma.gelu_is_tanh = false;
   gemma.norm_after = true;
   gemma.windowed_layers = WindowedLayers::all_but_nth;
   gemma.num_key_value_heads = 4;
@@ -59,7 +60,7 @@ constexpr Architecture gemma2() {
   Architecture gemma = local_gemma();
   gemma.class_name = "Gemma2ForCausalLM";
   gemma.model_type = "gemma2";
-  gemma.sliding_window_pattern = 2;
+  gemma.windowed_period = 2;
   gemma.attn_logit_softcapping = 50;
   gemma.final_logit_softcapping = 30;
   return gemma;
@@ -74,7 +75,8 @@ constexpr Architecture gemma3() {
   gemma.has_local_rotary = true;
   gemma.num_attention_heads = 8;
   gemma.vocab_size = 262208;
-  gemma.sliding_window_pattern = 6;
+  gemma.windowed_period = 6;
+  gemma.reads_windowed_period = true;
   gemma.rope_theta = 1e6;
   gemma.final_logit_softcapping = 0;
   return gemma;

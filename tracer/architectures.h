@@ -14,7 +14,7 @@ enum class WindowedLayers {
   none,         ///< there is no window
   all,          ///< all, unless sliding_window is null
   late,         ///< with use_sliding_window: those from max_window_layers on
-  all_but_nth,  ///< all but every n-th, n being sliding_window_pattern
+  all_but_nth,  ///< all but every n-th
 };
 
 /// An architecture as transformers' configuration and model classes of that name define it: what is fixed, and what
@@ -30,10 +30,10 @@ struct Architecture {
   bool query_key_norm = false;
   bool norm_after = false;
   bool norm_stored_minus_one = false;
-  bool embedding_scaled = false;         ///< by the square root of the hidden size
-  bool has_local_rotary = false;         ///< layers with a window have a rotary embedding of their own
-  bool reads_hidden_activation = false;  ///< hidden_activation comes before hidden_act
-  bool gelu_is_tanh = false;             ///< "gelu" means its approximation by tanh
+  bool embedding_scaled = false;  ///< by the square root of the hidden size
+  bool has_local_rotary = false;  ///< layers with a window have a rotary embedding of their own
+  std::string_view activation_key = "hidden_act";
+  bool gelu_is_tanh = false;  ///< "gelu" means its approximation by tanh
   WindowedLayers windowed_layers = WindowedLayers::none;
 
   // Unless config.json says otherwise.
@@ -46,7 +46,8 @@ struct Architecture {
   double rms_norm_eps = 1e-6;
   int sliding_window = 0;
   int max_window_layers = 28;
-  int sliding_window_pattern = 0;
+  int windowed_period = 0;             ///< the n of all_but_nth
+  bool reads_windowed_period = false;  ///< config.json may name another n as sliding_window_pattern
   double rope_theta = 10000;
   double query_pre_attn_scalar = 0;                   ///< 0: not a key; the softmax is scaled by head_dim^-0.5
   std::optional<double> attn_logit_softcapping = {};  ///< nothing: not a key

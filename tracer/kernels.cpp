@@ -333,7 +333,7 @@ struct Generic {
   }
 
   // x/2·(1 + tanh(u)) with u = sqrt(2/pi)·(x + 0.044715·x³) is x / (1 + exp(-2u)).
-  KVREPLAY_INLINE void gelu_multiply(Index n, float* gate, const float* up) {
+  KVREPLAY_INLINE void gelu_tanh_multiply(Index n, float* gate, const float* up) {
     const float outer = -1.59576912f;  // -2·sqrt(2/pi)
     const float inner = 0.044715f;
     Index i = 0;
@@ -377,10 +377,10 @@ struct Generic {
   target void softmax(Index n, float* logits) { Body::softmax(n, logits); }                                            \
   target void soft_cap(Index n, float cap, float* logits) { Body::soft_cap(n, cap, logits); }                          \
   target void silu_multiply(Index n, float* gate, const float* up) { Body::silu_multiply(n, gate, up); }               \
-  target void gelu_multiply(Index n, float* gate, const float* up) { Body::gelu_multiply(n, gate, up); }               \
-  constexpr Kernels table = {label,           rows,          Body::columns, multiply,        pack,                     \
-                             multiply_vector, update_maxima, exponentiate,  accumulate_mass, softmax,                  \
-                             soft_cap,        silu_multiply, gelu_multiply};                                           \
+  target void gelu_tanh_multiply(Index n, float* gate, const float* up) { Body::gelu_tanh_multiply(n, gate, up); }     \
+  constexpr Kernels table = {label,           rows,          Body::columns,     multiply,        pack,                 \
+                             multiply_vector, update_maxima, exponentiate,      accumulate_mass, softmax,              \
+                             soft_cap,        silu_multiply, gelu_tanh_multiply};                                      \
   static_assert(kQueryBlock % Body::columns == 0);                                                                     \
   }
 
@@ -407,6 +407,15 @@ const std::vector<Kernels>& available_kernels() {
     return found;
   }();
   return kernels;
+}
+
+// x·Φ(x); by erfc, whose digits do not vanish where Φ is small.
+void gelu_multiply(Index n, float* gate, const float* up) {
+  constexpr double kInverseRoot2 = 0.70710678118654752;
+  for (Index i = 0; i < n; ++i) {
+    const double x = gate[i];
+    gate[i] = static_cast<float>(0.5 * x * std::erfc(-x * kInverseRoot2)) * up[i];
+  }
 }
 
 const Kernels& best_kernels() { return available_kernels().back(); }

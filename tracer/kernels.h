@@ -55,8 +55,11 @@ struct Kernels {
   void (*silu_multiply)(Index n, float* gate, const float* up);
 
   /// gate[i] = gelu(gate[i]) * up[i], in the approximation by tanh that models are trained with.
-  void (*gelu_multiply)(Index n, float* gate, const float* up);
+  void (*gelu_tanh_multiply)(Index n, float* gate, const float* up);
 };
+
+/// gate[i] = gelu(gate[i]) * up[i], without that approximation. Too rare for kernels of its own.
+void gelu_multiply(Index n, float* gate, const float* up);
 
 /// Queries that are attended together: the width of the softmax kernels' rows.
 inline constexpr Index kQueryBlock = 64;

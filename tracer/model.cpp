@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstring>
 #include <initializer_list>
 #include <string>
 #include <string_view>
@@ -42,9 +43,26 @@ std::string place_of(const SafeTensors& files, std::initializer_list<std::string
   return std::string(found != candidates.end() ? *found : *candidates.begin());
 }
 
+// Whether two tensors of one shape hold the same values.
+bool same_values(const Tensor& a, const Tensor& b) {
+  const Index width = a.columns();
+  if (a.type == b.type) {
+    return std::memcmp(a.data, b.data, static_cast<std::size_t>(a.rows() * width) * size_of(a.type)) == 0;
+  }
+  std::vector<float> row_of_a(static_cast<std::size_t>(width));
+  std::vector<float> row_of_b(row_of_a.size());
+  for (Index row = 0; row < a.rows(); ++row) {
+    to_float32(a.type, a.data + row * width * static_cast<Index>(size_of(a.type)), row_of_a);
+    to_float32(b.type, b.data + row * width * static_cast<Index>(size_of(b.type)), row_of_b);
+    if (row_of_a != row_of_b) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
-Model::Model(const std::filesystem::path& folder) : config(read_model_config(folder)), files(folder) {
+Model::Model(const std::filesystem::path& folder)
+    : config(read_model_config(folder)), files(folder), warnings(config.warnings) {
   const Index hidden = config.hidden_size;
   const Index intermediate = config.intermediate_size;
   const Index query_size = Index{config.num_attention_heads} * config.head_dim;
@@ -104,11 +122,16 @@ Model::Model(const std::filesystem::path& folder) : config(read_model_config(fol
     layers.push_back(std::move(weights));
   }
   final_norm = norm(root + "norm", hidden);
-  if (config.tie_word_embeddings) {
-    output_head.weight = embedding;
-  } else {
-    output_head.weight =
-        files.get(place_of(files, {"lm_head.weight", "language_model.lm_head.weight"}), {config.vocab_size, hidden});
+  const std::string head = place_of(files, {"lm_head.weight", "language_model.lm_head.weight"});
+  output_head.weight = embedding;
+  if (config.tie_word_embeddings && !files.contains(head)) return;
+  output_head.weight = files.get(head, {config.vocab_size, hidden});
+  // Fine-tunes leave the flag of the model that they began with.
+  if (config.tie_word_embeddings && !same_values(output_head.weight, embedding)) {
+    warnings.push_back(
+        fmt::format("{}: tie_word_embeddings is true, but {} is not the embeddings; it is used as it stands, as "
+                    "transformers 5 does",
+                    (folder / "config.json").string(), head));
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <string>
 #include <vector>
 
 #include "tracer/model_config.h"
@@ -41,8 +42,9 @@ struct Model {
   SafeTensors files;
   Tensor embedding;  ///< [vocabulary, C]
   std::vector<LayerWeights> layers;
-  std::vector<float> final_norm;  ///< [C]
-  LinearWeights output_head;      ///< [vocabulary, C]
+  std::vector<float> final_norm;      ///< [C]
+  LinearWeights output_head;          ///< [vocabulary, C]
+  std::vector<std::string> warnings;  ///< those of the configuration, and what the weights contradict in it
 };
 
 }  // namespace kvreplay::tracer

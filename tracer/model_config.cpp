@@ -34,6 +34,8 @@ class Section {
 
   const std::string& place() const { return place_; }
 
+  const json& content() const { return *content_; }
+
   /// Whether there is something at `key`, be it null.
   bool says(const char* key) const { return content_->contains(key); }
 
@@ -138,6 +140,9 @@ const Architecture& find_architecture(const Section& config) {
   throw config.unsupported("model_type", supported);
 }
 
+constexpr std::string_view kFull = "full_attention";
+constexpr std::string_view kSliding = "sliding_attention";
+
 // What stands at the place of rope_scaling, of rope_parameters, or of a kind of layer in the latter.
 RotaryEmbedding read_rotary(const Section& scaling, double theta, int max_position_embeddings) {
   RotaryEmbedding rotary;
@@ -165,6 +170,30 @@ RotaryEmbedding read_rotary(const Section& scaling, double theta, int max_positi
   return rotary;
 }
 
+// What transformers 5 takes for the rotary parameters of the layers without a window where those with one have others:
+// rope_parameters of that kind, or nothing, with rope_scaling over them. A "type" in rope_scaling alone is the older
+// name of rope_type and overrides none, which is told.
+json merged_parameters(const Section& config, std::vector<std::string>& warnings) {
+  json merged = json::object();
+  if (config.has("rope_parameters")) {
+    const Section kinds = config.section("rope_parameters");
+    if (kinds.has(kFull.data())) merged = kinds.section(kFull.data()).content();
+  } else {
+    merged["rope_type"] = "default";
+  }
+  if (!config.has("rope_scaling")) return merged;
+  const Section scaling = config.section("rope_scaling");
+  merged.update(scaling.content());
+  if (scaling.has("type") && !scaling.has("rope_type") && merged.contains("rope_type") &&
+      merged["rope_type"] != scaling.content()["type"]) {
+    warnings.push_back(fmt::format(
+        "{}: type {} is not obeyed, as it is not by transformers 5 in this architecture; if positions were scaled in "
+        "training, write rope_type",
+        scaling.place(), scaling.content()["type"].dump()));
+  }
+  return merged;
+}
+
 // Older versions of transformers write rope_theta (and rope_local_base_freq for layers with a window) beside
 // rope_scaling, which is for layers without one; newer ones write all of it into rope_parameters, by kind of layer
 // where that matters.
@@ -177,17 +206,16 @@ void read_rotary(const Section& config, const Architecture& architecture, ModelC
     model.local_rotary.theta = config.positive_or("rope_local_base_freq", model.local_rotary.theta);
     if (config.has("rope_parameters")) {
       const Section kinds = config.section("rope_parameters");
-      if (!kinds.has("full_attention") && !kinds.has("sliding_attention")) {
+      if (!kinds.has(kFull.data()) && !kinds.has(kSliding.data())) {
         throw config.unsupported("rope_parameters", "objects for full_attention and sliding_attention");
       }
-      if (kinds.has("full_attention")) model.rotary = read_rotary(kinds.section("full_attention"), theta, context);
-      if (kinds.has("sliding_attention")) {
-        model.local_rotary = read_rotary(kinds.section("sliding_attention"), model.local_rotary.theta, context);
+      if (kinds.has(kSliding.data())) {
+        model.local_rotary = read_rotary(kinds.section(kSliding.data()), model.local_rotary.theta, context);
       }
     }
-    if (config.has("rope_scaling")) {
-      model.rotary = read_rotary(config.section("rope_scaling"), model.rotary.theta, context);
-    }
+    const char* place = config.has("rope_scaling") ? "rope_scaling" : "rope_parameters";
+    const json merged = merged_parameters(config, model.warnings);
+    model.rotary = read_rotary({merged, fmt::format("{}: {}", config.place(), place)}, theta, context);
     return;
   }
   for (const char* key : {"rope_scaling", "rope_parameters"}) {
@@ -197,9 +225,6 @@ void read_rotary(const Section& config, const Architecture& architecture, ModelC
   }
   model.local_rotary = model.rotary;
 }
-
-constexpr std::string_view kFull = "full_attention";
-constexpr std::string_view kSliding = "sliding_attention";
 
 // For each layer whether it sees a window, as layer_types says, or nothing where it does not say.
 std::optional<std::vector<bool>> read_layer_types(const Section& config, int num_layers) {
@@ -218,11 +243,30 @@ std::optional<std::vector<bool>> read_layer_types(const Section& config, int num
   return windowed;
 }
 
-std::vector<int> read_sliding_windows(const Section& config, const Architecture& architecture, int num_layers) {
+// Of every how many layers one has no window. Names for it that transformers does not look at are told where they say
+// something else.
+int read_windowed_period(const Section& config, const Architecture& architecture, std::vector<std::string>& warnings) {
+  const char* const read = "sliding_window_pattern";
+  const int period = architecture.reads_windowed_period ? config.size_or(read, architecture.windowed_period)
+                                                        : architecture.windowed_period;
+  for (const char* key : {read, "_sliding_window_pattern"}) {
+    if (config.has("layer_types") || !config.has(key) || config.at(key) == period) continue;
+    warnings.push_back(fmt::format(
+        "{}: {} {} is not obeyed, as it is not by transformers 5 in this architecture: one layer of every {} "
+        "has no window; layer_types can say otherwise",
+        config.place(), key, config.at(key).dump(), period));
+  }
+  return period;
+}
+
+std::vector<int> read_sliding_windows(const Section& config, const Architecture& architecture, ModelConfig& model) {
+  const int num_layers = model.num_layers;
   int window = config.says("sliding_window") ? config.size_or("sliding_window", 0) : architecture.sliding_window;
   std::vector<bool> windowed(static_cast<std::size_t>(num_layers));
   switch (architecture.windowed_layers) {
     case WindowedLayers::none:
+      // With layer_types, transformers takes these for its cache.
+      if (!config.has("layer_types")) model.cache_limit = window;
       window = 0;
       break;
     case WindowedLayers::all:
@@ -240,8 +284,7 @@ std::vector<int> read_sliding_windows(const Section& config, const Architecture&
       break;
     }
     case WindowedLayers::all_but_nth: {
-      const char* key = config.has("_sliding_window_pattern") ? "_sliding_window_pattern" : "sliding_window_pattern";
-      const int period = config.size_or(key, architecture.sliding_window_pattern);
+      const int period = read_windowed_period(config, architecture, model.warnings);
       for (int layer = 0; layer < num_layers; ++layer) {
         windowed[static_cast<std::size_t>(layer)] = (layer + 1) % period != 0;
       }
@@ -268,13 +311,13 @@ std::vector<int> read_sliding_windows(const Section& config, const Architecture&
 }
 
 Activation read_activation(const Section& config, const Architecture& architecture) {
-  const char* key =
-      architecture.reads_hidden_activation && config.has("hidden_activation") ? "hidden_activation" : "hidden_act";
+  const char* key = architecture.activation_key.data();
   if (!config.has(key)) return architecture.activation;
   const std::string name = config.text(key);
   if (name == "silu") return Activation::silu;
   if (name == "gelu_pytorch_tanh" || (name == "gelu" && architecture.gelu_is_tanh)) return Activation::gelu_tanh;
-  throw config.unsupported(key, "silu, gelu_pytorch_tanh");
+  if (name == "gelu") return Activation::gelu;
+  throw config.unsupported(key, "silu, gelu, gelu_pytorch_tanh");
 }
 
 // A cap for logits that is a key of this architecture, or refused.
@@ -390,7 +433,7 @@ ModelConfig read_model_config(const std::filesystem::path& folder) {
       read_softcapping(config, "attn_logit_softcapping", architecture.attn_logit_softcapping);
   model.final_logit_softcapping =
       read_softcapping(config, "final_logit_softcapping", architecture.final_logit_softcapping);
-  model.sliding_windows = read_sliding_windows(config, architecture, model.num_layers);
+  model.sliding_windows = read_sliding_windows(config, architecture, model);
   read_rotary(config, architecture, model);
 
   auto bos = top.token_ids("bos_token_id");

@@ -29,6 +29,7 @@ struct RotaryEmbedding {
 /// What a gated MLP bends its gate with.
 enum class Activation {
   silu,
+  gelu,
   gelu_tanh,  ///< the approximation of GELU by tanh
 };
 
@@ -67,8 +68,15 @@ struct ModelConfig {
   RotaryEmbedding rotary;
   RotaryEmbedding local_rotary;  ///< of layers with a sliding window
 
+  /// Positions that transformers' cache holds at most although no layer has a window: it shortens the cache to a
+  /// sliding_window in config.json that the model's code knows nothing of. Within them nothing is lost; 0: no such
+  /// limit.
+  int cache_limit = 0;
+
   std::optional<std::int32_t> bos_token_id;
   std::vector<std::int32_t> eos_token_ids;  ///< generation stops after any of them
+
+  std::vector<std::string> warnings;  ///< what config.json says and transformers does not do, in sentences
 
   /// Query heads that read one KV head.
   int group_size() const { return num_attention_heads / num_key_value_heads; }

@@ -34,6 +34,18 @@ Error not_finite(std::string_view what, int layer, std::string_view head_kind, I
                   std::isnan(value) ? "NaN" : "infinity", what, layer, head_kind, head, position));
 }
 
+auto gate_kernel(Activation activation, const Kernels& kernels) {
+  switch (activation) {
+    case Activation::silu:
+      return kernels.silu_multiply;
+    case Activation::gelu_tanh:
+      return kernels.gelu_tanh_multiply;
+    case Activation::gelu:
+      break;
+  }
+  return &gelu_multiply;
+}
+
 // `rows` is [count, heads * dim].
 void check_rows(std::span<const float> rows, std::string_view what, int layer, std::string_view head_kind, Index width,
                 Index dim, Index first_position) {
@@ -184,9 +196,7 @@ void Transformer::feed_forward(const LayerWeights& layer, std::span<const float>
     input.multiply(layer.gate, gate);
     input.multiply(layer.up, up);
   }
-  const Kernels& kernels = execution_.kernels();
-  const auto multiply_gate =
-      model_.config.activation == Activation::silu ? kernels.silu_multiply : kernels.gelu_multiply;
+  const auto multiply_gate = gate_kernel(model_.config.activation, execution_.kernels());
   execution_.share(count, count * intermediate * 10, [&](Index token, int) {
     multiply_gate(intermediate, gate.data() + token * intermediate, up.data() + token * intermediate);
   });

@@ -197,13 +197,25 @@ TEST_P(Family, CapturesWhatReplaysCanRecompute) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Each, Family,
-                         testing::Values("llama", "llama3", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2",
-                                         "gemma3", "gemma3-layer-types"),
+                         testing::Values("llama", "llama3", "llama-own-head", "mistral", "qwen2", "qwen3", "phi3",
+                                         "gemma", "gemma-other-activation", "gemma2", "gemma2-pattern", "gemma3",
+                                         "gemma3-layer-types", "gemma3-old-names"),
                          [](const auto& family) {
                            std::string name = family.param;
                            std::erase(name, '-');
                            return name;
                          });
+
+TEST(Families, TellWhereTheHeadIsNotTheEmbeddingsThatItIsSaidToBe) {
+  const Model own(families() / "llama-own-head");
+  ASSERT_EQ(own.warnings.size(), 1u);
+  EXPECT_NE(own.warnings[0].find("tie_word_embeddings is true, but lm_head.weight is not the embeddings"),
+            std::string::npos)
+      << own.warnings[0];
+  for (const char* name : {"llama", "llama3", "gemma2", "gemma3"}) {
+    EXPECT_TRUE(Model(families() / name).warnings.empty()) << name;
+  }
+}
 
 // Multimodal checkpoints hold the language model under names of their own, old and new, and describe it in a section
 // of their own.

@@ -169,19 +169,39 @@ TEST_P(KernelSet, GatesOverTheWholeRange) {
   }
 }
 
-TEST_P(KernelSet, GatesWithGeluOverTheWholeRange) {
+TEST_P(KernelSet, GatesWithGeluByTanhOverTheWholeRange) {
   std::vector<float> gate;
   for (float x = -200; x <= 200; x += 0.37f) gate.push_back(x);
   for (float x = -2; x <= 2; x += 0.01f) gate.push_back(x);
   const auto up = random_values(gate.size(), 8);
   auto out = gate;
-  GetParam().gelu_multiply(static_cast<Index>(out.size()), out.data(), up.data());
+  GetParam().gelu_tanh_multiply(static_cast<Index>(out.size()), out.data(), up.data());
   for (std::size_t i = 0; i < gate.size(); ++i) {
     const double x = gate[i];
     const double bent = 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::numbers::pi) * (x + 0.044715 * x * x * x)));
     const double expected = bent * static_cast<double>(up[i]);
     ASSERT_NEAR(out[i], expected, 4e-6 * std::abs(expected) + 1e-12) << x;
   }
+}
+
+TEST(Gelu, IsExactOverTheWholeRange) {
+  std::vector<float> gate;
+  for (float x = -200; x <= 200; x += 0.37f) gate.push_back(x);
+  for (float x = -2; x <= 2; x += 0.01f) gate.push_back(x);
+  const auto up = random_values(gate.size(), 8);
+  auto out = gate;
+  gelu_multiply(static_cast<Index>(out.size()), out.data(), up.data());
+  for (std::size_t i = 0; i < gate.size(); ++i) {
+    const double x = gate[i];
+    const double expected = 0.5 * x * std::erfc(-x / std::numbers::sqrt2) * static_cast<double>(up[i]);
+    ASSERT_NEAR(out[i], expected, 2e-7 * std::abs(expected) + 1e-40) << x;
+  }
+  std::vector<float> odd = {0, std::nanf(""), 1};
+  const std::vector<float> ones(3, 1);
+  gelu_multiply(3, odd.data(), ones.data());
+  EXPECT_EQ(odd[0], 0);
+  EXPECT_TRUE(std::isnan(odd[1]));
+  EXPECT_FLOAT_EQ(odd[2], 0.84134475f);
 }
 
 TEST_P(KernelSet, CapsLogitsOfAnySize) {
@@ -206,7 +226,7 @@ TEST_P(KernelSet, PassesNotANumberOn) {
   EXPECT_TRUE(std::isnan(many[0]) && std::isnan(many[19]));
   many.assign(20, std::nanf(""));
   const std::vector<float> ones(20, 1);
-  GetParam().gelu_multiply(20, many.data(), ones.data());
+  GetParam().gelu_tanh_multiply(20, many.data(), ones.data());
   EXPECT_TRUE(std::isnan(many[0]) && std::isnan(many[19]));
   std::vector<float> logits(kQueryBlock, 0);
   logits[5] = std::nanf("");

@@ -118,7 +118,7 @@ TEST(ModelConfig, RefusesWhatItCannotComputeExactly) {
       {{{"architectures", nullptr}, {"model_type", "mixtral"}},
        "model_type \"mixtral\" is not supported; supported: LlamaForCausalLM"},
       {{{"architectures", nullptr}, {"model_type", nullptr}}, "model_type is missing"},
-      {{{"hidden_act", "gelu"}}, "hidden_act \"gelu\" is not supported; supported: silu, gelu_pytorch_tanh"},
+      {{{"hidden_act", "relu"}}, "hidden_act \"relu\" is not supported; supported: silu, gelu, gelu_pytorch_tanh"},
       {{{"use_bidirectional_attention", true}}, "use_bidirectional_attention true is not supported; supported: false"},
       {{{"attn_logit_softcapping", 50.0}}, "attn_logit_softcapping 50.0 is not supported; supported: null"},
       {{{"layer_types", {"full_attention", "sliding_attention"}}},
@@ -186,13 +186,72 @@ TEST(ModelConfig, ReadsWhichLayersSeeAWindow) {
   }
   EXPECT_EQ(windows(of_class("Gemma2ForCausalLM", {{"sliding_window", 7}})), (Windows{7, 0, 7, 0, 7, 0}));
   EXPECT_EQ(windows(of_class("Gemma3ForCausalLM", {{"sliding_window", 7}})), (Windows{7, 7, 7, 7, 7, 0}));
-  for (const char* key : {"sliding_window_pattern", "_sliding_window_pattern"}) {
-    EXPECT_EQ(windows(of_class("Gemma3ForCausalLM", {{"sliding_window", 7}, {key, 3}})), (Windows{7, 7, 0, 7, 7, 0}));
-  }
+  EXPECT_EQ(windows(of_class("Gemma3ForCausalLM", {{"sliding_window", 7}, {"sliding_window_pattern", 3}})),
+            (Windows{7, 7, 0, 7, 7, 0}));
   EXPECT_NE(message_of<Error>([&] {
               windows(with_null(of_class("Gemma2ForCausalLM"), "sliding_window"));
             }).find("sliding_window is missing, but layer 0 attends to one"),
             std::string::npos);
+}
+
+// What transformers 5.24 does; fixtures of the same configurations hold its numbers.
+TEST(ModelConfig, TellsWhatTransformersDoesNotObey) {
+  using Windows = std::vector<int>;
+  const struct {
+    const char* name;
+    const char* key;
+    Windows windows;
+  } cases[] = {{"Gemma2ForCausalLM", "sliding_window_pattern", {7, 0, 7, 0, 7, 0}},
+               {"Gemma2ForCausalLM", "_sliding_window_pattern", {7, 0, 7, 0, 7, 0}},
+               {"Gemma3ForCausalLM", "_sliding_window_pattern", {7, 7, 7, 7, 7, 0}}};
+  for (const auto& each : cases) {
+    json config = of_class(each.name, {{"sliding_window", 7}, {each.key, 3}});
+    const ModelConfig model = read(config);
+    EXPECT_EQ(model.sliding_windows, each.windows) << each.name << " " << each.key;
+    ASSERT_EQ(model.warnings.size(), 1u) << each.name << " " << each.key;
+    EXPECT_NE(model.warnings[0].find(std::string("config.json: ") + each.key + " 3 is not obeyed"), std::string::npos)
+        << model.warnings[0];
+    config["layer_types"] = std::vector<std::string>(6, "full_attention");
+    EXPECT_TRUE(read(config).warnings.empty()) << "layer_types say it";
+  }
+  EXPECT_TRUE(read(of_class("Gemma3ForCausalLM", {{"_sliding_window_pattern", 6}})).warnings.empty());
+
+  const json old_name = {{"type", "linear"}, {"factor", 8.0}};
+  const ModelConfig gemma3 = read(of_class("Gemma3ForCausalLM", {{"rope_scaling", old_name}}));
+  EXPECT_EQ(gemma3.rotary.scaling, RotaryEmbedding::Scaling::none);
+  ASSERT_EQ(gemma3.warnings.size(), 1u);
+  EXPECT_NE(gemma3.warnings[0].find("rope_scaling: type \"linear\" is not obeyed"), std::string::npos)
+      << gemma3.warnings[0];
+  json both = old_name;
+  both["rope_type"] = "linear";
+  EXPECT_EQ(read(of_class("Gemma3ForCausalLM", {{"rope_scaling", both}})).rotary.factor, 8);
+  const ModelConfig gemma2 = read(of_class("Gemma2ForCausalLM", {{"rope_scaling", old_name}}));
+  EXPECT_EQ(gemma2.rotary.scaling, RotaryEmbedding::Scaling::linear) << "elsewhere the old name is obeyed";
+  EXPECT_TRUE(gemma2.warnings.empty());
+}
+
+TEST(ModelConfig, LooksAtTheActivationThatTheFamilyLooksAt) {
+  const auto activation = [](const char* name, const json& changes) {
+    return read(of_class(name, changes)).activation;
+  };
+  EXPECT_EQ(activation("GemmaForCausalLM", {{"hidden_act", "gelu"}, {"hidden_activation", "silu"}}),
+            Activation::gelu_tanh);
+  for (const char* name : {"Gemma2ForCausalLM", "Gemma3ForCausalLM"}) {
+    EXPECT_EQ(activation(name, {{"hidden_act", "silu"}, {"hidden_activation", "gelu"}}), Activation::gelu);
+    EXPECT_EQ(activation(name, {{"hidden_act", "silu"}}), Activation::gelu_tanh);
+  }
+  EXPECT_EQ(activation("LlamaForCausalLM", {{"hidden_act", "gelu"}}), Activation::gelu);
+}
+
+TEST(ModelConfig, NotesAWindowThatOnlyTheCacheOfTransformersKnows) {
+  for (const char* name : {"LlamaForCausalLM", "GemmaForCausalLM"}) {
+    json config = of_class(name, {{"sliding_window", 7}});
+    EXPECT_EQ(read(config).cache_limit, 7);
+    config["layer_types"] = std::vector<std::string>(6, "full_attention");
+    EXPECT_EQ(read(config).cache_limit, 0);
+  }
+  EXPECT_EQ(read(of_class("LlamaForCausalLM")).cache_limit, 0);
+  EXPECT_EQ(read(of_class("MistralForCausalLM", {{"sliding_window", 7}})).cache_limit, 0);
 }
 
 TEST(ModelConfig, ReadsBothRotaryEmbeddingsOfGemma3) {

@@ -167,6 +167,55 @@ FAMILIES = {
             "tie_word_embeddings": True, "use_bidirectional_attention": False,
         },
     },
+    # Tied by its configuration, as the model was that a fine-tune began with, but with a head of its own in the file.
+    "llama-own-head": {
+        "seed": 31, "prompt": 29, "generate": 5, "dtype": "bfloat16", "own_head": True,
+        "config": {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 149, "hidden_size": 32,
+            "intermediate_size": 51, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "hidden_act": "silu", "max_position_embeddings": 128, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+            "rope_scaling": None, "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
+            "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        },
+    },
+    # Gemma 1 looks at hidden_act alone.
+    "gemma-other-activation": {
+        "seed": 32, "prompt": 29, "generate": 5, "dtype": "bfloat16",
+        "config": {
+            "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "vocab_size": 151, "hidden_size": 32,
+            "intermediate_size": 53, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 1,
+            "head_dim": 10, "hidden_act": "gelu", "hidden_activation": "silu", "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False,
+            "attention_dropout": 0.0, "pad_token_id": 0, "torch_dtype": "bfloat16",
+        },
+    },
+    # Gemma 2 looks at hidden_activation alone, "gelu" is GELU itself there, and every other layer has a window whatever
+    # a pattern says.
+    "gemma2-pattern": {
+        "seed": 33, "prompt": 37, "generate": 5, "dtype": "bfloat16",
+        "config": {
+            "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 157, "hidden_size": 32,
+            "intermediate_size": 57, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 10, "hidden_act": "silu", "hidden_activation": "gelu", "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 14, "_sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 9, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 7.0,
+            "attention_bias": False, "attention_dropout": 0.0, "pad_token_id": 0, "torch_dtype": "bfloat16",
+        },
+    },
+    # Gemma 3 takes neither the old name of rope_type nor that of a pattern with an underscore: no position is scaled, and
+    # the sixth of seven layers has no window.
+    "gemma3-old-names": {
+        "seed": 35, "prompt": 37, "generate": 5, "dtype": "bfloat16",
+        "config": {
+            "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 163, "hidden_size": 32,
+            "intermediate_size": 55, "num_hidden_layers": 7, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 8, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+            "rope_scaling": {"factor": 8.0, "type": "linear"}, "sliding_window": 13, "_sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "attention_bias": False, "attention_dropout": 0.0, "pad_token_id": 0, "torch_dtype": "bfloat16",
+        },
+    },
     # Phi-3: q, k and v in one matrix, gate and up in another; a window; float16 weights.
     "phi3": {
         "seed": 20, "prompt": 47, "generate": 8, "dtype": "float16",
@@ -206,6 +255,8 @@ def make_model(folder, family):
     adds_one = config["model_type"].startswith("gemma")
     tensors = {}
     tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings", adds_one) else set()
+    if family.get("own_head"):
+        tied.clear()
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
         if name in tied:
             continue

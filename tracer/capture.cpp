@@ -157,6 +157,12 @@ Prompt prepare_prompt(const CaptureOptions& options, const ModelConfig& config) 
     prompt.tokenizer = std::make_unique<Tokenizer>(options.model_folder, config.bos_token_id);
   }
   std::optional<Encoding> encoding;
+  if (options.prompt_is_templated && prompt.tokenizer != nullptr && !prompt.tokenizer->reads_special_tokens()) {
+    throw Error(
+        fmt::format("{}: {} takes the names of special tokens in a templated prompt for ordinary text, BOS too; "
+                    "use a tokenizer.json, or give the prompt's token ids with --tokens",
+                    options.model_folder.string(), prompt.tokenizer->file_name()));
+  }
   if (options.prompt_text) {
     if (options.prompt_text->empty()) throw Error(fmt::format("{}: the prompt is empty", options.prompt_name));
     encoding = prompt.tokenizer->encode(*options.prompt_text, !options.prompt_is_templated);

@@ -42,6 +42,7 @@ Tokenizer::Tokenizer(const std::filesystem::path& folder, std::optional<std::int
   if (std::filesystem::exists(folder / kJsonFile)) {
     file_name_ = kJsonFile;
     backend_ = read_tokenizer_json(folder / kJsonFile);
+    reads_special_tokens_ = true;
   } else {
     file_name_ = kSentencePieceFile;
     backend_ = read_sentencepiece(folder / kSentencePieceFile, bos_token_id);

@@ -47,12 +47,16 @@ class Tokenizer {
   /// angle brackets.
   std::string piece(std::int32_t id) const;
 
+  /// Whether names of special tokens in a text are these tokens.
+  bool reads_special_tokens() const { return reads_special_tokens_; }
+
   /// The file that it was read from, without its folder.
   const std::string& file_name() const { return file_name_; }
 
  private:
   std::unique_ptr<TokenizerBackend> backend_;
   std::string file_name_;
+  bool reads_special_tokens_ = false;
 };
 
 }  // namespace kvreplay::tracer

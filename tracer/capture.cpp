@@ -149,6 +149,7 @@ struct Prompt {
   std::unique_ptr<Tokenizer> tokenizer;
   std::vector<std::int32_t> ids;
   std::vector<Span> spans;
+  std::vector<std::int32_t> turn_starts;
 };
 
 Prompt prepare_prompt(const CaptureOptions& options, const ModelConfig& config) {
@@ -184,6 +185,8 @@ Prompt prepare_prompt(const CaptureOptions& options, const ModelConfig& config) 
   }
   prompt.spans = locate_spans(options.spans, options.prompt_text.value_or(""), encoding ? &*encoding : nullptr,
                               static_cast<int>(prompt.ids.size()));
+  prompt.turn_starts = locate_turns(options.turns, options.prompt_text.value_or(""), encoding ? &*encoding : nullptr,
+                                    static_cast<int>(prompt.ids.size()));
   return prompt;
 }
 
@@ -242,6 +245,7 @@ TraceInfo describe(const CaptureOptions& options, const ModelConfig& config, con
     info.query_positions.push_back(position);
   }
   info.spans = prompt.spans;
+  info.turn_starts = prompt.turn_starts;
   info.layer_sliding_window = config.sliding_windows;
   return info;
 }

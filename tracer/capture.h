@@ -38,6 +38,7 @@ struct CaptureOptions {
   DType dtype = DType::float32;     ///< of the tensors in the file
   bool output_projection = true;    ///< whether the file holds the layers' output projections
   std::vector<SpanRequest> spans;
+  std::vector<TurnRequest> turns;
   std::filesystem::path output;
   Transformer::Options execution;
 

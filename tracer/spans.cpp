@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -27,16 +28,35 @@ std::optional<Span> tokens_of(const Encoding& encoding, std::size_t begin, std::
   return span;
 }
 
+json read_list(const std::filesystem::path& path, std::string_view example) {
+  std::ifstream stream(path);
+  if (!stream) throw Error(fmt::format("{}: cannot be read", path.string()));
+  json content = json::parse(stream, nullptr, false);
+  if (!content.is_array()) throw Error(fmt::format("{}: is not a JSON list such as {}", path.string(), example));
+  return content;
+}
+
+// Calls `found` with the place of every occurrence of `text`, one after the other.
+template <class Action>
+void for_each_occurrence(std::string_view prompt, std::string_view text, const Action& found) {
+  for (std::size_t at = prompt.find(text); at != std::string_view::npos; at = prompt.find(text, at + text.size())) {
+    found(at);
+  }
+}
+
+// The byte at which a text's n-th character begins, or nothing where it has no more than n.
+std::optional<std::size_t> byte_of_character(std::string_view text, std::int64_t character) {
+  for (std::size_t at = 0; at < text.size(); ++at) {
+    const bool begins = (static_cast<unsigned char>(text[at]) & 0xc0) != 0x80;
+    if (begins && character-- == 0) return at;
+  }
+  return std::nullopt;
+}
+
 }  // namespace
 
 std::vector<SpanRequest> read_spans(const std::filesystem::path& path) {
-  std::ifstream stream(path);
-  if (!stream) throw Error(fmt::format("{}: cannot be read", path.string()));
-  const json content = json::parse(stream, nullptr, false);
-  if (!content.is_array()) {
-    throw Error(
-        fmt::format("{}: is not a JSON list such as [{{\"label\": \"needle\", \"text\": \"...\"}}]", path.string()));
-  }
+  const json content = read_list(path, R"([{"label": "needle", "text": "..."}])");
   std::vector<SpanRequest> requests;
   for (const json& entry : content) {
     const auto fail = [&](std::string_view reason) {
@@ -89,18 +109,82 @@ std::vector<Span> locate_spans(std::span<const SpanRequest> requests, std::strin
                       "in token positions",
                       request.label));
     }
-    std::size_t at = prompt.find(request.text);
-    if (at == std::string_view::npos) {
-      throw Error(fmt::format("span \"{}\": its text does not occur in the prompt", request.label));
-    }
-    for (; at != std::string_view::npos; at = prompt.find(request.text, at + request.text.size())) {
+    const std::size_t before = spans.size();
+    for_each_occurrence(prompt, request.text, [&](std::size_t at) {
       std::optional<Span> span = tokens_of(*encoding, at, at + request.text.size());
       if (!span) throw Error(fmt::format("span \"{}\": no token stands for its text", request.label));
       span->label = request.label;
       spans.push_back(*std::move(span));
+    });
+    if (spans.size() == before) {
+      throw Error(fmt::format("span \"{}\": its text does not occur in the prompt", request.label));
     }
   }
   return spans;
+}
+
+std::vector<TurnRequest> read_turns(const std::filesystem::path& path) {
+  const json content = read_list(path, R"([0, 45] or [{"text": "<|im_start|>"}])");
+  const auto is_number = [](const json& value, std::uint64_t most) {
+    return value.is_number_unsigned() && value.get<std::uint64_t>() <= most;
+  };
+  std::vector<TurnRequest> requests;
+  for (const json& entry : content) {
+    TurnRequest request;
+    if (is_number(entry, std::numeric_limits<int>::max())) {
+      request.position = entry.get<int>();
+    } else if (entry.is_object() && entry.size() == 1 && entry.contains("text") && entry["text"].is_string() &&
+               !entry["text"].get_ref<const std::string&>().empty()) {
+      request.text = entry["text"].get<std::string>();
+    } else if (entry.is_object() && entry.size() == 1 && entry.contains("character") &&
+               is_number(entry["character"], std::numeric_limits<int>::max())) {
+      request.character = entry["character"].get<std::int64_t>();
+    } else {
+      throw Error(
+          fmt::format("{}: entry {}: must be a token position, {{\"text\": ...}} that begins turns, or "
+                      "{{\"character\": ...}}, an offset into the prompt's text",
+                      path.string(), requests.size() + 1));
+    }
+    requests.push_back(std::move(request));
+  }
+  if (requests.empty()) throw Error(fmt::format("{}: names no turns", path.string()));
+  return requests;
+}
+
+std::vector<std::int32_t> locate_turns(std::span<const TurnRequest> requests, std::string_view prompt,
+                                       const Encoding* encoding, int prompt_length) {
+  std::vector<std::int32_t> starts;
+  for (const TurnRequest& request : requests) {
+    if (request.position >= 0) {
+      if (request.position >= prompt_length) {
+        throw Error(fmt::format("turn at {}: is not in the prompt of {} tokens", request.position, prompt_length));
+      }
+      starts.push_back(request.position);
+      continue;
+    }
+    const std::string name = request.text.empty() ? fmt::format("turn at character {}", request.character)
+                                                  : fmt::format("turn \"{}\"", request.text);
+    if (encoding == nullptr) {
+      throw Error(fmt::format("{}: can only be found in a text prompt; give its token position", name));
+    }
+    const auto add = [&](std::size_t begin, std::size_t end) {
+      const std::optional<Span> tokens = tokens_of(*encoding, begin, end);
+      if (!tokens) throw Error(fmt::format("{}: no token stands for its text", name));
+      starts.push_back(tokens->start);
+    };
+    const std::size_t before = starts.size();
+    if (!request.text.empty()) {
+      for_each_occurrence(prompt, request.text, [&](std::size_t at) { add(at, at + request.text.size()); });
+    } else if (const auto at = byte_of_character(prompt, request.character)) {
+      add(*at, *at + 1);
+    }
+    if (starts.size() == before) throw Error(fmt::format("{}: does not occur in the prompt", name));
+  }
+  std::ranges::sort(starts);
+  if (const auto twice = std::ranges::adjacent_find(starts); twice != starts.end()) {
+    throw Error(fmt::format("two turns begin at token {}", *twice));
+  }
+  return starts;
 }
 
 }  // namespace kvreplay::tracer

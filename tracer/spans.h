@@ -1,6 +1,8 @@
-// Things worth following through a run, such as a planted needle: asked for by text or by position.
+// What a user wants marked in a run, by text or by position: things worth following, such as a planted needle, and
+// where the turns of a conversation begin.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <span>
 #include <string>
@@ -29,5 +31,21 @@ std::vector<SpanRequest> read_spans(const std::filesystem::path& path);
 /// Throws Error if a text does not occur or a position is not in the prompt.
 std::vector<Span> locate_spans(std::span<const SpanRequest> requests, std::string_view prompt, const Encoding* encoding,
                                int prompt_length);
+
+/// An entry of a file of turns: where a turn of the conversation begins.
+struct TurnRequest {
+  std::string text;             ///< every occurrence in the prompt begins one; empty: a position or an offset is given
+  int position = -1;            ///< in tokens, BOS counted
+  std::int64_t character = -1;  ///< into the prompt's text, counted in characters (Unicode code points)
+};
+
+/// Reads a JSON list of token positions, {"text": ...} and {"character": ...}. Throws Error.
+std::vector<TurnRequest> read_turns(const std::filesystem::path& path);
+
+/// The first token position of every turn, ascending. `encoding` is the tokenized `prompt`, or null where the prompt
+/// was given as token ids. Throws Error if a text does not occur, something is not in the prompt, or two turns begin at
+/// one token.
+std::vector<std::int32_t> locate_turns(std::span<const TurnRequest> requests, std::string_view prompt,
+                                       const Encoding* encoding, int prompt_length);
 
 }  // namespace kvreplay::tracer

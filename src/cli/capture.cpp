@@ -8,6 +8,7 @@
 #include <iterator>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "base/error.h"
 #include "base/file_text.h"
@@ -31,6 +32,7 @@ struct CaptureArguments {
   std::string dtype = "float32";
   bool no_projection = false;
   std::string spans;
+  std::string turns;
   int threads = 0;
   std::string output = "run.h5";
 };
@@ -67,7 +69,7 @@ std::string read_prompt(const std::string& path) {
 // A trace must not take the place of what it is made from.
 void check_output(const CaptureArguments& arguments) {
   std::error_code ignored;  // what does not exist is equivalent to nothing
-  for (const std::string& input : {arguments.prompt, arguments.tokens, arguments.spans}) {
+  for (const std::string& input : {arguments.prompt, arguments.tokens, arguments.spans, arguments.turns}) {
     if (!input.empty() && std::filesystem::equivalent(arguments.output, input, ignored)) {
       throw UsageError(fmt::format("{}: the trace would overwrite what it is made from; name another file with -o",
                                    arguments.output));
@@ -113,6 +115,7 @@ void run_capture(const CaptureArguments& arguments) {
   options.dtype = *dtype;
   options.output_projection = !arguments.no_projection;
   if (!arguments.spans.empty()) options.spans = tracer::read_spans(arguments.spans);
+  if (!arguments.turns.empty()) options.turns = tracer::read_turns(arguments.turns);
   options.output = arguments.output;
   options.execution.threads = threads_or_all(arguments.threads);
 
@@ -126,20 +129,21 @@ void run_capture(const CaptureArguments& arguments) {
     summary = tracer::capture(options);
   }
 
-  std::string times = fmt::format("prefill: {} tokens in {:.2f} s ({:.1f} tokens/s)", summary.prompt_tokens,
+  const auto count = [](int number, std::string_view noun) { return counted(static_cast<std::size_t>(number), noun); };
+  std::string times = fmt::format("prefill: {} in {:.2f} s ({:.1f} tokens/s)", count(summary.prompt_tokens, "token"),
                                   summary.prefill_seconds, summary.prompt_tokens / summary.prefill_seconds);
   if (summary.generated_ids.size() > 1) {
     const auto steps = summary.generated_ids.size() - 1;
-    times += fmt::format(", decode: {} token{} in {:.2f} s ({:.1f} tokens/s)", steps, steps == 1 ? "" : "s",
-                         summary.decode_seconds, static_cast<double>(steps) / summary.decode_seconds);
+    times += fmt::format(", decode: {} in {:.2f} s ({:.1f} tokens/s)", counted(steps, "token"), summary.decode_seconds,
+                         static_cast<double>(steps) / summary.decode_seconds);
   }
   fmt::print(stderr, "{}\n", times);
 
-  fmt::print("{}: {}, {} layers, {} prompt tokens, {} captured queries\n", summary.output.string(),
-             size_text(static_cast<Index>(summary.file_bytes)), summary.num_layers, summary.prompt_tokens,
-             summary.queries);
+  fmt::print("{}: {}, {}, {}, {}\n", summary.output.string(), size_text(static_cast<Index>(summary.file_bytes)),
+             count(summary.num_layers, "layer"), count(summary.prompt_tokens, "prompt token"),
+             count(summary.queries, "captured query"));
   if (!summary.generated_ids.empty()) {
-    fmt::print("generated {} token{}{}: ", summary.generated_ids.size(), summary.generated_ids.size() == 1 ? "" : "s",
+    fmt::print("generated {}{}: ", counted(summary.generated_ids.size(), "token"),
                summary.ended ? ", until the end of the sequence" : "");
     if (summary.generated_text) {
       fmt::print("{}\n", *summary.generated_text);
@@ -191,6 +195,12 @@ void add_capture_command(CLI::App& app) {
       ->add_option("--spans", arguments->spans,
                    "JSON list of things to follow: {\"label\": ..., \"text\": ...}, every occurrence in the prompt, or "
                    "{\"label\": ..., \"start\": ..., \"end\": ...} in token positions")
+      ->check(names_a_file)
+      ->type_name("FILE");
+  command
+      ->add_option("--turns", arguments->turns,
+                   "JSON list of where turns of the conversation begin: token positions, {\"text\": ...}, every "
+                   "occurrence in the prompt, or {\"character\": ...}, an offset into its text")
       ->check(names_a_file)
       ->type_name("FILE");
   add_threads_option(*command, arguments->threads);

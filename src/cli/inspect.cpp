@@ -9,6 +9,7 @@
 #include <numeric>
 #include <set>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/error.h"
@@ -26,6 +27,7 @@ using nlohmann::ordered_json;
 // So that the whole answer stays on one screen.
 constexpr std::size_t kLayersShown = 12;
 constexpr std::size_t kSpansShown = 8;
+constexpr std::size_t kTurnsShown = 12;
 constexpr std::size_t kDatasetsShown = 24;
 constexpr std::size_t kTextShown = 60;
 
@@ -73,10 +75,12 @@ void print_model(const Inspection& inspection) {
   fmt::print("{}: kvtrace, {}{}{}\n", inspection.path.string(), size_text(inspection.file_bytes),
              info.created_by.empty() ? "" : ", by " + printable(info.created_by),
              info.created_at.empty() ? "" : ", " + printable(info.created_at));
-  if (!info.source.empty()) fmt::print("source     {}\n", shortened(printable(info.source)));
-  fmt::print("model      {} ({}), {} layers, {} query heads on {} KV heads, head dimension {}, hidden size {}\n",
-             printable(model.name), printable(model.architecture), model.num_layers, model.num_attention_heads,
-             model.num_key_value_heads, model.head_dim, model.hidden_size);
+  if (!info.source.empty()) fmt::print("source     {}\n", printable(info.source));
+  const auto count = [](int number, std::string_view noun) { return counted(static_cast<std::size_t>(number), noun); };
+  fmt::print("model      {} ({}), {}, {} on {}, head dimension {}, hidden size {}\n", printable(model.name),
+             printable(model.architecture), count(model.num_layers, "layer"),
+             count(model.num_attention_heads, "query head"), count(model.num_key_value_heads, "KV head"),
+             model.head_dim, model.hidden_size);
   fmt::print(
       "attention  softmax scale {:.6g}, rope theta {:.6g}, {}{}\n", model.softmax_scale, model.rope_theta,
       window_text(info),
@@ -85,9 +89,14 @@ void print_model(const Inspection& inspection) {
 
 void print_tokens(const Inspection& inspection) {
   const TraceInfo& info = inspection.info;
-  fmt::print("tokens     {}, the first {} of them the prompt{}{}\n", info.num_tokens(), info.prompt_length,
-             info.turn_starts.empty() ? "" : fmt::format("; {} turns", info.turn_starts.size()),
+  fmt::print("tokens     {}, the first {} of them the prompt{}\n", info.num_tokens(), info.prompt_length,
              info.token_pieces.empty() ? "; no pieces" : "");
+  if (!info.turn_starts.empty()) {
+    const std::size_t shown = std::min(info.turn_starts.size(), kTurnsShown);
+    fmt::print("turns      {}, beginning at {}{}\n", info.turn_starts.size(),
+               fmt::join(info.turn_starts.begin(), info.turn_starts.begin() + static_cast<std::ptrdiff_t>(shown), ", "),
+               shown < info.turn_starts.size() ? ", …; --json has all" : "");
+  }
   fmt::print("queries    {} captured, positions {} to {}: {} in the prompt (its last {} without a gap), {} after it\n",
              info.num_queries(), info.query_positions.front(), info.query_positions.back(), inspection.prompt_queries,
              inspection.observation_window, inspection.later_queries);

@@ -143,4 +143,14 @@ std::optional<int> parse_queries(const std::string& text) {
   throw UsageError(fmt::format("--queries {}: must be \"all\" or \"window:N\" with N at least 1", text));
 }
 
+std::string counted(std::size_t count, std::string_view noun) {
+  std::string text = fmt::format("{} {}", count, noun);
+  if (count == 1) return text;
+  if (noun.ends_with('y')) {
+    text.pop_back();
+    return text + "ies";
+  }
+  return text + (noun.ends_with('s') ? "es" : "s");
+}
+
 }  // namespace kvreplay::cli

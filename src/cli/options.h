@@ -1,10 +1,12 @@
 // What the options of several commands have in common.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace CLI {
@@ -53,5 +55,8 @@ bool looks_like_counts(const std::string& value);
 
 /// What --queries says: N of "window:N", or nothing for "all". Throws UsageError.
 std::optional<int> parse_queries(const std::string& text);
+
+/// "1 trace", "2 traces", "2 policies", "2 processes".
+std::string counted(std::size_t count, std::string_view noun);
 
 }  // namespace kvreplay::cli

@@ -238,16 +238,6 @@ void check_outputs(const ReplayOptions& options, const ReplayRequest& request) {
   }
 }
 
-std::string counted(std::size_t count, std::string_view noun) {
-  std::string text = fmt::format("{} {}", count, noun);
-  if (count == 1) return text;
-  if (noun.ends_with('y')) {
-    text.pop_back();
-    return text + "ies";
-  }
-  return text + (noun.ends_with('s') ? "es" : "s");
-}
-
 std::string headline(const std::vector<TraceReplay>& replays) {
   std::set<std::string> traces;
   std::set<int> evictions;

@@ -59,9 +59,6 @@ std::set<std::string> policy_files(const ReplayRequest& request);
 /// written to: now, not after the work.
 void check_outputs(const ReplayOptions& options, const ReplayRequest& request);
 
-/// "1 trace", "2 traces", "2 policies", "2 processes".
-std::string counted(std::size_t count, std::string_view noun);
-
 /// What was replayed: a line, and where models differ another one for each.
 std::string headline(const std::vector<TraceReplay>& replays);
 

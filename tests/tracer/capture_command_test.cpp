@@ -72,9 +72,112 @@ TEST_F(CaptureCommand, ReadsStandardInputAndSpans) {
   EXPECT_FALSE(trace.has_output_projection(0));
   EXPECT_NE(trace.info().source.find("prompt standard input by tokenizer.model"), std::string::npos);
   EXPECT_EQ(trace.info().token_ids.front(), 1);
-  ASSERT_EQ(run(fmt::format("--model '{}' --prompt prompt --templated -o templated.h5", demo)).exit_code, 0);
-  const TraceReader templated(folder_ / "templated.h5");
-  EXPECT_EQ(templated.info().num_tokens() + 1, trace.info().num_tokens()) << "no BOS";
+}
+
+// With a tokenizer.model the names of special tokens are ordinary text, BOS too.
+TEST_F(CaptureCommand, RefusesATemplatedPromptWithATokenizerThatKnowsNoSpecialTokens) {
+  write_file(folder_ / "prompt", "<s>The secret number of falcon is 48213.");
+  const auto demo = std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model";
+  const Outcome outcome = run(fmt::format("--model '{}' --prompt prompt --templated", demo.string()));
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_NE(outcome.errors.find("tokenizer.model takes the names of special tokens in a templated prompt for ordinary"),
+            std::string::npos)
+      << outcome.errors;
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "run.h5"));
+}
+
+TEST_F(CaptureCommand, CountsOneOfAThingAsOne) {
+  write_file(folder_ / "single", "5");
+  const Outcome outcome = run("--model tiny --tokens single --generate 1");
+  EXPECT_NE(outcome.output.find("2 layers, 1 prompt token, 1 captured query\n"), std::string::npos) << outcome.output;
+  EXPECT_NE(outcome.errors.find("prefill: 1 token in "), std::string::npos) << outcome.errors;
+}
+
+TEST_F(CaptureCommand, MarksWhereTurnsBegin) {
+  const std::string demo = (std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model").string();
+  write_file(folder_ / "prompt", "Naïve: The secret number of falcon is 48213.\nQ: What is it?\nQ: Who is it?\n");
+  const auto starts = [&](const std::string& turns, const std::string& input) {
+    write_file(folder_ / "turns", turns);
+    const Outcome outcome = run(fmt::format("--model '{}' {} --turns turns -o turns.h5", demo, input));
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+    return TraceReader(folder_ / "turns.h5").info().turn_starts;
+  };
+  const auto by_text = starts(R"([0, {"text": "Q:"}])", "--prompt prompt");
+  ASSERT_EQ(by_text.size(), 3u);
+  EXPECT_EQ(by_text[0], 0);
+  const TraceReader trace(folder_ / "turns.h5");
+  for (const std::size_t turn : {1, 2}) {
+    const std::string& piece = trace.info().token_pieces[static_cast<std::size_t>(by_text[turn])];
+    EXPECT_NE(piece.find('Q'), std::string::npos) << piece;
+  }
+  // The 45th character begins the second line; ï is one, though two bytes.
+  EXPECT_EQ(starts(R"([0, {"character": 45}, {"character": 60}])", "--prompt prompt"), by_text);
+  EXPECT_EQ(starts(fmt::format("[{}, 0, {}]", by_text[2], by_text[1]), "--prompt prompt"), by_text);
+  EXPECT_EQ(starts("[0, 3]", "--tokens ids"), (std::vector<std::int32_t>{0, 3}));
+  EXPECT_NE(run("turns.h5", "inspect").output.find("turns      2, beginning at 0, 3\n"), std::string::npos);
+  EXPECT_NE(run("turns.h5 --json", "inspect").output.find("\"turn_starts\""), std::string::npos);
+}
+
+TEST_F(CaptureCommand, ExplainsTurnsThatCannotBe) {
+  const std::string demo = (std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model").string();
+  write_file(folder_ / "prompt", "The secret number of falcon is 48213.\n");
+  const struct {
+    const char* turns;
+    const char* reason;
+  } cases[] = {{"{}", "turns: is not a JSON list such as [0, 45]"},
+               {"[]", "turns: names no turns"},
+               {"[0, -1]", "turns: entry 2: must be a token position"},
+               {"[1.5]", "turns: entry 1: must be a token position"},
+               {R"([{"text": ""}])", "turns: entry 1: must be a token position"},
+               {R"([{"text": "The", "character": 0}])", "turns: entry 1: must be a token position"},
+               {"[0, 5000]", "turn at 5000: is not in the prompt of"},
+               {"[3, 3]", "two turns begin at token 3"},
+               {R"([{"text": "owl"}])", "turn \"owl\": does not occur in the prompt"},
+               {R"([{"character": 900}])", "turn at character 900: does not occur in the prompt"}};
+  for (const auto& wrong : cases) {
+    write_file(folder_ / "turns", wrong.turns);
+    const Outcome outcome = run(fmt::format("--model '{}' --prompt prompt --turns turns", demo));
+    EXPECT_EQ(outcome.exit_code, 1) << wrong.turns;
+    EXPECT_NE(outcome.errors.find(wrong.reason), std::string::npos) << outcome.errors;
+  }
+  write_file(folder_ / "turns", R"([{"text": "The"}])");
+  EXPECT_NE(run("--model tiny --tokens ids --turns turns").errors.find("can only be found in a text prompt"),
+            std::string::npos);
+}
+
+// transformers shortens the cache of a model without windows to a sliding_window in its config.json; the prompt sees
+// all.
+TEST_F(CaptureCommand, RefusesToGenerateBeyondACacheThatIsCutWithoutAMask) {
+  nlohmann::json config = nlohmann::json::parse(read_file(folder_ / "tiny/config.json"));
+  config["sliding_window"] = 6;
+  write_file(folder_ / "tiny/config.json", config.dump());
+  const Outcome beyond = run("--model tiny --tokens ids --generate 3");
+  EXPECT_EQ(beyond.exit_code, 1);
+  EXPECT_NE(beyond.errors.find("config.json: sliding_window 6: the layers of llama have no window"), std::string::npos)
+      << beyond.errors;
+  EXPECT_EQ(run("--model tiny --tokens ids --generate 2").exit_code, 0) << "six tokens go through the model";
+  write_file(folder_ / "ids", "5 25 59 10 72 4 8 9");
+  EXPECT_EQ(run("--model tiny --tokens ids --generate 1").exit_code, 0) << "the prompt alone sees all of itself";
+}
+
+TEST_F(CaptureCommand, WarnsWhereAHeadIsNotTheEmbeddingsThatItIsSaidToBe) {
+  nlohmann::json config = nlohmann::json::parse(read_file(folder_ / "tiny/config.json"));
+  const std::string untied = run("--model tiny --tokens ids --generate 4").output;
+  config["tie_word_embeddings"] = true;
+  write_file(folder_ / "tiny/config.json", config.dump());
+  const Outcome outcome = run("--model tiny --tokens ids --generate 4");
+  EXPECT_EQ(outcome.output, untied) << "the file's own head decides";
+  EXPECT_NE(outcome.errors.find("warning: tiny/config.json: tie_word_embeddings is true, but lm_head.weight is not"),
+            std::string::npos)
+      << outcome.errors;
+}
+
+TEST_F(CaptureCommand, InspectShowsAllOfTheSource) {
+  const std::string name(200, 'p');
+  write_file(folder_ / name, "5 25 59");
+  ASSERT_EQ(run(fmt::format("--model tiny --tokens {}", name)).exit_code, 0);
+  EXPECT_NE(run("run.h5", "inspect").output.find(fmt::format("prompt {}, greedy decoding in float32\n", name)),
+            std::string::npos);
 }
 
 // Wherever the disk ends: with and without tokens that follow the prompt, whose rows are written one by one.

@@ -7,9 +7,11 @@
 #include <limits>
 #include <map>
 #include <set>
+#include <string_view>
 #include <tuple>
 #include <utility>
 
+#include "analysis/reference.h"
 #include "analysis/spec_structure.h"
 #include "base/error.h"
 #include "base/printable.h"
@@ -18,8 +20,23 @@
 namespace kvreplay {
 namespace {
 
+// What papers of the field compare with first.
+constexpr std::string_view kUsualBaseline = "snapkv";
+
 // A result is told apart from what keeps everything and from what looks ahead.
 bool is_candidate(const ComparisonRow& row) { return !row.oracle && row.key.capacity_request != kAllPositions; }
+
+// Settings that had nothing to choose.
+void note_nothing_to_choose(const std::vector<ComparisonRow>& rows, std::vector<std::string>& notes) {
+  const auto count = std::ranges::count_if(rows, &ComparisonRow::nothing_to_choose);
+  if (count == 0) return;
+  const auto first = std::ranges::find_if(rows, &ComparisonRow::nothing_to_choose);
+  notes.push_back(fmt::format(
+      "{} at {}{} nothing to choose, since all of the capacity is kept whatever the scores: shown (marked †), and left "
+      "out of findings, of what parameters change, and of the goal",
+      printable(first->key.policy), printable(first->key.capacity_request),
+      count == 1 ? " had" : fmt::format(" and {} more setting{} had", count - 1, count == 2 ? "" : "s")));
+}
 
 // The baseline's mean at the middle one of its capacities, as its curve has it.
 std::optional<double> chosen_goal(const std::vector<CapacityCurve>& curves, const std::string& baseline) {
@@ -28,25 +45,38 @@ std::optional<double> chosen_goal(const std::vector<CapacityCurve>& curves, cons
   // Where nothing is evicted there is nothing to reach.
   std::vector<double> means;
   for (const CapacityPoint& point : found->points) {
-    if (point.kept_share < 1) means.push_back(point.mean);
+    if (point.kept_share < 1 && !point.nothing_to_choose) means.push_back(point.mean);
   }
   if (means.empty()) return std::nullopt;
   return means[means.size() / 2];
 }
 
-// The oracle whose mean over its capacities is the best.
-std::string best_oracle(const std::vector<ComparisonRow>& rows, bool lower_is_better) {
-  std::map<std::string, std::pair<double, int>> sums;
+// The oracle with the best mean over the capacities that all of those have which have the most.
+std::string best_oracle(const std::vector<ComparisonRow>& rows, const std::vector<SettingKey>& apart,
+                        bool lower_is_better) {
+  std::map<std::string, std::map<std::string, double>> oracles;  // means by capacity
+  std::size_t most = 0;
   for (const ComparisonRow& row : rows) {
-    if (!row.oracle) continue;
-    auto& [sum, count] = sums[row.key.policy];
-    sum += row.distribution.mean;
-    ++count;
+    const SettingKey key{row.key.policy, row.key.capacity_request};
+    if (!row.oracle || std::ranges::find(apart, key) != apart.end()) continue;
+    std::map<std::string, double>& means = oracles[row.key.policy];
+    means[row.key.capacity_request] = row.distribution.mean * (lower_is_better ? 1 : -1);
+    most = std::max(most, means.size());
   }
+  std::erase_if(oracles, [most](const auto& entry) { return entry.second.size() < most; });
   std::string best;
   double best_mean = std::numeric_limits<double>::infinity();
-  for (const auto& [policy, sum] : sums) {
-    const double mean = sum.first / sum.second * (lower_is_better ? 1 : -1);
+  for (const auto& [policy, means] : oracles) {
+    double sum = 0;
+    int common = 0;
+    for (const auto& [capacity, mean] : means) {
+      const auto has_it = [&at = capacity](const auto& entry) { return entry.second.contains(at); };
+      if (!std::ranges::all_of(oracles, has_it)) continue;
+      sum += mean;
+      ++common;
+    }
+    // Of oracles that have no capacity in common none is better than another.
+    const double mean = common == 0 ? 0 : sum / common;
     if (mean >= best_mean) continue;
     best_mean = mean;
     best = policy;
@@ -115,16 +145,50 @@ std::vector<SettingKey> settings_apart(const ResultSet& results, const std::stri
   return apart;
 }
 
+// Curves of other traces or eviction positions than the rest have no place among them.
+void set_apart(std::vector<CapacityCurve>& curves, const std::vector<SettingKey>& apart) {
+  for (CapacityCurve& curve : curves) {
+    const auto is_apart = [&](const CapacityPoint& point) {
+      return std::ranges::find(apart, SettingKey{curve.policy, point.capacity_request}) != apart.end();
+    };
+    if (std::ranges::none_of(curve.points, is_apart)) continue;
+    curve.area.reset();
+    curve.kept_for_goal.reset();
+  }
+  std::ranges::stable_partition(curves, [](const CapacityCurve& curve) { return curve.area.has_value(); });
+}
+
 void note_apart(const std::vector<SettingKey>& apart, std::vector<std::string>& notes) {
   if (apart.empty()) return;
   const std::size_t rest = apart.size() - 1;
-  notes.push_back(
-      fmt::format("{} at {}{} not of the traces and eviction positions that most others are of at that capacity: means "
-                  "cannot be compared with theirs, and differences are over those that both have",
-                  printable(apart.front().policy), printable(apart.front().capacity_request),
-                  rest == 0   ? " is"
-                  : rest == 1 ? " and 1 more setting are"
-                              : fmt::format(" and {} more settings are", rest)));
+  notes.push_back(fmt::format(
+      "{} at {}{} not of the traces and eviction positions that most others are of at that capacity: means "
+      "cannot be compared with theirs, differences are over those that both have, and nothing else is said of "
+      "them",
+      printable(apart.front().policy), printable(apart.front().capacity_request),
+      rest == 0   ? " is"
+      : rest == 1 ? " and 1 more setting are"
+                  : fmt::format(" and {} more settings are", rest)));
+}
+
+// What others are compared with where nobody said what, and why.
+void note_baseline(const ResultSet& results, const std::string& baseline, std::vector<std::string>& notes) {
+  if (baseline.empty()) return;
+  const std::string method = spec_structure(baseline).method;
+  std::size_t of_method = 0;
+  std::size_t others = 0;
+  for (const std::string& policy : results.policies()) {
+    if (policy != baseline) ++(spec_structure(policy).method == method ? of_method : others);
+  }
+  const bool usual = method == kUsualBaseline;
+  if (usual && (of_method == 0 || baseline == method)) return;
+  const std::string nearest =
+      of_method == 0 ? "" : fmt::format("of the settings of {} the nearest to its defaults", method);
+  const std::string middle = usual || others == 0 ? ""
+                                                  : fmt::format("{}in the middle by its mean at the first capacity",
+                                                                of_method == 0 ? "" : ", and ");
+  notes.push_back(fmt::format("{} is what others are compared with, being {}{}; --baseline names another",
+                              printable(baseline), nearest, middle));
 }
 
 // Results that others' measure is lacking in.
@@ -167,12 +231,10 @@ const StoredResult* find_result(const ResultSet& results, const std::string& pol
 
 // The head of the first trace that was found with the largest head error under restkv, at its middle capacity.
 void add_importance(const AnalysisInput& input, Analysis& analysis) {
-  std::string policy;
-  for (const std::string& each : input.results.policies()) {
-    if (spec_structure(each).method != "restkv") continue;
-    if (policy.empty() || each == "restkv") policy = each;
-  }
-  if (policy.empty()) return;
+  std::vector<std::string> policies = input.results.policies();
+  std::erase_if(policies, [](const std::string& each) { return spec_structure(each).method != "restkv"; });
+  if (policies.empty()) return;
+  const std::string policy = policies_nearest_to_defaults(policies).front();
   std::vector<std::string> capacities;
   for (const std::string& capacity : input.results.capacities()) {
     if (capacity != kAllPositions && !input.results.of_setting({policy, capacity}).empty()) {
@@ -207,39 +269,44 @@ void add_importance(const AnalysisInput& input, Analysis& analysis) {
 }  // namespace
 
 std::string default_baseline(const ResultSet& results, Measure measure) {
-  const std::vector<std::string> policies = results.policies();
-  std::vector<std::string> of_snapkv;
-  for (const std::string& policy : policies) {
-    if (policy == "snapkv") return policy;
-    if (is_policy(policy, "snapkv")) of_snapkv.push_back(policy);
-  }
-  if (of_snapkv.size() == 1) return of_snapkv.front();
   ComparisonOptions options;
   options.measure = measure;
   options.bootstrap.resamples = 0;
+  std::vector<ComparisonRow> rows = compare(results, options);
+  const std::vector<SettingKey> apart = settings_apart(results, "");
+  const auto is_comparable = [&apart](const ComparisonRow& row) {
+    return is_candidate(row) &&
+           std::ranges::find(apart, SettingKey{row.key.policy, row.key.capacity_request}) == apart.end();
+  };
+  std::erase_if(rows, [&](const ComparisonRow& row) { return !is_comparable(row); });
+  std::vector<std::string> policies;
+  for (const std::string& policy : results.policies()) {
+    if (std::ranges::any_of(rows, [&](const ComparisonRow& row) { return row.key.policy == policy; })) {
+      policies.push_back(policy);
+    }
+  }
+  if (policies.size() < 2) return "";
+  const std::vector<std::string> of_methods = policies_nearest_to_defaults(policies);
+  for (const std::string& policy : of_methods) {
+    if (spec_structure(policy).method == kUsualBaseline) return policy;
+  }
   std::vector<std::string> ranked;
   std::string capacity;
-  for (const ComparisonRow& row : compare(results, options)) {
-    if (!is_candidate(row)) continue;
+  for (const ComparisonRow& row : rows) {
+    if (std::ranges::find(of_methods, row.key.policy) == of_methods.end()) continue;
     if (capacity.empty()) capacity = row.key.capacity_request;
     if (row.key.capacity_request == capacity) ranked.push_back(row.key.policy);
   }
-  return ranked.size() < 2 ? "" : ranked[ranked.size() / 2];
+  return ranked[ranked.size() / 2];
 }
 
 Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
-  const ResultSet results = input.results.balanced();
+  const ResultSet results = input.results.comparable();
   Analysis analysis;
   analysis.notes = results.notes();
   if (options.baseline.empty()) {
     options.baseline = default_baseline(results, options.measure);
-    if (!options.baseline.empty() && spec_structure(options.baseline).method != "snapkv") {
-      analysis.notes.push_back(
-          fmt::format("{} is what others are compared with, since its mean at the first capacity is in the middle; "
-                      "--baseline names "
-                      "another",
-                      printable(options.baseline)));
-    }
+    note_baseline(results, options.baseline, analysis.notes);
   } else {
     options.baseline = results.policy_named(options.baseline);
   }
@@ -255,15 +322,17 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   analysis.comparison = compare(results, comparison);
   analysis.apart = settings_apart(results, options.baseline);
   note_apart(analysis.apart, analysis.notes);
+  note_nothing_to_choose(analysis.comparison, analysis.notes);
   note_lacking(results, options.measure, analysis.notes);
   analysis.curves = capacity_curves(results, options.measure, options.bootstrap);
   note_partial(analysis.curves, analysis.notes);
   const bool against_capacity = traits_of(options.measure).per != MeasureTraits::Per::head;
   if (!options.goal && against_capacity) options.goal = chosen_goal(analysis.curves, options.baseline);
   if (options.goal) find_goal(analysis.curves, options.measure, *options.goal);
+  set_apart(analysis.curves, analysis.apart);
   analysis.step_effects = step_effects(results, options.measure, options.bootstrap);
   analysis.parameter_points = parameter_points(analysis.comparison);
-  analysis.oracle = best_oracle(analysis.comparison, lower_is_better);
+  analysis.oracle = best_oracle(analysis.comparison, analysis.apart, lower_is_better);
   if (!analysis.oracle.empty()) {
     comparison.baseline = analysis.oracle;
     analysis.regret = compare(results, comparison);
@@ -273,9 +342,10 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   analysis.options = options;
   analysis.overlaps = policy_overlaps(results);
   analysis.span_recalls = span_recalls(results);
+  analysis.span_excesses = span_excesses(analysis.span_recalls, options.bootstrap.confidence);
   analysis.rank_agreements = rank_agreements(results);
   if (!input.kept.empty()) {
-    analysis.head_overlaps = head_overlaps(input.results, input.kept);
+    analysis.head_overlaps = head_overlaps(input.results, input.kept, results);
     analysis.stabilities = stabilities(input.results, input.kept);
   }
   if (!options.details) return analysis;

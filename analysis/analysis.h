@@ -16,8 +16,7 @@ namespace kvreplay {
 
 struct AnalysisOptions {
   Measure measure = Measure::layer_error;
-  /// A policy's spec, or a method's name that one policy has; empty: snapkv where it is among the policies, else the
-  /// policy that has the middle mean of the first capacity, oracles and what keeps everything apart.
+  /// A policy's spec, or a method's name that one policy has; empty: see default_baseline().
   std::string baseline;
   std::optional<double> goal;  ///< none: the baseline's mean at its middle capacity
   BootstrapOptions bootstrap;
@@ -54,6 +53,7 @@ struct Analysis {
   std::vector<ParameterPoint> parameter_points;
   std::vector<PolicyOverlap> overlaps;
   std::vector<SpanRecall> span_recalls;
+  std::vector<SpanExcess> span_excesses;  ///< against what chance keeps
   std::vector<RankAgreement> rank_agreements;
   std::vector<ComparisonRow> regret;  ///< against the best oracle, by policy and capacity: those with a difference
   std::string oracle;                 ///< which one; empty: none was replayed
@@ -71,7 +71,9 @@ struct AnalysisInput {
   std::vector<TraceReader> traces;  ///< those of the results that were found, for token text and importance
 };
 
-/// The baseline where none is asked for; empty where there is nothing to choose.
+/// The baseline where none is asked for, oracles and what keeps everything apart: of each method the setting nearest to
+/// its defaults; of these that of the usual baseline, else the one with the middle mean at the first capacity. Empty
+/// where there are no two policies.
 std::string default_baseline(const ResultSet& results, Measure measure);
 
 /// Computes all of it. What files lack is left out, and told in notes where one may wonder. Throws as its parts do.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <map>
 #include <numeric>
 #include <utility>
 
@@ -295,6 +296,19 @@ std::vector<double> holm(std::vector<double> p_values) {
     p = largest;
   }
   return p_values;
+}
+
+std::vector<double> holm_within(const std::vector<double>& p_values, const std::vector<std::string>& families) {
+  std::map<std::string, std::vector<std::size_t>> members;
+  for (std::size_t i = 0; i < p_values.size(); ++i) members[families[i]].push_back(i);
+  std::vector<double> corrected(p_values.size());
+  for (const auto& [family, indices] : members) {
+    std::vector<double> of_family;
+    for (const std::size_t i : indices) of_family.push_back(p_values[i]);
+    of_family = holm(std::move(of_family));
+    for (std::size_t i = 0; i < indices.size(); ++i) corrected[indices[i]] = of_family[i];
+  }
+  return corrected;
 }
 
 }  // namespace kvreplay

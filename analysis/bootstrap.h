@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <string>
 #include <vector>
 
 namespace kvreplay {
@@ -59,5 +60,9 @@ int block_length(std::span<const double> series);
 /// p values corrected for their number, so that the chance of one false finding among all of them stays below the level
 /// (Holm 1979). NaN stays NaN and does not count.
 std::vector<double> holm(std::vector<double> p_values);
+
+/// The same within families: those of p values with equal texts. What one family asks says nothing of another's chance
+/// to err, so that a p value does not depend on how many other questions stand beside it.
+std::vector<double> holm_within(const std::vector<double>& p_values, const std::vector<std::string>& families);
 
 }  // namespace kvreplay

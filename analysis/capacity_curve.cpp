@@ -53,27 +53,37 @@ CapacityCurve curve_of(const ResultSet& results, const std::string& policy, Meas
     const std::optional<Aggregate> found = aggregate(results, which, measure, bootstrap);
     if (!found) continue;
     curve.oracle = results.results()[which.front()].oracle;
-    curve.points.push_back({capacity, found->kept, found->kept_share, found->estimate.mean, found->estimate.interval});
+    curve.sets_per_kv_head = found->stored / found->kept;
+    curve.points.push_back({capacity, found->kept, found->kept_share, found->estimate.mean, found->estimate.interval,
+                            found->nothing_to_choose});
   }
   std::ranges::stable_sort(curve.points, {}, &CapacityPoint::kept);
   return curve;
 }
 
-std::vector<std::pair<double, double>> along_log_kept(const CapacityCurve& curve) {
-  std::vector<std::pair<double, double>> points;
-  for (const CapacityPoint& point : curve.points) points.emplace_back(std::log2(point.kept), point.mean);
+// The points that count.
+std::vector<CapacityPoint> telling(const CapacityCurve& curve) {
+  std::vector<CapacityPoint> points = curve.points;
+  std::erase_if(points, [](const CapacityPoint& point) { return point.nothing_to_choose; });
   return points;
+}
+
+std::vector<std::pair<double, double>> along_log_kept(const std::vector<CapacityPoint>& points) {
+  std::vector<std::pair<double, double>> line;
+  for (const CapacityPoint& point : points) line.emplace_back(std::log2(point.kept), point.mean);
+  return line;
 }
 
 void find_goal_of(CapacityCurve& curve, double goal, bool lower_is_better) {
   const auto reaches = [&](double mean) { return lower_is_better ? mean <= goal : mean >= goal; };
-  for (std::size_t i = 0; i < curve.points.size(); ++i) {
-    const CapacityPoint& point = curve.points[i];
+  const std::vector<CapacityPoint> points = telling(curve);
+  for (std::size_t i = 0; i < points.size(); ++i) {
+    const CapacityPoint& point = points[i];
     if (!reaches(point.mean)) continue;
     curve.reached_at_smallest = i == 0;
     curve.kept_for_goal = point.kept;
     if (i == 0) return;
-    const CapacityPoint& before = curve.points[i - 1];
+    const CapacityPoint& before = points[i - 1];
     const double part = (goal - before.mean) / (point.mean - before.mean);
     curve.kept_for_goal = std::exp2((1 - part) * std::log2(before.kept) + part * std::log2(point.kept));
     return;
@@ -100,7 +110,9 @@ std::vector<CapacityCurve> capacity_curves(const ResultSet& results, Measure mea
   }
   const bool lower_is_better = traits_of(measure).lower_is_better;
   for (CapacityCurve& curve : curves) {
-    if (curve.points.size() >= 2 && low < high) curve.area = mean_height(along_log_kept(curve), low, high);
+    const std::vector<std::pair<double, double>> line = along_log_kept(telling(curve));
+    const bool reaches_over = line.size() >= 2 && line.front().first <= low && high <= line.back().first;
+    if (low < high && reaches_over) curve.area = mean_height(line, low, high);
   }
   const auto before = [&](const CapacityCurve& a, const CapacityCurve& b) {
     if (a.area.has_value() != b.area.has_value()) return a.area.has_value();

@@ -16,15 +16,19 @@ struct CapacityPoint {
   double kept_share = 0;  ///< of the positions that the layers held
   double mean = 0;
   Interval interval;
+  bool nothing_to_choose = false;  ///< at this capacity, so that the point says nothing of the policy: see ReplayResult
 };
 
-/// A policy's curve over the traces and eviction positions that have all of its capacities.
+/// A policy's curve over the traces and eviction positions that have all of its capacities. Points where it had nothing
+/// to choose are shown, and count neither for the area nor for the goal.
 struct CapacityCurve {
   std::string policy;
   bool oracle = false;
-  bool partial = false;  ///< a capacity has other traces or eviction positions than the rest, which are left out
+  bool partial = false;         ///< a capacity has other traces or eviction positions than the rest, which are left out
+  double sets_per_kv_head = 1;  ///< that have to be stored: the group where each query head keeps its own
   std::vector<CapacityPoint> points;  ///< ascending in what was kept
-  /// Mean along log2(kept) over the range that all curves share (trapezoids); none where a curve has one point only.
+  /// Mean along log2(kept) over the range that all curves share (trapezoids); none where a curve has one point only, or
+  /// where those that count do not reach over that range.
   std::optional<double> area;
   /// Smallest number of kept positions at which the goal is reached, on the line between the points (log2 kept); none
   /// where it is not reached. `reached_at_smallest`: already the smallest capacity does, and less may do.

@@ -267,16 +267,31 @@ Distribution distribution_in(const Weighed& weighed, Cell cell, bool lower_is_be
   return weighted_distribution(std::move(numbers), lower_is_better);
 }
 
-// Positions in a kept set, and as a share of those that the layers held.
-std::pair<double, double> kept_by(const Weighed& weighed) {
-  double kept = 0;
-  double share = 0;
+// What was kept, and what that costs.
+Keeping kept_by(const Weighed& weighed) {
+  Keeping keeping;
+  double granted = 0;
   for (std::size_t i = 0; i < weighed.members.size(); ++i) {
-    const StoredResult::Kept of_member = weighed.members[i]->result->kept_in(weighed.members[i]->layers);
-    kept += weighed.weights[i] * of_member.positions;
-    share += weighed.weights[i] * of_member.share;
+    const StoredResult& result = *weighed.members[i]->result;
+    const std::vector<int>& layers = weighed.members[i]->layers;
+    const StoredResult::Kept of_member = result.kept_in(layers);
+    const double weight = weighed.weights[i];
+    const int group = result.num_query_heads / result.num_kv_heads;
+    const int sets = result.granularity == Granularity::query ? group : 1;
+    keeping.kept += weight * of_member.positions;
+    keeping.kept_share += weight * of_member.share;
+    keeping.stored += weight * of_member.positions * sets;
+    for (const int layer : layers) {
+      // Nobody keeps more than there is.
+      const int most = std::min(result.capacity, result.held[static_cast<std::size_t>(layer)]);
+      granted += weight * most / static_cast<double>(layers.size());
+    }
+    const bool told = result.bytes_per_token > 0;
+    keeping.bytes_per_token += weight * (told ? result.bytes_per_token : std::numeric_limits<double>::quiet_NaN());
+    keeping.nothing_to_choose = keeping.nothing_to_choose || *result.nothing_to_choose;
   }
-  return {kept, share};
+  keeping.budget = keeping.stored / granted;
+  return keeping;
 }
 
 // The results of a group, layers and heads not yet told apart.
@@ -382,7 +397,7 @@ std::vector<ComparisonRow> rows_of(const ResultSet& results, const Group& group,
     row.granularity = weighed.members.front()->result->granularity;
     row.traces = weighed.traces;
     row.oracle = options.grouping.policy && weighed.members.front()->result->oracle;
-    std::tie(row.kept, row.kept_share) = kept_by(weighed);
+    static_cast<Keeping&>(row) = kept_by(weighed);
     row.distribution = distribution_in(weighed, cell, measure.lower_is_better);
     const MeanEstimate estimate =
         bootstrap_mean(series_of(weighed, cell, is_per_query(measure), number), options.bootstrap);
@@ -411,6 +426,101 @@ Grouping Grouping::parse(std::string_view keys) {
     if (comma == std::string_view::npos) return grouping;
     keys.remove_prefix(comma + 1);
   }
+}
+
+namespace {
+
+// A result as the table sees it.
+struct Placed {
+  std::pair<std::string, int> context;      // within which rows are compared: trace, eviction position
+  std::pair<std::string, std::string> row;  // policy, capacity; or trace, eviction position where neither is told apart
+  std::tuple<std::string, std::string, std::string, int> others;  // what the row is averaged over
+};
+
+Placed placed(const StoredResult& result, const Grouping& grouping) {
+  Placed place;
+  auto& [policy, capacity, trace, eviction] = place.others;
+  if (!grouping.policy && !grouping.capacity) {
+    // Of other traces nothing is the same but the settings.
+    if (grouping.trace) place.row.first = result.trace;
+    if (grouping.eviction_position) place.row.second = std::to_string(result.eviction_position);
+    policy = result.policy;
+    capacity = result.capacity_request;
+    return place;
+  }
+  (grouping.policy ? place.row.first : policy) = result.policy;
+  (grouping.capacity ? place.row.second : capacity) = result.capacity_request;
+  (grouping.trace ? place.context.first : trace) = result.trace;
+  (grouping.eviction_position ? place.context.second : eviction) = result.eviction_position;
+  return place;
+}
+
+using Others = std::set<decltype(Placed::others)>;
+
+// The set of others that covers most: rows that have all of it, times its size.
+const Others* covering_most(const std::map<std::pair<std::string, std::string>, Others>& rows, const Others& common) {
+  std::vector<const Others*> candidates;
+  for (const auto& [row, others] : rows) {
+    const auto is_known = [&its = others](const Others* other) { return *other == its; };
+    if (std::ranges::none_of(candidates, is_known)) candidates.push_back(&others);
+  }
+  if (!common.empty()) candidates.push_back(&common);
+  return *std::ranges::max_element(candidates, {}, [&rows](const Others* candidate) {
+    const auto covers = [candidate](const auto& entry) { return std::ranges::includes(entry.second, *candidate); };
+    return static_cast<std::size_t>(std::ranges::count_if(rows, covers)) * candidate->size();
+  });
+}
+
+}  // namespace
+
+ResultSet over_the_same_others(const ResultSet& results, const Grouping& grouping, std::vector<std::string>& notes) {
+  std::map<std::pair<std::string, int>, std::map<std::pair<std::string, std::string>, Others>> contexts;
+  for (const StoredResult& result : results.results()) {
+    if (result.capacity_request == kAllPositions) continue;
+    const Placed place = placed(result, grouping);
+    contexts[place.context][place.row].insert(place.others);
+  }
+  std::map<std::pair<std::string, int>, Others> chosen;
+  std::set<std::pair<std::string, std::string>> without;  // rows that lack some
+  for (const auto& [context, rows] : contexts) {
+    Others common = rows.begin()->second;
+    for (const auto& [row, others] : rows) {
+      std::erase_if(common, [&its = others](const auto& other) { return !its.contains(other); });
+    }
+    chosen[context] = *covering_most(rows, common);
+    for (const auto& [row, others] : rows) {
+      if (!std::ranges::includes(others, chosen[context])) without.insert(row);
+    }
+  }
+  std::size_t beside = 0;
+  ResultSet same = results.only([&](const StoredResult& result) {
+    if (result.capacity_request == kAllPositions) return true;
+    const Placed place = placed(result, grouping);
+    const Others& of_all = chosen.at(place.context);
+    if (!std::ranges::includes(contexts.at(place.context).at(place.row), of_all)) return false;
+    if (of_all.contains(place.others)) return true;
+    ++beside;
+    return false;
+  });
+  if (without.empty() && beside == 0) return same;
+  std::vector<std::string> parts;
+  if (!without.empty()) {
+    const auto& [first, second] = *without.begin();
+    const std::string name = first.empty() || second.empty() ? first + second : fmt::format("{} at {}", first, second);
+    parts.push_back(fmt::format(
+        "{}{}, which lack{} some of what the others are averaged over", name,
+        without.size() == 1 ? ""
+                            : fmt::format(" and {} more row{}", without.size() - 1, without.size() == 2 ? "" : "s"),
+        without.size() == 1 ? "s" : ""));
+  }
+  if (beside > 0) {
+    parts.push_back(fmt::format("{} result{} that not all rows have", beside, beside == 1 ? "" : "s"));
+  }
+  notes.push_back(
+      fmt::format("each row is a mean over the same policies, capacities, traces and eviction positions: left "
+                  "out are {}",
+                  fmt::join(parts, ", and ")));
+  return same;
 }
 
 std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOptions& options) {
@@ -455,10 +565,12 @@ std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOpt
   std::ranges::stable_sort(rows, sorted_before);
 
   std::vector<double> p_values;
+  std::vector<std::string> asked_at;
   for (const ComparisonRow& row : rows) {
     p_values.push_back(row.difference ? row.difference->p_value : std::numeric_limits<double>::quiet_NaN());
+    asked_at.push_back(row.key.capacity_request);
   }
-  p_values = holm(std::move(p_values));
+  p_values = holm_within(p_values, asked_at);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (rows[i].difference) rows[i].difference->adjusted = p_values[i];
   }
@@ -478,7 +590,7 @@ std::optional<Aggregate> aggregate(const ResultSet& results, std::span<const std
   const Weighed weighed = weigh(std::move(all));
   Aggregate found;
   found.estimate = bootstrap_mean(series_of(weighed, {}, is_per_query(traits_of(measure)), number), bootstrap);
-  std::tie(found.kept, found.kept_share) = kept_by(weighed);
+  static_cast<Keeping&>(found) = kept_by(weighed);
   return found;
 }
 

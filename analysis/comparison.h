@@ -55,17 +55,28 @@ struct PairedDifference {
   double relative = 0;  ///< of the baseline's mean; NaN where that is 0
   double wins = 0;      ///< share of the pairs, weighed like means, in which it is better; ties count half
   double p_value = 0;   ///< that there is no difference; NaN where nothing can be said, or all pairs are equal
-  double adjusted = 0;  ///< the same, corrected for the number of rows of the comparison (Holm)
+  double adjusted = 0;  ///< the same, corrected for the rows of the table at its capacity (Holm)
   int pairs = 0;        ///< layer, head and query of all traces
   int traces = 0;       ///< those that both were replayed on
 };
 
-struct ComparisonRow {
+/// What results keep, as means over them.
+struct Keeping {
+  double kept = 0;             ///< positions in a kept set
+  double kept_share = 0;       ///< of the positions that the layers held
+  double stored = 0;           ///< positions that the sets of a KV head hold: as kept, or the group's multiple of it
+  double budget = 1;           ///< the same over what the capacity grants a KV head
+  double bytes_per_token = 0;  ///< of the prompt; NaN where a file does not say
+  bool nothing_to_choose = false;  ///< in one of the results at least: see ReplayResult
+
+  /// Whether more is stored than dividing a budget into whole positions explains: one position in a KV head or more.
+  bool stores_more_than(const Keeping& other) const { return stored >= other.stored + 1; }
+};
+
+struct ComparisonRow : Keeping {
   GroupKey key;
   bool oracle = false;
   Granularity granularity = Granularity::kv;  ///< of its first result
-  double kept = 0;                            ///< mean positions in a kept set
-  double kept_share = 0;                      ///< of the positions that the layers held
   Distribution distribution;  ///< every trace and eviction position weighs the same; worst over all numbers
   Interval interval;          ///< of the mean
   int traces = 0;
@@ -79,6 +90,12 @@ struct ComparisonOptions {
   BootstrapOptions bootstrap = {};
 };
 
+/// The results without those over which the means of some rows would be taken and those of others not. Rows are
+/// compared within a trace and an eviction position where these are told apart; there each is averaged over the same of
+/// what is not told apart: over that which covers most of the table, as rows times what they are averaged over. Rows
+/// without all of it are left out. What keeps everything stays. `notes` receives what was left out.
+ResultSet over_the_same_others(const ResultSet& results, const Grouping& grouping, std::vector<std::string>& notes);
+
 /// A row per group: capacities in the order of the results, then traces, eviction positions, layers and heads, and best
 /// mean first within. A baseline that keeps everything is compared with at every capacity. Throws UsageError, naming
 /// those there are, where the baseline is not among the policies, and where the measure does not tell heads apart that
@@ -86,10 +103,8 @@ struct ComparisonOptions {
 std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOptions& options);
 
 /// Results taken together, as in a row of a comparison.
-struct Aggregate {
+struct Aggregate : Keeping {
   MeanEstimate estimate;
-  double kept = 0;
-  double kept_share = 0;
 };
 
 /// Of those that have the measure; nothing where none has.

@@ -14,6 +14,9 @@ namespace {
 
 std::string number_text(double number) { return fmt::format("{:.3g}", number); }
 
+// Positions, which are counts and means of counts.
+double tenths(double number) { return std::round(10 * number) / 10; }
+
 std::string signed_text(double number) { return fmt::format("{:+.3g}", number); }
 
 std::string interval_text(const Interval& interval) {
@@ -23,7 +26,14 @@ std::string interval_text(const Interval& interval) {
 
 std::string percent_text(double share) { return fmt::format("{:.3g} %", 100 * share); }
 
-std::string p_text(double p) { return p < 0.001 ? "p < 0.001" : fmt::format("p = {:.2g}", p); }
+// The plain p value, and where that differs the one corrected for the comparisons beside it.
+std::string p_text(double p, double adjusted) {
+  const auto text = [](double number) { return number < 0.001 ? "< 0.001" : fmt::format("= {:.2g}", number); };
+  if (p == adjusted) return fmt::format("p {}", text(p));
+  return fmt::format("p {}, corrected {}", text(p), adjusted < 0.001 ? text(adjusted) : text(adjusted).substr(2));
+}
+
+std::string p_text(const PairedDifference& difference) { return p_text(difference.p_value, difference.adjusted); }
 
 // "a, b and c"
 std::string enumeration(const std::vector<std::string>& items) {
@@ -31,9 +41,10 @@ std::string enumeration(const std::vector<std::string>& items) {
   return fmt::format("{} and {}", fmt::join(items.begin(), items.end() - 1, ", "), items.back());
 }
 
-// What findings speak of: no oracles, nothing that keeps everything, be it for want of positions to evict.
+// What findings speak of: no oracles, nothing that keeps everything, be it for want of positions to evict, and nothing
+// that had nothing to choose.
 bool is_candidate(const ComparisonRow& row) {
-  return !row.oracle && row.key.capacity_request != kAllPositions && row.kept_share < 1;
+  return !row.oracle && row.key.capacity_request != kAllPositions && row.kept_share < 1 && !row.nothing_to_choose;
 }
 
 // Equal but for rounding.
@@ -49,14 +60,25 @@ class Findings {
       : analysis_(analysis),
         measure_(traits_of(analysis.options.measure)),
         level_(1 - analysis.options.bootstrap.confidence) {
+    std::vector<std::vector<const ComparisonRow*>> of_capacity;  // best first
     for (const ComparisonRow& row : analysis.comparison) {
+      rows_[{row.key.policy, row.key.capacity_request}] = &row;
       if (!is_candidate(row) || is_apart({row.key.policy, row.key.capacity_request})) continue;
       policies_.insert(row.key.policy);
-      // Best first within a capacity.
-      if (best_.empty() || best_.back().front()->key.capacity_request != row.key.capacity_request) best_.emplace_back();
-      std::vector<const ComparisonRow*>& winners = best_.back();
-      if (winners.empty() || same(winners.front()->distribution.mean, row.distribution.mean)) winners.push_back(&row);
+      const std::string& capacity = row.key.capacity_request;
+      if (of_capacity.empty() || of_capacity.back().front()->key.capacity_request != capacity)
+        of_capacity.emplace_back();
+      of_capacity.back().push_back(&row);
     }
+    for (const std::vector<const ComparisonRow*>& rows : of_capacity) add_best(rows);
+  }
+
+  std::vector<SettingKey> best_settings() const {
+    std::vector<SettingKey> settings;
+    for (const std::vector<const ComparisonRow*>& winners : best_) {
+      for (const ComparisonRow* row : winners) settings.push_back({row->key.policy, row->key.capacity_request});
+    }
+    return settings;
   }
 
   std::string best() const {
@@ -84,8 +106,8 @@ class Findings {
                                 : where.size() == 2 ? " at both capacities"
                                                     : fmt::format(" at all {} capacities", where.size());
       if (where.size() > kListed) where = {where.front(), where.back()};
-      return fmt::format("{} {} the {} {}{}: {}.", policy, several ? "have" : "has", extreme, measure_.noun, scope,
-                         enumeration(where));
+      return fmt::format("{} {} the {} {}{}: {}.{}", policy, several ? "have" : "has", extreme, measure_.noun, scope,
+                         enumeration(where), not_counted());
     }
     std::vector<std::string> parts;
     for (auto& [policy, where] : places) {
@@ -93,8 +115,8 @@ class Findings {
       if (where.size() > kListed) where = {where.front(), "…", where.back()};
       parts.push_back(fmt::format("{} ({})", policy, fmt::join(where, ", ")));
     }
-    return fmt::format("Which policy has the {} {} depends on the capacity: {}.", extreme, measure_.noun,
-                       enumeration(parts));
+    return fmt::format("Which policy has the {} {} depends on the capacity: {}.{}", extreme, measure_.noun,
+                       enumeration(parts), not_counted());
   }
 
   std::string against_baseline() const {
@@ -104,8 +126,16 @@ class Findings {
     std::size_t compared = 0;
     std::size_t better = 0;
     std::size_t worse = 0;
+    std::size_t unequal = 0;
     for (const ComparisonRow& row : analysis_.comparison) {
       if (!is_candidate(row) || !row.difference || std::isnan(row.difference->p_value)) continue;
+      const ComparisonRow* reference = baseline_of(row);
+      if (reference == nullptr) continue;
+      // A difference that goes with the budgets may be theirs.
+      if (gain(row) > 0 ? row.stores_more_than(*reference) : reference->stores_more_than(row)) {
+        ++unequal;
+        continue;
+      }
       ++compared;
       if (nearest == nullptr || gain(row) > gain(*nearest)) nearest = &row;
       if (row.difference->adjusted >= level_) continue;
@@ -113,28 +143,33 @@ class Findings {
       if (gain(row) > 0 && (most == nullptr || gain(row) > gain(*most))) most = &row;
     }
     if (compared == 0) return "";
-    const std::string count =
+    std::string count =
         compared == 1
             ? ""
             : fmt::format(" Of {} comparisons, {} surely better and {} surely worse{}.", compared,
                           better == 1 ? "1 is" : fmt::format("{} are", better), worse,
                           level_ > 0.0499 && level_ < 0.0501 ? "" : fmt::format(" at {:.4g} %", 100 * (1 - level_)));
+    if (unequal > 0) {
+      count += fmt::format(" Not counted {} {} in which the better one also stores more.", unequal == 1 ? "is" : "are",
+                           unequal);
+    }
     if (most == nullptr && worse == compared) {
-      return fmt::format("All others are surely worse than {}; the nearest to it is {} at {}: {}{}, {}.", baseline,
+      return fmt::format("All others are surely worse than {}; the nearest to it is {} at {}: {}{}, {}.{}", baseline,
                          nearest->key.policy, nearest->key.capacity_request, signed_text(nearest->difference->mean),
-                         interval_text(nearest->difference->interval), p_text(nearest->difference->adjusted));
+                         interval_text(nearest->difference->interval), p_text(*nearest->difference),
+                         unequal > 0 ? count : "");
     }
     if (most == nullptr) {
       return fmt::format("No policy is surely better than {}; the nearest to it is {} at {}: {}{}, {}.{}", baseline,
                          nearest->key.policy, nearest->key.capacity_request, signed_text(nearest->difference->mean),
-                         interval_text(nearest->difference->interval), p_text(nearest->difference->adjusted), count);
+                         interval_text(nearest->difference->interval), p_text(*nearest->difference), count);
     }
     const PairedDifference& difference = *most->difference;
     return fmt::format("Against {}, {} gains most at capacity {}: {}{}{}, better in {} of the pairs, {}.{}", baseline,
                        most->key.policy, most->key.capacity_request, signed_text(difference.mean),
                        interval_text(difference.interval),
                        std::isnan(difference.relative) ? "" : fmt::format(" or {:+.3g} %", 100 * difference.relative),
-                       percent_text(difference.wins), p_text(difference.adjusted), count);
+                       percent_text(difference.wins), p_text(difference), count);
   }
 
   std::string goal() const {
@@ -154,13 +189,16 @@ class Findings {
         "a{} {} of {}", std::string_view("aeiou").find(measure_.noun.front()) == std::string_view::npos ? "" : "n",
         measure_.noun, number_text(*analysis_.options.goal));
     if (reached.empty()) return fmt::format("No policy reaches {} at these capacities.", goal);
-    std::ranges::stable_sort(reached, {}, [](const CapacityCurve* curve) { return *curve->kept_for_goal; });
+    std::ranges::stable_sort(
+        reached, {}, [](const CapacityCurve* curve) { return *curve->kept_for_goal * curve->sets_per_kv_head; });
     std::vector<std::string> parts;
     constexpr std::size_t kListed = 4;
     for (const CapacityCurve* curve : reached) {
       if (parts.size() == kListed) break;
-      parts.push_back(fmt::format("{}{} {}{:.0f}", curve->policy, parts.empty() ? " keeps" : "",
-                                  curve->reached_at_smallest ? "at most " : "", *curve->kept_for_goal));
+      parts.push_back(fmt::format(
+          "{}{} {}{:.0f}{}", curve->policy, parts.empty() ? " keeps" : "", curve->reached_at_smallest ? "at most " : "",
+          *curve->kept_for_goal,
+          curve->sets_per_kv_head > 1 ? fmt::format(" in each of {:.3g} sets", curve->sets_per_kv_head) : ""));
     }
     const std::size_t rest = all - reached.size();
     return fmt::format("For {}, {} positions{}.", goal, enumeration(parts),
@@ -173,7 +211,9 @@ class Findings {
     const StepEffect* most = nullptr;
     std::size_t compared = 0;
     for (const StepEffect& effect : analysis_.step_effects) {
-      if (effect.layer >= 0 || std::isnan(effect.difference.p_value)) continue;
+      if (effect.layer >= 0 || std::isnan(effect.difference.p_value) ||
+          is_oracle({effect.changed, effect.capacity_request}))
+        continue;
       ++compared;
       if (effect.difference.adjusted >= level_ || std::isnan(effect.difference.relative)) continue;
       if (most == nullptr || std::abs(effect.difference.relative) > std::abs(most->difference.relative)) most = &effect;
@@ -182,7 +222,7 @@ class Findings {
     if (most == nullptr) return fmt::format("None of {} single changes to a method makes a sure difference.", compared);
     return fmt::format("Of single changes to {}, {} ({}) changes the {} most: {:+.3g} % at {}{}, {}.", most->reference,
                        most->change, most->step, measure_.noun, 100 * most->difference.relative, most->capacity_request,
-                       interval_text(most->difference.interval), p_text(most->difference.adjusted));
+                       interval_text(most->difference.interval), p_text(most->difference));
   }
 
   std::string regret() const {
@@ -202,32 +242,87 @@ class Findings {
   }
 
   std::string spans() const {
-    // At the middle capacity, with the weights of all means.
+    // At the middle capacity.
     if (best_.empty()) return "";
     const std::string& capacity = best_[best_.size() / 2].front()->key.capacity_request;
-    std::map<std::string, std::pair<double, double>> recalls;
-    for (const SpanRecall& recall : analysis_.span_recalls) {
-      if (recall.layer >= 0 || recall.capacity_request != capacity || !policies_.contains(recall.policy) ||
-          is_apart({recall.policy, capacity})) {
+    const SpanExcess* most = nullptr;
+    const SpanExcess* sure = nullptr;
+    std::size_t policies = 0;
+    for (const SpanExcess& excess : analysis_.span_excesses) {
+      if (excess.capacity_request != capacity || excess.oracle || excess.nothing_to_choose ||
+          !policies_.contains(excess.policy) || is_apart({excess.policy, capacity})) {
         continue;
       }
-      auto& [sum, weight] = recalls[recall.policy];
-      sum += recall.weight * recall.recall;
-      weight += recall.weight;
+      ++policies;
+      if (most == nullptr || excess.mean > most->mean) most = &excess;
+      if (excess.mean > 0 && excess.adjusted < level_ && (sure == nullptr || excess.mean > sure->mean)) sure = &excess;
     }
-    if (recalls.size() < 2) return "";
-    const auto mean = [](const auto& entry) { return entry.second.first / entry.second.second; };
-    const auto most = std::ranges::max_element(recalls, {}, mean);
-    if (!(mean(*most) > 0))
-      return fmt::format("No policy keeps anything of the annotated spans at capacity {}.", capacity);
-    return fmt::format("Of the annotated spans, {} keeps most at capacity {}: {} of their positions.", most->first,
-                       capacity, percent_text(mean(*most)));
+    if (policies < 2) return "";
+    if (sure == nullptr) {
+      return fmt::format(
+          "Of the annotated spans no policy surely keeps more than of the whole prompt at capacity {}; the most, {}, "
+          "{} "
+          "of their positions and {} of all{}.",
+          capacity, most->policy, percent_text(most->recall), percent_text(most->kept_share),
+          std::isnan(most->p_value) ? "" : fmt::format(" ({})", p_text(most->p_value, most->adjusted)));
+    }
+    return fmt::format(
+        "Of the annotated spans, {} keeps more than of the whole prompt at capacity {}: {} of their positions and {} "
+        "of "
+        "all, {:+.3g} points [{:+.3g}, {:+.3g}], {}.",
+        sure->policy, capacity, percent_text(sure->recall), percent_text(sure->kept_share), 100 * sure->mean,
+        100 * sure->interval.low, 100 * sure->interval.high, p_text(sure->p_value, sure->adjusted));
   }
 
  private:
   // How much better a row is than its baseline.
   double gain(const ComparisonRow& row) const {
     return measure_.lower_is_better ? -row.difference->mean : row.difference->mean;
+  }
+
+  // Of the candidates of a capacity, best first: the best of those that store no more than most, and what is better and
+  // stores more.
+  void add_best(const std::vector<const ComparisonRow*>& rows) {
+    std::vector<const ComparisonRow*> by_size = rows;
+    std::ranges::stable_sort(by_size, {}, [](const ComparisonRow* row) { return row->stored; });
+    const ComparisonRow& middle = *by_size[(by_size.size() - 1) / 2];
+    std::vector<const ComparisonRow*>& winners = best_.emplace_back();
+    for (const ComparisonRow* row : rows) {
+      if (row->stores_more_than(middle)) {
+        if (winners.empty()) larger_.push_back({row, middle.stored});
+        continue;
+      }
+      if (winners.empty() || same(winners.front()->distribution.mean, row->distribution.mean)) winners.push_back(row);
+    }
+  }
+
+  // What is better than those that are called best, and why it is not called so.
+  std::string not_counted() const {
+    if (larger_.empty()) return "";
+    constexpr std::size_t kListed = 3;
+    std::vector<std::string> names;
+    for (const auto& [row, usual] : larger_) {
+      if (names.size() == kListed) break;
+      names.push_back(fmt::format("{} at {} ({} positions in a KV head, where most store {})", row->key.policy,
+                                  row->key.capacity_request, tenths(row->stored), tenths(usual)));
+    }
+    if (larger_.size() > kListed) names.push_back(counted(larger_.size() - kListed, "other", "others"));
+    return fmt::format(" Not counted, since {} more: {}.", larger_.size() == 1 ? "it stores" : "they store",
+                       enumeration(names));
+  }
+
+  // What a row's difference is from; nothing where that had nothing to choose.
+  const ComparisonRow* baseline_of(const ComparisonRow& row) const {
+    for (const std::string& capacity : {row.key.capacity_request, std::string(kAllPositions)}) {
+      const auto found = rows_.find({analysis_.options.baseline, capacity});
+      if (found != rows_.end()) return found->second->nothing_to_choose ? nullptr : found->second;
+    }
+    return nullptr;
+  }
+
+  bool is_oracle(const SettingKey& key) const {
+    const auto found = rows_.find(key);
+    return found != rows_.end() && found->second->oracle;
   }
 
   bool is_apart(const SettingKey& key) const {
@@ -248,11 +343,15 @@ class Findings {
   const Analysis& analysis_;
   const MeasureTraits& measure_;
   double level_;
-  std::vector<std::vector<const ComparisonRow*>> best_;  // of each capacity: those that are equally good
+  std::map<SettingKey, const ComparisonRow*> rows_;
+  std::vector<std::vector<const ComparisonRow*>> best_;          // of each capacity: those that are equally good
+  std::vector<std::pair<const ComparisonRow*, double>> larger_;  // better than these, and what most store
   std::set<std::string> policies_;
 };
 
 }  // namespace
+
+std::vector<SettingKey> best_settings(const Analysis& analysis) { return Findings(analysis).best_settings(); }
 
 std::vector<std::string> findings(const Analysis& analysis, std::size_t most) {
   const Findings found(analysis);

@@ -61,12 +61,24 @@ bool same_spans(const std::vector<Span>& a, const std::vector<Span>& b) {
   return std::ranges::equal(a, b, same);
 }
 
+// Whether the capacity is no more than what a policy keeps whatever the scores: what files of older versions do not
+// say, and a spec does, unless it has a budget that divides the capacity, or is not known here.
+bool has_nothing_to_choose(const StoredResult& result) {
+  if (result.capacity_request == kAllPositions || result.capacity >= result.eviction_position) return false;
+  try {
+    const Policy policy = make_policy(result.policy);
+    if (policy.budget) return false;
+    const bool ranks = policy.ranking && !policy.selection;
+    HeadShape shape;  // older versions had every layer hold the whole prompt
+    shape.prompt_length = result.eviction_position;
+    return result.capacity <= (ranks ? policy.ranking->unscored(shape) : policy.protection().count());
+  } catch (const Error&) {
+    return false;
+  }
+}
+
 // Why two results of one trace and eviction position cannot be compared; empty where they can.
 std::string mismatch(const StoredResult& a, const StoredResult& b) {
-  if (a.evaluation_positions != b.evaluation_positions) {
-    return fmt::format("other evaluation queries ({} and {})", a.evaluation_positions.size(),
-                       b.evaluation_positions.size());
-  }
   if (std::tie(a.num_layers, a.num_query_heads, a.num_kv_heads) !=
       std::tie(b.num_layers, b.num_query_heads, b.num_kv_heads)) {
     return "another number of layers or heads";
@@ -78,6 +90,42 @@ std::string mismatch(const StoredResult& a, const StoredResult& b) {
   if (!same_spans(a.spans, b.spans)) return "other spans";
   return "";
 }
+
+// "31 queries from 1280 on".
+std::string queries_text(const std::vector<int>& positions) {
+  return fmt::format("{} quer{} from {} on", positions.size(), positions.size() == 1 ? "y" : "ies", positions.front());
+}
+
+// The sets of evaluation queries that a trace's settings were evaluated on.
+class Evaluations {
+ public:
+  void add(const StoredResult& result) {
+    Evaluation& evaluation = of_queries_.try_emplace(result.evaluation_positions).first->second;
+    evaluation.evictions.insert(result.eviction_position);
+    if (result.capacity_request != kAllPositions) evaluation.settings.insert({result.policy, result.capacity_request});
+  }
+
+  // The one of most settings, then that which begins last; of one eviction position, or of all (−1).
+  const std::vector<int>& best(int eviction) const {
+    const std::vector<int>* chosen = nullptr;
+    std::tuple<std::size_t, int, std::size_t> rank;
+    for (const auto& [queries, evaluation] : of_queries_) {
+      if (eviction >= 0 && !evaluation.evictions.contains(eviction)) continue;
+      const std::tuple of_this(evaluation.settings.size(), queries.front(), queries.size());
+      if (chosen != nullptr && of_this <= rank) continue;
+      chosen = &queries;
+      rank = of_this;
+    }
+    return *chosen;
+  }
+
+ private:
+  struct Evaluation {
+    std::set<int> evictions;
+    std::set<SettingKey> settings;
+  };
+  std::map<std::vector<int>, Evaluation> of_queries_;
+};
 
 // Throws where nothing matches one of the texts of a filter.
 template <class Texts, class Items, class Matches>
@@ -134,6 +182,7 @@ ResultSet ResultSet::open(std::span<const std::filesystem::path> files, const Re
 // Where it can be compared with all that there is so far.
 void ResultSet::add(std::size_t reader, std::size_t index, Known& known) {
   StoredResult result = readers_[reader]->results()[index];
+  if (!result.nothing_to_choose) result.nothing_to_choose = has_nothing_to_choose(result);
   const auto both = [&](std::size_t other) {
     const std::string& a = readers_[place_[other].first]->path().string();
     const std::string& b = readers_[reader]->path().string();
@@ -172,7 +221,9 @@ void ResultSet::add(std::size_t reader, std::size_t index, Known& known) {
           name_of(first.share), name_of(result.granularity), name_of(result.share)));
     }
   }
-  const auto [twin, is_new] = known.results.try_emplace({setting, where}, results_.size());
+  const std::size_t evaluation =
+      known.evaluations.try_emplace(result.evaluation_positions, known.evaluations.size()).first->second;
+  const auto [twin, is_new] = known.results.try_emplace({setting, where, evaluation}, results_.size());
   if (!is_new) {
     count_once(twin->second, {reader, index});
     return;
@@ -230,6 +281,7 @@ void ResultSet::choose(const ResultFilter& filter) {
   require_each(filter.traces, traces, "trace", is_meant);
   require_each(filter.eviction_positions, evictions, "eviction position", std::equal_to<>());
   require_each(filter.layers, layers, "layer", std::equal_to<>());
+  filter_ = filter;
   layers_ = filter.layers;
   full_layers_ = filter.full_layers;
   std::ranges::sort(layers_);
@@ -287,18 +339,85 @@ void ResultSet::index_settings() {
 
 ResultSet ResultSet::only(const std::function<bool(const StoredResult&)>& wanted) const {
   ResultSet set = *this;
-  set.results_.clear();
-  set.place_.clear();
-  for (std::size_t i = 0; i < results_.size(); ++i) {
-    if (!wanted(results_[i])) continue;
-    set.results_.push_back(results_[i]);
-    set.place_.push_back(place_[i]);
-  }
-  set.index_settings();
+  set.keep([&](std::size_t i) { return wanted(results_[i]); });
   return set;
 }
 
-ResultSet ResultSet::balanced() const {
+ResultSet ResultSet::comparable() const {
+  ResultSet set = *this;
+  set.leave_out_other_evaluations(false);
+  set.leave_out_partial_evictions();
+  set.require_what_was_named();
+  return set;
+}
+
+ResultSet ResultSet::comparable_at_each_eviction() const {
+  ResultSet set = *this;
+  set.leave_out_other_evaluations(true);
+  set.require_what_was_named();
+  return set;
+}
+
+void ResultSet::keep(const std::function<bool(std::size_t)>& wanted) {
+  std::vector<StoredResult> results;
+  std::vector<Place> places;
+  for (std::size_t i = 0; i < results_.size(); ++i) {
+    if (!wanted(i)) continue;
+    results.push_back(std::move(results_[i]));
+    places.push_back(place_[i]);
+  }
+  results_ = std::move(results);
+  place_ = std::move(places);
+  index_settings();
+}
+
+void ResultSet::leave_out_other_evaluations(bool evictions_apart) {
+  std::map<std::string, Evaluations> traces;
+  for (const StoredResult& result : results_) traces[result.trace].add(result);
+  std::map<std::string, std::map<std::vector<int>, std::vector<std::size_t>>> left_out;  // by trace, and their queries
+  std::vector<bool> stays(results_.size(), true);
+  for (std::size_t i = 0; i < results_.size(); ++i) {
+    const StoredResult& result = results_[i];
+    const Evaluations& evaluations = traces.at(result.trace);
+    const std::vector<int>& chosen = evaluations.best(evictions_apart ? result.eviction_position : -1);
+    stays[i] = result.evaluation_positions == chosen;
+    if (stays[i]) continue;
+    left_out[result.trace][result.evaluation_positions].push_back(i);
+    not_comparable_.push_back(
+        {{result.policy, result.capacity_request},
+         fmt::format("was evaluated on {} of {}, and others on {}; replay it with --evaluate-from {}",
+                     queries_text(result.evaluation_positions), printable(result.trace), queries_text(chosen),
+                     chosen.front())});
+  }
+  for (const auto& [trace, others] : left_out) {
+    for (const auto& [queries, which] : others) {
+      const std::vector<int>& chosen =
+          traces.at(trace).best(evictions_apart ? results_[which.front()].eviction_position : -1);
+      notes_.push_back(
+          fmt::format("{}: {} evaluated on {}, and cannot be compared with what was evaluated on {}: left out of "
+                      "comparisons and means; replay with --evaluate-from {} what is to be compared{}",
+                      printable(trace), results_text(which), queries_text(queries), queries_text(chosen),
+                      chosen.front(), evictions_apart ? "" : ", or look at one eviction with --evict-at"));
+    }
+  }
+  if (left_out.empty()) return;
+  const auto candidates = [this]() {
+    std::set<std::string> found;
+    for (const StoredResult& result : results_) {
+      if (!result.oracle && result.capacity_request != kAllPositions) found.insert(result.policy);
+    }
+    return found.size();
+  };
+  const std::size_t before = candidates();
+  keep([&stays](std::size_t i) { return stays[i]; });
+  if (before >= 2 && candidates() < 2) {
+    const NotComparable& first = not_comparable_.front();
+    throw Error(fmt::format("no two policies were evaluated on the same queries: {} {}",
+                            printable(first.setting.policy), first.why));
+  }
+}
+
+void ResultSet::leave_out_partial_evictions() {
   struct OfTrace {
     std::set<SettingKey> settings;
     std::map<int, std::set<SettingKey>> by_eviction;
@@ -312,7 +431,6 @@ ResultSet ResultSet::balanced() const {
     trace.by_eviction[result.eviction_position].insert(key);
   }
   std::set<std::pair<std::string, int>> left_out;
-  std::vector<std::string> notes = notes_;
   for (const auto& [name, trace] : traces) {
     std::vector<int> of_all;
     std::vector<int> of_some;
@@ -321,16 +439,41 @@ ResultSet ResultSet::balanced() const {
     }
     if (of_all.empty() || of_some.empty()) continue;
     for (const int eviction : of_some) left_out.emplace(name, eviction);
-    notes.push_back(fmt::format(
+    notes_.push_back(fmt::format(
         "{}: only some of its policies and capacities were replayed with evictions at {}: means are of those "
         "at {} (stability is of all)",
         printable(name), fmt::join(of_some, ", "), fmt::join(of_all, ", ")));
   }
-  ResultSet set = only([&left_out](const StoredResult& result) {
-    return !left_out.contains({result.trace, result.eviction_position});
+  keep([&](std::size_t i) { return !left_out.contains({results_[i].trace, results_[i].eviction_position}); });
+}
+
+void ResultSet::require_what_was_named() const {
+  const auto require = [this](const std::vector<std::string>& texts, const auto& matches) {
+    for (const std::string& text : texts) {
+      const auto is_it = [&](const SettingKey& setting) { return matches(setting, text); };
+      if (std::ranges::any_of(settings_, is_it)) continue;
+      const auto gone = std::ranges::find_if(not_comparable_, is_it, &NotComparable::setting);
+      if (gone == not_comparable_.end()) continue;
+      throw Error(fmt::format("{} cannot be compared with the rest: {} at {} {}", printable(text),
+                              printable(gone->setting.policy), printable(gone->setting.capacity_request), gone->why));
+    }
+  };
+  require(filter_.policies,
+          [](const SettingKey& setting, const std::string& text) { return is_policy(setting.policy, text); });
+  require(filter_.capacities, [](const SettingKey& setting, const std::string& text) {
+    return setting.capacity_request == canonical_capacity(text);
   });
-  set.notes_ = std::move(notes);
-  return set;
+}
+
+// "tova at 16 and 3 more results, evicted at 512, 768, were".
+std::string ResultSet::results_text(const std::vector<std::size_t>& which) const {
+  const StoredResult& first = results_[which.front()];
+  std::set<int> evictions;
+  for (const std::size_t i : which) evictions.insert(results_[i].eviction_position);
+  const std::size_t others = which.size() - 1;
+  return fmt::format("{} at {}{}, evicted at {}, {}", printable(first.policy), printable(first.capacity_request),
+                     others == 0 ? "" : fmt::format(" and {} more result{}", others, others == 1 ? "" : "s"),
+                     fmt::join(evictions, ", "), others == 0 ? "was" : "were");
 }
 
 void ResultSet::note_results() {
@@ -399,6 +542,12 @@ std::string ResultSet::policy_named(const std::string& text) const {
   std::vector<std::string> of_method;
   for (const std::string& policy : known) {
     if (is_policy(policy, text)) of_method.push_back(policy);
+  }
+  const auto gone = std::ranges::find_if(
+      not_comparable_, [&text](const SettingKey& setting) { return is_policy(setting.policy, text); },
+      &NotComparable::setting);
+  if (of_method.empty() && gone != not_comparable_.end()) {
+    throw Error(fmt::format("{} cannot be compared with the rest: it {}", printable(text), gone->why));
   }
   if (of_method.size() == 1) return of_method.front();
   if (!of_method.empty()) {

@@ -44,21 +44,28 @@ struct SettingKey {
 class ResultSet {
  public:
   /// Throws Error where they cannot be compared: a file that is not a complete results file of this version; two
-  /// captures under one trace name; results of one trace and eviction position with other evaluation queries, spans or
-  /// shapes; a setting at different `heads` or `share`; a policy, capacity, trace and eviction position twice with
-  /// different numbers (equal ones are counted once, which notes() tells). One capture under two names goes by the
-  /// first of them, which is told too. Throws UsageError, naming what there is, where `filter` leaves nothing or names
-  /// what is not there.
+  /// captures under one trace name; results of one trace and eviction position with other spans or shapes; a setting at
+  /// different `heads` or `share`; a policy, capacity, trace, eviction position and evaluation twice with different
+  /// numbers (equal ones are counted once, which notes() tells). One capture under two names goes by the first of them,
+  /// which is told too. Throws UsageError, naming what there is, where `filter` leaves nothing or names what is not
+  /// there.
   static ResultSet open(std::span<const std::filesystem::path> files, const ResultFilter& filter = {});
 
   /// Those of them that `wanted` is true of, with the same notes.
   ResultSet only(const std::function<bool(const StoredResult&)>& wanted) const;
 
-  /// Without a trace's eviction positions that some of its settings lack, what keeps everything apart, where there is
-  /// one that all have: else the means of these settings would be of other places. A note tells.
-  ResultSet balanced() const;
+  /// Those that can be compared with each other and averaged together; notes tell what is left out. Of a trace these
+  /// are the results of one set of evaluation queries: of that which most of its settings were evaluated on, of equally
+  /// many the one that begins last, since tokens between the eviction and the first query stay for free. And where some
+  /// eviction positions have all of the trace's settings, what keeps everything apart, those positions alone. Throws
+  /// Error where nothing is left to be compared, or nothing of a policy or capacity that `filter` named.
+  ResultSet comparable() const;
 
-  /// In the order of the files; those that keep everything included.
+  /// The same where eviction positions are told apart, so that each may have evaluation queries of its own.
+  ResultSet comparable_at_each_eviction() const;
+
+  /// In the order of the files; those that keep everything included. Each says whether there was nothing to choose: of
+  /// files that do not, as its spec has it.
   const std::vector<StoredResult>& results() const { return results_; }
 
   /// Numbers of one of them, of the layers chosen: the first extent is that of layers_of(). Empty where the measure was
@@ -76,7 +83,7 @@ class ResultSet {
   std::vector<std::string> capacities() const;
 
   /// The policy that `text` means: a spec, written canonically or not, or the name of a method that one policy has.
-  /// Throws UsageError, naming those that there are.
+  /// Throws UsageError, naming those that there are; Error for one that comparable() left out.
   std::string policy_named(const std::string& text) const;
 
   /// What a trace goes by whose file says `name`.
@@ -101,7 +108,14 @@ class ResultSet {
     std::map<std::string, std::size_t> names;                      // of traces, as in the files
     std::map<std::pair<std::string, int>, std::size_t> evictions;  // trace, eviction position
     std::map<SettingKey, std::size_t> settings;
-    std::map<std::pair<SettingKey, std::pair<std::string, int>>, std::size_t> results;
+    std::map<std::vector<int>, std::size_t> evaluations;  // numbered by their queries
+    std::map<std::tuple<SettingKey, std::pair<std::string, int>, std::size_t>, std::size_t> results;
+  };
+
+  // What was left out since it is of other evaluation queries, and why.
+  struct NotComparable {
+    SettingKey setting;
+    std::string why;
   };
 
   void add(std::size_t reader, std::size_t index, Known& known);
@@ -110,6 +124,11 @@ class ResultSet {
   void note_results();
 
   void index_settings();
+  void keep(const std::function<bool(std::size_t)>& wanted);
+  void leave_out_other_evaluations(bool evictions_apart);
+  void leave_out_partial_evictions();
+  std::string results_text(const std::vector<std::size_t>& which) const;
+  void require_what_was_named() const;
 
   std::vector<std::shared_ptr<const ResultsReader>> readers_;
   std::vector<StoredResult> results_;
@@ -119,6 +138,8 @@ class ResultSet {
   std::map<std::string, std::string> called_;  // traces by the names that files have for them
   std::vector<int> layers_;                    // chosen; empty: all
   bool full_layers_ = false;
+  ResultFilter filter_;
+  std::vector<NotComparable> not_comparable_;
   std::size_t repetitions_ = 0;
   std::vector<std::string> notes_;
 };

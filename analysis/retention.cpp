@@ -10,9 +10,11 @@
 #include <limits>
 #include <map>
 #include <optional>
+#include <set>
 #include <tuple>
 #include <utility>
 
+#include "analysis/student_t.h"
 #include "base/error.h"
 
 namespace kvreplay {
@@ -303,28 +305,103 @@ std::vector<SpanRecall> span_recalls(const ResultSet& results) {
     for (std::size_t s = 0; s < spans; ++s) {
       SpanRecall row{.trace = result.trace,
                      .label = result.spans[s].label,
+                     .start = result.spans[s].start,
                      .depth = static_cast<double>(result.spans[s].start) / result.eviction_position,
                      .eviction_position = result.eviction_position,
                      .policy = result.policy,
-                     .capacity_request = result.capacity_request};
+                     .capacity_request = result.capacity_request,
+                     .oracle = result.oracle,
+                     .nothing_to_choose = *result.nothing_to_choose};
       row.weight = 1.0 / (static_cast<double>(spans) * evictions[{{row.policy, row.capacity_request}, row.trace}]);
       LayerMeans means;
+      LayerMeans shares;
       std::vector<double> of_layers;
+      std::vector<double> share_of_layers;  // of those that hold anything of the span
       for (std::size_t l = 0; l < layers.size(); ++l) {
         Mean mean;
         for (std::size_t h = 0; h < heads; ++h) {
           mean.add(static_cast<double>(table.numbers[(l * heads + h) * spans + s]));
         }
         of_layers.push_back(mean.value());
+        share_of_layers.push_back(std::isnan(mean.value()) ? mean.value() : result.kept_in({layers[l]}).share);
       }
       means.add(result.trace, layers, of_layers);
+      shares.add(result.trace, layers, share_of_layers);
+      const std::map<int, Mean> kept_shares = shares.means();
       for (const auto& [layer, mean] : means.means()) {
         row.layer = layer;
         row.recall = mean.value();
+        row.kept_share = kept_shares.at(layer).value();
         rows.push_back(row);
       }
     }
   }
+  return rows;
+}
+
+std::vector<SpanExcess> span_excesses(std::span<const SpanRecall> recalls, double confidence) {
+  // What a span adds to the means of its setting.
+  struct OfSpan {
+    double weight = 0;
+    double sum = 0;  // of excess, by weight
+  };
+  struct OfSetting {
+    SpanExcess row;
+    std::map<std::tuple<std::string, int, std::string>, OfSpan> spans;
+  };
+  std::vector<OfSetting> settings;
+  std::map<SettingKey, std::size_t> place;
+  for (const SpanRecall& recall : recalls) {
+    if (recall.layer >= 0 || recall.capacity_request == kAllPositions) continue;
+    const auto [found, is_new] = place.try_emplace({recall.policy, recall.capacity_request}, settings.size());
+    if (is_new) settings.emplace_back();
+    OfSetting& setting = settings[found->second];
+    SpanExcess& row = setting.row;
+    row.policy = recall.policy;
+    row.capacity_request = recall.capacity_request;
+    row.oracle = recall.oracle;
+    row.nothing_to_choose = row.nothing_to_choose || recall.nothing_to_choose;
+    row.recall += recall.weight * recall.recall;
+    row.kept_share += recall.weight * recall.kept_share;
+    OfSpan& span = setting.spans[{recall.trace, recall.start, recall.label}];
+    span.weight += recall.weight;
+    span.sum += recall.weight * (recall.recall - recall.kept_share);
+  }
+  std::vector<SpanExcess> rows;
+  std::vector<double> p_values;
+  std::vector<std::string> asked_at;
+  for (OfSetting& setting : settings) {
+    SpanExcess& row = setting.row;
+    double all = 0;
+    for (const auto& [key, span] : setting.spans) all += span.weight;
+    row.recall /= all;
+    row.kept_share /= all;
+    row.mean = row.recall - row.kept_share;
+    row.spans = static_cast<int>(setting.spans.size());
+    double squares = 0;   // of weights
+    double variance = 0;  // of the mean, too small by 1 − squares
+    bool all_equal = true;
+    const OfSpan& first = setting.spans.begin()->second;
+    for (const auto& [key, span] : setting.spans) {
+      const double weight = span.weight / all;
+      const double apart = span.sum / span.weight - row.mean;
+      squares += weight * weight;
+      variance += weight * weight * apart * apart;
+      all_equal = all_equal && span.sum / span.weight == first.sum / first.weight;
+    }
+    if (!all_equal) {
+      const double independent = 1 / squares;
+      const double error = std::sqrt(variance / (1 - squares));
+      const double bound = student_t_bound(confidence, independent - 1);
+      row.interval = {row.mean - bound * error, row.mean + bound * error};
+      row.p_value = student_t_tails(std::abs(row.mean) / error, independent - 1);
+    }
+    rows.push_back(row);
+    p_values.push_back(row.p_value);
+    asked_at.push_back(row.capacity_request);
+  }
+  p_values = holm_within(p_values, asked_at);
+  for (std::size_t i = 0; i < rows.size(); ++i) rows[i].adjusted = p_values[i];
   return rows;
 }
 
@@ -418,7 +495,9 @@ KeptSets RetentionSet::read(const Entry& entry, const ResultSet& results) const 
   return sets;
 }
 
-std::vector<HeadOverlap> head_overlaps(const ResultSet& results, const RetentionSet& kept) {
+std::vector<HeadOverlap> head_overlaps(const ResultSet& results, const RetentionSet& kept, const ResultSet& averaged) {
+  std::set<Identity> counted;
+  for (const StoredResult& result : averaged.results()) counted.insert(identity_of(result, result.trace));
   std::map<std::size_t, RetentionSet::Entry> entries;
   for (const RetentionSet::Entry& entry : kept.entries()) entries.emplace(entry.result, entry);
   std::vector<HeadOverlap> rows;
@@ -428,7 +507,10 @@ std::vector<HeadOverlap> head_overlaps(const ResultSet& results, const Retention
     for (const std::size_t i : results.of_setting(key)) {
       const StoredResult& result = results.results()[i];
       const auto entry = entries.find(i);
-      if (entry == entries.end() || result.granularity == Granularity::layer) continue;
+      if (entry == entries.end() || result.granularity == Granularity::layer ||
+          !counted.contains(identity_of(result, result.trace))) {
+        continue;
+      }
       const std::vector<int> layers = results.layers_of(result);
       if (keeps_everything(result, layers)) continue;
       const HeadPairs pairs = head_pairs(result, kept.read(entry->second, results), layers);

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <filesystem>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "analysis/bootstrap.h"
 #include "analysis/result_set.h"
 
 namespace kvreplay {
@@ -29,18 +31,45 @@ std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results);
 struct SpanRecall {
   std::string trace;
   std::string label;
-  double depth = 0;  ///< where the span begins, as a share of the positions before the eviction
+  int start = 0;     ///< where the span begins
+  double depth = 0;  ///< the same as a share of the positions before the eviction
   int eviction_position = 0;
   std::string policy;
   std::string capacity_request;
   int layer = -1;     ///< −1: all layers
   double recall = 0;  ///< mean over query heads (and layers)
+  /// Of all positions that a layer held, in the mean over those layers: what chance keeps of every span. Files of older
+  /// versions do not tell layers apart.
+  double kept_share = 0;
+  bool oracle = false;
+  bool nothing_to_choose = false;  ///< see ReplayResult
   double weight =
       0;  ///< in means over spans: every trace weighs 1, every eviction in it and every span in that the same
 };
 
 /// In the order of the results, spans within, all layers before each.
 std::vector<SpanRecall> span_recalls(const ResultSet& results);
+
+/// How much more of annotated spans a setting keeps than chance, which keeps the same share of every span as of the
+/// prompt.
+struct SpanExcess {
+  std::string policy;
+  std::string capacity_request;
+  bool oracle = false;
+  bool nothing_to_choose = false;  ///< see ReplayResult
+  double recall = 0;               ///< mean over spans
+  double kept_share = 0;           ///< of the positions before the eviction
+  double mean = 0;                 ///< recall less share
+  Interval interval;
+  double p_value = std::numeric_limits<double>::quiet_NaN();   ///< that spans are kept like any other position
+  double adjusted = std::numeric_limits<double>::quiet_NaN();  ///< corrected for the settings of a capacity (Holm)
+  int spans = 0;
+};
+
+/// A row per setting with spans, in the order of `recalls`. Spans are what is drawn at random, each with its mean over
+/// eviction positions, layers and heads: intervals and p values are Student's t of their weighted mean. NaN of a single
+/// span, and where all are the same.
+std::vector<SpanExcess> span_excesses(std::span<const SpanRecall> recalls, double confidence);
 
 /// Rank agreement between a policy's scores and the oracle's importance, over all layers and per layer.
 struct RankAgreement {
@@ -95,8 +124,9 @@ struct HeadOverlap {
 };
 
 /// By setting: within groups (at granularity query), then between them, over all layers and then per layer. None of
-/// settings that keep everything, and of granularity layer, where all heads keep the same.
-std::vector<HeadOverlap> head_overlaps(const ResultSet& results, const RetentionSet& kept);
+/// settings that keep everything, and of granularity layer, where all heads keep the same. `kept` is of `results`, and
+/// means are over those of them that `averaged` holds as well.
+std::vector<HeadOverlap> head_overlaps(const ResultSet& results, const RetentionSet& kept, const ResultSet& averaged);
 
 /// How a policy's kept sets change when the eviction comes later.
 struct Stability {

@@ -14,10 +14,12 @@ namespace {
 
 void add_spec(const std::string& spec, const std::string& path, SpecStructure& structure, std::string& method);
 
-void add_parameter(const std::string& path, const std::string& value, bool is_spec, SpecStructure& structure) {
+void add_parameter(const std::string& path, const std::string& value, const Parameter* parameter,
+                   SpecStructure& structure) {
   structure.parameters[path] = value;
   structure.order.push_back(path);
-  if (!is_spec || value.empty()) return;
+  if (parameter != nullptr) structure.declared[path] = parameter;
+  if (parameter == nullptr || parameter->kind != Parameter::Kind::spec || value.empty()) return;
   std::string inner;
   add_spec(value, path + ".", structure, inner);
   structure.nested[path] = inner;
@@ -32,13 +34,12 @@ void add_spec(const std::string& spec, const std::string& path, SpecStructure& s
     method += name;
     const Method* found = find_method(name);
     if (found == nullptr) {
-      for (const auto& [key, value] : part.arguments) add_parameter(prefix + key, value, false, structure);
+      for (const auto& [key, value] : part.arguments) add_parameter(prefix + key, value, nullptr, structure);
       continue;
     }
     const Arguments arguments(part, found->parameters);
     for (const Parameter& parameter : found->parameters) {
-      add_parameter(prefix + parameter.name, arguments.text(parameter.name), parameter.kind == Parameter::Kind::spec,
-                    structure);
+      add_parameter(prefix + parameter.name, arguments.text(parameter.name), &parameter, structure);
     }
   }
 }

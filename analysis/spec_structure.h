@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "policy/parameter.h"
+
 namespace kvreplay {
 
 /// A spec without its arguments, and these with all their defaults.
@@ -15,6 +17,7 @@ struct SpecStructure {
                                                   ///< of a later part; "base.window" within a nested spec
   std::map<std::string, std::string> nested;      ///< the method of every parameter that is a spec, by its path
   std::vector<std::string> order;                 ///< paths as declared
+  std::map<std::string, const Parameter*> declared;  ///< by path; not of a method that is not known here
 };
 
 /// Of a policy that is not known here, as that of a plug-in which is not loaded, what is known is what its spec says;

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "analysis/reference.h"
 #include "analysis/spec_structure.h"
 #include "base/parallel.h"
 #include "policy/policy.h"
@@ -125,17 +126,17 @@ std::optional<Change> change_of(const Setting& reference, const Setting& changed
                 fmt::format("method: {} → {}{}", pair->method, pair->without, added)};
 }
 
-// The defaults where they were replayed, else what most others differ from in one thing.
+// The setting nearest to the defaults, of several that from which most others differ in one thing.
 const Setting& reference_of(const std::vector<Setting>& settings) {
-  const auto defaults =
-      std::ranges::find_if(settings, [](const Setting& setting) { return setting.policy == setting.structure.method; });
-  if (defaults != settings.end()) return *defaults;
-  const auto changes = [&settings](const Setting& reference) {
+  std::vector<SpecStructure> structures;
+  for (const Setting& setting : settings) structures.push_back(setting.structure);
+  const std::vector<std::size_t> nearest = nearest_to_defaults(structures);
+  const auto changes = [&settings](std::size_t reference) {
     return std::ranges::count_if(settings, [&](const Setting& other) {
-      return other.policy != reference.policy && change_of(reference, other).has_value();
+      return other.policy != settings[reference].policy && change_of(settings[reference], other).has_value();
     });
   };
-  return *std::ranges::max_element(settings, {}, changes);
+  return nearest.size() == 1 ? settings[nearest.front()] : settings[*std::ranges::max_element(nearest, {}, changes)];
 }
 
 // In the order of the steps' table, so that a method's steps come one after the other.
@@ -175,17 +176,23 @@ std::vector<ResultPair> pairs_of(const ResultSet& results, const Change& change,
     for (const std::size_t j : results.of_setting({change.reference, capacity})) {
       const StoredResult& a = results.results()[i];
       const StoredResult& b = results.results()[j];
+      // What keeps the same whatever its parameters tells nothing of them.
+      if (*a.nothing_to_choose || *b.nothing_to_choose) return {};
       if (a.trace == b.trace && a.eviction_position == b.eviction_position) pairs.emplace_back(i, j);
     }
   }
   return pairs;
 }
 
-// Corrects the p values of all rows.
+// Corrects the p values of all rows, capacity by capacity.
 void correct(std::vector<StepEffect>& effects) {
   std::vector<double> p_values;
-  for (const StepEffect& effect : effects) p_values.push_back(effect.difference.p_value);
-  p_values = holm(std::move(p_values));
+  std::vector<std::string> asked_at;
+  for (const StepEffect& effect : effects) {
+    p_values.push_back(effect.difference.p_value);
+    asked_at.push_back(effect.capacity_request);
+  }
+  p_values = holm_within(p_values, asked_at);
   for (std::size_t i = 0; i < effects.size(); ++i) effects[i].difference.adjusted = p_values[i];
 }
 
@@ -235,6 +242,7 @@ std::vector<ParameterPoint> parameter_points(std::span<const ComparisonRow> rows
   std::vector<Family> families;
   std::map<std::string, std::size_t> place;
   for (const ComparisonRow& row : rows) {
+    if (row.nothing_to_choose) continue;
     SpecStructure structure = spec_structure(row.key.policy);
     std::string key = structure.method;
     for (const std::string& name : structure.order) {

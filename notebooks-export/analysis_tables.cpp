@@ -41,11 +41,11 @@ class TextTable {
 
   bool empty() const { return entries_ == 0; }
 
-  // With its title; `left_out`: rows that were not added.
-  std::string text(const std::string& title, std::size_t left_out = 0) const {
+  // With its title, and lines that explain it; `left_out`: rows that were not added.
+  std::string text(const std::string& title, std::size_t left_out = 0, const std::string& below = "") const {
     left_out += entries_ > most_ ? entries_ - most_ : 0;
     return fmt::format(
-        "{}\n{}{}\n", wrapped(title, 0, kTextWidth), aligned_table(rows_),
+        "{}\n{}{}{}\n", wrapped(title, 0, kTextWidth), aligned_table(rows_), below,
         left_out == 0 ? ""
                       : fmt::format("Not shown: {} more row{}; --csv has all.\n", left_out, left_out == 1 ? "" : "s"));
   }
@@ -63,6 +63,8 @@ std::string short_plain(double number) { return fmt::format("{:.3f}", number); }
 std::string with_sign(double number) { return std::isnan(number) ? "-" : fmt::format("{:+.4f}", number); }
 
 std::string percent(double share) { return std::isnan(share) ? "-" : fmt::format("{:.0f} %", 100 * share); }
+
+std::string fine_percent(double share) { return std::isnan(share) ? "-" : fmt::format("{:.1f} %", 100 * share); }
 
 std::string signed_percent(double share) { return std::isnan(share) ? "-" : fmt::format("{:+.1f} %", 100 * share); }
 
@@ -82,6 +84,66 @@ std::string with_ends(double mean, const Interval& interval) {
 std::string sure(const AnalysisOptions& options) { return fmt::format("{:.4g} %", 100 * options.bootstrap.confidence); }
 
 std::string marked(const std::string& policy, bool oracle) { return policy + (oracle ? " (ORACLE)" : ""); }
+
+constexpr std::string_view kNothingToChoose = "†";
+constexpr std::string_view kElsewhere = "‡";
+constexpr std::string_view kUnequal = "*";
+
+// Stores visibly more or less than its capacity in every KV head.
+bool is_unequal(const ComparisonRow& row) {
+  constexpr double kVisible = 0.001;
+  return row.key.capacity_request != kAllPositions && std::abs(row.budget - 1) > kVisible;
+}
+
+bool is_in(std::span<const SettingKey> settings, const GroupKey& key) {
+  return std::ranges::find(settings, SettingKey{key.policy, key.capacity_request}) != settings.end();
+}
+
+// The policy of a row, and what keeps it from being compared with its neighbours.
+std::string marked(const ComparisonRow& row, std::span<const SettingKey> apart) {
+  std::string text = marked(row.key.policy, row.oracle);
+  if (row.nothing_to_choose) text += fmt::format(" {}", kNothingToChoose);
+  if (is_in(apart, row.key)) text += fmt::format(" {}", kElsewhere);
+  return text;
+}
+
+// The same in tables of other things than the comparison.
+class Marked {
+ public:
+  explicit Marked(const Analysis& analysis) {
+    for (const ComparisonRow& row : analysis.comparison) {
+      names_[{row.key.policy, row.key.capacity_request}] = marked(row, analysis.apart);
+    }
+  }
+
+  const std::string& name(const std::string& policy, const std::string& capacity) const {
+    const auto found = names_.find({policy, capacity});
+    return found == names_.end() ? policy : found->second;
+  }
+
+ private:
+  std::map<SettingKey, std::string> names_;
+};
+
+// What the marks of a table mean, a line each.
+std::string about_marks(std::span<const ComparisonRow* const> rows, std::span<const SettingKey> apart) {
+  std::string text;
+  const auto add = [&](std::string_view mark, std::string_view meaning, const auto& has) {
+    if (std::ranges::any_of(rows, has)) text += wrapped(fmt::format("{} {}", mark, meaning), 0, kTextWidth);
+  };
+  add(kNothingToChoose, "nothing to choose: all of the capacity is kept whatever the scores",
+      [](const ComparisonRow* row) { return row->nothing_to_choose; });
+  add(kElsewhere, "of other traces or eviction positions than most at its capacity",
+      [apart](const ComparisonRow* row) { return is_in(apart, row->key); });
+  add(kUnequal, "stores more or less than its capacity in every KV head",
+      [](const ComparisonRow* row) { return is_unequal(*row); });
+  return text;
+}
+
+// As one counts positions, or means of them.
+std::string count_text(double count) {
+  return count == std::floor(count) ? fmt::format("{:.0f}", count) : fmt::format("{:.1f}", count);
+}
 
 bool keeps_all(const std::string& capacity) { return capacity == kAllPositions; }
 
@@ -153,9 +215,15 @@ std::string curve_text(const Analysis& analysis) {
                                 printable(curve.points.back().capacity_request)));
     cells.push_back(curve.area ? plain(*curve.area) : "-");
     if (analysis.options.goal) {
-      cells.push_back(!curve.kept_for_goal
-                          ? "not reached"
-                          : fmt::format("{}{:.0f}", curve.reached_at_smallest ? "at most " : "", *curve.kept_for_goal));
+      const std::string sets = curve.sets_per_kv_head > 1 ? fmt::format(" in {:.3g} sets", curve.sets_per_kv_head) : "";
+      const bool apart = std::ranges::any_of(curve.points, [&](const CapacityPoint& point) {
+        return std::ranges::find(analysis.apart, SettingKey{curve.policy, point.capacity_request}) !=
+               analysis.apart.end();
+      });
+      cells.push_back(apart                  ? "-"
+                      : !curve.kept_for_goal ? "not reached"
+                                             : fmt::format("{}{:.0f}{}", curve.reached_at_smallest ? "at most " : "",
+                                                           *curve.kept_for_goal, sets));
     }
     table.add(marked(curve.policy, curve.oracle), cells);
   }
@@ -167,8 +235,8 @@ std::string curve_text(const Analysis& analysis) {
 }
 
 std::string steps_text(const Analysis& analysis) {
-  TextTable table(
-      {"change", "step", "capacity", fmt::format("difference [{}]", sure(analysis.options)), "of it", "wins", "p"});
+  TextTable table({"change", "step", "capacity", fmt::format("difference [{}]", sure(analysis.options)), "of it",
+                   "wins", "p", "p (Holm)"});
   std::set<std::string> references;
   for (const StepEffect& effect : analysis.step_effects) {
     if (effect.layer >= 0) continue;
@@ -176,17 +244,19 @@ std::string steps_text(const Analysis& analysis) {
     table.add(effect.change, {effect.step, printable(effect.capacity_request),
                               with_ends(effect.difference.mean, effect.difference.interval),
                               signed_percent(effect.difference.relative), percent(effect.difference.wins),
-                              probability(effect.difference.adjusted)});
+                              probability(effect.difference.p_value), probability(effect.difference.adjusted)});
   }
   if (table.empty()) return "";
-  return table.text(fmt::format("What a single change does to the {} of {}, all else equal.",
-                                traits_of(analysis.options.measure).noun, fmt::join(references, ", ")));
+  return table.text(
+      fmt::format("What a single change does to the {} of {}, all else equal. [ ] and p are of each change "
+                  "alone; p (Holm) is corrected for all at its capacity.",
+                  traits_of(analysis.options.measure).noun, fmt::join(references, ", ")));
 }
 
 std::string regret_text(const Analysis& analysis) {
   TextTable table({"policy", "capacity", fmt::format("difference [{}]", sure(analysis.options)), "of the oracle's"});
   for (const ComparisonRow& row : analysis.regret) {
-    table.add(marked(row.key.policy, row.oracle),
+    table.add(marked(row, analysis.apart),
               {printable(row.key.capacity_request), with_ends(row.difference->mean, row.difference->interval),
                signed_percent(row.difference->relative)});
   }
@@ -196,6 +266,7 @@ std::string regret_text(const Analysis& analysis) {
 }
 
 std::string overlap_text(const Analysis& analysis) {
+  const Marked names(analysis);
   std::vector<std::string> others;
   if (!analysis.options.baseline.empty()) others.push_back(analysis.options.baseline);
   if (!analysis.oracle.empty() && analysis.oracle != analysis.options.baseline) others.push_back(analysis.oracle);
@@ -227,7 +298,7 @@ std::string overlap_text(const Analysis& analysis) {
       cells.push_back(overlap == found.end() || is_itself ? "-" : plain(overlap->second->jaccard));
       cells.push_back(overlap == found.end() || is_itself ? "-" : plain(overlap->second->containment));
     }
-    table.add(policy, cells);
+    table.add(names.name(policy, capacity), cells);
   }
   if (table.empty()) return "";
   return table.text(
@@ -263,12 +334,38 @@ class Means {
   std::map<Key, std::size_t> place_;
 };
 
+// The traces that all policies have which have any of these evictions at this capacity; all of them where there are
+// none.
+std::set<std::string> common_traces(const std::vector<Stability>& stabilities, const Stability& like) {
+  std::map<std::string, std::set<std::string>> of_policy;
+  for (const Stability& each : stabilities) {
+    if (std::tie(each.capacity_request, each.from, each.to) == std::tie(like.capacity_request, like.from, like.to)) {
+      of_policy[each.policy].insert(each.trace);
+    }
+  }
+  std::set<std::string> common;
+  for (const auto& [policy, traces] : of_policy) common.insert(traces.begin(), traces.end());
+  const std::set<std::string> all = common;
+  for (const auto& [policy, traces] : of_policy) {
+    std::erase_if(common, [&its = traces](const std::string& trace) { return !its.contains(trace); });
+  }
+  return common.empty() ? all : common;
+}
+
 std::string stability_text(const Analysis& analysis) {
   using Key = std::tuple<std::string, std::string, int, int>;
   Means<Key> jaccard;
   Means<Key> returned;
+  std::map<std::tuple<std::string, int, int>, std::set<std::string>> traces;
+  bool partial = false;
   for (const Stability& stability : analysis.stabilities) {
     if (stability.layer >= 0) continue;
+    const std::tuple evictions(stability.capacity_request, stability.from, stability.to);
+    if (!traces.contains(evictions)) traces[evictions] = common_traces(analysis.stabilities, stability);
+    if (!traces[evictions].contains(stability.trace)) {
+      partial = true;
+      continue;
+    }
     const Key key{stability.policy, stability.capacity_request, stability.from, stability.to};
     jaccard.add(key, stability.jaccard);
     returned.add(key, stability.returned);
@@ -280,12 +377,14 @@ std::string stability_text(const Analysis& analysis) {
                        percent(returned.mean(key))});
   }
   if (table.empty()) return "";
-  return table.text(
-      "Stability: what is kept of the positions before an eviction when it comes later; kept again: the share of them "
-      "that the earlier eviction had dropped.");
+  return table.text(fmt::format(
+      "Stability: what is kept of the positions before an eviction when it comes later; kept again: the share "
+      "of them that the earlier eviction had dropped.{}",
+      partial ? " Means are over the traces that all policies have." : ""));
 }
 
 std::string heads_text(const Analysis& analysis) {
+  const Marked names(analysis);
   using Key = std::pair<std::string, std::string>;
   Means<Key> within;
   Means<Key> between;
@@ -298,45 +397,115 @@ std::string heads_text(const Analysis& analysis) {
   }
   TextTable table({"policy", "capacity", "within groups", "between KV heads"});
   for (const Key& key : order) {
-    table.add(key.first, {printable(key.second), plain(within.mean(key)), plain(between.mean(key))});
+    table.add(names.name(key.first, key.second),
+              {printable(key.second), plain(within.mean(key)), plain(between.mean(key))});
   }
   if (table.empty()) return "";
   return table.text("How far the heads of a layer keep the same positions (Jaccard).");
 }
 
+std::string span_excess_text(const Analysis& analysis) {
+  const Marked names(analysis);
+  TextTable table({"policy", "capacity", "of prompt", "of spans",
+                   fmt::format("beyond chance [{}]", sure(analysis.options)), "p", "p (Holm)"});
+  for (const SpanExcess& excess : analysis.span_excesses) {
+    table.add(names.name(excess.policy, excess.capacity_request),
+              {printable(excess.capacity_request), fine_percent(excess.kept_share), fine_percent(excess.recall),
+               with_ends(excess.mean, excess.interval), probability(excess.p_value), probability(excess.adjusted)});
+  }
+  if (table.empty()) return "";
+  return table.text(
+      "Span recall beside chance, which keeps the same share of every span as of the prompt; spans are what is drawn "
+      "at "
+      "random. [ ] and p are of each row alone; p (Holm) is corrected for all at its capacity.");
+}
+
+// The middle one of the capacities at which there are spans.
+std::string middle_capacity(const std::vector<SpanExcess>& excesses) {
+  std::vector<std::string> capacities;
+  for (const SpanExcess& excess : excesses) {
+    if (std::ranges::find(capacities, excess.capacity_request) == capacities.end()) {
+      capacities.push_back(excess.capacity_request);
+    }
+  }
+  return capacities.empty() ? "" : capacities[capacities.size() / 2];
+}
+
+std::string span_label_text(const Analysis& analysis) {
+  constexpr std::size_t kMostSpans = 10;  // side by side
+  const Marked names_of_policies(analysis);
+  const std::string capacity = middle_capacity(analysis.span_excesses);
+  using Place = std::tuple<std::string, int, std::string>;  // trace, start, label
+  std::vector<Place> spans;
+  Means<std::pair<std::string, Place>> recall;
+  for (const SpanRecall& each : analysis.span_recalls) {
+    if (each.layer >= 0 || each.capacity_request != capacity) continue;
+    const Place place(each.trace, each.start, each.label);
+    if (std::ranges::find(spans, place) == spans.end()) spans.push_back(place);
+    recall.add({each.policy, place}, each.recall, each.weight);
+  }
+  if (spans.size() < 2) return "";
+  const std::size_t left_out = spans.size() > kMostSpans ? spans.size() - kMostSpans : 0;
+  spans.resize(spans.size() - left_out);
+  std::vector<std::string> head = {"policy", "of prompt"};
+  std::string names;
+  for (std::size_t i = 0; i < spans.size(); ++i) {
+    const auto& [trace, start, label] = spans[i];
+    head.push_back(fmt::format("{}", i + 1));
+    names += fmt::format("{}{} {}", i == 0 ? "" : ", ", i + 1, label.empty() ? "unnamed" : printable(label));
+    if (analysis.traces.size() > 1) names += fmt::format(" ({})", printable(trace));
+  }
+  TextTable table(std::move(head));
+  for (const SpanExcess& excess : analysis.span_excesses) {
+    if (excess.capacity_request != capacity) continue;
+    std::vector<std::string> cells = {fine_percent(excess.kept_share)};
+    for (const Place& place : spans) cells.push_back(fine_percent(recall.mean({excess.policy, place})));
+    table.add(names_of_policies.name(excess.policy, excess.capacity_request), cells);
+  }
+  return table.text(
+      fmt::format("Span recall span by span at capacity {}, beside the share of the prompt that is kept: {}{}.",
+                  printable(capacity), names,
+                  left_out == 0 ? "" : fmt::format("; {} more are left out, and --csv has them", left_out)));
+}
+
 constexpr int kDepths = 5;
 
-std::string span_text(const Analysis& analysis) {
+std::string span_depth_text(const Analysis& analysis) {
+  const Marked names(analysis);
   using Key = std::tuple<std::string, std::string, int>;
   Means<Key> recall;
+  Means<std::pair<std::string, std::string>> share;
   std::vector<std::pair<std::string, std::string>> order;
   for (const SpanRecall& each : analysis.span_recalls) {
     if (each.layer >= 0 || keeps_all(each.capacity_request)) continue;
     const int depth = std::min(kDepths - 1, static_cast<int>(each.depth * kDepths));
     recall.add({each.policy, each.capacity_request, depth}, each.recall, each.weight);
-    recall.add({each.policy, each.capacity_request, kDepths}, each.recall, each.weight);
+    share.add({each.policy, each.capacity_request}, each.kept_share, each.weight);
     const std::pair setting{each.policy, each.capacity_request};
     if (std::ranges::find(order, setting) == order.end()) order.push_back(setting);
   }
-  std::vector<std::string> head = {"policy", "capacity", "all spans"};
+  std::vector<std::string> head = {"policy", "capacity", "of prompt"};
   for (int depth = 0; depth < kDepths; ++depth) {
     head.push_back(fmt::format("{}-{} %", depth * 100 / kDepths, (depth + 1) * 100 / kDepths));
   }
   TextTable table(std::move(head));
   for (const auto& [policy, capacity] : order) {
-    std::vector<std::string> cells = {printable(capacity), percent(recall.mean({policy, capacity, kDepths}))};
+    std::vector<std::string> cells = {printable(capacity), percent(share.mean({policy, capacity}))};
     for (int depth = 0; depth < kDepths; ++depth) cells.push_back(percent(recall.mean({policy, capacity, depth})));
-    table.add(policy, cells);
+    table.add(names.name(policy, capacity), cells);
   }
   if (table.empty()) return "";
-  return table.text("Span recall by where the span begins, as a share of the positions before the eviction.");
+  return table.text(
+      "Span recall by where the span begins, as a share of the positions before the eviction, beside the share of the "
+      "prompt that is kept.");
 }
 
 std::string rank_text(const Analysis& analysis) {
+  const Marked names(analysis);
   TextTable table({"policy", "capacity", "Spearman", "Kendall"});
   for (const RankAgreement& agreement : analysis.rank_agreements) {
     if (agreement.layer >= 0) continue;
-    table.add(agreement.policy,
+    table.add(names.name(agreement.policy, agreement.capacity_request),
               {printable(agreement.capacity_request), plain(agreement.spearman), plain(agreement.kendall)});
   }
   if (table.empty()) return "";
@@ -393,8 +562,14 @@ void add_comparison(const std::vector<ComparisonRow>& rows, const AnalysisOption
     key.layer = row.key.layer;
     key.head = row.key.head;
     numbers.add(key, "traces", row.traces);
-    numbers.add(key, "kept", std::round(row.kept * 1e6) / 1e6);
-    numbers.add(key, "kept share", row.kept_share);
+    // Of whole results: single layers and heads may keep other numbers.
+    if (row.key.layer < 0 && row.key.head < 0) {
+      numbers.add(key, "kept", std::round(row.kept * 1e6) / 1e6);
+      numbers.add(key, "kept share", row.kept_share);
+      numbers.add(key, "stored over capacity", std::round(row.budget * 1e6) / 1e6);
+      if (!std::isnan(row.bytes_per_token)) numbers.add(key, "bytes per token", row.bytes_per_token);
+    }
+    numbers.add(key, "nothing to choose", row.nothing_to_choose ? 1 : 0);
     numbers.add(key, "mean", row.distribution.mean, row.interval);
     numbers.add(key, "median", row.distribution.median);
     numbers.add(key, "p90", row.distribution.p90);
@@ -436,6 +611,17 @@ void add_retention(const Analysis& analysis, Numbers& numbers) {
     key.layer = each.layer;
     numbers.add(key, "depth", each.depth);
     numbers.add(key, "recall", each.recall);
+    numbers.add(key, "share kept", each.kept_share);
+  }
+  for (const SpanExcess& each : analysis.span_excesses) {
+    Numbers::Key key{"spans", each.policy};
+    key.capacity_request = each.capacity_request;
+    numbers.add(key, "recall", each.recall);
+    numbers.add(key, "share kept", each.kept_share);
+    numbers.add(key, "beyond chance", each.mean, each.interval);
+    numbers.add(key, "p", each.p_value);
+    numbers.add(key, "p corrected", each.adjusted);
+    numbers.add(key, "spans", each.spans);
   }
   for (const RankAgreement& each : analysis.rank_agreements) {
     Numbers::Key key{"rank agreement", each.policy};
@@ -475,50 +661,100 @@ std::string analysis_headline(std::span<const StoredResult> results) {
   return text;
 }
 
-std::string comparison_text(const std::vector<ComparisonRow>& rows, const Grouping& grouping,
-                            const AnalysisOptions& options) {
-  const MeasureTraits& measure = traits_of(options.measure);
-  std::string baseline;
-  for (const ComparisonRow& row : rows) {
-    if (row.difference) baseline = options.baseline;
+namespace {
+
+// The cells of a row's keys, the policy marked.
+std::vector<std::string> key_cells(const ComparisonRow& row, const Grouping& grouping,
+                                   std::span<const SettingKey> apart) {
+  std::vector<std::string> keys;
+  for (const KeyColumn& column : kKeyColumns) {
+    if (grouping.*column.chosen) keys.push_back(column.text(row.key));
   }
+  if (grouping.policy) keys.front() = marked(row, apart);
+  return keys;
+}
+
+// What was kept, what it costs, and the measure.
+std::string means_text(const std::vector<const ComparisonRow*>& shown, const Grouping& grouping,
+                       const AnalysisOptions& options, std::span<const SettingKey> apart, std::size_t left_out) {
+  // What is kept is told of whole results.
+  const bool kept = grouping.policy && !grouping.layer && !grouping.head;
+  const bool bytes =
+      kept && std::ranges::none_of(shown, [](const ComparisonRow* row) { return std::isnan(row->bytes_per_token); });
+  const auto larger = [](const ComparisonRow* row) { return row->bytes_per_token >= 10'000; };
+  const bool large = bytes && std::ranges::any_of(shown, larger);  // one unit for all, so that they can be compared
   std::vector<std::string> head;
   for (const KeyColumn& column : kKeyColumns) {
     if (grouping.*column.chosen) head.emplace_back(column.head);
   }
+  if (kept) head.emplace_back("kept");
+  if (bytes) head.emplace_back(large ? "KiB/token" : "B/token");
   // The measure is told in the title.
   for (const char* name : {"mean", "median", "p90", "worst"}) head.emplace_back(name);
-  if (!baseline.empty()) {
-    head.push_back(fmt::format("difference [{}]", sure(options)));
-    head.emplace_back("wins");
-    head.emplace_back("p");
-  }
   TextTable table(std::move(head), kMostCompared);
-  const std::vector<const ComparisonRow*> shown = worth_showing(rows, baseline);
   for (const ComparisonRow* row : shown) {
-    std::vector<std::string> keys;
-    for (const KeyColumn& column : kKeyColumns) {
-      if (grouping.*column.chosen) keys.push_back(column.text(row->key));
-    }
-    if (grouping.policy) keys.front() = marked(keys.front(), row->oracle);
+    const std::vector<std::string> keys = key_cells(*row, grouping, apart);
     std::vector<std::string> cells(keys.begin() + 1, keys.end());
+    const std::string_view mark = kept && is_unequal(*row) ? kUnequal : "";
+    if (kept) cells.push_back(count_text(std::round(10 * row->kept) / 10) + std::string(bytes ? "" : mark));
+    if (bytes) {
+      cells.push_back((large ? fmt::format("{:.1f}", row->bytes_per_token / 1024)
+                             : count_text(std::round(10 * row->bytes_per_token) / 10)) +
+                      std::string(mark));
+    }
     cells.push_back(with_spread(row->distribution.mean, row->interval));
     cells.push_back(short_plain(row->distribution.median));
     cells.push_back(short_plain(row->distribution.p90));
     cells.push_back(short_plain(row->distribution.worst));
-    if (row->difference) {
-      cells.push_back(with_ends(row->difference->mean, row->difference->interval));
-      cells.push_back(percent(row->difference->wins));
-      cells.push_back(probability(row->difference->adjusted));
-    } else if (!baseline.empty()) {
-      cells.insert(cells.end(), {row->key.policy == baseline ? "baseline" : "-", "-", "-"});
-    }
     table.add(keys.front(), cells);
   }
-  std::string title = fmt::format("{} by {}", capitalized(measure.noun), keys_of(grouping));
+  std::string title = fmt::format("{} by {}", capitalized(traits_of(options.measure).noun), keys_of(grouping));
   if (grouping.policy) title += ", best first";
-  if (!baseline.empty()) title += fmt::format("; difference from {}, in pairs", baseline);
-  return table.text(title + ".", rows.size() - shown.size());
+  return table.text(title + ".", left_out, kept ? about_marks(shown, apart) : "");
+}
+
+// The differences from the baseline; empty where there are none.
+std::string differences_text(const std::vector<const ComparisonRow*>& shown, const Grouping& grouping,
+                             const AnalysisOptions& options, std::span<const SettingKey> apart, std::size_t left_out) {
+  std::vector<std::string> head;
+  for (const KeyColumn& column : kKeyColumns) {
+    if (grouping.*column.chosen) head.emplace_back(column.head);
+  }
+  for (const std::string& name : {fmt::format("difference [{}]", sure(options)), std::string("of it"),
+                                  std::string("wins"), std::string("p"), std::string("p (Holm)")}) {
+    head.push_back(name);
+  }
+  TextTable table(std::move(head), kMostCompared);
+  for (const ComparisonRow* row : shown) {
+    if (!row->difference) continue;
+    const std::vector<std::string> keys = key_cells(*row, grouping, apart);
+    std::vector<std::string> cells(keys.begin() + 1, keys.end());
+    cells.push_back(with_ends(row->difference->mean, row->difference->interval));
+    cells.push_back(signed_percent(row->difference->relative));
+    cells.push_back(percent(row->difference->wins));
+    cells.push_back(probability(row->difference->p_value));
+    cells.push_back(probability(row->difference->adjusted));
+    table.add(keys.front(), cells);
+  }
+  if (table.empty()) return "";
+  return table.text(fmt::format("{}: difference from {}, in pairs. [ ] and p are of each comparison alone; p (Holm) is "
+                                "corrected for all at its capacity.",
+                                capitalized(traits_of(options.measure).noun), options.baseline),
+                    left_out);
+}
+
+}  // namespace
+
+std::string comparison_text(const std::vector<ComparisonRow>& rows, const Grouping& grouping,
+                            const AnalysisOptions& options, std::span<const SettingKey> apart) {
+  const bool compared = std::ranges::any_of(rows, [](const ComparisonRow& row) { return row.difference.has_value(); });
+  const std::vector<const ComparisonRow*> shown = worth_showing(rows, compared ? options.baseline : "");
+  const auto differs = [](const ComparisonRow& row) { return row.difference.has_value(); };
+  const auto shown_that_differ = std::ranges::count_if(shown, [&](const ComparisonRow* row) { return differs(*row); });
+  const auto all_that_differ = std::ranges::count_if(rows, differs);
+  return means_text(shown, grouping, options, apart, rows.size() - shown.size()) +
+         differences_text(shown, grouping, options, apart,
+                          static_cast<std::size_t>(all_that_differ - shown_that_differ));
 }
 
 std::string analysis_text(const Analysis& analysis) {
@@ -530,9 +766,9 @@ std::string analysis_text(const Analysis& analysis) {
     text += lines;
   }
   if (!text.empty()) text += '\n';
-  text += comparison_text(analysis.comparison, Grouping{}, analysis.options);
-  for (const auto& section :
-       {curve_text, steps_text, regret_text, overlap_text, heads_text, stability_text, span_text, rank_text}) {
+  text += comparison_text(analysis.comparison, Grouping{}, analysis.options, analysis.apart);
+  for (const auto& section : {curve_text, steps_text, regret_text, overlap_text, heads_text, stability_text,
+                              span_excess_text, span_label_text, span_depth_text, rank_text}) {
     text += section(analysis);
   }
   return text;

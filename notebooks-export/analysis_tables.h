@@ -12,10 +12,12 @@ namespace kvreplay {
 /// What the results are of, in a line.
 std::string analysis_headline(std::span<const StoredResult> results);
 
-/// A comparison by the keys of `grouping`, with its title. Of many rows only the best of each place and the baseline,
-/// and then a line that says so.
+/// A comparison by the keys of `grouping`: a table of means and what is kept for them, and one of the differences from
+/// the baseline where there are any, with titles. Of many rows only the best of each place and the baseline, and then a
+/// line that says so. Settings that are `apart` are marked, and so is what had nothing to choose or stores more or less
+/// than its capacity.
 std::string comparison_text(const std::vector<ComparisonRow>& rows, const Grouping& grouping,
-                            const AnalysisOptions& options);
+                            const AnalysisOptions& options, std::span<const SettingKey> apart = {});
 
 /// The findings and every table that the analysis has something for. At most some 110 columns wide.
 std::string analysis_text(const Analysis& analysis);

@@ -8,6 +8,7 @@
 #include <set>
 #include <string_view>
 
+#include "analysis/findings.h"
 #include "base/printable.h"
 #include "notebooks-export/embedded_files.h"
 #include "notebooks-export/figure_style.h"
@@ -143,20 +144,16 @@ std::string compared(const Analysis& analysis, const FigureStyle& style) {
 
 // Means by policy and capacity, the best of each capacity marked.
 std::string means_table(const Analysis& analysis, const FigureStyle& style) {
-  const bool lower = traits_of(analysis.options.measure).lower_is_better;
+  const std::vector<SettingKey> best = best_settings(analysis);
   std::map<std::pair<std::string, std::string>, const ComparisonRow*> rows;
-  std::map<std::string, double> best;
   for (const ComparisonRow& row : analysis.comparison) {
     if (!style.shows(row.key.policy)) continue;
     rows[{row.key.policy, row.key.capacity_request}] = &row;
-    if (row.oracle) continue;
-    const auto [found, is_new] = best.try_emplace(row.key.capacity_request, row.distribution.mean);
-    if (!is_new && (row.distribution.mean < found->second) == lower) found->second = row.distribution.mean;
   }
   // Outside of what scrolls, so that it is whole where the table is wider than the window.
   std::string text = fmt::format(
-      "<p class=\"caption\" id=\"means\">Mean {} at each capacity; the best policy in bold, oracles "
-      "apart.{}{}</p>\n<div "
+      "<p class=\"caption\" id=\"means\">Mean {} at each capacity; the best policy in bold, but for oracles, what "
+      "stores more than most and what had nothing to choose.{}{}</p>\n<div "
       "class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Means\"><table class=\"means\" "
       "aria-labelledby=\"means\"><thead><tr><th scope=\"col\">policy</th>",
       html(traits_of(analysis.options.measure).noun),
@@ -178,7 +175,7 @@ std::string means_table(const Analysis& analysis, const FigureStyle& style) {
       }
       const ComparisonRow& row = *found->second;
       const std::string mean = fmt::format("{:.4f}", row.distribution.mean);
-      const bool first = !row.oracle && row.distribution.mean == best[capacity];
+      const bool first = std::ranges::find(best, SettingKey{policy, capacity}) != best.end();
       text += fmt::format("<td>{}</td>", first ? fmt::format("<strong>{}</strong>", mean) : mean);
     }
     text += "</tr>\n";

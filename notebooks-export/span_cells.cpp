@@ -19,6 +19,7 @@ std::string depth_text(int range) { return fmt::format("{}–{} %", 100 / kDepth
 std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& style, bool per_layer) {
   struct Sum {
     double recall = 0;
+    double kept_share = 0;
     double weight = 0;
     int count = 0;
   };
@@ -28,13 +29,15 @@ std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& st
     const int range = std::clamp(static_cast<int>(row.depth * kDepths), 0, kDepths - 1);
     Sum& sum = sums[{row.policy, row.capacity_request, row.layer, range}];
     sum.recall += row.weight * row.recall;
+    sum.kept_share += row.weight * row.kept_share;
     sum.weight += row.weight;
     ++sum.count;
   }
   std::vector<SpanCell> cells;
   for (const auto& [key, sum] : sums) {
     const auto& [policy, capacity, layer, range] = key;
-    cells.push_back({policy, capacity, layer, depth_text(range), rounded(sum.recall / sum.weight), sum.count});
+    cells.push_back({policy, capacity, layer, depth_text(range), rounded(sum.recall / sum.weight),
+                     rounded(sum.kept_share / sum.weight), sum.count});
   }
   return cells;
 }

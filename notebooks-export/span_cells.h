@@ -15,7 +15,8 @@ struct SpanCell {
   int layer = -1;
   std::string depth;  ///< "20–30 %"
   double recall = 0;
-  int spans = 0;  ///< of all traces and eviction positions
+  double kept_share = 0;  ///< of the prompt, which chance keeps of every span
+  int spans = 0;          ///< of all traces and eviction positions
 };
 
 /// Means over spans, traces and eviction positions, of the policies that the style shows; `per_layer`: of single

@@ -24,13 +24,17 @@ struct Panel {
   std::string method;
   std::string parameter;
   std::set<double> values;
+  std::map<std::string, std::set<double>> values_at;            // by capacity: not all may be there at all of them
   std::map<std::pair<std::string, std::string>, Group> groups;  // by capacity, and what all other parameters are
   bool has_lines = false;                                       // of single settings, behind a mean
   bool has_intervals = false;                                   // of a setting that is the only one
 };
 
 // So that all values of a line are averaged over the same other parameters.
-bool is_whole(const Panel& panel, const Group& group) { return group.size() == panel.values.size(); }
+bool is_whole(const Panel& panel, const std::string& capacity, const Group& group) {
+  const std::size_t values = panel.values_at.at(capacity).size();
+  return values > 1 && group.size() == values;
+}
 
 std::string others_of(const ParameterPoint& point, const std::string& parameter) {
   std::string text;
@@ -50,15 +54,18 @@ std::vector<Panel> panels_of(const std::vector<ParameterPoint>& points, const st
       };
       auto found = std::ranges::find_if(panels, is_of);
       if (found == panels.end())
-        found =
-            panels.insert(panels.end(), Panel{.method = point.method, .parameter = name, .values = {}, .groups = {}});
+        found = panels.insert(
+            panels.end(),
+            Panel{.method = point.method, .parameter = name, .values = {}, .values_at = {}, .groups = {}});
       found->values.insert(value);
+      found->values_at[point.capacity_request].insert(value);
       found->groups[{point.capacity_request, others_of(point, name)}][value] = &point;
     }
   }
   std::erase_if(panels, [](const Panel& panel) {
-    return panel.values.size() < 2 ||
-           std::ranges::none_of(panel.groups, [&](const auto& entry) { return is_whole(panel, entry.second); });
+    return panel.values.size() < 2 || std::ranges::none_of(panel.groups, [&](const auto& entry) {
+             return is_whole(panel, entry.first.first, entry.second);
+           });
   });
   return panels;
 }
@@ -72,6 +79,22 @@ std::vector<std::string> varied_at(const Analysis& analysis, const FigureStyle& 
   return capacities;
 }
 
+// How many settings at these capacities are in no line, since what differs from them in one parameter alone does not
+// have all its values.
+std::size_t in_no_line(const std::vector<ParameterPoint>& points, const std::vector<std::string>& capacities,
+                       const std::vector<Panel>& panels) {
+  std::set<const ParameterPoint*> drawn;
+  for (const Panel& panel : panels) {
+    for (const auto& [key, group] : panel.groups) {
+      if (!is_whole(panel, key.first, group)) continue;
+      for (const auto& [value, point] : group) drawn.insert(point);
+    }
+  }
+  return static_cast<std::size_t>(std::ranges::count_if(points, [&](const ParameterPoint& point) {
+    return std::ranges::find(capacities, point.capacity_request) != capacities.end() && !drawn.contains(&point);
+  }));
+}
+
 Figure draw(const Analysis& analysis, const FigureStyle& style) {
   const std::string measure(traits_of(analysis.options.measure).noun);
   Figure figure;
@@ -79,6 +102,7 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
   const std::vector<std::string> varied = varied_at(analysis, style);
   const std::vector<std::string> capacities = spread(varied, kCapacities);
   std::vector<Panel> panels = panels_of(analysis.parameter_points, capacities);
+  const std::size_t uncounted = in_no_line(analysis.parameter_points, capacities, panels);
   std::string left_out;
   if (panels.size() > kMostPanels && !style.asked()) {
     left_out = fmt::format(" Shown are the first {} of {} parameters.", kMostPanels, panels.size());
@@ -99,7 +123,7 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
     std::map<std::pair<std::string, double>, Sum> sums;
     std::map<std::string, std::size_t> lines;  // of each capacity
     for (const auto& [key, group] : panel.groups) {
-      if (!is_whole(panel, group)) continue;
+      if (!is_whole(panel, key.first, group)) continue;
       ++lines[key.first];
       for (const auto& [value, point] : group) {
         Sum& sum = sums[{key.first, value}];
@@ -118,7 +142,7 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
     }
     std::map<std::string, std::size_t> drawn;
     for (const auto& [key, group] : panel.groups) {
-      if (!is_whole(panel, group) || lines[key.first] < 2) continue;
+      if (!is_whole(panel, key.first, group) || lines[key.first] < 2) continue;
       if (++drawn[key.first] > kMostLines) {
         thinned = true;
         continue;
@@ -137,8 +161,13 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
   figure.question = methods.size() == 1 ? fmt::format("What do the parameters of {} change?", *methods.begin())
                                         : "What do the parameters of each method change?";
   figure.caption = fmt::format(
-      "The {} against each parameter that was varied.{}{} {}{}{}{}{}", measure,
-      averaged ? " Thick: mean over all settings of the other parameters; thin: each of these." : "",
+      "The {} against each parameter that was varied.{}{}{} {}{}{}{}{}", measure,
+      averaged ? " Thick: mean over those settings of the other parameters that have all values; thin: each of these."
+               : "",
+      uncounted > 0 ? fmt::format(" {} of the settings {} in no line: others that differ in one parameter alone do not "
+                                  "have all its values.",
+                                  uncounted, uncounted == 1 ? "is" : "are")
+                    : "",
       bars ? fmt::format(" {}", about_intervals(analysis)) : "",
       about_means(analysis, "layers, heads and evaluation queries"), left_out, capacities_left_out(varied, capacities),
       thinned ? fmt::format(" Of the thin lines, {} per capacity are drawn.", kMostLines) : "",

@@ -1,38 +1,32 @@
-// Two parameters against each other: α × β for restkv.
+// Two parameters of a method against each other.
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 #include <set>
-#include <tuple>
 
+#include "analysis/parameter_grid.h"
 #include "notebooks-export/figure_style.h"
 
 namespace kvreplay {
 namespace {
 
-// The two parameters of a method to map: α and β where both vary, else the first two of which every pair is there.
-std::pair<std::string, std::string> pair_of(const std::vector<const ParameterPoint*>& points) {
-  std::vector<std::string> names;
-  for (const auto& [name, value] : points.front()->parameters) {
-    std::set<double> values;
-    for (const ParameterPoint* point : points) {
-      for (const auto& [other, number] : point->parameters) {
-        if (other == name) values.insert(number);
-      }
-    }
-    if (values.size() > 1) names.push_back(name);
-  }
-  const auto has = [&](const char* name) { return std::ranges::find(names, name) != names.end(); };
-  if (has("alpha") && has("beta")) return {"alpha", "beta"};
-  if (names.size() >= 2) return {names[0], names[1]};
-  return {};
-}
+using Points = std::vector<const ParameterPoint*>;
 
-double value_of(const ParameterPoint& point, const std::string& name) {
-  const auto found = std::ranges::find(point.parameters, name, &std::pair<std::string, double>::first);
-  return found == point.parameters.end() ? std::nan("") : found->second;
+// "; window=32", "; the mean over window=16 and window=32", and what does not count: what cells have in common.
+std::string about_others(const ParameterGrid& grid, const std::string& capacity) {
+  std::string text;
+  if (grid.others.size() == 1 && !grid.others.front().empty()) {
+    text = fmt::format(" At a capacity of {} all have {}.", capacity_text(capacity), grid.others.front());
+  } else if (grid.others.size() > 1) {
+    text = fmt::format(" A cell is the mean over {} settings of the other parameters, the same ones in every cell.",
+                       grid.others.size());
+  }
+  if (grid.left_out > 0) {
+    text += fmt::format(" Left out {} {} setting{} of other parameters, which not all cells have.",
+                        grid.left_out == 1 ? "is" : "are", grid.left_out, grid.left_out == 1 ? "" : "s");
+  }
+  return text;
 }
 
 Figure draw(const Analysis& analysis, const FigureStyle& style) {
@@ -41,45 +35,41 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
   Figure figure;
   figure.name = "parameter-map";
   std::vector<std::string> methods;
-  std::map<std::string, std::vector<const ParameterPoint*>> of_method;
+  std::map<std::string, std::map<std::string, Points>> of_method;  // by capacity
   for (const ParameterPoint& point : analysis.parameter_points) {
     if (!of_method.contains(point.method)) methods.push_back(point.method);
-    of_method[point.method].push_back(&point);
+    of_method[point.method][point.capacity_request].push_back(&point);
   }
-  const auto mapped = std::ranges::find_if(
-      methods, [&](const std::string& method) { return !pair_of(of_method[method]).first.empty(); });
-  if (mapped == methods.end()) return figure;
-  const auto [across, up] = pair_of(of_method[*mapped]);
-  struct Sum {
-    double sum = 0;
-    int count = 0;
-  };
-  std::map<std::tuple<std::string, double, double>, Sum> sums;
-  std::set<double> xs;
+  // The first method with a map, and the pair of parameters of which a capacity has the most cells.
+  std::string mapped;
+  std::vector<std::string> pair;
+  std::size_t most_cells = 0;
+  for (const std::string& method : methods) {
+    if (!pair.empty()) break;
+    for (const auto& [capacity, points] : of_method[method]) {
+      const std::vector<std::string> widest = widest_pair(points);
+      const std::size_t cells = widest.empty() ? 0 : parameter_grid(points, widest).cells.size();
+      if (cells <= most_cells) continue;
+      most_cells = cells;
+      mapped = method;
+      pair = widest;
+    }
+  }
+  if (pair.empty()) return figure;
+  const std::string& across = pair[0];
+  const std::string& up = pair[1];
+  std::map<std::string, ParameterGrid> grids;  // by capacity
   std::set<double> ys;
-  for (const ParameterPoint* point : of_method[*mapped]) {
-    const double x = value_of(*point, across);
-    const double y = value_of(*point, up);
-    Sum& sum = sums[{point->capacity_request, x, y}];
-    sum.sum += point->mean;
-    ++sum.count;
-    xs.insert(x);
-    ys.insert(y);
-  }
-  std::map<std::string, double> best;
-  int most = 1;
-  for (const auto& [key, sum] : sums) {
-    const double mean = sum.sum / sum.count;
-    const auto [found, is_new] = best.try_emplace(std::get<0>(key), mean);
-    if (!is_new) found->second = lower ? std::min(found->second, mean) : std::max(found->second, mean);
-    most = std::max(most, sum.count);
-  }
   figure.table = DataTable({"method", "capacity", across, up, "mean", "settings", "best"});
-  for (const auto& [key, sum] : sums) {
-    const auto& [capacity, x, y] = key;
-    const double mean = sum.sum / sum.count;
-    figure.table.add({*mapped, capacity, x, y, rounded(mean), static_cast<double>(sum.count),
-                      std::string(mean == best[capacity] ? "yes" : "no")});
+  for (const auto& [capacity, points] : of_method[mapped]) {
+    const ParameterGrid& grid = grids[capacity] = parameter_grid(points, pair);
+    const auto mean_of = [lower](const GridCell& cell) { return lower ? cell.mean : -cell.mean; };
+    const double best = std::ranges::min_element(grid.cells, {}, mean_of)->mean;
+    for (const GridCell& cell : grid.cells) {
+      ys.insert(cell.at[1]);
+      figure.table.add({mapped, capacity, cell.at[0], cell.at[1], rounded(cell.mean),
+                        static_cast<double>(cell.settings), std::string(cell.mean == best ? "yes" : "no")});
+    }
   }
   const std::vector<std::string> having = distinct(figure.table, "capacity");
   std::vector<std::string> capacities;
@@ -87,12 +77,10 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
     if (std::ranges::find(having, capacity) != having.end()) capacities.push_back(capacity);
   }
   const std::string capacity = style.middle_capacity(capacities);
-  figure.question = fmt::format("Which {} and {} suit {}?", across, up, *mapped);
-  figure.caption = fmt::format(
-      "The {} for each {} and {} at a capacity of {}; the outlined one is the best.{} {}", measure, across, up,
-      capacity_text(capacity),
-      most > 1 ? fmt::format(" A cell is the mean over up to {} settings of the other parameters.", most) : "",
-      about_means(analysis, "layers, heads and evaluation queries"));
+  figure.question = fmt::format("Which {} and {} suit {}?", across, up, mapped);
+  figure.caption = fmt::format("The {} for each {} and {} at a capacity of {}; the outlined one is the best.{} {}",
+                               measure, across, up, capacity_text(capacity), about_others(grids.at(capacity), capacity),
+                               about_means(analysis, "layers, heads and evaluation queries"));
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
   spec.update(Json::parse(R"json({
     "autosize": {"type": "fit-x", "contains": "padding"},

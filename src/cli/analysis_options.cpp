@@ -96,7 +96,7 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
       ->type_name("FILE");
   command
       .add_option("--baseline", options.baseline,
-                  "Policy to compare with (default: snapkv, else the one in the middle)")
+                  "Policy to compare with (default: snapkv, else in the middle; of its settings the nearest to the defaults)")
       ->type_name("SPEC");
   command.add_option("--measure", options.measure, "What to compare (default: layer_error); see docs/measures.md")
       ->type_name("NAME");

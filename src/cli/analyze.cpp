@@ -1,16 +1,20 @@
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <system_error>
 
 #include "base/error.h"
 #include "base/output_file.h"
+#include "base/printable.h"
 #include "cli/analysis_options.h"
 #include "cli/commands.h"
 #include "cli/options.h"
@@ -47,12 +51,42 @@ struct Answer {
   std::vector<std::string> notes;
 };
 
+// Means over eviction positions that were asked for are of all of them or not taken.
+void require_evictions(const AnalyzeOptions& options, const Grouping& grouping, const ResultSet& results) {
+  if (grouping.eviction_position) return;
+  for (const int position : options.results.filter.eviction_positions) {
+    const auto is_there = [position](const StoredResult& result) { return result.eviction_position == position; };
+    if (std::ranges::any_of(results.results(), is_there)) continue;
+    throw Error(
+        fmt::format("evictions at {} were evaluated on other queries, and a mean over them would mix what cannot be "
+                    "compared; tell them apart (--by ...,evict-at), or replay with --evaluate-from",
+                    fmt::join(options.results.filter.eviction_positions, ", ")));
+  }
+}
+
+// Rows of one trace that are of other queries.
+void note_evaluations(const ResultSet& results, const Grouping& grouping, std::vector<std::string>& notes) {
+  if (!grouping.eviction_position) return;
+  std::map<std::string, const StoredResult*> first;
+  for (const StoredResult& result : results.results()) {
+    const StoredResult* of_trace = first.try_emplace(result.trace, &result).first->second;
+    if (of_trace->evaluation_positions == result.evaluation_positions) continue;
+    notes.push_back(
+        fmt::format("{}: evictions at {} and {} were evaluated on other queries: compare rows of one eviction "
+                    "position only, or replay with --evaluate-from",
+                    printable(result.trace), of_trace->eviction_position, result.eviction_position));
+    return;
+  }
+}
+
 Answer compared_by(const AnalyzeOptions& options, const ResultSet& all) {
   AnalysisOptions analysis = analysis_options(options.results);
   ComparisonOptions comparison;
   comparison.measure = analysis.measure;
   comparison.grouping = Grouping::parse(options.by);
-  ResultSet results = comparison.grouping.eviction_position ? all : all.balanced();
+  ResultSet results = comparison.grouping.eviction_position ? all.comparable_at_each_eviction() : all.comparable();
+  require_evictions(options, comparison.grouping, results);
+  std::vector<std::string> notes;
   const bool pooled = !comparison.grouping.policy;
   if (pooled) {
     // A mean over policies is about those that may be used.
@@ -62,9 +96,17 @@ Answer compared_by(const AnalyzeOptions& options, const ResultSet& all) {
     results = results.only(may_be_used);
     if (results.results().empty())
       throw UsageError("--by without policy leaves out full and oracles: there is no other");
+    // What had nothing to choose says nothing of what is averaged.
+    const ResultSet chose = results.only([](const StoredResult& result) { return !*result.nothing_to_choose; });
+    if (chose.results().size() < results.results().size() && !chose.results().empty()) {
+      notes.push_back(fmt::format("{} results are left out in which a policy had nothing to choose",
+                                  results.results().size() - chose.results().size()));
+      results = chose;
+    }
   }
+  results = over_the_same_others(results, comparison.grouping, notes);
   if (analysis.baseline.empty() && !pooled) analysis.baseline = default_baseline(results, analysis.measure);
-  if (!analysis.baseline.empty()) analysis.baseline = all.policy_named(analysis.baseline);
+  if (!analysis.baseline.empty()) analysis.baseline = results.policy_named(analysis.baseline);
   comparison.baseline = analysis.baseline;
   comparison.bootstrap = analysis.bootstrap;
   // There may be hundreds of thousands of heads.
@@ -72,6 +114,8 @@ Answer compared_by(const AnalyzeOptions& options, const ResultSet& all) {
   const std::vector<ComparisonRow> rows = compare(results, comparison);
   Answer answer{comparison_text(rows, comparison.grouping, analysis), comparison_numbers(rows, analysis),
                 results.notes()};
+  for (std::string& note : notes) answer.notes.push_back(std::move(note));
+  note_evaluations(results, comparison.grouping, answer.notes);
   if (pooled)
     answer.notes.emplace_back("means are over all policies but full and oracles; --by policy,... tells them apart");
   if (!options.results.kept.empty()) answer.notes.emplace_back("--kept is not looked at with --by");
@@ -95,8 +139,7 @@ std::string legend(const AnalyzeOptions& options) {
                        : "bootstrap intervals over blocks of queries";
   if (bootstrap.resamples == 0) by = "intervals in closed form";
   return wrapped(fmt::format("Means weigh every trace and eviction position the same. ± and [ ]: {:.4g} % {}; wins: "
-                             "share of the pairs that are better than the baseline's; p: corrected for the rows of a "
-                             "table (Holm). docs/analysis.md.",
+                             "share of the pairs that are better than the baseline's. docs/analysis.md.",
                              100 * bootstrap.confidence, by),
                  0, 110);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,7 +33,7 @@ struct StoredResult {
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
   bool oracle = false;
-  bool nothing_to_choose = false;         ///< see ReplayResult; false where an older file does not say
+  std::optional<bool> nothing_to_choose;  ///< see ReplayResult; none where an older file does not say
   std::vector<int> evaluation_positions;  ///< [E]
   std::vector<Span> spans;                ///< [S]
   std::vector<std::string> notes;

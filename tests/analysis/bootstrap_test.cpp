@@ -91,6 +91,11 @@ TEST(Holm, WhatCannotBeSaidDoesNotCount) {
   EXPECT_DOUBLE_EQ(corrected[3], 1);
 }
 
+TEST(Holm, IsOfOneFamilyAtATime) {
+  EXPECT_THAT(holm_within({0.01, 0.04, 0.03, 0.5}, {"64", "128", "64", "128"}),
+              Pointwise(DoubleNear(1e-12), {0.02, 0.08, 0.03, 0.5}));
+}
+
 // With blocks of one query and no dependence, everything is known in closed form.
 TEST(Bootstrap, OfSingleQueriesIsTheStandardErrorOfTheMean) {
   const std::vector<double> x = {1, 4, 2, 7, 3, 3, 9, 5};

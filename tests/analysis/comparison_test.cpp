@@ -245,6 +245,58 @@ TEST_F(Comparison, SpansAreNoSeries) {
   EXPECT_LT(drawn.interval.low, row.distribution.mean);
 }
 
+TEST_F(Comparison, WhatIsAskedAtOneCapacityDoesNotDependOnWhatWasSweptAtAnother) {
+  const auto about = [](double error, double phase) {
+    return [=](int, int, int query) { return error + 0.2 * std::sin(2.4 * query + phase); };
+  };
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  add_result(a, "snapkv", 16, about(0.5, 0));
+  add_result(a, "tova", 16, about(0.52, 1));
+  add_result(a, "recent", 16, about(0.6, 2));
+  const auto at_16 = [&](const TraceReplay& replay) {
+    std::vector<double> adjusted;
+    for (const ComparisonRow& row : compare(set_of({replay}), {.baseline = "snapkv"})) {
+      if (row.key.capacity_request == "16" && row.difference) adjusted.push_back(row.difference->adjusted);
+    }
+    return adjusted;
+  };
+  const std::vector<double> alone = at_16(a);
+  add_result(a, "snapkv", 32, about(0.4, 0));
+  for (int sinks = 5; sinks < 40; ++sinks) {
+    add_result(a, "streamingllm(sinks=" + std::to_string(sinks) + ")", 32, about(0.4, sinks));
+  }
+  EXPECT_EQ(at_16(a), alone);
+}
+
+TEST_F(Comparison, RowsAreMeansOverTheSameOthers) {
+  TraceReplay a = MadeReplay{}.replay();
+  for (const char* policy : {"snapkv", "tova", "recent"}) {
+    add_result(a, policy, 16, constant(0.6));
+    add_result(a, policy, 32, constant(0.4));
+  }
+  // A grid at one capacity alone would make it look the better one.
+  for (const char* policy : {"restkv", "restkv(alpha=0.5)"}) add_result(a, policy, 16, constant(0.1));
+  const ResultSet set = set_of({a});
+  std::vector<std::string> notes;
+  const Grouping by_capacity = Grouping::parse("capacity");
+  const auto rows = compare(over_the_same_others(set, by_capacity, notes), {.grouping = by_capacity});
+  ASSERT_EQ(rows.size(), 2u);
+  EXPECT_NEAR(rows[0].distribution.mean, 0.6, kExact) << "and nothing of restkv";
+  EXPECT_NEAR(rows[1].distribution.mean, 0.4, kExact);
+  EXPECT_THAT(notes, testing::ElementsAre(HasSubstr("left out are 2 results that not all rows have")));
+
+  notes.clear();
+  const Grouping by_policy = Grouping::parse("policy");
+  const auto policies = compare(over_the_same_others(set, by_policy, notes), {.grouping = by_policy});
+  EXPECT_EQ(policies.size(), 3u);
+  for (const ComparisonRow& row : policies) EXPECT_NEAR(row.distribution.mean, 0.5, kExact);
+  EXPECT_THAT(notes, testing::ElementsAre(HasSubstr("left out are restkv and 1 more row, which lack some")));
+
+  notes.clear();
+  EXPECT_EQ(over_the_same_others(set, {}, notes).results().size(), 8u) << "settings are told apart";
+  EXPECT_TRUE(notes.empty());
+}
+
 TEST_F(Comparison, SameBitsForAnyNumberOfThreads) {
   std::vector<TraceReplay> replays;
   for (const char* trace : {"a.h5", "b.h5"}) {

@@ -99,6 +99,26 @@ TEST_F(FindingsTest, WithoutSnapKVTheMiddleOneIsTheBaseline) {
   EXPECT_EQ(analysis_of({a}).options.baseline, "tova");
 }
 
+TEST_F(FindingsTest, OfAGridWithoutTheDefaultsTheNearestSettingIsTheBaseline) {
+  TraceReplay a = MadeReplay{}.replay();
+  // The one in the middle of the means is far from what anybody uses.
+  for (const char* alpha : {"0.05", "0.5", "0.9"}) {
+    for (const char* beta : {"10", "100", "1000"}) {
+      const double error = 0.5 - 0.1 * std::atof(alpha) + 0.01 * std::log10(std::atof(beta));
+      add_result(a, "restkv(alpha=" + std::string(alpha) + ",beta=" + beta + ")", 16, about(error, 0));
+    }
+  }
+  Analysis analysis = analysis_of({a});
+  EXPECT_EQ(analysis.options.baseline, "restkv(alpha=0.5,beta=1000)");
+  EXPECT_THAT(analysis.notes, Contains(HasSubstr("of the settings of restkv the nearest to its defaults")));
+  for (const char* window : {"128", "64", "8"}) {
+    add_result(a, "snapkv(window=" + std::string(window) + ")", 16, about(0.9, 0));
+  }
+  analysis = analysis_of({a});
+  EXPECT_EQ(analysis.options.baseline, "snapkv(window=64)") << "twice the default, and not a quarter of it";
+  EXPECT_EQ(analysis.step_effects.front().reference, "restkv(alpha=0.5,beta=1000)");
+}
+
 TEST_F(FindingsTest, SettingsOfFewerPlacesAreTold) {
   TraceReplay a = MadeReplay{}.replay();
   add_result(a, "snapkv", 16, about(0.5, 0));
@@ -126,12 +146,120 @@ TEST_F(FindingsTest, MeansAreOfTheEvictionsThatAllSettingsHave) {
   add_result(last, "snapkv", 16, about(0.5, 0));
   add_result(last, "tova", 16, about(0.6, 0));
   add_result(last, "snapkv", 32, about(0.4, 0));
-  TraceReplay earlier = MadeReplay{.eviction_position = 90, .queries = 40}.replay();
+  TraceReplay earlier = MadeReplay{.eviction_position = 90, .queries = 30, .evaluate_from = 100}.replay();
   add_result(earlier, "snapkv", 16, about(0.1, 0));
   const Analysis analysis = analysis_of({last, earlier});
   EXPECT_NEAR(analysis.comparison.front().distribution.mean, 0.505, 1e-6) << "and not that of the earlier eviction";
   EXPECT_THAT(analysis.apart, IsEmpty());
   EXPECT_THAT(analysis.notes, Contains(HasSubstr("with evictions at 90: means are of those at 100")));
+}
+
+TEST_F(FindingsTest, WhatHadNothingToChooseIsNotRanked) {
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  for (const int capacity : {32, 64}) {
+    add_result(a, "snapkv", capacity, about(0.5, 0.01));
+    add_result(a, "restkv", capacity, about(0.45, 0.01, 1));
+    // By chance the best of all: a window that is all of the capacity keeps what `recent` keeps.
+    ReplayResult& degenerate = add_result(a, "snapkv(window=64)", capacity, about(0.1, 0.01, 2));
+    degenerate.nothing_to_choose = capacity <= 64;
+    add_result(a, "oracle-attention", capacity, about(0.05, 0.01, 2));
+  }
+  const Analysis analysis = analysis_of({a});
+  EXPECT_THAT(analysis.notes,
+              Contains(AllOf(HasSubstr("snapkv(window=64) at 32 and 1 more setting had nothing to choose"),
+                             HasSubstr("left out of findings"))));
+  EXPECT_EQ(std::ranges::count_if(analysis.comparison, &ComparisonRow::nothing_to_choose), 2) << "still shown";
+  for (const StepEffect& effect : analysis.step_effects) EXPECT_THAT(effect.changed, Not(HasSubstr("window=64")));
+  EXPECT_THAT(analysis.parameter_points, IsEmpty());
+  for (const CapacityCurve& curve : analysis.curves) {
+    const bool degenerate = curve.policy == "snapkv(window=64)";
+    EXPECT_EQ(curve.points.size(), 2u);
+    EXPECT_EQ(curve.area.has_value(), !degenerate) << curve.policy;
+    if (degenerate) EXPECT_FALSE(curve.kept_for_goal);
+  }
+  const auto sentences = findings(analysis, 10);
+  EXPECT_THAT(sentences, Contains(StartsWith("restkv has the smallest layer error at both capacities")));
+  EXPECT_THAT(sentences, Contains(HasSubstr("restkv gains most")));
+  EXPECT_THAT(sentences, Each(Not(HasSubstr("window=64"))));
+}
+
+TEST_F(FindingsTest, WhatStoresMoreIsNotCalledBest) {
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  add_result(a, "snapkv", 16, about(0.5, 0.01));
+  add_result(a, "restkv", 16, about(0.48, 0.01, 1));
+  add_result(a, "h2o", 16, about(0.6, 0.01, 2));
+  // A position more in every KV head; and a set for each of the two query heads that share one.
+  ReplayResult& pyramid = add_result(a, "pyramidkv", 16, about(0.4, 0.01, 3));
+  for (std::vector<int>& set : pyramid.kept.sets) set.push_back(16);
+  ReplayResult& per_query = add_result(a, "snapkv@rest-kv", 16, about(0.3, 0.01, 4));
+  per_query.granularity = per_query.kept.granularity = Granularity::query;
+  per_query.kept.sets_per_layer = 4;
+  per_query.kept.sets.resize(8, per_query.kept.sets.front());
+  // Less than one position more is what dividing leaves.
+  ReplayResult& adaptive = add_result(a, "adakv", 16, about(0.45, 0.01, 5));
+  adaptive.kept.sets.front().push_back(16);
+  const auto sentences = findings(analysis_of({a}), 10);
+  EXPECT_THAT(sentences,
+              Contains(AllOf(StartsWith("adakv has the smallest layer error"),
+                             HasSubstr("Not counted, since they store more: snapkv@rest-kv at 16 (32 positions in a KV "
+                                       "head, where most store 16) and pyramidkv at 16 (17 positions"))));
+  EXPECT_THAT(sentences, Contains(AllOf(HasSubstr("Against snapkv, adakv gains most"),
+                                        HasSubstr("Not counted are 2 in which the better one also stores more"))));
+}
+
+TEST_F(FindingsTest, TellThePlainAndTheCorrectedP) {
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  add_result(a, "snapkv", 16, about(0.5, 0.01));
+  for (const char* policy : {"restkv", "h2o", "tova"}) add_result(a, policy, 16, about(0.495, 0.02, policy[0]));
+  const Analysis analysis = analysis_of({a});
+  EXPECT_THAT(findings(analysis, 10), Contains(testing::ContainsRegex("p (=|<) [0-9.]+, corrected (< )?[0-9.]+")));
+}
+
+class SpanFindings : public FindingsTest {
+ protected:
+  // Keeps a quarter of the positions; of each of eight spans the share that `recall` says, in all layers and heads.
+  static void add(TraceReplay& replay, const std::string& policy, const std::vector<double>& recall) {
+    ReplayResult& result = add_result(replay, policy, 25, about(0.5, 0.1));
+    result.span_recall.shape = {2, 4, static_cast<Index>(recall.size())};
+    for (int i = 0; i < 8; ++i) {
+      for (const double share : recall) result.span_recall.numbers.push_back(static_cast<float>(share));
+    }
+  }
+  static TraceReplay replay() {
+    MadeReplay made{.queries = 30};
+    for (int i = 0; i < 8; ++i) made.spans.push_back({10 * i, 10 * i + 5, "fact " + std::to_string(i)});
+    return made.replay();
+  }
+};
+
+TEST_F(SpanFindings, ChanceIsNotPraised) {
+  TraceReplay a = replay();
+  add(a, "random", {0.25, 0.2, 0.3, 0.24, 0.26, 0.22, 0.28, 0.25});
+  // The most of all, but of one span alone, as whoever keeps the last positions does.
+  add(a, "recent", {0, 0, 0, 0, 0, 0.6, 1, 1});
+  const Analysis analysis = analysis_of({a});
+  ASSERT_EQ(analysis.span_excesses.size(), 2u);
+  EXPECT_NEAR(analysis.span_excesses[0].mean, 0, 1e-6);
+  EXPECT_NEAR(analysis.span_excesses[1].mean, 0.075, 1e-6);
+  EXPECT_NEAR(analysis.span_excesses[1].kept_share, 0.25, 1e-12);
+  EXPECT_LT(analysis.span_excesses[1].interval.low, 0);
+  EXPECT_THAT(findings(analysis, 10),
+              Contains(StartsWith("Of the annotated spans no policy surely keeps more than of the whole prompt")));
+}
+
+TEST_F(SpanFindings, WhatChanceDoesNotExplainIsTold) {
+  TraceReplay a = replay();
+  add(a, "random", {0.25, 0.2, 0.3, 0.24, 0.26, 0.22, 0.28, 0.25});
+  add(a, "snapkv", {0.5, 0.6, 0.55, 0.45, 0.5, 0.65, 0.5, 0.55});
+  const Analysis analysis = analysis_of({a});
+  EXPECT_THAT(findings(analysis, 10),
+              Contains(AllOf(StartsWith("Of the annotated spans, snapkv keeps more than of the whole prompt"),
+                             HasSubstr("53.7 % of their positions and 25 % of all, +28.7 points ["))));
+  // Student's t of eight spans: (0.5375 − 0.25) ± 2.365 · 0.0232.
+  const SpanExcess& excess = analysis.span_excesses[1];
+  EXPECT_NEAR(excess.mean, 0.2875, 1e-6);
+  EXPECT_NEAR(excess.interval.high - excess.mean, 2.3646 * 0.0640870 / std::sqrt(8.0), 1e-4);
+  EXPECT_EQ(excess.spans, 8);
 }
 
 TEST_F(FindingsTest, EqualPoliciesShareTheFirstPlace) {

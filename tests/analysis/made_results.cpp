@@ -18,7 +18,8 @@ TraceReplay MadeReplay::replay() const {
   replay.eviction_position = eviction_position;
   replay.held.assign(static_cast<std::size_t>(layers), eviction_position);
   replay.evaluation_positions.resize(static_cast<std::size_t>(queries));
-  std::iota(replay.evaluation_positions.begin(), replay.evaluation_positions.end(), eviction_position);
+  replay.evaluate_from = evaluate_from < 0 ? eviction_position : evaluate_from;
+  std::iota(replay.evaluation_positions.begin(), replay.evaluation_positions.end(), replay.evaluate_from);
   replay.spans = spans;
   replay.notes = notes;
   return replay;

@@ -18,7 +18,8 @@ struct MadeReplay {
   int query_heads = 4;
   int kv_heads = 2;
   int eviction_position = 100;
-  int queries = 8;  ///< evaluation queries, from the eviction on
+  int queries = 8;         ///< evaluation queries
+  int evaluate_from = -1;  ///< position of the first of them; −1: the eviction
   std::vector<Span> spans = {};
   std::vector<std::string> notes = {};
 

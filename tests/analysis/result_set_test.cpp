@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "replay/results_file.h"
 #include "support/random_trace.h"
+#include "support/sample_trace.h"
 #include "support/temporary_folder.h"
 
 namespace kvreplay {
@@ -145,12 +146,109 @@ TEST_F(ResultSetTest, WhatCannotBeComparedIsRefused) {
     return write("2.h5", {replay});
   };
   EXPECT_THAT(error({first, second({.digest = "another"}, "tova")}), HasSubstr("not the same capture"));
-  EXPECT_THAT(error({first, second({.queries = 9}, "tova")}), HasSubstr("other evaluation queries (8 and 9)"));
   EXPECT_THAT(error({first, second({.layers = 3}, "tova")}), HasSubstr("another number of layers or heads"));
   EXPECT_THAT(error({first, second({.spans = {{1, 4, "x"}}}, "tova")}), HasSubstr("other spans"));
   TraceReplay per_query = MadeReplay{.trace = "b.h5"}.replay();
   add_result(per_query, "snapkv", 16, zero).granularity = Granularity::query;
   EXPECT_THAT(error({first, write("2.h5", {per_query})}), HasSubstr("with heads query"));
+}
+
+// ---- Evaluation queries
+
+class OtherQueries : public ResultSetTest {
+ protected:
+  // One trace, evicted at 60 and 100, each evaluated from there on, as older versions did.
+  static std::vector<TraceReplay> evicted_twice(const std::vector<std::string>& policies) {
+    std::vector<TraceReplay> replays;
+    for (const int eviction : {60, 100}) {
+      TraceReplay& replay = replays.emplace_back(MadeReplay{.eviction_position = eviction}.replay());
+      for (const std::string& policy : policies) add_result(replay, policy, 16, by_layer);
+    }
+    return replays;
+  }
+  static std::vector<int> evictions_of(const ResultSet& set) {
+    std::vector<int> evictions;
+    for (const StoredResult& result : set.results()) evictions.push_back(result.eviction_position);
+    return evictions;
+  }
+};
+
+TEST_F(OtherQueries, AreNotAveragedTogether) {
+  const ResultSet set = open({write("x.h5", evicted_twice({"snapkv", "tova"}))});
+  EXPECT_THAT(set.results(), SizeIs(4)) << "stability is of all";
+  const ResultSet comparable = set.comparable();
+  EXPECT_THAT(evictions_of(comparable), testing::Each(100)) << "of equally many those without tokens for free";
+  EXPECT_THAT(
+      comparable.notes(),
+      testing::Contains(AllOf(HasSubstr("a.h5: snapkv at 16 and 1 more result, evicted at 60, were evaluated on 8 "
+                                        "queries from 60 on"),
+                              HasSubstr("8 queries from 100 on"), HasSubstr("--evaluate-from 100"))));
+  EXPECT_THAT(set.comparable_at_each_eviction().results(), SizeIs(4)) << "each on its own queries";
+  EXPECT_THAT(set.comparable_at_each_eviction().notes(), IsEmpty());
+}
+
+TEST_F(OtherQueries, OfTheSameQueriesAllEvictionsCount) {
+  std::vector<TraceReplay> replays;
+  for (const int eviction : {60, 100}) {
+    TraceReplay& replay =
+        replays.emplace_back(MadeReplay{.eviction_position = eviction, .evaluate_from = 100}.replay());
+    for (const char* policy : {"snapkv", "tova"}) add_result(replay, policy, 16, by_layer);
+  }
+  const ResultSet comparable = open({write("x.h5", replays)}).comparable();
+  EXPECT_THAT(comparable.results(), SizeIs(4));
+  EXPECT_THAT(comparable.notes(), IsEmpty());
+}
+
+TEST_F(OtherQueries, OfFilesThatWereEvaluatedDifferentlyTheLargerPartCounts) {
+  TraceReplay from_60 = MadeReplay{.eviction_position = 60}.replay();
+  add_result(from_60, "tova", 16, by_layer);
+  TraceReplay from_100 = MadeReplay{.eviction_position = 60, .evaluate_from = 100}.replay();
+  for (const char* policy : {"snapkv", "recent"}) add_result(from_100, policy, 16, by_layer);
+  const ResultSet set = open({write("a-file.h5", {from_60}), write("another.h5", {from_100})});
+  for (const ResultSet& comparable : {set.comparable(), set.comparable_at_each_eviction()}) {
+    EXPECT_THAT(comparable.policies(), ElementsAre("snapkv", "recent"));
+    EXPECT_THAT(comparable.notes(), testing::Contains(HasSubstr("tova at 16, evicted at 60, was evaluated on")));
+  }
+  EXPECT_THAT(test::message_of<Error>([&]() { set.comparable().policy_named("tova"); }),
+              AllOf(HasSubstr("tova cannot be compared with the rest"), HasSubstr("--evaluate-from 100")));
+}
+
+TEST_F(OtherQueries, WhatOnlyMixingCouldAnswerIsRefused) {
+  TraceReplay from_60 = MadeReplay{.eviction_position = 60}.replay();
+  add_result(from_60, "tova", 16, by_layer);
+  TraceReplay from_100 = MadeReplay{.eviction_position = 100}.replay();
+  add_result(from_100, "snapkv", 16, by_layer);
+  const std::vector<std::filesystem::path> two = {write("x.h5", {from_60, from_100})};
+  EXPECT_THAT(test::message_of<Error>([&]() { open(two).comparable(); }),
+              AllOf(HasSubstr("no two policies were evaluated on the same queries"), HasSubstr("--evaluate-from 100")));
+  add_result(from_100, "recent", 16, by_layer);
+  const std::vector<std::filesystem::path> three = {write("y.h5", {from_60, from_100})};
+  EXPECT_THAT(open(three).comparable().policies(), ElementsAre("snapkv", "recent"));
+  EXPECT_THAT(test::message_of<Error>([&]() {
+                open(three, {.policies = {"tova", "snapkv", "recent"}}).comparable();
+              }),
+              HasSubstr("tova cannot be compared with the rest"));
+}
+
+// Files of version 2 do not say where there was nothing to choose.
+TEST_F(ResultSetTest, OldFilesHaveNothingToChooseWhereTheirSpecsSaySo) {
+  TraceReplay a = MadeReplay{}.replay();
+  for (const char* policy : {"snapkv(window=16)", "snapkv(window=8)", "recent", "of-a-plug-in(window=16)"}) {
+    add_result(a, policy, 16, by_layer);
+  }
+  const std::filesystem::path file = write("x.h5", {a});
+  const auto told = [&file]() {
+    std::vector<bool> nothing;
+    for (const StoredResult& result : open({file}).results()) nothing.push_back(*result.nothing_to_choose);
+    return nothing;
+  };
+  EXPECT_THAT(told(), testing::Each(false)) << "as the file says";
+  test::edit(file, [](std::int64_t id) {
+    for (const char* result : {"/results/0", "/results/1", "/results/2", "/results/3"}) {
+      test::remove_attribute(id, result, "nothing_to_choose");
+    }
+  });
+  EXPECT_THAT(told(), ElementsAre(true, false, false, false));
 }
 
 TEST_F(ResultSetTest, OtherFilesAreCalledWhatTheyAre) {

@@ -312,7 +312,7 @@ TEST_F(RetentionTest, HeadsAreComparedWithinGroupsAndBetweenThem) {
   add_kept(replay, "h2o", {range(0, 8), range(0, 8), range(0, 8), range(0, 8)}).granularity = Granularity::layer;
   add_result(replay, "full", 0, zero);
   const ResultSet of = results({replay});
-  const std::vector<HeadOverlap> rows = head_overlaps(of, kept({replay}, of));
+  const std::vector<HeadOverlap> rows = head_overlaps(of, kept({replay}, of), of);
   std::vector<std::string> found;
   for (const HeadOverlap& row : rows) {
     found.push_back(
@@ -401,7 +401,7 @@ TEST_F(RetentionTest, AReplaysFilesGoTogether) {
   EXPECT_THAT(set.entries(), SizeIs(of.results().size()));
   EXPECT_THAT(policy_overlaps(of), SizeIs(2 * 16 * 3));
   EXPECT_THAT(span_recalls(of), SizeIs(of.results().size() * 3));
-  EXPECT_THAT(head_overlaps(of, set), SizeIs(6 * 2 * 3));
+  EXPECT_THAT(head_overlaps(of, set, of), SizeIs(6 * 2 * 3));
   EXPECT_THAT(kept_rasters(of, set, 10, false), SizeIs(of.results().size()));
   for (const RankAgreement& row : rank_agreements(of)) {
     if (row.policy == "oracle-attention") {

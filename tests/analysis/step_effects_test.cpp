@@ -87,15 +87,20 @@ TEST_F(StepEffects, AreDifferencesOverAllLayersAndInEach) {
   EXPECT_EQ(found[0].capacity_request, "16");
 }
 
-TEST_F(StepEffects, StartFromWhatMostDifferFromWhereDefaultsAreMissing) {
-  const auto found = effects(set_of({{"restkv(alpha=0.5)", 0.5},
-                                     {"restkv(alpha=0.7)", 0.5},
+TEST_F(StepEffects, StartFromTheSettingNearestToTheDefaultsWhereTheseAreMissing) {
+  // Most settings differ in one thing from alpha=0.7, which is further away.
+  const auto found = effects(set_of({{"restkv(alpha=0.7)", 0.5},
+                                     {"restkv(alpha=0.5)", 0.5},
                                      {"restkv(alpha=0.7,window=16)", 0.5},
                                      {"restkv(alpha=0.7,kernel=3)", 0.5}}));
-  EXPECT_THAT(told(found), testing::UnorderedElementsAre("temporal smoothing | alpha: 0.7 → 0.5",
-                                                         "observation window | window: 32 → 16",
-                                                         "spatial smoothing | kernel: 5 → 3"));
-  EXPECT_EQ(found[0].reference, "restkv(alpha=0.7)");
+  EXPECT_THAT(told(found), ElementsAre("temporal smoothing | alpha: 0.5 → 0.7"));
+  EXPECT_EQ(found[0].reference, "restkv(alpha=0.5)");
+}
+
+TEST_F(StepEffects, OfEquallyNearSettingsStartFromWhatMostDifferFrom) {
+  const auto found =
+      effects(set_of({{"snapkv(window=16)", 0.5}, {"snapkv(window=64)", 0.5}, {"snapkv(window=64,kernel=3)", 0.4}}));
+  EXPECT_EQ(found[0].reference, "snapkv(window=64)");
 }
 
 TEST_F(StepEffects, OtherParametersGoByTheirNames) {

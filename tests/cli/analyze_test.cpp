@@ -56,10 +56,12 @@ TEST_F(Analyze, AnswersWithAllThatTheFilesKnow) {
   const Outcome outcome = analyze("r.h5 s.h5 --kept k.h5");
   EXPECT_THAT(outcome.output, StartsWith("2 traces of random"));
   for (const char* part :
-       {"Layer error by policy, capacity, best first; difference from snapkv(window=8)", "(ORACLE)",
+       {"Layer error by policy, capacity, best first.", "Layer error: difference from snapkv(window=8), in pairs.",
+        "[ ] and p are of each comparison alone; p (Holm) is corrected for all at its capacity", "B/token", "(ORACLE)",
         "Layer error against capacity", "What a single change does", "temporal smoothing", "temporal: ema → mean",
         "Regret: layer error in excess of oracle-attention", "Overlap of kept sets", "How far the heads", "Stability",
-        "Span recall", "Rank agreement", "95 % bootstrap intervals"}) {
+        "Span recall beside chance", "Span recall span by span", "1 needle (a.h5), 2 early (b.h5)",
+        "Span recall by where", "Rank agreement", "95 % bootstrap intervals"}) {
     EXPECT_THAT(outcome.output, HasSubstr(part));
   }
   for (const std::string& line : lines_of(outcome.output)) {
@@ -67,6 +69,64 @@ TEST_F(Analyze, AnswersWithAllThatTheFilesKnow) {
     EXPECT_FALSE(line.ends_with(' ')) << "'" << line << "'";
   }
   EXPECT_EQ(outcome.errors, "");
+}
+
+TEST_F(Analyze, TheSameComparisonHasTheSamePBesideWhatWasSweptAtAnotherCapacity) {
+  succeed(
+      test::words("sweep a.h5 b.h5 --policy restkv(window=8,alpha={0.05:0.95:0.05}) --policy snapkv(window=8) "
+                  "--capacity 20 --evict-at 50,60 -o swept.h5"));
+  const auto corrected = [this](const std::string& files) {
+    analyze(files + " -c 16,20 --csv p.csv");
+    std::string row;
+    for (const std::string& line : lines_of(test::read_file(folder_ / "p.csv"))) {
+      if (line.starts_with("comparison,recent,snapkv(window=8),layer_error,16,") &&
+          line.find(",p corrected,") < line.size()) {
+        row = line;
+      }
+    }
+    return row;
+  };
+  analyze("r.h5 -c 16 --csv p.csv");
+  const std::string together = corrected("r.h5 swept.h5");
+  EXPECT_NE(together, "");
+  EXPECT_THAT(lines_of(test::read_file(folder_ / "p.csv")), Contains(together));
+  analyze("r.h5 -c 16 --csv p.csv");
+  EXPECT_THAT(lines_of(test::read_file(folder_ / "p.csv")), Contains(together));
+}
+
+TEST_F(Analyze, OtherEvaluationQueriesAreNotCompared) {
+  succeed(
+      test::words("replay a.h5 --policy tova --policy snapkv(window=8) --capacity 16 --evict-at 50 --evaluate-from 50 "
+                  "-o from-50.h5"));
+  const Outcome outcome = analyze("r.h5 from-50.h5 --trace a");
+  EXPECT_THAT(outcome.errors, AllOf(HasSubstr("note: a.h5: tova at 16"), HasSubstr("from 50 on"),
+                                    HasSubstr("replay with --evaluate-from 60")));
+  EXPECT_THAT(outcome.output, Not(HasSubstr("tova")));
+  refuse_words("r.h5 from-50.h5 -p tova -p recent", 1, {"tova cannot be compared", "--evaluate-from 60"});
+  refuse_words("r.h5 from-50.h5 --baseline tova", 1, {"tova cannot be compared", "--evaluate-from 60"});
+}
+
+TEST_F(Analyze, EvictionsOfOtherQueriesAreNotAveraged) {
+  for (const char* position : {"50", "60"}) {
+    succeed(
+        test::words(fmt::format("replay a.h5 --policy tova --policy recent --capacity 16 --evict-at {0} "
+                                "--evaluate-from {0} -o {0}.h5",
+                                position)));
+  }
+  EXPECT_THAT(analyze("50.h5 60.h5").errors, HasSubstr("evicted at 50, were evaluated on"));
+  EXPECT_THAT(analyze("50.h5 60.h5 --by policy,evict-at").errors,
+              HasSubstr("compare rows of one eviction position only"));
+  refuse_words("50.h5 60.h5 --by policy --evict-at 50,60", 1, {"evaluated on other queries", "--by ...,evict-at"});
+}
+
+TEST_F(Analyze, WhatHadNothingToChooseIsMarked) {
+  succeed(
+      test::words("replay a.h5 --policy snapkv(window={8,16}) --policy recent --policy pyramidkv(window=8) "
+                  "--capacity 16,32 -o n.h5"));
+  const Outcome outcome = analyze("n.h5");
+  EXPECT_THAT(outcome.output, AllOf(HasSubstr("snapkv(window=16) †"), HasSubstr("\n† nothing to choose:")));
+  EXPECT_THAT(outcome.errors, HasSubstr("snapkv(window=16) at 16 had nothing to choose"));
+  EXPECT_THAT(outcome.output, Not(AllOf(HasSubstr("window: 8 → 16"), HasSubstr("observation window        16"))));
 }
 
 TEST_F(Analyze, SectionsAreOnlyOfWhatTheFilesHave) {
@@ -84,8 +144,8 @@ TEST_F(Analyze, ByOtherKeysItOnlyCompares) {
   EXPECT_THAT(outcome.output, HasSubstr("Head error by policy, trace, layer, best first"));
   EXPECT_THAT(outcome.output, Not(HasSubstr("Regret")));
   const auto lines = lines_of(outcome.output);
-  EXPECT_EQ(std::ranges::count_if(lines, [](const std::string& line) { return line.starts_with("recent"); }), 4)
-      << "two traces of two layers";
+  EXPECT_EQ(std::ranges::count_if(lines, [](const std::string& line) { return line.starts_with("recent"); }), 8)
+      << "means and differences of two traces of two layers";
   const Outcome pooled = analyze("r.h5 --by capacity");
   EXPECT_THAT(pooled.output, Not(HasSubstr("wins  "))) << "over all policies there is no difference between them";
   EXPECT_THAT(pooled.errors, HasSubstr("over all policies but full and oracles"));
@@ -118,7 +178,7 @@ TEST_F(Analyze, WritesEveryNumber) {
   EXPECT_EQ(lines.front(),
             "section,policy,other,detail,capacity_request,trace,evict_at,layer,head,quantity,value,low,high");
   for (const char* section : {"comparison,", "capacity,", "step,", "regret,", "overlap,", "overlap of heads,",
-                              "stability,", "span recall,", "rank agreement,"}) {
+                              "stability,", "span recall,", "spans,", "rank agreement,"}) {
     EXPECT_THAT(lines, Contains(StartsWith(section)));
   }
   for (const std::string& line : lines) EXPECT_THAT(line, Not(HasSubstr("nan")));

@@ -39,6 +39,11 @@ std::string_view described(Granularity granularity) {
   return "";
 }
 
+std::string described_source(const Method& method) {
+  return method.revision.empty() ? fmt::format("source: {}", method.source)
+                                 : fmt::format("source: {}; as of {}", method.source, method.revision);
+}
+
 void list_methods() {
   for (const Method* method : registered_methods()) {
     if (!method->variant_of.empty()) continue;
@@ -52,7 +57,7 @@ void list_methods() {
 
 void explain_method(const Method& method) {
   fmt::print("{} ({})\n{}{}", written_name(method), step_of(method), wrapped(method.summary, 2),
-             wrapped(fmt::format("source: {}", method.source), 2));
+             wrapped(described_source(method), 2));
   if (method.parameters.empty()) {
     fmt::print("  no parameters\n");
     return;
@@ -107,8 +112,7 @@ void explain_variants(const std::string& name) {
   for (const Method* variant : variants) {
     const Policy policy = make_policy(variant->name);
     fmt::print("\n{}\n{}{}  kept sets: one per {}\n", variant->name, wrapped(variant->summary, 2),
-               wrapped(fmt::format("source: {}", variant->source), 2),
-               described(policy.granularity.value_or(Granularity::kv)));
+               wrapped(described_source(*variant), 2), described(policy.granularity.value_or(Granularity::kv)));
     for (const Parameter& parameter : variant->parameters) {
       fmt::print("  {}={}: {}\n", parameter.name, parameter.default_value, parameter.description);
     }

@@ -72,6 +72,7 @@ void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
     }
     policy.selection = std::move(step.selection);
   }
+  std::ranges::move(step.notes, std::back_inserter(policy.notes));
 }
 
 }  // namespace

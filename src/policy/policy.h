@@ -135,9 +135,10 @@ struct BudgetRequest {
   int num_layers = 1;
   int layer_among_alike = 0;  ///< the layer's place among those that hold as many positions; see HeadShape
   int layers_alike = 1;
-  int rows = 0;           ///< R, what each head of the layer holds
-  int capacity = 0;       ///< asked for, per kept set, on average over the layers alike; at most R
-  Protection protection;  ///< of the rows, counted in the capacity; of a Pattern, its smallest capacity
+  int rows = 0;                   ///< R, what each head of the layer holds
+  int capacity = 0;               ///< asked for, per kept set, on average over the layers alike; at most R
+  double unrounded_capacity = 0;  ///< the same before a share became whole positions
+  Protection protection;          ///< of the rows, counted in the capacity; of a Pattern, its smallest capacity
   Granularity granularity = Granularity::kv;  ///< whose capacities are asked for
   int num_query_heads = 1;
   int num_kv_heads = 1;
@@ -184,6 +185,9 @@ class Selection {
 /// earlier row wins. Throws Error, naming the row, if a ranked score is NaN. `protection` is of the rows.
 std::vector<int> select_top(std::span<const float> scores, Protection protection, int capacity);
 
+/// How many of `length` positions a share, in (0, 1], is, before fractions are cut off.
+using ShareRule = double (*)(double share, int length);
+
 /// A complete policy: what a spec stands for. Immutable, and safe to use from several threads.
 struct Policy {
   std::string canonical = {};                       ///< the spec with every parameter that differs from its default
@@ -195,6 +199,8 @@ struct Policy {
   std::optional<Share> share = {};
   bool oracle = false;  ///< looks at evaluation queries, which no policy can know; marked wherever it is shown
   int exchanges = 0;    ///< oracles: exchanges per kept set that may reduce the layer error afterwards; 0: none
+  ShareRule share_rule = nullptr;       ///< of published code that counts in its own way; or none: share · length
+  std::vector<std::string> notes = {};  ///< what a reader of its numbers has to know, a line each
 
   /// Positions that are kept whatever is scored.
   Protection protection() const { return ranking ? ranking->protection() : pattern->protection(); }
@@ -218,6 +224,7 @@ struct Method {
   std::vector<Parameter> parameters;
   std::function<Composition(const Arguments&)> compose;
   std::string variant_of = {};  ///< the method that this is one implementation of, as in snapkv@kvpress; or empty
+  std::string revision = {};    ///< of variants: the commit, or the release, of that code which this describes
 };
 
 /// Adds a built-in method when the library is loaded: one per method, in the method's own file, so that adding one

@@ -12,10 +12,15 @@
 
 namespace kvreplay {
 
-int CapacityRequest::resolve(int held) const {
+int CapacityRequest::resolve(int held, ShareRule rule) const {
+  return std::max(1, static_cast<int>(unrounded(held, rule)));
+}
+
+double CapacityRequest::unrounded(int held, ShareRule rule) const {
   if (count > 0) return count;
+  if (rule != nullptr) return rule(share, held);
   // A share such as 0.29 of 100 is 28.999… in binary; it means 29.
-  return std::max(1, static_cast<int>(std::floor(share * held + 1e-9)));
+  return share * held + 1e-9;
 }
 
 CapacityRequest CapacityRequest::parse(std::string_view text) {

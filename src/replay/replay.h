@@ -19,8 +19,12 @@ struct CapacityRequest {
   int count = 0;     ///< positions; 0 where a share is asked for
   double share = 0;  ///< in (0, 1]; 0 where a count is asked for
 
-  /// Positions for a layer that holds so many: the count, or the share rounded down, at least 1.
-  int resolve(int held) const;
+  /// Positions for a layer that holds so many: the count, or the share rounded down, at least 1. `rule`: how the
+  /// policy counts a share, if it has a Policy::share_rule.
+  int resolve(int held, ShareRule rule = nullptr) const;
+
+  /// The same before a share is rounded down.
+  double unrounded(int held, ShareRule rule = nullptr) const;
 
   /// Reads "128" or "25%". Throws UsageError for anything else, 0 and more than 100 % included.
   static CapacityRequest parse(std::string_view text);

@@ -206,10 +206,25 @@ std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Set
 
 // What a policy tells of its sets.
 void add_notes_of(const Policy& policy, const EvictedLayers& layers, std::vector<std::string>& notes) {
-  if (!policy.pattern) return;
-  for (const HeadShape& shape : layers.shapes) {
-    std::string note = policy.pattern->note(shape);
+  const auto add = [&notes](std::string note) {
     if (!note.empty() && std::ranges::find(notes, note) == notes.end()) notes.push_back(std::move(note));
+  };
+  for (const std::string& note : policy.notes) add(note);
+  if (!policy.pattern) return;
+  for (const HeadShape& shape : layers.shapes) add(policy.pattern->note(shape));
+}
+
+// Tells where published code makes another count of a share.
+void note_count(const EvictedLayers& layers, const Setting& setting, std::vector<std::string>& notes) {
+  const Policy& policy = *setting.policy;
+  if (policy.budget && !policy.budget->needs_scores()) return;  // which spreads fractions over layers
+  for (const AlikeLayers& some : layers.alike) {
+    const int held = some.shape.rows();
+    const int capacity = setting.capacity(held);
+    const int rounded_down = std::min(setting.asked.resolve(held), held);
+    if (capacity == rounded_down) continue;
+    notes.push_back(fmt::format("{}: {} of {} positions are {}, and not {}, as its code counts", policy.canonical,
+                                setting.asked.text, held, capacity, rounded_down));
   }
 }
 
@@ -236,7 +251,7 @@ bool leaves_nothing_to_choose(const EvictedLayers& layers, const Setting& settin
 
 }  // namespace
 
-int Setting::capacity(int held) const { return std::min(asked.resolve(held), held); }
+int Setting::capacity(int held) const { return std::min(asked.resolve(held, policy->share_rule), held); }
 
 bool Setting::keeps_all(int held) const {
   if (held == 0) return true;
@@ -287,6 +302,8 @@ BudgetRequest Setting::budget_request(const HeadShape& shape) const {
           .layers_alike = shape.layers_alike,
           .rows = shape.rows(),
           .capacity = capacity(shape.rows()),
+          .unrounded_capacity =
+              std::min(asked.unrounded(shape.rows(), policy->share_rule), static_cast<double>(shape.rows())),
           .protection = policy->ranking ? policy->ranking->protection().held_by(shape)
                                         : Protection{.sinks = policy->pattern->minimum_capacity(shape)},
           .granularity = granularity,
@@ -336,6 +353,7 @@ std::vector<Setting> settings_for(const TraceReader& trace, const ReplayRequest&
           continue;
         }
         add_notes_of(policy, layers, notes);
+        note_count(layers, setting, notes);
         setting.nothing_to_choose = leaves_nothing_to_choose(layers, setting);
         if (setting.nothing_to_choose) nothing_to_choose.add(policy.canonical, once ? "" : asked.text);
         setting.rank_agreement =

@@ -1,7 +1,10 @@
 // How the command line explains itself, and what it says to those who mistype.
 #include <gmock/gmock.h>
 
+#include <sstream>
+
 #include "cli/command.h"
+#include "policy/policy.h"
 #include "support/random_trace.h"
 
 namespace kvreplay {
@@ -166,6 +169,32 @@ TEST_F(Usage, PoliciesAreListedAndExplained) {
               AllOf(HasSubstr("window"), HasSubstr("32"), HasSubstr("2404.14469")));
   const std::string spec = succeed({"policies", "restkv( alpha = 0.50 , window=32 ) + pyramid"}).output;
   EXPECT_THAT(spec, AllOf(HasSubstr("canonical: restkv(alpha=0.5)+pyramid"), HasSubstr("smallest capacity 32")));
+}
+
+// Lines end anywhere in what is told.
+std::string on_one_line(const std::string& text) {
+  std::istringstream words(text);
+  std::string line;
+  for (std::string word; words >> word;) line += (line.empty() ? "" : " ") + word;
+  return line;
+}
+
+TEST_F(Usage, VariantsTellWhichStateOfTheirCodeTheyDescribe) {
+  int variants = 0;
+  for (const Method* method : registered_methods()) {
+    if (method->variant_of.empty()) continue;
+    ++variants;
+    const std::string told = "source: " + method->source + "; as of " + method->revision;
+    EXPECT_THAT(on_one_line(succeed({"variants", method->variant_of}).output), HasSubstr(told)) << method->name;
+    EXPECT_THAT(on_one_line(succeed({"policies", method->name}).output), HasSubstr(told)) << method->name;
+  }
+  EXPECT_GE(variants, 10);
+  const std::string h2o = on_one_line(succeed({"variants", "h2o"}).output);
+  EXPECT_THAT(h2o, AllOf(HasSubstr("commit c97f9d7 (2026-07-02)"), HasSubstr("the last one before 9f9aa2e"),
+                         HasSubstr("release 0.5.5")));
+  for (const char* name : {"snapkv@kvpress", "tova@kvpress", "pyramidkv@kvpress", "criticalkv@kvpress"}) {
+    EXPECT_THAT(on_one_line(succeed({"policies", name}).output), HasSubstr("as on kvpress's eager path. Under sdpa"));
+  }
 }
 
 TEST_F(Usage, LongSpecsDoNotStretchTheTable) {

@@ -327,6 +327,172 @@ TEST_F(Methods, StepsThatDoNotGoTogetherAreRefused) {
   EXPECT_NE(message_of("criticalkv(base=recent)").find("must be a policy with scores"), std::string::npos);
 }
 
+// Accumulated attention as KVCache-Factory's H2OKVCluster sums it, in double: every query masked causally, or, as
+// before its commit 9f9aa2e, the last `window` alone.
+Eigen::VectorXd accumulated(const Head& head, const TraceHead& source, int member, bool causal, int window) {
+  const int prompt = head.prompt_length();
+  const Eigen::MatrixXd keys = head.keys().cast<double>();
+  const Eigen::MatrixXd queries = source.queries(member, 0, prompt).cast<double>();
+  Eigen::VectorXd sums = Eigen::VectorXd::Zero(prompt);
+  for (int position = 0; position < prompt; ++position) {
+    const bool masked = causal || position >= prompt - window;
+    const int seen = masked ? position + 1 : prompt;
+    Eigen::VectorXd weights = (keys.topRows(seen) * queries.row(position).transpose() / std::sqrt(8.0)).array().exp();
+    sums.head(seen) += weights / weights.sum();
+  }
+  return sums;
+}
+
+std::vector<int> best_and_window(const Eigen::VectorXd& sums, int capacity, int window) {
+  std::vector<int> order(static_cast<std::size_t>(sums.size() - window));
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::stable_sort(order, [&sums](int a, int b) { return sums(a) > sums(b); });
+  order.resize(static_cast<std::size_t>(capacity - window));
+  for (int position = static_cast<int>(sums.size()) - window; position < sums.size(); ++position) {
+    order.push_back(position);
+  }
+  std::ranges::sort(order);
+  return order;
+}
+
+TEST_F(Methods, BothStatesOfKVCacheFactorysH2O) {
+  constexpr int kWindow = 4;
+  constexpr int kCapacity = 20;
+  const std::vector<TraceReplay> replays =
+      run(*trace_,
+          {"h2o@kvcache-factory(window=4)", "h2o@kvcache-factory-before-9f9aa2e(window=4)",
+           "h2o@kvcache-factory(window=4,heads=kv)", "h2o@kvcache-factory(window=4,heads=kv,share=max)",
+           "h2o@kvcache-factory(window=4,heads=kv,share=sum)"},
+          {fmt::format("{}", kCapacity)});
+  const std::vector<ReplayResult>& results = replays.at(0).results;
+  int differing = 0;
+  for (int layer = 0; layer < 4; ++layer) {
+    for (int kv_head = 0; kv_head < 3; ++kv_head) {
+      const TraceHead source(*trace_, layer, kv_head, 60);
+      const Head head(source);
+      std::vector<Eigen::VectorXd> today;
+      for (int member = 0; member < 2; ++member) {
+        const int query_head = 2 * kv_head + member;
+        today.push_back(accumulated(head, source, member, true, kWindow));
+        const std::vector<int> causal = best_and_window(today.back(), kCapacity, kWindow);
+        const std::vector<int> before =
+            best_and_window(accumulated(head, source, member, false, kWindow), kCapacity, kWindow);
+        EXPECT_EQ(results[0].kept.of_query_head(layer, query_head, 2), causal);
+        EXPECT_EQ(results[1].kept.of_query_head(layer, query_head, 2), before);
+        differing += causal != before ? 1 : 0;
+      }
+      const Eigen::VectorXd sum = today[0] + today[1];
+      EXPECT_EQ(results[2].kept.of_query_head(layer, 2 * kv_head, 2), best_and_window(sum, kCapacity, kWindow));
+      EXPECT_EQ(results[3].kept.of_query_head(layer, 2 * kv_head, 2),
+                best_and_window(today[0].cwiseMax(today[1]), kCapacity, kWindow));
+      EXPECT_EQ(results[4].kept.of_query_head(layer, 2 * kv_head, 2), best_and_window(sum, kCapacity, kWindow));
+    }
+  }
+  EXPECT_GT(differing, 12);
+  EXPECT_EQ(results[0].kept.granularity, Granularity::query);
+  EXPECT_EQ(results[2].kept.granularity, Granularity::kv);
+}
+
+TEST_F(Methods, AVariantWhoseMeaningChangedSaysSo) {
+  const std::vector<std::string> notes = run(*trace_, {"h2o@kvcache-factory"}, {"40"}).at(0).notes;
+  const auto says = [&notes](const std::string& what) {
+    return std::ranges::any_of(notes, [&what](const std::string& note) { return note.find(what) != note.npos; });
+  };
+  EXPECT_TRUE(says("c97f9d7"));
+  EXPECT_TRUE(says("is h2o@kvcache-factory-before-9f9aa2e"));
+}
+
+// The maximum over positions of the mean over heads, and not the mean of the heads' maxima.
+TEST_F(Methods, KVCacheFactorysSnapKVPoolsWhatAGroupShares) {
+  const std::string arguments = "(window=4,kernel=3,heads=kv)";
+  const KeptSets kept = run(*trace_, {"snapkv@kvcache-factory" + arguments}, {"16"}).at(0).results[0].kept;
+  const Policy raw = make_policy("snapkv(window=4,kernel=1)");
+  int differing = 0;
+  for (int layer = 0; layer < 4; ++layer) {
+    for (int kv_head = 0; kv_head < 3; ++kv_head) {
+      const TraceHead source(*trace_, layer, kv_head, 60);
+      const Head head(source);
+      std::vector<float> first(60);
+      std::vector<float> second(60);
+      raw.ranking->score(head, 0, first);
+      raw.ranking->score(head, 1, second);
+      const auto pooled = [](const auto& score_of) {
+        Eigen::VectorXd pooled(60);
+        for (int n = 0; n < 56; ++n) {
+          double most = 0;
+          for (int neighbour = std::max(0, n - 1); neighbour <= std::min(55, n + 1); ++neighbour) {
+            most = std::max(most, score_of(static_cast<std::size_t>(neighbour)));
+          }
+          pooled(n) = most;
+        }
+        return pooled;
+      };
+      const auto expected =
+          best_and_window(pooled([&](std::size_t n) { return static_cast<double>(first[n] + second[n]); }), 16, 4);
+      const auto pooled_first =
+          best_and_window(pooled([&](std::size_t n) { return static_cast<double>(first[n]); }) +
+                              pooled([&](std::size_t n) { return static_cast<double>(second[n]); }),
+                          16, 4);
+      EXPECT_EQ(kept.of_query_head(layer, 2 * kv_head, 2), expected) << layer << ", " << kv_head;
+      differing += expected != pooled_first ? 1 : 0;
+    }
+  }
+  EXPECT_GT(differing, 0);
+}
+
+// What kvpress 0.5.5 kept of so many positions when it ran; everybody else rounds a share down.
+TEST_F(Methods, VariantsOfKvpressCountSharesAsItDoes) {
+  struct Count {
+    std::string share;
+    int length, kept, rounded_down;
+  };
+  for (const Count& count : {Count{"50%", 7, 3, 3}, Count{"10%", 100, 9, 10}, Count{"10%", 1000, 99, 100},
+                             Count{"20%", 20, 3, 4}, Count{"50%", 1, 1, 1}, Count{"30%", 10, 3, 3}}) {
+    open({.num_layers = 1,
+          .num_attention_heads = 2,
+          .num_key_value_heads = 1,
+          .prompt_length = count.length,
+          .num_tokens = count.length + 2});
+    const auto replays = run(*trace_, {"h2o@kvpress", "h2o(window=0,normalize=true)"}, {count.share});
+    const std::vector<ReplayResult>& results = replays.at(0).results;
+    EXPECT_EQ(results[0].capacity, count.kept) << count.share << " of " << count.length;
+    EXPECT_EQ(results[0].kept.mean_size(), count.kept) << count.share << " of " << count.length;
+    EXPECT_EQ(results[1].kept.mean_size(), count.rounded_down) << count.share << " of " << count.length;
+    const bool told = std::ranges::any_of(replays[0].notes, [&count](const std::string& note) {
+      return note == fmt::format("h2o@kvpress: {} of {} positions are {}, and not {}, as its code counts", count.share,
+                                 count.length, count.kept, count.rounded_down);
+    });
+    EXPECT_EQ(told, count.kept != count.rounded_down) << count.share << " of " << count.length;
+  }
+  // A count is a count.
+  open({.num_layers = 1, .prompt_length = 1000, .num_tokens = 1001});
+  for (const ReplayResult& result :
+       run(*trace_, {"h2o@kvpress", "tova@kvpress", "snapkv@kvpress", "streamingllm@kvpress"}, {"100", "10%"})
+           .at(0)
+           .results) {
+    EXPECT_EQ(result.kept.mean_size(), result.capacity_request == "100" ? 100 : 99) << result.policy;
+  }
+}
+
+// 45 % of 1,000 are 449.99999999999994 to kvpress, of which PyramidKVPress takes the fraction along and rounds at last.
+// Where the window does not fit the last layer all get the share, rounded.
+TEST_F(Methods, KvpressDrawsItsPyramidFromTheUnroundedShare) {
+  const auto sizes = [this](const std::string& spec, const std::string& capacity) {
+    const KeptSets kept = run(*trace_, {spec}, {capacity}).at(0).results[0].kept;
+    std::vector<std::size_t> sizes;
+    for (int layer = 0; layer < trace_->info().model.num_layers; ++layer) {
+      sizes.push_back(kept.of_query_head(layer, 0, 2).size());
+    }
+    return sizes;
+  };
+  open({.num_layers = 4, .prompt_length = 1000, .num_tokens = 1001});
+  EXPECT_EQ(sizes("pyramidkv@kvpress(beta=3)", "45%"), (std::vector<std::size_t>{750, 550, 350, 150}));
+  EXPECT_EQ(sizes("pyramidkv@kvpress(beta=3)", "449"), (std::vector<std::size_t>{748, 549, 349, 150}));
+  EXPECT_EQ(sizes("pyramidkv@kvpress", "10%"), (std::vector<std::size_t>{100, 100, 100, 100}));
+  open({.num_layers = 1, .prompt_length = 1000, .num_tokens = 1001});
+  EXPECT_EQ(sizes("pyramidkv@kvpress(beta=3)", "45%"), (std::vector<std::size_t>{750}));
+}
+
 TEST(Variants, NameTheirMethodAndDifferFromItInWhatTheySay) {
   int count = 0;
   for (const Method* method : registered_methods()) {
@@ -335,6 +501,7 @@ TEST(Variants, NameTheirMethodAndDifferFromItInWhatTheySay) {
     EXPECT_NE(find_method(method->variant_of), nullptr) << method->name;
     EXPECT_TRUE(method->name.starts_with(method->variant_of + "@")) << method->name;
     EXPECT_EQ(make_policy(method->name).canonical, method->name);
+    EXPECT_NE(method->revision, "") << method->name;
   }
   EXPECT_GE(count, 10);
   EXPECT_EQ(make_policy("snapkv@rest-kv").granularity, Granularity::query);

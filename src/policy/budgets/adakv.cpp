@@ -17,6 +17,7 @@
 
 #include "base/error.h"
 #include "policy/policy.h"
+#include "policy/published_code.h"
 
 namespace kvreplay {
 namespace {
@@ -170,7 +171,7 @@ const MethodRegistration adakv_preset({
         },
 });
 
-const MethodRegistration rest_kv({
+const MethodRegistration rest_kv_code({
     .name = "adakv@rest-kv",
     .summary = "Query heads compete, each with a kept set of its own; maximum pooling over 5 positions by default.",
     .source = "github.com/an-yongqi/rest-kv, AdaKVCluster, after github.com/FFY0/AdaKV",
@@ -183,13 +184,15 @@ const MethodRegistration rest_kv({
           return policy;
         },
     .variant_of = "adakv",
+    .revision = rest_kv::kRevision,
 });
 
-const MethodRegistration kvpress({
+const MethodRegistration kvpress_code({
     .name = "adakv@kvpress",
     .summary =
         "KV heads compete with the scores their groups share, not normalized; a share of the capacity is safe for "
-        "each. Over SnapKV with kvpress's window of 64.",
+        "each. Over SnapKV with kvpress's window of 64. kvpress refuses it on its eager path; under sdpa it scores as "
+        "snapkv@kvpress where that path agrees with the model.",
     .source = "github.com/NVIDIA/kvpress, adakv_press.py",
     .parameters = {Parameter::real("safeguard", 0.2, 0, 1, "share of the capacity that every head keeps")},
     .compose =
@@ -199,6 +202,7 @@ const MethodRegistration kvpress({
           return policy;
         },
     .variant_of = "adakv",
+    .revision = kvpress::kRevision,
 });
 
 }  // namespace

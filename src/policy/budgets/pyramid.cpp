@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "policy/policy.h"
+#include "policy/published_code.h"
 
 namespace kvreplay {
 namespace {
@@ -45,29 +46,29 @@ class Pyramid : public Budget {
 };
 
 // kvpress takes the capacity without the window for the mean, works with fractions, rounds to even at the end, counts
-// the window into what a layer gets, and keeps to the uniform budget where the window would not fit the last layer. It
-// starts from a share of the prompt that need not be whole; a capacity is, so layers can differ by what was rounded
-// off.
+// the window into what a layer gets, and keeps to the uniform budget where the window would not fit the last layer. Of
+// a share it takes the fraction along. A model of one layer gets what is the first of many layers'.
 class PyramidOfKvpress : public Budget {
  public:
   explicit PyramidOfKvpress(int beta) : beta_(beta) {}
 
   std::vector<int> allocate(const BudgetRequest& request) const override {
-    const double mean = request.capacity;
-    const double rankable = request.rows - request.protection.count();
+    const int window = request.protection.count();
+    const double mean = (window + request.unrounded_capacity) - window;
+    const double rankable = request.rows - window;
     double smallest = mean / beta_;
     double largest = 2 * mean - smallest;
     if (largest >= rankable) {
       largest = rankable;
       smallest = 2 * mean - largest;
     }
-    double capacity = mean;
-    if (largest >= smallest && smallest >= request.protection.count() && request.layers_alike > 1) {
-      capacity =
-          std::nearbyint(largest - request.layer_among_alike * ((largest - smallest) / (request.layers_alike - 1)));
+    double capacity = request.unrounded_capacity;
+    if (largest >= smallest && smallest >= window) {
+      const double step = request.layers_alike > 1 ? (largest - smallest) / (request.layers_alike - 1) : 0;
+      capacity = largest - request.layer_among_alike * step;
     }
     return std::vector<int>(static_cast<std::size_t>(sets_per_layer(request)),
-                            std::clamp(static_cast<int>(capacity), 1, request.rows));
+                            std::clamp(static_cast<int>(std::nearbyint(capacity)), 1, request.rows));
   }
 
  private:
@@ -98,7 +99,7 @@ const MethodRegistration pyramidkv({
         },
 });
 
-const MethodRegistration rest_kv({
+const MethodRegistration rest_kv_code({
     .name = "pyramidkv@rest-kv",
     .summary = "One kept set per query head, as in KVCache-Factory, whose pyramid this is.",
     .source = "github.com/an-yongqi/rest-kv, PyramidKVCluster",
@@ -110,12 +111,14 @@ const MethodRegistration rest_kv({
           return policy;
         },
     .variant_of = "pyramidkv",
+    .revision = rest_kv::kRevision,
 });
 
-const MethodRegistration kvpress({
+const MethodRegistration kvpress_code({
     .name = "pyramidkv@kvpress",
-    .summary = "A pyramid drawn from the whole capacity, the window included, in fractional steps; a window of 64, one "
-               "kept set per KV head.",
+    .summary = kvpress::with_attention_path(
+        "A pyramid drawn from the whole capacity, the window included, in fractional steps; a window of 64, one kept "
+        "set per KV head."),
     .source = "github.com/NVIDIA/kvpress, pyramidkv_press.py",
     .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the capacity")},
     .compose =
@@ -125,6 +128,7 @@ const MethodRegistration kvpress({
           return policy;
         },
     .variant_of = "pyramidkv",
+    .revision = kvpress::kRevision,
 });
 
 }  // namespace

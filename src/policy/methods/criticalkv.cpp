@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "policy/policy.h"
+#include "policy/published_code.h"
 
 namespace kvreplay {
 namespace {
@@ -101,22 +102,25 @@ const MethodRegistration criticalkv({
           }
           return Composition{.ranking = std::make_shared<CriticalKV>(base.ranking, a.real("first"), a.real("epsilon")),
                              .granularity = base.granularity,
-                             .share = base.share};
+                             .share = base.share,
+                             .notes = base.notes};
         },
 });
 
-const MethodRegistration kvpress({
+const MethodRegistration kvpress_code({
     .name = "criticalkv@kvpress",
-    .summary = "Over SnapKV with kvpress's window of 64; one kept set per KV head.",
+    .summary = kvpress::with_attention_path("Over SnapKV with kvpress's window of 64; one kept set per KV head."),
     .source = "github.com/NVIDIA/kvpress, criticalkv_press.py",
     .parameters = {},
     .compose =
         [](const Arguments&) {
           return Composition{.ranking = std::make_shared<CriticalKV>(make_policy("snapkv@kvpress").ranking, 0.5, 1e-4),
                              .granularity = Granularity::kv,
-                             .share = Share::mean};
+                             .share = Share::mean,
+                             .share_rule = kvpress::positions_of_share};
         },
     .variant_of = "criticalkv",
+    .revision = kvpress::kRevision,
 });
 
 }  // namespace

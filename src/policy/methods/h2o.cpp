@@ -4,9 +4,10 @@
 // `window` positions are kept beside the heavy hitters. The paper splits the capacity evenly between the two; the
 // codes that people run fix the window, and so do we.
 //
-// mask=causal is the paper's sum. mask=window is what KVCache-Factory computes in the prefill: only the last `window`
-// queries are masked causally, so that earlier queries also look at later keys.
+// mask=causal is the paper's sum. mask=window is what KVCache-Factory computed in the prefill until 9f9aa2e: only the
+// last `window` queries are masked causally, so that earlier queries also look at later keys.
 #include "policy/policy.h"
+#include "policy/published_code.h"
 
 namespace kvreplay {
 namespace {
@@ -41,7 +42,7 @@ const MethodRegistration h2o({
     .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept; 0: none"),
                    Parameter::choice("mask", {"causal", "window"},
                                      "causal: as the paper; window: only the window's queries are masked, as "
-                                     "KVCache-Factory"),
+                                     "KVCache-Factory before 9f9aa2e"),
                    Parameter::flag("normalize", false,
                                    "divide by the number of queries that can see the key, as kvpress does")},
     .compose =
@@ -51,11 +52,34 @@ const MethodRegistration h2o({
         },
 });
 
-const MethodRegistration kvcache_factory({
+// What the name of KVCache-Factory's variant meant before its code changed.
+constexpr const char* kBeforeCausalMask = "h2o@kvcache-factory-before-9f9aa2e";
+
+const MethodRegistration kvcache_factory_code({
     .name = "h2o@kvcache-factory",
+    .summary = "Masks every query causally, since 9f9aa2e (2026-06-22). One kept set per query head, or, since ad51c4e "
+               "(2026-07-01), per KV head. The window is that of its classes; its run_longbench.py sets 8.",
+    .source = "github.com/Zefan-Cai/KVCache-Factory, H2OKVCluster",
+    .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept"),
+                   kvcache_factory::heads_parameter(), kvcache_factory::share_parameter()},
+    .compose =
+        [](const Arguments& a) {
+          return Composition{
+              .ranking = std::make_shared<H2O>(a.integer("window"), true, false),
+              .granularity = granularity_named(a.text("heads")),
+              .share = share_named(a.text("share")),
+              .notes = {std::string("h2o@kvcache-factory: describes ") + kvcache_factory::kRevision +
+                        ", whose mask is causal; what this name meant in kvreplay 0.1 is " + kBeforeCausalMask}};
+        },
+    .variant_of = "h2o",
+    .revision = kvcache_factory::kRevision,
+});
+
+const MethodRegistration kvcache_factory_before({
+    .name = kBeforeCausalMask,
     .summary =
         "Masks only the window's queries causally, so that early queries count attention to keys after them; one "
-        "kept set per query head. The ReST-KV release has the same code.",
+        "kept set per query head. The ReST-KV release (a8bb112) has the same code.",
     .source = "github.com/Zefan-Cai/KVCache-Factory, H2OKVCluster",
     .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept")},
     .compose =
@@ -64,20 +88,24 @@ const MethodRegistration kvcache_factory({
                              .granularity = Granularity::query};
         },
     .variant_of = "h2o",
+    .revision = "commit 360b1ff (2026-06-22), the last one before 9f9aa2e",
 });
 
-const MethodRegistration kvpress({
+const MethodRegistration kvpress_code({
     .name = "h2o@kvpress",
     .summary = "ObservedAttention: causal, divided by the number of queries that see a key, averaged over the group; "
-               "protects no recent positions.",
+               "protects no recent positions. Runs on the eager path alone.",
     .source = "github.com/NVIDIA/kvpress, observed_attention_press.py",
     .parameters = {},
     .compose =
         [](const Arguments&) {
-          return Composition{
-              .ranking = std::make_shared<H2O>(0, true, true), .granularity = Granularity::kv, .share = Share::mean};
+          return Composition{.ranking = std::make_shared<H2O>(0, true, true),
+                             .granularity = Granularity::kv,
+                             .share = Share::mean,
+                             .share_rule = kvpress::positions_of_share};
         },
     .variant_of = "h2o",
+    .revision = kvpress::kRevision,
 });
 
 }  // namespace

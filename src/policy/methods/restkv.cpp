@@ -18,6 +18,7 @@
 #include <cmath>
 
 #include "policy/policy.h"
+#include "policy/published_code.h"
 #include "policy/smoothing.h"
 
 namespace kvreplay {
@@ -121,7 +122,7 @@ const MethodRegistration restkv({
         },
 });
 
-const MethodRegistration rest_kv({
+const MethodRegistration rest_kv_code({
     .name = "restkv@rest-kv",
     .summary =
         "The authors' release as its LongBench scripts call it: one kept set per query head, since keys and values "
@@ -135,6 +136,7 @@ const MethodRegistration rest_kv({
           return policy;
         },
     .variant_of = "restkv",
+    .revision = rest_kv::kRevision,
 });
 
 }  // namespace

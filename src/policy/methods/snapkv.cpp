@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "policy/policy.h"
+#include "policy/published_code.h"
 #include "policy/smoothing.h"
 
 namespace kvreplay {
@@ -24,8 +25,11 @@ class SnapKV : public Ranking {
   }
 
   void smooth(const Head& /*head*/, int /*member*/, int /*capacity*/, std::span<float> scores) const override {
-    pool(pooling_, kernel_, before_window(scores, window_));
+    pool_past(scores);
   }
+
+ protected:
+  void pool_past(std::span<float> scores) const { pool(pooling_, kernel_, before_window(scores, window_)); }
 
  private:
   WindowCombination mean() const { return {.weights = temporal_weights(Temporal::mean, 0, window_)}; }
@@ -33,6 +37,16 @@ class SnapKV : public Ranking {
   int window_;
   int kernel_;
   Spatial pooling_;
+};
+
+// Pools what the heads that share a kept set agree on. An average is the same before and after the mean of heads, a
+// maximum is not.
+class SnapKVPooledLast : public SnapKV {
+ public:
+  using SnapKV::SnapKV;
+
+  void smooth(const Head&, int, int, std::span<float>) const override {}
+  void refine(const Head&, std::span<const int>, int, std::span<float> scores) const override { pool_past(scores); }
 };
 
 std::vector<Parameter> parameters(int window, int kernel, std::vector<std::string> poolings) {
@@ -61,7 +75,7 @@ const MethodRegistration snapkv({
 });
 
 // What tells implementations apart: whether query heads of a group share a set, and the defaults of window and pooling.
-const MethodRegistration rest_kv({
+const MethodRegistration rest_kv_code({
     .name = "snapkv@rest-kv",
     .summary = "One kept set per query head, since keys and values are repeated for the group first; the code of "
                "FasterDecoding/SnapKV does the same with the same defaults.",
@@ -69,23 +83,38 @@ const MethodRegistration rest_kv({
     .parameters = parameters(32, 5, {"avg", "max"}),
     .compose = compose_per_query_head,
     .variant_of = "snapkv",
+    .revision = std::string(rest_kv::kRevision) + "; FasterDecoding/SnapKV e216ddc (2025-07-10)",
 });
 
-const MethodRegistration kvcache_factory({
+const MethodRegistration kvcache_factory_code({
     .name = "snapkv@kvcache-factory",
     .summary = "The code of snapkv@rest-kv as KVCache-Factory's run_longbench.py calls it: a window of 8 and maximum "
-               "pooling over 7 positions.",
-    .source = "github.com/Zefan-Cai/KVCache-Factory, run_longbench.py",
-    .parameters = parameters(8, 7, {"max", "avg"}),
-    .compose = compose_per_query_head,
+               "pooling over 7 positions. Since ad51c4e (2026-07-01) also per KV head: the group's scores become one "
+               "before they are pooled.",
+    .source = "github.com/Zefan-Cai/KVCache-Factory, SnapKVCluster and run_longbench.py",
+    .parameters =
+        [] {
+          std::vector<Parameter> all = parameters(8, 7, {"max", "avg"});
+          all.push_back(kvcache_factory::heads_parameter());
+          all.push_back(kvcache_factory::share_parameter());
+          return all;
+        }(),
+    .compose =
+        [](const Arguments& a) {
+          return Composition{.ranking = std::make_shared<SnapKVPooledLast>(a.integer("window"), a.integer("kernel"),
+                                                                           spatial_named(a.text("pooling"))),
+                             .granularity = granularity_named(a.text("heads")),
+                             .share = share_named(a.text("share"))};
+        },
     .variant_of = "snapkv",
+    .revision = kvcache_factory::kRevision,
 });
 
-const MethodRegistration kvpress({
+const MethodRegistration kvpress_code({
     .name = "snapkv@kvpress",
-    .summary =
+    .summary = kvpress::with_attention_path(
         "One kept set per KV head: scores are averaged over the group after pooling. The window is 64 by default, "
-        "and pooling is always an average.",
+        "and pooling is always an average."),
     .source = "github.com/NVIDIA/kvpress, snapkv_press.py",
     .parameters = {Parameter::integer("window", 64, 1, "observation window: last queries, always kept"),
                    Parameter::odd_integer("kernel", 5, 1, "positions that are pooled")},
@@ -94,9 +123,11 @@ const MethodRegistration kvpress({
           return Composition{
               .ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"), Spatial::average),
               .granularity = Granularity::kv,
-              .share = Share::mean};
+              .share = Share::mean,
+              .share_rule = kvpress::positions_of_share};
         },
     .variant_of = "snapkv",
+    .revision = kvpress::kRevision,
 });
 
 }  // namespace

@@ -4,6 +4,7 @@
 // one kept set (paper, section 4). The paper and its code do not force the last position to stay; kvpress does, and
 // last=true follows it.
 #include "policy/policy.h"
+#include "policy/published_code.h"
 
 namespace kvreplay {
 namespace {
@@ -36,17 +37,20 @@ const MethodRegistration tova({
         },
 });
 
-const MethodRegistration kvpress({
+const MethodRegistration kvpress_code({
     .name = "tova@kvpress",
-    .summary = "The last position is always kept; otherwise the paper's.",
+    .summary = kvpress::with_attention_path("The last position is always kept; otherwise the paper's."),
     .source = "github.com/NVIDIA/kvpress, tova_press.py",
     .parameters = {},
     .compose =
         [](const Arguments&) {
-          return Composition{
-              .ranking = std::make_shared<Tova>(true), .granularity = Granularity::layer, .share = Share::mean};
+          return Composition{.ranking = std::make_shared<Tova>(true),
+                             .granularity = Granularity::layer,
+                             .share = Share::mean,
+                             .share_rule = kvpress::positions_of_share};
         },
     .variant_of = "tova",
+    .revision = kvpress::kRevision,
 });
 
 }  // namespace

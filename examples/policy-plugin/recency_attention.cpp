@@ -3,22 +3,23 @@
 // Score of position n of a prompt of P: a[n] · 2^(−(P − 1 − n) / half_life), where a is the mean attention of the last
 // `window` queries. A half-life far beyond the prompt leaves SnapKV's score before pooling, a short one the most recent
 // positions.
-#include "policy/plugin.h"
-
+#include <algorithm>
 #include <cmath>
 
+#include "policy/plugin.h"
+
+namespace kvreplay {
 namespace {
 
-class RecencyAttention : public kvreplay::Ranking {
+class RecencyAttention : public Ranking {
  public:
   RecencyAttention(int window, double half_life) : window_(window), half_life_(half_life) {}
 
-  kvreplay::Protection protection() const override { return {.window = window_}; }
-  kvreplay::Requirements requirements() const override { return {.window_queries = window_, .combinations = {mean()}}; }
+  Protection protection() const override { return {.window = window_}; }
+  Requirements requirements() const override { return {.window_queries = window_, .combinations = {mean()}}; }
 
-  void score(const kvreplay::Head& head, int member, std::span<float> scores) const override {
-    const kvreplay::CombinedAttention window = head.combined_attention(member, mean());
-    std::copy(window.attention.begin(), window.attention.end(), scores.begin());
+  void score(const Head& head, int member, std::span<float> scores) const override {
+    std::ranges::copy(head.combined_attention(member, mean()).attention, scores.begin());
     for (std::size_t n = 0; n < scores.size(); ++n) {
       const auto age = static_cast<double>(scores.size() - 1 - n);
       scores[n] *= static_cast<float>(std::exp2(-age / half_life_));
@@ -27,7 +28,7 @@ class RecencyAttention : public kvreplay::Ranking {
 
  private:
   // Every query of the window counts alike.
-  kvreplay::WindowCombination mean() const {
+  WindowCombination mean() const {
     return {.weights = std::vector<float>(static_cast<std::size_t>(window_), 1.0f / static_cast<float>(window_))};
   }
 
@@ -35,11 +36,8 @@ class RecencyAttention : public kvreplay::Ranking {
   double half_life_;
 };
 
-}  // namespace
-
-KVREPLAY_POLICY_PLUGIN() {
-  using kvreplay::Parameter;
-  return {{
+const MethodRegistration recency_attention([] {
+  return Method{
       .name = "recency-attention",
       .summary = "Keeps what the observation window attends to, weighted by how recent it is.",
       .source = "examples/policy-plugin",
@@ -47,9 +45,11 @@ KVREPLAY_POLICY_PLUGIN() {
                      Parameter::real("half_life", 1000, 1e-3, 1e12,
                                      "age at which attention counts half, in positions")},
       .compose =
-          [](const kvreplay::Arguments& a) {
-            return kvreplay::Composition{
-                .ranking = std::make_shared<RecencyAttention>(a.integer("window"), a.real("half_life"))};
+          [](const Arguments& a) {
+            return Composition{.ranking = std::make_shared<RecencyAttention>(a.integer("window"), a.real("half_life"))};
           },
-  }};
-}
+  };
+});
+
+}  // namespace
+}  // namespace kvreplay

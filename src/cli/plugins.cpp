@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "policy/plugin.h"
+#include "policy/plugin_interface.h"
 
 namespace kvreplay::cli {
 namespace {

@@ -55,6 +55,42 @@ void list_methods() {
       "'kvreplay variants NAME' how implementations of one method differ.\n");
 }
 
+// A cell of a Markdown table.
+std::string cell(const std::string& text) {
+  std::string escaped;
+  for (const char c : text) escaped += c == '|' ? std::string("\\|") : std::string(1, c);
+  return escaped;
+}
+
+// docs/policies.md.
+void print_page() {
+  fmt::print(R"(# Policies
+
+Every method with its parameters and their defaults, as `kvreplay policies` lists them (`--markdown` prints this page). A spec
+names a policy and the parameters that differ: `restkv(alpha=0.5)`. After a `+` stands a budget or a selection:
+`restkv+adakv(floor=0.5)`, `snapkv(kernel=7)+pyramid+chunks`. The file of each method, in `src/policy/`, says where paper and
+authors' code differ and which is followed. Oracles: [oracles](oracles.md).
+
+| spec | idea | source |
+|---|---|---|
+)");
+  for (const Method* method : registered_methods()) {
+    if (!method->variant_of.empty()) continue;
+    fmt::print("| `{}` | {} | {} |\n", cell(signature(*method)), cell(method->summary), cell(method->source));
+  }
+  fmt::print(R"(
+Variants are what published codes do, at the commit or release that is named. Side by side: `kvreplay variants snapkv`.
+
+| variant | what it does | source | as of |
+|---|---|---|---|
+)");
+  for (const Method* method : registered_methods()) {
+    if (method->variant_of.empty()) continue;
+    fmt::print("| `{}` | {} | {} | {} |\n", cell(signature(*method)), cell(method->summary), cell(method->source),
+               cell(method->revision));
+  }
+}
+
 void explain_method(const Method& method) {
   fmt::print("{} ({})\n{}{}", written_name(method), step_of(method), wrapped(method.summary, 2),
              wrapped(described_source(method), 2));
@@ -132,11 +168,16 @@ void add_variants_command(CLI::App& app) {
 
 void add_policies_command(CLI::App& app) {
   auto name = std::make_shared<std::string>();
+  auto markdown = std::make_shared<bool>(false);
   CLI::App* command = app.add_subcommand("policies", "List the policies, or explain one or a spec");
-  command->add_option("spec", *name, "A policy's name, or a spec such as 'restkv(alpha=0.5)'")->type_name("NAME|SPEC");
+  CLI::Option* spec = command->add_option("spec", *name, "A policy's name, or a spec such as 'restkv(alpha=0.5)'");
+  spec->type_name("NAME|SPEC");
+  command->add_flag("--markdown", *markdown, "List them, and the variants, as docs/policies.md")->excludes(spec);
   add_plugin_option(*command);
-  command->callback([name]() {
-    if (name->empty()) {
+  command->callback([name, markdown]() {
+    if (*markdown) {
+      print_page();
+    } else if (name->empty()) {
       list_methods();
     } else if (const Method* method = find_method(*name)) {
       explain_method(*method);

@@ -37,7 +37,7 @@
 #include "notebooks-export/tables.h"
 #include "policy/expansion.h"
 #include "policy/parameter.h"
-#include "policy/plugin.h"
+#include "policy/plugin_interface.h"
 #include "replay/results_file.h"
 #include "sweep/configuration.h"
 #include "sweep/unit_store.h"

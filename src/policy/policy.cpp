@@ -16,11 +16,7 @@
 namespace kvreplay {
 namespace {
 
-std::map<std::string, Method, std::less<>>& registry() {
-  // Made on first use, since registrations run before main in no particular order.
-  static std::map<std::string, Method, std::less<>> methods;
-  return methods;
-}
+using Registry = std::map<std::string, Method, std::less<>>;
 
 bool is_name(const std::string& text) {
   try {
@@ -29,6 +25,33 @@ bool is_name(const std::string& text) {
   } catch (const UsageError&) {
     return false;
   }
+}
+
+void add_methods(Registry& registry, std::vector<Method> methods) {
+  std::set<std::string> names;
+  for (const Method& method : methods) {
+    const std::string name = written_name(method);
+    if (!is_name(method.name)) {
+      throw Error(fmt::format("'{}' cannot be a method's name: no spec could hold it", printable(method.name)));
+    }
+    if (!method.compose) throw Error(fmt::format("the method '{}' has no compose function", name));
+    if (registry.contains(name) || !names.insert(name).second) {
+      throw Error(fmt::format("there is a method '{}' already; choose another name", name));
+    }
+  }
+  for (Method& method : methods) {
+    std::string name = written_name(method);
+    registry.emplace(std::move(name), std::move(method));
+  }
+}
+
+Registry& registry() {
+  static Registry methods = [] {
+    Registry built_in;
+    add_methods(built_in, MethodRegistration::methods());
+    return built_in;
+  }();
+  return methods;
 }
 
 const Method& method_for(const SpecPart& part, bool first) {
@@ -141,25 +164,7 @@ Protection Protection::held_by(const HeadShape& shape) const {
   return {.sinks = first, .window = std::min(window, shape.rows() - first)};
 }
 
-MethodRegistration::MethodRegistration(Method method) { register_methods({std::move(method)}); }
-
-void register_methods(std::vector<Method> methods) {
-  std::set<std::string> names;
-  for (const Method& method : methods) {
-    const std::string name = written_name(method);
-    if (!is_name(method.name)) {
-      throw Error(fmt::format("'{}' cannot be a method's name: no spec could hold it", printable(method.name)));
-    }
-    if (!method.compose) throw Error(fmt::format("the method '{}' has no compose function", name));
-    if (find_method(name) != nullptr || !names.insert(name).second) {
-      throw Error(fmt::format("there is a method '{}' already; choose another name", name));
-    }
-  }
-  for (Method& method : methods) {
-    std::string name = written_name(method);
-    registry().emplace(std::move(name), std::move(method));
-  }
-}
+void register_methods(std::vector<Method> methods) { add_methods(registry(), std::move(methods)); }
 
 std::vector<const Method*> registered_methods() {
   std::vector<const Method*> methods;

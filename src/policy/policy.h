@@ -227,12 +227,28 @@ struct Method {
   std::string revision = {};    ///< of variants: the commit, or the release, of that code which this describes
 };
 
-/// Adds a built-in method when the library is loaded: one per method, in the method's own file, so that adding one
-/// touches no other. Throws as register_methods does. A plug-in must not run anything before its version was checked,
-/// so there the linker refuses this class; see policy/plugin.h.
+/// Adds a method, built in or a plug-in's (policy/plugin.h): one per method, in the method's own file, so that adding
+/// one touches no other. Methods are described when they are first looked up, those of a plug-in once its version was
+/// checked: until then nothing of it runs but this constructor, which is all its own. Each library and plug-in has a
+/// list to itself; a program's own methods go to register_methods().
 class [[gnu::visibility("hidden")]] MethodRegistration {
  public:
-  explicit MethodRegistration(Method method);
+  explicit MethodRegistration(Method(*describe)()) : describe_(describe), next_(newest_) { newest_ = this; }
+  MethodRegistration(const MethodRegistration&) = delete;
+  MethodRegistration& operator=(const MethodRegistration&) = delete;
+
+  /// The methods of the library or plug-in that this is compiled into.
+  static std::vector<Method> methods() {
+    std::vector<Method> methods;
+    for (const MethodRegistration* one = newest_; one != nullptr; one = one->next_) methods.push_back(one->describe_());
+    return methods;
+  }
+
+ private:
+  static inline const MethodRegistration* newest_ = nullptr;
+
+  Method (*describe_)();
+  const MethodRegistration* next_;
 };
 
 /// Adds all methods, or none and throws Error: for a name that is taken or that no spec can hold, or without compose.

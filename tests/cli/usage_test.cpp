@@ -43,7 +43,7 @@ TEST_F(Usage, HelpOfEveryCommandNamesItsOptions) {
         "mean|max|sum", "--output", "--csv", "--json", "--kept", "--threads", "traces"}},
       {"sweep",
        {"--policy", "--capacity", "--output", "--memory", "--config", "--print-config", "--dry-run", "--resume"}},
-      {"policies", {"SPEC"}},
+      {"policies", {"SPEC", "--markdown"}},
   };
   const test::Outcome all = succeed({"--help"});
   for (const auto& [command, names] : commands) {
@@ -195,6 +195,13 @@ TEST_F(Usage, VariantsTellWhichStateOfTheirCodeTheyDescribe) {
   for (const char* name : {"snapkv@kvpress", "tova@kvpress", "pyramidkv@kvpress", "criticalkv@kvpress"}) {
     EXPECT_THAT(on_one_line(succeed({"policies", name}).output), HasSubstr("as on kvpress's eager path. Under sdpa"));
   }
+}
+
+TEST_F(Usage, ThePageOfPoliciesIsWhatTheProgramPrints) {
+  const std::string page = file_text(KVREPLAY_TRACES_DIR "/../docs/policies.md");
+  EXPECT_TRUE(page == succeed({"policies", "--markdown"}).output)
+      << "docs/policies.md is out of date; run: " KVREPLAY_EXECUTABLE " policies --markdown > docs/policies.md";
+  refuse_words("policies snapkv --markdown", {"--markdown excludes spec"});
 }
 
 TEST_F(Usage, LongSpecsDoNotStretchTheTable) {

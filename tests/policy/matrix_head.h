@@ -3,6 +3,7 @@
 
 #include <numeric>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "policy/policy.h"
@@ -21,6 +22,10 @@ class MatrixHead : public HeadSource {
     std::iota(positions_.begin(), positions_.end(), 0);
   }
 
+  /// A head of which a policy looks at the values alone, or at the keys alone: [P, D].
+  static MatrixHead of_values(const Matrix& values) { return {Matrix::Zero(values.rows(), values.cols()), values}; }
+  static MatrixHead of_keys(const Matrix& keys) { return {keys, Matrix::Zero(keys.rows(), keys.cols())}; }
+
   /// Attends in this way instead of with a scale of 1, to all that came before, and with nothing to bend logits.
   void attend_with(double softmax_scale, int sliding_window = 0, double softcapping = 0) {
     shape_.softmax_scale = softmax_scale;
@@ -29,7 +34,7 @@ class MatrixHead : public HeadSource {
     shape_.attn_logit_softcapping = softcapping;
   }
 
-  std::vector<Matrix> member_queries;      ///< [group][P, D]
+  std::vector<Matrix> member_queries;      ///< [group][P, D]; empty: nothing is known of attention
   std::vector<Matrix> member_projections;  ///< [group][C, D]; empty: the model has none
 
   const HeadShape& shape() const override { return shape_; }
@@ -65,6 +70,23 @@ inline std::vector<float> scores_of(const Ranking& ranking, const HeadSource& so
   ranking.score(head, member, scores);
   ranking.smooth(head, member, head.rows(), scores);
   return scores;
+}
+
+inline std::vector<float> scores_of(const std::string& spec, const HeadSource& source, int member = 0) {
+  return scores_of(*make_policy(spec).ranking, source, member);
+}
+
+/// The rows that a policy with scores keeps for a query head that shares with no other.
+inline std::vector<int> kept_by(const std::string& spec, const HeadSource& source, int capacity, int member = 0) {
+  const Policy policy = make_policy(spec);
+  const Head head(source);
+  std::vector<float> scores(static_cast<std::size_t>(head.rows()));
+  policy.ranking->score(head, member, scores);
+  policy.ranking->smooth(head, member, capacity, scores);
+  policy.ranking->refine(head, {&member, 1}, capacity, scores);
+  const Protection protection = policy.ranking->protection().held_by(head.shape());
+  return policy.selection ? policy.selection->select(scores, protection, capacity)
+                          : select_top(scores, protection, capacity);
 }
 
 }  // namespace kvreplay::test

@@ -7,10 +7,6 @@
 namespace kvreplay::test {
 namespace {
 
-std::vector<float> scores_of(const std::string& spec, const HeadSource& source) {
-  return test::scores_of(*make_policy(spec).ranking, source);
-}
-
 // Its value is the output, and the distance between them 0: such a position must not lose to all others.
 TEST(Scores, APositionWithAllTheAttentionComesFirst) {
   MatrixHead head(100 * Matrix::Identity(12, 12), Matrix::Ones(12, 2));

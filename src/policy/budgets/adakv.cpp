@@ -142,67 +142,76 @@ std::vector<Parameter> budget_parameters() {
           Parameter::choice("across", {"query", "kv"}, "which heads compete")};
 }
 
-const MethodRegistration adakv_budget({
-    .name = "adakv",
-    .step = Method::Step::budget,
-    .summary = "Divides a layer's positions among its heads by where the layer's best scores are, above a floor.",
-    .source = "arXiv 2407.11550, algorithm 1",
-    .parameters = budget_parameters(),
-    .compose =
-        [](const Arguments& a) {
-          return Composition{
-              .budget = std::make_shared<AdaKV>(a.real("floor"), a.flag("normalize"), a.text("across") == "query")};
-        },
+const MethodRegistration adakv_budget([] {
+  return Method{
+      .name = "adakv",
+      .step = Method::Step::budget,
+      .summary = "Divides a layer's positions among its heads by where the layer's best scores are, above a floor.",
+      .source = "arXiv 2407.11550, algorithm 1",
+      .parameters = budget_parameters(),
+      .compose =
+          [](const Arguments& a) {
+            return Composition{
+                .budget = std::make_shared<AdaKV>(a.real("floor"), a.flag("normalize"), a.text("across") == "query")};
+          },
+  };
 });
 
-const MethodRegistration adakv_preset({
-    .name = "adakv",
-    .summary = "SnapKV's scores under an adaptive budget over the heads: short for snapkv+adakv.",
-    .source = "arXiv 2407.11550",
-    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                   Parameter::odd_integer("kernel", 5, 1, "positions that are pooled"),
-                   Parameter::choice("pooling", {"avg", "max"}, "how they are pooled"), budget_parameters()[0],
-                   budget_parameters()[1], budget_parameters()[2]},
-    .compose =
-        [](const Arguments& a) {
-          return make_policy("snapkv(window=" + a.text("window") + ",kernel=" + a.text("kernel") +
-                             ",pooling=" + a.text("pooling") + ")+adakv(floor=" + a.text("floor") +
-                             ",normalize=" + a.text("normalize") + ",across=" + a.text("across") + ")");
-        },
+const MethodRegistration adakv_preset([] {
+  return Method{
+      .name = "adakv",
+      .summary = "SnapKV's scores under an adaptive budget over the heads: short for snapkv+adakv.",
+      .source = "arXiv 2407.11550",
+      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                     Parameter::odd_integer("kernel", 5, 1, "positions that are pooled"),
+                     Parameter::choice("pooling", {"avg", "max"}, "how they are pooled"), budget_parameters()[0],
+                     budget_parameters()[1], budget_parameters()[2]},
+      .compose =
+          [](const Arguments& a) {
+            return make_policy("snapkv(window=" + a.text("window") + ",kernel=" + a.text("kernel") +
+                               ",pooling=" + a.text("pooling") + ")+adakv(floor=" + a.text("floor") +
+                               ",normalize=" + a.text("normalize") + ",across=" + a.text("across") + ")");
+          },
+  };
 });
 
-const MethodRegistration rest_kv_code({
-    .name = "adakv@rest-kv",
-    .summary = "Query heads compete, each with a kept set of its own; maximum pooling over 5 positions by default.",
-    .source = "github.com/an-yongqi/rest-kv, AdaKVCluster, after github.com/FFY0/AdaKV",
-    .parameters = {budget_parameters()[0], budget_parameters()[1]},
-    .compose =
-        [](const Arguments& a) {
-          Composition policy =
-              make_policy("adakv(pooling=max,floor=" + a.text("floor") + ",normalize=" + a.text("normalize") + ")");
-          policy.granularity = Granularity::query;
-          return policy;
-        },
-    .variant_of = "adakv",
-    .revision = rest_kv::kRevision,
+const MethodRegistration rest_kv_code([] {
+  return Method{
+      .name = "adakv@rest-kv",
+      .summary = "Query heads compete, each with a kept set of its own; maximum pooling over 5 positions by default.",
+      .source = "github.com/an-yongqi/rest-kv, AdaKVCluster, after github.com/FFY0/AdaKV",
+      .parameters = {budget_parameters()[0], budget_parameters()[1]},
+      .compose =
+          [](const Arguments& a) {
+            Composition policy =
+                make_policy("adakv(pooling=max,floor=" + a.text("floor") + ",normalize=" + a.text("normalize") + ")");
+            policy.granularity = Granularity::query;
+            return policy;
+          },
+      .variant_of = "adakv",
+      .revision = rest_kv::kRevision,
+  };
 });
 
-const MethodRegistration kvpress_code({
-    .name = "adakv@kvpress",
-    .summary =
-        "KV heads compete with the scores their groups share, not normalized; a share of the capacity is safe for "
-        "each. Over SnapKV with kvpress's window of 64. kvpress refuses it on its eager path; under sdpa it scores as "
-        "snapkv@kvpress where that path agrees with the model.",
-    .source = "github.com/NVIDIA/kvpress, adakv_press.py",
-    .parameters = {Parameter::real("safeguard", 0.2, 0, 1, "share of the capacity that every head keeps")},
-    .compose =
-        [](const Arguments& a) {
-          Composition policy = make_policy("snapkv@kvpress");
-          policy.budget = std::make_shared<AdaKVOfKvpress>(a.real("safeguard"));
-          return policy;
-        },
-    .variant_of = "adakv",
-    .revision = kvpress::kRevision,
+const MethodRegistration kvpress_code([] {
+  return Method{
+      .name = "adakv@kvpress",
+      .summary =
+          "KV heads compete with the scores their groups share, not normalized; a share of the capacity is safe for "
+          "each. Over SnapKV with kvpress's window of 64. kvpress refuses it on its eager path; under sdpa it scores "
+          "as "
+          "snapkv@kvpress where that path agrees with the model.",
+      .source = "github.com/NVIDIA/kvpress, adakv_press.py",
+      .parameters = {Parameter::real("safeguard", 0.2, 0, 1, "share of the capacity that every head keeps")},
+      .compose =
+          [](const Arguments& a) {
+            Composition policy = make_policy("snapkv@kvpress");
+            policy.budget = std::make_shared<AdaKVOfKvpress>(a.real("safeguard"));
+            return policy;
+          },
+      .variant_of = "adakv",
+      .revision = kvpress::kRevision,
+  };
 });
 
 }  // namespace

@@ -87,19 +87,22 @@ class GivenLayers : public Budget {
   std::vector<std::vector<double>> layers_;
 };
 
-const MethodRegistration layers({
-    .name = "layers",
-    .step = Method::Step::budget,
-    .summary = "Takes the capacity of every layer and head from a file.",
-    .source = "given",
-    .parameters = {Parameter::file("file", "a line per layer: one number, or one per kept set"),
-                   Parameter::choice("unit", {"positions", "share"},
-                                     "positions: numbers are capacities; share: they multiply the capacity asked for")},
-    .compose =
-        [](const Arguments& a) {
-          if (a.text("file").empty()) throw UsageError("layers: needs a file, as in +layers(file=budgets.txt)");
-          return Composition{.budget = std::make_shared<GivenLayers>(a.text("file"), a.text("unit") == "share")};
-        },
+const MethodRegistration layers([] {
+  return Method{
+      .name = "layers",
+      .step = Method::Step::budget,
+      .summary = "Takes the capacity of every layer and head from a file.",
+      .source = "given",
+      .parameters = {Parameter::file("file", "a line per layer: one number, or one per kept set"),
+                     Parameter::choice(
+                         "unit", {"positions", "share"},
+                         "positions: numbers are capacities; share: they multiply the capacity asked for")},
+      .compose =
+          [](const Arguments& a) {
+            if (a.text("file").empty()) throw UsageError("layers: needs a file, as in +layers(file=budgets.txt)");
+            return Composition{.budget = std::make_shared<GivenLayers>(a.text("file"), a.text("unit") == "share")};
+          },
+  };
 });
 
 }  // namespace

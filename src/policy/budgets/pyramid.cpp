@@ -75,60 +75,68 @@ class PyramidOfKvpress : public Budget {
   int beta_;
 };
 
-const MethodRegistration pyramid({
-    .name = "pyramid",
-    .step = Method::Step::budget,
-    .summary = "Gives lower layers more positions than upper ones, in equal steps.",
-    .source = "arXiv 2406.02069, section 4",
-    .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions")},
-    .compose = [](const Arguments& a) { return Composition{.budget = std::make_shared<Pyramid>(a.integer("beta"))}; },
+const MethodRegistration pyramid([] {
+  return Method{
+      .name = "pyramid",
+      .step = Method::Step::budget,
+      .summary = "Gives lower layers more positions than upper ones, in equal steps.",
+      .source = "arXiv 2406.02069, section 4",
+      .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions")},
+      .compose = [](const Arguments& a) { return Composition{.budget = std::make_shared<Pyramid>(a.integer("beta"))}; },
+  };
 });
 
-const MethodRegistration pyramidkv({
-    .name = "pyramidkv",
-    .summary = "SnapKV's scores under a pyramid over the layers: short for snapkv+pyramid.",
-    .source = "arXiv 2406.02069",
-    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                   Parameter::odd_integer("kernel", 5, 1, "positions that are pooled"),
-                   Parameter::choice("pooling", {"avg", "max"}, "how they are pooled"),
-                   Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions")},
-    .compose =
-        [](const Arguments& a) {
-          return make_policy("snapkv(window=" + a.text("window") + ",kernel=" + a.text("kernel") +
-                             ",pooling=" + a.text("pooling") + ")+pyramid(beta=" + a.text("beta") + ")");
-        },
+const MethodRegistration pyramidkv([] {
+  return Method{
+      .name = "pyramidkv",
+      .summary = "SnapKV's scores under a pyramid over the layers: short for snapkv+pyramid.",
+      .source = "arXiv 2406.02069",
+      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                     Parameter::odd_integer("kernel", 5, 1, "positions that are pooled"),
+                     Parameter::choice("pooling", {"avg", "max"}, "how they are pooled"),
+                     Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions")},
+      .compose =
+          [](const Arguments& a) {
+            return make_policy("snapkv(window=" + a.text("window") + ",kernel=" + a.text("kernel") +
+                               ",pooling=" + a.text("pooling") + ")+pyramid(beta=" + a.text("beta") + ")");
+          },
+  };
 });
 
-const MethodRegistration rest_kv_code({
-    .name = "pyramidkv@rest-kv",
-    .summary = "One kept set per query head, as in KVCache-Factory, whose pyramid this is.",
-    .source = "github.com/an-yongqi/rest-kv, PyramidKVCluster",
-    .parameters = {},
-    .compose =
-        [](const Arguments&) {
-          Composition policy = make_policy("pyramidkv");
-          policy.granularity = Granularity::query;
-          return policy;
-        },
-    .variant_of = "pyramidkv",
-    .revision = rest_kv::kRevision,
+const MethodRegistration rest_kv_code([] {
+  return Method{
+      .name = "pyramidkv@rest-kv",
+      .summary = "One kept set per query head, as in KVCache-Factory, whose pyramid this is.",
+      .source = "github.com/an-yongqi/rest-kv, PyramidKVCluster",
+      .parameters = {},
+      .compose =
+          [](const Arguments&) {
+            Composition policy = make_policy("pyramidkv");
+            policy.granularity = Granularity::query;
+            return policy;
+          },
+      .variant_of = "pyramidkv",
+      .revision = rest_kv::kRevision,
+  };
 });
 
-const MethodRegistration kvpress_code({
-    .name = "pyramidkv@kvpress",
-    .summary = kvpress::with_attention_path(
-        "A pyramid drawn from the whole capacity, the window included, in fractional steps; a window of 64, one kept "
-        "set per KV head."),
-    .source = "github.com/NVIDIA/kvpress, pyramidkv_press.py",
-    .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the capacity")},
-    .compose =
-        [](const Arguments& a) {
-          Composition policy = make_policy("snapkv@kvpress");
-          policy.budget = std::make_shared<PyramidOfKvpress>(a.integer("beta"));
-          return policy;
-        },
-    .variant_of = "pyramidkv",
-    .revision = kvpress::kRevision,
+const MethodRegistration kvpress_code([] {
+  return Method{
+      .name = "pyramidkv@kvpress",
+      .summary = kvpress::with_attention_path(
+          "A pyramid drawn from the whole capacity, the window included, in fractional steps; a window of 64, one kept "
+          "set per KV head."),
+      .source = "github.com/NVIDIA/kvpress, pyramidkv_press.py",
+      .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the capacity")},
+      .compose =
+          [](const Arguments& a) {
+            Composition policy = make_policy("snapkv@kvpress");
+            policy.budget = std::make_shared<PyramidOfKvpress>(a.integer("beta"));
+            return policy;
+          },
+      .variant_of = "pyramidkv",
+      .revision = kvpress::kRevision,
+  };
 });
 
 }  // namespace

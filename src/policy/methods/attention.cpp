@@ -48,31 +48,33 @@ class Attention : public Ranking {
   AttentionParameters p_;
 };
 
-const MethodRegistration attention({
-    .name = "attention",
-    .summary =
-        "Keeps what the observation window attends to, without looking at what removing it would do; values=true "
-        "weighs by the length of the value.",
-    .source = "arXiv 2605.08840, ablation of the indicator",
-    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                   Parameter::choice("temporal", {"mean", "ema", "last", "reversed-ema"}, "how queries are combined"),
-                   Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average"),
-                   Parameter::choice("spatial", {"avg", "max", "none", "adaptive"}, "how positions are combined"),
-                   Parameter::odd_integer("kernel", 5, 1, "width of the spatial window, in positions"),
-                   Parameter::real("beta", 2000, 1, 1e9, "spatial=adaptive: drift that widens the window by a step"),
-                   Parameter::flag("values", false, "multiply by the length of the value")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<Attention>(AttentionParameters{
-                                 .window = a.integer("window"),
-                                 .temporal = temporal_named(a.text("temporal")),
-                                 .alpha = a.real("alpha"),
-                                 .spatial = spatial_named(a.text("spatial")),
-                                 .kernel = a.integer("kernel"),
-                                 .beta = a.real("beta"),
-                                 .values = a.flag("values"),
-                             })};
-        },
+const MethodRegistration attention([] {
+  return Method{
+      .name = "attention",
+      .summary =
+          "Keeps what the observation window attends to, without looking at what removing it would do; values=true "
+          "weighs by the length of the value.",
+      .source = "arXiv 2605.08840, ablation of the indicator",
+      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                     Parameter::choice("temporal", {"mean", "ema", "last", "reversed-ema"}, "how queries are combined"),
+                     Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average"),
+                     Parameter::choice("spatial", {"avg", "max", "none", "adaptive"}, "how positions are combined"),
+                     Parameter::odd_integer("kernel", 5, 1, "width of the spatial window, in positions"),
+                     Parameter::real("beta", 2000, 1, 1e9, "spatial=adaptive: drift that widens the window by a step"),
+                     Parameter::flag("values", false, "multiply by the length of the value")},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.ranking = std::make_shared<Attention>(AttentionParameters{
+                                   .window = a.integer("window"),
+                                   .temporal = temporal_named(a.text("temporal")),
+                                   .alpha = a.real("alpha"),
+                                   .spatial = spatial_named(a.text("spatial")),
+                                   .kernel = a.integer("kernel"),
+                                   .beta = a.real("beta"),
+                                   .values = a.flag("values"),
+                               })};
+          },
+  };
 });
 
 }  // namespace

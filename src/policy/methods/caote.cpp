@@ -36,18 +36,20 @@ class Caote : public Ranking {
   double alpha_;
 };
 
-const MethodRegistration caote({
-    .name = "caote",
-    .summary = "Keeps the positions whose removal alone would change the attention output most.",
-    .source = "arXiv 2504.14051, the CAOTE score",
-    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                   Parameter::choice("temporal", {"mean", "ema", "last", "reversed-ema"}, "how queries are combined"),
-                   Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<Caote>(a.integer("window"), temporal_named(a.text("temporal")),
-                                                                a.real("alpha"))};
-        },
+const MethodRegistration caote([] {
+  return Method{
+      .name = "caote",
+      .summary = "Keeps the positions whose removal alone would change the attention output most.",
+      .source = "arXiv 2504.14051, the CAOTE score",
+      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                     Parameter::choice("temporal", {"mean", "ema", "last", "reversed-ema"}, "how queries are combined"),
+                     Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average")},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.ranking = std::make_shared<Caote>(a.integer("window"),
+                                                                  temporal_named(a.text("temporal")), a.real("alpha"))};
+          },
+  };
 });
 
 }  // namespace

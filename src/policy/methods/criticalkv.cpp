@@ -85,42 +85,49 @@ class CriticalKV : public Ranking {
   float epsilon_;
 };
 
-const MethodRegistration criticalkv({
-    .name = "criticalkv",
-    .summary = "Gives part of the capacity to the best scores of another policy, and the rest to positions that also "
-               "weigh much after the output projection.",
-    .source = "arXiv 2502.03805, algorithm 1",
-    .parameters = {Parameter::spec("base", "snapkv", "policy whose scores are refined"),
-                   Parameter::real("first", 0.5, 0, 1, "share of the capacity that goes by those scores alone"),
-                   Parameter::real("epsilon", 1e-4, 0, 1e6, "added to scores before the second stage")},
-    .compose =
-        [](const Arguments& a) {
-          const Policy base = make_policy(a.text("base"));
-          if (!base.ranking || base.budget || base.selection || base.oracle) {
-            throw UsageError("criticalkv: base must be a policy with scores and nothing after '+', not '" +
-                             base.canonical + "'");
-          }
-          return Composition{.ranking = std::make_shared<CriticalKV>(base.ranking, a.real("first"), a.real("epsilon")),
-                             .granularity = base.granularity,
-                             .share = base.share,
-                             .notes = base.notes};
-        },
+const MethodRegistration criticalkv([] {
+  return Method{
+      .name = "criticalkv",
+      .summary =
+          "Gives part of the capacity to the best scores of another policy, and the rest to positions that also "
+          "weigh much after the output projection.",
+      .source = "arXiv 2502.03805, algorithm 1",
+      .parameters = {Parameter::spec("base", "snapkv", "policy whose scores are refined"),
+                     Parameter::real("first", 0.5, 0, 1, "share of the capacity that goes by those scores alone"),
+                     Parameter::real("epsilon", 1e-4, 0, 1e6, "added to scores before the second stage")},
+      .compose =
+          [](const Arguments& a) {
+            const Policy base = make_policy(a.text("base"));
+            if (!base.ranking || base.budget || base.selection || base.oracle) {
+              throw UsageError("criticalkv: base must be a policy with scores and nothing after '+', not '" +
+                               base.canonical + "'");
+            }
+            return Composition{
+                .ranking = std::make_shared<CriticalKV>(base.ranking, a.real("first"), a.real("epsilon")),
+                .granularity = base.granularity,
+                .share = base.share,
+                .notes = base.notes};
+          },
+  };
 });
 
-const MethodRegistration kvpress_code({
-    .name = "criticalkv@kvpress",
-    .summary = kvpress::with_attention_path("Over SnapKV with kvpress's window of 64; one kept set per KV head."),
-    .source = "github.com/NVIDIA/kvpress, criticalkv_press.py",
-    .parameters = {},
-    .compose =
-        [](const Arguments&) {
-          return Composition{.ranking = std::make_shared<CriticalKV>(make_policy("snapkv@kvpress").ranking, 0.5, 1e-4),
-                             .granularity = Granularity::kv,
-                             .share = Share::mean,
-                             .share_rule = kvpress::positions_of_share};
-        },
-    .variant_of = "criticalkv",
-    .revision = kvpress::kRevision,
+const MethodRegistration kvpress_code([] {
+  return Method{
+      .name = "criticalkv@kvpress",
+      .summary = kvpress::with_attention_path("Over SnapKV with kvpress's window of 64; one kept set per KV head."),
+      .source = "github.com/NVIDIA/kvpress, criticalkv_press.py",
+      .parameters = {},
+      .compose =
+          [](const Arguments&) {
+            return Composition{
+                .ranking = std::make_shared<CriticalKV>(make_policy("snapkv@kvpress").ranking, 0.5, 1e-4),
+                .granularity = Granularity::kv,
+                .share = Share::mean,
+                .share_rule = kvpress::positions_of_share};
+          },
+      .variant_of = "criticalkv",
+      .revision = kvpress::kRevision,
+  };
 });
 
 }  // namespace

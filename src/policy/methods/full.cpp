@@ -17,12 +17,14 @@ class Full : public Pattern {
   }
 };
 
-const MethodRegistration full({
-    .name = "full",
-    .summary = "Keeps every position, whatever the capacity: the reference with error 0.",
-    .source = "baseline",
-    .parameters = {},
-    .compose = [](const Arguments&) { return Composition{.pattern = std::make_shared<Full>()}; },
+const MethodRegistration full([] {
+  return Method{
+      .name = "full",
+      .summary = "Keeps every position, whatever the capacity: the reference with error 0.",
+      .source = "baseline",
+      .parameters = {},
+      .compose = [](const Arguments&) { return Composition{.pattern = std::make_shared<Full>()}; },
+  };
 });
 
 }  // namespace

@@ -35,77 +35,87 @@ class H2O : public Ranking {
   bool normalize_;
 };
 
-const MethodRegistration h2o({
-    .name = "h2o",
-    .summary = "Keeps the positions that received most attention from all prompt queries, and the most recent ones.",
-    .source = "arXiv 2306.14048, section 4",
-    .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept; 0: none"),
-                   Parameter::choice("mask", {"causal", "window"},
-                                     "causal: as the paper; window: only the window's queries are masked, as "
-                                     "KVCache-Factory before 9f9aa2e"),
-                   Parameter::flag("normalize", false,
-                                   "divide by the number of queries that can see the key, as kvpress does")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{
-              .ranking = std::make_shared<H2O>(a.integer("window"), a.text("mask") == "causal", a.flag("normalize"))};
-        },
+const MethodRegistration h2o([] {
+  return Method{
+      .name = "h2o",
+      .summary = "Keeps the positions that received most attention from all prompt queries, and the most recent ones.",
+      .source = "arXiv 2306.14048, section 4",
+      .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept; 0: none"),
+                     Parameter::choice("mask", {"causal", "window"},
+                                       "causal: as the paper; window: only the window's queries are masked, as "
+                                       "KVCache-Factory before 9f9aa2e"),
+                     Parameter::flag("normalize", false,
+                                     "divide by the number of queries that can see the key, as kvpress does")},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{
+                .ranking = std::make_shared<H2O>(a.integer("window"), a.text("mask") == "causal", a.flag("normalize"))};
+          },
+  };
 });
 
 // What the name of KVCache-Factory's variant meant before its code changed.
 constexpr const char* kBeforeCausalMask = "h2o@kvcache-factory-before-9f9aa2e";
 
-const MethodRegistration kvcache_factory_code({
-    .name = "h2o@kvcache-factory",
-    .summary = "Masks every query causally, since 9f9aa2e (2026-06-22). One kept set per query head, or, since ad51c4e "
-               "(2026-07-01), per KV head. The window is that of its classes; its run_longbench.py sets 8.",
-    .source = "github.com/Zefan-Cai/KVCache-Factory, H2OKVCluster",
-    .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept"),
-                   kvcache_factory::heads_parameter(), kvcache_factory::share_parameter()},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{
-              .ranking = std::make_shared<H2O>(a.integer("window"), true, false),
-              .granularity = granularity_named(a.text("heads")),
-              .share = share_named(a.text("share")),
-              .notes = {std::string("h2o@kvcache-factory: describes ") + kvcache_factory::kRevision +
-                        ", whose mask is causal; what this name meant in kvreplay 0.1 is " + kBeforeCausalMask}};
-        },
-    .variant_of = "h2o",
-    .revision = kvcache_factory::kRevision,
+const MethodRegistration kvcache_factory_code([] {
+  return Method{
+      .name = "h2o@kvcache-factory",
+      .summary =
+          "Masks every query causally, since 9f9aa2e (2026-06-22). One kept set per query head, or, since ad51c4e "
+          "(2026-07-01), per KV head. The window is that of its classes; its run_longbench.py sets 8.",
+      .source = "github.com/Zefan-Cai/KVCache-Factory, H2OKVCluster",
+      .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept"),
+                     kvcache_factory::heads_parameter(), kvcache_factory::share_parameter()},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{
+                .ranking = std::make_shared<H2O>(a.integer("window"), true, false),
+                .granularity = granularity_named(a.text("heads")),
+                .share = share_named(a.text("share")),
+                .notes = {std::string("h2o@kvcache-factory: describes ") + kvcache_factory::kRevision +
+                          ", whose mask is causal; what this name meant in kvreplay 0.1 is " + kBeforeCausalMask}};
+          },
+      .variant_of = "h2o",
+      .revision = kvcache_factory::kRevision,
+  };
 });
 
-const MethodRegistration kvcache_factory_before({
-    .name = kBeforeCausalMask,
-    .summary =
-        "Masks only the window's queries causally, so that early queries count attention to keys after them; one "
-        "kept set per query head. The ReST-KV release (a8bb112) has the same code.",
-    .source = "github.com/Zefan-Cai/KVCache-Factory, H2OKVCluster",
-    .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<H2O>(a.integer("window"), false, false),
-                             .granularity = Granularity::query};
-        },
-    .variant_of = "h2o",
-    .revision = "commit 360b1ff (2026-06-22), the last one before 9f9aa2e",
+const MethodRegistration kvcache_factory_before([] {
+  return Method{
+      .name = kBeforeCausalMask,
+      .summary =
+          "Masks only the window's queries causally, so that early queries count attention to keys after them; one "
+          "kept set per query head. The ReST-KV release (a8bb112) has the same code.",
+      .source = "github.com/Zefan-Cai/KVCache-Factory, H2OKVCluster",
+      .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept")},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.ranking = std::make_shared<H2O>(a.integer("window"), false, false),
+                               .granularity = Granularity::query};
+          },
+      .variant_of = "h2o",
+      .revision = "commit 360b1ff (2026-06-22), the last one before 9f9aa2e",
+  };
 });
 
-const MethodRegistration kvpress_code({
-    .name = "h2o@kvpress",
-    .summary = "ObservedAttention: causal, divided by the number of queries that see a key, averaged over the group; "
-               "protects no recent positions. Runs on the eager path alone.",
-    .source = "github.com/NVIDIA/kvpress, observed_attention_press.py",
-    .parameters = {},
-    .compose =
-        [](const Arguments&) {
-          return Composition{.ranking = std::make_shared<H2O>(0, true, true),
-                             .granularity = Granularity::kv,
-                             .share = Share::mean,
-                             .share_rule = kvpress::positions_of_share};
-        },
-    .variant_of = "h2o",
-    .revision = kvpress::kRevision,
+const MethodRegistration kvpress_code([] {
+  return Method{
+      .name = "h2o@kvpress",
+      .summary =
+          "ObservedAttention: causal, divided by the number of queries that see a key, averaged over the group; "
+          "protects no recent positions. Runs on the eager path alone.",
+      .source = "github.com/NVIDIA/kvpress, observed_attention_press.py",
+      .parameters = {},
+      .compose =
+          [](const Arguments&) {
+            return Composition{.ranking = std::make_shared<H2O>(0, true, true),
+                               .granularity = Granularity::kv,
+                               .share = Share::mean,
+                               .share_rule = kvpress::positions_of_share};
+          },
+      .variant_of = "h2o",
+      .revision = kvpress::kRevision,
+  };
 });
 
 }  // namespace

@@ -106,19 +106,21 @@ class KeptFromFile : public Pattern {
   std::vector<std::int64_t> offsets_;
 };
 
-const MethodRegistration kept({
-    .name = "kept",
-    .summary = "Keeps the sets that a file lists, from another system or an earlier replay.",
-    .source = "given; docs/results-format.md",
-    .parameters = {Parameter::file("file", "kept sets in the layout of replay --kept"),
-                   Parameter::integer("index", 0, 0, "which group /kept/<index>")},
-    .compose =
-        [](const Arguments& a) {
-          if (a.text("file").empty()) throw UsageError("kept: needs a file, as in kept(file=kept.h5)");
-          auto pattern = std::make_shared<KeptFromFile>(a.text("file"), a.integer("index"));
-          const Granularity granularity = pattern->coarsest_granularity();
-          return Composition{.pattern = std::move(pattern), .granularity = granularity};
-        },
+const MethodRegistration kept([] {
+  return Method{
+      .name = "kept",
+      .summary = "Keeps the sets that a file lists, from another system or an earlier replay.",
+      .source = "given; docs/results-format.md",
+      .parameters = {Parameter::file("file", "kept sets in the layout of replay --kept"),
+                     Parameter::integer("index", 0, 0, "which group /kept/<index>")},
+      .compose =
+          [](const Arguments& a) {
+            if (a.text("file").empty()) throw UsageError("kept: needs a file, as in kept(file=kept.h5)");
+            auto pattern = std::make_shared<KeptFromFile>(a.text("file"), a.integer("index"));
+            const Granularity granularity = pattern->coarsest_granularity();
+            return Composition{.pattern = std::move(pattern), .granularity = granularity};
+          },
+  };
 });
 
 }  // namespace

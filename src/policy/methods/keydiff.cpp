@@ -29,12 +29,14 @@ class KeyDiff : public Ranking {
   }
 };
 
-const MethodRegistration keydiff({
-    .name = "keydiff",
-    .summary = "Keeps the positions whose keys point away from the average key.",
-    .source = "arXiv 2504.15364, section 3",
-    .parameters = {},
-    .compose = [](const Arguments&) { return Composition{.ranking = std::make_shared<KeyDiff>()}; },
+const MethodRegistration keydiff([] {
+  return Method{
+      .name = "keydiff",
+      .summary = "Keeps the positions whose keys point away from the average key.",
+      .source = "arXiv 2504.15364, section 3",
+      .parameters = {},
+      .compose = [](const Arguments&) { return Composition{.ranking = std::make_shared<KeyDiff>()}; },
+  };
 });
 
 }  // namespace

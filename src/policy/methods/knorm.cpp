@@ -14,12 +14,14 @@ class KeyNorm : public Ranking {
   }
 };
 
-const MethodRegistration knorm({
-    .name = "knorm",
-    .summary = "Keeps the positions whose keys are shortest.",
-    .source = "arXiv 2406.11430, section 3",
-    .parameters = {},
-    .compose = [](const Arguments&) { return Composition{.ranking = std::make_shared<KeyNorm>()}; },
+const MethodRegistration knorm([] {
+  return Method{
+      .name = "knorm",
+      .summary = "Keeps the positions whose keys are shortest.",
+      .source = "arXiv 2406.11430, section 3",
+      .parameters = {},
+      .compose = [](const Arguments&) { return Composition{.ranking = std::make_shared<KeyNorm>()}; },
+  };
 });
 
 }  // namespace

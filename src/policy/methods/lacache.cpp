@@ -125,19 +125,22 @@ class LaCache : public Pattern {
   int overlap_;
 };
 
-const MethodRegistration lacache({
-    .name = "lacache",
-    .summary = "Keeps sinks, the most recent positions and between them a ladder: every position by a few neighbouring "
-               "layers only.",
-    .source = "arXiv 2507.14204, section 3",
-    .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept"),
-                   Parameter::integer("span", 0, 0, "layers that keep the same position; 0: half of the layers"),
-                   Parameter::integer("overlap", 0, 0, "layers that two rungs have in common")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{
-              .pattern = std::make_shared<LaCache>(a.integer("sinks"), a.integer("span"), a.integer("overlap"))};
-        },
+const MethodRegistration lacache([] {
+  return Method{
+      .name = "lacache",
+      .summary =
+          "Keeps sinks, the most recent positions and between them a ladder: every position by a few neighbouring "
+          "layers only.",
+      .source = "arXiv 2507.14204, section 3",
+      .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept"),
+                     Parameter::integer("span", 0, 0, "layers that keep the same position; 0: half of the layers"),
+                     Parameter::integer("overlap", 0, 0, "layers that two rungs have in common")},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{
+                .pattern = std::make_shared<LaCache>(a.integer("sinks"), a.integer("span"), a.integer("overlap"))};
+          },
+  };
 });
 
 }  // namespace

@@ -78,16 +78,18 @@ class LagKV : public Ranking {
   int lag_;
 };
 
-const MethodRegistration lagkv({
-    .name = "lagkv",
-    .summary = "Keeps positions whose keys and values stand out when scaled by the chunk that follows them.",
-    .source = "arXiv 2504.04704, section 3",
-    .parameters = {Parameter::integer("sinks", 4, 0, "first positions, always kept"),
-                   Parameter::integer("lag", 128, 1, "positions per chunk")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<LagKV>(a.integer("sinks"), a.integer("lag"))};
-        },
+const MethodRegistration lagkv([] {
+  return Method{
+      .name = "lagkv",
+      .summary = "Keeps positions whose keys and values stand out when scaled by the chunk that follows them.",
+      .source = "arXiv 2504.04704, section 3",
+      .parameters = {Parameter::integer("sinks", 4, 0, "first positions, always kept"),
+                     Parameter::integer("lag", 128, 1, "positions per chunk")},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.ranking = std::make_shared<LagKV>(a.integer("sinks"), a.integer("lag"))};
+          },
+  };
 });
 
 }  // namespace

@@ -17,13 +17,15 @@ class OracleAttention : public Ranking {
   }
 };
 
-const MethodRegistration attention_oracle({
-    .name = "oracle-attention",
-    .summary = "ORACLE: keeps what the evaluation queries attend to most; no policy can know it.",
-    .source = "a bound on attention recall",
-    .parameters = {},
-    .compose =
-        [](const Arguments&) { return Composition{.ranking = std::make_shared<OracleAttention>(), .oracle = true}; },
+const MethodRegistration attention_oracle([] {
+  return Method{
+      .name = "oracle-attention",
+      .summary = "ORACLE: keeps what the evaluation queries attend to most; no policy can know it.",
+      .source = "a bound on attention recall",
+      .parameters = {},
+      .compose =
+          [](const Arguments&) { return Composition{.ranking = std::make_shared<OracleAttention>(), .oracle = true}; },
+  };
 });
 
 }  // namespace

@@ -10,18 +10,22 @@
 namespace kvreplay {
 namespace {
 
-const MethodRegistration reconstruction_oracle({
-    .name = "oracle-reconstruction",
-    .summary = "ORACLE: minimises the mean squared layer error over the evaluation queries, greedily, by exchanging "
-               "positions; starts from the best kept sets of the run, so that it is never worse than they are. Not "
-               "the minimum: exchanges can end in a local one.",
-    .source = "a bound on the layer error; docs/oracles.md",
-    .parameters = {Parameter::integer("exchanges", 64, 1, "exchanges per kept set, at most")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{
-              .ranking = make_policy("oracle-attention").ranking, .oracle = true, .exchanges = a.integer("exchanges")};
-        },
+const MethodRegistration reconstruction_oracle([] {
+  return Method{
+      .name = "oracle-reconstruction",
+      .summary =
+          "ORACLE: minimises the mean squared layer error over the evaluation queries, greedily, by exchanging "
+          "positions; starts from the best kept sets of the run, so that it is never worse than they are. Not "
+          "the minimum: exchanges can end in a local one.",
+      .source = "a bound on the layer error; docs/oracles.md",
+      .parameters = {Parameter::integer("exchanges", 64, 1, "exchanges per kept set, at most")},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.ranking = make_policy("oracle-attention").ranking,
+                               .oracle = true,
+                               .exchanges = a.integer("exchanges")};
+          },
+  };
 });
 
 }  // namespace

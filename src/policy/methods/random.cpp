@@ -29,12 +29,14 @@ class Random : public Ranking {
   std::uint64_t seed_;
 };
 
-const MethodRegistration random({
-    .name = "random",
-    .summary = "Keeps positions drawn uniformly, each head its own; the same seed draws the same positions.",
-    .source = "baseline",
-    .parameters = {Parameter::integer("seed", 0, 0, "which draw")},
-    .compose = [](const Arguments& a) { return Composition{.ranking = std::make_shared<Random>(a.integer("seed"))}; },
+const MethodRegistration random([] {
+  return Method{
+      .name = "random",
+      .summary = "Keeps positions drawn uniformly, each head its own; the same seed draws the same positions.",
+      .source = "baseline",
+      .parameters = {Parameter::integer("seed", 0, 0, "which draw")},
+      .compose = [](const Arguments& a) { return Composition{.ranking = std::make_shared<Random>(a.integer("seed"))}; },
+  };
 });
 
 }  // namespace

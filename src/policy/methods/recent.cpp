@@ -15,12 +15,14 @@ class Recent : public Pattern {
   }
 };
 
-const MethodRegistration recent({
-    .name = "recent",
-    .summary = "Keeps the last positions: a sliding window over the prompt.",
-    .source = "baseline",
-    .parameters = {},
-    .compose = [](const Arguments&) { return Composition{.pattern = std::make_shared<Recent>()}; },
+const MethodRegistration recent([] {
+  return Method{
+      .name = "recent",
+      .summary = "Keeps the last positions: a sliding window over the prompt.",
+      .source = "baseline",
+      .parameters = {},
+      .compose = [](const Arguments&) { return Composition{.pattern = std::make_shared<Recent>()}; },
+  };
 });
 
 }  // namespace

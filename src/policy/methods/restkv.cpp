@@ -90,53 +90,58 @@ class RestKV : public Ranking {
   RestKVParameters p_;
 };
 
-const MethodRegistration restkv({
-    .name = "restkv",
-    .summary = "Keeps the positions whose removal would change the layer's output most, with the attention smoothed "
-               "over the observation window and the scores over an adaptive window of positions.",
-    .source = "arXiv 2605.08840",
-    .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                   Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average"),
-                   Parameter::real("beta", 2000, 1, 1e9, "drift, in positions, that widens the window by one step"),
-                   Parameter::odd_integer("kernel", 5, 1, "smallest width of the spatial window, in positions"),
-                   Parameter::choice("temporal", {"ema", "mean", "last", "reversed-ema"}, "how queries are combined"),
-                   Parameter::choice("spatial", {"adaptive", "avg", "max", "none"}, "how positions are combined"),
-                   Parameter::choice("metric", {"after", "before"}, "score after or before smoothing in time"),
-                   Parameter::flag("projection", true, "measure lengths after the output projection"),
-                   Parameter::real("tau", 1, 0, 100, "exponent of the length"),
-                   Parameter::flag("normalize", false, "divide the length by that of the output")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<RestKV>(RestKVParameters{
-                                 .window = a.integer("window"),
-                                 .alpha = a.real("alpha"),
-                                 .beta = a.real("beta"),
-                                 .kernel = a.integer("kernel"),
-                                 .temporal = temporal_named(a.text("temporal")),
-                                 .spatial = spatial_named(a.text("spatial")),
-                                 .before = a.text("metric") == "before",
-                                 .projection = a.flag("projection"),
-                                 .tau = a.real("tau"),
-                                 .normalize = a.flag("normalize"),
-                             })};
-        },
+const MethodRegistration restkv([] {
+  return Method{
+      .name = "restkv",
+      .summary =
+          "Keeps the positions whose removal would change the layer's output most, with the attention smoothed "
+          "over the observation window and the scores over an adaptive window of positions.",
+      .source = "arXiv 2605.08840",
+      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
+                     Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average"),
+                     Parameter::real("beta", 2000, 1, 1e9, "drift, in positions, that widens the window by one step"),
+                     Parameter::odd_integer("kernel", 5, 1, "smallest width of the spatial window, in positions"),
+                     Parameter::choice("temporal", {"ema", "mean", "last", "reversed-ema"}, "how queries are combined"),
+                     Parameter::choice("spatial", {"adaptive", "avg", "max", "none"}, "how positions are combined"),
+                     Parameter::choice("metric", {"after", "before"}, "score after or before smoothing in time"),
+                     Parameter::flag("projection", true, "measure lengths after the output projection"),
+                     Parameter::real("tau", 1, 0, 100, "exponent of the length"),
+                     Parameter::flag("normalize", false, "divide the length by that of the output")},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.ranking = std::make_shared<RestKV>(RestKVParameters{
+                                   .window = a.integer("window"),
+                                   .alpha = a.real("alpha"),
+                                   .beta = a.real("beta"),
+                                   .kernel = a.integer("kernel"),
+                                   .temporal = temporal_named(a.text("temporal")),
+                                   .spatial = spatial_named(a.text("spatial")),
+                                   .before = a.text("metric") == "before",
+                                   .projection = a.flag("projection"),
+                                   .tau = a.real("tau"),
+                                   .normalize = a.flag("normalize"),
+                               })};
+          },
+  };
 });
 
-const MethodRegistration rest_kv_code({
-    .name = "restkv@rest-kv",
-    .summary =
-        "The authors' release as its LongBench scripts call it: one kept set per query head, since keys and values "
-        "are repeated for the group first.",
-    .source = "github.com/an-yongqi/rest-kv, RestKVCluster and scripts/longbench/run_llama3.sh",
-    .parameters = {},
-    .compose =
-        [](const Arguments&) {
-          Composition policy = make_policy("restkv");
-          policy.granularity = Granularity::query;
-          return policy;
-        },
-    .variant_of = "restkv",
-    .revision = rest_kv::kRevision,
+const MethodRegistration rest_kv_code([] {
+  return Method{
+      .name = "restkv@rest-kv",
+      .summary =
+          "The authors' release as its LongBench scripts call it: one kept set per query head, since keys and values "
+          "are repeated for the group first.",
+      .source = "github.com/an-yongqi/rest-kv, RestKVCluster and scripts/longbench/run_llama3.sh",
+      .parameters = {},
+      .compose =
+          [](const Arguments&) {
+            Composition policy = make_policy("restkv");
+            policy.granularity = Granularity::query;
+            return policy;
+          },
+      .variant_of = "restkv",
+      .revision = rest_kv::kRevision,
+  };
 });
 
 }  // namespace

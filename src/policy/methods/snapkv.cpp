@@ -66,68 +66,78 @@ Composition compose_per_query_head(const Arguments& a) {
   return policy;
 }
 
-const MethodRegistration snapkv({
-    .name = "snapkv",
-    .summary = "Keeps what the observation window attends to on average, pooled over neighbouring positions.",
-    .source = "arXiv 2404.14469, section 4",
-    .parameters = parameters(32, 5, {"avg", "max"}),
-    .compose = compose,
+const MethodRegistration snapkv([] {
+  return Method{
+      .name = "snapkv",
+      .summary = "Keeps what the observation window attends to on average, pooled over neighbouring positions.",
+      .source = "arXiv 2404.14469, section 4",
+      .parameters = parameters(32, 5, {"avg", "max"}),
+      .compose = compose,
+  };
 });
 
 // What tells implementations apart: whether query heads of a group share a set, and the defaults of window and pooling.
-const MethodRegistration rest_kv_code({
-    .name = "snapkv@rest-kv",
-    .summary = "One kept set per query head, since keys and values are repeated for the group first; the code of "
-               "FasterDecoding/SnapKV does the same with the same defaults.",
-    .source = "github.com/an-yongqi/rest-kv, SnapKVCluster",
-    .parameters = parameters(32, 5, {"avg", "max"}),
-    .compose = compose_per_query_head,
-    .variant_of = "snapkv",
-    .revision = std::string(rest_kv::kRevision) + "; FasterDecoding/SnapKV e216ddc (2025-07-10)",
+const MethodRegistration rest_kv_code([] {
+  return Method{
+      .name = "snapkv@rest-kv",
+      .summary =
+          "One kept set per query head, since keys and values are repeated for the group first; the code of "
+          "FasterDecoding/SnapKV does the same with the same defaults.",
+      .source = "github.com/an-yongqi/rest-kv, SnapKVCluster",
+      .parameters = parameters(32, 5, {"avg", "max"}),
+      .compose = compose_per_query_head,
+      .variant_of = "snapkv",
+      .revision = std::string(rest_kv::kRevision) + "; FasterDecoding/SnapKV e216ddc (2025-07-10)",
+  };
 });
 
-const MethodRegistration kvcache_factory_code({
-    .name = "snapkv@kvcache-factory",
-    .summary = "The code of snapkv@rest-kv as KVCache-Factory's run_longbench.py calls it: a window of 8 and maximum "
-               "pooling over 7 positions. Since ad51c4e (2026-07-01) also per KV head: the group's scores become one "
-               "before they are pooled.",
-    .source = "github.com/Zefan-Cai/KVCache-Factory, SnapKVCluster and run_longbench.py",
-    .parameters =
-        [] {
-          std::vector<Parameter> all = parameters(8, 7, {"max", "avg"});
-          all.push_back(kvcache_factory::heads_parameter());
-          all.push_back(kvcache_factory::share_parameter());
-          return all;
-        }(),
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<SnapKVPooledLast>(a.integer("window"), a.integer("kernel"),
-                                                                           spatial_named(a.text("pooling"))),
-                             .granularity = granularity_named(a.text("heads")),
-                             .share = share_named(a.text("share"))};
-        },
-    .variant_of = "snapkv",
-    .revision = kvcache_factory::kRevision,
+const MethodRegistration kvcache_factory_code([] {
+  return Method{
+      .name = "snapkv@kvcache-factory",
+      .summary =
+          "The code of snapkv@rest-kv as KVCache-Factory's run_longbench.py calls it: a window of 8 and maximum "
+          "pooling over 7 positions. Since ad51c4e (2026-07-01) also per KV head: the group's scores become one "
+          "before they are pooled.",
+      .source = "github.com/Zefan-Cai/KVCache-Factory, SnapKVCluster and run_longbench.py",
+      .parameters =
+          [] {
+            std::vector<Parameter> all = parameters(8, 7, {"max", "avg"});
+            all.push_back(kvcache_factory::heads_parameter());
+            all.push_back(kvcache_factory::share_parameter());
+            return all;
+          }(),
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.ranking = std::make_shared<SnapKVPooledLast>(a.integer("window"), a.integer("kernel"),
+                                                                             spatial_named(a.text("pooling"))),
+                               .granularity = granularity_named(a.text("heads")),
+                               .share = share_named(a.text("share"))};
+          },
+      .variant_of = "snapkv",
+      .revision = kvcache_factory::kRevision,
+  };
 });
 
-const MethodRegistration kvpress_code({
-    .name = "snapkv@kvpress",
-    .summary = kvpress::with_attention_path(
-        "One kept set per KV head: scores are averaged over the group after pooling. The window is 64 by default, "
-        "and pooling is always an average."),
-    .source = "github.com/NVIDIA/kvpress, snapkv_press.py",
-    .parameters = {Parameter::integer("window", 64, 1, "observation window: last queries, always kept"),
-                   Parameter::odd_integer("kernel", 5, 1, "positions that are pooled")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{
-              .ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"), Spatial::average),
-              .granularity = Granularity::kv,
-              .share = Share::mean,
-              .share_rule = kvpress::positions_of_share};
-        },
-    .variant_of = "snapkv",
-    .revision = kvpress::kRevision,
+const MethodRegistration kvpress_code([] {
+  return Method{
+      .name = "snapkv@kvpress",
+      .summary = kvpress::with_attention_path(
+          "One kept set per KV head: scores are averaged over the group after pooling. The window is 64 by default, "
+          "and pooling is always an average."),
+      .source = "github.com/NVIDIA/kvpress, snapkv_press.py",
+      .parameters = {Parameter::integer("window", 64, 1, "observation window: last queries, always kept"),
+                     Parameter::odd_integer("kernel", 5, 1, "positions that are pooled")},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{
+                .ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"), Spatial::average),
+                .granularity = Granularity::kv,
+                .share = Share::mean,
+                .share_rule = kvpress::positions_of_share};
+          },
+      .variant_of = "snapkv",
+      .revision = kvpress::kRevision,
+  };
 });
 
 }  // namespace

@@ -44,43 +44,50 @@ class FirstAndWindow : public Pattern {
   int window_;
 };
 
-const MethodRegistration streamingllm({
-    .name = "streamingllm",
-    .summary = "Keeps the first positions, which act as attention sinks, and the most recent ones.",
-    .source = "arXiv 2309.17453, section 3",
-    .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")},
-    .compose =
-        [](const Arguments& a) { return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks"))}; },
+const MethodRegistration streamingllm([] {
+  return Method{
+      .name = "streamingllm",
+      .summary = "Keeps the first positions, which act as attention sinks, and the most recent ones.",
+      .source = "arXiv 2309.17453, section 3",
+      .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")},
+      .compose =
+          [](const Arguments& a) { return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks"))}; },
+  };
 });
 
-const MethodRegistration kvcache_factory_code({
-    .name = "streamingllm@kvcache-factory",
-    .summary = "Keeps the first capacity - window positions and the last window ones: as many sinks as the capacity "
-               "leaves room for.",
-    .source = "github.com/Zefan-Cai/KVCache-Factory, StreamingLLMKVCluster",
-    .parameters = {Parameter::integer("window", 32, 0, "last positions that are kept"),
-                   kvcache_factory::heads_parameter()},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.pattern = std::make_shared<FirstAndWindow>(a.integer("window")),
-                             .granularity = granularity_named(a.text("heads"))};
-        },
-    .variant_of = "streamingllm",
-    .revision = kvcache_factory::kRevision,
+const MethodRegistration kvcache_factory_code([] {
+  return Method{
+      .name = "streamingllm@kvcache-factory",
+      .summary =
+          "Keeps the first capacity - window positions and the last window ones: as many sinks as the capacity "
+          "leaves room for.",
+      .source = "github.com/Zefan-Cai/KVCache-Factory, StreamingLLMKVCluster",
+      .parameters = {Parameter::integer("window", 32, 0, "last positions that are kept"),
+                     kvcache_factory::heads_parameter()},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.pattern = std::make_shared<FirstAndWindow>(a.integer("window")),
+                               .granularity = granularity_named(a.text("heads"))};
+          },
+      .variant_of = "streamingllm",
+      .revision = kvcache_factory::kRevision,
+  };
 });
 
-const MethodRegistration kvpress_code({
-    .name = "streamingllm@kvpress",
-    .summary = "4 sinks and the most recent positions, as in the paper; keys keep their positions.",
-    .source = "github.com/NVIDIA/kvpress, streaming_llm_press.py",
-    .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks")),
-                             .share_rule = kvpress::positions_of_share};
-        },
-    .variant_of = "streamingllm",
-    .revision = kvpress::kRevision,
+const MethodRegistration kvpress_code([] {
+  return Method{
+      .name = "streamingllm@kvpress",
+      .summary = "4 sinks and the most recent positions, as in the paper; keys keep their positions.",
+      .source = "github.com/NVIDIA/kvpress, streaming_llm_press.py",
+      .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks")),
+                               .share_rule = kvpress::positions_of_share};
+          },
+      .variant_of = "streamingllm",
+      .revision = kvpress::kRevision,
+  };
 });
 
 }  // namespace

@@ -24,33 +24,37 @@ class Tova : public Ranking {
   bool keep_last_;
 };
 
-const MethodRegistration tova({
-    .name = "tova",
-    .summary = "Keeps what the last query attends to, averaged over the heads: one set for the whole layer.",
-    .source = "arXiv 2401.06104, section 4",
-    .parameters = {Parameter::flag("last", false, "always keep the last position, as kvpress does")},
-    .compose =
-        [](const Arguments& a) {
-          return Composition{.ranking = std::make_shared<Tova>(a.flag("last")),
-                             .granularity = Granularity::layer,
-                             .share = Share::mean};
-        },
+const MethodRegistration tova([] {
+  return Method{
+      .name = "tova",
+      .summary = "Keeps what the last query attends to, averaged over the heads: one set for the whole layer.",
+      .source = "arXiv 2401.06104, section 4",
+      .parameters = {Parameter::flag("last", false, "always keep the last position, as kvpress does")},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.ranking = std::make_shared<Tova>(a.flag("last")),
+                               .granularity = Granularity::layer,
+                               .share = Share::mean};
+          },
+  };
 });
 
-const MethodRegistration kvpress_code({
-    .name = "tova@kvpress",
-    .summary = kvpress::with_attention_path("The last position is always kept; otherwise the paper's."),
-    .source = "github.com/NVIDIA/kvpress, tova_press.py",
-    .parameters = {},
-    .compose =
-        [](const Arguments&) {
-          return Composition{.ranking = std::make_shared<Tova>(true),
-                             .granularity = Granularity::layer,
-                             .share = Share::mean,
-                             .share_rule = kvpress::positions_of_share};
-        },
-    .variant_of = "tova",
-    .revision = kvpress::kRevision,
+const MethodRegistration kvpress_code([] {
+  return Method{
+      .name = "tova@kvpress",
+      .summary = kvpress::with_attention_path("The last position is always kept; otherwise the paper's."),
+      .source = "github.com/NVIDIA/kvpress, tova_press.py",
+      .parameters = {},
+      .compose =
+          [](const Arguments&) {
+            return Composition{.ranking = std::make_shared<Tova>(true),
+                               .granularity = Granularity::layer,
+                               .share = Share::mean,
+                               .share_rule = kvpress::positions_of_share};
+          },
+      .variant_of = "tova",
+      .revision = kvpress::kRevision,
+  };
 });
 
 }  // namespace

@@ -51,13 +51,16 @@ class Chunks : public Selection {
   int size_;
 };
 
-const MethodRegistration chunks({
-    .name = "chunks",
-    .step = Method::Step::selection,
-    .summary = "Keeps whole chunks of neighbouring positions, by the mean of their scores.",
-    .source = "arXiv 2502.00299, section 3",
-    .parameters = {Parameter::integer("size", 10, 1, "positions per chunk")},
-    .compose = [](const Arguments& a) { return Composition{.selection = std::make_shared<Chunks>(a.integer("size"))}; },
+const MethodRegistration chunks([] {
+  return Method{
+      .name = "chunks",
+      .step = Method::Step::selection,
+      .summary = "Keeps whole chunks of neighbouring positions, by the mean of their scores.",
+      .source = "arXiv 2502.00299, section 3",
+      .parameters = {Parameter::integer("size", 10, 1, "positions per chunk")},
+      .compose =
+          [](const Arguments& a) { return Composition{.selection = std::make_shared<Chunks>(a.integer("size"))}; },
+  };
 });
 
 }  // namespace

@@ -1,9 +1,14 @@
 // A name that no spec can hold.
 #include "policy/plugin.h"
 
-KVREPLAY_POLICY_PLUGIN() {
-  return {
-      {.name = "two words", .summary = "", .source = "", .parameters = {}, .compose = [](const kvreplay::Arguments&) {
-         return kvreplay::Composition{};
-       }}};
-}
+namespace kvreplay {
+namespace {
+
+const MethodRegistration two_words([] {
+  return Method{.name = "two words", .summary = "", .source = "", .parameters = {}, .compose = [](const Arguments&) {
+                  return Composition{};
+                }};
+});
+
+}  // namespace
+}  // namespace kvreplay

@@ -26,15 +26,15 @@ class Matrices : public Ranking {
   }
 };
 
+const MethodRegistration matrices([] {
+  return Method{
+      .name = METHOD_NAME,
+      .summary = "Length of the projected value.",
+      .source = "test",
+      .parameters = {},
+      .compose = [](const Arguments&) { return Composition{.ranking = std::make_shared<Matrices>()}; },
+  };
+});
+
 }  // namespace
 }  // namespace kvreplay
-
-KVREPLAY_POLICY_PLUGIN() {
-  return {{.name = METHOD_NAME,
-           .summary = "Length of the projected value.",
-           .source = "test",
-           .parameters = {},
-           .compose = [](const kvreplay::Arguments&) {
-             return kvreplay::Composition{.ranking = std::make_shared<kvreplay::Matrices>()};
-           }}};
-}

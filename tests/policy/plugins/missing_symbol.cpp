@@ -2,7 +2,12 @@
 #include "policy/plugin.h"
 
 namespace kvreplay {
-std::vector<Method> methods_of_a_later_version();
-}
 
-KVREPLAY_POLICY_PLUGIN() { return kvreplay::methods_of_a_later_version(); }
+Method method_of_a_later_version();
+
+namespace {
+
+const MethodRegistration later([] { return method_of_a_later_version(); });
+
+}  // namespace
+}  // namespace kvreplay

@@ -1,8 +1,17 @@
-// Its second method has a built-in one's name.
+// One of its methods has a built-in one's name.
 #include "policy/plugin.h"
 
-KVREPLAY_POLICY_PLUGIN() {
-  const auto nothing = [](const kvreplay::Arguments&) { return kvreplay::Composition{}; };
-  return {{.name = "beside-snapkv", .summary = "", .source = "", .parameters = {}, .compose = nothing},
-          {.name = "snapkv", .summary = "", .source = "", .parameters = {}, .compose = nothing}};
+namespace kvreplay {
+namespace {
+
+Method nothing(const std::string& name) {
+  return {.name = name, .summary = "", .source = "", .parameters = {}, .compose = [](const Arguments&) {
+            return Composition{};
+          }};
 }
+
+const MethodRegistration beside([] { return nothing("beside-snapkv"); });
+const MethodRegistration taken([] { return nothing("snapkv"); });
+
+}  // namespace
+}  // namespace kvreplay

@@ -2,4 +2,10 @@
 
 #include "policy/plugin.h"
 
-KVREPLAY_POLICY_PLUGIN() { throw std::runtime_error("the table of weights\nis missing"); }
+namespace kvreplay {
+namespace {
+
+const MethodRegistration throws([]() -> Method { throw std::runtime_error("the table of weights\nis missing"); });
+
+}  // namespace
+}  // namespace kvreplay

@@ -1,4 +1,4 @@
-#include "policy/plugin.h"
+#include "policy/plugin_interface.h"
 
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -58,9 +58,7 @@ void load_plugin(const std::filesystem::path& path) {
   if (loaded.contains(library)) return;
   const auto* const plugin = static_cast<const PolicyPlugin*>(::dlsym(library, "kvreplay_policy_plugin"));
   if (plugin == nullptr) {
-    throw failure(
-        "is a shared library but no plug-in for kvreplay; one has KVREPLAY_POLICY_PLUGIN() outside any unnamed "
-        "namespace");
+    throw failure("is a shared library but no plug-in for kvreplay; one includes policy/plugin.h");
   }
   if (plugin->interface_version != kPolicyInterfaceVersion) {
     throw failure(

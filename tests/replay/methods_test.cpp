@@ -417,15 +417,15 @@ TEST_F(Methods, KVCacheFactorysSnapKVPoolsWhatAGroupShares) {
       raw.ranking->score(head, 0, first);
       raw.ranking->score(head, 1, second);
       const auto pooled = [](const auto& score_of) {
-        Eigen::VectorXd pooled(60);
+        Eigen::VectorXd most_nearby(60);
         for (int n = 0; n < 56; ++n) {
           double most = 0;
           for (int neighbour = std::max(0, n - 1); neighbour <= std::min(55, n + 1); ++neighbour) {
             most = std::max(most, score_of(static_cast<std::size_t>(neighbour)));
           }
-          pooled(n) = most;
+          most_nearby(n) = most;
         }
-        return pooled;
+        return most_nearby;
       };
       const auto expected =
           best_and_window(pooled([&](std::size_t n) { return static_cast<double>(first[n] + second[n]); }), 16, 4);
@@ -479,11 +479,11 @@ TEST_F(Methods, VariantsOfKvpressCountSharesAsItDoes) {
 TEST_F(Methods, KvpressDrawsItsPyramidFromTheUnroundedShare) {
   const auto sizes = [this](const std::string& spec, const std::string& capacity) {
     const KeptSets kept = run(*trace_, {spec}, {capacity}).at(0).results[0].kept;
-    std::vector<std::size_t> sizes;
+    std::vector<std::size_t> of_layers;
     for (int layer = 0; layer < trace_->info().model.num_layers; ++layer) {
-      sizes.push_back(kept.of_query_head(layer, 0, 2).size());
+      of_layers.push_back(kept.of_query_head(layer, 0, 2).size());
     }
-    return sizes;
+    return of_layers;
   };
   open({.num_layers = 4, .prompt_length = 1000, .num_tokens = 1001});
   EXPECT_EQ(sizes("pyramidkv@kvpress(beta=3)", "45%"), (std::vector<std::size_t>{750, 550, 350, 150}));

@@ -466,10 +466,9 @@ TEST_F(Methods, VariantsOfKvpressCountSharesAsItDoes) {
   }
   // A count is a count.
   open({.num_layers = 1, .prompt_length = 1000, .num_tokens = 1001});
-  for (const ReplayResult& result :
-       run(*trace_, {"h2o@kvpress", "tova@kvpress", "snapkv@kvpress", "streamingllm@kvpress"}, {"100", "10%"})
-           .at(0)
-           .results) {
+  const auto counted =
+      run(*trace_, {"h2o@kvpress", "tova@kvpress", "snapkv@kvpress", "streamingllm@kvpress"}, {"100", "10%"});
+  for (const ReplayResult& result : counted.at(0).results) {
     EXPECT_EQ(result.kept.mean_size(), result.capacity_request == "100" ? 100 : 99) << result.policy;
   }
 }

@@ -330,7 +330,7 @@ TEST_F(Methods, StepsThatDoNotGoTogetherAreRefused) {
 // Accumulated attention as KVCache-Factory's H2OKVCluster sums it, in double: every query masked causally, or, as
 // before its commit 9f9aa2e, the last `window` alone.
 Eigen::VectorXd accumulated(const Head& head, const TraceHead& source, int member, bool causal, int window) {
-  const int prompt = head.prompt_length();
+  const int prompt = head.rows();
   const Eigen::MatrixXd keys = head.keys().cast<double>();
   const Eigen::MatrixXd queries = source.queries(member, 0, prompt).cast<double>();
   Eigen::VectorXd sums = Eigen::VectorXd::Zero(prompt);

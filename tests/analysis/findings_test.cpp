@@ -175,7 +175,9 @@ TEST_F(FindingsTest, WhatHadNothingToChooseIsNotRanked) {
     const bool degenerate = curve.policy == "snapkv(window=64)";
     EXPECT_EQ(curve.points.size(), 2u);
     EXPECT_EQ(curve.area.has_value(), !degenerate) << curve.policy;
-    if (degenerate) EXPECT_FALSE(curve.kept_for_goal);
+    if (degenerate) {
+      EXPECT_FALSE(curve.kept_for_goal);
+    }
   }
   const auto sentences = findings(analysis, 10);
   EXPECT_THAT(sentences, Contains(StartsWith("restkv has the smallest layer error at both capacities")));

@@ -238,8 +238,9 @@ TEST_F(ResultSetTest, OldFilesHaveNothingToChooseWhereTheirSpecsSaySo) {
   }
   const std::filesystem::path file = write("x.h5", {a});
   const auto told = [&file]() {
+    const ResultSet set = open({file});
     std::vector<bool> nothing;
-    for (const StoredResult& result : open({file}).results()) nothing.push_back(*result.nothing_to_choose);
+    for (const StoredResult& result : set.results()) nothing.push_back(*result.nothing_to_choose);
     return nothing;
   };
   EXPECT_THAT(told(), testing::Each(false)) << "as the file says";

@@ -3,6 +3,7 @@
 
 #include <sstream>
 
+#include "base/file_text.h"
 #include "cli/command.h"
 #include "policy/policy.h"
 #include "support/random_trace.h"

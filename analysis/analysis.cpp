@@ -51,14 +51,19 @@ std::optional<double> chosen_goal(const std::vector<CapacityCurve>& curves, cons
   return means[means.size() / 2];
 }
 
-// The oracle with the best mean over the capacities that all of those have which have the most.
+// The oracle with the best mean over the capacities that all of those have which have the most. Policies are compared
+// with it over what both were replayed on, so an oracle of other traces than the policies serves where no other does.
 std::string best_oracle(const std::vector<ComparisonRow>& rows, const std::vector<SettingKey>& apart,
                         bool lower_is_better) {
+  const auto is_apart = [&apart](const ComparisonRow& row) {
+    return std::ranges::find(apart, SettingKey{row.key.policy, row.key.capacity_request}) != apart.end();
+  };
+  const auto is_among_policies = [&](const ComparisonRow& row) { return row.oracle && !is_apart(row); };
+  const bool any_is_among_policies = std::ranges::any_of(rows, is_among_policies);
   std::map<std::string, std::map<std::string, double>> oracles;  // means by capacity
   std::size_t most = 0;
   for (const ComparisonRow& row : rows) {
-    const SettingKey key{row.key.policy, row.key.capacity_request};
-    if (!row.oracle || std::ranges::find(apart, key) != apart.end()) continue;
+    if (!row.oracle || (any_is_among_policies && is_apart(row))) continue;
     std::map<std::string, double>& means = oracles[row.key.policy];
     means[row.key.capacity_request] = row.distribution.mean * (lower_is_better ? 1 : -1);
     most = std::max(most, means.size());

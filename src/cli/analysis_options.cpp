@@ -95,8 +95,9 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
       ->allow_extra_args(false)
       ->type_name("FILE");
   command
-      .add_option("--baseline", options.baseline,
-                  "Policy to compare with (default: snapkv, else in the middle; of its settings the nearest to the defaults)")
+      .add_option(
+          "--baseline", options.baseline,
+          "Policy to compare with (default: snapkv, else in the middle; of its settings the nearest to the defaults)")
       ->type_name("SPEC");
   command.add_option("--measure", options.measure, "What to compare (default: layer_error); see docs/measures.md")
       ->type_name("NAME");

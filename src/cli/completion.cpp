@@ -75,7 +75,7 @@ std::vector<Candidate> values_of(const CLI::Option& option, const std::string& b
   const std::string type = option.get_type_name();
   if (type.starts_with("FILE")) return {{kFiles, ""}};
   if (type == "DIR") return {{kFolders, ""}};
-  if (type == "SPEC" || type == "NAME|SPEC") return specs(begun);
+  if (type.starts_with("SPEC") || type == "NAME|SPEC") return specs(begun);
   if (type == "METHOD") return methods_with_variants();
   std::vector<Candidate> found;
   for (const std::string& value : alternatives(type)) found.push_back({value, ""});
@@ -125,8 +125,11 @@ class CommandLine {
     } else if (!only_arguments_ && word.starts_with('-') && word.size() > 1) {
       const std::size_t equals = word.find('=');
       take(option_named(*command_, word.substr(0, equals)), equals == std::string::npos ? 0 : 1);
-    } else if (taking_ != nullptr) {
+    } else if (taking_ != nullptr && (taken_ == 0 || !takes_several(*taking_) || takes_another(*taking_, word))) {
       take(taking_, taken_ + 1);
+    } else if (taking_ != nullptr) {
+      taking_ = nullptr;
+      ++arguments_;
     } else if (is_program_) {
       if (const CLI::App* chosen = command_named(*command_, word)) {
         command_ = chosen;
@@ -156,8 +159,9 @@ class CommandLine {
  private:
   // The option has got so many values; whether the next word is one of them too.
   void take(const CLI::Option* option, int values) {
-    const bool more = option != nullptr && values < option->get_items_expected_max() &&
-                      (values < option->get_items_expected_min() || option->get_allow_extra_args());
+    const bool more =
+        option != nullptr && values < option->get_items_expected_max() &&
+        (values < option->get_items_expected_min() || option->get_allow_extra_args() || takes_several(*option));
     taking_ = more ? option : nullptr;
     taken_ = values;
   }

@@ -92,6 +92,13 @@ void take_several(CLI::Option& option, std::function<bool(const std::string&)> i
   several()[&option] = std::move(is_value);
 }
 
+bool takes_several(const CLI::Option& option) { return several().contains(&option); }
+
+bool takes_another(const CLI::Option& option, const std::string& value) {
+  const auto found = several().find(&option);
+  return found != several().end() && !value.starts_with('-') && found->second(value);
+}
+
 std::vector<std::string> one_value_each(const CLI::App& app, const std::vector<std::string>& arguments) {
   const auto commands = app.get_subcommands([](const CLI::App*) { return true; });
   const auto named = [&arguments](const CLI::App* command) {
@@ -111,10 +118,10 @@ std::vector<std::string> one_value_each(const CLI::App& app, const std::vector<s
     // -c 64, -c64, --capacity 64 and --capacity=64
     const bool is_long = argument.starts_with("--");
     const std::string name = is_long ? argument.substr(0, argument.find('=')) : argument.substr(0, 2);
-    const auto found = several().find((*command)->get_option_no_throw(name));
-    if (found == several().end()) continue;
+    const CLI::Option* option = (*command)->get_option_no_throw(name);
+    if (option == nullptr || !takes_several(*option)) continue;
     if (name == argument && i + 1 < arguments.size()) spread.push_back(arguments[++i]);
-    while (i + 1 < arguments.size() && !arguments[i + 1].starts_with('-') && found->second(arguments[i + 1])) {
+    while (i + 1 < arguments.size() && takes_another(*option, arguments[i + 1])) {
       spread.push_back(name);
       spread.push_back(arguments[++i]);
     }

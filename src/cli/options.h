@@ -44,6 +44,10 @@ std::string names_a_file(const std::string& value);
 /// Lets an option take several values after its name, so that `-c 64 128` means `-c 64 -c 128`, as far as what follows
 /// the first looks like one of them: `is_value` says so. Files may follow.
 void take_several(CLI::Option& option, std::function<bool(const std::string&)> is_value);
+bool takes_several(const CLI::Option& option);
+
+/// Whether such an option, which has a value, takes `value` as a further one.
+bool takes_another(const CLI::Option& option, const std::string& value);
 
 /// Arguments in which every value of such options of the command that they name has the option's name before it.
 std::vector<std::string> one_value_each(const CLI::App& app, const std::vector<std::string>& arguments);

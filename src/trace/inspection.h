@@ -59,8 +59,8 @@ struct Inspection {
 };
 
 /// What to tell of a trace whose stored outputs are further from the attention of its queries, keys and values than any
-/// rounding explains: of a capture whose outputs are not its own. `layer_errors` are mean errors as in LayerFidelity, [L].
-/// Empty where there is nothing to tell.
+/// rounding explains: of a capture whose outputs are not its own. `layer_errors` are mean errors as in LayerFidelity,
+/// [L]. Empty where there is nothing to tell.
 std::string outputs_warning(std::span<const double> layer_errors);
 
 /// Queries per head whose output is recomputed at most, so that inspecting a long trace costs little more than reading

@@ -53,7 +53,7 @@ TEST_F(ImportanceTest, EndsInTheScoresOfThePolicy) {
           const Head seen(source);
           const Policy policy = make_policy(spec);
           EXPECT_EQ(map.policy, policy.canonical);
-          std::vector<float> scores(static_cast<std::size_t>(eviction), 0.0f);
+          std::vector<float> scores(static_cast<std::size_t>(seen.rows()), 0.0f);
           policy.ranking->score(seen, head % group, scores);
           const auto past = [&]() { return std::vector<float>(scores.begin(), scores.end() - 6); };
           EXPECT_EQ(map.temporal.back(), past()) << "to the bit";

@@ -9,7 +9,7 @@ namespace {
 
 // Its value is the output, and the distance between them 0: such a position must not lose to all others.
 TEST(Scores, APositionWithAllTheAttentionComesFirst) {
-  MatrixHead head(100 * Matrix::Identity(12, 12), Matrix::Ones(12, 2));
+  MatrixHead head(100 * Matrix::Identity(12, 12), Matrix::Ones(12, 12));
   head.member_queries = {Matrix::Zero(12, 12)};
   head.member_queries[0].col(3).tail(2).setOnes();
   for (const std::string spec : {"restkv(window=2)", "restkv(window=2,metric=before)", "caote(window=2)"}) {

@@ -356,6 +356,11 @@ std::vector<int> best_and_window(const Eigen::VectorXd& sums, int capacity, int 
 }
 
 TEST_F(Methods, BothStatesOfKVCacheFactorysH2O) {
+  open({.num_layers = 4,
+        .num_attention_heads = 6,
+        .num_key_value_heads = 3,
+        .hidden_size = 40,
+        .attention_mass = false});
   constexpr int kWindow = 4;
   constexpr int kCapacity = 20;
   const std::vector<TraceReplay> replays =

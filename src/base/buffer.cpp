@@ -8,11 +8,17 @@
 #include <new>
 #include <vector>
 
+#include "base/memory.h"
+
 namespace kvreplay {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kPage = std::size_t{4} << 10;
+
+// A block that is taken from the pool may have room for this share of what the pool may hold beside what was asked for.
+constexpr std::size_t kShareUnused = 16;
 
 struct Block {
   void* memory;
@@ -24,7 +30,7 @@ struct Pool {
   std::mutex lock;
   std::vector<Block> blocks;
   std::size_t bytes = 0;
-  std::size_t limit = std::size_t{256} << 20;
+  std::size_t limit = static_cast<std::size_t>(kBuffersKept);
 
   // With the lock held.
   Block take(std::vector<Block>::iterator block) {
@@ -55,7 +61,8 @@ Buffer::Buffer(Index size) : size_(size) {
     // The smallest that fits and is not more than half empty.
     auto best = kept.blocks.end();
     for (auto block = kept.blocks.begin(); block != kept.blocks.end(); ++block) {
-      const bool fits = block->bytes >= bytes && block->bytes / 2 <= bytes;
+      const bool fits =
+          block->bytes >= bytes && block->bytes / 2 <= bytes && block->bytes - bytes <= kept.limit / kShareUnused;
       if (fits && (best == kept.blocks.end() || block->bytes < best->bytes)) best = block;
     }
     if (best != kept.blocks.end()) {
@@ -66,10 +73,10 @@ Buffer::Buffer(Index size) : size_(size) {
     }
   }
   const bool large = bytes >= kHugePage;
-  const std::size_t unit = large ? kHugePage : kAlignment;
+  const std::size_t unit = large ? kPage : kAlignment;
   capacity_ = (bytes + unit - 1) / unit * unit;
-  void* memory = std::aligned_alloc(unit, capacity_);
-  if (memory == nullptr) throw std::bad_alloc();
+  void* memory = nullptr;
+  if (::posix_memalign(&memory, large ? kHugePage : kAlignment, capacity_) != 0) throw std::bad_alloc();
   if (large) ::madvise(memory, capacity_, MADV_HUGEPAGE);
   data_ = static_cast<float*>(memory);
 }

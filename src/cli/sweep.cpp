@@ -22,8 +22,10 @@
 
 #include "analysis/parameter_effects.h"
 #include "analysis/summary.h"
+#include "base/buffer.h"
 #include "base/error.h"
 #include "base/file_text.h"
+#include "base/memory.h"
 #include "base/output_file.h"
 #include "base/printable.h"
 #include "base/work.h"
@@ -34,6 +36,7 @@
 #include "cli/plugins.h"
 #include "cli/progress.h"
 #include "cli/replay_options.h"
+#include "hdf5/cache.h"
 #include "notebooks-export/tables.h"
 #include "policy/expansion.h"
 #include "policy/parameter.h"
@@ -120,6 +123,13 @@ int threads_of(const SweepOptions& options, const Ranks& ranks) {
   return std::max(1, usable / ranks.size_on_node());
 }
 
+// What the process takes beside the engine and whole results, in bytes, as the system counts it.
+struct TakenMemory {
+  Index now = 0;      ///< program, libraries, traces, settings, and what the heap and threads need on top
+  Index storing = 0;  ///< while units are done
+  Index merging = 0;  ///< while all of them become the results
+};
+
 // Everything that is known before the work begins.
 struct Preparation {
   ReplayRequest request;
@@ -129,7 +139,92 @@ struct Preparation {
   std::optional<UnitStore> store;
   std::vector<ReplayUnit> left;                ///< units that are not done yet
   std::vector<std::vector<ReplayUnit>> parts;  ///< of each process
+  TakenMemory taken;                           ///< counted once the traces are open and before any work
+  Index at_once = Index{64} << 20;             ///< bytes of whole results that are put together at a time
 };
+
+// Tensors of a trace that HDF5 has to unpack.
+struct Packed {
+  Index tensors = 0;
+  Index largest_chunks = 0;  ///< bytes of a chunk, at most a whole tensor, as it is stored and as it is unpacked
+};
+
+Packed packed_tensors(const TraceReader& trace) {
+  const TraceInfo& info = trace.info();
+  const Index width = info.model.head_dim * static_cast<Index>(size_of(trace.element_type()));
+  const Index heads = info.model.num_attention_heads;
+  Packed packed;
+  const auto count = [&packed](Index bytes) {
+    ++packed.tensors;
+    packed.largest_chunks = std::max(packed.largest_chunks, 2 * bytes);
+  };
+  for (int layer = 0; layer < info.model.num_layers; ++layer) {
+    for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values}) {
+      if (!trace.reads_directly(layer, tensor)) count(info.model.num_key_value_heads * info.num_tokens() * width);
+    }
+    if (!trace.reads_directly(layer, HeadTensor::queries)) {
+      count(heads * static_cast<Index>(info.query_positions.size()) * width);
+    }
+    if (trace.has_output_projection(layer) && !trace.reads_projection_directly(layer)) {
+      count(info.model.hidden_size * heads * width);
+    }
+  }
+  return packed;
+}
+
+TakenMemory taken_memory(const SweepOptions& options, const Preparation& sweep) {
+  // Pages of the program that the work reaches, and what lies unused between small blocks of the heap.
+  constexpr Index kProgram = Index{4} << 20;
+  constexpr Index kThread = Index{1} << 20;
+  constexpr Index kRow = 1024;  // of the tables at the end
+  const std::vector<TraceReplay>& outlines = sweep.engine->outlines();
+  TakenMemory taken;
+  taken.now = resident_memory() + kProgram + omp_get_max_threads() * kThread;
+  Index unpacking = 0;
+  for (const TraceReader& trace : sweep.traces) {
+    const Packed packed = packed_tensors(trace);
+    unpacking = std::max(unpacking, packed.largest_chunks);
+    if (options.memory.empty()) taken.now += packed.tensors * hdf5::kChunksKept;
+  }
+  taken.now += unpacking;
+  taken.storing = memory_of_storing(outlines);
+  Index settings = 0;
+  for (const TraceReplay& outline : outlines) settings = std::max(settings, static_cast<Index>(outline.results.size()));
+  taken.merging =
+      memory_of_reading(outlines) + settings * kRow + hdf5::kFileMemory * (options.replay.kept.empty() ? 1 : 2);
+  return taken;
+}
+
+// The most that the process takes, however the work went until now.
+Index promised_memory(const Preparation& sweep) {
+  const TakenMemory& taken = sweep.taken;
+  const std::vector<TraceReplay>& outlines = sweep.engine->outlines();
+  Index results = 0;
+  for (const TraceReplay& outline : outlines) {
+    results = std::max(results, memory_of_result({&outline, 1}) * static_cast<Index>(outline.results.size()));
+  }
+  results = std::max(std::min(results, sweep.at_once), memory_of_result(outlines));
+  return std::max({peak_resident_memory(), taken.now + taken.storing + sweep.engine->memory(),
+                   taken.now + taken.merging + results});
+}
+
+// Keeps the process to `limit` bytes. Throws Error where that cannot be.
+void limit_memory(Index limit, Preparation& sweep) {
+  const TakenMemory& taken = sweep.taken;
+  const Index result = memory_of_result(sweep.engine->outlines());
+  const Index least = std::max({peak_resident_memory(), taken.now + taken.storing + sweep.engine->least_memory(),
+                                taken.now + taken.merging + result});
+  if (limit < least) {
+    // What is resident of the program and its libraries differs a little from one run to the next.
+    constexpr Index kMiB = Index{1} << 20;
+    throw Error(
+        fmt::format("{} of memory are too little: the process takes {} at least, {} of them whatever it replays; "
+                    "give --memory {}M, or replay fewer settings at once",
+                    size_text(limit), enough_text(least), size_text(taken.now), least / kMiB + 2));
+  }
+  sweep.engine->limit_memory(limit - taken.now - taken.storing);
+  sweep.at_once = std::clamp(limit - taken.now - taken.merging, result, sweep.at_once);
+}
 
 void prepare(const SweepOptions& options, Preparation& sweep) {
   for (const std::string& plugin : options.plugins) load_plugin(plugin);
@@ -143,11 +238,16 @@ void prepare(const SweepOptions& options, Preparation& sweep) {
                                  counted(sweep.request.policies.size(), "policy"),
                                  counted(sweep.request.capacities.size(), "capacity")));
   }
+  if (!options.memory.empty()) {
+    give_memory_back();
+    hdf5::keep_little();
+  }
   const std::vector<std::string> files = distinct_traces(options.replay, sweep.notes);
   for (const std::string& file : files) sweep.traces.emplace_back(file);
   check_full_layers(options.replay, sweep.traces, sweep.request);
   sweep.engine = std::make_unique<ReplayEngine>(sweep.traces, sweep.request);
-  if (!options.memory.empty()) sweep.engine->limit_memory(memory_size(options.memory));
+  sweep.taken = taken_memory(options, sweep);
+  if (!options.memory.empty()) limit_memory(memory_size(options.memory), sweep);
   sweep.left = sweep.engine->units();
 }
 
@@ -178,7 +278,7 @@ void print_plan(const Preparation& sweep, const Ranks& ranks, const Speed& speed
                  : fmt::format("; {} with {} each", counted(static_cast<std::size_t>(ranks.size()), "process"),
                                counted(static_cast<std::size_t>(omp_get_max_threads()), "thread")));
   fmt::print(stderr, "sweep: about {} (a guess, until the first units are done), at most {} of memory{}\n",
-             duration_text(std::max(1.0, seconds)), size_text(sweep.engine->memory() + memory_of_results(outlines)),
+             duration_text(std::max(1.0, seconds)), enough_text(promised_memory(sweep)),
              ranks.size() == 1 ? "" : " per process");
 }
 
@@ -262,7 +362,10 @@ std::vector<std::string> write_outputs(const SweepOptions& options, const Prepar
   if (!files.csv.empty()) csv.emplace(files.csv).add(summary_csv_head());
   if (!files.json.empty()) json.emplace(files.json).add(summary_json_head(outlines));
   bool first = true;
-  for_each_result(outlines, *sweep.store, [&](const TraceReplay& replay, const ReplayResult& result) {
+  // What units were done with is not needed any more.
+  Buffer::give_back();
+  trim_memory();
+  for_each_result(outlines, *sweep.store, sweep.at_once, [&](const TraceReplay& replay, const ReplayResult& result) {
     results.add(replay, result);
     ranking.add(replay, result);
     if (kept) kept->add(result);

@@ -20,6 +20,7 @@
 #include "base/error.h"
 #include "base/output_file.h"
 #include "base/printable.h"
+#include "hdf5/cache.h"
 
 namespace kvreplay::hdf5 {
 
@@ -40,6 +41,24 @@ constexpr std::int64_t kReadAheadBytes = std::int64_t{128} << 10;  // what a Lin
 constexpr Index kShortRunBytes = Index{8} << 10;    // of these a call to the system each costs more than copying
 constexpr Index kLargestGap = 4;                    // bytes read for each that is asked for, at most
 constexpr Index kGatheredBytes = Index{128} << 10;  // stays in a core's own cache
+
+bool keeps_chunks = true;
+
+// What a file holds of a string of variable length, which ends at a zero.
+std::string as_stored(const std::string& text) { return text.substr(0, text.find('\0')); }
+
+// HDF5 would keep up to 32 MiB of a file's metadata, which thousands of results fill, and unpacked it takes some ten
+// times what it takes in the file.
+void limit_metadata(hid_t access) {
+  H5AC_cache_config_t configuration;
+  configuration.version = H5AC__CURR_CACHE_CONFIG_VERSION;
+  if (H5Pget_mdc_config(access, &configuration) < 0) return;
+  configuration.set_initial_size = true;
+  configuration.initial_size = std::size_t{256} << 10;
+  configuration.min_size = std::size_t{128} << 10;
+  configuration.max_size = std::size_t{256} << 10;
+  H5Pset_mdc_config(access, &configuration);
+}
 
 // ---- Variable-length strings -------------------------------------------------------------------------------------
 // In the file, an element is a reference into a global heap: length, address of the collection, index in it. The heaps
@@ -724,6 +743,11 @@ std::string Dataset::compute_xxh64() const {
   return fmt::format("{:016x}", XXH64_digest(digest.get()));
 }
 
+void keep_little() {
+  keeps_chunks = false;
+  H5set_free_list_limits(0, 0, 0, 0, 0, 0);
+}
+
 // ---- File --------------------------------------------------------------------------------------------------------
 
 File::File(std::filesystem::path path, Handle handle, bool writing)
@@ -754,6 +778,8 @@ File File::open(const std::filesystem::path& path) {
   const Handle access(H5Pcreate(H5P_FILE_ACCESS));
   // Locks fail on many network file systems, and nobody writes to a finished file.
   H5Pset_file_locking(access.id(), false, true);
+  limit_metadata(access.id());
+  if (!keeps_chunks) H5Pset_cache(access.id(), 0, 0, 0, H5D_CHUNK_CACHE_W0_DEFAULT);
   Handle file(H5Fopen(path.c_str(), H5F_ACC_RDONLY, access.id()));
   if (!file) {
     const std::string reason = last_error();
@@ -773,6 +799,7 @@ File File::create(const std::filesystem::path& path, const std::filesystem::path
   H5Pset_libver_bounds(access.id(), H5F_LIBVER_V110, H5F_LIBVER_V110);
   H5Pset_fclose_degree(access.id(), H5F_CLOSE_STRONG);
   H5Pset_file_locking(access.id(), false, true);
+  limit_metadata(access.id());
   const Handle creation(H5Pcreate(H5P_FILE_CREATE));
   // The same content makes the same bytes.
   H5Pset_obj_track_times(creation.id(), false);
@@ -964,7 +991,7 @@ void File::write_string(const std::string& path, const std::string& name, std::s
   const auto guard = lock();
   const std::string text(value);
   const char* const characters = text.c_str();
-  write_attribute(path, name, string_type().id(), &characters);
+  write_attribute(path, name, string_type().id(), static_cast<const void*>(&characters));
 }
 
 void File::write_strings(const std::string& path, const std::vector<NamedString>& attributes) {
@@ -973,7 +1000,7 @@ void File::write_strings(const std::string& path, const std::vector<NamedString>
   std::string names;
   for (const NamedString& attribute : attributes) {
     write_string(path, attribute.name, attribute.value);
-    digest.add(attribute.value.c_str());
+    digest.add(as_stored(attribute.value));
     names += ' ' + attribute.name;
   }
   write_string(path, kAttributeDigest, digest.text() + names);
@@ -988,7 +1015,7 @@ void File::check_strings(const std::string& path) const {
   int count = 0;
   for (std::size_t at = names; at != std::string::npos && count < kMostDigestedAttributes; ++count) {
     const std::size_t end = told.find(' ', at + 1);
-    digest.add(read_string(path, told.substr(at + 1, end - at - 1)).c_str());
+    digest.add(as_stored(read_string(path, told.substr(at + 1, end - at - 1))));
     at = end;
   }
   if (digest.text() == told.substr(0, names)) return;
@@ -1338,7 +1365,7 @@ Dataset File::write(const std::string& path, std::span<const std::string> data, 
   const auto guard = lock();
   std::vector<const char*> texts;
   for (const std::string& text : data) texts.push_back(text.c_str());
-  return write_typed(path, string_type().id(), texts.data(), data.size(), shape, storage);
+  return write_typed(path, string_type().id(), static_cast<const void*>(texts.data()), data.size(), shape, storage);
 }
 
 void File::write(const std::string& path, std::span<const LabelledRange> data) {

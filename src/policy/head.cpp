@@ -271,18 +271,23 @@ Index Head::memory(const HeadShape& shape, int window) {
   const Index seen = padded(seen_by(shape, window));
   const Index floats = seen * shape.group_size * window  // exponentials
                        + seen * (shape.group_size + 1)   // squared lengths
-                       + 4 * kBlock * (shape.head_dim + window) + 4 * Index{shape.head_dim} * shape.head_dim;
+                       + 4 * kBlock * (shape.head_dim + window) +
+                       (2 * shape.group_size + 4) * Index{shape.head_dim} * factor_width(shape.head_dim);
   const Index values = seen * factor_width(shape.head_dim) * static_cast<Index>(sizeof(float));
   return floats * static_cast<Index>(sizeof(float)) + (values <= kKeptValues ? values : 0);
 }
 
 Index Head::combination_memory(const HeadShape& shape, int window, Index combinations) {
-  return 2 * combinations * shape.group_size * row_stride(seen_by(shape, window)) * static_cast<Index>(sizeof(float));
+  // Attention and distances; outputs in float and double, products with a panel of values.
+  const Index floats = 2 * row_stride(seen_by(shape, window)) + 6 * factor_width(shape.head_dim) + kPanel + 4;
+  constexpr Index kNames = 1024;  // weights and places
+  return combinations * (shape.group_size * floats * static_cast<Index>(sizeof(float)) + kNames);
 }
 
 Index Head::evaluation_memory(const HeadShape& shape, Index tokens) {
   const Index queries = tokens - shape.prompt_length;  // or fewer
-  return ((tokens + queries) * shape.head_dim + kRowBlock * tokens) * static_cast<Index>(sizeof(float)) +
+  // The keys once more as they are multiplied.
+  return ((2 * tokens + queries) * shape.head_dim + 2 * kRowBlock * tokens) * static_cast<Index>(sizeof(float)) +
          shape.rows() * static_cast<Index>(sizeof(double));
 }
 

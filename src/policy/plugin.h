@@ -6,4 +6,5 @@
 #include "policy/plugin_interface.h"
 
 extern "C" [[gnu::visibility("default"), gnu::weak]] const kvreplay::PolicyPlugin kvreplay_policy_plugin;
+// Weak, so that several files of a plug-in may include this. NOLINTNEXTLINE(misc-definitions-in-headers)
 constinit const kvreplay::PolicyPlugin kvreplay_policy_plugin{.methods = kvreplay::MethodRegistration::methods};

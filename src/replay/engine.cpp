@@ -14,6 +14,7 @@
 
 #include "base/buffer.h"
 #include "base/error.h"
+#include "base/memory.h"
 #include "base/parallel.h"
 #include "base/printable.h"
 #include "kernels/kernels.h"
@@ -99,14 +100,6 @@ constexpr double kOperationsPerRank = 1000;
 // The share of a memory limit that given-up buffers may hold.
 constexpr Index kShareKept = 8;
 
-// As size_text, but never less: whoever gives what it says gives enough.
-std::string enough_text(Index bytes) {
-  Index unit = 1;
-  while (bytes / unit >= 1024) unit *= 1024;
-  const Index tenths = (10 * bytes + unit - 1) / unit;
-  return size_text((tenths * unit + 9) / 10);
-}
-
 // A result of the outline: what the setting is, without numbers.
 ReplayResult outline_of(const Setting& setting, const TraceReplay& replay) {
   ReplayResult result;
@@ -143,6 +136,18 @@ void add_measures(const LayerMeasures& measures, const TraceReplay& replay, int 
   }
   result.layer_error = measures.layer_error;
   result.output_error = {static_cast<float>(measures.output_error)};
+}
+
+// What measures and rank agreement of a layer hold, in all settings.
+Index memory_of_numbers(const TraceReplay& outline) {
+  const auto heads = static_cast<Index>(outline.model.num_attention_heads);
+  const auto queries = static_cast<Index>(outline.evaluation_positions.size());
+  const auto spans = static_cast<Index>(outline.spans.size());
+  Index numbers = 0;
+  for (const ReplayResult& result : outline.results) {
+    numbers += (3 * heads + 1) * queries + heads * spans + (result.rank_agreement ? 2 * heads : 0);
+  }
+  return numbers * static_cast<Index>(sizeof(float));
 }
 
 }  // namespace
@@ -218,13 +223,15 @@ ReplayEngine::Sums ReplayEngine::sum_up(const TraceReader& trace, const TraceRep
                                  .positions = held,
                                  .tokens = outline.evaluation_positions.back() + 1,
                                  .queries = static_cast<Index>(outline.evaluation_positions.size())};
-    if (setting.policy->exchanges > 0) {
-      sums.exchanges += exchange_operations(outline.model, exchange, setting.policy->exchanges);
-    }
+    if (setting.policy->exchanges == 0) continue;
+    sums.exchanges += exchange_operations(outline.model, exchange, setting.policy->exchanges);
+    sums.exchanging.insert(setting.granularity);
   }
-  sums.layer_bytes = LayerSelection::memory_of_layer(outline, settings);
+  sums.layer_bytes = LayerSelection::memory_of_layer(outline, settings) + memory_of_numbers(outline);
+  sums.setting_bytes = LayerSelection::memory_of_setting(outline, settings);
   sums.head_bytes = LayerSelection::memory_of_head(trace, outline, settings, sums.asked);
   sums.least_combinations = LayerSelection::least_combination_bytes(outline, sums.asked);
+  sums.all_combinations = LayerSelection::all_combination_bytes(outline, sums.asked);
   return sums;
 }
 
@@ -294,12 +301,7 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
       if (plan.fits) return plan;
     }
   }
-  // The share of what was given up on top, rounded up.
-  const Index least_limit = plan.memory + (plan.memory - 1) / (kShareKept - 1);
-  throw Error(
-      fmt::format("{} of memory are too little: one head at a time takes {}; give --memory as much, or replay "
-                  "fewer settings at once",
-                  size_text(limit), enough_text(least_limit)));
+  return plan;
 }
 
 // The division of work with so many heads at once and so many rounds of them in a group; a limit of 0 is none.
@@ -318,35 +320,62 @@ ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index li
     const Index width = Index{outline.model.num_attention_heads} * outline.model.head_dim;
     const std::vector<ReplayUnit> layers(static_cast<std::size_t>(outline.model.num_layers),
                                          ReplayUnit{static_cast<int>(r), 0});
-    const Index unit =
-        static_cast<Index>(units_at_once(layers, plan)) * (sums.layer_bytes + LayerProjection::memory(outline.model));
+    const auto layers_at_once = static_cast<Index>(units_at_once(layers, plan));
+    const Index projections = sums.asked.projected_distance ? LayerProjection::memory(outline.model) : 0;
+    const Index unit = layers_at_once * (sums.layer_bytes + projections);
+    const auto take = [&plan, limit](Index bytes) {
+      plan.memory = std::max(plan.memory, bytes);
+      plan.fits = plan.fits && (limit == 0 || bytes <= limit);
+    };
 
-    const Index ranked = sums.head_bytes;
-    const Index least = sums.least_combinations;
-    Index combinations = std::max(least, kCombinations);
-    if (limit > 0) combinations = std::min(combinations, (limit - unit) / plan.heads_at_once - ranked);
-    plan.fits = plan.fits && combinations >= least;
+    // Heads that are ranked, then settings that are put together.
+    Index combinations = std::min(std::max(sums.least_combinations, kCombinations), sums.all_combinations);
+    if (limit > 0) combinations = std::min(combinations, (limit - unit) / plan.heads_at_once - sums.head_bytes);
+    combinations = std::max(combinations, sums.least_combinations);
     plan.combination_bytes = std::min(plan.combination_bytes, combinations);
-    plan.memory = std::max(plan.memory, unit + plan.heads_at_once * (ranked + std::max(least, combinations)));
-
-    const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1);
     const Index projected = kProjectionSlice * (width + kernels::kPanel) * static_cast<Index>(sizeof(float));
-    const Index setting =
-        static_cast<Index>(units_at_once(layers, plan)) * LayerMeasurement::memory_per_setting(outline.model, queries);
-    const Index fixed = unit + plan.heads_at_once * std::max(evaluated, projected) + setting;
-    Index at_once = std::clamp<Index>(kDifferences / setting, 1, count);
-    if (limit > 0) at_once = std::min(at_once, (limit - fixed) / setting);
-    plan.fits = plan.fits && at_once >= 1;
-    plan.settings_at_once = std::min(plan.settings_at_once, std::max<Index>(at_once, 1));
-    plan.memory = std::max(plan.memory, fixed + std::max<Index>(at_once, 1) * setting);
+    take(unit + plan.heads_at_once * std::max({sums.head_bytes + combinations, projected, sums.setting_bytes}));
+    for (const Granularity granularity : sums.exchanging) {
+      const ExchangeShape exchange{.granularity = granularity,
+                                   .positions = std::ranges::max(outline.held),
+                                   .tokens = outline.evaluation_positions.back() + 1,
+                                   .queries = queries};
+      take(unit + exchange_memory(outline.model, exchange, plan.heads_at_once));
+    }
+
+    // Measures.
+    const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1);
+    const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries);
+    const Index fixed = unit + plan.heads_at_once * std::max(evaluated, projected) +
+                        layers_at_once * (setting + LayerMeasurement::memory(outline.model));
+    Index at_once = std::clamp<Index>(kDifferences / (layers_at_once * setting), 1, count);
+    if (limit > 0) at_once = std::min(at_once, (limit - fixed) / (layers_at_once * setting));
+    at_once = std::max<Index>(at_once, 1);
+    plan.settings_at_once = std::min(plan.settings_at_once, at_once);
+    take(fixed + layers_at_once * at_once * setting);
   }
   return plan;
 }
 
-Index ReplayEngine::memory() const { return plan_for(memory_limit_).memory; }
+Index ReplayEngine::memory() const {
+  const Index memory = plan_for(memory_limit_).memory;
+  // What one stage gave up may stand beside what the next one takes.
+  return memory + std::min(memory, memory_limit_ > 0 ? memory_limit_ / kShareKept : kBuffersKept);
+}
+
+Index ReplayEngine::least_memory() const {
+  const Index memory = plan_of(1, 1, 1).memory;
+  // The share of what was given up on top, rounded up.
+  return memory + (memory - 1) / (kShareKept - 1) + 1;
+}
 
 void ReplayEngine::limit_memory(Index bytes) {
-  static_cast<void>(plan_for(bytes));
+  if (!plan_for(bytes).fits) {
+    throw Error(
+        fmt::format("{} of memory are too little: one head at a time takes {}; give --memory as much, or replay "
+                    "fewer settings at once",
+                    size_text(bytes), enough_text(least_memory())));
+  }
   memory_limit_ = bytes;
   // What one stage gives up must not stand beside what the next one takes.
   Buffer::keep_at_most(bytes / kShareKept);
@@ -394,6 +423,7 @@ void ReplayEngine::for_each_group(std::span<const ReplayUnit> units, const Work&
     units = units.subspan(group.size());
     auto results = work(group, plan);
     for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(results[i]));
+    if (memory_limit_ > 0) trim_memory();
   }
 }
 
@@ -476,7 +506,8 @@ std::vector<std::vector<LayerResult>> ReplayEngine::select_group(std::span<const
   std::vector<std::vector<LayerResult>> results;
   for (std::size_t i = 0; i < group.size(); ++i) {
     results.push_back(selections[i].take());
-    improve_oracles(trace_of(group[i]), group[i].layer, outline(i).eviction(), settings(i), results.back());
+    improve_oracles(trace_of(group[i]), group[i].layer, outline(i).eviction(), settings(i), results.back(),
+                    plan.settings_at_once, plan.heads_at_once);
   }
   return results;
 }

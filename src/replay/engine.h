@@ -4,6 +4,7 @@
 #include <compare>
 #include <functional>
 #include <map>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -72,9 +73,12 @@ class ReplayEngine {
   /// What a unit takes: bytes of the trace that are read, floating-point operations.
   Work cost(const ReplayUnit& unit) const;
 
-  /// The most memory that run() takes at once with OpenMP's present number of threads, in bytes, results that were
-  /// handed out excepted.
+  /// The most memory that run() takes at once with OpenMP's present number of threads, in bytes: beside what the
+  /// process holds before it, and without results that were handed out.
   Index memory() const;
+
+  /// The smallest limit that limit_memory() takes.
+  Index least_memory() const;
 
   /// Works in smaller pieces, or on fewer heads at once, where `bytes` would be exceeded. Throws Error, naming what it
   /// takes at least, where that cannot be done.
@@ -104,13 +108,16 @@ class ReplayEngine {
   // asked for again and again.
   struct Sums {
     RankingRequirements asked;
-    double capacities = 0;         // of all settings
-    double compared = 0;           // settings with rank agreement
-    bool looks_ahead = false;      // oracles: at what the evaluation queries attend to
-    double exchanges = 0;          // operations of oracles that exchange positions, in a layer
-    Index layer_bytes = 0;         // of a LayerSelection
-    Index head_bytes = 0;          // of a head that is ranked, combinations excepted
-    Index least_combinations = 0;  // bytes
+    double capacities = 0;                  // of all settings
+    double compared = 0;                    // settings with rank agreement
+    bool looks_ahead = false;               // oracles: at what the evaluation queries attend to
+    double exchanges = 0;                   // operations of oracles that exchange positions, in a layer
+    std::set<Granularity> exchanging = {};  // the granularities of these
+    Index layer_bytes = 0;                  // of a layer's results while they are made
+    Index head_bytes = 0;                   // of a head that is ranked, combinations excepted
+    Index setting_bytes = 0;                // of a setting whose heads are put together
+    Index least_combinations = 0;           // bytes
+    Index all_combinations = 0;             // bytes
   };
 
   Plan plan_for(Index limit) const;

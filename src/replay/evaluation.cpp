@@ -83,8 +83,10 @@ HeadEvaluation::HeadEvaluation(const TraceReader& trace, int layer, int kv_head,
 Index HeadEvaluation::memory(const ModelInfo& model, Index tokens) {
   const Index width = kernels::rounded_up(model.head_dim, kernels::kLanes);
   // Values, weights, and what is gathered of them; keys whole where parts of them cannot be read alone.
-  const Index floats = tokens * (width + kColumns) + kPositions * (3 * width + kColumns);
-  return (floats + tokens * width) * static_cast<Index>(sizeof(float));
+  const Index floats =
+      tokens * (width + kColumns) + kPositions * (3 * width + kColumns) + 2 * model.head_dim * kColumns;
+  const Index sums = 4 * kColumns * (width + 1) * static_cast<Index>(sizeof(double));
+  return (floats + tokens * width) * static_cast<Index>(sizeof(float)) + sums;
 }
 
 // Weights over all positions, block after block of keys, then the values that they weigh, before and after the
@@ -232,6 +234,11 @@ std::vector<std::vector<HeadMeasures>> HeadEvaluation::measure(
       first.push_back(distinct.try_emplace(sets[set], set).first->second);
     }
     measures[static_cast<std::size_t>(member)].resize(sets.size());
+    for (HeadMeasures& each : measures[static_cast<std::size_t>(member)]) {
+      for (std::vector<float>* numbers : {&each.head_error, &each.attention_recall, &each.cosine}) {
+        numbers->reserve(static_cast<std::size_t>(queries_.count()));
+      }
+    }
   }
 
   Buffer values;

@@ -7,6 +7,8 @@
 #include <limits>
 #include <map>
 #include <numeric>
+#include <span>
+#include <utility>
 
 #include "base/buffer.h"
 #include "base/error.h"
@@ -160,30 +162,48 @@ std::vector<LayerMeasures> LayerMeasurement::take() {
   }
   const double output_error = std::accumulate(output_errors_.begin(), output_errors_.end(), 0.0) /
                               (static_cast<double>(trace_.info().model.num_attention_heads * queries));
+  // The last setting of a kind takes what the others copy.
+  std::vector<std::size_t> left(measures_.size(), 0);
+  for (const std::size_t kind : kind_) ++left[kind];
   std::vector<LayerMeasures> measures;
-  for (const std::size_t kind : kind_) measures.emplace_back(measures_[kind]).output_error = output_error;
+  measures.reserve(kind_.size());
+  for (const std::size_t kind : kind_) {
+    measures.push_back(--left[kind] == 0 ? std::move(measures_[kind]) : measures_[kind]);
+    measures.back().output_error = output_error;
+  }
   return measures;
 }
 
 Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries) {
-  const Index width = Index{model.num_attention_heads} * model.head_dim;
-  // Outputs twice: as they come, and laid out for the projection.
+  const Index heads = model.num_attention_heads;
+  const Index width = heads * model.head_dim;
+  constexpr Index kVector = 64;  // what a vector takes beside its numbers
+  // Outputs twice: as they come, and laid out for the projection; numbers twice where settings share them.
   return queries * (2 * width * static_cast<Index>(sizeof(float)) +
-                    projection_slices(model) * static_cast<Index>(sizeof(double)) +
-                    3 * model.num_attention_heads * static_cast<Index>(sizeof(float)));
+                    (projection_slices(model) + 1) * static_cast<Index>(sizeof(double)) +
+                    2 * (3 * heads + 1) * static_cast<Index>(sizeof(float))) +
+         2 * (3 * heads + 1) * kVector;
+}
+
+Index LayerMeasurement::memory(const ModelInfo& model) {
+  return kernels::kPanel * Index{model.num_attention_heads} * model.head_dim * static_cast<Index>(sizeof(float));
 }
 
 std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, const Eviction& eviction,
-                                         const std::vector<const LayerSets*>& settings) {
+                                         const std::vector<const LayerSets*>& settings, int threads) {
   LayerMeasurement measurement(trace, layer, eviction, settings);
-  parallel_for(trace.info().model.num_key_value_heads, [&](int kv_head) { measurement.measure_head(kv_head); });
-  parallel_for(measurement.panels(), [&](int panel) { measurement.lay_out_panel(panel); });
-  parallel_for(measurement.slices(), [&](int slice) { measurement.project_slice(slice); });
+  parallel_for(
+      trace.info().model.num_key_value_heads, [&](int kv_head) { measurement.measure_head(kv_head); }, threads);
+  parallel_for(
+      measurement.panels(), [&](int panel) { measurement.lay_out_panel(panel); }, threads);
+  parallel_for(
+      measurement.slices(), [&](int slice) { measurement.project_slice(slice); }, threads);
   return measurement.take();
 }
 
 void improve_oracles(const TraceReader& trace, int layer, const Eviction& eviction,
-                     const std::vector<Setting>& settings, std::vector<LayerResult>& results) {
+                     const std::vector<Setting>& settings, std::vector<LayerResult>& results, Index at_once,
+                     int threads) {
   const int held = head_shape(trace.info(), layer, 0, eviction.position).rows();
   for (std::size_t oracle = 0; oracle < settings.size(); ++oracle) {
     const Setting& setting = settings[oracle];
@@ -196,17 +216,29 @@ void improve_oracles(const TraceReader& trace, int layer, const Eviction& evicti
                               });
       if (comparable) candidates.push_back(&results[i].kept);
     }
-    const auto best_of = [&](const std::vector<const LayerSets*>& sets) {
-      const std::vector<LayerMeasures> measures = measure_layer(trace, layer, eviction, sets);
-      const auto best =
-          std::ranges::min_element(measures, {}, [](const LayerMeasures& m) { return mean_square(m.layer_error); });
-      return sets[static_cast<std::size_t>(best - measures.begin())];
+    const auto best_of = [&](std::span<const LayerSets* const> sets) {
+      const LayerSets* best = nullptr;
+      double least = 0;
+      while (!sets.empty()) {
+        const auto some = sets.first(std::min(sets.size(), static_cast<std::size_t>(at_once)));
+        sets = sets.subspan(some.size());
+        const std::vector<LayerMeasures> measures =
+            measure_layer(trace, layer, eviction, {some.begin(), some.end()}, threads);
+        for (std::size_t i = 0; i < some.size(); ++i) {
+          const double error = mean_square(measures[i].layer_error);
+          if (best != nullptr && !(error < least)) continue;
+          best = some[i];
+          least = error;
+        }
+      }
+      return best;
     };
     const LayerSets start = *best_of(candidates);
     const LayerSets improved =
-        exchange_positions(trace, layer, eviction, setting.granularity, start, setting.policy->exchanges);
+        exchange_positions(trace, layer, eviction, setting.granularity, start, setting.policy->exchanges, threads);
     // Measured like any other sets: where rounding made it worse, the start stays.
-    results[oracle].kept = *best_of({&start, &improved});
+    const std::vector<const LayerSets*> both = {&start, &improved};
+    results[oracle].kept = *best_of(both);
   }
 }
 

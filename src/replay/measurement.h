@@ -48,6 +48,9 @@ class LayerMeasurement {
   /// take while they run excepted.
   static Index memory_per_setting(const ModelInfo& model, Index queries);
 
+  /// What comes to that once: the last panel may be nearly empty. The full cache is measured as one more setting.
+  static Index memory(const ModelInfo& model);
+
  private:
   const TraceReader& trace_;
   int layer_;
@@ -61,12 +64,14 @@ class LayerMeasurement {
   std::vector<std::vector<double>> squared_lengths_;  // [slice][row of outputs_]
 };
 
-/// All of the above.
+/// All of the above, by so many threads.
 std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, const Eviction& eviction,
-                                         const std::vector<const LayerSets*>& settings);
+                                         const std::vector<const LayerSets*>& settings, int threads);
 
-/// Replaces the kept sets of oracles that exchange positions by better ones, starting from the best of the run.
+/// Replaces the kept sets of oracles that exchange positions by better ones, starting from the best of the run, of
+/// which `at_once` are measured at a time by `threads` threads.
 void improve_oracles(const TraceReader& trace, int layer, const Eviction& eviction,
-                     const std::vector<Setting>& settings, std::vector<LayerResult>& results);
+                     const std::vector<Setting>& settings, std::vector<LayerResult>& results, Index at_once,
+                     int threads);
 
 }  // namespace kvreplay

@@ -34,6 +34,12 @@ double exchange_part(Index candidates, Index width, Index queries, Index members
   return static_cast<double>(candidates * width * queries) * (2 * shared + 4 * shared * shared);
 }
 
+// Query heads that share a kept set.
+int members_of(const ModelInfo& model, Granularity granularity) {
+  if (granularity == Granularity::query) return 1;
+  return granularity == Granularity::kv ? model.group_size() : model.num_attention_heads;
+}
+
 HeadState load_head(const TraceReader& trace, int layer, int query_head, const Eviction& eviction) {
   const ModelInfo& model = trace.info().model;
   const int kv_head = query_head / model.group_size();
@@ -207,9 +213,7 @@ class SharedSet {
 
 double exchange_operations(const ModelInfo& model, const ExchangeShape& shape, int exchanges) {
   const int heads = model.num_attention_heads;
-  const int members = shape.granularity == Granularity::query ? 1
-                      : shape.granularity == Granularity::kv  ? model.group_size()
-                                                              : heads;
+  const int members = members_of(model, shape.granularity);
   const auto width = static_cast<double>(model.head_dim);
   const auto rows = static_cast<double>(model.hidden_size);
   const auto tokens = static_cast<double>(shape.tokens);
@@ -218,7 +222,8 @@ double exchange_operations(const ModelInfo& model, const ExchangeShape& shape, i
   const double products = static_cast<double>(heads) * members * 2 * width * width * (rows + tokens);
   // An exchange looks at what is kept and at what is not, at every position once.
   const double one = exchange_part(shape.positions, model.head_dim, shape.queries, members);
-  const double operations = loading + products + static_cast<double>(heads / members) * exchanges * one;
+  const int sets = heads / members;
+  const double operations = loading + products + static_cast<double>(sets) * exchanges * one;
   // In float64, by one thread, and not only products.
   constexpr double kSlower = 4;
   return kSlower * operations;
@@ -226,17 +231,18 @@ double exchange_operations(const ModelInfo& model, const ExchangeShape& shape, i
 
 std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int layer, const Eviction& eviction,
                                                  Granularity granularity, std::vector<std::vector<int>> sets,
-                                                 int exchanges) {
+                                                 int exchanges, int threads) {
   const ModelInfo& model = trace.info().model;
   const int heads = model.num_attention_heads;
   const int first_held = head_shape(trace.info(), layer, 0, eviction.position).first_position;
   const int per_set = granularity == Granularity::query ? 1 : model.group_size();
   std::vector<HeadState> states(static_cast<std::size_t>(heads));
-  parallel_for(heads, [&](int head) {
+  const auto load = [&](int head) {
     HeadState& state = states[static_cast<std::size_t>(head)];
     state = load_head(trace, layer, head, eviction);
     cache(state, sets[static_cast<std::size_t>(head / per_set)], eviction.position);
-  });
+  };
+  parallel_for(heads, load, threads);
   MatrixD reference = MatrixD::Zero(states[0].full.rows(), states[0].projection.rows());
   MatrixD residual = reference;
   for (const HeadState& state : states) {
@@ -263,6 +269,24 @@ std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int l
     SharedSet(members, importance).improve(sets[set], first_held, eviction.position, exchanges, residual);
   }
   return sets;
+}
+
+Index exchange_memory(const ModelInfo& model, const ExchangeShape& shape, int threads) {
+  const Index heads = model.num_attention_heads;
+  const Index sharing = members_of(model, shape.granularity);
+  const Index tokens = shape.tokens;
+  const Index queries = shape.queries;
+  const Index depth = model.head_dim;
+  const Index columns = std::max<Index>(model.hidden_size, heads * depth);  // layers may lack the output projection
+  const Index state = queries * tokens + tokens * depth + columns * depth + queries * (2 * depth + 1);
+  // While a head is loaded, in float32: keys, values, logits, the projection. What is cached is gathered once more.
+  const Index loading = ((2 * tokens + columns + queries) * depth + queries * tokens) / 2 + tokens * (queries + depth);
+  // Positions that may be exchanged: steps, values and outputs of every head, and sums over pairs of heads.
+  const Index exchange = sharing * sharing * (depth * depth + tokens) +
+                         sharing * (tokens * (queries + depth) + 4 * queries * depth) + 4 * tokens * queries +
+                         2 * tokens * depth;
+  const Index residuals = 3 * queries * columns;
+  return static_cast<Index>(sizeof(double)) * (heads * state + residuals + std::max(threads * loading, exchange));
 }
 
 }  // namespace kvreplay

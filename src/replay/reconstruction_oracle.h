@@ -9,7 +9,7 @@
 
 namespace kvreplay {
 
-/// What the cost of exchanges in a layer depends on.
+/// What the cost and the memory of exchanges in a layer depend on.
 struct ExchangeShape {
   Granularity granularity = Granularity::kv;
   int positions = 0;  ///< that the layer holds
@@ -23,10 +23,13 @@ double exchange_operations(const ModelInfo& model, const ExchangeShape& shape, i
 /// Exchanges positions of a layer's kept sets as long as that lowers the mean squared layer error over the evaluation
 /// queries, at most `exchanges` times per set; sizes stay as they are. `sets` is as in KeptSets: one per query head at
 /// granularity query, else one per KV head, all equal at granularity layer; all of positions that the layer holds, as
-/// are those that come in. Arithmetic is float64. Method, cost, and
-/// what is not guaranteed: docs/oracles.md. Throws Error as TraceReader does.
+/// are those that come in. Arithmetic is float64. Method, cost, and what is not guaranteed: docs/oracles.md. Heads are
+/// read by so many threads. Throws Error as TraceReader does.
 std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int layer, const Eviction& eviction,
                                                  Granularity granularity, std::vector<std::vector<int>> sets,
-                                                 int exchanges);
+                                                 int exchanges, int threads);
+
+/// The most bytes that exchange_positions() takes beside the sets.
+Index exchange_memory(const ModelInfo& model, const ExchangeShape& shape, int threads);
 
 }  // namespace kvreplay

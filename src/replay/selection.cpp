@@ -43,6 +43,13 @@ void combine(const Matrix& rows, Share share, Matrix& shared) {
   }
 }
 
+// Whether kept sets can only be drawn once the other heads of the layer are ranked.
+bool waits(const Setting& setting, int held) {
+  return !setting.is_local() && setting.policy->ranking && !setting.keeps_all(held);
+}
+
+bool compares_all(const Setting& setting) { return setting.policy->budget && setting.policy->budget->needs_scores(); }
+
 // Without a budget, or at granularity layer, one capacity serves all sets.
 int capacity_for(const std::vector<int>& capacities, int set) {
   return capacities[capacities.size() == 1 ? 0 : static_cast<std::size_t>(set)];
@@ -96,8 +103,10 @@ LayerSelection::LayerSelection(const TraceReader& trace, const std::vector<Setti
       combination_bytes_(combination_bytes),
       model_(trace.info().model) {
   const auto kv_heads = static_cast<std::size_t>(model_.num_key_value_heads);
-  deferred_.resize(settings.size(), std::vector<HeadScores>(kv_heads));
-  for (const Setting& setting : settings) {
+  results_.reserve(settings.size());
+  for (std::size_t i = 0; i < settings.size(); ++i) {
+    const Setting& setting = settings[i];
+    if (waits(setting, held_)) deferred_[i].resize(kv_heads);
     LayerResult& result = results_.emplace_back();
     result.kept.resize(kv_heads * static_cast<std::size_t>(setting.sets_per_kv_head(model_)));
     if (!setting.rank_agreement) continue;
@@ -149,7 +158,9 @@ void LayerSelection::rank_head(int kv_head) {
       if (setting.is_local()) {
         select_locally(i, kv_head, scores);
       } else {
-        deferred_[i][static_cast<std::size_t>(kv_head)] = scores;
+        HeadScores& waiting = deferred_.at(i)[static_cast<std::size_t>(kv_head)];
+        waiting.shared = scores.shared;
+        if (compares_all(setting) || setting.granularity == Granularity::query) waiting.query = scores.query;
       }
     } catch (const Error& error) {
       throw in_context(setting, kv_head, error);
@@ -184,7 +195,7 @@ std::size_t LayerSelection::prepare(const Head& head, std::size_t first) const {
 void LayerSelection::smooth_and_share(const Setting& setting, const Head& head, const Matrix& raw,
                                       HeadScores& scores) const {
   const Ranking& ranking = *setting.policy->ranking;
-  const bool compare_all = setting.policy->budget && setting.policy->budget->needs_scores();
+  const bool compare_all = compares_all(setting);
   const int capacity = setting.capacity(held_);
   scores.query = raw;
   std::vector<int> members(static_cast<std::size_t>(model_.group_size()));
@@ -298,8 +309,8 @@ RankCorrelation LayerSelection::agreement_of(const Setting& setting, const Ranke
 void LayerSelection::select_together(int index) {
   const auto setting = static_cast<std::size_t>(index);
   const Setting& s = settings_[setting];
-  if (s.is_local() || s.policy->pattern || s.keeps_all(held_)) return;
-  const std::vector<HeadScores>& parts = deferred_[setting];
+  if (!waits(s, held_)) return;
+  const std::vector<HeadScores>& parts = deferred_.at(setting);
   try {
     if (s.granularity == Granularity::layer) {
       const auto combined = [&](const auto& part_of) {
@@ -388,41 +399,79 @@ Index LayerSelection::memory_of_head(const TraceReader& trace, const TraceReplay
                                      const std::vector<Setting>& settings, const RankingRequirements& requirements) {
   const ModelInfo& model = outline.model;
   const Index prompt = outline.eviction_position;
-  // Raw and smoothed scores of the group, what it shares, and neighbours while they are pooled.
-  const Index scores = prompt * (2 * model.group_size() + 3);
+  // Raw and smoothed scores of the group, what it shares, neighbours while they are pooled, and what is sorted.
+  const Index scores = prompt * (3 * model.group_size() + 5);
   const bool unpacked = !trace.reads_directly(0, HeadTensor::keys) || !trace.reads_directly(0, HeadTensor::values);
-  const Index tensors = ((requirements.keys_or_values ? 2 : 0) + (unpacked ? 2 : 0)) * prompt * model.head_dim;
-  const Index bytes =
+  // Unpacked tensors are kept whole, beside them one as it is stored and as it is unpacked.
+  const Index tensors = ((requirements.keys_or_values ? 2 : 0) + (unpacked ? 4 : 0)) * prompt * model.head_dim;
+  Index bytes =
       Head::memory(shape_of(outline), requirements.window) + (scores + tensors) * static_cast<Index>(sizeof(float));
+  if (requirements.accumulated_attention) {
+    // Attention of some queries, its sums, the keys as they are multiplied, and what every query head received.
+    bytes += prompt * (model.head_dim + model.group_size() + 40) * static_cast<Index>(sizeof(float));
+  }
+  if (requirements.output_projection) {
+    // A head's part of it, and what some values become behind it.
+    bytes += Index{model.hidden_size} * (2 * model.head_dim + 256) * static_cast<Index>(sizeof(float));
+  }
+  const Index tokens = outline.evaluation_positions.back() + 1;
+  if (requirements.evaluation_attention) {
+    bytes += Head::evaluation_memory(shape_of(outline), tokens) +
+             model.group_size() * prompt * static_cast<Index>(sizeof(float));
+  }
   if (std::ranges::none_of(settings, &Setting::rank_agreement)) return bytes;
   // The oracle's importance of the group and what it shares, their orders, and the keys while it is taken.
   const Index rows = model.group_size() + 1;
-  const Index tokens = outline.evaluation_positions.back() + 1;
   return bytes + (rows + model.group_size()) * prompt * static_cast<Index>(sizeof(float)) +
          rows * RankedValues::memory(prompt) +
          std::max(Head::evaluation_memory(shape_of(outline), tokens), RankedValues::working_memory(prompt));
 }
 
 Index LayerSelection::memory_of_layer(const TraceReplay& outline, const std::vector<Setting>& settings) {
+  constexpr Index kVector = 64;  // what a vector takes beside its elements
   const ModelInfo& model = outline.model;
-  const int held = std::ranges::max(outline.held);
+  const Index held = std::ranges::max(outline.held);
+  const Index kv_heads = model.num_key_value_heads;
   Index bytes = 0;
   std::set<Share> importance;
   for (const Setting& setting : settings) {
     if (setting.rank_agreement && setting.granularity == Granularity::layer) importance.insert(setting.share);
-    bytes += Index{model.num_key_value_heads} * setting.sets_per_kv_head(model) * setting.capacity(held) *
-             static_cast<Index>(sizeof(int));
-    if (setting.is_local() || setting.policy->pattern || setting.keeps_all(held)) continue;
-    bytes += Index{model.num_key_value_heads} * (model.group_size() + 1) * outline.eviction_position *
-             static_cast<Index>(sizeof(float));
+    const Index sets = kv_heads * setting.sets_per_kv_head(model);
+    const Index capacity = setting.capacity(static_cast<int>(held));
+    // A budget may give a layer more than the mean.
+    const Index kept = setting.policy->budget ? std::min(2 * capacity, held) : capacity;
+    bytes += static_cast<Index>(sizeof(LayerResult)) + 2 * kVector +
+             sets * (kept * static_cast<Index>(sizeof(int)) + kVector);
+    if (!waits(setting, static_cast<int>(held))) continue;
+    const bool all = compares_all(setting) || setting.granularity == Granularity::query;
+    bytes += kv_heads * ((all ? model.group_size() : 0) + 1) * (held * static_cast<Index>(sizeof(float)) + kVector);
   }
-  return bytes + static_cast<Index>(importance.size()) * model.num_key_value_heads * outline.eviction_position *
-                     static_cast<Index>(sizeof(float));
+  return bytes + static_cast<Index>(importance.size()) * kv_heads * held * static_cast<Index>(sizeof(float));
+}
+
+Index LayerSelection::memory_of_setting(const TraceReplay& outline, const std::vector<Setting>& settings) {
+  const ModelInfo& model = outline.model;
+  const int held = std::ranges::max(outline.held);
+  Index most = 0;
+  for (const Setting& setting : settings) {
+    if (!waits(setting, held)) continue;
+    // The scores of a layer side by side and put together; or a budget's copies of all heads' scores with their heads.
+    const Index rows = compares_all(setting) ? 2 * model.num_attention_heads + 5 : model.num_key_value_heads + 3;
+    Index bytes = rows * held * static_cast<Index>(sizeof(float));
+    if (setting.rank_agreement) bytes = 3 * bytes + RankedValues::memory(held) + RankedValues::working_memory(held);
+    most = std::max(most, bytes);
+  }
+  return most;
 }
 
 Index LayerSelection::least_combination_bytes(const TraceReplay& outline, const RankingRequirements& requirements) {
   return Head::combination_memory(shape_of(outline), requirements.window,
                                   static_cast<Index>(requirements.most_combinations));
+}
+
+Index LayerSelection::all_combination_bytes(const TraceReplay& outline, const RankingRequirements& requirements) {
+  return Head::combination_memory(shape_of(outline), requirements.window,
+                                  static_cast<Index>(requirements.combinations.size()));
 }
 
 }  // namespace kvreplay

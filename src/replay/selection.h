@@ -38,8 +38,12 @@ class LayerSelection {
                               const std::vector<Setting>& settings, const RankingRequirements& requirements);
   static Index memory_of_layer(const TraceReplay& outline, const std::vector<Setting>& settings);
 
-  /// The fewest `combination_bytes` that every policy can work with.
+  /// The most bytes that select_together() takes while it works on one setting.
+  static Index memory_of_setting(const TraceReplay& outline, const std::vector<Setting>& settings);
+
+  /// The fewest `combination_bytes` that every policy can work with, and the most that are of any use.
   static Index least_combination_bytes(const TraceReplay& outline, const RankingRequirements& requirements);
+  static Index all_combination_bytes(const TraceReplay& outline, const RankingRequirements& requirements);
 
  private:
   // Scores of one KV head after step 3; a part is empty where nothing asks for it.
@@ -77,7 +81,7 @@ class LayerSelection {
   const LayerProjection* projection_;
   Index combination_bytes_;
   const ModelInfo& model_;
-  std::vector<std::vector<HeadScores>> deferred_;    // [setting][KV head]: scores that wait for the other heads
+  std::map<std::size_t, std::vector<HeadScores>> deferred_;  // [setting][KV head]: scores that wait for other heads
   std::map<Share, std::vector<Matrix>> importance_;  // [KV head]: what groups share, where the layer shares it on
   std::vector<LayerResult> results_;                 // [setting]
 };

@@ -281,6 +281,9 @@ RankingRequirements::RankingRequirements(const std::vector<Setting>& settings, i
     Requirements needs = setting.policy->ranking->requirements();
     window = std::max(window, needs.window_queries);
     keys_or_values = keys_or_values || needs.keys_or_values || needs.combinations.empty();
+    accumulated_attention = accumulated_attention || needs.accumulated_attention || needs.all_queries;
+    output_projection = output_projection || needs.output_projection;
+    evaluation_attention = evaluation_attention || setting.policy->oracle;
     most_combinations = std::max(most_combinations, needs.combinations.size());
     for (WindowCombination& combination : needs.combinations) {
       const auto [place, is_new] = places.try_emplace(combination, combinations.size());

@@ -62,6 +62,9 @@ struct RankingRequirements {
   std::size_t with_distance = 0;                ///< combinations whose distances are asked for
   bool projected_distance = false;              ///< through the output projection
   bool keys_or_values = false;                  ///< whether a ranking looks at them as a whole
+  bool accumulated_attention = false;           ///< of all prompt queries
+  bool output_projection = false;               ///< beside distances through it
+  bool evaluation_attention = false;            ///< whether a ranking is an oracle's
   int window = 0;                               ///< queries before the eviction whose attention is asked for
 };
 

@@ -4,12 +4,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <functional>
 #include <numeric>
 #include <utility>
 
 #include "base/matrix.h"
 #include "base/parallel.h"
+#include "hdf5/cache.h"
 
 namespace kvreplay {
 namespace {
@@ -69,22 +71,19 @@ Speed guess_speed() {
   return {kDiskBytesPerSecond, std::max(1e9, kShareOfProducts * done / seconds)};
 }
 
-Index memory_of_results(const std::vector<TraceReplay>& outlines) {
+Index memory_of_storing(const std::vector<TraceReplay>& outlines) {
   Index most = 0;
   for (const TraceReplay& outline : outlines) {
-    const auto heads = static_cast<Index>(outline.model.num_attention_heads);
-    const auto queries = static_cast<Index>(outline.evaluation_positions.size());
-    const auto spans = static_cast<Index>(outline.spans.size());
     Index bytes = 0;
     for (const ReplayResult& result : outline.results) {
-      const Index numbers = 3 * heads * queries + queries + heads * spans + (result.rank_agreement ? 2 * heads : 0);
-      const Index positions = static_cast<Index>(result.kept.sets_per_layer) * result.capacity;
-      // Kept positions once as the engine gives them, once as they are stored.
-      bytes += static_cast<Index>(sizeof(float)) * numbers + 2 * static_cast<Index>(sizeof(int)) * positions;
+      const auto sets = static_cast<Index>(result.kept.sets_per_layer);
+      // A budget may give a layer more than the mean.
+      const Index kept = std::min(2 * result.capacity, outline.eviction_position);
+      bytes += sets * (kept * static_cast<Index>(sizeof(std::int32_t)) + static_cast<Index>(sizeof(std::int64_t)));
     }
     most = std::max(most, bytes);
   }
-  return most;
+  return most + hdf5::kFileMemory;
 }
 
 std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, std::span<const ReplayUnit> units,

@@ -26,8 +26,8 @@ struct Speed {
 /// second. A guess until the first units tell.
 Speed guess_speed();
 
-/// Memory of the results of one unit while they are stored, in bytes, of the unit that has most.
-Index memory_of_results(const std::vector<TraceReplay>& outlines);
+/// Memory that a unit's results take while they are stored, beside themselves, in bytes: of the unit that has most.
+Index memory_of_storing(const std::vector<TraceReplay>& outlines);
 
 /// Divides units among processes: the largest first, each to the process that has least to do. Depends on nothing but
 /// the units' cost. Within a process the largest come first.

@@ -16,6 +16,7 @@
 #include "base/error.h"
 #include "base/file_text.h"
 #include "base/output_file.h"
+#include "hdf5/cache.h"
 
 namespace kvreplay {
 namespace {
@@ -126,31 +127,36 @@ void StoredUnit::verify() const {
   check(file_.dataset("/offsets"));
 }
 
-LayerResult StoredUnit::read(std::size_t setting) const {
-  LayerResult result;
+std::vector<LayerResult> StoredUnit::read(std::size_t first, std::size_t count) const {
+  std::vector<LayerResult> results(count);
   const std::vector<StoredTable> tables = tables_of(outline_);
   std::vector<std::byte> bytes;
   for (std::size_t t = 0; t < tables.size(); ++t) {
-    if (tables[t].rank_agreement && !outline_.results[setting].rank_agreement) continue;
-    hdf5::Shape first(tables[t].shape.size() + 1, 0);
-    first.front() = static_cast<Index>(setting);
-    std::vector<float>& numbers = result.*tables[t].numbers;
-    numbers.resize(static_cast<std::size_t>(hdf5::elements(tables[t].shape)));
-    bytes.resize(numbers.size() * sizeof(float));
-    tables_[t].read_raw(first, with_settings(tables[t].shape, 1), bytes.data());
-    to_float32(DType::float32, bytes.data(), numbers);
+    const auto each = static_cast<std::size_t>(hdf5::elements(tables[t].shape));
+    bytes.resize(count * each * sizeof(float));
+    hdf5::Shape begin(tables[t].shape.size() + 1, 0);
+    begin.front() = static_cast<Index>(first);
+    tables_[t].read_raw(begin, with_settings(tables[t].shape, count), bytes.data());
+    for (std::size_t i = 0; i < count; ++i) {
+      if (tables[t].rank_agreement && !outline_.results[first + i].rank_agreement) continue;
+      std::vector<float>& numbers = results[i].*tables[t].numbers;
+      numbers.resize(each);
+      to_float32(DType::float32, bytes.data() + i * each * sizeof(float), numbers);
+    }
   }
-  const std::int64_t start = offsets_[first_set_[setting]];
-  const std::int64_t end = offsets_[first_set_[setting + 1]];
+  const std::int64_t start = offsets_[first_set_[first]];
+  const std::int64_t end = offsets_[first_set_[first + count]];
   std::vector<std::int32_t> positions(static_cast<std::size_t>(end - start));
   if (!positions.empty()) {
     positions_.front().read_raw({start}, {end - start}, reinterpret_cast<std::byte*>(positions.data()));
   }
-  for (std::size_t set = first_set_[setting]; set < first_set_[setting + 1]; ++set) {
-    result.kept.emplace_back(positions.begin() + (offsets_[set] - start),
-                             positions.begin() + (offsets_[set + 1] - start));
+  for (std::size_t i = 0; i < count; ++i) {
+    for (std::size_t set = first_set_[first + i]; set < first_set_[first + i + 1]; ++set) {
+      results[i].kept.emplace_back(positions.begin() + (offsets_[set] - start),
+                                   positions.begin() + (offsets_[set + 1] - start));
+    }
   }
-  return result;
+  return results;
 }
 
 UnitStore::UnitStore(const std::filesystem::path& output, const std::vector<TraceReplay>& outlines,
@@ -279,8 +285,16 @@ void UnitStore::save(const ReplayUnit& unit, const std::vector<LayerResult>& res
     }
     file.write_string(table.path, "xxh64", dataset.compute_xxh64());
   }
+  std::size_t sets = 0;
+  std::size_t positions = 0;
+  for (const LayerResult& result : results) {
+    sets += result.kept.size();
+    for (const std::vector<int>& set : result.kept) positions += set.size();
+  }
   std::vector<std::int32_t> kept;
   std::vector<std::int64_t> offsets = {0};
+  kept.reserve(positions);
+  offsets.reserve(sets + 1);
   for (const LayerResult& result : results) {
     for (const std::vector<int>& set : result.kept) {
       kept.insert(kept.end(), set.begin(), set.end());
@@ -316,32 +330,69 @@ void note_stored_outputs(std::vector<TraceReplay>& outlines, const UnitStore& st
   for (std::size_t r = 0; r < outlines.size(); ++r) {
     std::vector<double> errors;
     for (int layer = 0; layer < outlines[r].model.num_layers; ++layer) {
-      const LayerResult first = store.read({static_cast<int>(r), layer}).read(0);
+      const LayerResult first = store.read({static_cast<int>(r), layer}).read(0, 1).front();
       errors.push_back(static_cast<double>(first.output_error.front()));
     }
     note_outputs(outlines[r], errors);
   }
 }
 
-void for_each_result(const std::vector<TraceReplay>& outlines, const UnitStore& store,
+void for_each_result(const std::vector<TraceReplay>& outlines, const UnitStore& store, Index bytes,
                      const std::function<void(const TraceReplay&, const ReplayResult&)>& take) {
   for (std::size_t r = 0; r < outlines.size(); ++r) {
-    TraceReplay one = outlines[r];  // holds one result at a time
-    std::vector<StoredUnit> layers;
-    for (int layer = 0; layer < one.model.num_layers; ++layer)
-      layers.push_back(store.read({static_cast<int>(r), layer}));
-    for (std::size_t i = 0; i < outlines[r].results.size(); ++i) {
-      one.results.assign(1, outlines[r].results[i]);
-      allocate_tables(one);
-      for (std::size_t layer = 0; layer < layers.size(); ++layer) {
-        std::vector<LayerResult> part;
-        part.push_back(layers[layer].read(i));
-        store_layer(one, static_cast<int>(layer), std::move(part));
+    const TraceReplay& outline = outlines[r];
+    const std::size_t settings = outline.results.size();
+    const auto at_once = static_cast<std::size_t>(std::max<Index>(bytes / memory_of_result({&outline, 1}), 1));
+    TraceReplay some = outline;
+    some.results = {};
+    for (std::size_t first = 0; first < settings; first += at_once) {
+      const std::size_t count = std::min(at_once, settings - first);
+      some.results.assign(outline.results.begin() + static_cast<std::ptrdiff_t>(first),
+                          outline.results.begin() + static_cast<std::ptrdiff_t>(first + count));
+      allocate_tables(some);
+      // One file after the other: each that is open takes memory of its own.
+      for (int layer = 0; layer < outline.model.num_layers; ++layer) {
+        store_layer(some, layer, store.read({static_cast<int>(r), layer}).read(first, count));
       }
-      settle_capacities(one);
-      take(one, one.results.front());
+      settle_capacities(some);
+      for (const ReplayResult& result : some.results) take(some, result);
     }
   }
+}
+
+Index memory_of_result(std::span<const TraceReplay> outlines) {
+  constexpr Index kVector = 64;  // what a vector takes beside its elements
+  Index most = 0;
+  for (const TraceReplay& outline : outlines) {
+    // All layers, and one as it is stored and as it was handed out.
+    const Index layers = outline.model.num_layers + 2;
+    const Index heads = outline.model.num_attention_heads;
+    const auto queries = static_cast<Index>(outline.evaluation_positions.size());
+    const auto spans = static_cast<Index>(outline.spans.size());
+    for (const ReplayResult& result : outline.results) {
+      const Index numbers =
+          layers * ((3 * heads + 1) * queries + heads * spans + (result.rank_agreement ? 2 * heads : 0));
+      const Index sets = layers * result.kept.sets_per_layer;
+      most = std::max(most, numbers * static_cast<Index>(sizeof(float)) + sets * kVector + 16 * kVector +
+                                sets * result.capacity * static_cast<Index>(sizeof(int)) +
+                                static_cast<Index>(sizeof(ReplayResult)));
+    }
+  }
+  return most;
+}
+
+Index memory_of_reading(std::span<const TraceReplay> outlines) {
+  constexpr Index kNames = 256;  // of a result: trace, policy, capacity
+  Index most = 0;
+  for (const TraceReplay& outline : outlines) {
+    const auto settings = static_cast<Index>(outline.results.size());
+    Index sets = 0;
+    for (const ReplayResult& result : outline.results) sets += result.kept.sets_per_layer;
+    most = std::max(most, (sets + settings) * static_cast<Index>(sizeof(std::int64_t)) +
+                              settings * (static_cast<Index>(sizeof(ReplayResult)) + kNames));
+  }
+  // As they are stored and as they are used; and a result while it becomes a row of a table, or is sorted.
+  return 2 * most + 3 * memory_of_result(outlines) + hdf5::kFileMemory;
 }
 
 }  // namespace kvreplay

@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -23,8 +24,8 @@ class StoredUnit {
   /// Compares all numbers with their digests. Throws Error on damage.
   void verify() const;
 
-  /// The result of one setting, as the engine handed it out. Throws Error on damage that shows.
-  LayerResult read(std::size_t setting) const;
+  /// The results of `count` settings, as the engine handed them out. Throws Error on damage that shows.
+  std::vector<LayerResult> read(std::size_t first, std::size_t count) const;
 
  private:
   hdf5::File file_;
@@ -82,9 +83,14 @@ class UnitStore {
 /// unit must be there. Throws Error.
 void note_stored_outputs(std::vector<TraceReplay>& outlines, const UnitStore& store);
 
-/// Hands out every result of `outlines` whole, read from the store one at a time: in the order of the outlines, with
-/// the outline that it belongs to. Every unit must be there. Throws Error.
-void for_each_result(const std::vector<TraceReplay>& outlines, const UnitStore& store,
+/// Hands out every result of `outlines` whole, in the order of the outlines, with the outline that it belongs to. Reads
+/// as many at a time as `bytes` hold, or one. Every unit must be there. Throws Error.
+void for_each_result(const std::vector<TraceReplay>& outlines, const UnitStore& store, Index bytes,
                      const std::function<void(const TraceReplay&, const ReplayResult&)>& take);
+
+/// The bytes that one whole result takes, and that for_each_result() takes beside those of the results: the most of all
+/// outlines.
+Index memory_of_result(std::span<const TraceReplay> outlines);
+Index memory_of_reading(std::span<const TraceReplay> outlines);
 
 }  // namespace kvreplay

@@ -100,7 +100,9 @@ Outcome run_in(const std::filesystem::path& folder, const Invocation& invocation
     }
   }
   int status = 0;
-  ::waitpid(process, &status, 0);
+  rusage usage{};
+  ::wait4(process, &status, 0, &usage);
+  outcome.peak_memory = std::int64_t{usage.ru_maxrss} * 1024;
   if (WIFEXITED(status)) outcome.exit_code = WEXITSTATUS(status);
   if (WIFSIGNALED(status)) outcome.signal = WTERMSIG(status);
   return outcome;

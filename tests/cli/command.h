@@ -18,6 +18,7 @@ struct Outcome {
   int signal = 0;
   std::string output;
   std::string errors;
+  std::int64_t peak_memory = 0;  ///< bytes that were resident at most, as the system counts them
 };
 
 struct Invocation {

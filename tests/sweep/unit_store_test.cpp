@@ -68,7 +68,7 @@ class UnitStoreTest : public testing::Test {
   // Reads everything in the store into one file.
   std::string merged(const UnitStore& store) const {
     ResultsWriter writer(folder_ / "merged.h5", engine_->outlines());
-    for_each_result(engine_->outlines(), store,
+    for_each_result(engine_->outlines(), store, 1,
                     [&](const TraceReplay& replay, const ReplayResult& result) { writer.add(replay, result); });
     writer.finish();
     return test::read_file(folder_ / "merged.h5");
@@ -96,28 +96,31 @@ TEST_F(UnitStoreTest, WhatIsStoredIsWhatAReplayInMemoryGives) {
     store_layer(replays[static_cast<std::size_t>(unit.replay)], unit.layer, std::move(results));
   });
   for (TraceReplay& replay : replays) settle_capacities(replay);
-  std::size_t compared = 0;
   std::vector<const ReplayResult*> expected;
   for (const TraceReplay& replay : replays) {
     for (const ReplayResult& result : replay.results) expected.push_back(&result);
   }
-  for_each_result(engine_->outlines(), *opened, [&](const TraceReplay&, const ReplayResult& result) {
-    const ReplayResult& other = *expected.at(compared++);
-    EXPECT_EQ(result.policy, other.policy);
-    EXPECT_EQ(result.capacity, other.capacity);
-    EXPECT_EQ(result.trace, other.trace);
-    EXPECT_EQ(result.kept.sets, other.kept.sets);
-    EXPECT_EQ(result.head_error.numbers, other.head_error.numbers);
-    EXPECT_EQ(result.layer_error.numbers, other.layer_error.numbers);
-    EXPECT_EQ(result.attention_recall.numbers, other.attention_recall.numbers);
-    EXPECT_EQ(result.cosine.numbers, other.cosine.numbers);
-    EXPECT_EQ(result.span_recall.numbers, other.span_recall.numbers);
-    EXPECT_EQ(result.span_recall.shape, other.span_recall.shape);
-    EXPECT_EQ(result.spearman.numbers, other.spearman.numbers);
-    EXPECT_EQ(result.kendall.numbers, other.kendall.numbers);
-    EXPECT_EQ(result.kendall.shape, other.kendall.shape);
-  });
-  EXPECT_EQ(compared, expected.size());
+  // One at a time, several, and all.
+  for (const Index bytes : {Index{1}, 3 * memory_of_result(engine_->outlines()), Index{1} << 30}) {
+    std::size_t compared = 0;
+    for_each_result(engine_->outlines(), *opened, bytes, [&](const TraceReplay&, const ReplayResult& result) {
+      const ReplayResult& other = *expected.at(compared++);
+      EXPECT_EQ(result.policy, other.policy);
+      EXPECT_EQ(result.capacity, other.capacity);
+      EXPECT_EQ(result.trace, other.trace);
+      EXPECT_EQ(result.kept.sets, other.kept.sets);
+      EXPECT_EQ(result.head_error.numbers, other.head_error.numbers);
+      EXPECT_EQ(result.layer_error.numbers, other.layer_error.numbers);
+      EXPECT_EQ(result.attention_recall.numbers, other.attention_recall.numbers);
+      EXPECT_EQ(result.cosine.numbers, other.cosine.numbers);
+      EXPECT_EQ(result.span_recall.numbers, other.span_recall.numbers);
+      EXPECT_EQ(result.span_recall.shape, other.span_recall.shape);
+      EXPECT_EQ(result.spearman.numbers, other.spearman.numbers);
+      EXPECT_EQ(result.kendall.numbers, other.kendall.numbers);
+      EXPECT_EQ(result.kendall.shape, other.kendall.shape);
+    });
+    EXPECT_EQ(compared, expected.size());
+  }
 }
 
 TEST_F(UnitStoreTest, AnyUnitsMayBeMissingAndAreDoneAgainToTheSameBytes) {

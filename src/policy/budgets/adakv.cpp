@@ -55,12 +55,13 @@ class AdaKV : public Budget {
     const auto ranked = std::min(static_cast<std::size_t>(request.capacity - request.protection.count()), rankable);
     struct Entry {
       float score;
-      std::size_t head;
+      std::uint32_t head;
     };
     std::vector<Entry> best;  // each head's own best suffice: no head can get more than all of them
     const std::size_t heads = scores.size();
     const std::size_t places = heads * ranked;
-    for (std::size_t head = 0; head < heads; ++head) {
+    best.reserve(heads * std::min(places, rankable));
+    for (std::uint32_t head = 0; head < heads; ++head) {
       std::vector<float> own(scores[head].begin() + static_cast<std::ptrdiff_t>(first),
                              scores[head].begin() + static_cast<std::ptrdiff_t>(first + rankable));
       const std::size_t contenders = std::min(places, rankable);
@@ -110,10 +111,12 @@ class AdaKVOfKvpress : public Budget {
     const int safe = std::max(protected_count, static_cast<int>(request.capacity * safeguard_));
     struct Entry {
       float score;
-      std::size_t head;
+      std::uint32_t head;
     };
     std::vector<Entry> contenders;
-    for (std::size_t head = 0; head < request.kv_head_scores.size(); ++head) {
+    contenders.reserve(request.kv_head_scores.size() *
+                       static_cast<std::size_t>(request.rows - std::min(safe, request.rows)));
+    for (std::uint32_t head = 0; head < request.kv_head_scores.size(); ++head) {
       const std::span<const float> ranked = request.kv_head_scores[head].subspan(
           static_cast<std::size_t>(request.protection.sinks), static_cast<std::size_t>(request.rows - protected_count));
       std::vector<float> own(ranked.begin(), ranked.end());

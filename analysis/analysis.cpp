@@ -274,35 +274,32 @@ void add_importance(const AnalysisInput& input, Analysis& analysis) {
 }  // namespace
 
 std::string default_baseline(const ResultSet& results, Measure measure) {
-  ComparisonOptions options;
-  options.measure = measure;
-  options.bootstrap.resamples = 0;
-  std::vector<ComparisonRow> rows = compare(results, options);
   const std::vector<SettingKey> apart = settings_apart(results, "");
-  const auto is_comparable = [&apart](const ComparisonRow& row) {
-    return is_candidate(row) &&
-           std::ranges::find(apart, SettingKey{row.key.policy, row.key.capacity_request}) == apart.end();
-  };
-  std::erase_if(rows, [&](const ComparisonRow& row) { return !is_comparable(row); });
   std::vector<std::string> policies;
-  for (const std::string& policy : results.policies()) {
-    if (std::ranges::any_of(rows, [&](const ComparisonRow& row) { return row.key.policy == policy; })) {
-      policies.push_back(policy);
-    }
+  for (const SettingKey& key : results.settings()) {
+    const bool oracle = results.results()[results.of_setting(key).front()].oracle;
+    const bool is_apart = std::ranges::find(apart, key) != apart.end();
+    if (oracle || is_apart || key.capacity_request == kAllPositions) continue;
+    if (std::ranges::find(policies, key.policy) == policies.end()) policies.push_back(key.policy);
   }
   if (policies.size() < 2) return "";
   const std::vector<std::string> of_methods = policies_nearest_to_defaults(policies);
-  for (const std::string& policy : of_methods) {
-    if (spec_structure(policy).method == kUsualBaseline) return policy;
-  }
+  const auto is_usual = [](const std::string& policy) { return spec_structure(policy).method == kUsualBaseline; };
+  const auto usual = std::ranges::find_if(of_methods, is_usual);
+  if (usual != of_methods.end()) return *usual;
+  ComparisonOptions options;
+  options.measure = measure;
+  options.bootstrap.resamples = 0;
   std::vector<std::string> ranked;
   std::string capacity;
-  for (const ComparisonRow& row : rows) {
-    if (std::ranges::find(of_methods, row.key.policy) == of_methods.end()) continue;
+  for (const ComparisonRow& row : compare(results, options)) {
+    const SettingKey key{row.key.policy, row.key.capacity_request};
+    const bool is_one = std::ranges::find(of_methods, row.key.policy) != of_methods.end();
+    if (!is_one || std::ranges::find(apart, key) != apart.end() || !is_candidate(row)) continue;
     if (capacity.empty()) capacity = row.key.capacity_request;
     if (row.key.capacity_request == capacity) ranked.push_back(row.key.policy);
   }
-  return ranked[ranked.size() / 2];
+  return ranked.empty() ? "" : ranked[ranked.size() / 2];
 }
 
 Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {

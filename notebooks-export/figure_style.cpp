@@ -194,19 +194,17 @@ FigureStyle::FigureStyle(const Analysis& analysis, FigureOptions options)
         policies_.size(), best.size(), written_out, noun);
   }
 
-  std::map<std::string, std::pair<double, int>> kept;
-  for (const ComparisonRow& row : analysis.comparison) {
-    auto& [sum, count] = kept[row.key.capacity_request];
-    sum += row.kept;
-    ++count;
-  }
+  // A share is as many positions as most policies keep of it.
+  std::map<std::string, std::vector<double>> kept;
+  for (const ComparisonRow& row : analysis.comparison) kept[row.key.capacity_request].push_back(row.kept);
+  for (auto& [capacity, numbers] : kept) std::ranges::sort(numbers);
   for (const SettingKey& setting : analysis.settings) {
     const std::string& capacity = setting.capacity_request;
     if (capacity == kAllPositions || contains(capacities_, capacity)) continue;
     capacities_.push_back(capacity);
     const std::optional<double> number = number_in(capacity);
-    const auto found = kept.find(capacity);
-    positions_[capacity] = number ? *number : found == kept.end() ? 0 : found->second.first / found->second.second;
+    const std::vector<double>& numbers = kept[capacity];
+    positions_[capacity] = number ? *number : numbers.empty() ? 0 : numbers[numbers.size() / 2];
   }
   std::ranges::stable_sort(capacities_, {}, [this](const std::string& capacity) { return positions_[capacity]; });
 }

@@ -142,6 +142,13 @@ std::string compared(const Analysis& analysis, const FigureStyle& style) {
   return text + ".";
 }
 
+// Whether a policy keeps what was asked for: of a share, as many positions as most of the others.
+bool keeps_as_asked(const ComparisonRow& row, const FigureStyle& style) {
+  constexpr double kSame = 0.005;
+  const double asked = style.position_of(row.key.capacity_request);
+  return !(asked > 0) || std::abs(row.kept / asked - 1) <= kSame;
+}
+
 // Means by policy and capacity, the best of each capacity marked.
 std::string means_table(const Analysis& analysis, const FigureStyle& style) {
   const std::vector<SettingKey> best = best_settings(analysis);
@@ -153,13 +160,16 @@ std::string means_table(const Analysis& analysis, const FigureStyle& style) {
   // Outside of what scrolls, so that it is whole where the table is wider than the window.
   std::string text = fmt::format(
       "<p class=\"caption\" id=\"means\">Mean {} at each capacity; the best policy in bold, but for oracles, what "
-      "stores more than most and what had nothing to choose.{}{}</p>\n<div "
+      "stores more than most and what had nothing to choose.{}{}{}</p>\n<div "
       "class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Means\"><table class=\"means\" "
       "aria-labelledby=\"means\"><thead><tr><th scope=\"col\">policy</th>",
       html(traits_of(analysis.options.measure).noun),
       !analysis.apart.empty() || std::ranges::any_of(analysis.curves, &CapacityCurve::partial)
           ? " Not all are of the same traces and eviction positions: see the notes."
           : "",
+      std::ranges::all_of(rows, [&](const auto& entry) { return keeps_as_asked(*entry.second, style); })
+          ? ""
+          : " In brackets: the positions that a head keeps, where they are not those asked for.",
       html(style.shown_text()));
   for (const std::string& capacity : style.capacities()) {
     text += fmt::format("<th scope=\"col\">{}</th>", html(capacity_text(capacity)));
@@ -176,7 +186,8 @@ std::string means_table(const Analysis& analysis, const FigureStyle& style) {
       const ComparisonRow& row = *found->second;
       const std::string mean = fmt::format("{:.4f}", row.distribution.mean);
       const bool first = std::ranges::find(best, SettingKey{policy, capacity}) != best.end();
-      text += fmt::format("<td>{}</td>", first ? fmt::format("<strong>{}</strong>", mean) : mean);
+      text += fmt::format("<td>{}{}</td>", first ? fmt::format("<strong>{}</strong>", mean) : mean,
+                          keeps_as_asked(row, style) ? "" : fmt::format(" <small>({:.4g})</small>", row.kept));
     }
     text += "</tr>\n";
   }

@@ -161,6 +161,18 @@ TEST(PageTest, ListsThePoliciesThatNoFigureShows) {
   EXPECT_THAT(page_of(SampleAnalysis{}.make(), {.title = "x"}), Not(HasSubstr("id=\"left-out\"")));
 }
 
+TEST(PageTest, MarksPoliciesThatKeepMoreOrLessThanWasAskedFor) {
+  Analysis analysis = SampleAnalysis{}.make();
+  EXPECT_THAT(page_of(analysis, {.title = "x"}), Not(HasSubstr("In brackets")));
+  for (ComparisonRow& row : analysis.comparison) {
+    if (row.key.policy == "tova" && row.key.capacity_request == "64") row.kept = 65;
+  }
+  const std::string page = page_of(analysis, {.title = "x"});
+  EXPECT_THAT(page, HasSubstr("In brackets: the positions that a head keeps"));
+  EXPECT_EQ(count(page, " <small>(65)</small></td>"), 1u);
+  EXPECT_EQ(count(page, "<small>("), 1u) << "and no other";
+}
+
 TEST(PageTest, CaptionsDoNotScrollWithTables) {
   const std::string page = page_of(SampleAnalysis{}.make(), {.title = "x"});
   EXPECT_THAT(page, Not(HasSubstr("<caption>")));

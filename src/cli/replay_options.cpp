@@ -105,7 +105,7 @@ void add_request_options(CLI::App& command, ReplayOptions& options, bool require
   CLI::Option* const capacities =
       command
           .add_option("-c,--capacity", options.capacities,
-                      "Positions that a head keeps: counts, or shares of the prompt, as in 64,128,25%")
+                      "Positions that a head keeps: counts, or shares of what a layer holds of the prompt, as in 64,128,25%")
           ->required(required)
           ->delimiter(',')
           ->type_name("N|P%,...");

@@ -397,7 +397,8 @@ std::string FigureStyle::symbol_of(const Look& look) const {
 double FigureStyle::symbol_unit() const { return std::sqrt(kSymbolSize) * font_ / 2; }
 
 Json FigureStyle::legend(const std::vector<std::string>& policies) const {
-  const std::size_t fit = characters_in(width_ - 4 * font_);
+  const double beside_axis = width_ - 4 * font_;  // it begins below the plot, right of the axis
+  const std::size_t fit = characters_in(beside_axis);
   // Names are in small letters, which take less than others.
   constexpr double kLetter = 0.46;
   const double each = kLetter * font_ * static_cast<double>(longest_line(policies, fit)) +
@@ -406,7 +407,7 @@ Json FigureStyle::legend(const std::vector<std::string>& policies) const {
   for (const std::string& policy : policies) symbols[policy] = symbol_of(look_of(policy));
   const double beyond = (kSymbolReach - 1) * symbol_unit();  // of what Vega takes for the symbol's width
   return {{"title", nullptr},
-          {"columns", std::clamp(static_cast<int>(width_ / each), 1, 5)},
+          {"columns", std::clamp(static_cast<int>(beside_axis / each), 1, 5)},
           {"symbolType", {{"expr", fmt::format("{}[datum.value]", symbols.dump())}}},
           {"symbolOffset", beyond},
           {"labelOffset", beyond + 0.4 * font_},

@@ -32,7 +32,8 @@ def datasets(path):
     found = {}
     with h5py.File(path) as file:
         file.visititems(lambda name, thing: found.update({name: thing[()]}) if isinstance(thing, h5py.Dataset) else None)
-        model = {name: value.decode() if isinstance(value, bytes) else value for name, value in file["model"].attrs.items()}
+        # The digest of the others is kvreplay's alone.
+        model = {name: value for name, value in file["model"].attrs.items() if name != "attributes_xxh64"}
         windows = [int(file[f"layers/{layer}"].attrs.get("sliding_window", model["sliding_window"]))
                    for layer in range(int(model["num_layers"]))]
     return found, model, windows

@@ -122,7 +122,7 @@ class TraceFile:
             # These bounds have checksums and can be read by HDF5 from 1.10 on.
             self._file = h5py.File(self._disk, "w", libver=("v110", "v110"))
             self._file.attrs["format"] = "kvtrace"
-            self._file.attrs["format_version"] = 1
+            self._file.attrs["format_version"] = 2
         except BaseException as problem:
             self._output.abandon()
             if isinstance(problem, OSError):
@@ -215,9 +215,10 @@ class TraceFile:
                 file["tokens/turn_starts"] = np.asarray(turn_starts, "<i4")
             file["query_positions"] = np.asarray(query_positions, "<i4")
             if spans:
-                kind = np.dtype([("start", "<i4"), ("end", "<i4"), ("label", h5py.string_dtype())])
-                file.create_group("annotations")
-                file["annotations/spans"] = np.array(spans, dtype=kind)
+                starts, ends, labels = zip(*spans)
+                group = file.create_group("annotations").create_group("spans")
+                group["start"], group["end"] = np.asarray(starts, "<i4"), np.asarray(ends, "<i4")
+                group.create_dataset("label", data=labels, dtype=h5py.string_dtype())
             file.flush()
         with self._writing():
             # Last, so that a file in which anything is missing cannot carry it.

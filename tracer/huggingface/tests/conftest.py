@@ -46,7 +46,8 @@ class Trace:
             self.pieces = file["tokens/pieces"].asstr()[:].tolist() if "pieces" in file["tokens"] else None
             self.spans = []
             if "annotations" in file:
-                self.spans = [(int(s), int(e), l.decode()) for s, e, l in file["annotations/spans"][:]]
+                spans = file["annotations/spans"]
+                self.spans = list(zip(spans["start"][:].tolist(), spans["end"][:].tolist(), spans["label"].asstr()[:]))
             self.layers = []
             self.windows = []
             for number in range(int(self.model["num_layers"])):

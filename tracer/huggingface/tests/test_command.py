@@ -330,11 +330,17 @@ def grown(folder):
     return False
 
 
+def heed_signals():
+    """nohup, and shells without job control that run something in the background, leave some ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def interrupted(tmp_path, *numbers, program=ENDLESS):
     """Ends a capture by signals when its file has begun to grow. The exit code and what was on standard error."""
     process = subprocess.Popen(
         [sys.executable, "-c", program, "-m", DEMO, "-p", PROMPTS / "needle.txt", "-n", "800", "-o", tmp_path / "run.h5"],
-        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, preexec_fn=heed_signals)
     deadline = time.monotonic() + 120
     while not grown(tmp_path):
         assert process.poll() is None, process.stderr.read()

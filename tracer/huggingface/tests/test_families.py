@@ -15,11 +15,13 @@ import kvtrace
 
 NAMES = sorted(folder.name for folder in FAMILIES.iterdir())
 # Those whose attention sdpa cannot compute.
-CAPPED = {"gemma2"}
+CAPPED = {"gemma2", "gemma2-pattern"}
 # The windows of the layers, as the families' configurations mean them.
 WINDOWS = {
-    "gemma": [0, 0], "gemma2": [16, 0, 16], "gemma3": [21, 21, 0, 21], "gemma3-layer-types": [0, 15, 0], "llama": [0, 0],
-    "llama3": [0, 0], "mistral": [19, 19], "phi3": [23, 23], "qwen2": [0, 0], "qwen3": [0, 17],
+    "gemma": [0, 0], "gemma-other-activation": [0], "gemma2": [16, 0, 16], "gemma2-pattern": [14, 0, 14],
+    "gemma3": [21, 21, 0, 21], "gemma3-layer-types": [0, 15, 0], "gemma3-old-names": [13, 13, 13, 13, 13, 0, 13],
+    "llama": [0, 0], "llama-own-head": [0], "llama3": [0, 0], "mistral": [19, 19], "phi3": [23, 23], "qwen2": [0, 0],
+    "qwen3": [0, 17],
 }
 
 

@@ -48,7 +48,9 @@ OTHERS = frozenset((
 TEXT_CONFIGS = {"emu3": "emu3_text_model", "mllama": "mllama_text_model"}
 # What is looked at besides: what decides is not in every model of the type.
 IMAGE = "gemma3 with an image"
-VARIANTS = {IMAGE: "gemma3", "phimoe with a window": "phimoe", "qwen2_moe with a window": "qwen2_moe"}
+VARIANTS = {IMAGE: "gemma3", "gemma4_text with layers of one shape": "gemma4_text",
+            "minimax_m3_vl_text with sparse layers": "minimax_m3_vl_text", "phimoe with a window": "phimoe",
+            "qwen2_moe with a window": "qwen2_moe"}
 
 # What configurations call their sizes.
 SIZES = {name: value for value, names in (
@@ -85,6 +87,7 @@ SIZES = {name: value for value, names in (
 _LATENT = {"num_key_value_heads": 4}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+_LATE_SLIDING = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}
 _CONVOLUTION = {"layer_types": ["conv", "full_attention"] * 2}
 MORE = {
     "axk1": _LATENT, "axk2": _LATENT,
@@ -99,11 +102,15 @@ MORE = {
              "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}},
     "deepseek_v2": _LATENT, "deepseek_v3": _LATENT, "deepseek_v32": _LATENT,
     "dory": {"layer_types": ["full_attention"] * 4, "n_input_layers": 1, "n_output_layers": 1},
+    "dots1": _SLIDING,
     "dots3_note_text": {**_LATENT, "per_layer_config": {}, "layer_types": ["indexed_attention"] * 4},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3_text": _SLIDING,
     "gemma3n_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 6,
                      "layer_types": ["sliding_attention", "full_attention"] * 3},
     "gemma4_text": {**_SLIDING, "num_kv_shared_layers": 2, "num_global_key_value_heads": 1, "global_head_dim": 32},
+    "gemma4_text with layers of one shape": {**_SLIDING, "num_kv_shared_layers": 2, "num_global_key_value_heads": 2,
+                                             "global_head_dim": 16},
     "gemma4_unified_text": _SLIDING,
     "glm4_moe_lite": _LATENT, "glm_moe_dsa": _LATENT,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 24},
@@ -111,18 +118,24 @@ MORE = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     "kimi_linear": {**_LATENT, **_LINEAR},
+    "kolibri1": _SLIDING, "laguna": _SLIDING,
     "lfm2": _CONVOLUTION, "lfm2_moe": _CONVOLUTION,
     "longcat_flash": {**_LATENT, "num_layers": 2, "head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mellum": _SLIDING,
     "minicpm3": _LATENT,
     "minimax": _LINEAR,
-    "mllama": {"num_hidden_layers": 2, "cross_attention_layers": [],
+    "minimax_m3_vl_text with sparse layers": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+                                              "index_block_size": 4, "index_topk_blocks": 2},
+    "ministral": _SLIDING,
+    "mllama": {"cross_attention_layers": [1],
                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "modernbert-decoder": {**_SLIDING, "local_attention": 48},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "attention"]},
     "olmo_hybrid": _LINEAR,
     "phimoe": {"sliding_window": None},
     "phimoe with a window": {"sliding_window": 24},
-    "qwen2_moe with a window": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2},
+    "qwen2": _LATE_SLIDING, "qwen2_moe with a window": _LATE_SLIDING, "qwen3": _LATE_SLIDING, "qwen3_moe": _LATE_SLIDING,
     "qwen3_5_moe_text": _LINEAR, "qwen3_5_text": _LINEAR, "qwen3_next": _LINEAR,
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 2,
                        "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4,
@@ -131,6 +144,7 @@ MORE = {
     "reformer": {"axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32], "attn_layers": ["local", "lsh"],
                  "num_buckets": 4},
     "sarvam_mla": _LATENT,
+    "smollm3": {**_SLIDING, "use_sliding_window": True},
     "xlnet": {"d_head": 16, "mem_len": None},
     "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
@@ -139,7 +153,7 @@ MORE = {
               "use_mamba_kernels": False, "attention_head_dim": 32, "attention_hidden_size": 128,
               "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 8, "mamba_d_state": 16},
-    "zaya": {"num_experts_per_tok": 1},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid_sliding", "hybrid"] * 2},
 }
 for _name in ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
               "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",

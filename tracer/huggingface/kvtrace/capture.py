@@ -268,7 +268,9 @@ class capture:
         fresh = first == 0 or (count == 1 and not layer.checked_decoding)
         layer.checked_decoding = layer.checked_decoding or (first > 0 and count == 1)
         self._refuse(number, checks.options_fault(options))
-        self._refuse(number, checks.length_fault(first, count, key.shape[2], window, self._original_length()))
+        reason = checks.length_fault(first, count, key.shape[2], window, self._original_length())
+        if reason is not None:
+            self._refuse(number, self._shared_fault(number, key) or reason)
         self._check_mask(number, module, mask, options, first, count, key.shape[2], window)
         if count > 1:  # those of tokens that run alone at the end: a GPU would have to be waited for
             self._check_positions()
@@ -416,14 +418,20 @@ class capture:
         return parameters.get("original_max_position_embeddings",
                               getattr(self._config, "original_max_position_embeddings", None))
 
+    def _shared_fault(self, number, key):
+        """A reason where another layer has read these keys."""
+        for other, layer in enumerate(self._layers):
+            if other != number and layer.storage is not None and layer.storage.is_of(key):
+                return f"it reads the keys and values of layer {other}; shared ones are not in this format yet"
+        return None
+
     def _cache_fault(self, number, key, value, window):
         """The layer's number and a reason where its attention reads anything but what its cache holds, and no other layer
         reads; else None."""
         layer, length = self._layers[number], key.shape[2]
-        for other_number, other in enumerate(self._layers):
-            if other is not layer and other.storage is not None and other.storage.is_of(key):
-                return number, (f"it reads the keys and values of layer {other_number}; shared ones are not in this format "
-                                "yet")
+        shared = self._shared_fault(number, key)
+        if shared is not None:
+            return number, shared
         layer.storage = _Storage(key)
         cache = layer.cache() if layer.cache is not None else None
         cache = getattr(cache, "self_attention_cache", cache)

@@ -72,6 +72,11 @@ class Masks(unittest.TestCase):
         self.assertIn("hides the positions before 3", fault(seen(positions, positions) & (positions >= 3)))
         self.assertIn("hides the positions before 32 from the query at 39", fault(chunks[:, 39:], first=39))
 
+    def test_window_that_shows_one_less_is_told(self):
+        """As transformers 5.1.0 does for the tokens after a prompt in pieces."""
+        self.assertIn("the last 13 positions to the query at 37, one less than its sliding window",
+                      fault(seen([37], range(24, 38), 13), first=37, first_key=24, window=14))
+
     def test_no_mask_is_what_the_implementation_makes_of_it(self):
         self.assertIsNone(checks.no_mask_fault("sdpa", True, 40, 40, 0))
         self.assertIsNone(checks.no_mask_fault("sdpa", True, 40, 40, 64))

@@ -73,9 +73,9 @@ def _hidden_fault(positions, rows, first_key, window):
         span = positions[-1] + 1 - starts[-1]
         several = len(positions) > 1
         if not several and window and span == window - 1:
-            return (f"its mask shows the last {span} positions to the query at {positions[-1]}, one less than its sliding window "
-                    "holds. transformers 5.1 and 5.2 do that where prefill_chunk_size is given; run the prompt in one piece, or "
-                    "with another version")
+            return (f"its mask shows the last {span} positions to the query at {positions[-1]}, one less than its sliding "
+                    "window holds. transformers 5.1 and 5.2 do that where prefill_chunk_size is given; run the prompt in one "
+                    "piece, or with another version")
         if several and all(start == max(first_key, query + 1 - span) for query, start in zip(positions, starts)):
             passed = f" (that is {window})" if window else ""
             return (f"its mask shows the last {span} positions, a sliding window that the model does not pass to its "

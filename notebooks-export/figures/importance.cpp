@@ -146,6 +146,8 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
   last["title"]["fontSize"] = style.font();
   last["title"]["offset"] = 0.3 * style.font();
   last["transform"] = {{{"filter", fmt::format("datum.stage === '{}'", spatial)}}};
+  // A number at the end of the axis ends there, where half of it would stand outside.
+  last["encoding"]["x"]["axis"]["labelFlush"] = 2 * style.font();
   last["width"] = width;
   last["height"] = 0.18 * style.width();
   spec["vconcat"].push_back(std::move(last));

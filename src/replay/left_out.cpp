@@ -47,8 +47,11 @@ std::vector<std::string> LeftOut::notes() const {
   std::vector<std::string> notes;
   for (const auto& [obstacle, settings] : groups_) {
     const bool one = settings.count() == 1 || obstacle.shared.empty();
-    notes.push_back(fmt::format("left out: {}: {}", settings.text(),
-                                with_cure(one ? obstacle.reason : obstacle.shared, obstacle.cure)));
+    const std::string reason = with_cure(one ? obstacle.reason : obstacle.shared, obstacle.cure);
+    const std::string who = settings.text();
+    // A reason that begins with the policy says who it is.
+    notes.push_back(reason.starts_with(who + ' ') ? fmt::format("left out: {}", reason)
+                                                  : fmt::format("left out: {}: {}", who, reason));
   }
   return notes;
 }

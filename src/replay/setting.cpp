@@ -62,7 +62,6 @@ std::string named(const std::vector<int>& layers) {
 // Tells of layers whose sliding window has dropped positions before the eviction.
 void note_windows(const std::vector<AlikeLayers>& alike, const ReplayRequest& request,
                   std::vector<std::string>& notes) {
-  const bool some_hold_everything = std::ranges::any_of(alike, &AlikeLayers::hold_everything);
   for (const AlikeLayers& some : alike) {
     if (some.hold_everything()) continue;
     const int held = some.shape.rows();
@@ -71,17 +70,17 @@ void note_windows(const std::vector<AlikeLayers>& alike, const ReplayRequest& re
       if (asked.resolve(held) >= held) kept_whole.push_back(asked.text);
     }
     notes.push_back(fmt::format(
-        "{} hold{} the last {} position{} of {} sliding window alone; capacities and shares are of these{}{}",
+        "{} hold{} the last {} position{} of {} sliding window alone; capacities and shares are of these{}",
         named(some.layers), some.layers.size() == 1 ? "s" : "", held, held == 1 ? "" : "s",
         some.layers.size() == 1 ? "its" : "their",
-        kept_whole.empty() ? "" : fmt::format(", and at {} nothing is evicted there", fmt::join(kept_whole, ", ")),
-        some_hold_everything ? " (--full-layers leaves such layers out of means)" : ""));
+        kept_whole.empty() ? "" : fmt::format(", and at {} nothing is evicted there", fmt::join(kept_whole, ", "))));
   }
 }
 
 // What a trace holds of what policies may need, looked up once.
 struct Holdings {
   int window = 0;                  // queries before the eviction, without a gap
+  int after = 0;                   // positions of the prompt from the eviction on
   bool attention_mass = false;     // for this eviction
   std::string missing_projection;  // empty: no layer lacks one
 
@@ -89,6 +88,7 @@ struct Holdings {
     const TraceInfo& info = trace.info();
     const TraceHead head(trace, 0, 0, eviction_position);
     window = contiguous_window(head.query_positions(), eviction_position);
+    after = std::max(0, info.prompt_length - eviction_position);
     attention_mass = eviction_position == info.prompt_length;
     int without_projection = 0;
     for (int layer = 0; layer < info.model.num_layers; ++layer) {
@@ -129,21 +129,26 @@ std::optional<Obstacle> missing_need(const Policy& policy, const Requirements& n
                                      int eviction_position) {
   if (needs.window_queries > trace.window) {
     return Obstacle{
-        .reason = fmt::format("{} needs the last {} queries before position {}, and the trace holds the last {} prompt "
-                              "queries",
-                              policy.canonical, needs.window_queries, eviction_position, trace.window),
-        .cure =
-            fmt::format("capture with --queries window:{} or all, or choose a smaller window", needs.window_queries),
-        .shared = fmt::format("they need more queries before position {} than the last {} that the trace holds",
+        .reason = fmt::format(
+            "{} needs {} before position {}, and the trace holds {}{}", policy.canonical,
+            needs.window_queries == 1 ? "the last query" : fmt::format("the last {} queries", needs.window_queries),
+            eviction_position, trace.window == 0 ? "none" : fmt::to_string(trace.window),
+            needs.window_queries == 1 ? "" : " of them"),
+        .cure = fmt::format("capture with --queries window:{} or all{}", needs.window_queries + trace.after,
+                            trace.window == 0 ? "" : ", or choose a smaller window"),
+        .shared =
+            trace.window == 0
+                ? fmt::format("they need queries before position {}, and the trace holds none there", eviction_position)
+                : fmt::format("they need more queries before position {} than the last {} that the trace holds",
                               eviction_position, trace.window),
         .amount = needs.window_queries};
   }
   const bool mass = needs.accumulated_attention && !needs.all_queries;
   if ((needs.all_queries || (mass && !trace.attention_mass)) && trace.window < eviction_position) {
-    const std::string what = fmt::format(
-        "{}all {} queries before the eviction, and the trace holds the last {} prompt "
-        "queries",
-        mass ? "the recorded attention mass of the whole prompt, or " : "", eviction_position, trace.window);
+    const std::string what =
+        fmt::format("{}all {} queries before the eviction, and the trace holds {}",
+                    mass ? "the recorded attention mass of the whole prompt, or " : "", eviction_position,
+                    trace.window == 0 ? "none there" : fmt::format("the last {}", trace.window));
     return Obstacle{.reason = fmt::format("{} needs {}", policy.canonical, what),
                     .cure = mass ? "capture with --queries all (kvtrace: queries=\"all\" or attention_mass=True)"
                                  : "capture with --queries all",
@@ -173,8 +178,12 @@ std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Set
                               policy.canonical, is_protected ? "always keeps" : "needs at least",
                               some.hold_everything() ? "" : " there"),
         .cure = is_protected ? "ask for a larger capacity or protect fewer" : "ask for a larger capacity",
-        .shared = is_protected ? "the capacity is below the positions that they always keep"
-                               : "the capacity is below the positions that they need at least",
+        .shared = fmt::format(
+            "the capacity is below the positions that they {}{}", is_protected ? "always keep" : "need at least",
+            some.hold_everything()
+                ? ""
+                : fmt::format(" in {}, which hold{} {} in {} sliding window", named(some.layers),
+                              some.layers.size() == 1 ? "s" : "", held, some.layers.size() == 1 ? "its" : "their")),
         .amount = needed};
   };
   for (const AlikeLayers& some : layers.alike) {

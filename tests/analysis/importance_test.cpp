@@ -206,7 +206,7 @@ TEST_F(ImportanceTest, WhatCannotBeShownIsRefused) {
   EXPECT_THAT(usage_error(0, -1, "restkv(window=4)", 20), HasSubstr("no query head -1"));
   EXPECT_THAT(usage_error(0, 0, "restkv(window=4)", 3), HasSubstr("capacity 3 is below the 4 positions"));
   EXPECT_THAT(error("restkv(window=9)", 60),
-              AllOf(HasSubstr("needs the last 9 queries before position 60"), HasSubstr("holds the last 8")));
+              AllOf(HasSubstr("needs the last 9 queries before position 60"), HasSubstr("holds 8 of them")));
   EXPECT_THAT(error("restkv(window=4)", 4), HasSubstr("no position is left before the observation window"));
   EXPECT_THAT(error("restkv(window=4)", 71), HasSubstr("eviction position 71 is outside"));
 }

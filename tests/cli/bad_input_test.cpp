@@ -105,14 +105,23 @@ TEST_F(BadTrace, WithoutEvaluationQueries) {
 TEST_F(BadTrace, WithoutTheQueriesThatAPolicyNeeds) {
   RandomTrace{.captured_prompt_queries = 8, .attention_mass = false}.write(folder_ / "run.h5");
   refuse(test::words("replay run.h5 --policy snapkv --capacity 40"), 1,
-         {"snapkv needs the last 32 queries", "holds the last 8", "--queries window:32"});
+         {"snapkv needs the last 32 queries", "holds 8 of them", "--queries window:32"});
   refuse(test::words("replay run.h5 --policy h2o --capacity 40"), 1,
          {"h2o needs", "--queries all", "attention_mass=True"});
   const test::Outcome outcome = succeed(test::words("replay run.h5 --policy h2o recent --capacity 40"));
-  EXPECT_THAT(outcome.errors, HasSubstr("note: run.h5: left out: h2o: h2o needs"));
+  EXPECT_THAT(outcome.errors, HasSubstr("note: run.h5: left out: h2o needs"));
   EXPECT_THAT(outcome.output, HasSubstr("\nrecent "));
   refuse(test::words("replay run.h5 --policy h2o recent --capacity 40 --strict"), 1, {"h2o needs"});
   succeed(test::words("replay run.h5 --policy snapkv(window=8) --capacity 40"));
+}
+
+TEST_F(BadTrace, WithoutQueriesBeforeAnEarlyEviction) {
+  RandomTrace{.captured_prompt_queries = 8}.write(folder_ / "run.h5");
+  refuse(test::words("replay run.h5 --policy snapkv --capacity 40 --evict-at 45"), 1,
+         {"snapkv needs the last 32 queries before position 45, and the trace holds none of them",
+          "capture with --queries window:47 or all"});
+  refuse(test::words("replay run.h5 --policy tova --capacity 40 --evict-at 45"), 1,
+         {"tova needs the last query before position 45, and the trace holds none;", "window:16 or all"});
 }
 
 TEST_F(BadTrace, AmongGoodOnesLosesNothing) {

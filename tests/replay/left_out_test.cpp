@@ -111,7 +111,7 @@ TEST_F(Replays, WhatATraceLacksIsLeftOutThere) {
       ElementsAre("left out: snapkv(window=16); restkv(window=24): they need more queries before position 60 "
                   "than the last 8 that the trace holds; capture with --queries window:24 or all, or choose a "
                   "smaller window",
-                  AllOf(HasSubstr("left out: h2o: h2o needs the recorded attention mass of the whole prompt, or "
+                  AllOf(HasSubstr("left out: h2o needs the recorded attention mass of the whole prompt, or "
                                   "all 60 queries"),
                         HasSubstr("--queries all"), HasSubstr("attention_mass=True"))));
   // What keeps everything needs nothing.

@@ -304,7 +304,7 @@ TEST(SlidingWindow, IsTold) {
   ASSERT_EQ(replay.notes.size(), 3u);
   EXPECT_EQ(replay.notes[0],
             "layers 0, 3 hold the last 20 positions of their sliding window alone; capacities and shares are of these, "
-            "and at 20, 70 nothing is evicted there (--full-layers leaves such layers out of means)");
+            "and at 20, 70 nothing is evicted there");
   EXPECT_THAT(replay.notes[1], HasSubstr("layer 1 holds the last 119 positions of its sliding window alone"));
   EXPECT_THAT(replay.notes[2], HasSubstr("layer 5 holds the last 89"));
 }

@@ -5,11 +5,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <set>
 #include <system_error>
 #include <tuple>
 
 #include "analysis/spec_structure.h"
+#include "analysis/summary.h"
 #include "base/error.h"
 #include "base/printable.h"
 #include "policy/parameter.h"
@@ -525,12 +527,15 @@ std::vector<std::string> ResultSet::policies() const {
 }
 
 std::vector<std::string> ResultSet::capacities() const {
-  std::vector<std::string> capacities;
+  std::map<std::string, std::vector<std::string>> of_policies;
+  bool all = false;
   for (const StoredResult& result : results_) {
-    if (std::ranges::find(capacities, result.capacity_request) == capacities.end()) {
-      capacities.push_back(result.capacity_request);
-    }
+    std::vector<std::string>& asked = of_policies[result.policy];
+    if (std::ranges::find(asked, result.capacity_request) == asked.end()) asked.push_back(result.capacity_request);
+    all = all || result.capacity_request == kAllPositions;
   }
+  std::vector<std::string> capacities = in_order(of_policies);
+  if (!all) capacities.erase(capacities.begin());
   return capacities;
 }
 

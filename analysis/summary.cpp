@@ -166,14 +166,27 @@ std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays, b
   return rows;
 }
 
+std::vector<std::string> in_order(const std::map<std::string, std::vector<std::string>>& capacities) {
+  std::vector<std::vector<std::string>> lists;
+  for (const auto& [policy, asked] : capacities) lists.push_back(asked);
+  std::ranges::stable_sort(lists, std::greater<>(), &std::vector<std::string>::size);
+  std::vector<std::string> order = {std::string(kAllPositions)};
+  for (const std::vector<std::string>& list : lists) {
+    auto after = order.begin();
+    for (const std::string& capacity : list) {
+      const auto found = std::ranges::find(order, capacity);
+      after = found == order.end() ? order.insert(after + 1, capacity) : found;
+    }
+  }
+  return order;
+}
+
 void PolicyRanking::add(const TraceReplay& replay, const ReplayResult& result) {
   const std::vector<int> layers = layers_of(replay, full_layers_);
-  if (std::ranges::find(capacities_, result.capacity_request) == capacities_.end()) {
-    capacities_.push_back(result.capacity_request);
-  }
   const auto [place, is_new] = place_.try_emplace({result.policy, result.capacity_request}, sums_.size());
   if (is_new) {
     PolicyRow& row = sums_.emplace_back().row;
+    capacities_[result.policy].push_back(result.capacity_request);
     row.policy = result.policy;
     row.capacity_request = result.capacity_request;
     row.granularity = result.granularity;
@@ -224,8 +237,9 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
     row.spearman /= sum.with_ranks;
     row.kendall /= sum.with_ranks;
   }
-  const auto capacity_rank = [this](const PolicyRow& row) {
-    return std::ranges::find(capacities_, row.capacity_request) - capacities_.begin();
+  const std::vector<std::string> capacities = in_order(capacities_);
+  const auto capacity_rank = [&capacities](const PolicyRow& row) {
+    return std::ranges::find(capacities, row.capacity_request) - capacities.begin();
   };
   std::ranges::stable_sort(rows, [&](const PolicyRow& a, const PolicyRow& b) {
     return std::tuple(capacity_rank(a), -a.places, a.same_places, a.layer_error) <

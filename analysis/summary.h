@@ -86,6 +86,10 @@ struct PolicyRow {
   double kendall = 0;
 };
 
+/// All capacities that policies were replayed at, what is kept whole first: in the order of the policy that has most,
+/// the others' where theirs have them. A policy may lack some.
+std::vector<std::string> in_order(const std::map<std::string, std::vector<std::string>>& capacities);
+
 /// Makes such rows from results that come one after the other.
 class PolicyRanking {
  public:
@@ -113,8 +117,8 @@ class PolicyRanking {
   bool full_layers_;
   std::vector<Sum> sums_;                                             // in the order of the results
   std::map<std::pair<std::string, std::string>, std::size_t> place_;  // of a policy and capacity among the sums
-  std::vector<std::string> capacities_ = {std::string(kAllPositions)};
-  std::map<std::pair<std::string, int>, int> places_;  // trace, eviction position: in their order
+  std::map<std::string, std::vector<std::string>> capacities_;        // of each policy, as they came
+  std::map<std::pair<std::string, int>, int> places_;                 // trace, eviction position: in their order
 };
 
 /// The rows of a whole replay.

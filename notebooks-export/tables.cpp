@@ -177,7 +177,8 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
   const bool ranks = std::ranges::any_of(rows, [](const PolicyRow& row) { return !std::isnan(row.spearman); });
   if (ranks) cells[0].insert(cells[0].end(), {"Spearman", "Kendall"});
   for (const PolicyRow& row : rows) {
-    const std::vector<std::string> spec = broken_spec(row.policy + (row.oracle ? " (ORACLE)" : ""), kPolicyWidth);
+    const std::vector<std::string> spec =
+        broken_spec(row.policy + (row.oracle ? " (ORACLE)" : "") + (row.nothing_to_choose ? " †" : ""), kPolicyWidth);
     std::vector<std::string> line{
         spec.front(),
         row.capacity_request,

@@ -104,8 +104,9 @@ void add_request_options(CLI::App& command, ReplayOptions& options, bool require
           ->type_name("SPEC,...");
   CLI::Option* const capacities =
       command
-          .add_option("-c,--capacity", options.capacities,
-                      "Positions that a head keeps: counts, or shares of what a layer holds of the prompt, as in 64,128,25%")
+          .add_option(
+              "-c,--capacity", options.capacities,
+              "Positions that a head keeps: counts, or shares of what a layer holds of the prompt, as in 64,128,25%")
           ->required(required)
           ->delimiter(',')
           ->type_name("N|P%,...");
@@ -278,6 +279,9 @@ std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, do
     windowed = windowed || std::ranges::min(replay.held) < replay.eviction_position;
     ranks = ranks || std::ranges::any_of(replay.results, &ReplayResult::rank_agreement);
   }
+  const bool nothing_to_choose = std::ranges::any_of(replays, [](const TraceReplay& replay) {
+    return std::ranges::any_of(replay.results, &ReplayResult::nothing_to_choose);
+  });
   std::string over;
   if (traces.size() > 1) over = "; every trace weighs the same";
   if (evictions_of_one.size() > 1) {
@@ -293,11 +297,17 @@ std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, do
   return fmt::format(
       "layer error, head error: ‖ô−o‖/‖o‖ after and before the output projection; recall: attention mass still "
       "cached;\nB/token (KiB): keys and values of the kept sets per token of the prompt, 2 bytes a number; *: more or "
-      "less than\nthe capacity costs in every KV head, so not an equal budget;\n{}{}{}{}means over {}layers, heads and "
+      "less than\nthe capacity costs in every KV head, so not an equal budget;\n{}{}{}{}{}means over {}layers, heads "
+      "and "
       "evaluation queries{}.\nBest first at each capacity. Replayed in "
       "{:.1f} "
       "s.\n",
-      windowed && !full_layers ? "of held: share of the positions that a layer's sliding window leaves it;\n" : "",
+      !windowed ? ""
+      : full_layers
+          ? "means, kept and its share are of full layers, B/token is of all layers;\n"
+          : "of held: share of the positions that a layer's sliding window leaves it (--full-layers leaves such\n"
+            "layers out of means);\n",
+      nothing_to_choose ? "†: nothing to choose at that capacity, so it says nothing of the policy's choice;\n" : "",
       partial,
       spans ? "spans kept: share of the annotated spans' positions that is kept, mean over layers and heads;\n" : "",
       ranks ? "Spearman, Kendall: how far scores rank positions as oracle-attention does;\n" : "",
@@ -307,23 +317,37 @@ std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, do
 void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays,
                  const std::vector<TraceNote>& left_out) {
   for (const std::string& note : notes) fmt::print(stderr, "note: {}\n", note);
-  std::vector<std::pair<std::string, std::vector<std::string>>> about;
-  std::map<std::string, std::size_t> place;  // a grid may bring a note for each of its policies
-  const auto add = [&](const std::string& trace, const std::string& note) {
-    const auto [found, is_new] = place.try_emplace(note, about.size());
-    if (is_new) about.push_back({note, {}});
-    std::vector<std::string>& traces = about[found->second].second;
-    // Replays of a trace follow each other.
-    if (traces.empty() || traces.back() != trace) traces.push_back(trace);
+  struct About {
+    std::string note;
+    std::vector<std::string> traces = {};
+    std::vector<int> evictions = {};  // of the first of them
   };
+  std::vector<About> about;
+  std::map<std::string, std::size_t> place;  // a grid may bring a note for each of its policies
+  const auto add = [&](const std::string& trace, const std::string& note) -> About& {
+    const auto [found, is_new] = place.try_emplace(note, about.size());
+    if (is_new) about.push_back({.note = note});
+    About& of_note = about[found->second];
+    // Replays of a trace follow each other.
+    if (of_note.traces.empty() || of_note.traces.back() != trace) of_note.traces.push_back(trace);
+    return of_note;
+  };
+  std::map<std::string, std::size_t> evictions;
   for (const TraceReplay& replay : replays) {
-    for (const std::string& note : replay.notes) add(replay.trace, note);
+    ++evictions[replay.trace];
+    for (const std::string& note : replay.notes) {
+      About& of_note = add(replay.trace, note);
+      if (of_note.traces.size() == 1) of_note.evictions.push_back(replay.eviction_position);
+    }
   }
   for (const TraceNote& about_trace : left_out) add(about_trace.trace, about_trace.note);
-  for (const auto& [note, traces] : about) {
-    const std::size_t others = traces.size() - 1;
-    fmt::print(stderr, "note: {}{}: {}\n", traces.front(),
-               others == 0 ? "" : fmt::format(" and {} more trace{}", others, others == 1 ? "" : "s"), note);
+  for (const About& each : about) {
+    const std::size_t others = each.traces.size() - 1;
+    // What is true of some evictions alone says of which.
+    const bool of_some = !each.evictions.empty() && each.evictions.size() < evictions[each.traces.front()];
+    fmt::print(stderr, "note: {}{}{}: {}\n", each.traces.front(),
+               of_some ? fmt::format(" evicted at {}", fmt::join(each.evictions, ", ")) : "",
+               others == 0 ? "" : fmt::format(" and {} more trace{}", others, others == 1 ? "" : "s"), each.note);
   }
 }
 

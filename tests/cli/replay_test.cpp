@@ -227,9 +227,42 @@ TEST_F(ReplayCommand, RowsOfFewerTracesStandBehindAndSaySo) {
                                     HasSubstr("on: how many traces and eviction positions")));
   EXPECT_LT(outcome.output.find("\nrandom "), outcome.output.find("\nsnapkv(window=16) "))
       << "whatever its error is: it is of other traces";
-  EXPECT_THAT(outcome.errors, HasSubstr("note: few.h5: left out: snapkv(window=16): "));
+  EXPECT_THAT(outcome.errors, HasSubstr("note: few.h5: left out: snapkv(window=16) "));
   EXPECT_THAT(succeed(test::words("replay all.h5 --policy random snapkv(window=16) --capacity 20")).output,
               AllOf(Not(HasSubstr(" of 1\n")), Not(HasSubstr("on: how many"))));
+}
+
+TEST_F(ReplayCommand, CapacitiesStandAsTheyWereAskedForWhereAPolicyLacksSome) {
+  RandomTrace{}.write(folder_ / "run.h5");
+  const test::Outcome outcome =
+      succeed(test::words("replay run.h5 -p snapkv(window=24) recent -c 8 16 32 40 -o results.h5"));
+  const std::string analyzed = succeed(test::words("analyze results.h5")).output;
+  for (const std::string& output : {outcome.output, analyzed}) {
+    std::size_t last = 0;
+    for (const int capacity : {8, 16, 32, 40}) {
+      const std::size_t at = output.find(fmt::format("\n{:<19}{:>8} ", "recent", capacity));
+      ASSERT_NE(at, std::string::npos) << capacity << output;
+      EXPECT_LT(last, at);
+      last = at;
+    }
+  }
+}
+
+TEST_F(ReplayCommand, WhatHasNothingToChooseIsMarked) {
+  RandomTrace{}.write(folder_ / "run.h5");
+  const test::Outcome outcome = succeed(test::words("replay run.h5 -p snapkv(window=16) recent -c 16 32"));
+  EXPECT_THAT(outcome.output,
+              AllOf(HasSubstr("\nsnapkv(window=16) †        16 "), HasSubstr("\nsnapkv(window=16)          32 "),
+                    HasSubstr("†: nothing to choose at that capacity")));
+  EXPECT_THAT(succeed(test::words("replay run.h5 -p snapkv(window=16) -c 32")).output, Not(HasSubstr("†")));
+}
+
+TEST_F(ReplayCommand, NotesOfOneEvictionSayOfWhich) {
+  RandomTrace{}.write(folder_ / "run.h5");
+  const test::Outcome outcome =
+      succeed(test::words("replay run.h5 -p snapkv(window=16) recent -c 8 40% --evict-at 20 60"));
+  EXPECT_THAT(outcome.errors, AllOf(HasSubstr("run.h5 evicted at 20: left out: snapkv(window=16) at 8, 40%"),
+                                    HasSubstr("run.h5 evicted at 60: left out: snapkv(window=16) at 8: ")));
 }
 
 TEST_F(ReplayCommand, BytesPerTokenTellWhatIsNoEqualBudget) {

@@ -99,8 +99,12 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
           "--baseline", options.baseline,
           "Policy to compare with (default: snapkv, else in the middle; of its settings the nearest to the defaults)")
       ->type_name("SPEC");
-  command.add_option("--measure", options.measure, "What to compare (default: layer_error); see docs/measures.md")
-      ->type_name("NAME");
+  CLI::Option* const measure =
+      command.add_option("--measure", options.measure, "What to compare (default: layer_error); see docs/measures.md")
+          ->type_name("NAME");
+  std::vector<std::string> measure_names;
+  for (const MeasureTraits& traits : measures()) measure_names.emplace_back(traits.name);
+  offer_values(*measure, std::move(measure_names));
   command.add_option("--goal", options.goal, "Value of the measure whose capacity to find (default: the baseline's)")
       ->check(number_between(0, std::numeric_limits<double>::infinity(), "a goal: a number above 0"))
       ->type_name("X");

@@ -26,7 +26,7 @@ namespace {
 
 struct AnalyzeOptions {
   ResultOptions results;
-  std::string by;
+  std::vector<std::string> by;
   std::string csv;
 };
 
@@ -83,7 +83,7 @@ Answer compared_by(const AnalyzeOptions& options, const ResultSet& all) {
   AnalysisOptions analysis = analysis_options(options.results);
   ComparisonOptions comparison;
   comparison.measure = analysis.measure;
-  comparison.grouping = Grouping::parse(options.by);
+  comparison.grouping = Grouping::parse(fmt::format("{}", fmt::join(options.by, ",")));
   ResultSet results = comparison.grouping.eviction_position ? all.comparable_at_each_eviction() : all.comparable();
   require_evictions(options, comparison.grouping, results);
   std::vector<std::string> notes;
@@ -146,7 +146,7 @@ std::string legend(const AnalyzeOptions& options) {
 
 void run_analyze(const AnalyzeOptions& options) {
   static_cast<void>(measure_named(options.results.measure));
-  if (!options.by.empty()) static_cast<void>(Grouping::parse(options.by));
+  if (!options.by.empty()) static_cast<void>(Grouping::parse(fmt::format("{}", fmt::join(options.by, ","))));
   omp_set_num_threads(threads_or_all(options.results.threads));
   ResultSet results = open_results(options.results);
   check_csv(options);
@@ -175,10 +175,15 @@ void add_analyze_command(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("analyze", "Say which policy is best where, by how much, and how sure that is");
   add_result_options(*command, options->results);
-  command
-      ->add_option("--by", options->by,
-                   "Only compare, by these: policy, capacity, trace, evict-at, layer, head (default: policy,capacity)")
-      ->type_name("KEY,...");
+  CLI::Option* const by =
+      command
+          ->add_option(
+              "--by", options->by,
+              "Only compare, by these: policy, capacity, trace, evict-at, layer, head (default: policy,capacity)")
+          ->delimiter(',')
+          ->type_name("KEY,...");
+  take_several(*by, looks_like_names);
+  offer_values(*by, {"policy", "capacity", "trace", "evict-at", "layer", "head"});
   command->add_option("--csv", options->csv, "All numbers (CSV); replaced if it exists")
       ->check(names_a_file)
       ->type_name("FILE");

@@ -45,17 +45,19 @@ std::vector<std::string> alternatives(const std::string& type) {
 
 // Policies, and after one the steps that may follow it. What stands between parentheses is left to who types.
 std::vector<Candidate> specs(const std::string& begun) {
+  std::size_t spec = 0;  // where the last of several begins
   std::size_t step = 0;
   int depth = 0;
   for (std::size_t at = 0; at < begun.size(); ++at) {
     if (begun[at] == '(') ++depth;
     if (begun[at] == ')') --depth;
     if (begun[at] == '+' && depth == 0) step = at + 1;
+    if (begun[at] == ',' && depth == 0) spec = step = at + 1;
   }
   std::vector<Candidate> found;
   if (depth > 0) return found;
   for (const Method* method : registered_methods()) {
-    if ((method->step == Method::Step::policy) != (step == 0)) continue;
+    if ((method->step == Method::Step::policy) != (step == spec)) continue;
     found.push_back({begun.substr(0, step) + method->name, method->summary});
   }
   return found;
@@ -73,12 +75,16 @@ std::vector<Candidate> methods_with_variants() {
 
 std::vector<Candidate> values_of(const CLI::Option& option, const std::string& begun) {
   const std::string type = option.get_type_name();
-  if (type.starts_with("FILE")) return {{kFiles, ""}};
+  if (type.starts_with("FILE") || type.starts_with("NAME|FILE")) return {{kFiles, ""}};
   if (type == "DIR") return {{kFolders, ""}};
   if (type.starts_with("SPEC") || type == "NAME|SPEC") return specs(begun);
   if (type == "METHOD") return methods_with_variants();
   std::vector<Candidate> found;
   for (const std::string& value : alternatives(type)) found.push_back({value, ""});
+  // Of several, the last is being typed.
+  const std::size_t comma = begun.rfind(',');
+  const std::string before = comma == std::string::npos ? "" : begun.substr(0, comma + 1);
+  for (const std::string& value : offered_values(option)) found.push_back({before + value, ""});
   return found;
 }
 

@@ -81,6 +81,11 @@ std::map<const CLI::Option*, std::function<bool(const std::string&)>>& several()
   return options;
 }
 
+std::map<const CLI::Option*, std::vector<std::string>>& offered() {
+  static std::map<const CLI::Option*, std::vector<std::string>> options;
+  return options;
+}
+
 bool is_made_of(const std::string& value, std::string_view characters) {
   return !value.empty() && value.find_first_not_of(characters) == std::string::npos;
 }
@@ -98,6 +103,12 @@ bool takes_another(const CLI::Option& option, const std::string& value) {
   const auto found = several().find(&option);
   return found != several().end() && !value.starts_with('-') && found->second(value);
 }
+
+void offer_values(const CLI::Option& option, std::vector<std::string> values) {
+  offered()[&option] = std::move(values);
+}
+
+const std::vector<std::string>& offered_values(const CLI::Option& option) { return offered()[&option]; }
 
 std::vector<std::string> one_value_each(const CLI::App& app, const std::vector<std::string>& arguments) {
   const auto commands = app.get_subcommands([](const CLI::App*) { return true; });
@@ -137,6 +148,8 @@ bool looks_like_policies(const std::string& value) {
 bool looks_like_capacities(const std::string& value) { return is_made_of(value, "0123456789.,%"); }
 
 bool looks_like_counts(const std::string& value) { return is_made_of(value, "0123456789,"); }
+
+bool looks_like_names(const std::string& value) { return is_made_of(value, "abcdefghijklmnopqrstuvwxyz-_,"); }
 
 std::optional<int> parse_queries(const std::string& text) {
   if (text == "all") return std::nullopt;

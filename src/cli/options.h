@@ -52,10 +52,17 @@ bool takes_another(const CLI::Option& option, const std::string& value);
 /// Arguments in which every value of such options of the command that they name has the option's name before it.
 std::vector<std::string> one_value_each(const CLI::App& app, const std::vector<std::string>& arguments);
 
+/// Values that completion offers for an option, which takes them alone or several with commas between them.
+void offer_values(const CLI::Option& option, std::vector<std::string> values);
+const std::vector<std::string>& offered_values(const CLI::Option& option);
+
 /// The value looks like a policy's spec and not like the name of a file, like counts or shares, or like counts alone.
 bool looks_like_policies(const std::string& value);
 bool looks_like_capacities(const std::string& value);
 bool looks_like_counts(const std::string& value);
+
+/// The value looks like names of what the program has, as in error-by-head,regret.
+bool looks_like_names(const std::string& value);
 
 /// What --queries says: N of "window:N", or nothing for "all". Throws UsageError.
 std::optional<int> parse_queries(const std::string& text);

@@ -91,10 +91,15 @@ void add_report_command(CLI::App& app) {
       app.add_subcommand("report", "Make a page, figures, tables and a notebook of results (docs/report.md)");
   command->add_option("-o,--output", options->folder, "Folder to write")->check(names_a_file)->type_name("DIR");
   command->add_flag("--force", options->force, "Replace the report that stands there");
-  command->add_option("--only", options->only, "Only these figures (default: all that the results say something about)")
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->type_name("NAME,...");
+  CLI::Option* const only = command
+                                ->add_option("--only", options->only,
+                                             "Only these figures (default: all that the results say something about)")
+                                ->delimiter(',')
+                                ->type_name("NAME,...");
+  take_several(*only, looks_like_names);
+  std::vector<std::string> figures;
+  for (const FigureKind* kind : figure_kinds()) figures.push_back(kind->name);
+  offer_values(*only, std::move(figures));
   command->add_option("--title", options->title, "Of the page (default: by the models)")->type_name("TEXT");
   command
       ->add_option("--theme", options->theme,

@@ -67,6 +67,11 @@ TEST_F(Completion, OffersWhatAnOptionTakes) {
   EXPECT_THAT(offered({"replay", "a.h5", "-p", "snapkv", "res"}), Contains("restkv")) << "it takes several";
   EXPECT_THAT(offered({"sweep", "-p", "restkv(alpha=0.5)+"}),
               AllOf(Contains("restkv(alpha=0.5)+pyramid"), Each(StartsWith("restkv(alpha=0.5)+"))));
+  EXPECT_THAT(offered({"sweep", "-p", "snapkv,res"}), Contains("snapkv,restkv")) << "of several the last is typed";
+  EXPECT_THAT(offered({"analyze", "--trace", ""}), ElementsAre(":files"));
+  EXPECT_THAT(offered({"analyze", "--measure", ""}), IsSupersetOf({"layer_error", "span_recall"}));
+  EXPECT_THAT(offered({"analyze", "--by", "policy,"}), Contains("policy,layer"));
+  EXPECT_THAT(offered({"report", "--only", "regret", "er"}), Contains("error-by-head"));
   EXPECT_THAT(offered({"sweep", "-p", "criticalkv(base="}), IsEmpty()) << "between parentheses nobody can know";
   EXPECT_THAT(offered({"replay", "--heads", ""}), ElementsAre("query", "kv", "layer"));
   EXPECT_THAT(offered({"replay", "--heads=k"}), Contains("--heads=kv"));

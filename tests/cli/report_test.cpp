@@ -133,6 +133,12 @@ TEST_F(ReportCommand, OnlyTheFiguresAskedFor) {
   EXPECT_FALSE(std::filesystem::exists(folder_ / "out" / "tables" / "error-by-head.csv"));
 }
 
+TEST_F(ReportCommand, FiguresCanBeNamedWithSpaces) {
+  report("r.h5 --only error-by-layer error-by-head -o out");
+  EXPECT_TRUE(std::filesystem::exists(folder_ / "out/figures/error-by-layer.vl.json"));
+  EXPECT_TRUE(std::filesystem::exists(folder_ / "out/figures/error-by-head.vl.json"));
+}
+
 TEST_F(ReportCommand, ShowsThePoliciesThatAreNamedInTheirOrder) {
   report("r.h5 -p recent -p snapkv(window=8) -o out");
   const auto spec = nlohmann::json::parse(file("out/figures/error-against-capacity.vl.json"));

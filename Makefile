@@ -48,7 +48,7 @@ test-hf: setup ## Compare captures by both roads, run the tests of tracer/huggin
 	@scripts/make-capture-environment.sh build/capture-environment
 	@build/capture-environment/bin/python tracer/huggingface/compare_captures.py build/$(PRESET)/kvreplay
 	@build/capture-environment/bin/python tracer/huggingface/disk_space.py --check docs/capture.md
-	@cd tracer/huggingface && KVREPLAY=$(CURDIR)/build/$(PRESET)/kvreplay PYTHONPATH=. 	  $(CURDIR)/build/capture-environment/bin/python -m pytest -q -p no:cacheprovider
+	@cd tracer/huggingface && KVREPLAY=$(CURDIR)/build/$(PRESET)/kvreplay PYTHONPATH=. $(CURDIR)/build/capture-environment/bin/python -m pytest -q -p no:cacheprovider
 	@build/capture-environment/bin/python tracer/huggingface/check_architectures.py
 
 check-format: setup-format ## Name what clang-format would change

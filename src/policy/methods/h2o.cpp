@@ -73,7 +73,7 @@ const MethodRegistration kvcache_factory_code([] {
                 .granularity = granularity_named(a.text("heads")),
                 .share = share_named(a.text("share")),
                 .notes = {std::string("h2o@kvcache-factory: describes ") + kvcache_factory::kRevision +
-                          ", whose mask is causal; what this name meant in kvreplay 0.1 is " + kBeforeCausalMask}};
+                          ", whose mask is causal; its code before that change is " + kBeforeCausalMask}};
           },
       .variant_of = "h2o",
       .revision = kvcache_factory::kRevision,

@@ -177,18 +177,29 @@ class Findings {
     if (!analysis_.options.goal || measure_.per == MeasureTraits::Per::head) return "";
     std::vector<const CapacityCurve*> reached;
     std::size_t all = 0;
+    bool any_apart = false;
     for (const CapacityCurve& curve : analysis_.curves) {
       if (curve.oracle || curve.points.size() < 2 || !policies_.contains(curve.policy)) continue;
       const auto apart = [&](const CapacityPoint& point) { return is_apart({curve.policy, point.capacity_request}); };
-      if (std::ranges::any_of(curve.points, apart)) continue;
+      if (std::ranges::any_of(curve.points, apart)) {
+        any_apart = true;
+        continue;
+      }
       ++all;
       if (curve.kept_for_goal) reached.push_back(&curve);
     }
     if (all < 2) return "";
+    // Of a policy with one capacity nobody knows where it reaches the goal, though it may do so there.
+    const std::string among = all == policies_.size() ? ""
+                                                      : fmt::format("of the {} policies with several {}capacities", all,
+                                                                    any_apart ? "comparable " : "");
     const std::string goal = fmt::format(
         "a{} {} of {}", std::string_view("aeiou").find(measure_.noun.front()) == std::string_view::npos ? "" : "n",
         measure_.noun, number_text(*analysis_.options.goal));
-    if (reached.empty()) return fmt::format("No policy reaches {} at these capacities.", goal);
+    if (reached.empty()) {
+      return among.empty() ? fmt::format("No policy reaches {} at these capacities.", goal)
+                           : fmt::format("None {} reaches {} at these.", among, goal);
+    }
     std::ranges::stable_sort(
         reached, {}, [](const CapacityCurve* curve) { return *curve->kept_for_goal * curve->sets_per_kv_head; });
     std::vector<std::string> parts;
@@ -201,10 +212,13 @@ class Findings {
           curve->sets_per_kv_head > 1 ? fmt::format(" in each of {:.3g} sets", curve->sets_per_kv_head) : ""));
     }
     const std::size_t rest = all - reached.size();
-    return fmt::format("For {}, {} positions{}.", goal, enumeration(parts),
-                       rest == 0 ? ""
-                                 : fmt::format("; {} of {} policies {} not reach it at these capacities", rest, all,
-                                               rest == 1 ? "does" : "do"));
+    std::string others;
+    if (rest > 0) {
+      others = fmt::format("; {} {}{} not reach it at these capacities", rest,
+                           among.empty() ? fmt::format("of {} policies ", all) : "", rest == 1 ? "does" : "do");
+    }
+    return fmt::format("For {}{}, {} positions{}.", goal, among.empty() ? "" : ", " + among, enumeration(parts),
+                       others);
   }
 
   std::string step() const {

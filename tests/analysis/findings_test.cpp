@@ -63,6 +63,30 @@ TEST_F(FindingsTest, SayWhatIsBestAndWhatItGains) {
   EXPECT_EQ(findings(analysis, 1).size(), 1u);
 }
 
+TEST_F(FindingsTest, TheGoalIsSoughtAmongPoliciesWithSeveralCapacities) {
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  // At one capacity the best of all, where it reaches every goal.
+  add_result(a, "snapkv(window=20)", 32, about(0.1, 0));
+  for (const int capacity : {16, 32}) {
+    add_result(a, "recent", capacity, about(12.0 / capacity, 0));
+    add_result(a, "tova", capacity, about(8.0 / capacity, 0));
+  }
+  AnalysisOptions options;
+  options.goal = 0.2;
+  EXPECT_THAT(findings(analysis_of({a}, options), 10),
+              AllOf(Contains("None of the 2 policies with several capacities reaches a layer error of 0.2 at these."),
+                    Each(Not(HasSubstr("No policy reaches")))));
+  options.goal = 0.3;
+  EXPECT_THAT(findings(analysis_of({a}, options), 10),
+              Contains(AllOf(StartsWith("For a layer error of 0.3, of the 2 policies with several capacities, tova"),
+                             HasSubstr("; 1 does not reach it at these capacities"))));
+  // Where all have several, they are all that is spoken of.
+  add_result(a, "snapkv(window=20)", 24, about(0.25, 0));
+  options.goal = 0.05;
+  EXPECT_THAT(findings(analysis_of({a}, options), 10),
+              Contains("No policy reaches a layer error of 0.05 at these capacities."));
+}
+
 TEST_F(FindingsTest, ClaimNothingThatIsNotSure) {
   TraceReplay a = MadeReplay{.queries = 30}.replay();
   add_result(a, "snapkv", 16, about(0.5, 0.2));

@@ -89,10 +89,19 @@ std::string best_oracle(const std::vector<ComparisonRow>& rows, const std::vecto
   return best;
 }
 
-std::vector<TraceOverview> overview(const AnalysisInput& input) {
+// `results`: those of the input that means are over.
+std::vector<TraceOverview> overview(const AnalysisInput& input, const ResultSet& results) {
   std::vector<TraceOverview> traces;
   std::map<std::string, std::string> digests;
-  for (const StoredResult& result : input.results.results()) {
+  std::set<std::pair<std::string, int>> counted;
+  std::vector<const StoredResult*> counted_first;
+  for (const StoredResult& result : results.results()) {
+    counted.emplace(result.trace, result.eviction_position);
+    counted_first.push_back(&result);
+  }
+  for (const StoredResult& result : input.results.results()) counted_first.push_back(&result);
+  for (const StoredResult* one : counted_first) {
+    const StoredResult& result = *one;
     auto found = std::ranges::find(traces, result.trace, &TraceOverview::trace);
     if (found == traces.end()) {
       digests[result.trace] = result.trace_digest;
@@ -105,7 +114,9 @@ std::vector<TraceOverview> overview(const AnalysisInput& input) {
       found->prompt_length = result.prompt_length;
       found->evaluation_queries = static_cast<int>(result.evaluation_positions.size());
     }
-    std::vector<int>& positions = found->eviction_positions;
+    std::vector<int>& positions = counted.contains({result.trace, result.eviction_position})
+                                      ? found->eviction_positions
+                                      : found->other_eviction_positions;
     if (std::ranges::find(positions, result.eviction_position) == positions.end()) {
       positions.push_back(result.eviction_position);
     }
@@ -118,7 +129,10 @@ std::vector<TraceOverview> overview(const AnalysisInput& input) {
       if (digests.at(trace.trace) == digest) trace.token_pieces = reader.info().token_pieces;
     }
   }
-  for (TraceOverview& trace : traces) std::ranges::sort(trace.eviction_positions);
+  for (TraceOverview& trace : traces) {
+    std::ranges::sort(trace.eviction_positions);
+    std::ranges::sort(trace.other_eviction_positions);
+  }
   return traces;
 }
 
@@ -313,7 +327,7 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
     options.baseline = results.policy_named(options.baseline);
   }
   const bool lower_is_better = traits_of(options.measure).lower_is_better;
-  analysis.traces = overview(input);
+  analysis.traces = overview(input, results);
   analysis.settings = results.settings();
   for (const std::string& note : input.kept.notes()) analysis.notes.push_back(note);
 

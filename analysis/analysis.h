@@ -32,8 +32,9 @@ struct TraceOverview {
   int num_query_heads = 0;
   int num_kv_heads = 0;
   int prompt_length = 0;
-  std::vector<int> eviction_positions;
-  int evaluation_queries = 0;  ///< of the first eviction position
+  std::vector<int> eviction_positions;        ///< ascending: those that means are over
+  std::vector<int> other_eviction_positions;  ///< ascending: those that means leave out, see ResultSet::comparable()
+  int evaluation_queries = 0;                 ///< of the first of those that means are over
   std::vector<Span> spans;
   std::vector<std::string> token_pieces;  ///< [T] where the trace was found, else empty
 };

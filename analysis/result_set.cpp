@@ -345,9 +345,20 @@ ResultSet ResultSet::only(const std::function<bool(const StoredResult&)>& wanted
   return set;
 }
 
+std::vector<StoredResult> ResultSet::comparable(std::span<const StoredResult> results) {
+  ResultSet set;
+  set.results_.assign(results.begin(), results.end());
+  set.place_.resize(results.size());
+  set.index_settings();
+  set.leave_out_other_evaluations(false);
+  set.leave_out_partial_evictions();
+  return set.results_;
+}
+
 ResultSet ResultSet::comparable() const {
   ResultSet set = *this;
   set.leave_out_other_evaluations(false);
+  set.require_two_policies_of(*this);
   set.leave_out_partial_evictions();
   set.require_what_was_named();
   return set;
@@ -356,6 +367,7 @@ ResultSet ResultSet::comparable() const {
 ResultSet ResultSet::comparable_at_each_eviction() const {
   ResultSet set = *this;
   set.leave_out_other_evaluations(true);
+  set.require_two_policies_of(*this);
   set.require_what_was_named();
   return set;
 }
@@ -402,21 +414,21 @@ void ResultSet::leave_out_other_evaluations(bool evictions_apart) {
                       chosen.front(), evictions_apart ? "" : ", or look at one eviction with --evict-at"));
     }
   }
-  if (left_out.empty()) return;
-  const auto candidates = [this]() {
+  if (!left_out.empty()) keep([&stays](std::size_t i) { return stays[i]; });
+}
+
+void ResultSet::require_two_policies_of(const ResultSet& all) const {
+  const auto candidates = [](const ResultSet& set) {
     std::set<std::string> found;
-    for (const StoredResult& result : results_) {
+    for (const StoredResult& result : set.results_) {
       if (!result.oracle && result.capacity_request != kAllPositions) found.insert(result.policy);
     }
     return found.size();
   };
-  const std::size_t before = candidates();
-  keep([&stays](std::size_t i) { return stays[i]; });
-  if (before >= 2 && candidates() < 2) {
-    const NotComparable& first = not_comparable_.front();
-    throw Error(fmt::format("no two policies were evaluated on the same queries: {} {}",
-                            printable(first.setting.policy), first.why));
-  }
+  if (candidates(all) < 2 || candidates(*this) >= 2) return;
+  const NotComparable& first = not_comparable_.front();
+  throw Error(fmt::format("no two policies were evaluated on the same queries: {} {}", printable(first.setting.policy),
+                          first.why));
 }
 
 void ResultSet::leave_out_partial_evictions() {

@@ -64,6 +64,9 @@ class ResultSet {
   /// The same where eviction positions are told apart, so that each may have evaluation queries of its own.
   ResultSet comparable_at_each_eviction() const;
 
+  /// Those of `results`, which one set has, that its comparable() leaves, also where it would throw.
+  static std::vector<StoredResult> comparable(std::span<const StoredResult> results);
+
   /// In the order of the files; those that keep everything included. Each says whether there was nothing to choose: of
   /// files that do not, as its spec has it.
   const std::vector<StoredResult>& results() const { return results_; }
@@ -127,6 +130,7 @@ class ResultSet {
   void keep(const std::function<bool(std::size_t)>& wanted);
   void leave_out_other_evaluations(bool evictions_apart);
   void leave_out_partial_evictions();
+  void require_two_policies_of(const ResultSet& all) const;
   std::string results_text(const std::vector<std::size_t>& which) const;
   void require_what_was_named() const;
 

@@ -638,11 +638,15 @@ std::string analysis_headline(std::span<const StoredResult> results) {
   std::set<std::string> traces;
   std::vector<std::string> models;
   std::set<int> evictions;
+  std::set<int> others;
   std::set<std::pair<std::string, int>> queries;
-  for (const StoredResult& result : results) {
-    traces.insert(result.trace);
+  for (const StoredResult& result : ResultSet::comparable(results)) {
     evictions.insert(result.eviction_position);
     for (const int position : result.evaluation_positions) queries.emplace(result.trace, position);
+  }
+  for (const StoredResult& result : results) {
+    traces.insert(result.trace);
+    if (!evictions.contains(result.eviction_position)) others.insert(result.eviction_position);
     const auto count = [](int number, const char* noun) {
       return fmt::format("{} {}{}", number, noun, number == 1 ? "" : "s");
     };
@@ -651,11 +655,10 @@ std::string analysis_headline(std::span<const StoredResult> results) {
     if (std::ranges::find(models, model) == models.end()) models.push_back(std::move(model));
   }
   const std::string of_models = models.size() == 1 ? models.front() : fmt::format("{} models", models.size());
-  std::string text = fmt::format(
-      "{} trace{} of {}; evicted at {}, {} evaluation quer{}", traces.size(), traces.size() == 1 ? "" : "s", of_models,
-      evictions.size() == 1 ? fmt::format("{}", *evictions.begin())
-                            : fmt::format("{} to {}", *evictions.begin(), *evictions.rbegin()),
-      queries.size(), queries.size() == 1 ? "y" : "ies");
+  std::string text =
+      fmt::format("{} trace{} of {}; evicted at {}, {} evaluation quer{}", traces.size(), traces.size() == 1 ? "" : "s",
+                  of_models, range_text(evictions), queries.size(), queries.size() == 1 ? "y" : "ies");
+  if (!others.empty()) text += fmt::format("; apart from these also evicted at {}", range_text(others));
   if (models.size() == 1) return text;
   for (const std::string& model : models) text += fmt::format("\n  {}", model);
   return text;

@@ -12,6 +12,7 @@
 #include "base/printable.h"
 #include "notebooks-export/embedded_files.h"
 #include "notebooks-export/figure_style.h"
+#include "notebooks-export/tables.h"
 
 namespace kvreplay {
 
@@ -91,12 +92,6 @@ Json packed(const DataTable& table) {
   return {{"columns", table.columns()}, {"rows", table.rows().size()}, {"values", std::move(values)}};
 }
 
-std::string range_text(const std::set<int>& numbers) {
-  if (numbers.empty()) return "";
-  if (numbers.size() == 1) return fmt::format("{}", *numbers.begin());
-  return fmt::format("{} to {}", *numbers.begin(), *numbers.rbegin());
-}
-
 std::string plural(std::size_t count, std::string_view noun, std::string_view nouns) {
   return fmt::format("{} {}", count, count == 1 ? noun : nouns);
 }
@@ -105,10 +100,12 @@ std::string plural(std::size_t count, std::string_view noun, std::string_view no
 std::string captured(const Analysis& analysis) {
   std::set<int> prompts;
   std::set<int> evictions;
+  std::set<int> others;
   std::vector<std::string> models;
   for (const TraceOverview& trace : analysis.traces) {
     prompts.insert(trace.prompt_length);
     evictions.insert(trace.eviction_positions.begin(), trace.eviction_positions.end());
+    others.insert(trace.other_eviction_positions.begin(), trace.other_eviction_positions.end());
     const std::string model = fmt::format(
         "{} ({}, {} on {})", trace.model, plural(static_cast<std::size_t>(trace.num_layers), "layer", "layers"),
         plural(static_cast<std::size_t>(trace.num_query_heads), "query head", "query heads"),
@@ -120,9 +117,11 @@ std::string captured(const Analysis& analysis) {
     if (i > 0) names += i + 1 == models.size() ? " and " : ", ";
     names += models[i];
   }
-  return fmt::format("{} of {}; prompts of {} tokens, evicted at position {}.",
+  for (const int position : evictions) others.erase(position);
+  return fmt::format("{} of {}; prompts of {} tokens, evicted at position {}{}.",
                      plural(analysis.traces.size(), "trace", "traces"), names, range_text(prompts),
-                     range_text(evictions));
+                     range_text(evictions),
+                     others.empty() ? "" : fmt::format(", and apart from that at {}", range_text(others)));
 }
 
 std::string compared(const Analysis& analysis, const FigureStyle& style) {
@@ -205,6 +204,11 @@ std::string traces_table(const Analysis& analysis) {
     for (const int position : trace.eviction_positions) {
       evictions += fmt::format("{}{}", evictions.empty() ? "" : ", ", position);
     }
+    std::string others;
+    for (const int position : trace.other_eviction_positions) {
+      others += fmt::format("{}{}", others.empty() ? "; apart from that " : ", ", position);
+    }
+    evictions += others;
     text += fmt::format("<tr><th scope=\"row\">{}</th><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>\n",
                         html(trace.trace), html(trace.model), trace.prompt_length, evictions, trace.evaluation_queries,
                         trace.spans.size());

@@ -141,6 +141,12 @@ std::string wrapped(const std::string& text, std::size_t indent, std::size_t wid
   return result;
 }
 
+std::string range_text(const std::set<int>& numbers) {
+  if (numbers.empty()) return "";
+  if (numbers.size() == 1) return fmt::format("{}", *numbers.begin());
+  return fmt::format("{} to {}", *numbers.begin(), *numbers.rbegin());
+}
+
 std::vector<std::string> broken_spec(const std::string& spec, std::size_t width) {
   std::vector<std::string> lines = {""};
   for (std::size_t at = 0; at < spec.size();) {

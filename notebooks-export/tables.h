@@ -1,6 +1,7 @@
 // Results as text: the table on the terminal, tidy CSV, JSON.
 #pragma once
 
+#include <set>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,9 @@ std::string wrapped(const std::string& text, std::size_t indent, std::size_t wid
 
 /// The lines of a policy's spec that is too long for a column of `width`, broken after ',' and before '+' and ' '.
 std::vector<std::string> broken_spec(const std::string& spec, std::size_t width);
+
+/// "512", or "512 to 1852": the first and the last; empty of none.
+std::string range_text(const std::set<int>& numbers);
 
 /// The table that a replay ends with: a row per policy and capacity, as PolicyRanking puts them. A '*' marks what costs
 /// more or less than its capacity in every KV head; rows of fewer places than others say of how many.

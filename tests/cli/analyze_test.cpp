@@ -16,6 +16,7 @@ using test::Outcome;
 using test::RandomTrace;
 using testing::AllOf;
 using testing::Contains;
+using testing::EndsWith;
 using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::Not;
@@ -115,9 +116,28 @@ TEST_F(Analyze, OtherEvaluationQueriesAreNotCompared) {
   EXPECT_THAT(outcome.errors, AllOf(HasSubstr("note: a.h5: tova at 16"), HasSubstr("from 50 on"),
                                     HasSubstr("replay with --evaluate-from 60")));
   EXPECT_THAT(outcome.output, Not(HasSubstr("tova")));
+  EXPECT_EQ(lines_of(outcome.output).front(), lines_of(analyze("r.h5 --trace a").output).front())
+      << "whose queries count in no number";
   refuse_words("r.h5 from-50.h5 -p tova -p recent", 1,
                {"no two policies were evaluated on the same queries", "tova was", "--evaluate-from 60"});
   refuse_words("r.h5 from-50.h5 --baseline tova", 1, {"tova cannot be compared", "--evaluate-from 60"});
+}
+
+TEST_F(Analyze, TheFirstLineIsOfWhatMeansAreOver) {
+  for (const char* position : {"50", "60"}) {
+    succeed(
+        test::words(fmt::format("replay a.h5 --policy tova --policy recent --capacity 16 --evict-at {0} "
+                                "--evaluate-from {0} -o {0}.h5",
+                                position)));
+  }
+  const auto first_line = [this](const std::string& arguments) { return lines_of(analyze(arguments).output).front(); };
+  EXPECT_THAT(first_line("60.h5"), EndsWith("; evicted at 60, 10 evaluation queries"));
+  EXPECT_EQ(first_line("50.h5 60.h5"), first_line("60.h5") + "; apart from these also evicted at 50");
+  // An eviction at which only some were replayed is left out of means too.
+  succeed(
+      test::words("replay a.h5 --policy snapkv(window=8) --capacity 16 --evict-at 40 --evaluate-from 60 -o some.h5"));
+  EXPECT_EQ(first_line("r.h5 some.h5 --trace a"),
+            first_line("r.h5 --trace a") + "; apart from these also evicted at 40");
 }
 
 TEST_F(Analyze, EvictionsOfOtherQueriesAreNotAveraged) {

@@ -76,6 +76,14 @@ TEST_F(ReportCommand, SaysWhatWasFoundAndWhereItStands) {
   EXPECT_THAT(file("out/notebook.ipynb"), HasSubstr("error-against-capacity"));
 }
 
+TEST_F(ReportCommand, EvictionsThatNoMeanIsOverAreToldApart) {
+  succeed(
+      test::words("replay a.h5 --policy snapkv(window=8) --capacity 16 --evict-at 40 --evaluate-from 60 -o some.h5"));
+  report("r.h5 some.h5 --trace a -o out");
+  EXPECT_THAT(file("out/index.html"), AllOf(HasSubstr("evicted at position 50 to 60, and apart from that at 40."),
+                                            HasSubstr("<td>50, 60; apart from that 40</td>")));
+}
+
 TEST_F(ReportCommand, TracesAddTextAndOthersAreTold) {
   RandomTrace{.seed = 9}.write(folder_ / "c.h5");
   refuse_words("r.h5 --trace c.h5 -o out", 2, {"no result is of trace c.h5", "a.h5, b.h5"});

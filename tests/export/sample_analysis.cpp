@@ -47,6 +47,7 @@ Analysis SampleAnalysis::make() const {
                 .num_kv_heads = std::max(1, num_heads / 2),
                 .prompt_length = prompt_length,
                 .eviction_positions = eviction_positions,
+                .other_eviction_positions = {},
                 .evaluation_queries = 31,
                 .spans = {},
                 .token_pieces = {}};

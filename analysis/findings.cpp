@@ -160,12 +160,17 @@ class Findings {
                          unequal > 0 ? count : "");
     }
     if (most == nullptr) {
-      return fmt::format("No policy is surely better than {}; the nearest to it is {} at {}: {}{}, {}.{}", baseline,
-                         nearest->key.policy, nearest->key.capacity_request, signed_text(nearest->difference->mean),
+      const bool surely_worse = gain(*nearest) < 0 && nearest->difference->adjusted < level_;
+      return fmt::format("No policy is surely better than {}; the nearest to it{} {} at {}{}: {}{}, {}.{}", baseline,
+                         surely_worse ? "," : " is", nearest->key.policy, nearest->key.capacity_request,
+                         surely_worse ? ", is surely worse" : "", signed_text(nearest->difference->mean),
                          interval_text(nearest->difference->interval), p_text(*nearest->difference), count);
     }
     const PairedDifference& difference = *most->difference;
-    return fmt::format("Against {}, {} gains most at capacity {}: {}{}{}, better in {} of the pairs, {}.{}", baseline,
+    // The largest gain may be one that is not sure.
+    const std::string among = gain(*nearest) > gain(*most) ? fmt::format("Of what is surely better than {}", baseline)
+                                                           : fmt::format("Against {}", baseline);
+    return fmt::format("{}, {} gains most at capacity {}: {}{}{}, better in {} of the pairs, {}.{}", among,
                        most->key.policy, most->key.capacity_request, signed_text(difference.mean),
                        interval_text(difference.interval),
                        std::isnan(difference.relative) ? "" : fmt::format(" or {:+.3g} %", 100 * difference.relative),

@@ -97,6 +97,27 @@ TEST_F(FindingsTest, ClaimNothingThatIsNotSure) {
   EXPECT_THAT(sentences, Each(Not(HasSubstr("gains most"))));
 }
 
+TEST_F(FindingsTest, TheMostOfWhatIsSureIsNotCalledTheMostOfAll) {
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  add_result(a, "snapkv", 16, about(0.5, 0));
+  add_result(a, "adakv", 16, about(0.49, 0.001));
+  add_result(a, "restkv", 16, about(0.45, 0.5, 1.3));
+  EXPECT_THAT(
+      findings(analysis_of({a}), 10),
+      AllOf(Contains(StartsWith("Of what is surely better than snapkv, adakv gains most at capacity 16: -0.01")),
+            Contains(HasSubstr("Of 2 comparisons, 1 is surely better and 0 surely worse"))));
+}
+
+TEST_F(FindingsTest, TheNearestMaySurelyBeWorse) {
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  add_result(a, "snapkv", 16, about(0.5, 0));
+  add_result(a, "h2o", 16, about(0.51, 0.001));
+  add_result(a, "tova", 16, about(0.53, 0.5, 1.3));
+  EXPECT_THAT(findings(analysis_of({a}), 10),
+              Contains(StartsWith("No policy is surely better than snapkv; the nearest to it, h2o at 16, is surely "
+                                  "worse: +0.01")));
+}
+
 TEST_F(FindingsTest, OfASinglePolicyThereIsNothingToCompare) {
   TraceReplay a = MadeReplay{}.replay();
   add_result(a, "tova", 16, about(0.5, 0.2));

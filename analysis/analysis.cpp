@@ -190,9 +190,30 @@ void note_apart(const std::vector<SettingKey>& apart, std::vector<std::string>& 
                   : fmt::format(" and {} more settings are", rest)));
 }
 
+// Of the settings of the usual baseline, the nearest to its defaults where that is of fewer traces or eviction
+// positions than most others, so that `baseline` is not it but another; else empty.
+std::string passed_over_for(const std::string& baseline, const ResultSet& results) {
+  const std::vector<SettingKey> apart = settings_apart(results, "");
+  std::vector<std::string> settings_of_usual;
+  for (const SettingKey& key : results.settings()) {
+    const bool oracle = results.results()[results.of_setting(key).front()].oracle;
+    const bool listed = std::ranges::find(settings_of_usual, key.policy) != settings_of_usual.end();
+    if (oracle || listed || spec_structure(key.policy).method != kUsualBaseline) continue;
+    settings_of_usual.push_back(key.policy);
+  }
+  if (settings_of_usual.empty()) return "";
+  const std::string nearest = policies_nearest_to_defaults(settings_of_usual).front();
+  const auto compared = [&](const SettingKey& key) {
+    return key.policy == nearest && key.capacity_request != kAllPositions &&
+           std::ranges::find(apart, key) == apart.end();
+  };
+  return nearest == baseline || std::ranges::any_of(results.settings(), compared) ? "" : nearest;
+}
+
 // What others are compared with where nobody said what, and why.
 void note_baseline(const ResultSet& results, const std::string& baseline, std::vector<std::string>& notes) {
   if (baseline.empty()) return;
+  const std::string passed_over = passed_over_for(baseline, results);
   const std::string method = spec_structure(baseline).method;
   std::size_t of_method = 0;
   std::size_t others = 0;
@@ -201,13 +222,19 @@ void note_baseline(const ResultSet& results, const std::string& baseline, std::v
   }
   const bool usual = method == kUsualBaseline;
   if (usual && (of_method == 0 || baseline == method)) return;
-  const std::string nearest =
-      of_method == 0 ? "" : fmt::format("of the settings of {} the nearest to its defaults", method);
+  const std::string nearest = of_method == 0 ? ""
+                                             : fmt::format("of the settings of {} the nearest to its defaults{}",
+                                                           method, usual && !passed_over.empty() ? " but one" : "");
   const std::string middle = usual || others == 0 ? ""
                                                   : fmt::format("{}in the middle by its mean at the first capacity",
                                                                 of_method == 0 ? "" : ", and ");
-  notes.push_back(fmt::format("{} is what others are compared with, being {}{}; --baseline names another",
-                              printable(baseline), nearest, middle));
+  const std::string why_not =
+      passed_over.empty()
+          ? ""
+          : fmt::format(", since {} is not of the traces and eviction positions that most others are of",
+                        printable(passed_over));
+  notes.push_back(fmt::format("{} is what others are compared with, being {}{}{}; --baseline names another",
+                              printable(baseline), nearest, middle, why_not));
 }
 
 // Results that others' measure is lacking in.

@@ -164,6 +164,26 @@ TEST_F(FindingsTest, OfAGridWithoutTheDefaultsTheNearestSettingIsTheBaseline) {
   EXPECT_EQ(analysis.step_effects.front().reference, "restkv(alpha=0.5,beta=1000)");
 }
 
+TEST_F(FindingsTest, WhyTheUsualBaselineIsNotTakenIsTold) {
+  TraceReplay a = MadeReplay{}.replay();
+  for (const char* policy : {"snapkv", "snapkv(window=16)", "h2o", "tova"}) add_result(a, policy, 16, about(0.5, 0));
+  TraceReplay b = MadeReplay{.trace = "b.h5"}.replay();
+  for (const char* policy : {"snapkv(window=16)", "h2o", "tova"}) add_result(b, policy, 16, about(0.5, 0));
+  const Analysis analysis = analysis_of({a, b});
+  EXPECT_EQ(analysis.options.baseline, "snapkv(window=16)");
+  EXPECT_THAT(
+      analysis.notes,
+      Contains("snapkv(window=16) is what others are compared with, being of the settings of snapkv the nearest "
+               "to its defaults but one, since snapkv is not of the traces and eviction positions that most "
+               "others are of; --baseline names another"));
+  b.results.erase(b.results.begin());
+  a.results.erase(a.results.begin() + 1);
+  const Analysis without = analysis_of({a, b});
+  EXPECT_NE(without.options.baseline, "snapkv");
+  EXPECT_THAT(without.notes, Contains(AllOf(HasSubstr("in the middle by its mean at the first capacity, since snapkv "
+                                                      "is not of the traces"))));
+}
+
 TEST_F(FindingsTest, SettingsOfFewerPlacesAreTold) {
   TraceReplay a = MadeReplay{}.replay();
   add_result(a, "snapkv", 16, about(0.5, 0));

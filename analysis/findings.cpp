@@ -12,16 +12,28 @@
 namespace kvreplay {
 namespace {
 
-std::string number_text(double number) { return fmt::format("{:.3g}", number); }
+// Three digits, but no more decimals than tables show.
+double as_in_tables(double number) {
+  constexpr double kDecimals = 1e4;
+  constexpr double kLeast = 1e-3;  // of less, tables show a single digit or none
+  return std::abs(number) < kLeast ? number : std::round(kDecimals * number) / kDecimals;
+}
+
+std::string number_text(double number) { return fmt::format("{:.3g}", as_in_tables(number)); }
 
 // Positions, which are counts and means of counts.
 double tenths(double number) { return std::round(10 * number) / 10; }
 
-std::string signed_text(double number) { return fmt::format("{:+.3g}", number); }
+std::string signed_text(double number) { return fmt::format("{:+.3g}", as_in_tables(number)); }
+
+std::string signed_percent_text(double share) {
+  const double percent = 100 * share;
+  return fmt::format("{:+.3g} %", std::abs(percent) < 1 ? percent : tenths(percent));
+}
 
 std::string interval_text(const Interval& interval) {
   if (std::isnan(interval.low)) return "";
-  return fmt::format(" [{:+.3g}, {:+.3g}]", interval.low, interval.high);
+  return fmt::format(" [{}, {}]", signed_text(interval.low), signed_text(interval.high));
 }
 
 std::string percent_text(double share) { return fmt::format("{:.3g} %", 100 * share); }
@@ -173,7 +185,7 @@ class Findings {
     return fmt::format("{}, {} gains most at capacity {}: {}{}{}, better in {} of the pairs, {}.{}", among,
                        most->key.policy, most->key.capacity_request, signed_text(difference.mean),
                        interval_text(difference.interval),
-                       std::isnan(difference.relative) ? "" : fmt::format(" or {:+.3g} %", 100 * difference.relative),
+                       std::isnan(difference.relative) ? "" : " or " + signed_percent_text(difference.relative),
                        percent_text(difference.wins), p_text(difference), count);
   }
 
@@ -238,10 +250,13 @@ class Findings {
       if (most == nullptr || std::abs(effect.difference.relative) > std::abs(most->difference.relative)) most = &effect;
     }
     if (compared == 0) return "";
-    if (most == nullptr) return fmt::format("None of {} single changes to a method makes a sure difference.", compared);
-    return fmt::format("Of single changes to {}, {} ({}) changes the {} most: {:+.3g} % at {}{}, {}.", most->reference,
-                       most->change, most->step, measure_.noun, 100 * most->difference.relative, most->capacity_request,
-                       interval_text(most->difference.interval), p_text(most->difference));
+    if (most == nullptr) {
+      return compared == 1 ? "The single change to a method that there is makes no sure difference."
+                           : fmt::format("None of {} single changes to a method makes a sure difference.", compared);
+    }
+    return fmt::format("Of single changes to {}, {} ({}) changes the {} most: {} at {}{}, {}.", most->reference,
+                       most->change, most->step, measure_.noun, signed_percent_text(most->difference.relative),
+                       most->capacity_request, interval_text(most->difference.interval), p_text(most->difference));
   }
 
   std::string regret() const {
@@ -279,16 +294,14 @@ class Findings {
     if (policies < 2) return "";
     if (sure == nullptr) {
       return fmt::format(
-          "Of the annotated spans no policy surely keeps more than of the whole prompt at capacity {}; the most, {}, "
-          "{} "
-          "of their positions and {} of all{}.",
+          "No policy surely keeps more of the annotated spans than of the whole prompt at capacity {}; {} keeps the "
+          "most: {} of their positions and {} of all{}.",
           capacity, most->policy, percent_text(most->recall), percent_text(most->kept_share),
           std::isnan(most->p_value) ? "" : fmt::format(" ({})", p_text(most->p_value, most->adjusted)));
     }
     return fmt::format(
-        "Of the annotated spans, {} keeps more than of the whole prompt at capacity {}: {} of their positions and {} "
-        "of "
-        "all, {:+.3g} points [{:+.3g}, {:+.3g}], {}.",
+        "{} surely keeps more of the annotated spans than of the whole prompt at capacity {}: {} of their positions "
+        "and {} of all, {:+.3g} points [{:+.3g}, {:+.3g}], {}.",
         sure->policy, capacity, percent_text(sure->recall), percent_text(sure->kept_share), 100 * sure->mean,
         100 * sure->interval.low, 100 * sure->interval.high, p_text(sure->p_value, sure->adjusted));
   }

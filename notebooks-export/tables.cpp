@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <string_view>
 #include <utility>
 
 #include "notebooks-export/csv_field.h"
@@ -90,6 +91,12 @@ Json json_of(const MeasureSummary& row) {
 
 std::string dump(const Json& json) { return json.dump(1, ' ', false, Json::error_handler_t::replace); }
 
+// Whether a line may end between two words: not before a unit, nor around what a number is compared by ("p = 0.003").
+bool may_part(std::string_view before, std::string_view word) {
+  const auto compares = [](std::string_view text) { return text == "=" || text == "<"; };
+  return !word.starts_with('%') && !compares(word) && !compares(before);
+}
+
 }  // namespace
 
 std::string aligned_table(const std::vector<std::vector<std::string>>& rows) {
@@ -131,7 +138,17 @@ std::string wrapped(const std::string& text, std::size_t indent, std::size_t wid
   };
   std::size_t at = 0;
   while (at < text.size()) {
-    const std::size_t end = std::min(text.find(' ', at), text.size());
+    // Words that stay together.
+    std::size_t end = std::min(text.find(' ', at), text.size());
+    for (std::size_t last = at; end < text.size();) {
+      const std::size_t next = std::min(text.find(' ', end + 1), text.size());
+      const auto part = [&text](std::size_t from, std::size_t to) {
+        return std::string_view(text).substr(from, to - from);
+      };
+      if (next == end + 1 || may_part(part(last, end), part(end + 1, next))) break;
+      last = end + 1;
+      end = next;
+    }
     const std::string word = text.substr(at, end - at);
     if (!line.empty() && indent + display_width(line) + 1 + display_width(word) > width) end_line();
     line += line.empty() ? word : fmt::format(" {}", word);

@@ -15,7 +15,8 @@ namespace kvreplay {
 /// Columns set flush: the first to the left, the others to the right, with a rule under the heads.
 std::string aligned_table(const std::vector<std::vector<std::string>>& rows);
 
-/// `text` broken at spaces into lines of at most `width` columns, each after `indent` spaces and ended by a newline.
+/// `text` broken at spaces, though not between a number and its unit, into lines of at most `width` columns, each after
+/// `indent` spaces and ended by a newline.
 std::string wrapped(const std::string& text, std::size_t indent, std::size_t width = 100);
 
 /// The lines of a policy's spec that is too long for a column of `width`, broken after ',' and before '+' and ' '.

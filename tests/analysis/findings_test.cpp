@@ -135,6 +135,23 @@ TEST_F(FindingsTest, TheStepThatMattersMostIsTold) {
               Contains(AllOf(HasSubstr("temporal: ema → mean (temporal smoothing)"), HasSubstr("most: +19"))));
 }
 
+TEST_F(FindingsTest, ASingleChangeIsOne) {
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  add_result(a, "restkv", 16, about(0.5, 0.2));
+  add_result(a, "restkv(temporal=mean)", 16, about(0.501, 0.2, 1.3));
+  EXPECT_THAT(findings(analysis_of({a}), 10),
+              Contains("The single change to a method that there is makes no sure difference."));
+}
+
+TEST_F(FindingsTest, NumbersHaveTheDecimalsOfTables) {
+  TraceReplay a = MadeReplay{.layers = 1, .queries = 30}.replay();
+  add_result(a, "snapkv", 16, about(0.02, 0));
+  add_result(a, "tova", 16, about(0.009114, 0.00001));
+  EXPECT_THAT(findings(analysis_of({a}), 10),
+              AllOf(Contains("tova has the smallest layer error: 0.0091 at 16."),
+                    Contains(AllOf(HasSubstr("-0.0109 [-0.0109, -0.0109]"), HasSubstr(" or -54.4 %")))));
+}
+
 TEST_F(FindingsTest, WithoutSnapKVTheMiddleOneIsTheBaseline) {
   TraceReplay a = MadeReplay{}.replay();
   add_result(a, "full", 0, about(0, 0));
@@ -310,8 +327,10 @@ TEST_F(SpanFindings, ChanceIsNotPraised) {
   EXPECT_NEAR(analysis.span_excesses[1].mean, 0.075, 1e-6);
   EXPECT_NEAR(analysis.span_excesses[1].kept_share, 0.25, 1e-12);
   EXPECT_LT(analysis.span_excesses[1].interval.low, 0);
-  EXPECT_THAT(findings(analysis, 10),
-              Contains(StartsWith("Of the annotated spans no policy surely keeps more than of the whole prompt")));
+  EXPECT_THAT(
+      findings(analysis, 10),
+      Contains(StartsWith("No policy surely keeps more of the annotated spans than of the whole prompt at capacity 25; "
+                          "recent keeps the most: 32.5 % of their positions and 25 % of all")));
 }
 
 TEST_F(SpanFindings, WhatChanceDoesNotExplainIsTold) {
@@ -320,7 +339,7 @@ TEST_F(SpanFindings, WhatChanceDoesNotExplainIsTold) {
   add(a, "snapkv", {0.5, 0.6, 0.55, 0.45, 0.5, 0.65, 0.5, 0.55});
   const Analysis analysis = analysis_of({a});
   EXPECT_THAT(findings(analysis, 10),
-              Contains(AllOf(StartsWith("Of the annotated spans, snapkv keeps more than of the whole prompt"),
+              Contains(AllOf(StartsWith("snapkv surely keeps more of the annotated spans than of the whole prompt"),
                              HasSubstr("53.8 % of their positions and 25 % of all, +28.8 points ["))));
   // Student's t of eight spans: (0.5375 − 0.25) ± 2.365 · 0.0232.
   const SpanExcess& excess = analysis.span_excesses[1];

@@ -26,6 +26,18 @@ std::pair<At, std::string> placed(const ParameterPoint& point, std::span<const s
   return {std::move(at), std::move(others)};
 }
 
+// How much a map of two parameters tells: its cells, times the share of them that it has.
+double told_by(const std::vector<GridCell>& cells) {
+  std::set<double> rows;
+  std::set<double> columns;
+  for (const GridCell& cell : cells) {
+    rows.insert(cell.at[0]);
+    columns.insert(cell.at[1]);
+  }
+  const auto count = static_cast<double>(cells.size());
+  return cells.empty() ? 0 : count * count / static_cast<double>(rows.size() * columns.size());
+}
+
 bool has_two_values_of_each(const std::vector<GridCell>& cells, std::size_t axes) {
   for (std::size_t axis = 0; axis < axes; ++axis) {
     std::set<double> values;
@@ -81,15 +93,16 @@ ParameterGrid parameter_grid(std::span<const ParameterPoint* const> points, std:
 
 std::vector<std::string> widest_pair(std::span<const ParameterPoint* const> points) {
   std::vector<std::string> widest;
-  std::size_t most = 0;
+  double most = 0;
   if (points.empty()) return widest;
   const auto& parameters = points.front()->parameters;
   for (std::size_t a = 0; a < parameters.size(); ++a) {
     for (std::size_t b = a + 1; b < parameters.size(); ++b) {
       const std::vector<std::string> pair = {parameters[a].first, parameters[b].first};
       const ParameterGrid grid = parameter_grid(points, pair);
-      if (grid.cells.size() <= most || !has_two_values_of_each(grid.cells, pair.size())) continue;
-      most = grid.cells.size();
+      const double told = told_by(grid.cells);
+      if (told <= most || !has_two_values_of_each(grid.cells, pair.size())) continue;
+      most = told;
       widest = pair;
     }
   }

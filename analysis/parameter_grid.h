@@ -34,8 +34,9 @@ struct ParameterGrid {
 /// different cells, equally many, those that come first count.
 ParameterGrid parameter_grid(std::span<const ParameterPoint* const> points, std::span<const std::string> axes);
 
-/// The two parameters whose grid has the most cells, of equally many those declared first; none where no grid has two
-/// values of each.
+/// The two parameters whose grid tells the most: its cells times the share of the cells of a full grid that these are,
+/// so that a full grid goes before a somewhat larger one with gaps. Of those that tell as much the ones declared first;
+/// none where no grid has two values of each.
 std::vector<std::string> widest_pair(std::span<const ParameterPoint* const> points);
 
 }  // namespace kvreplay

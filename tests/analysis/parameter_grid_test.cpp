@@ -72,5 +72,15 @@ TEST(ParameterGrid, ThePairIsThatOfTheMostCells) {
   EXPECT_THAT(widest_pair(pointers({point(16, 0.1, 100, 0.5), point(16, 0.3, 100, 0.5)})), IsEmpty());
 }
 
+TEST(ParameterGrid, AFullGridGoesBeforeOneWithGaps) {
+  std::vector<ParameterPoint> points;
+  for (const double alpha : {0.1, 0.3, 0.5}) {
+    for (const double beta : {100.0, 2000.0}) points.push_back(point(32, alpha, beta, 0.5));
+  }
+  // With these, window and alpha have seven cells of fifteen.
+  for (const double window : {8.0, 16.0, 64.0, 128.0}) points.push_back(point(window, 0.3, 2000, 0.5));
+  EXPECT_THAT(widest_pair(pointers(points)), ElementsAre("alpha", "beta"));
+}
+
 }  // namespace
 }  // namespace kvreplay

@@ -393,7 +393,9 @@ std::vector<SpanExcess> span_excesses(std::span<const SpanRecall> recalls, doubl
       const double independent = 1 / squares;
       const double error = std::sqrt(variance / (1 - squares));
       const double bound = student_t_bound(confidence, independent - 1);
-      row.interval = {row.mean - bound * error, row.mean + bound * error};
+      // A share is from 0 to 1.
+      row.interval = {std::max(row.mean - bound * error, -row.kept_share),
+                      std::min(row.mean + bound * error, 1 - row.kept_share)};
       row.p_value = student_t_tails(std::abs(row.mean) / error, independent - 1);
     }
     rows.push_back(row);

@@ -67,8 +67,8 @@ struct SpanExcess {
 };
 
 /// A row per setting with spans, in the order of `recalls`. Spans are what is drawn at random, each with its mean over
-/// eviction positions, layers and heads: intervals and p values are Student's t of their weighted mean. NaN of a single
-/// span, and where all are the same.
+/// eviction positions, layers and heads: intervals and p values are Student's t of their weighted mean, and intervals
+/// end where the recall would be less than 0 or more than 1. NaN of a single span, and where all are the same.
 std::vector<SpanExcess> span_excesses(std::span<const SpanRecall> recalls, double confidence);
 
 /// Rank agreement between a policy's scores and the oracle's importance, over all layers and per layer.

@@ -348,6 +348,16 @@ TEST_F(SpanFindings, WhatChanceDoesNotExplainIsTold) {
   EXPECT_EQ(excess.spans, 8);
 }
 
+TEST_F(SpanFindings, IntervalsOfFewSpansAreOfWhatAShareCanBe) {
+  TraceReplay a = MadeReplay{.queries = 30, .spans = {{0, 5, "first"}, {20, 25, "second"}}}.replay();
+  add(a, "snapkv", {0.2, 0.5});
+  const SpanExcess excess = analysis_of({a}).span_excesses.front();
+  // Student's t of two spans alone: 0.1 ± 12.7 · 0.15.
+  EXPECT_NEAR(excess.mean, 0.1, 1e-6);
+  EXPECT_NEAR(excess.interval.low, -0.25, 1e-9) << "as if no span were kept";
+  EXPECT_NEAR(excess.interval.high, 0.75, 1e-9) << "as if all of them were";
+}
+
 TEST_F(FindingsTest, EqualPoliciesShareTheFirstPlace) {
   TraceReplay a = MadeReplay{}.replay();
   for (const char* policy : {"snapkv", "tova", "recent"}) add_result(a, policy, 16, about(0.5, 0.1));

@@ -85,6 +85,9 @@ std::size_t longest_piece(const std::string& text) {
   return longest;
 }
 
+// Whether a text that asks for policies is one's specification, rather than a method's name.
+bool writes_out(const std::string& text) { return text.find('(') != std::string::npos; }
+
 bool contains(const std::vector<std::string>& texts, const std::string& text) {
   return std::ranges::find(texts, text) != texts.end();
 }
@@ -181,17 +184,12 @@ FigureStyle::FigureStyle(const Analysis& analysis, FigureOptions options)
   if (!left_out_.empty()) {
     const std::string_view noun = traits_of(analysis.options.measure).noun;
     const std::string written_out = asked() ? "those whose settings were written out, " : "";
-    shown_text_ = fmt::format(
-        " Shown are {} of {} policies: {}the baseline, the oracle, random, recent, the best setting of each method, "
-        "then "
-        "the next best; the page lists the others.",
-        policies_.size(), best.size(), written_out);
+    shown_text_ = fmt::format(" Shown are {} of {} policies.", policies_.size(), best.size());
     rule_ = fmt::format(
         "Figures show {} of {} policies: {}the baseline, the oracle, random and recent; of each method the setting "
-        "with "
-        "the most capacities, of several the best; then the best others with as many. The best are those whose mean {} "
-        "ranks first, on average over the capacities. --policy shows those that it names.",
-        policies_.size(), best.size(), written_out, noun);
+        "with the most capacities, of several the best; then the best others with as many. The best are those whose "
+        "mean {} ranks first, on average over the capacities.{}",
+        policies_.size(), best.size(), written_out, noun, asked() ? "" : " --policy shows those that it names.");
   }
 
   // A share is as many positions as most policies keep of it.
@@ -209,12 +207,18 @@ FigureStyle::FigureStyle(const Analysis& analysis, FigureOptions options)
   std::ranges::stable_sort(capacities_, {}, [this](const std::string& capacity) { return positions_[capacity]; });
 }
 
-// In the order that figures have: of those asked for that of the names, and of a method's settings the best first.
+// In the order that figures have: of those asked for that of the names. What is written out keeps its place, whether
+// its method is named before it or not; a method's other settings stand at its name, the best first.
 std::vector<std::string> FigureStyle::asked_for(const std::vector<std::string>& best) const {
+  const auto is_written_out = [this](const std::string& policy) {
+    return std::ranges::any_of(options_.policies,
+                               [&](const std::string& text) { return writes_out(text) && is_policy(policy, text); });
+  };
   std::vector<std::string> policies;
   for (const std::string& text : options_.policies) {
     for (const std::string& policy : best) {
-      if (is_policy(policy, text) && !contains(policies, policy)) policies.push_back(policy);
+      if (!is_policy(policy, text) || contains(policies, policy)) continue;
+      if (writes_out(text) || !is_written_out(policy)) policies.push_back(policy);
     }
   }
   for (const std::string& policy : best) {  // such as the baseline, which is asked for in another way
@@ -231,7 +235,7 @@ std::vector<std::string> FigureStyle::thinned(const Analysis& analysis, const st
   };
   for (const std::string& text : options_.policies) {
     for (const std::string& policy : best) {
-      const bool written_out = policy == text || (text.find('(') != std::string::npos && is_policy(policy, text));
+      const bool written_out = policy == text || (writes_out(text) && is_policy(policy, text));
       if (written_out && !contains(shown, policy)) shown.push_back(policy);
     }
   }

@@ -44,7 +44,7 @@ class FigureStyle {
   const std::vector<std::string>& left_out() const { return left_out_; }
   const std::string& rule() const { return rule_; }
 
-  /// " Shown are 12 of 400 policies: …" for captions; empty where all are.
+  /// " Shown are 12 of 400 policies." for captions; empty where all are.
   const std::string& shown_text() const { return shown_text_; }
 
   /// Capacities as asked for, ascending in what they keep; never "all".

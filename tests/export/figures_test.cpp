@@ -249,7 +249,7 @@ TEST_P(Figures, StaySmallAndSayWhatTheyLeaveOut) {
       EXPECT_THAT(figure.caption, HasSubstr("Thinned:"));
     }
     if (name == "sweep" && figure.name == "error-against-capacity") {
-      EXPECT_THAT(figure.caption, testing::ContainsRegex("Shown are [0-9]+ of 402 policies: "));
+      EXPECT_THAT(figure.caption, testing::ContainsRegex("Shown are [0-9]+ of 402 policies\\."));
     }
   }
 }
@@ -338,7 +338,9 @@ TEST(FigureSetTest, WhatIsThinnedFollowsARuleAndIsListed) {
   const FigureStyle style(analysis);
   EXPECT_THAT(style.policies(), testing::ElementsAre("restkv", "snapkv")) << "the better one first";
   EXPECT_THAT(style.left_out(), testing::ElementsAreArray(beta_settings(20))) << "all others, the best first";
-  EXPECT_THAT(style.shown_text(), HasSubstr("Shown are 2 of 22 policies: the baseline, the oracle, random, recent"));
+  EXPECT_THAT(style.shown_text(), testing::StrEq(" Shown are 2 of 22 policies.")) << "by which rule is said once";
+  EXPECT_THAT(style.rule(), HasSubstr("2 of 22 policies: the baseline, the oracle, random and recent"));
+  EXPECT_THAT(style.rule(), HasSubstr("--policy shows"));
   EXPECT_THAT(style.rule(), HasSubstr("the most capacities"));
   EXPECT_THAT(style.capacities(), testing::ElementsAre("64", "128"));
 }
@@ -364,6 +366,17 @@ TEST(FigureSetTest, SettingsThatWereWrittenOutAreShownBesideManyOfAMethod) {
   EXPECT_THAT(style.policies(), testing::Contains("restkv"));
   EXPECT_EQ(style.policies().size() + style.left_out().size(), 61u);
   EXPECT_THAT(style.rule(), HasSubstr("written out"));
+  EXPECT_THAT(style.rule(), Not(HasSubstr("--policy"))) << "which is what was used";
+}
+
+TEST(FigureSetTest, WhatIsWrittenOutKeepsItsPlaceBesideItsMethod) {
+  std::vector<std::pair<std::string, std::vector<std::string>>> policies;
+  for (const std::string& setting : beta_settings(3)) policies.push_back({setting, {"64"}});
+  policies.push_back({"snapkv", {"64"}});
+  policies.push_back({"restkv", {"64"}});
+  const FigureStyle style(replayed(policies), {.policies = {"restkv", "snapkv", "restkv(beta=1)", "restkv()"}});
+  EXPECT_THAT(style.policies(),
+              testing::ElementsAre("restkv(beta=2)", "restkv(beta=3)", "snapkv", "restkv(beta=1)", "restkv"));
 }
 
 TEST(FigureSetTest, PoliciesThatWereNamedAreInEveryFigureThatHasDataOfThem) {

@@ -155,6 +155,8 @@ TEST(PageTest, ListsThePoliciesThatNoFigureShows) {
   EXPECT_EQ(count(page, "<details id=\"left-out\">"), 1u);
   EXPECT_THAT(page, HasSubstr(fmt::format("<summary>{} policies are in no figure</summary>", style.left_out().size())));
   for (const std::string& policy : style.left_out()) EXPECT_THAT(page, HasSubstr("<li>" + policy + "</li>"));
+  // Which, and by which rule, is said once.
+  EXPECT_EQ(count(page, "the oracle, random"), 1u);
   for (const PageFigure& figure : figures_of(analysis)) {
     EXPECT_LE(count(figure.figure.caption, "Shown are"), 1u) << figure.figure.caption;
   }

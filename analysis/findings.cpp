@@ -294,8 +294,8 @@ class Findings {
     if (policies < 2) return "";
     if (sure == nullptr) {
       return fmt::format(
-          "No policy surely keeps more of the annotated spans than of the whole prompt at capacity {}; {} keeps the "
-          "most: {} of their positions and {} of all{}.",
+          "No policy surely keeps more of the annotated spans than of the whole prompt at capacity {}; the "
+          "largest difference is that of {}: {} of their positions and {} of all{}.",
           capacity, most->policy, percent_text(most->recall), percent_text(most->kept_share),
           std::isnan(most->p_value) ? "" : fmt::format(" ({})", p_text(most->p_value, most->adjusted)));
     }

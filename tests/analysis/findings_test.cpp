@@ -330,7 +330,7 @@ TEST_F(SpanFindings, ChanceIsNotPraised) {
   EXPECT_THAT(
       findings(analysis, 10),
       Contains(StartsWith("No policy surely keeps more of the annotated spans than of the whole prompt at capacity 25; "
-                          "recent keeps the most: 32.5 % of their positions and 25 % of all")));
+                          "the largest difference is that of recent: 32.5 % of their positions and 25 % of all")));
 }
 
 TEST_F(SpanFindings, WhatChanceDoesNotExplainIsTold) {

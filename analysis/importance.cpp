@@ -78,12 +78,11 @@ void check(const TraceReader& trace, int layer, int head, const RestKVSetting& s
   const TraceHead source(trace, layer, head / info.model.group_size(), eviction_position);
   const int at_hand = contiguous_window(source.query_positions(), eviction_position);
   if (at_hand < setting.window) {
-    throw Error(
-        fmt::format("{}: {} needs the last {} queries before position {}, and the trace holds {} of them; capture with "
-                    "--queries window:{} or all",
-                    file, setting.canonical, setting.window, eviction_position,
-                    at_hand == 0 ? "none" : fmt::to_string(at_hand),
-                    setting.window + std::max(0, info.prompt_length - eviction_position)));
+    throw Error(fmt::format(
+        "{}: {} needs the last {} queries before position {}, and the trace holds {} of them; capture with "
+        "--queries window:{} or all",
+        file, setting.canonical, setting.window, eviction_position, at_hand == 0 ? "none" : fmt::to_string(at_hand),
+        setting.window + std::max(0, info.prompt_length - eviction_position)));
   }
 }
 

@@ -106,14 +106,13 @@ TEST_F(Replays, WhatATraceLacksIsLeftOutThere) {
   EXPECT_THAT(engine.outlines()[0].results, SizeIs(5));
   EXPECT_THAT(engine.outlines()[0].notes, IsEmpty());
   EXPECT_THAT(settings_of(engine.outlines()[1]), ElementsAre("snapkv(window=8) at 40", "recent at 40"));
-  EXPECT_THAT(
-      engine.outlines()[1].notes,
-      ElementsAre("left out: snapkv(window=16); restkv(window=24): they need more queries before position 60 "
-                  "than the last 8 that the trace holds; capture with --queries window:24 or all, or choose a "
-                  "smaller window",
-                  AllOf(HasSubstr("left out: h2o needs the recorded attention mass of the whole prompt, or "
-                                  "all 60 queries"),
-                        HasSubstr("--queries all"), HasSubstr("attention_mass=True"))));
+  EXPECT_THAT(engine.outlines()[1].notes,
+              ElementsAre("left out: snapkv(window=16); restkv(window=24): they need more queries before position 60 "
+                          "than the last 8 that the trace holds; capture with --queries window:24 or all, or choose a "
+                          "smaller window",
+                          AllOf(HasSubstr("left out: h2o needs the recorded attention mass of the whole prompt, or "
+                                          "all 60 queries"),
+                                HasSubstr("--queries all"), HasSubstr("attention_mass=True"))));
   // What keeps everything needs nothing.
   const ReplayEngine whole({&traces_[1], 1}, make_request({"h2o"}, {"40", "100%"}));
   EXPECT_THAT(settings_of(whole.outlines().at(0)), ElementsAre("h2o at 100%"));

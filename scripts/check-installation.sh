@@ -29,7 +29,7 @@ for page in "$doc"/README.md "$doc"/docs/*.md "$doc"/examples/*/README.md; do
   done < <(grep -oP '\]\(\K[^)#: ]+(?=[)#])' "$page")
 done >"$folder/missing"
 # What only the sources have.
-grep -v 'scripts/\|src/\|tests/\|tracer/\|traces/prompts' "$folder/missing" && die 'links above lead nowhere'
+grep -v 'scripts/\|src/\|tests/\|findings\|tracer/\|traces/prompts' "$folder/missing" && die 'links above lead nowhere'
 
 # Each prints what it offers for "kvreplay replay trace.h5 --policy snapk" and "kvreplay replay tr", a word in a line.
 for_bash() {

@@ -44,6 +44,10 @@ void check_csv(const AnalyzeOptions& options) {
   const OutputFile probe(options.csv);
 }
 
+Grouping grouping_of(const AnalyzeOptions& options) {
+  return Grouping::parse(fmt::format("{}", fmt::join(options.by, ",")));
+}
+
 // What is said, and what is written.
 struct Answer {
   std::string text;
@@ -83,7 +87,7 @@ Answer compared_by(const AnalyzeOptions& options, const ResultSet& all) {
   AnalysisOptions analysis = analysis_options(options.results);
   ComparisonOptions comparison;
   comparison.measure = analysis.measure;
-  comparison.grouping = Grouping::parse(fmt::format("{}", fmt::join(options.by, ",")));
+  comparison.grouping = grouping_of(options);
   ResultSet results = comparison.grouping.eviction_position ? all.comparable_at_each_eviction() : all.comparable();
   require_evictions(options, comparison.grouping, results);
   std::vector<std::string> notes;
@@ -146,7 +150,7 @@ std::string legend(const AnalyzeOptions& options) {
 
 void run_analyze(const AnalyzeOptions& options) {
   static_cast<void>(measure_named(options.results.measure));
-  if (!options.by.empty()) static_cast<void>(Grouping::parse(fmt::format("{}", fmt::join(options.by, ","))));
+  if (!options.by.empty()) static_cast<void>(grouping_of(options));
   omp_set_num_threads(threads_or_all(options.results.threads));
   ResultSet results = open_results(options.results);
   check_csv(options);

@@ -150,7 +150,7 @@ ImportanceMap importance_map(const TraceReader& trace, int layer, int head, cons
                     .capacity = std::min(capacity, shape.rows()),
                     .query_positions = {},
                     .bin_width = bins.width,
-                    .first_position = shape.first_position,
+                    .first_position = shape.positions[0],
                     .positions = bins.positions,
                     .raw = std::vector<std::vector<float>>(size),
                     .temporal = std::vector<std::vector<float>>(size),

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <list>
 #include <map>
 #include <set>
-#include <tuple>
 #include <utility>
 
 #include "base/buffer.h"
@@ -25,7 +25,7 @@ using kernels::kPanel;
 // Queries that accumulated attention multiplies at a time.
 constexpr int kRowBlock = 16;
 
-// Positions that are worked on at a time: their keys, panels and logits stay in the cache. Sums are cut there, so it is
+// Entries that are worked on at a time: their keys, panels and logits stay in the cache. Sums are cut there, so it is
 // part of what a result is.
 constexpr Index kBlock = 512;
 
@@ -36,17 +36,46 @@ constexpr float kCancelled = 1.0f / 64;
 // the source.
 constexpr Index kKeptValues = Index{8} << 20;
 
-Index padded(Index positions) { return kernels::rounded_up(positions, kPanel); }
+Index padded(Index entries) { return kernels::rounded_up(entries, kPanel); }
 
 // Not a multiple of a page, or the rows of many combinations would compete for the same lines of the cache.
-Index row_stride(Index positions) { return padded(positions) + kernels::kLanes; }
+Index row_stride(Index entries) { return padded(entries) + kernels::kLanes; }
 
-// The most positions that a pass over the observation window of `window` queries looks at.
+// The most entries that a pass over the observation window of `window` queries looks at.
 Index seen_by(const HeadShape& shape, Index window) {
-  return std::min<Index>(shape.prompt_length, shape.rows() + window + kBlock);
+  return std::min<Index>(shape.next_position, shape.rows() + window + kBlock);
+}
+
+// The entries [first, end) that the query at `position` sees.
+std::pair<Index, Index> visible_entries(const CachePositions& entries, int position, int sliding_window) {
+  return {entries.count_before(static_cast<int>(first_visible(position, sliding_window))),
+          entries.count_before(position + 1)};
 }
 
 }  // namespace
+
+CachePositions::CachePositions(std::vector<int> positions)
+    : count_(static_cast<int>(positions.size())),
+      any_(std::make_shared<const std::vector<int>>(std::move(positions))) {}
+
+int CachePositions::count_before(int position) const {
+  if (!any_) return std::clamp(position - first_, 0, count_);
+  return static_cast<int>(std::ranges::lower_bound(*any_, position) - any_->begin());
+}
+
+CachePositions CachePositions::last(int count) const {
+  if (!any_) return {first_ + count_ - count, count};
+  return CachePositions(std::vector<int>(any_->end() - count, any_->end()));
+}
+
+bool CachePositions::operator==(const CachePositions& other) const {
+  if (count_ != other.count_) return false;
+  if (!any_ && !other.any_) return first_ == other.first_ || count_ == 0;
+  for (int i = 0; i < count_; ++i) {
+    if ((*this)[i] != other[i]) return false;
+  }
+  return true;
+}
 
 // The window's attention: products, exponentials and sums of all query heads of the group in one pass over the keys.
 // Kept are exponentials against their block's maximum, and per block and query the factor that makes them attention.
@@ -56,7 +85,7 @@ class Head::WindowPass {
 
   int window() const { return window_; }
 
-  // The first position of the pass: the beginning of the block of the first that one of its queries sees. Blocks and
+  // The first entry of the pass: the beginning of the block of the first that one of its queries sees. Blocks and
   // panels are counted from there.
   Index origin() const { return origin_; }
 
@@ -74,7 +103,7 @@ class Head::WindowPass {
     return exponentials_.data() + (panel * rows_ + member * window_) * kPanel;
   }
 
-  // The attention of one query of `member`, counted back from the newest, over `out.size()` positions from `first` on.
+  // The attention of one query of `member`, counted back from the newest, over `out.size()` entries from `first` on.
   void copy_row(int member, int age, Index first, std::span<float> out) const {
     const Index row = member * window_ + window_ - 1 - age;
     const Index end = first - origin_ + static_cast<Index>(out.size());
@@ -100,8 +129,12 @@ class Head::WindowPass {
 Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(window) {
   const HeadShape& shape = source.shape();
   const Index depth = shape.head_dim;
-  origin_ = first_visible(shape.prompt_length - window, shape.sliding_window) / kBlock * kBlock;
-  const Index seen = shape.prompt_length - origin_;
+  const CachePositions& entries = source.entries();
+  const auto visible = [&](Index query) {
+    return visible_entries(entries, shape.next_position - window + static_cast<int>(query), shape.sliding_window);
+  };
+  origin_ = visible(0).first / kBlock * kBlock;
+  const Index seen = entries.size() - origin_;
   const auto at_hand = static_cast<Index>(source.query_positions().size());
   rows_ = static_cast<Index>(shape.group_size) * window;
   exponentials_ = Buffer(padded(seen) * rows_);
@@ -128,13 +161,12 @@ Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(win
                         logits + p * rows_ * kPanel, kPanel);
     }
     for (Index row = 0; row < rows_; ++row) {
-      const Index position = shape.prompt_length - window + row % window;
-      const kernels::AttentionBlock part{
-          .logits = logits + row * kPanel,
-          .panels = count_panels,
-          .panel_step = rows_ * kPanel,
-          .first_visible = first_visible(position, shape.sliding_window) - origin_ - first,
-          .end_visible = position + 1 - origin_ - first};
+      const auto [first_entry, end_entry] = visible(row % window);
+      const kernels::AttentionBlock part{.logits = logits + row * kPanel,
+                                         .panels = count_panels,
+                                         .panel_step = rows_ * kPanel,
+                                         .first_visible = first_entry - origin_ - first,
+                                         .end_visible = end_entry - origin_ - first};
       parts[static_cast<std::size_t>(block * rows_ + row)] = kernels::exponentiate(part, scale, cap);
     }
   }
@@ -150,6 +182,8 @@ Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(win
     const auto weight = [&](Index block) {
       return std::exp(static_cast<double>(part(block).maximum) - static_cast<double>(maximum));
     };
+    // Of an evicted cache a query may see no entry at all.
+    if (maximum == -std::numeric_limits<float>::infinity()) continue;
     double sum = 0;
     for (Index block = 0; block < blocks; ++block) sum += weight(block) * static_cast<double>(part(block).sum);
     for (Index block = 0; block < blocks; ++block) {
@@ -161,7 +195,7 @@ Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(win
 // Combinations that were computed together.
 struct Head::Batch {
   std::vector<WindowCombination> combinations;  // those with distances first
-  Index origin = 0;                             // position that rows of attention begin with
+  Index origin = 0;                             // the entry that rows of attention begin with
   Index stride = 0;
   Buffer attention;                   // [combination][member][stride]
   Buffer distance;                    // the same as far as there are distances, from the block of the first row on
@@ -177,14 +211,13 @@ struct Head::Shared {
   std::list<std::shared_ptr<Batch>> batches;  // newest first
   // Where each of their combinations is: grids ask for thousands.
   std::map<WindowCombination, std::pair<std::shared_ptr<Batch>, Index>> places;
-  std::map<std::pair<int, int>, Buffer> rows;  // (member, age): attention
-  std::map<std::tuple<int, int, int>, std::int64_t> sums_of_most_attended;
+  std::map<std::pair<int, int>, Buffer> rows;                  // (member, age): attention
   std::vector<std::optional<std::vector<float>>> accumulated;  // [member]
   std::vector<std::optional<std::vector<float>>> evaluation;   // [member]
   std::vector<Matrix> factors;                                 // [member]
   std::vector<Matrix> factors_transposed;
   // From the block of the first row on.
-  Buffer value_rows;         // a row of factor_width(D) floats per position, where they are few
+  Buffer value_rows;         // a row of factor_width(D) floats per entry, where they are few
   Buffer value_lengths;      // ‖v‖²
   Buffer projected_lengths;  // [member] ‖W v‖²
 };
@@ -199,10 +232,39 @@ int first_held_position(int eviction_position, int sliding_window) {
   return static_cast<int>(first_visible(eviction_position, sliding_window));
 }
 
-int contiguous_window(std::span<const int> query_positions, int prompt_length) {
+EvictedHead::EvictedHead(const HeadSource& whole, std::vector<int> rows)
+    : whole_(whole), entries_(std::move(rows)), shape_(whole.shape()) {
+  std::vector<int> positions;
+  for (const int row : entries_) positions.push_back(shape_.positions[row]);
+  const int dropped = whole.entries().size() - shape_.rows();
+  for (int& entry : entries_) entry += dropped;
+  shape_.positions = CachePositions(std::move(positions));
+}
+
+// Neighbours are read together.
+template <class Read>
+void EvictedHead::gather(Index first, Index count, float* rows, const Read& read) const {
+  const auto entry = [this](Index row) { return entries_[static_cast<std::size_t>(row)]; };
+  for (Index row = first; row < first + count;) {
+    Index next = row + 1;
+    while (next < first + count && entry(next) == entry(next - 1) + 1) ++next;
+    read(entry(row), next - row, rows + (row - first) * shape_.head_dim);
+    row = next;
+  }
+}
+
+void EvictedHead::read_keys(Index first, Index count, float* rows) const {
+  gather(first, count, rows, [this](Index from, Index some, float* to) { whole_.read_keys(from, some, to); });
+}
+
+void EvictedHead::read_values(Index first, Index count, float* rows) const {
+  gather(first, count, rows, [this](Index from, Index some, float* to) { whole_.read_values(from, some, to); });
+}
+
+int contiguous_window(std::span<const int> query_positions, int next_position) {
   int count = 0;
   while (count < static_cast<int>(query_positions.size()) &&
-         query_positions[query_positions.size() - 1 - static_cast<std::size_t>(count)] == prompt_length - 1 - count) {
+         query_positions[query_positions.size() - 1 - static_cast<std::size_t>(count)] == next_position - 1 - count) {
     ++count;
   }
   return count;
@@ -213,11 +275,13 @@ Head::Head(const HeadSource& source, Index kept_bytes)
       shape_(source.shape()),
       kept_bytes_(kept_bytes),
       has_output_projection_(source.has_output_projection()),
-      first_block_(shape_.first_position / kBlock * kBlock),
+      entries_(source.entries().size()),
+      first_row_(entries_ - shape_.rows()),
+      first_block_(first_row_ / kBlock * kBlock),
       shared_(std::make_unique<Shared>()) {
   shared_->accumulated.resize(static_cast<std::size_t>(shape_.group_size));
   shared_->evaluation.resize(static_cast<std::size_t>(shape_.group_size));
-  shared_->window = contiguous_window(source.query_positions(), shape_.prompt_length);
+  shared_->window = contiguous_window(source.query_positions(), shape_.next_position);
 }
 
 Head::~Head() = default;
@@ -225,7 +289,7 @@ Head::~Head() = default;
 const Matrix& Head::keys() const {
   if (!shared_->keys) {
     shared_->keys.emplace(rows(), shape_.head_dim);
-    source_.read_keys(shape_.first_position, rows(), shared_->keys->data());
+    source_.read_keys(first_row_, rows(), shared_->keys->data());
   }
   return *shared_->keys;
 }
@@ -233,16 +297,30 @@ const Matrix& Head::keys() const {
 const Matrix& Head::values() const {
   if (!shared_->values) {
     shared_->values.emplace(rows(), shape_.head_dim);
-    source_.read_values(shape_.first_position, rows(), shared_->values->data());
+    source_.read_values(first_row_, rows(), shared_->values->data());
   }
   return *shared_->values;
 }
 
-// Those from `first` on, held or not.
-Matrix Head::read_keys(Index first) const {
-  Matrix keys(shape_.prompt_length - first, shape_.head_dim);
-  source_.read_keys(first, keys.rows(), keys.data());
+Matrix Head::entry_keys() const {
+  Matrix keys(entries_, shape_.head_dim);
+  source_.read_keys(0, entries_, keys.data());
   return keys;
+}
+
+Matrix Head::queries(int member, int count) const {
+  if (count > shared_->window) {
+    throw Error(fmt::format(
+        "the last {} queries before position {} are needed, and the last {} were captured; capture with --queries "
+        "window:{} or more",
+        count, shape_.next_position, shared_->window, count));
+  }
+  const auto at_hand = static_cast<Index>(source_.query_positions().size());
+  return source_.queries(member, at_hand - count, count);
+}
+
+std::pair<Index, Index> Head::visible(int position) const {
+  return visible_entries(source_.entries(), position, shape_.sliding_window);
 }
 
 Matrix Head::logits(const Matrix& queries, const Matrix& keys) const {
@@ -258,7 +336,7 @@ const Head::WindowPass& Head::window_pass(int window) const {
     throw Error(fmt::format(
         "the attention of prompt position {} is needed, but of the queries before position {} only the last {} were "
         "captured; capture with --queries window:{} or more",
-        shape_.prompt_length - window, shape_.prompt_length, shared_->window, window));
+        shape_.next_position - window, shape_.next_position, shared_->window, window));
   }
   if (!shared_->pass || shared_->pass->window() < window) {
     shared_->pass.reset();
@@ -285,7 +363,7 @@ Index Head::combination_memory(const HeadShape& shape, int window, Index combina
 }
 
 Index Head::evaluation_memory(const HeadShape& shape, Index tokens) {
-  const Index queries = tokens - shape.prompt_length;  // or fewer
+  const Index queries = tokens - shape.next_position;  // or fewer
   // The keys once more as they are multiplied.
   return ((2 * tokens + queries) * shape.head_dim + 2 * kRowBlock * tokens) * static_cast<Index>(sizeof(float)) +
          shape.rows() * static_cast<Index>(sizeof(double));
@@ -295,7 +373,7 @@ Index Head::evaluation_memory(const HeadShape& shape, Index tokens) {
 const float* Head::value_rows(Index first, Index count, Buffer& memory) const {
   const Index depth = shape_.head_dim;
   const Index width = factor_width(depth);
-  const Index whole = (shape_.prompt_length - first_block_) * width;
+  const Index whole = (entries_ - first_block_) * width;
   if (first < first_block_ || whole * static_cast<Index>(sizeof(float)) > kKeptValues) {
     source_.read_values(first, count, memory.data());
     kernels::pad_rows(memory.data(), count, depth, width);
@@ -304,8 +382,8 @@ const float* Head::value_rows(Index first, Index count, Buffer& memory) const {
   Buffer& kept = shared_->value_rows;
   if (kept.size() == 0) {
     kept = Buffer(whole);
-    for (Index at = first_block_; at < shape_.prompt_length; at += kBlock) {
-      const Index rows = std::min<Index>(kBlock, shape_.prompt_length - at);
+    for (Index at = first_block_; at < entries_; at += kBlock) {
+      const Index rows = std::min<Index>(kBlock, entries_ - at);
       float* const block = kept.data() + (at - first_block_) * width;
       source_.read_values(at, rows, block);
       kernels::pad_rows(block, rows, depth, width);
@@ -326,10 +404,7 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
     batch->combinations.push_back(std::move(combination));
   }
   if (batch->combinations.empty()) return;
-  const Index prompt = shape_.prompt_length;
-  const auto end_of_output = [prompt](const WindowCombination& c) -> Index {
-    return c.whole_prompt ? prompt : prompt - static_cast<Index>(c.weights.size());
-  };
+  const auto end_of_output = [this](const WindowCombination& c) { return output_end(c); };
   std::ranges::stable_sort(batch->combinations, {}, [&](const WindowCombination& c) {
     return std::pair(c.distance == Distance::none, end_of_output(c));
   });
@@ -345,7 +420,7 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
   const Index width = factor_width(depth);
   const Index group = shape_.group_size;
   const Index origin = pass.origin();
-  const Index stride = row_stride(prompt - origin);
+  const Index stride = row_stride(entries_ - origin);
   batch->origin = origin;
   batch->stride = stride;
   batch->attention = Buffer(count * group * stride);
@@ -359,26 +434,26 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
   Matrix outputs_of_block(distances * group, width);
   Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> outputs =
       Eigen::MatrixXd::Zero(distances * group, width);
-  for (Index first = origin; first < prompt; first += kBlock) {
-    const Index positions = std::min(kBlock, prompt - first);
+  for (Index first = origin; first < entries_; first += kBlock) {
+    const Index block = std::min(kBlock, entries_ - first);
     const Index place = first - origin;
     for (int member = 0; member < group; ++member) {
       for (Index c = 0; c < count; ++c) {
         pass.scaled_weights(combination(c).weights, member, place / kBlock, weights.data() + c * pass.window());
       }
-      for (Index at = place; at < place + positions; at += kPanel) {
+      for (Index at = place; at < place + block; at += kPanel) {
         kernels::multiply(count, kPanel, pass.window(), weights.data(), pass.window(), 1,
                           pass.panel(at / kPanel, member), kPanel, batch->attention.data() + member * stride + at,
                           group * stride);
       }
     }
     if (distances == 0) continue;
-    const float* values_of_block = value_rows(first, positions, rows);
+    const float* values_of_block = value_rows(first, block, rows);
     for (Index c = 0; c < distances;) {
       const Index end = end_of_output(combination(c));
       Index next = c;
       while (next < distances && end_of_output(combination(next)) == end) ++next;
-      const Index summed = std::min(positions, end - first);
+      const Index summed = std::min(block, end - first);
       if (summed > 0) {
         auto part = outputs_of_block.middleRows(c * group, (next - c) * group);
         kernels::multiply(part.rows(), width, summed, batch->attention.data() + c * group * stride + place, stride, 1,
@@ -388,7 +463,7 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
       c = next;
     }
   }
-  count_operations(2 * (prompt - origin) * group * (count * pass.window() + distances * depth));
+  count_operations(2 * (entries_ - origin) * group * (count * pass.window() + distances * depth));
   if (distances > 0) measure_distances(*batch, distances, outputs.cast<float>());
 
   shared_->batches.push_front(batch);
@@ -408,7 +483,6 @@ void Head::prepare(std::span<const WindowCombination> combinations) const {
 
 void Head::measure_distances(Batch& batch, Index distances, const Matrix& outputs) const {
   using Distance = WindowCombination::Distance;
-  const Index prompt = shape_.prompt_length;
   const Index depth = shape_.head_dim;
   const Index width = factor_width(depth);
   const Index group = shape_.group_size;
@@ -451,17 +525,17 @@ void Head::measure_distances(Batch& batch, Index distances, const Matrix& output
 
   const bool new_plain = plain && shared.value_lengths.size() == 0;
   const bool new_projected = projected && shared.projected_lengths.size() == 0;
-  const Index lengths_of_member = padded(prompt - first_block_);
+  const Index lengths_of_member = padded(entries_ - first_block_);
   if (new_plain) shared.value_lengths = Buffer(lengths_of_member);
   if (new_projected) shared.projected_lengths = Buffer(lengths_of_member * group);
   Buffer memory(kBlock * width);
   Buffer panels(kBlock * depth);
   Buffer products(outputs.rows() * kPanel);
-  for (Index first = first_block_; first < prompt; first += kBlock) {
-    const Index positions = std::min(kBlock, prompt - first);
-    const float* rows = value_rows(first, positions, memory);
-    kernels::to_panels(rows, width, positions, depth, panels.data());
-    for (Index at = first; at < first + positions; at += kPanel) {
+  for (Index first = first_block_; first < entries_; first += kBlock) {
+    const Index block = std::min(kBlock, entries_ - first);
+    const float* rows = value_rows(first, block, memory);
+    kernels::to_panels(rows, width, block, depth, panels.data());
+    for (Index at = first; at < first + block; at += kPanel) {
       const float* panel = panels.data() + (at - first) * depth;
       const Index place = at - first_block_;
       if (new_plain) kernels::squared_lengths(panel, depth, shared.value_lengths.data() + place);
@@ -480,7 +554,7 @@ void Head::measure_distances(Batch& batch, Index distances, const Matrix& output
         float* out = batch.distance.data() + row * batch.stride + place;
         const bool cancelled = kernels::distances(lengths, products.data() + row * kPanel,
                                                   squared[static_cast<std::size_t>(row)], kCancelled, kPanel, out);
-        for (Index n = 0; cancelled && n < std::min(kPanel, first + positions - at); ++n) {
+        for (Index n = 0; cancelled && n < std::min(kPanel, first + block - at); ++n) {
           if (out[n] >= 0) continue;
           const Eigen::RowVectorXf difference =
               outputs.row(row).head(depth) -
@@ -493,7 +567,7 @@ void Head::measure_distances(Batch& batch, Index distances, const Matrix& output
       }
     }
   }
-  const Index measured = prompt - first_block_;
+  const Index measured = entries_ - first_block_;
   count_operations(2 * measured * outputs.rows() * depth +
                    (new_projected ? measured * group * depth * (depth + 1) : 0) +
                    (new_plain ? 2 * measured * depth : 0));
@@ -508,13 +582,11 @@ CombinedAttention Head::combined_attention(int member, const WindowCombination& 
     if (found != shared_->places.end()) {
       const auto& [batch, place] = found->second;
       const Index row = place * shape_.group_size + member;
-      const Index window = combination.whole_prompt ? 0 : static_cast<Index>(combination.weights.size());
-      const Index first = shape_.first_position;
       CombinedAttention result;
-      result.attention = batch->attention.part(row * batch->stride + first - batch->origin, rows());
+      result.attention = batch->attention.part(row * batch->stride + first_row_ - batch->origin, rows());
       if (combination.distance != Distance::none) {
-        result.distance =
-            batch->distance.part(row * batch->stride + first - first_block_, std::max<Index>(0, rows() - window));
+        result.distance = batch->distance.part(row * batch->stride + first_row_ - first_block_,
+                                               std::max<Index>(0, output_end(combination) - first_row_));
         result.output_length = batch->output_lengths[static_cast<std::size_t>(row)];
       }
       result.memory = batch;
@@ -525,26 +597,24 @@ CombinedAttention Head::combined_attention(int member, const WindowCombination& 
   }
 }
 
+// The first entry that o = Σ a_n v_n does not run over.
+Index Head::output_end(const WindowCombination& combination) const {
+  if (combination.whole_cache) return entries_;
+  return source_.entries().count_before(shape_.next_position - static_cast<int>(combination.weights.size()));
+}
+
 std::span<const float> Head::attention(int member, int age) const {
   const WindowPass& pass = window_pass(age + 1);
   Buffer& row = shared_->rows[{member, age}];
   if (row.size() == 0) {
     row = Buffer(rows());
-    pass.copy_row(member, age, shape_.first_position, row.part(0, row.size()));
+    pass.copy_row(member, age, first_row_, row.part(0, row.size()));
   }
   return row.part(0, row.size());
 }
 
-std::int64_t Head::sum_of_most_attended(int member, int age, int count) const {
-  const auto [place, is_new] = shared_->sums_of_most_attended.try_emplace({member, age, count}, 0);
-  if (!is_new) return place->second;
-  Buffer attention(rows());
-  window_pass(age + 1).copy_row(member, age, shape_.first_position, attention.part(0, attention.size()));
-  thread_local std::vector<std::uint32_t> most;
-  kernels::largest(attention.part(0, attention.size()), count, most);
-  std::int64_t sum = 0;
-  for (const std::uint32_t row : most) sum += row;
-  return place->second = sum;
+void Head::copy_attention(int member, int age, std::span<float> out) const {
+  window_pass(age + 1).copy_row(member, age, first_row_, out);
 }
 
 const std::vector<float>& Head::accumulated_attention(int member) const {
@@ -552,62 +622,34 @@ const std::vector<float>& Head::accumulated_attention(int member) const {
   if (accumulated) return *accumulated;
   accumulated = source_.attention_mass(member);
   if (accumulated) {
-    accumulated->erase(accumulated->begin(), accumulated->begin() + shape_.first_position);
+    accumulated->erase(accumulated->begin(), accumulated->begin() + first_row_);
     return *accumulated;
   }
-  if (shared_->window < shape_.prompt_length) {
+  if (shared_->window < shape_.next_position) {
     throw Error(fmt::format(
         "accumulated attention needs the recorded attention mass (only for an eviction at the end of the prompt) or "
         "all {} queries before the eviction, and the trace holds the last {}; capture with --queries all",
-        shape_.prompt_length, shared_->window));
+        shape_.next_position, shared_->window));
   }
-  // Queries before the first row see none, later ones maybe keys before it too.
-  const int first_row = shape_.first_position;
-  const Index first_key = first_visible(first_row, shape_.sliding_window);
-  Matrix more_keys;
-  if (first_key < first_row) more_keys = read_keys(first_key);
-  const Matrix& seen_keys = first_key < first_row ? more_keys : keys();
   std::vector<double> sums(static_cast<std::size_t>(rows()), 0.0);
-  for (int first = first_row; first < shape_.prompt_length; first += kRowBlock) {
-    const int count = std::min(kRowBlock, shape_.prompt_length - first);
+  // Queries before the first row see none, later ones maybe entries before it too.
+  const int first_query = rows() > 0 ? positions()[0] : shape_.next_position;
+  const Index first_key = visible(first_query).first;
+  const Matrix more_keys = first_key < first_row_ ? entry_keys().bottomRows(entries_ - first_key) : Matrix();
+  const Matrix& seen_keys = first_key < first_row_ ? more_keys : keys();
+  for (int first = first_query; first < shape_.next_position; first += kRowBlock) {
+    const int count = std::min(kRowBlock, shape_.next_position - first);
     Matrix block = logits(source_.queries(member, first, count), seen_keys);
     for (int query = 0; query < count; ++query) {
-      causal_softmax(block.row(query), first + query - first_key, shape_.sliding_window);
-      for (int position = first_row; position <= first + query; ++position) {
-        sums[static_cast<std::size_t>(position - first_row)] += static_cast<double>(block(query, position - first_key));
+      const auto [first_seen, end_seen] = visible(first + query);
+      softmax_within(block.row(query), first_seen - first_key, end_seen - first_key);
+      for (Index entry = first_row_; entry < end_seen; ++entry) {
+        sums[static_cast<std::size_t>(entry - first_row_)] += static_cast<double>(block(query, entry - first_key));
       }
     }
   }
   accumulated.emplace(sums.begin(), sums.end());
   return *accumulated;
-}
-
-std::vector<float> Head::unmasked_accumulated_attention(int member, int window) const {
-  const int prompt = shape_.prompt_length;
-  if (shared_->window < prompt) {
-    throw Error(fmt::format(
-        "attention without a causal mask needs all {} queries before the eviction, and the trace holds the last {}; "
-        "capture with --queries all",
-        prompt, shared_->window));
-  }
-  const int first_row = shape_.first_position;
-  Matrix more_keys;
-  if (first_row > 0) more_keys = read_keys(0);
-  const Matrix& all_keys = first_row > 0 ? more_keys : keys();
-  std::vector<double> sums(static_cast<std::size_t>(rows()), 0.0);
-  for (int first = 0; first < prompt; first += kRowBlock) {
-    const int count = std::min(kRowBlock, prompt - first);
-    Matrix block = logits(source_.queries(member, first, count), all_keys);
-    for (int query = 0; query < count; ++query) {
-      const int position = first + query;
-      const int last_visible = position >= prompt - window ? position : prompt - 1;
-      causal_softmax(block.row(query), last_visible, 0);
-      for (int key = first_row; key <= last_visible; ++key) {
-        sums[static_cast<std::size_t>(key - first_row)] += static_cast<double>(block(query, key));
-      }
-    }
-  }
-  return {sums.begin(), sums.end()};
 }
 
 const std::vector<float>& Head::evaluation_attention(int member) const {
@@ -625,7 +667,7 @@ const std::vector<float>& Head::evaluation_attention(int member) const {
     for (Index row = 0; row < rows; ++row) {
       causal_softmax(block.row(row), positions[static_cast<std::size_t>(first + row)], shape_.sliding_window);
       for (std::size_t n = 0; n < sums.size(); ++n) {
-        sums[n] += static_cast<double>(block(row, shape_.first_position + static_cast<Index>(n)));
+        sums[n] += static_cast<double>(block(row, shape_.positions[static_cast<int>(n)]));
       }
     }
   }

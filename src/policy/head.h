@@ -1,11 +1,13 @@
 // What a policy can see: one KV head at the moment of eviction, with the query heads that read it.
 #pragma once
 
-#include <algorithm>
 #include <compare>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
+#include <typeindex>
+#include <utility>
 #include <vector>
 
 #include "base/buffer.h"
@@ -13,27 +15,56 @@
 
 namespace kvreplay {
 
+/// The ascending positions of a cache's entries: neighbours, as long as nothing was evicted, or any. Cheap to copy.
+class CachePositions {
+ public:
+  CachePositions() = default;
+
+  /// `count` neighbours from `first` on.
+  CachePositions(int first, int count) : first_(first), count_(count) {}
+
+  /// Any that ascend.
+  explicit CachePositions(std::vector<int> positions);
+
+  int size() const { return count_; }
+  int operator[](int entry) const { return any_ ? (*any_)[static_cast<std::size_t>(entry)] : first_ + entry; }
+
+  /// How many of them are below `position`; they are the first.
+  int count_before(int position) const;
+
+  /// The last `count`.
+  CachePositions last(int count) const;
+
+  bool operator==(const CachePositions& other) const;
+
+ private:
+  int first_ = 0;
+  int count_ = 0;
+  std::shared_ptr<const std::vector<int>> any_;  // null: neighbours
+};
+
 /// Where a head stands and how it attends.
 struct HeadShape {
   int layer = 0;
   int num_layers = 1;
-  int layer_among_alike = 0;  ///< how many of the layers before this one hold as many positions as it does
+  int layer_among_alike = 0;  ///< how many of the layers before this one hold as many rows as it does
   int layers_alike = 1;       ///< layers that do, this one included: all where no sliding window is at work
   int kv_head = 0;
   int num_kv_heads = 1;
-  int group_size = 1;      ///< query heads that read this KV head
-  int head_dim = 0;        ///< D
-  int prompt_length = 0;   ///< P, the positions before the eviction
-  int first_position = 0;  ///< the first of them that the layer still holds when the policy decides: row 0
+  int group_size = 1;        ///< query heads that read this KV head
+  int head_dim = 0;          ///< D
+  int prompt_length = 0;     ///< P, tokens of the prompt
+  int next_position = 0;     ///< N, of the next query: the policy decides when everything before it was in the cache
+  CachePositions positions;  ///< of the rows that the policy decides about, all below N
   double softmax_scale = 1;
   int sliding_window = 0;  ///< keys that a query sees, its own included; 0: all before it
   double attn_logit_softcapping = 0;
 
-  /// R: the rows of the cache that the policy decides about, row n holding position first_position + n.
-  int rows() const { return prompt_length - first_position; }
+  /// R: the rows of the cache that the policy decides about.
+  int rows() const { return positions.size(); }
 
-  /// How many of the first `count` positions of the prompt are still held. They are the first rows.
-  int held_of_first(int count) const { return std::clamp(count - first_position, 0, rows()); }
+  /// How many of the first `count` positions of all are still held. They are the first rows.
+  int held_of_first(int count) const { return positions.count_before(count); }
 
   /// The model's number of the group's query head `member`.
   int query_head(int member) const { return kv_head * group_size + member; }
@@ -44,20 +75,23 @@ struct HeadShape {
 /// Everything is held where `sliding_window` is 0.
 int first_held_position(int eviction_position, int sliding_window);
 
-/// Delivers the tensors of one head. A trace stands behind it in replay, a running model can in its place.
-/// `member` is a query head of the group, 0 to group_size − 1. Functions may throw Error.
+/// Delivers the tensors of one head. A trace stands behind it in replay, a running model can in its place, and the head
+/// may have been evicted before. `member` is a query head of the group, 0 to group_size − 1. Functions may throw Error.
 class HeadSource {
  public:
   virtual ~HeadSource() = default;
 
   virtual const HeadShape& shape() const = 0;
 
-  /// Positions first … first + count − 1, all below P, as `count` rows of D floats that follow each other. Those before
-  /// first_position are asked for too, where prompt queries looked at them.
+  /// The entries that the queries at hand paid their attention to: last of all the R rows, before them those that a
+  /// sliding window has dropped since. E of them.
+  virtual const CachePositions& entries() const = 0;
+
+  /// Entries first … first + count − 1 as `count` rows of D floats that follow each other.
   virtual void read_keys(Index first, Index count, float* rows) const = 0;
   virtual void read_values(Index first, Index count, float* rows) const = 0;
 
-  /// Ascending positions, all below P, of the prompt queries that are at hand.
+  /// Ascending positions, all below N, of the queries that are at hand.
   virtual std::span<const int> query_positions() const = 0;
 
   /// Queries first … first + count − 1 of those at query_positions(): [count, D].
@@ -69,20 +103,51 @@ class HeadSource {
   /// projection_factor_of(output_projection(member)), where the source has it at hand or can have it cheaper: [D, D].
   virtual Matrix projection_factor(int member) const;
 
-  /// The attention that each of the P positions received from all causal prompt queries, where that was recorded.
+  /// The attention that each of the E entries received from all causal queries before N, where that was recorded.
   virtual std::optional<std::vector<float>> attention_mass(int member) const = 0;
 
-  /// What comes after the eviction, for oracles alone: ascending positions of the evaluation queries, none where the
+  /// What comes from N on, for oracles alone: ascending positions of the evaluation queries, none where the
   /// source cannot look ahead, ...
   virtual std::span<const int> evaluation_positions() const { return {}; }
   /// ... those queries, [E, D], ...
   virtual Matrix evaluation_queries(int member) const;
-  /// ... and all keys that they can see: [last evaluation position + 1, D].
+  /// ... and all keys of the full cache that they can see: [last evaluation position + 1, D].
   virtual Matrix evaluation_keys() const;
 };
 
-/// How many of the prompt's queries are at hand without a gap, counted back from the last one before the eviction.
-int contiguous_window(std::span<const int> query_positions, int prompt_length);
+/// A head whose cache keeps only some of the rows of another one: what a policy sees that decides once more. The
+/// queries at hand paid their attention to these rows alone, as they would in the evicted cache.
+class EvictedHead : public HeadSource {
+ public:
+  /// `rows` of `whole`, ascending; `whole` must outlive it.
+  EvictedHead(const HeadSource& whole, std::vector<int> rows);
+
+  const HeadShape& shape() const override { return shape_; }
+  const CachePositions& entries() const override { return shape_.positions; }
+  void read_keys(Index first, Index count, float* rows) const override;
+  void read_values(Index first, Index count, float* rows) const override;
+  std::span<const int> query_positions() const override { return whole_.query_positions(); }
+  Matrix queries(int member, Index first, Index count) const override { return whole_.queries(member, first, count); }
+  bool has_output_projection() const override { return whole_.has_output_projection(); }
+  Matrix output_projection(int member) const override { return whole_.output_projection(member); }
+  Matrix projection_factor(int member) const override { return whole_.projection_factor(member); }
+  /// What was recorded is of the whole cache.
+  std::optional<std::vector<float>> attention_mass(int /*member*/) const override { return std::nullopt; }
+  std::span<const int> evaluation_positions() const override { return whole_.evaluation_positions(); }
+  Matrix evaluation_queries(int member) const override { return whole_.evaluation_queries(member); }
+  Matrix evaluation_keys() const override { return whole_.evaluation_keys(); }
+
+ private:
+  template <class Read>
+  void gather(Index first, Index count, float* rows, const Read& read) const;
+
+  const HeadSource& whole_;
+  std::vector<int> entries_;  // of the whole head's, which the rows are
+  HeadShape shape_;
+};
+
+/// How many queries before `next_position` are at hand without a gap, counted back from the last one.
+int contiguous_window(std::span<const int> query_positions, int next_position);
 
 /// A weighted sum of the attention of the observation window's queries, and what is asked about it. Every temporal
 /// smoothing is such a sum.
@@ -96,7 +161,7 @@ struct WindowCombination {
 
   std::vector<float> weights = {};  ///< a weight per query of the window, oldest first
   Distance distance = Distance::none;
-  bool whole_prompt = false;  ///< o = Σ a_n v_n runs over all positions seen; else over those before the window
+  bool whole_cache = false;  ///< o = Σ a_n v_n runs over all entries; else over those before the window's positions
 
   auto operator<=>(const WindowCombination&) const = default;
 };
@@ -113,13 +178,13 @@ struct CombinedAttention {
 /// A head as policies see it. Quantities that several policies need are computed on first use and kept, so that a run
 /// of many policies, capacities and parameters pays for each of them once. Not for use by several threads at once.
 ///
-/// All it tells is of the R positions that the layer still holds, row 0 being position shape().first_position. Where a
-/// sliding window has dropped earlier ones, attention is nevertheless what the prompt's queries paid when they still
-/// saw them, of which the held columns are left: they need not sum to 1, and are 0 for a query that saw none of them.
-/// So is o = Σ a_n v_n the output that these queries had.
+/// All it tells is of the R rows of the cache, row n holding position positions()[n]. Where a sliding window has
+/// dropped earlier ones, attention is nevertheless what the queries paid when they still saw them, of which the held
+/// columns are left: they need not sum to 1, and are 0 for a query that saw none of them. So is o = Σ a_n v_n the
+/// output that these queries had.
 ///
 /// Arithmetic is float32. Logits are summed over the head dimension in its order; exponentials are taken and summed in
-/// blocks of 512 positions against the block's maximum, and blocks are put together in double. Outputs are summed in
+/// blocks of 512 entries against the block's maximum, and blocks are put together in double. Outputs are summed in
 /// float32 over a block and in double over blocks. Squared distances are ‖W o‖² − 2 (WᵀW o)·v + ‖W v‖²; where that
 /// loses more than six bits, W (o − v) itself is taken.
 class Head {
@@ -132,9 +197,19 @@ class Head {
 
   const HeadShape& shape() const { return shape_; }
   int rows() const { return shape_.rows(); }
+  const CachePositions& positions() const { return shape_.positions; }  ///< [R]
 
   const Matrix& keys() const;    ///< [R, D]
   const Matrix& values() const;  ///< [R, D]
+
+  /// All entries that queries paid attention to, [E], and their keys, [E, D]: more than the rows where a sliding window
+  /// has dropped some. Read anew at every call.
+  const CachePositions& entries() const { return source_.entries(); }
+  Matrix entry_keys() const;
+
+  /// The last `count` queries before shape().next_position of query head `member`: [count, D], oldest first. Throws
+  /// Error if one of them was not captured.
+  Matrix queries(int member, int count) const;
 
   /// Computes, in one pass for all of them, combinations that will be asked for. Rankings tell theirs in
   /// requirements(). Throws Error if a query of a window was not captured.
@@ -144,22 +219,14 @@ class Head {
   /// Error if a query of the window was not captured.
   CombinedAttention combined_attention(int member, const WindowCombination& asked) const;
 
-  /// Softmax attention of the prompt query at position P − 1 − age: [R], zero where it cannot look.
-  /// Throws Error if that query was not captured.
+  /// Softmax attention of the query at position N − 1 − age: [R], zero where it cannot look. Throws Error if that query
+  /// was not captured. Kept, or written to `out` [R] alone.
   std::span<const float> attention(int member, int age) const;
+  void copy_attention(int member, int age, std::span<float> out) const;
 
-  /// Sum of the `count` rows that this query attends most; among equal ones the earlier. Throws Error if it was not
-  /// captured.
-  std::int64_t sum_of_most_attended(int member, int age, int count) const;
-
-  /// Σ over all prompt queries of causal attention, per row: [R]. Taken from the recorded attention mass, or
-  /// computed where all prompt queries are at hand. Throws Error where neither is.
+  /// Σ over all queries before N of causal attention, per row: [R]. Taken from the recorded attention mass, or computed
+  /// where all queries are at hand. Throws Error where neither is.
   const std::vector<float>& accumulated_attention(int member) const;
-
-  /// The same as KVCache-Factory's H2O computes it: only the last `window` queries are masked causally among the last
-  /// `window` keys; every earlier query looks at all P keys, the later ones too. Throws Error unless all prompt queries
-  /// are at hand.
-  std::vector<float> unmasked_accumulated_attention(int member, int window) const;
 
   /// Σ over the evaluation queries of full attention, per row: [R]. No policy can know it: for oracles.
   /// Throws Error where the source cannot look ahead.
@@ -169,6 +236,18 @@ class Head {
 
   /// The columns of the output projection that this query head goes through: [C, D]. Read anew at every call.
   Matrix output_projection(int member) const { return source_.output_projection(member); }
+
+  /// What `compute()` gives for `key`, computed once for this head: for what settings of one method have in common. Key
+  /// is a type of the method's own, which can be compared with <.
+  template <class Key, class Compute>
+  auto once(const Key& key, const Compute& compute) const {
+    using Answers = std::map<Key, decltype(compute())>;
+    std::shared_ptr<void>& answers = answers_[typeid(Answers)];
+    if (!answers) answers = std::make_shared<Answers>();
+    auto& known = *static_cast<Answers*>(answers.get());
+    const auto found = known.find(key);
+    return found != known.end() ? found->second : known.emplace(key, compute()).first->second;
+  }
 
   /// The most bytes that a head takes for windows of up to `window` queries, and for `combinations` that are prepared
   /// together. keys(), values() and single rows of attention() come on top.
@@ -182,9 +261,10 @@ class Head {
   class WindowPass;
   struct Batch;
   struct Shared;
-  Matrix read_keys(Index first) const;
+  std::pair<Index, Index> visible(int position) const;
   Matrix logits(const Matrix& queries, const Matrix& keys) const;
   const WindowPass& window_pass(int window) const;
+  Index output_end(const WindowCombination& combination) const;
   const float* value_rows(Index first, Index count, Buffer& memory) const;
   void measure_distances(Batch& batch, Index distances, const Matrix& outputs) const;
 
@@ -192,8 +272,11 @@ class Head {
   HeadShape shape_;
   Index kept_bytes_;
   bool has_output_projection_;
-  Index first_block_;  // position of the block that the first row lies in: whole blocks are worked on
+  Index entries_;      // E
+  Index first_row_;    // the entry that row 0 is
+  Index first_block_;  // the first entry of the block that it lies in: whole blocks are worked on
   std::unique_ptr<Shared> shared_;
+  mutable std::map<std::type_index, std::shared_ptr<void>> answers_;  // of once(), by the type that holds them
 };
 
 }  // namespace kvreplay

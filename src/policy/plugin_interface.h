@@ -13,7 +13,7 @@ namespace kvreplay {
 
 /// The version of what kvreplay and its plug-ins share, which is all that policy.h, parameter.h and head.h declare.
 /// Raised by every change after which plug-ins have to be compiled anew; a new virtual function is one.
-inline constexpr int kPolicyInterfaceVersion = 4;
+inline constexpr int kPolicyInterfaceVersion = 5;
 
 /// How a compilation lays out the types that kvreplay and its plug-ins exchange. Differs, whatever the version, where
 /// another Eigen or another mode of the standard library was compiled with.
@@ -21,8 +21,8 @@ struct BinaryLayout {
   int eigen = EIGEN_WORLD_VERSION * 10000 + EIGEN_MAJOR_VERSION * 100 + EIGEN_MINOR_VERSION;
   int matrix_alignment = EIGEN_DEFAULT_ALIGN_BYTES;  ///< bytes
   std::size_t type_sizes =
-      digest({sizeof(std::string), sizeof(std::vector<int>), sizeof(Matrix), sizeof(HeadShape), sizeof(Head),
-              sizeof(WindowCombination), sizeof(CombinedAttention), sizeof(SpecPart), sizeof(Parameter),
+      digest({sizeof(std::string), sizeof(std::vector<int>), sizeof(Matrix), sizeof(CachePositions), sizeof(HeadShape),
+              sizeof(Head), sizeof(WindowCombination), sizeof(CombinedAttention), sizeof(SpecPart), sizeof(Parameter),
               sizeof(Arguments), sizeof(Requirements), sizeof(BudgetRequest), sizeof(Policy), sizeof(Method)});
 
   bool operator==(const BinaryLayout&) const = default;

@@ -161,7 +161,8 @@ int Policy::minimum_capacity() const { return std::max(1, protection().count());
 
 Protection Protection::held_by(const HeadShape& shape) const {
   const int first = shape.held_of_first(sinks);
-  return {.sinks = first, .window = std::min(window, shape.rows() - first)};
+  const int last = shape.rows() - shape.positions.count_before(shape.next_position - window);
+  return {.sinks = first, .window = std::min(last, shape.rows() - first)};
 }
 
 void register_methods(std::vector<Method> methods) { add_methods(registry(), std::move(methods)); }

@@ -18,13 +18,12 @@ namespace kvreplay {
 /// Positions that are kept whatever their score. They count towards the capacity: one below them cannot be replayed,
 /// and one that is no more leaves nothing to choose.
 struct Protection {
-  int sinks = 0;   ///< the first positions of the prompt
-  int window = 0;  ///< the last positions of the prompt: the observation window
+  int sinks = 0;   ///< the first positions of all
+  int window = 0;  ///< the last positions before the eviction: the observation window
 
   int count() const { return sinks + window; }
 
-  /// The same in the rows of a head: sinks that it no longer holds protect nothing, and a window larger than what it
-  /// holds protects all of that. Together at most R.
+  /// The same in the rows of a head: positions that it no longer holds protect nothing. Together at most R.
   Protection held_by(const HeadShape& shape) const;
 };
 

@@ -95,8 +95,8 @@ void average(std::size_t width, std::size_t before, float front, std::size_t aft
 
 }  // namespace
 
-std::span<float> before_window(std::span<float> scores, int window) {
-  return scores.first(scores.size() - std::min(scores.size(), static_cast<std::size_t>(window)));
+std::span<float> before_window(const Head& head, std::span<float> scores, int window) {
+  return scores.first(static_cast<std::size_t>(head.positions().count_before(head.shape().next_position - window)));
 }
 
 void pool(Spatial spatial, int kernel, std::span<float> scores) {
@@ -119,6 +119,32 @@ AdaptiveWindow AdaptiveWindow::from_drift(double drift, double beta, int kernel)
   return {std::max(kernel, static_cast<int>(2 * steps) + 1), static_cast<int>(shift)};
 }
 
+namespace {
+
+// The positions that one query attends most, added up.
+struct MostAttended {
+  int member;
+  int age;
+  int count;
+
+  auto operator<=>(const MostAttended&) const = default;
+};
+
+std::int64_t sum_of_most_attended(const Head& head, const MostAttended& asked) {
+  return head.once(asked, [&head, &asked] {
+    thread_local std::vector<float> attention;
+    thread_local std::vector<std::uint32_t> most;
+    attention.resize(static_cast<std::size_t>(head.rows()));
+    head.copy_attention(asked.member, asked.age, attention);
+    kernels::largest(attention, asked.count, most);
+    std::int64_t sum = 0;
+    for (const std::uint32_t row : most) sum += head.positions()[static_cast<int>(row)];
+    return sum;
+  });
+}
+
+}  // namespace
+
 double attention_drift(const Head& head, int member, int window, int count) {
   const int front = window / 2;
   const int rear = window - front;
@@ -126,7 +152,7 @@ double attention_drift(const Head& head, int member, int window, int count) {
   if (count <= 0 || front == 0) return 0;
   const auto sum_of_positions = [&](int first, int last) {
     std::int64_t sum = 0;
-    for (int i = first; i < last; ++i) sum += head.sum_of_most_attended(member, window - 1 - i, count);
+    for (int i = first; i < last; ++i) sum += sum_of_most_attended(head, {member, window - 1 - i, count});
     return sum;
   };
   // One division of a whole number: a drift of exactly n·β must not come out below it.
@@ -171,7 +197,7 @@ void reconstruction_errors(const CombinedAttention& window, LengthRule rule, std
 
 void smooth_in_space(Spatial spatial, int kernel, double beta, const Head& head, int member, int window, int capacity,
                      std::span<float> scores) {
-  const auto past = before_window(scores, window);
+  const auto past = before_window(head, scores, window);
   if (spatial != Spatial::adaptive) {
     pool(spatial, kernel, past);
     return;

@@ -35,8 +35,8 @@ enum class Spatial {
 /// "none", "avg", "max" or "adaptive"; any other text is a std::invalid_argument.
 Spatial spatial_named(const std::string& name);
 
-/// Those of `scores` [R] that an observation window of `window` queries does not protect.
-std::span<float> before_window(std::span<float> scores, int window);
+/// Those of `scores` [R] that an observation window of `window` queries does not protect: of rows before its positions.
+std::span<float> before_window(const Head& head, std::span<float> scores, int window);
 
 /// Pools `scores` in place, over an odd `kernel`. Not for Spatial::adaptive, which pool_adaptive does.
 void pool(Spatial spatial, int kernel, std::span<float> scores);

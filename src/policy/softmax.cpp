@@ -13,13 +13,18 @@ void scale_logits(Eigen::Ref<Matrix> logits, double softmax_scale, double softca
 }
 
 void causal_softmax(Eigen::Ref<Eigen::RowVectorXf> row, Index position, Index sliding_window) {
-  const Index first = first_visible(position, sliding_window);
-  const Index count = std::min(position + 1, static_cast<Index>(row.size())) - first;
-  auto visible = row.segment(first, count);
-  visible = (visible.array() - visible.maxCoeff()).exp();
-  visible /= visible.sum();
+  softmax_within(row, first_visible(position, sliding_window), std::min<Index>(position + 1, row.size()));
+}
+
+void softmax_within(Eigen::Ref<Eigen::RowVectorXf> row, Index first, Index end) {
+  end = std::max(first, end);
+  if (end > first) {
+    auto visible = row.segment(first, end - first);
+    visible = (visible.array() - visible.maxCoeff()).exp();
+    visible /= visible.sum();
+  }
   row.head(first).setZero();
-  row.tail(row.size() - first - count).setZero();
+  row.tail(row.size() - end).setZero();
 }
 
 }  // namespace kvreplay

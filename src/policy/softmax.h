@@ -13,6 +13,9 @@ void scale_logits(Eigen::Ref<Matrix> logits, double softmax_scale, double softca
 /// exponentials are float32 and summed in float32, pairwise within vector lanes.
 void causal_softmax(Eigen::Ref<Eigen::RowVectorXf> row, Index position, Index sliding_window);
 
+/// The same for a row of which the query sees the columns [first, end): all others get exactly 0.
+void softmax_within(Eigen::Ref<Eigen::RowVectorXf> row, Index first, Index end);
+
 /// The first position that the query at `position` sees.
 inline Index first_visible(Index position, Index sliding_window) {
   return sliding_window > 0 && position >= sliding_window ? position - sliding_window + 1 : 0;

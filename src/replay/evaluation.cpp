@@ -136,7 +136,7 @@ void HeadEvaluation::attend(Attention& attention, Buffer& values, std::vector<Su
     trace_.read_rows(shape_.layer, HeadTensor::values, shape_.kv_head, 0, tokens_, values.data());
     kernels::pad_rows(values.data(), tokens_, depth, width_);
   }
-  const Index prompt = shape_.prompt_length;
+  const Index prompt = shape_.next_position;
   for (Index first = 0; first < tokens_;) {
     // No block reaches over the eviction, so that the parts add up as those of a kept set that is the whole prompt.
     const Index end = first < prompt ? std::min(first + kPositions, prompt) : std::min(first + kPositions, tokens_);
@@ -201,7 +201,7 @@ Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, 
   const int first = shape_.sliding_window > 0 ? std::max(0, position - shape_.sliding_window + 1) : 0;
   std::vector<int> cached;
   std::ranges::copy_if(kept, std::back_inserter(cached), [first](int n) { return n >= first; });
-  for (int n = std::max(first, shape_.prompt_length); n <= position; ++n) cached.push_back(n);
+  for (int n = std::max(first, shape_.next_position); n <= position; ++n) cached.push_back(n);
   Eigen::VectorXd weights(static_cast<Index>(cached.size()));
   for (std::size_t i = 0; i < cached.size(); ++i) {
     double logit = row.dot(keys.row(cached[i]).cast<double>()) * shape_.softmax_scale;

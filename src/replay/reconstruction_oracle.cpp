@@ -234,7 +234,7 @@ std::vector<std::vector<int>> exchange_positions(const TraceReader& trace, int l
                                                  int exchanges, int threads) {
   const ModelInfo& model = trace.info().model;
   const int heads = model.num_attention_heads;
-  const int first_held = head_shape(trace.info(), layer, 0, eviction.position).first_position;
+  const int first_held = eviction.position - head_shape(trace.info(), layer, 0, eviction.position).rows();
   const int per_set = granularity == Granularity::query ? 1 : model.group_size();
   std::vector<HeadState> states(static_cast<std::size_t>(heads));
   const auto load = [&](int head) {

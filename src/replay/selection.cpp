@@ -227,13 +227,13 @@ void LayerSelection::check_numbers(const Matrix& scores, const Ranking& ranking)
     if (!kernels::has_nan(ranked)) continue;
     const auto found = std::ranges::find_if(ranked, [](float score) { return std::isnan(score); });
     throw Error(fmt::format("the score of position {} is not a number",
-                            shape_.first_position + protection.sinks + (found - ranked.begin())));
+                            shape_.positions[protection.sinks + static_cast<int>(found - ranked.begin())]));
   }
 }
 
 void LayerSelection::keep_all(std::size_t setting, int kv_head) {
-  std::vector<int> all(static_cast<std::size_t>(held_));
-  std::iota(all.begin(), all.end(), shape_.first_position);
+  std::vector<int> all;
+  for (int row = 0; row < held_; ++row) all.push_back(shape_.positions[row]);
   const int sets = settings_[setting].sets_per_kv_head(model_);
   for (int i = 0; i < sets; ++i) results_[setting].kept[static_cast<std::size_t>(kv_head * sets + i)] = all;
 }
@@ -372,7 +372,7 @@ std::vector<int> LayerSelection::positions_of(std::vector<int> rows, bool may_be
   if (!inside || !std::ranges::is_sorted(rows, std::less_equal<>())) {
     throw Error(fmt::format("a kept set is not ascending rows from 0 to {}", held_ - 1));
   }
-  for (int& row : rows) row += shape_.first_position;
+  for (int& row : rows) row = shape_.positions[row];
   return rows;
 }
 
@@ -389,8 +389,9 @@ HeadShape shape_of(const TraceReplay& outline) {
           .num_kv_heads = outline.model.num_key_value_heads,
           .group_size = outline.model.group_size(),
           .head_dim = outline.model.head_dim,
-          .prompt_length = outline.eviction_position,
-          .first_position = outline.eviction_position - std::ranges::max(outline.held)};
+          .prompt_length = outline.prompt_length,
+          .next_position = outline.eviction_position,
+          .positions = {outline.eviction_position - std::ranges::max(outline.held), std::ranges::max(outline.held)}};
 }
 
 }  // namespace

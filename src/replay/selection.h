@@ -77,7 +77,7 @@ class LayerSelection {
   const RankingRequirements& requirements_;
   Eviction eviction_;
   HeadShape shape_;  // of the layer's first head
-  int held_;         // positions, of which the first is shape_.first_position
+  int held_;         // rows
   const LayerProjection* projection_;
   Index combination_bytes_;
   const ModelInfo& model_;

@@ -19,7 +19,7 @@ struct AlikeLayers {
   HeadShape shape;  // of the first of them
   std::vector<int> layers;
 
-  bool hold_everything() const { return shape.first_position == 0; }
+  bool hold_everything() const { return shape.rows() == shape.next_position; }
 };
 
 // The layers of a trace at an eviction, looked up once.
@@ -30,9 +30,7 @@ struct EvictedLayers {
   EvictedLayers(const TraceInfo& info, int eviction_position) {
     for (int layer = 0; layer < info.model.num_layers; ++layer) {
       shapes.push_back(head_shape(info, layer, 0, eviction_position));
-      const auto is_alike = [this](const AlikeLayers& some) {
-        return some.shape.first_position == shapes.back().first_position;
-      };
+      const auto is_alike = [this](const AlikeLayers& some) { return some.shape.positions == shapes.back().positions; };
       auto found = std::ranges::find_if(alike, is_alike);
       if (found == alike.end()) found = alike.insert(alike.end(), {shapes.back(), {}});
       found->layers.push_back(layer);
@@ -41,8 +39,8 @@ struct EvictedLayers {
 
   // Those that hold what the layer of this shape does.
   const AlikeLayers& alike_to(const HeadShape& shape) const {
-    return *std::ranges::find_if(
-        alike, [&shape](const AlikeLayers& some) { return some.shape.first_position == shape.first_position; });
+    return *std::ranges::find_if(alike,
+                                 [&shape](const AlikeLayers& some) { return some.shape.positions == shape.positions; });
   }
 };
 
@@ -161,8 +159,8 @@ std::optional<Obstacle> missing_need(const Policy& policy, const Requirements& n
 std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Setting& setting) {
   const Policy& policy = *setting.policy;
   const auto least_in = [&policy](const HeadShape& shape) {
-    return shape.first_position == 0 ? policy.minimum_capacity()
-                                     : std::max(1, policy.protection().held_by(shape).count());
+    return shape.rows() == shape.next_position ? policy.minimum_capacity()
+                                               : std::max(1, policy.protection().held_by(shape).count());
   };
   const auto below = [&](int needed, const AlikeLayers& some) {
     const bool is_protected = needed == least_in(some.shape);

@@ -20,8 +20,9 @@ HeadShape head_shape(const TraceInfo& info, int layer, int kv_head, int eviction
       .num_kv_heads = model.num_key_value_heads,
       .group_size = model.group_size(),
       .head_dim = model.head_dim,
-      .prompt_length = eviction_position,
-      .first_position = first_position,
+      .prompt_length = info.prompt_length,
+      .next_position = eviction_position,
+      .positions = {first_position, eviction_position - first_position},
       .softmax_scale = model.softmax_scale,
       .sliding_window = window,
       .attn_logit_softcapping = model.attn_logit_softcapping,
@@ -41,6 +42,7 @@ TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, const Evi
     : trace_(trace),
       projection_(projection),
       shape_(head_shape(trace.info(), layer, kv_head, eviction.position)),
+      entries_(0, eviction.position),
       evaluation_(kvreplay::evaluation_queries(trace.info(), eviction)) {
   const std::span<const int> positions = trace.info().query_positions;
   const auto before = std::ranges::lower_bound(positions, eviction.position) - positions.begin();
@@ -61,8 +63,8 @@ void TraceHead::read(HeadTensor tensor, Buffer& unpacked, Index first, Index cou
     return;
   }
   if (unpacked.size() == 0) {
-    unpacked = Buffer(Index{shape_.prompt_length} * shape_.head_dim);
-    trace_.read_rows(shape_.layer, tensor, shape_.kv_head, 0, shape_.prompt_length, unpacked.data());
+    unpacked = Buffer(Index{shape_.next_position} * shape_.head_dim);
+    trace_.read_rows(shape_.layer, tensor, shape_.kv_head, 0, shape_.next_position, unpacked.data());
   }
   std::copy_n(unpacked.data() + first * shape_.head_dim, count * shape_.head_dim, rows);
 }
@@ -93,7 +95,7 @@ Matrix TraceHead::projection_factor(int member) const {
 
 std::optional<std::vector<float>> TraceHead::attention_mass(int member) const {
   // The recorded mass sums over all prompt queries; it answers for no earlier eviction.
-  if (shape_.prompt_length != trace_.info().prompt_length || !trace_.has_attention_mass(shape_.layer)) {
+  if (shape_.next_position != trace_.info().prompt_length || !trace_.has_attention_mass(shape_.layer)) {
     return std::nullopt;
   }
   return trace_.read_attention_mass(shape_.layer, shape_.query_head(member));

@@ -20,6 +20,7 @@ class TraceHead : public HeadSource {
             const LayerProjection* projection = nullptr);
 
   const HeadShape& shape() const override { return shape_; }
+  const CachePositions& entries() const override { return entries_; }
   void read_keys(Index first, Index count, float* rows) const override;
   void read_values(Index first, Index count, float* rows) const override;
   std::span<const int> query_positions() const override { return query_positions_; }
@@ -38,9 +39,10 @@ class TraceHead : public HeadSource {
   const TraceReader& trace_;
   const LayerProjection* projection_;
   HeadShape shape_;
+  CachePositions entries_;  // everything before the eviction
   std::span<const int> query_positions_;
   EvaluationQueries evaluation_;
-  mutable Buffer unpacked_keys_;  // [P, D] where parts of them cannot be read alone
+  mutable Buffer unpacked_keys_;  // [N, D] where parts of them cannot be read alone
   mutable Buffer unpacked_values_;
 };
 

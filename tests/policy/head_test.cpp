@@ -91,10 +91,10 @@ Reference reference_for(const MatrixHead& source, int member, const WindowCombin
                            attention_of(source, keys, member, prompt - window + i);
   }
   const Eigen::VectorXd of_all = reference.attention;
-  const Index first = shape.first_position;
+  const Index first = shape.positions[0];
   reference.attention = of_all.tail(prompt - first);
   if (combination.distance == Distance::none) return reference;
-  const Index end = combination.whole_prompt ? prompt : prompt - window;
+  const Index end = combination.whole_cache ? prompt : prompt - window;
   const Eigen::RowVectorXd output = of_all.head(end).transpose() * values.topRows(end);
   DoubleMatrix projection = DoubleMatrix::Identity(shape.head_dim, shape.head_dim);
   if (combination.distance == Distance::projected && source.has_output_projection()) {
@@ -136,7 +136,7 @@ std::vector<WindowCombination> combinations_for(const std::vector<int>& windows)
       all.push_back({.weights = weights});
       for (const Distance distance : {Distance::values, Distance::projected}) {
         for (const bool whole : {false, true}) {
-          all.push_back({.weights = weights, .distance = distance, .whole_prompt = whole});
+          all.push_back({.weights = weights, .distance = distance, .whole_cache = whole});
         }
       }
     }
@@ -146,7 +146,7 @@ std::vector<WindowCombination> combinations_for(const std::vector<int>& windows)
 
 std::string text_of(const WindowCombination& c) {
   return fmt::format("window {}, first weight {}, distance {}{}", c.weights.size(), c.weights.front(),
-                     static_cast<int>(c.distance), c.whole_prompt ? ", whole prompt" : "");
+                     static_cast<int>(c.distance), c.whole_cache ? ", whole prompt" : "");
 }
 
 void expect_all_agree(const MatrixHead& source, const std::vector<int>& windows) {
@@ -250,7 +250,7 @@ void expect_distances_through(const Matrix& projection, const std::string& what)
   const Head head(source);
   for (const bool whole : {false, true}) {
     const WindowCombination combination{
-        .weights = temporal_weights(Temporal::mean, 0, 8), .distance = Distance::projected, .whole_prompt = whole};
+        .weights = temporal_weights(Temporal::mean, 0, 8), .distance = Distance::projected, .whole_cache = whole};
     expect_agreement(head.combined_attention(0, combination), reference_for(source, 0, combination));
   }
 }
@@ -426,27 +426,140 @@ TEST(Head, AttentionOfEveryQueryFollowsItsDefinition) {
   }
 }
 
-TEST(Head, SumOfMostAttendedAgreesWithSorting) {
-  MatrixHead source = random_head({.prompt = 530, .group = 2}, 34);
-  // The second query head attends to all alike: the first positions win.
-  source.member_queries[1].setZero();
+// What a head of some rows is to tell, from the whole cache's logits and nothing but plain arithmetic.
+TEST(EvictedHead, QueriesAttendToTheRowsThatAreLeft) {
+  const Index prompt = 700;
+  const MatrixHead whole = random_head({.prompt = prompt, .group = 2}, 51);
+  std::vector<int> rows;
+  for (int n = 0; n < prompt; ++n) {
+    if (n % 3 != 1 && !(n > 200 && n < 330)) rows.push_back(n);
+  }
+  const EvictedHead source(whole, rows);
   const Head head(source);
-  for (const int age : {0, 2, 40}) {
-    for (const int count : {1, 7, 64, 500, 530, 1000}) {
-      for (int member = 0; member < 2; ++member) {
-        const std::span<const float> attention = head.attention(member, age);
-        std::vector<int> order(attention.size());
-        std::iota(order.begin(), order.end(), 0);
-        std::ranges::stable_sort(order, [&](int a, int b) {
-          return attention[static_cast<std::size_t>(a)] > attention[static_cast<std::size_t>(b)];
-        });
-        order.resize(std::min<std::size_t>(order.size(), static_cast<std::size_t>(count)));
-        EXPECT_EQ(head.sum_of_most_attended(member, age, count),
-                  std::accumulate(order.begin(), order.end(), std::int64_t{0}))
-            << "age " << age << ", count " << count << ", member " << member;
+  ASSERT_EQ(head.rows(), static_cast<int>(rows.size()));
+  Matrix floats(prompt, whole.shape().head_dim);
+  whole.read_keys(0, prompt, floats.data());
+  const DoubleMatrix keys = floats.cast<double>();
+  whole.read_values(0, prompt, floats.data());
+  const DoubleMatrix values = floats.cast<double>();
+  const std::vector<float> weights = temporal_weights(Temporal::ema, 0.3, 20);
+  for (int member = 0; member < 2; ++member) {
+    Eigen::VectorXd combined = Eigen::VectorXd::Zero(head.rows());
+    for (int age = 0; age < 20; ++age) {
+      // Attention over the whole cache, of which the rows are left and sum to 1 again.
+      const Eigen::VectorXd all = attention_of(whole, keys, member, prompt - 1 - age);
+      Eigen::VectorXd left(head.rows());
+      for (std::size_t n = 0; n < rows.size(); ++n) left(static_cast<Index>(n)) = all(rows[n]);
+      left /= left.sum();
+      combined += static_cast<double>(weights[static_cast<std::size_t>(19 - age)]) * left;
+      const std::span<const float> told = head.attention(member, age);
+      for (std::size_t n = 0; n < rows.size(); ++n) {
+        ASSERT_NEAR(told[n], left(static_cast<Index>(n)), 1e-6) << "age " << age << ", row " << n;
       }
     }
+    const CombinedAttention window =
+        head.combined_attention(member, {.weights = weights, .distance = Distance::projected});
+    // Rows of the window's 20 positions are told no distance of, however many of them are left.
+    const auto before =
+        static_cast<Index>(std::ranges::lower_bound(rows, static_cast<int>(prompt) - 20) - rows.begin());
+    ASSERT_EQ(static_cast<Index>(window.distance.size()), before);
+    Eigen::RowVectorXd output = Eigen::RowVectorXd::Zero(values.cols());
+    for (Index n = 0; n < before; ++n) output += combined(n) * values.row(rows[static_cast<std::size_t>(n)]);
+    const DoubleMatrix projection = whole.member_projections[static_cast<std::size_t>(member)].cast<double>();
+    for (Index n = 0; n < before; ++n) {
+      ASSERT_NEAR(window.attention[static_cast<std::size_t>(n)], combined(n), 1e-6);
+      const double distance =
+          (projection * (output - values.row(rows[static_cast<std::size_t>(n)])).transpose()).norm();
+      ASSERT_NEAR(window.distance[static_cast<std::size_t>(n)], distance, 1e-4 * (1 + distance));
+    }
   }
+}
+
+TEST(EvictedHead, EveryQueryAddsUpOverWhatIsLeft) {
+  const MatrixHead whole = random_head({.prompt = 90, .sliding_window = 40}, 52);
+  std::vector<int> rows;  // of those that the sliding window still holds
+  for (int n = 0; n < whole.shape().rows(); n += 2) rows.push_back(n);
+  const EvictedHead source(whole, rows);
+  const Head head(source);
+  std::vector<double> sums(rows.size(), 0.0);
+  for (int age = 0; age < 90; ++age) {
+    const std::span<const float> attention = head.attention(0, age);
+    for (std::size_t n = 0; n < sums.size(); ++n) sums[n] += static_cast<double>(attention[n]);
+  }
+  const std::vector<float>& told = head.accumulated_attention(0);
+  ASSERT_EQ(told.size(), sums.size());
+  for (std::size_t n = 0; n < sums.size(); ++n) EXPECT_NEAR(told[n], sums[n], 1e-5) << n;
+}
+
+TEST(EvictedHead, AllRowsAreTheHeadItself) {
+  const MatrixHead whole = random_head({.prompt = 530, .group = 2}, 53);
+  std::vector<int> rows(530);
+  std::iota(rows.begin(), rows.end(), 0);
+  const EvictedHead source(whole, rows);
+  for (const std::string spec : {"restkv", "snapkv(pooling=max)", "h2o(mask=window)", "tova", "keydiff", "random"}) {
+    EXPECT_EQ(test::scores_of(spec, source, 1), test::scores_of(spec, whole, 1)) << spec;
+  }
+}
+
+TEST(EvictedHead, ASecondEvictionKeepsRowsByTheirPositions) {
+  const MatrixHead whole = random_head({.prompt = 100}, 54);
+  // As streamingllm at 40 leaves them, but for the second sink.
+  std::vector<int> rows = {0, 2, 3};
+  for (int n = 64; n < 100; ++n) rows.push_back(n);
+  const EvictedHead source(whole, rows);
+  const HeadShape& shape = source.shape();
+  const auto positions_kept = [&](const std::string& spec, int capacity) {
+    std::vector<int> positions;
+    for (const int row : make_policy(spec).pattern->keep(shape, 0, capacity)) {
+      positions.push_back(shape.positions[row]);
+    }
+    return positions;
+  };
+  EXPECT_EQ(positions_kept("streamingllm", 6), (std::vector<int>{0, 2, 3, 97, 98, 99}));
+  EXPECT_EQ(positions_kept("recent", 3), (std::vector<int>{97, 98, 99}));
+  // Four sinks are asked for and three are left; of the window all are.
+  EXPECT_EQ((Protection{.sinks = 4, .window = 32}.held_by(shape).sinks), 3);
+  EXPECT_EQ((Protection{.sinks = 4, .window = 40}.held_by(shape).window), 36);
+  // The drawn score of a position does not depend on its row.
+  const std::vector<float> all = test::scores_of("random", whole);
+  const std::vector<float> left = test::scores_of("random", source);
+  for (std::size_t n = 0; n < rows.size(); ++n) EXPECT_EQ(left[n], all[static_cast<std::size_t>(rows[n])]);
+}
+
+// The newest positions are gone: early queries of the window see no row that is left.
+TEST(EvictedHead, AQueryThatSeesNothingPaysNothing) {
+  const MatrixHead whole = random_head({.prompt = 40}, 55);
+  const EvictedHead source(whole, {36, 38});
+  const Head head(source);
+  EXPECT_EQ(std::vector<float>(head.attention(0, 5).begin(), head.attention(0, 5).end()), (std::vector<float>{0, 0}));
+  EXPECT_EQ(std::vector<float>(head.attention(0, 3).begin(), head.attention(0, 3).end()), (std::vector<float>{1, 0}));
+  for (const float sum : head.accumulated_attention(0)) EXPECT_TRUE(std::isfinite(sum));
+}
+
+TEST(Head, AnswersOfOneMethodAreComputedOnce) {
+  struct Question {
+    int number;
+    auto operator<=>(const Question&) const = default;
+  };
+  const MatrixHead source = random_head({.prompt = 20}, 56);
+  const Head head(source);
+  int computed = 0;
+  const auto ask = [&](int number) { return head.once(Question{number}, [&] { return ++computed; }); };
+  EXPECT_EQ(ask(7), 1);
+  EXPECT_EQ(ask(8), 2);
+  EXPECT_EQ(ask(7), 1);
+}
+
+TEST(CachePositions, NeighboursAndAnyOthersAnswerAlike) {
+  const CachePositions neighbours(3, 4);
+  const CachePositions any(std::vector<int>{3, 4, 5, 6});
+  EXPECT_EQ(neighbours, any);
+  for (int position = 0; position < 10; ++position) {
+    EXPECT_EQ(neighbours.count_before(position), any.count_before(position)) << position;
+  }
+  EXPECT_EQ(neighbours.last(2), any.last(2));
+  EXPECT_EQ(CachePositions(std::vector<int>{1, 5, 9}).count_before(6), 2);
+  EXPECT_NE(CachePositions(std::vector<int>{1, 5, 9}), CachePositions(1, 3));
 }
 
 // Of whose queries only the last were captured, and the ones before a gap.
@@ -482,7 +595,10 @@ TEST(Head, WhatWasNotCapturedIsNamed) {
   expect_error([&] { head.prepare(larger); }, 35, 5);
   expect_error([&] { head.combined_attention(0, larger[1]); }, 35, 5);
   expect_error([&] { head.attention(0, 9); }, 30, 10);
-  expect_error([&] { head.sum_of_most_attended(0, 4, 3); }, 35, 5);
+  std::vector<float> attention(40);
+  expect_error([&] { head.copy_attention(0, 4, attention); }, 35, 5);
+  EXPECT_EQ(head.queries(0, 4), source.queries(0, 2, 4));
+  EXPECT_THROW(head.queries(0, 5), Error);
   // And it is still of use.
   EXPECT_NO_THROW(head.combined_attention(0, larger[0]));
 }

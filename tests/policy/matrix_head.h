@@ -17,7 +17,8 @@ class MatrixHead : public HeadSource {
   MatrixHead(Matrix keys, Matrix values, int group_size = 1) : keys_(std::move(keys)), values_(std::move(values)) {
     shape_.group_size = group_size;
     shape_.head_dim = static_cast<int>(keys_.cols());
-    shape_.prompt_length = static_cast<int>(keys_.rows());
+    shape_.prompt_length = shape_.next_position = static_cast<int>(keys_.rows());
+    shape_.positions = entries_ = {0, shape_.prompt_length};
     positions_.resize(static_cast<std::size_t>(shape_.prompt_length));
     std::iota(positions_.begin(), positions_.end(), 0);
   }
@@ -30,7 +31,8 @@ class MatrixHead : public HeadSource {
   void attend_with(double softmax_scale, int sliding_window = 0, double softcapping = 0) {
     shape_.softmax_scale = softmax_scale;
     shape_.sliding_window = sliding_window;
-    shape_.first_position = first_held_position(shape_.prompt_length, sliding_window);
+    const int first = first_held_position(shape_.next_position, sliding_window);
+    shape_.positions = {first, shape_.next_position - first};
     shape_.attn_logit_softcapping = softcapping;
   }
 
@@ -38,6 +40,7 @@ class MatrixHead : public HeadSource {
   std::vector<Matrix> member_projections;  ///< [group][C, D]; empty: the model has none
 
   const HeadShape& shape() const override { return shape_; }
+  const CachePositions& entries() const override { return entries_; }
   void read_keys(Index first, Index count, float* rows) const override {
     Eigen::Map<Matrix>(rows, count, keys_.cols()) = keys_.middleRows(first, count);
   }
@@ -58,6 +61,7 @@ class MatrixHead : public HeadSource {
 
  private:
   HeadShape shape_;
+  CachePositions entries_;
   Matrix keys_;
   Matrix values_;
   std::vector<int> positions_;

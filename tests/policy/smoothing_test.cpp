@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include <cmath>
 #include <numeric>
 #include <random>
@@ -123,6 +125,38 @@ TEST(AttentionDrift, WeighsUnequalHalvesByTheirSizes) {
   EXPECT_EQ(attention_drift(Head(source), 0, 3, 1), 6);
   EXPECT_EQ(attention_drift(Head(source), 0, 1, 1), 0);
   EXPECT_EQ(attention_drift(Head(source), 0, 3, 0), 0);
+}
+
+TEST(AttentionDrift, AgreesWithSortingWhateverIsAsked) {
+  const int prompt = 530;
+  const int window = 9;
+  std::mt19937 generator(34);
+  std::normal_distribution<float> draw;
+  test::MatrixHead source(Matrix::NullaryExpr(prompt, 4, [&](Index) { return draw(generator); }),
+                          Matrix::Zero(prompt, 4), 2);
+  // The second query head attends to all alike: the first positions win.
+  source.member_queries = {Matrix::NullaryExpr(prompt, 4, [&](Index) { return draw(generator); }),
+                           Matrix::Zero(prompt, 4)};
+  const Head head(source);
+  for (const int count : {1, 7, 64, 500, 530, 1000}) {
+    for (int member = 0; member < 2; ++member) {
+      double means[2] = {0, 0};  // of the window's halves
+      for (int age = 0; age < window; ++age) {
+        const std::span<const float> attention = head.attention(member, age);
+        std::vector<int> order(attention.size());
+        std::iota(order.begin(), order.end(), 0);
+        std::ranges::stable_sort(order, [&](int a, int b) {
+          return attention[static_cast<std::size_t>(a)] > attention[static_cast<std::size_t>(b)];
+        });
+        order.resize(std::min<std::size_t>(order.size(), static_cast<std::size_t>(count)));
+        const double mean = std::accumulate(order.begin(), order.end(), 0.0) / static_cast<double>(order.size());
+        const bool is_front = age >= window - window / 2;
+        means[is_front ? 0 : 1] += mean / (is_front ? window / 2 : window - window / 2);
+      }
+      EXPECT_NEAR(attention_drift(head, member, window, count), means[0] - means[1], 1e-9)
+          << "count " << count << ", member " << member;
+    }
+  }
 }
 
 TEST(RemovalError, IsLargestAndFiniteWhereAPositionHasAllAttention) {

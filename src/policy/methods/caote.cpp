@@ -28,7 +28,7 @@ class Caote : public Ranking {
   WindowCombination combination() const {
     return {.weights = temporal_weights(temporal_, alpha_, window_),
             .distance = WindowCombination::Distance::values,
-            .whole_prompt = true};
+            .whole_cache = true};
   }
 
   int window_;

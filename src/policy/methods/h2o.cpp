@@ -8,9 +8,37 @@
 // last `window` queries are masked causally, so that earlier queries also look at later keys.
 #include "policy/policy.h"
 #include "policy/published_code.h"
+#include "policy/softmax.h"
 
 namespace kvreplay {
 namespace {
+
+// Σ over all queries of attention per row, where only the last `window` queries are masked, causally: every earlier
+// one looks at all entries, those after it too.
+std::vector<float> attention_masked_in_window(const Head& head, int member, int window) {
+  constexpr int kQueries = 16;  // that are multiplied at a time
+  const HeadShape& shape = head.shape();
+  const int queries = shape.next_position;
+  const CachePositions& entries = head.entries();
+  const Matrix keys = head.entry_keys();
+  const Matrix asked = head.queries(member, queries);
+  const auto first_row = static_cast<std::size_t>(entries.size() - head.rows());
+  std::vector<double> sums(static_cast<std::size_t>(head.rows()), 0.0);
+  for (int first = 0; first < queries; first += kQueries) {
+    const int count = std::min(kQueries, queries - first);
+    Matrix attention = asked.middleRows(first, count) * keys.transpose();
+    scale_logits(attention, shape.softmax_scale, shape.attn_logit_softcapping);
+    for (int query = 0; query < count; ++query) {
+      const int position = first + query;
+      const int end = position >= queries - window ? entries.count_before(position + 1) : entries.size();
+      softmax_within(attention.row(query), 0, end);
+      for (std::size_t n = 0; n < sums.size(); ++n) {
+        sums[n] += static_cast<double>(attention(query, static_cast<Index>(first_row + n)));
+      }
+    }
+  }
+  return {sums.begin(), sums.end()};
+}
 
 class H2O : public Ranking {
  public:
@@ -22,10 +50,12 @@ class H2O : public Ranking {
 
   void score(const Head& head, int member, std::span<float> scores) const override {
     const std::vector<float> sums =
-        causal_ ? head.accumulated_attention(member) : head.unmasked_accumulated_attention(member, window_);
-    for (std::size_t position = 0; position < scores.size(); ++position) {
-      const auto observers = static_cast<float>(scores.size() - position);  // queries that can see this key
-      scores[position] = normalize_ ? sums[position] / observers : sums[position];
+        causal_ ? head.accumulated_attention(member) : attention_masked_in_window(head, member, window_);
+    for (std::size_t n = 0; n < scores.size(); ++n) {
+      const int position = head.positions()[static_cast<int>(n)];
+      const auto observers =
+          static_cast<float>(head.shape().next_position - position);  // queries that can see this key
+      scores[n] = normalize_ ? sums[n] / observers : sums[n];
     }
   }
 

@@ -45,9 +45,9 @@ class KeptFromFile : public Pattern {
       throw Error(fmt::format("{}: holds {} sets; the trace has {} layers of {} {} heads", place_, sets,
                               shape.num_layers, heads, per_query_head_ ? "query" : "KV"));
     }
-    if (evict_at_ && *evict_at_ != shape.prompt_length) {
+    if (evict_at_ && *evict_at_ != shape.next_position) {
       throw Error(fmt::format("{}: was kept at position {}, and this eviction is at {}", place_, *evict_at_,
-                              shape.prompt_length));
+                              shape.next_position));
     }
   }
 
@@ -56,7 +56,7 @@ class KeptFromFile : public Pattern {
     for (int set = shape.layer * heads; set < (shape.layer + 1) * heads; ++set) {
       const auto first = static_cast<std::size_t>(offsets_[static_cast<std::size_t>(set)]);
       const bool is_empty = first == static_cast<std::size_t>(offsets_[static_cast<std::size_t>(set) + 1]);
-      if (is_empty || kept_[first] >= shape.first_position) continue;
+      if (is_empty || (shape.rows() > 0 && kept_[first] >= shape.positions[0])) continue;
       return fmt::format("{}: lists positions that layers with a sliding window no longer hold; they are left out",
                          place_);
     }
@@ -69,13 +69,16 @@ class KeptFromFile : public Pattern {
     const auto set = static_cast<std::size_t>(shape.layer * heads + head);
     std::vector<int> kept(kept_.begin() + offsets_[set], kept_.begin() + offsets_[set + 1]);
     if (kept.empty()) throw Error(fmt::format("{}: set {} is empty", place_, set));
-    if (kept.back() >= shape.prompt_length) {
+    if (kept.back() >= shape.next_position) {
       throw Error(fmt::format("{}: set {} holds position {}, beyond the {} before the eviction", place_, set,
-                              kept.back(), shape.prompt_length));
+                              kept.back(), shape.next_position));
     }
-    kept.erase(kept.begin(), std::ranges::lower_bound(kept, shape.first_position));
-    for (int& position : kept) position -= shape.first_position;
-    return kept;
+    std::vector<int> rows;
+    for (const int position : kept) {
+      const int row = shape.positions.count_before(position);
+      if (row < shape.rows() && shape.positions[row] == position) rows.push_back(row);
+    }
+    return rows;
   }
 
  private:

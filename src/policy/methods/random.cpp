@@ -21,8 +21,10 @@ class Random : public Ranking {
     const HeadShape& shape = head.shape();
     const std::uint64_t stream = mix(mix(mix(seed_) ^ static_cast<std::uint64_t>(shape.layer)) ^
                                      static_cast<std::uint64_t>(shape.query_head(member)));
-    auto position = static_cast<std::uint64_t>(shape.first_position);
-    for (float& score : scores) score = static_cast<float>(mix(stream ^ position++) >> 40);
+    for (std::size_t row = 0; row < scores.size(); ++row) {
+      const auto position = static_cast<std::uint64_t>(head.positions()[static_cast<int>(row)]);
+      scores[row] = static_cast<float>(mix(stream ^ position) >> 40);
+    }
   }
 
  private:

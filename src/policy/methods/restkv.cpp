@@ -49,7 +49,7 @@ class RestKV : public Ranking {
   bool pyramid_on_short_prompts() const override { return true; }
 
   void score(const Head& head, int member, std::span<float> scores) const override {
-    const auto past = before_window(scores, p_.window);
+    const auto past = before_window(head, scores, p_.window);
     if (!p_.before) {
       // Equation (1).
       reconstruction_errors(head.combined_attention(member, combinations()[0]), length_rule(), past);

@@ -24,12 +24,14 @@ class SnapKV : public Ranking {
     std::ranges::copy(head.combined_attention(member, mean()).attention, scores.begin());
   }
 
-  void smooth(const Head& /*head*/, int /*member*/, int /*capacity*/, std::span<float> scores) const override {
-    pool_past(scores);
+  void smooth(const Head& head, int /*member*/, int /*capacity*/, std::span<float> scores) const override {
+    pool_past(head, scores);
   }
 
  protected:
-  void pool_past(std::span<float> scores) const { pool(pooling_, kernel_, before_window(scores, window_)); }
+  void pool_past(const Head& head, std::span<float> scores) const {
+    pool(pooling_, kernel_, before_window(head, scores, window_));
+  }
 
  private:
   WindowCombination mean() const { return {.weights = temporal_weights(Temporal::mean, 0, window_)}; }
@@ -46,7 +48,9 @@ class SnapKVPooledLast : public SnapKV {
   using SnapKV::SnapKV;
 
   void smooth(const Head&, int, int, std::span<float>) const override {}
-  void refine(const Head&, std::span<const int>, int, std::span<float> scores) const override { pool_past(scores); }
+  void refine(const Head& head, std::span<const int>, int, std::span<float> scores) const override {
+    pool_past(head, scores);
+  }
 };
 
 std::vector<Parameter> parameters(int window, int kernel, std::vector<std::string> poolings) {

@@ -10,7 +10,7 @@
 #include "base/error.h"
 #include "policy/policy.h"
 #include "policy/smoothing.h"
-#include "replay/trace_head.h"
+#include "replay/trace_source.h"
 
 namespace kvreplay {
 namespace {

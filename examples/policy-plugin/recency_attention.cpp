@@ -16,7 +16,7 @@ class RecencyAttention : public Ranking {
   RecencyAttention(int window, double half_life) : window_(window), half_life_(half_life) {}
 
   Protection protection() const override { return {.window = window_}; }
-  Requirements requirements() const override { return {.window_queries = window_, .combinations = {mean()}}; }
+  Requirements requirements() const override { return {.needs = {Need::window(window_)}, .combinations = {mean()}}; }
 
   void score(const Head& head, int member, std::span<float> scores) const override {
     std::ranges::copy(head.combined_attention(member, mean()).attention, scores.begin());

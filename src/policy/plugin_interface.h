@@ -20,10 +20,10 @@ inline constexpr int kPolicyInterfaceVersion = 5;
 struct BinaryLayout {
   int eigen = EIGEN_WORLD_VERSION * 10000 + EIGEN_MAJOR_VERSION * 100 + EIGEN_MINOR_VERSION;
   int matrix_alignment = EIGEN_DEFAULT_ALIGN_BYTES;  ///< bytes
-  std::size_t type_sizes =
-      digest({sizeof(std::string), sizeof(std::vector<int>), sizeof(Matrix), sizeof(CachePositions), sizeof(HeadShape),
-              sizeof(Head), sizeof(WindowCombination), sizeof(CombinedAttention), sizeof(SpecPart), sizeof(Parameter),
-              sizeof(Arguments), sizeof(Requirements), sizeof(BudgetRequest), sizeof(Policy), sizeof(Method)});
+  std::size_t type_sizes = digest(
+      {sizeof(std::string), sizeof(std::vector<int>), sizeof(Matrix), sizeof(CachePositions), sizeof(HeadShape),
+       sizeof(Head), sizeof(WindowCombination), sizeof(CombinedAttention), sizeof(SpecPart), sizeof(Parameter),
+       sizeof(Arguments), sizeof(Need), sizeof(Requirements), sizeof(BudgetRequest), sizeof(Policy), sizeof(Method)});
 
   bool operator==(const BinaryLayout&) const = default;
 

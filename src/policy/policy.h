@@ -10,7 +10,9 @@
 #include <string_view>
 #include <vector>
 
+#include "policy/capacity.h"
 #include "policy/head.h"
+#include "policy/need.h"
 #include "policy/parameter.h"
 
 namespace kvreplay {
@@ -25,18 +27,6 @@ struct Protection {
 
   /// The same in the rows of a head: positions that it no longer holds protect nothing. Together at most R.
   Protection held_by(const HeadShape& shape) const;
-};
-
-/// What a ranking must find in a trace, checked before any work begins, and what it will ask a head for.
-struct Requirements {
-  int window_queries = 0;              ///< prompt queries at hand before the eviction, without a gap
-  bool output_projection = false;      ///< used where the trace has one; the method says what it does without
-  bool accumulated_attention = false;  ///< recorded attention mass, or all prompt queries
-  bool all_queries = false;            ///< all prompt queries
-  bool keys_or_values = false;  ///< beside combinations, Head::keys() or values() as a whole: for planning memory
-  /// Combinations of the window's attention that score() will ask for: told here, those of all policies of a run are
-  /// computed in one pass. One that is not told is computed when it is asked for.
-  std::vector<WindowCombination> combinations = {};
 };
 
 /// Steps 1 and 2: gives every position a score; the higher, the rather it is kept.
@@ -183,9 +173,6 @@ class Selection {
 /// Protected rows and those with the highest scores: exactly min(capacity, R), ascending. Among equal scores the
 /// earlier row wins. Throws Error, naming the row, if a ranked score is NaN. `protection` is of the rows.
 std::vector<int> select_top(std::span<const float> scores, Protection protection, int capacity);
-
-/// How many of `length` positions a share, in (0, 1], is, before fractions are cut off.
-using ShareRule = double (*)(double share, int length);
 
 /// A complete policy: what a spec stands for. Immutable, and safe to use from several threads.
 struct Policy {

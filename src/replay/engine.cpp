@@ -20,10 +20,10 @@
 #include "kernels/kernels.h"
 #include "replay/evaluation.h"
 #include "replay/layer_projection.h"
+#include "replay/layer_rank_agreement.h"
 #include "replay/measurement.h"
 #include "replay/reconstruction_oracle.h"
-#include "replay/selection.h"
-#include "replay/trace_head.h"
+#include "replay/trace_source.h"
 #include "trace/identity.h"
 #include "trace/inspection.h"
 
@@ -101,7 +101,8 @@ constexpr double kOperationsPerRank = 1000;
 constexpr Index kShareKept = 8;
 
 // A result of the outline: what the setting is, without numbers.
-ReplayResult outline_of(const Setting& setting, const TraceReplay& replay) {
+ReplayResult outline_of(const ReplaySetting& replayed, const TraceReplay& replay) {
+  const Setting& setting = replayed.setting;
   ReplayResult result;
   result.trace = replay.trace;
   result.policy = setting.policy->canonical;
@@ -111,10 +112,10 @@ ReplayResult outline_of(const Setting& setting, const TraceReplay& replay) {
   result.granularity = setting.granularity;
   result.share = setting.share;
   result.oracle = setting.policy->oracle;
-  result.rank_agreement = setting.rank_agreement;
-  result.nothing_to_choose = setting.nothing_to_choose;
+  result.rank_agreement = replayed.rank_agreement;
+  result.nothing_to_choose = replayed.nothing_to_choose;
   result.kept.granularity = setting.granularity == Granularity::query ? Granularity::query : Granularity::kv;
-  result.kept.sets_per_layer = replay.model.num_key_value_heads * setting.sets_per_kv_head(replay.model);
+  result.kept.sets_per_layer = replay.model.num_key_value_heads * setting.sets_per_kv_head(replay.model.group_size());
   return result;
 }
 
@@ -136,6 +137,18 @@ void add_measures(const LayerMeasures& measures, const TraceReplay& replay, int 
   }
   result.layer_error = measures.layer_error;
   result.output_error = {static_cast<float>(measures.output_error)};
+}
+
+// The shape of the outline's heads that hold most, for what memory they take.
+HeadShape shape_of(const TraceReplay& outline) {
+  const int held = std::ranges::max(outline.held);
+  return {.num_layers = outline.model.num_layers,
+          .num_kv_heads = outline.model.num_key_value_heads,
+          .group_size = outline.model.group_size(),
+          .head_dim = outline.model.head_dim,
+          .prompt_length = outline.prompt_length,
+          .next_position = outline.eviction_position,
+          .positions = {outline.eviction_position - held, held}};
 }
 
 // What measures and rank agreement of a layer hold, in all settings.
@@ -191,12 +204,16 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
       TraceReplay outline = prepare(trace, {eviction, start});
       outline.trace_digest = digest;
       LeftOut left_out;
-      std::vector<Setting> settings = settings_for(trace, request_, eviction, outline.notes, left_out);
-      if (!left_out.first().empty() && (settings.empty() || request_.strict)) {
+      const std::vector<ReplaySetting> replayed = settings_for(trace, request_, eviction, outline.notes, left_out);
+      if (!left_out.first().empty() && (replayed.empty() || request_.strict)) {
         leave_out(left_out.first(), left_out.notes());
         continue;
       }
-      for (const Setting& setting : settings) outline.results.push_back(outline_of(setting, outline));
+      std::vector<Setting> settings;
+      for (const ReplaySetting& each : replayed) {
+        outline.results.push_back(outline_of(each, outline));
+        settings.push_back(each.setting);
+      }
       std::map<int, Sums>& sums = sums_.emplace_back();
       for (const int held : outline.held) {
         if (!sums.contains(held)) sums.emplace(held, sum_up(trace, outline, settings, held));
@@ -214,9 +231,10 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
 ReplayEngine::Sums ReplayEngine::sum_up(const TraceReader& trace, const TraceReplay& outline,
                                         const std::vector<Setting>& settings, int held) {
   Sums sums{.asked = RankingRequirements(settings, held)};
-  for (const Setting& setting : settings) {
+  for (std::size_t i = 0; i < settings.size(); ++i) {
+    const Setting& setting = settings[i];
     sums.capacities += setting.capacity(held);
-    sums.compared += setting.rank_agreement ? 1 : 0;
+    sums.compared += outline.results[i].rank_agreement ? 1 : 0;
     if (!setting.policy->oracle || setting.keeps_all(held)) continue;
     sums.looks_ahead = true;
     const ExchangeShape exchange{.granularity = setting.granularity,
@@ -227,11 +245,20 @@ ReplayEngine::Sums ReplayEngine::sum_up(const TraceReader& trace, const TraceRep
     sums.exchanges += exchange_operations(outline.model, exchange, setting.policy->exchanges);
     sums.exchanging.insert(setting.granularity);
   }
-  sums.layer_bytes = LayerSelection::memory_of_layer(outline, settings) + memory_of_numbers(outline);
-  sums.setting_bytes = LayerSelection::memory_of_setting(outline, settings);
-  sums.head_bytes = LayerSelection::memory_of_head(trace, outline, settings, sums.asked);
-  sums.least_combinations = LayerSelection::least_combination_bytes(outline, sums.asked);
-  sums.all_combinations = LayerSelection::all_combination_bytes(outline, sums.asked);
+  const HeadShape shape = shape_of(outline);
+  const Index tokens = outline.evaluation_positions.back() + 1;
+  sums.layer_bytes = LayerDecision::memory_of_layer(shape, settings) + memory_of_numbers(outline) +
+                     static_cast<Index>(settings.size() * sizeof(LayerResult));
+  sums.setting_bytes = LayerDecision::memory_of_setting(shape, settings);
+  sums.head_bytes = LayerDecision::memory_of_head(shape, sums.asked, outline.model.hidden_size, tokens) +
+                    TraceLayer::memory_of_head(trace, outline.eviction_position);
+  if (sums.compared > 0) {
+    sums.layer_bytes += LayerRankAgreement::memory_of_layer(shape, settings);
+    sums.head_bytes += LayerRankAgreement::memory_of_head(shape, tokens);
+    if (sums.setting_bytes > 0) sums.setting_bytes += LayerRankAgreement::memory_of_setting(shape);
+  }
+  sums.least_combinations = LayerDecision::least_combination_bytes(shape, sums.asked);
+  sums.all_combinations = LayerDecision::all_combination_bytes(shape, sums.asked);
   return sums;
 }
 
@@ -432,17 +459,17 @@ void ReplayEngine::run(std::span<const ReplayUnit> units,
   for_each_group(
       units,
       [this](std::span<const ReplayUnit> group, const Plan& plan) {
-        std::vector<std::vector<LayerResult>> results = select_group(group, plan);
+        std::vector<std::vector<LayerResult>> results = decide_group(group, plan);
         measure_group(group, plan, results);
         return results;
       },
       done);
 }
 
-void ReplayEngine::select(std::span<const ReplayUnit> units,
+void ReplayEngine::decide(std::span<const ReplayUnit> units,
                           const std::function<void(const ReplayUnit&, std::vector<LayerSets>)>& done) const {
   for_each_group(
-      units, [this](std::span<const ReplayUnit> group, const Plan& plan) { return select_group(group, plan); },
+      units, [this](std::span<const ReplayUnit> group, const Plan& plan) { return decide_group(group, plan); },
       [&done](const ReplayUnit& unit, std::vector<LayerResult> results) {
         std::vector<LayerSets> kept;
         for (LayerResult& result : results) kept.push_back(std::move(result.kept));
@@ -465,7 +492,7 @@ void ReplayEngine::for_each_piece(std::span<const ReplayUnit> group, const Plan&
 }
 
 // Kept sets and rank agreement; what the kept sets do is left open.
-std::vector<std::vector<LayerResult>> ReplayEngine::select_group(std::span<const ReplayUnit> group,
+std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const ReplayUnit> group,
                                                                  const Plan& plan) const {
   const auto outline = [&](std::size_t i) -> const TraceReplay& {
     return outlines_[static_cast<std::size_t>(group[i].replay)];
@@ -485,10 +512,19 @@ std::vector<std::vector<LayerResult>> ReplayEngine::select_group(std::span<const
       group, plan, [&](std::size_t i) { return projections[i] ? outline(i).model.num_attention_heads : 0; },
       [&](std::size_t i, int head) { projections[i]->decompose(head); });
 
-  std::vector<LayerSelection> selections;
+  std::vector<std::unique_ptr<TraceLayer>> layers;
+  std::vector<std::unique_ptr<LayerRankAgreement>> agreements(group.size());
+  std::vector<LayerDecision> decisions;
   for (std::size_t i = 0; i < group.size(); ++i) {
-    selections.emplace_back(trace_of(group[i]), settings(i), sums_of(group[i]).asked, group[i].layer,
-                            outline(i).eviction(), projections[i].get(), plan.combination_bytes);
+    layers.push_back(
+        std::make_unique<TraceLayer>(trace_of(group[i]), group[i].layer, outline(i).eviction(), projections[i].get()));
+    if (sums_of(group[i]).compared > 0) {
+      std::vector<bool> is_compared;
+      for (const ReplayResult& result : outline(i).results) is_compared.push_back(result.rank_agreement);
+      agreements[i] = std::make_unique<LayerRankAgreement>(settings(i), std::move(is_compared), layers[i]->shape());
+    }
+    decisions.emplace_back(*layers[i], settings(i), sums_of(group[i]).asked, plan.combination_bytes,
+                           agreements[i].get());
   }
   for_each_piece(
       group, plan, [&](std::size_t i) { return outline(i).model.num_key_value_heads; },
@@ -498,14 +534,24 @@ std::vector<std::vector<LayerResult>> ReplayEngine::select_group(std::span<const
         if (head + 1 < outline(i).model.num_key_value_heads) {
           trace_of(group[i]).prefetch(group[i].layer, HeadTensor::keys, head + 1);
         }
-        selections[i].rank_head(head);
+        decisions[i].decide_head(head);
       });
   for_each_piece(
       group, plan, [&](std::size_t i) { return settings(i).size(); },
-      [&](std::size_t i, int setting) { selections[i].select_together(setting); });
+      [&](std::size_t i, int setting) { decisions[i].decide_together(setting); });
   std::vector<std::vector<LayerResult>> results;
   for (std::size_t i = 0; i < group.size(); ++i) {
-    results.push_back(selections[i].take());
+    std::vector<LayerSets> kept = decisions[i].take();
+    std::vector<LayerResult>& of_layer = results.emplace_back(kept.size());
+    for (std::size_t s = 0; s < kept.size(); ++s) of_layer[s].kept = std::move(kept[s]);
+    if (agreements[i]) {
+      std::vector<std::vector<float>> spearman = agreements[i]->take_spearman();
+      std::vector<std::vector<float>> kendall = agreements[i]->take_kendall();
+      for (std::size_t s = 0; s < of_layer.size(); ++s) {
+        of_layer[s].spearman = std::move(spearman[s]);
+        of_layer[s].kendall = std::move(kendall[s]);
+      }
+    }
     improve_oracles(trace_of(group[i]), group[i].layer, outline(i).eviction(), settings(i), results.back(),
                     plan.settings_at_once, plan.heads_at_once);
   }

@@ -10,8 +10,9 @@
 #include <vector>
 
 #include "base/work.h"
+#include "policy/decision.h"
 #include "replay/replay.h"
-#include "replay/setting.h"
+#include "replay/resolution.h"
 
 namespace kvreplay {
 
@@ -22,9 +23,6 @@ struct ReplayUnit {
 
   auto operator<=>(const ReplayUnit&) const = default;
 };
-
-/// A layer's kept sets, as in KeptSets: one per query head at granularity query, otherwise one per KV head.
-using LayerSets = std::vector<std::vector<int>>;
 
 /// What one setting does in one layer.
 struct LayerResult {
@@ -90,7 +88,7 @@ class ReplayEngine {
            const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const;
 
   /// Draws kept sets alone, without measuring what they do; `done` receives them, a LayerSets per setting.
-  void select(std::span<const ReplayUnit> units,
+  void decide(std::span<const ReplayUnit> units,
               const std::function<void(const ReplayUnit&, std::vector<LayerSets>)>& done) const;
 
  private:
@@ -122,7 +120,7 @@ class ReplayEngine {
 
   Plan plan_for(Index limit) const;
   Plan plan_of(int heads_at_once, int rounds, Index limit) const;
-  std::vector<std::vector<LayerResult>> select_group(std::span<const ReplayUnit> group, const Plan& plan) const;
+  std::vector<std::vector<LayerResult>> decide_group(std::span<const ReplayUnit> group, const Plan& plan) const;
   void measure_group(std::span<const ReplayUnit> group, const Plan& plan,
                      std::vector<std::vector<LayerResult>>& results) const;
   template <class Work, class Done>

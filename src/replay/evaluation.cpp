@@ -12,7 +12,7 @@
 #include "base/error.h"
 #include "base/work.h"
 #include "kernels/kernels.h"
-#include "replay/trace_head.h"
+#include "replay/trace_source.h"
 
 namespace kvreplay {
 namespace {

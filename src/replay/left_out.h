@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "policy/need.h"
+
 namespace kvreplay {
 
 /// Names settings in a note: "snapkv at 16, 32; h2o at 16 and 3 more policies".
@@ -21,14 +23,6 @@ class SettingNames {
  private:
   std::vector<std::pair<std::string, std::string>> policies_;  // with their capacities
   int count_ = 0;
-};
-
-/// Why a setting cannot be replayed.
-struct Obstacle {
-  std::string reason;       ///< "capacity 16 is below the 32 positions that snapkv always keeps"
-  std::string cure = {};    ///< "ask for a larger capacity or protect fewer"; or empty
-  std::string shared = {};  ///< the reason in words that are true of all that it keeps from being replayed; or empty
-  int amount = 0;           ///< of several with the same `shared`, the cure of the largest helps all
 };
 
 /// What was asked of one trace and eviction and is left out, put together by why.

@@ -17,7 +17,7 @@
 #include "kernels/kernels.h"
 #include "replay/layer_projection.h"
 #include "replay/reconstruction_oracle.h"
-#include "replay/trace_head.h"
+#include "replay/trace_source.h"
 
 namespace kvreplay {
 namespace {

@@ -9,7 +9,7 @@
 #include "base/work.h"
 #include "policy/softmax.h"
 #include "replay/evaluation.h"
-#include "replay/trace_head.h"
+#include "replay/trace_source.h"
 
 namespace kvreplay {
 namespace {

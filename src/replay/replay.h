@@ -7,28 +7,12 @@
 #include <string>
 #include <vector>
 
+#include "policy/capacity.h"
 #include "policy/policy.h"
 #include "replay/eviction.h"
 #include "trace/reader.h"
 
 namespace kvreplay {
-
-/// A capacity as it was asked for: a count of positions, or a share of those that a layer holds.
-struct CapacityRequest {
-  std::string text;  ///< canonical: "128" or "25%"
-  int count = 0;     ///< positions; 0 where a share is asked for
-  double share = 0;  ///< in (0, 1]; 0 where a count is asked for
-
-  /// Positions for a layer that holds so many: the count, or the share rounded down, at least 1. `rule`: how the
-  /// policy counts a share, if it has a Policy::share_rule.
-  int resolve(int held, ShareRule rule = nullptr) const;
-
-  /// The same before a share is rounded down.
-  double unrounded(int held, ShareRule rule = nullptr) const;
-
-  /// Reads "128" or "25%". Throws UsageError for anything else, 0 and more than 100 % included.
-  static CapacityRequest parse(std::string_view text);
-};
 
 /// The end of a trace's prompt, where a position can be given.
 constexpr int kPromptEnd = 0;
@@ -50,9 +34,6 @@ struct ReplayRequest {
 /// The request of these specs at these capacities, written as on the command line. Throws UsageError.
 ReplayRequest make_request(const std::vector<std::string>& specs, const std::vector<std::string>& capacities,
                            std::optional<Granularity> granularity = {});
-
-/// The capacity_request of results that keep every position, whatever was asked for.
-constexpr std::string_view kAllPositions = "all";
 
 /// Numbers of a layer-major table, the last index running fastest.
 struct Table {

@@ -173,7 +173,7 @@ std::vector<Stage> measure_stages(const TraceReader& trace, int capacity, int ru
     const ReplayEngine engine(traces, make_request(specs, capacities, granularity));
     stages.push_back(
         measure_stage(name, static_cast<int>(specs.size() * capacities.size()), model.num_layers, runs,
-                      [&] { engine.select(engine.units(), [](const ReplayUnit&, const std::vector<LayerSets>&) {}); }));
+                      [&] { engine.decide(engine.units(), [](const ReplayUnit&, const std::vector<LayerSets>&) {}); }));
   };
 
   const auto read = [&](int piece) {

@@ -11,7 +11,7 @@
 #include "base/error.h"
 #include "policy/policy.h"
 #include "policy/smoothing.h"
-#include "replay/trace_head.h"
+#include "replay/trace_source.h"
 #include "support/random_trace.h"
 #include "support/temporary_folder.h"
 

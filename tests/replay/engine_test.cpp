@@ -269,7 +269,7 @@ TEST_P(EngineOn, SelectAndRunKeepTheSameSets) {
   std::vector<ReplayUnit> units = engine.units();
   std::ranges::reverse(units);
   std::size_t next = 0;
-  engine.select(units, [&](const ReplayUnit& unit, const std::vector<LayerSets>& sets) {
+  engine.decide(units, [&](const ReplayUnit& unit, const std::vector<LayerSets>& sets) {
     EXPECT_EQ(unit, units.at(next++));
     const std::vector<LayerResult>& measured = results.at({unit.replay, unit.layer});
     ASSERT_EQ(sets.size(), measured.size());

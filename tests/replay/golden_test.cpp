@@ -7,7 +7,7 @@
 
 #include "base/error.h"
 #include "replay/golden.h"
-#include "replay/trace_head.h"
+#include "replay/trace_source.h"
 
 namespace kvreplay::test {
 namespace {

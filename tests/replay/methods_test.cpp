@@ -10,7 +10,7 @@
 #include "base/error.h"
 #include "replay/replay.h"
 #include "replay/results_file.h"
-#include "replay/trace_head.h"
+#include "replay/trace_source.h"
 #include "support/random_trace.h"
 #include "support/temporary_folder.h"
 

@@ -13,7 +13,7 @@
 #include "replay/replay.h"
 #include "replay/results_file.h"
 #include "replay/results_reader.h"
-#include "replay/trace_head.h"
+#include "replay/trace_source.h"
 #include "support/random_trace.h"
 #include "support/sample_trace.h"
 #include "support/temporary_folder.h"

@@ -22,7 +22,7 @@ class Asked : public Ranking {
  public:
   Requirements requirements() const override {
     ++times;
-    return {.window_queries = 4, .combinations = {{.weights = std::vector<float>(4, 0.25f)}}};
+    return {.needs = {Need::window(4)}, .combinations = {{.weights = std::vector<float>(4, 0.25f)}}};
   }
   void score(const Head& head, int member, std::span<float> scores) const override {
     std::ranges::copy(head.combined_attention(member, {.weights = std::vector<float>(4, 0.25f)}).attention,

@@ -27,7 +27,9 @@ class Attention : public Ranking {
 
   Protection protection() const override { return {.window = p_.window}; }
   Requirements requirements() const override {
-    return {.window_queries = p_.window, .keys_or_values = p_.values, .combinations = {combination()}};
+    Requirements requirements{.needs = {Need::window(p_.window)}, .combinations = {combination()}};
+    if (p_.values) requirements.needs.push_back({Need::Kind::keys_or_values});
+    return requirements;
   }
   bool depends_on_capacity() const override { return p_.spatial == Spatial::adaptive; }
 

@@ -15,7 +15,9 @@ class Caote : public Ranking {
   Caote(int window, Temporal temporal, double alpha) : window_(window), temporal_(temporal), alpha_(alpha) {}
 
   Protection protection() const override { return {.window = window_}; }
-  Requirements requirements() const override { return {.window_queries = window_, .combinations = {combination()}}; }
+  Requirements requirements() const override {
+    return {.needs = {Need::window(window_)}, .combinations = {combination()}};
+  }
 
   void score(const Head& head, int member, std::span<float> scores) const override {
     const CombinedAttention window = head.combined_attention(member, combination());

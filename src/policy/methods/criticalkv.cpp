@@ -28,10 +28,10 @@ class CriticalKV : public Ranking {
     return first_ < 1 ? protection().held_by(shape).count() : base_->unscored(shape);
   }
   Requirements requirements() const override {
-    Requirements needs = base_->requirements();
-    needs.output_projection = true;
-    needs.keys_or_values = true;
-    return needs;
+    Requirements requirements = base_->requirements();
+    requirements.needs.push_back({Need::Kind::output_projection});
+    requirements.needs.push_back({Need::Kind::keys_or_values});
+    return requirements;
   }
   bool depends_on_capacity() const override { return true; }
   bool pyramid_on_short_prompts() const override { return base_->pyramid_on_short_prompts(); }

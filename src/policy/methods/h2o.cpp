@@ -46,7 +46,9 @@ class H2O : public Ranking {
 
   Protection protection() const override { return {.window = window_}; }
 
-  Requirements requirements() const override { return {.accumulated_attention = causal_, .all_queries = !causal_}; }
+  Requirements requirements() const override {
+    return {.needs = {{causal_ ? Need::Kind::accumulated_attention : Need::Kind::all_queries}}};
+  }
 
   void score(const Head& head, int member, std::span<float> scores) const override {
     const std::vector<float> sums =

@@ -12,6 +12,8 @@ namespace {
 
 class OracleAttention : public Ranking {
  public:
+  Requirements requirements() const override { return {.needs = {{Need::Kind::evaluation_queries}}}; }
+
   void score(const Head& head, int member, std::span<float> scores) const override {
     std::ranges::copy(head.evaluation_attention(member), scores.begin());
   }

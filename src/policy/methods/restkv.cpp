@@ -43,7 +43,9 @@ class RestKV : public Ranking {
 
   Protection protection() const override { return {.window = p_.window}; }
   Requirements requirements() const override {
-    return {.window_queries = p_.window, .output_projection = p_.projection, .combinations = combinations()};
+    Requirements requirements{.needs = {Need::window(p_.window)}, .combinations = combinations()};
+    if (p_.projection) requirements.needs.push_back({Need::Kind::output_projection});
+    return requirements;
   }
   bool depends_on_capacity() const override { return p_.spatial == Spatial::adaptive; }
   bool pyramid_on_short_prompts() const override { return true; }

@@ -18,7 +18,7 @@ class SnapKV : public Ranking {
   SnapKV(int window, int kernel, Spatial pooling) : window_(window), kernel_(kernel), pooling_(pooling) {}
 
   Protection protection() const override { return {.window = window_}; }
-  Requirements requirements() const override { return {.window_queries = window_, .combinations = {mean()}}; }
+  Requirements requirements() const override { return {.needs = {Need::window(window_)}, .combinations = {mean()}}; }
 
   void score(const Head& head, int member, std::span<float> scores) const override {
     std::ranges::copy(head.combined_attention(member, mean()).attention, scores.begin());

@@ -14,7 +14,7 @@ class Tova : public Ranking {
   explicit Tova(bool keep_last) : keep_last_(keep_last) {}
 
   Protection protection() const override { return {.window = keep_last_ ? 1 : 0}; }
-  Requirements requirements() const override { return {.window_queries = 1}; }
+  Requirements requirements() const override { return {.needs = {Need::window(1)}}; }
 
   void score(const Head& head, int member, std::span<float> scores) const override {
     std::ranges::copy(head.attention(member, 0), scores.begin());

@@ -1,9 +1,12 @@
-// A head of a trace, as policies see it.
+// A layer of a trace, as policies see it.
 #pragma once
 
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "base/buffer.h"
+#include "policy/decision.h"
 #include "policy/head.h"
 #include "replay/evaluation.h"
 #include "replay/layer_projection.h"
@@ -44,6 +47,27 @@ class TraceHead : public HeadSource {
   EvaluationQueries evaluation_;
   mutable Buffer unpacked_keys_;  // [N, D] where parts of them cannot be read alone
   mutable Buffer unpacked_values_;
+};
+
+/// A layer of a trace, cut off at the eviction position.
+class TraceLayer : public LayerSource {
+ public:
+  /// The reader must outlive it, and so must `projection`, which may be null and is decomposed before heads are used.
+  TraceLayer(const TraceReader& trace, int layer, const Eviction& eviction,
+             const LayerProjection* projection = nullptr);
+
+  const HeadShape& shape() const override { return shape_; }
+  std::unique_ptr<HeadSource> head(int kv_head) const override;
+  std::string name() const override { return trace_.path().string(); }
+
+  /// The most bytes that one of its heads takes beside what a policy asks of it.
+  static Index memory_of_head(const TraceReader& trace, int eviction_position);
+
+ private:
+  const TraceReader& trace_;
+  Eviction eviction_;
+  const LayerProjection* projection_;
+  HeadShape shape_;
 };
 
 /// The shape of a trace's head at an eviction position.

@@ -1,4 +1,4 @@
-#include "replay/setting.h"
+#include "replay/resolution.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "base/error.h"
-#include "replay/trace_head.h"
+#include "replay/trace_source.h"
 
 namespace kvreplay {
 namespace {
@@ -75,32 +75,26 @@ void note_windows(const std::vector<AlikeLayers>& alike, const ReplayRequest& re
   }
 }
 
-// What a trace holds of what policies may need, looked up once.
-struct Holdings {
-  int window = 0;                  // queries before the eviction, without a gap
-  int after = 0;                   // positions of the prompt from the eviction on
-  bool attention_mass = false;     // for this eviction
-  std::string missing_projection;  // empty: no layer lacks one
-
-  Holdings(const TraceReader& trace, int eviction_position) {
-    const TraceInfo& info = trace.info();
-    const TraceHead head(trace, 0, 0, eviction_position);
-    window = contiguous_window(head.query_positions(), eviction_position);
-    after = std::max(0, info.prompt_length - eviction_position);
-    attention_mass = eviction_position == info.prompt_length;
-    int without_projection = 0;
-    for (int layer = 0; layer < info.model.num_layers; ++layer) {
-      without_projection += trace.has_output_projection(layer) ? 0 : 1;
-      attention_mass = attention_mass && trace.has_attention_mass(layer);
-    }
-    if (without_projection == info.model.num_layers) {
-      missing_projection = "the trace has no output projection";
-    } else if (without_projection > 0) {
-      missing_projection =
-          fmt::format("{} of {} layers have no output projection", without_projection, info.model.num_layers);
-    }
+Holdings holdings_of(const TraceReader& trace, int eviction_position) {
+  const TraceInfo& info = trace.info();
+  const TraceHead head(trace, 0, 0, eviction_position);
+  Holdings holdings{.next_position = eviction_position,
+                    .window_queries = contiguous_window(head.query_positions(), eviction_position),
+                    .later_prompt = std::max(0, info.prompt_length - eviction_position),
+                    .attention_mass = eviction_position == info.prompt_length};
+  int without_projection = 0;
+  for (int layer = 0; layer < info.model.num_layers; ++layer) {
+    without_projection += trace.has_output_projection(layer) ? 0 : 1;
+    holdings.attention_mass = holdings.attention_mass && trace.has_attention_mass(layer);
   }
-};
+  if (without_projection == info.model.num_layers) {
+    holdings.missing_projection = "the trace has no output projection";
+  } else if (without_projection > 0) {
+    holdings.missing_projection =
+        fmt::format("{} of {} layers have no output projection", without_projection, info.model.num_layers);
+  }
+  return holdings;
+}
 
 // Why a policy cannot be replayed at any capacity that evicts something, because of how heads share; nothing if it can.
 std::optional<Obstacle> sharing_obstacle(const Policy& policy, Granularity granularity) {
@@ -118,39 +112,6 @@ std::optional<Obstacle> sharing_obstacle(const Policy& policy, Granularity granu
                                           policy.canonical),
                     .cure = "ask for --heads kv or query",
                     .shared = "they divide positions among heads, and at granularity layer these share one set"};
-  }
-  return std::nullopt;
-}
-
-// The same because of what the trace lacks.
-std::optional<Obstacle> missing_need(const Policy& policy, const Requirements& needs, const Holdings& trace,
-                                     int eviction_position) {
-  if (needs.window_queries > trace.window) {
-    return Obstacle{
-        .reason = fmt::format(
-            "{} needs {} before position {}, and the trace holds {}{}", policy.canonical,
-            needs.window_queries == 1 ? "the last query" : fmt::format("the last {} queries", needs.window_queries),
-            eviction_position, trace.window == 0 ? "none" : fmt::to_string(trace.window),
-            needs.window_queries == 1 ? "" : " of them"),
-        .cure = fmt::format("capture with --queries window:{} or all{}", needs.window_queries + trace.after,
-                            trace.window == 0 ? "" : ", or choose a smaller window"),
-        .shared =
-            trace.window == 0
-                ? fmt::format("they need queries before position {}, and the trace holds none there", eviction_position)
-                : fmt::format("they need more queries before position {} than the last {} that the trace holds",
-                              eviction_position, trace.window),
-        .amount = needs.window_queries};
-  }
-  const bool mass = needs.accumulated_attention && !needs.all_queries;
-  if ((needs.all_queries || (mass && !trace.attention_mass)) && trace.window < eviction_position) {
-    const std::string what =
-        fmt::format("{}all {} queries before the eviction, and the trace holds {}",
-                    mass ? "the recorded attention mass of the whole prompt, or " : "", eviction_position,
-                    trace.window == 0 ? "none there" : fmt::format("the last {}", trace.window));
-    return Obstacle{.reason = fmt::format("{} needs {}", policy.canonical, what),
-                    .cure = mass ? "capture with --queries all (kvtrace: queries=\"all\" or attention_mass=True)"
-                                 : "capture with --queries all",
-                    .shared = fmt::format("they need {}", what)};
   }
   return std::nullopt;
 }
@@ -258,77 +219,11 @@ bool leaves_nothing_to_choose(const EvictedLayers& layers, const Setting& settin
 
 }  // namespace
 
-int Setting::capacity(int held) const { return std::min(asked.resolve(held, policy->share_rule), held); }
-
-bool Setting::keeps_all(int held) const {
-  if (held == 0) return true;
-  if (policy->budget && policy->budget->own_capacity()) return false;
-  if (!policy->pattern) return capacity(held) >= held;
-  const Pattern::CapacityRule rule = policy->pattern->capacity_rule();
-  return rule == Pattern::CapacityRule::everything || (rule == Pattern::CapacityRule::asked && capacity(held) >= held);
-}
-
-bool Setting::goes_by_ranks(const HeadShape& shape) const {
-  return policy->ranking && policy->exchanges == 0 && !keeps_all(shape.rows()) &&
-         shape.rows() - policy->ranking->protection().held_by(shape).count() >= 2;
-}
-
-bool Setting::is_local() const {
-  return granularity != Granularity::layer && !(policy->budget && policy->budget->needs_scores());
-}
-
-RankingRequirements::RankingRequirements(const std::vector<Setting>& settings, int held) {
-  using Distance = WindowCombination::Distance;
-  std::map<WindowCombination, std::size_t> places;
-  const Policy* previous = nullptr;
-  for (const Setting& setting : settings) {
-    begin.push_back(asked.size());
-    if (!setting.policy->ranking || setting.policy == previous || setting.keeps_all(held)) continue;
-    previous = setting.policy;
-    Requirements needs = setting.policy->ranking->requirements();
-    window = std::max(window, needs.window_queries);
-    keys_or_values = keys_or_values || needs.keys_or_values || needs.combinations.empty();
-    accumulated_attention = accumulated_attention || needs.accumulated_attention || needs.all_queries;
-    output_projection = output_projection || needs.output_projection;
-    evaluation_attention = evaluation_attention || setting.policy->oracle;
-    most_combinations = std::max(most_combinations, needs.combinations.size());
-    for (WindowCombination& combination : needs.combinations) {
-      const auto [place, is_new] = places.try_emplace(combination, combinations.size());
-      asked.push_back(place->second);
-      if (!is_new) continue;
-      window = std::max(window, static_cast<int>(combination.weights.size()));
-      with_distance += combination.distance == Distance::none ? 0 : 1;
-      projected_distance = projected_distance || combination.distance == Distance::projected;
-      combinations.push_back(std::move(combination));
-    }
-  }
-  begin.push_back(asked.size());
-}
-
-BudgetRequest Setting::budget_request(const HeadShape& shape) const {
-  return {.layer = shape.layer,
-          .num_layers = shape.num_layers,
-          .layer_among_alike = shape.layer_among_alike,
-          .layers_alike = shape.layers_alike,
-          .rows = shape.rows(),
-          .capacity = capacity(shape.rows()),
-          .unrounded_capacity =
-              std::min(asked.unrounded(shape.rows(), policy->share_rule), static_cast<double>(shape.rows())),
-          .protection = policy->ranking ? policy->ranking->protection().held_by(shape)
-                                        : Protection{.sinks = policy->pattern->minimum_capacity(shape)},
-          .granularity = granularity,
-          .num_query_heads = shape.num_kv_heads * shape.group_size,
-          .num_kv_heads = shape.num_kv_heads,
-          .pyramid_on_short_prompts = policy->ranking && policy->ranking->pyramid_on_short_prompts(),
-          .query_head_scores = {},
-          .kv_head_scores = {}};
-}
-
-std::vector<Setting> settings_for(const TraceReader& trace, const ReplayRequest& request, int eviction_position,
-                                  std::vector<std::string>& notes, LeftOut& left_out) {
-  const Holdings holdings(trace, eviction_position);
+std::vector<ReplaySetting> settings_for(const TraceReader& trace, const ReplayRequest& request, int eviction_position,
+                                        std::vector<std::string>& notes, LeftOut& left_out) {
+  const Holdings holdings = holdings_of(trace, eviction_position);
   const EvictedLayers layers(trace.info(), eviction_position);
-  std::vector<Setting> settings;
+  std::vector<ReplaySetting> settings;
   SettingNames nothing_to_choose;
   SettingNames without_projection;
   for (const Policy& policy : request.policies) {
@@ -341,14 +236,16 @@ std::vector<Setting> settings_for(const TraceReader& trace, const ReplayRequest&
       continue;
     }
     const Requirements needs = policy.ranking ? policy.ranking->requirements() : Requirements{};
-    const std::optional<Obstacle> missing = missing_need(policy, needs, holdings, eviction_position);
+    const std::optional<Obstacle> missing = missing_need(needs.needs, policy.canonical, holdings);
     bool replayed = false;
     bool is_missing = false;
     for (const CapacityRequest& asked : request.capacities) {
-      Setting setting{.policy = &policy,
-                      .asked = once ? CapacityRequest{.text = std::string(kAllPositions), .share = 1} : asked,
-                      .granularity = granularity,
-                      .share = request.share.value_or(policy.share.value_or(Share::mean))};
+      ReplaySetting replayed_setting;
+      Setting& setting = replayed_setting.setting;
+      setting = {.policy = &policy,
+                 .asked = once ? CapacityRequest{.text = std::string(kAllPositions), .share = 1} : asked,
+                 .granularity = granularity,
+                 .share = request.share.value_or(policy.share.value_or(Share::mean))};
       if (own) setting.asked.count = std::max(*own, policy.minimum_capacity());
       const bool evicts = std::ranges::any_of(
           layers.alike, [&setting](const AlikeLayers& some) { return !setting.keeps_all(some.shape.rows()); });
@@ -364,19 +261,19 @@ std::vector<Setting> settings_for(const TraceReader& trace, const ReplayRequest&
         }
         add_notes_of(policy, layers, notes);
         note_count(layers, setting, notes);
-        setting.nothing_to_choose = leaves_nothing_to_choose(layers, setting);
-        if (setting.nothing_to_choose) nothing_to_choose.add(policy.canonical, once ? "" : asked.text);
-        setting.rank_agreement =
+        replayed_setting.nothing_to_choose = leaves_nothing_to_choose(layers, setting);
+        if (replayed_setting.nothing_to_choose) nothing_to_choose.add(policy.canonical, once ? "" : asked.text);
+        replayed_setting.rank_agreement =
             request.rank_agreement && std::ranges::any_of(layers.alike, [&setting](const AlikeLayers& some) {
               return setting.goes_by_ranks(some.shape);
             });
         replayed = true;
       }
-      settings.push_back(std::move(setting));
+      settings.push_back(std::move(replayed_setting));
       if (once) break;
     }
     if (is_missing) left_out.add(policy.canonical, "", *missing);
-    if (replayed && needs.output_projection && !holdings.missing_projection.empty()) {
+    if (replayed && needs.includes(Need::Kind::output_projection) && !holdings.missing_projection.empty()) {
       without_projection.add(policy.canonical, "");
     }
   }

@@ -1,4 +1,4 @@
-#include "replay/trace_head.h"
+#include "replay/trace_source.h"
 
 #include <algorithm>
 
@@ -35,6 +35,22 @@ std::vector<int> held_positions(const TraceInfo& info, int eviction_position) {
     held.push_back(eviction_position - first_held_position(eviction_position, window));
   }
   return held;
+}
+
+TraceLayer::TraceLayer(const TraceReader& trace, int layer, const Eviction& eviction, const LayerProjection* projection)
+    : trace_(trace),
+      eviction_(eviction),
+      projection_(projection),
+      shape_(head_shape(trace.info(), layer, 0, eviction.position)) {}
+
+std::unique_ptr<HeadSource> TraceLayer::head(int kv_head) const {
+  return std::make_unique<TraceHead>(trace_, shape_.layer, kv_head, eviction_, projection_);
+}
+
+Index TraceLayer::memory_of_head(const TraceReader& trace, int eviction_position) {
+  // Unpacked tensors are kept whole, beside them one as it is stored and as it is unpacked.
+  if (trace.reads_directly(0, HeadTensor::keys) && trace.reads_directly(0, HeadTensor::values)) return 0;
+  return 4 * Index{eviction_position} * trace.info().model.head_dim * static_cast<Index>(sizeof(float));
 }
 
 TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction,

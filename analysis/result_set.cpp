@@ -70,11 +70,11 @@ bool has_nothing_to_choose(const StoredResult& result) {
   try {
     const Policy policy = make_policy(result.policy);
     if (policy.budget) return false;
-    const bool ranks = policy.ranking && !policy.selection;
+    const bool ranks = policy.ranking() && !policy.selection;
     HeadShape shape;
     shape.next_position = result.eviction_position;
     shape.positions = {0, result.eviction_position};  // older versions had every layer hold the whole prompt
-    return result.capacity <= (ranks ? policy.ranking->unscored(shape) : policy.protection().count());
+    return result.capacity <= (ranks ? policy.ranking()->unscored(shape) : policy.protection().count());
   } catch (const Error&) {
     return false;
   }

@@ -46,7 +46,7 @@ const MethodRegistration recency_attention([] {
                                      "age at which attention counts half, in positions")},
       .compose =
           [](const Arguments& a) {
-            return Composition{.ranking = std::make_shared<RecencyAttention>(a.integer("window"), a.real("half_life"))};
+            return Composition{.rule = std::make_shared<RecencyAttention>(a.integer("window"), a.real("half_life"))};
           },
   };
 });

@@ -477,6 +477,12 @@ void run_sweep(CLI::App& command, const SweepOptions& options) {
 
   together(*ranks, [&]() {
     with_advice(sweep, [&]() {
+      survey_layers(*sweep.engine, sweep.left, *sweep.store, ranks->rank(), ranks->size());
+    });
+  });
+  together(*ranks, [&]() {
+    with_advice(sweep, [&]() {
+      give_surveys(*sweep.engine, sweep.parts[static_cast<std::size_t>(ranks->rank())], *sweep.store);
       try {
         run_part(sweep, *ranks);
       } catch (...) {

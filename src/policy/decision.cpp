@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 #include "base/error.h"
 #include "kernels/kernels.h"
@@ -14,7 +15,11 @@ namespace {
 
 // Whether kept sets can only be drawn once the other heads of the layer are ranked.
 bool waits(const Setting& setting, int held) {
-  return !setting.is_local() && setting.policy->ranking && !setting.keeps_all(held);
+  return !setting.is_local() && setting.policy->ranking() && !setting.keeps_all(held);
+}
+
+bool surveys_layers(const Setting& setting, int held) {
+  return setting.policy->budget && setting.policy->budget->surveys() && !setting.keeps_all(held);
 }
 
 bool compares_all(const Setting& setting) { return setting.policy->budget && setting.policy->budget->needs_scores(); }
@@ -63,6 +68,44 @@ LayerDecision::LayerDecision(const LayerSource& layer, std::span<const Setting> 
   }
 }
 
+std::span<const LayerSurvey> LayerSource::surveys(std::size_t /*setting*/, const Setting& of) const {
+  throw Error(fmt::format("{}: {} divides positions over all layers, and no other layer is known here", name(),
+                          of.policy->canonical));
+}
+
+std::vector<std::vector<float>> LayerDecision::survey_head(int kv_head) const {
+  const std::unique_ptr<HeadSource> source = layer_.head(kv_head);
+  const Head head(*source, combination_bytes_);
+  std::vector<std::vector<float>> surveys(settings_.size());
+  for (std::size_t i = 0; i < settings_.size(); ++i) {
+    const Setting& setting = settings_[i];
+    const Policy& policy = *setting.policy;
+    if (!surveys_layers(setting, held_)) continue;
+    // The capacities of a policy follow each other, and the same is found out for each.
+    const bool by_capacity = policy.budget->needs_scores() && policy.ranking()->depends_on_capacity();
+    if (i > 0 && settings_[i - 1].policy == setting.policy && !surveys[i - 1].empty() && !by_capacity) {
+      surveys[i] = surveys[i - 1];
+      continue;
+    }
+    try {
+      HeadScores scores;
+      if (policy.budget->needs_scores()) {
+        Matrix raw(shape_.group_size, held_);
+        for (int member = 0; member < shape_.group_size; ++member) {
+          policy.ranking()->score(head, member, row_of(raw, member));
+        }
+        smooth_and_share(setting, head, raw, scores);
+      }
+      const std::span<const float> shared =
+          scores.shared.rows() > 0 ? row_of(std::as_const(scores.shared), 0) : std::span<const float>();
+      surveys[i] = policy.budget->survey(head, shared, policy.protection().held_by(shape_));
+    } catch (const Error& error) {
+      throw in_context(setting, kv_head, error);
+    }
+  }
+  return surveys;
+}
+
 void LayerDecision::decide_head(int kv_head) {
   const std::unique_ptr<HeadSource> source = layer_.head(kv_head);
   const Head head(*source, combination_bytes_);
@@ -78,7 +121,7 @@ void LayerDecision::decide_head(int kv_head) {
         keep_all(i, kv_head);
         continue;
       }
-      if (policy.pattern) {
+      if (policy.pattern()) {
         keep_pattern(i, head.shape());
         continue;
       }
@@ -87,10 +130,10 @@ void LayerDecision::decide_head(int kv_head) {
       const bool same_policy = i > 0 && settings_[i - 1].policy == setting.policy && !settings_[i - 1].keeps_all(held_);
       if (!same_policy) {
         for (int member = 0; member < shape_.group_size; ++member) {
-          policy.ranking->score(head, member, row_of(raw, member));
+          policy.ranking()->score(head, member, row_of(raw, member));
         }
       }
-      const bool same_scores = same_policy && !policy.ranking->depends_on_capacity();
+      const bool same_scores = same_policy && !policy.ranking()->depends_on_capacity();
       if (!same_scores) smooth_and_share(setting, head, raw, scores);
       if (observer_ != nullptr && setting.goes_by_ranks(shape_) && setting.granularity != Granularity::layer) {
         observer_->head_scored(i, head, scores, same_scores);
@@ -135,7 +178,7 @@ std::size_t LayerDecision::prepare(const Head& head, std::size_t first) const {
 // Step 2 over positions, and step 3, for one KV head.
 void LayerDecision::smooth_and_share(const Setting& setting, const Head& head, const Matrix& raw,
                                      HeadScores& scores) const {
-  const Ranking& ranking = *setting.policy->ranking;
+  const Ranking& ranking = *setting.policy->ranking();
   const bool compare_all = compares_all(setting);
   const int capacity = setting.capacity(held_);
   scores.query = raw;
@@ -182,13 +225,13 @@ void LayerDecision::keep_all(std::size_t setting, int kv_head) {
 void LayerDecision::keep_pattern(std::size_t setting, const HeadShape& shape) {
   const Setting& s = settings_[setting];
   const int sets = s.sets_per_kv_head(shape_.group_size);
-  const std::vector<int> capacities = allocate(s, {});
+  const std::vector<int> capacities = allocate(setting, {});
   // Sets that are given can be of positions that the layer no longer holds.
-  const bool may_be_empty = s.policy->pattern->capacity_rule() == Pattern::CapacityRule::own;
+  const bool may_be_empty = s.policy->pattern()->capacity_rule() == Pattern::CapacityRule::own;
   for (int i = 0; i < sets; ++i) {
     const int set = shape.kv_head * sets + i;
     kept_[setting][static_cast<std::size_t>(set)] =
-        positions_of(s.policy->pattern->keep(shape, i, capacity_for(capacities, set)), may_be_empty);
+        positions_of(s.policy->draw(shape, i, capacity_for(capacities, set)), may_be_empty);
   }
 }
 
@@ -197,7 +240,7 @@ void LayerDecision::choose_locally(std::size_t setting, int kv_head, const HeadS
   const Setting& s = settings_[setting];
   const Matrix& rows = s.granularity == Granularity::query ? scores.query : scores.shared;
   const int sets = static_cast<int>(rows.rows());
-  const std::vector<int> capacities = allocate(s, {});
+  const std::vector<int> capacities = allocate(setting, {});
   for (int i = 0; i < sets; ++i) {
     const int set = kv_head * sets + i;
     kept_[setting][static_cast<std::size_t>(set)] = choose(s, row_of(rows, i), capacity_for(capacities, set));
@@ -217,10 +260,10 @@ void LayerDecision::decide_together(int index) {
       Matrix scores;
       combine(rows, s.share, scores);
       if (observer_ != nullptr && s.goes_by_ranks(shape_)) observer_->layer_scored(setting, row_of(scores, 0));
-      std::ranges::fill(kept_[setting], choose(s, row_of(scores, 0), allocate(s, parts)[0]));
+      std::ranges::fill(kept_[setting], choose(s, row_of(scores, 0), allocate(setting, parts)[0]));
       return;
     }
-    const std::vector<int> capacities = allocate(s, parts);
+    const std::vector<int> capacities = allocate(setting, parts);
     const int sets = s.sets_per_kv_head(shape_.group_size);
     for (std::size_t set = 0; set < kept_[setting].size(); ++set) {
       const HeadScores& part = parts[set / static_cast<std::size_t>(sets)];
@@ -234,10 +277,12 @@ void LayerDecision::decide_together(int index) {
   }
 }
 
-std::vector<int> LayerDecision::allocate(const Setting& setting, const std::vector<HeadScores>& scores) const {
-  const Policy& policy = *setting.policy;
-  if (!policy.budget) return {setting.capacity(held_)};
-  BudgetRequest request = setting.budget_request(shape_);
+std::vector<int> LayerDecision::allocate(std::size_t setting, const std::vector<HeadScores>& scores) const {
+  const Setting& s = settings_[setting];
+  const Policy& policy = *s.policy;
+  if (!policy.budget) return {s.capacity(held_)};
+  BudgetRequest request = s.budget_request(shape_);
+  if (policy.budget->surveys()) request.surveys = layer_.surveys(setting, s);
   for (const HeadScores& part : scores) {
     for (Index member = 0; member < part.query.rows(); ++member) {
       request.query_head_scores.push_back(row_of(part.query, member));
@@ -249,7 +294,7 @@ std::vector<int> LayerDecision::allocate(const Setting& setting, const std::vect
 
 std::vector<int> LayerDecision::choose(const Setting& setting, std::span<const float> scores, int capacity) const {
   const Policy& policy = *setting.policy;
-  const Protection protection = policy.ranking->protection().held_by(shape_);
+  const Protection protection = policy.protection().held_by(shape_);
   return positions_of(policy.selection ? policy.selection->select(scores, protection, capacity)
                                        : select_top(scores, protection, capacity),
                       held_ == 0);
@@ -284,6 +329,11 @@ Index LayerDecision::memory_of_head(const HeadShape& shape, const RankingRequire
     bytes += prompt * (shape.head_dim + shape.group_size + 40) * kFloat;
   }
   if (requirements.includes(Need::Kind::all_queries)) bytes += prompt * shape.head_dim * kFloat;
+  if (requirements.includes(Need::Kind::later_prompt)) {
+    // All keys, and attention of some queries to them.
+    const Index all = std::max<Index>(shape.prompt_length, prompt);
+    bytes += (3 * all * shape.head_dim + 16 * all) * kFloat;
+  }
   if (requirements.includes(Need::Kind::output_projection)) {
     // A head's part of it, and what some values become behind it.
     bytes += Index{hidden_size} * (2 * shape.head_dim + 256) * kFloat;
@@ -301,9 +351,7 @@ Index LayerDecision::memory_of_layer(const HeadShape& shape, std::span<const Set
   Index bytes = 0;
   for (const Setting& setting : settings) {
     const Index sets = kv_heads * setting.sets_per_kv_head(shape.group_size);
-    const Index capacity = setting.capacity(shape.rows());
-    // A budget may give a layer more than the mean.
-    const Index kept = setting.policy->budget ? std::min(2 * capacity, held) : capacity;
+    const Index kept = setting.most_positions(shape.rows());
     bytes += 2 * kVector + sets * (kept * static_cast<Index>(sizeof(int)) + kVector);
     if (!waits(setting, shape.rows())) continue;
     const bool all = compares_all(setting) || setting.granularity == Granularity::query;

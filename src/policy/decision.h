@@ -28,6 +28,10 @@ class LayerSource {
 
   /// Where the layer is from, as messages begin: "run.h5".
   virtual std::string name() const = 0;
+
+  /// What LayerDecision::survey_head() gave for the heads of every layer alike and the setting `setting`. A source that
+  /// surveys no layers refuses, naming the budget.
+  virtual std::span<const LayerSurvey> surveys(std::size_t setting, const Setting& of) const;
 };
 
 /// A layer's kept positions: a set per query head at granularity query, otherwise one per KV head.
@@ -75,6 +79,11 @@ class LayerDecision {
   LayerDecision(const LayerSource& layer, std::span<const Setting> settings, const RankingRequirements& requirements,
                 Index combination_bytes, ScoreObserver* observer = nullptr);
 
+  /// What the budget of every setting finds out about one KV head, before any layer is divided; nothing for settings
+  /// whose budget does not survey. Heads may be surveyed by different threads at once. Throws Error as
+  /// decide_head() does.
+  std::vector<std::vector<float>> survey_head(int kv_head) const;
+
   /// Draws what one KV head can draw without the others. Heads may be drawn by different threads at once. Throws Error,
   /// naming layer, policy and head, where one is not as its method needs it.
   void decide_head(int kv_head);
@@ -108,7 +117,7 @@ class LayerDecision {
   void keep_all(std::size_t setting, int kv_head);
   void keep_pattern(std::size_t setting, const HeadShape& shape);
   void choose_locally(std::size_t setting, int kv_head, const HeadScores& scores);
-  std::vector<int> allocate(const Setting& setting, const std::vector<HeadScores>& scores) const;
+  std::vector<int> allocate(std::size_t setting, const std::vector<HeadScores>& scores) const;
   std::vector<int> choose(const Setting& setting, std::span<const float> scores, int capacity) const;
   std::vector<int> positions_of(std::vector<int> rows, bool may_be_empty) const;
   Error in_context(const Setting& setting, int kv_head, const Error& error) const;

@@ -224,6 +224,10 @@ struct Head::Shared {
 
 Matrix HeadSource::projection_factor(int member) const { return projection_factor_of(output_projection(member)); }
 
+Matrix HeadSource::later_queries(int /*member*/) const { return {}; }
+
+Matrix HeadSource::later_keys() const { return {}; }
+
 Matrix HeadSource::evaluation_queries(int /*member*/) const { return {}; }
 
 Matrix HeadSource::evaluation_keys() const { return {}; }
@@ -270,10 +274,11 @@ int contiguous_window(std::span<const int> query_positions, int next_position) {
   return count;
 }
 
-Head::Head(const HeadSource& source, Index kept_bytes)
+Head::Head(const HeadSource& source, Index kept_bytes, const RankingMemory* memory)
     : source_(source),
       shape_(source.shape()),
       kept_bytes_(kept_bytes),
+      memory_(memory),
       has_output_projection_(source.has_output_projection()),
       entries_(source.entries().size()),
       first_row_(entries_ - shape_.rows()),
@@ -317,6 +322,16 @@ Matrix Head::queries(int member, int count) const {
   }
   const auto at_hand = static_cast<Index>(source_.query_positions().size());
   return source_.queries(member, at_hand - count, count);
+}
+
+Matrix Head::later_queries(int member) const {
+  const int later = shape_.prompt_length - shape_.next_position;
+  const auto captured = static_cast<int>(source_.later_positions().size());
+  if (later <= 0 || captured < later) {
+    throw Error(fmt::format("the {} queries of the prompt from position {} on are needed, and {} were captured",
+                            std::max(later, 0), shape_.next_position, captured));
+  }
+  return source_.later_queries(member);
 }
 
 std::pair<Index, Index> Head::visible(int position) const {

@@ -12,6 +12,7 @@
 
 #include "base/buffer.h"
 #include "base/matrix.h"
+#include "base/rotary.h"
 
 namespace kvreplay {
 
@@ -56,6 +57,7 @@ struct HeadShape {
   int prompt_length = 0;     ///< P, tokens of the prompt
   int next_position = 0;     ///< N, of the next query: the policy decides when everything before it was in the cache
   CachePositions positions;  ///< of the rows that the policy decides about, all below N
+  std::shared_ptr<const RotaryTable> rotary = nullptr;  ///< how positions turned keys and queries; null: not known
   double softmax_scale = 1;
   int sliding_window = 0;  ///< keys that a query sees, its own included; 0: all before it
   double attn_logit_softcapping = 0;
@@ -74,6 +76,26 @@ struct HeadShape {
 /// window of w lets the next query see itself and the w − 1 positions before it, and no later query sees more of them.
 /// Everything is held where `sliding_window` is 0.
 int first_held_position(int eviction_position, int sliding_window);
+
+/// One token of the decode phase: its key and value have joined the cache, and its queries have attended.
+struct CacheStep {
+  int position = 0;  ///< of the token, whose row is the last
+  const Matrix* attention =
+      nullptr;  ///< [group, R] what the query of each query head paid to the rows, its own included
+};
+
+/// What a ranking remembers of one KV head while tokens join its cache and rows leave it: state of its own, of which a
+/// ranking itself has none.
+class RankingMemory {
+ public:
+  virtual ~RankingMemory() = default;
+
+  /// A token has come.
+  virtual void observe(const CacheStep& step) = 0;
+
+  /// `rows` are left of the cache, in its order.
+  virtual void keep(std::span<const int> rows) = 0;
+};
 
 /// Delivers the tensors of one head. A trace stands behind it in replay, a running model can in its place, and the head
 /// may have been evicted before. `member` is a query head of the group, 0 to group_size − 1. Functions may throw Error.
@@ -106,6 +128,13 @@ class HeadSource {
   /// The attention that each of the E entries received from all causal queries before N, where that was recorded.
   virtual std::optional<std::vector<float>> attention_mass(int member) const = 0;
 
+  /// The prompt from N on, where a capture reads on: ascending positions of its queries at hand, ...
+  virtual std::span<const int> later_positions() const { return {}; }
+  /// ... those queries, [.., D], ...
+  virtual Matrix later_queries(int member) const;
+  /// ... and all keys of positions N … P − 1: [P − N, D].
+  virtual Matrix later_keys() const;
+
   /// What comes from N on, for oracles alone: ascending positions of the evaluation queries, none where the
   /// source cannot look ahead, ...
   virtual std::span<const int> evaluation_positions() const { return {}; }
@@ -133,6 +162,9 @@ class EvictedHead : public HeadSource {
   Matrix projection_factor(int member) const override { return whole_.projection_factor(member); }
   /// What was recorded is of the whole cache.
   std::optional<std::vector<float>> attention_mass(int /*member*/) const override { return std::nullopt; }
+  std::span<const int> later_positions() const override { return whole_.later_positions(); }
+  Matrix later_queries(int member) const override { return whole_.later_queries(member); }
+  Matrix later_keys() const override { return whole_.later_keys(); }
   std::span<const int> evaluation_positions() const override { return whole_.evaluation_positions(); }
   Matrix evaluation_queries(int member) const override { return whole_.evaluation_queries(member); }
   Matrix evaluation_keys() const override { return whole_.evaluation_keys(); }
@@ -190,7 +222,8 @@ struct CombinedAttention {
 class Head {
  public:
   /// `kept_bytes`: how much memory combinations may keep; what exceeds it is computed again when asked for again.
-  explicit Head(const HeadSource& source, Index kept_bytes = Index{1} << 28);
+  /// `memory`: what the ranking that will be asked remembers of this head, or null.
+  explicit Head(const HeadSource& source, Index kept_bytes = Index{1} << 28, const RankingMemory* memory = nullptr);
   ~Head();
   Head(const Head&) = delete;
   Head& operator=(const Head&) = delete;
@@ -198,6 +231,9 @@ class Head {
   const HeadShape& shape() const { return shape_; }
   int rows() const { return shape_.rows(); }
   const CachePositions& positions() const { return shape_.positions; }  ///< [R]
+
+  /// What Ranking::memory() gave for this head and has observed since; null where there is none.
+  const RankingMemory* memory() const { return memory_; }
 
   const Matrix& keys() const;    ///< [R, D]
   const Matrix& values() const;  ///< [R, D]
@@ -218,6 +254,15 @@ class Head {
   /// The window's attention, combined. Without an output projection, Distance::projected is Distance::values. Throws
   /// Error if a query of the window was not captured.
   CombinedAttention combined_attention(int member, const WindowCombination& asked) const;
+
+  /// The entries [first, end) that the query at `position` sees.
+  std::pair<Index, Index> visible(int position) const;
+
+  /// The prompt from N on, for methods that are told more than the cache's own past: the queries [P − N, D] of query
+  /// head `member` and the keys [P − N, D]. Throws Error if the prompt ends at N or one of the queries was not
+  /// captured.
+  Matrix later_queries(int member) const;
+  Matrix later_keys() const { return source_.later_keys(); }
 
   /// Softmax attention of the query at position N − 1 − age: [R], zero where it cannot look. Throws Error if that query
   /// was not captured. Kept, or written to `out` [R] alone.
@@ -240,7 +285,7 @@ class Head {
   /// What `compute()` gives for `key`, computed once for this head: for what settings of one method have in common. Key
   /// is a type of the method's own, which can be compared with <.
   template <class Key, class Compute>
-  auto once(const Key& key, const Compute& compute) const {
+  const auto& once(const Key& key, const Compute& compute) const {
     using Answers = std::map<Key, decltype(compute())>;
     std::shared_ptr<void>& answers = answers_[typeid(Answers)];
     if (!answers) answers = std::make_shared<Answers>();
@@ -261,7 +306,6 @@ class Head {
   class WindowPass;
   struct Batch;
   struct Shared;
-  std::pair<Index, Index> visible(int position) const;
   Matrix logits(const Matrix& queries, const Matrix& keys) const;
   const WindowPass& window_pass(int window) const;
   Index output_end(const WindowCombination& combination) const;
@@ -271,6 +315,7 @@ class Head {
   const HeadSource& source_;
   HeadShape shape_;
   Index kept_bytes_;
+  const RankingMemory* memory_;
   bool has_output_projection_;
   Index entries_;      // E
   Index first_row_;    // the entry that row 0 is

@@ -38,6 +38,22 @@ std::optional<Obstacle> missing_queries(bool or_mass, const std::string& policy,
                   .shared = fmt::format("they need {}", what)};
 }
 
+std::optional<Obstacle> missing_later_prompt(const std::string& policy, const Holdings& holdings) {
+  if (holdings.later_prompt == 0) {
+    const std::string what = "the prompt's queries after the eviction, and the prompt ends there";
+    return Obstacle{.reason = fmt::format("{} needs {}", policy, what),
+                    .cure = "capture a prompt that repeats its context, and evict at the context's end with --evict-at",
+                    .shared = fmt::format("they need {}", what)};
+  }
+  if (holdings.later_queries >= holdings.later_prompt) return std::nullopt;
+  const std::string what =
+      fmt::format("the {} queries of the prompt from position {} on, and the trace holds {}", holdings.later_prompt,
+                  holdings.next_position, count_or_none(holdings.later_queries));
+  return Obstacle{.reason = fmt::format("{} needs {}", policy, what),
+                  .cure = fmt::format("capture with --queries window:{} or all", holdings.later_prompt),
+                  .shared = fmt::format("they need {}", what)};
+}
+
 std::optional<Obstacle> missing(const Need& need, const std::string& policy, const Holdings& holdings) {
   switch (need.kind) {
     case Need::Kind::window_queries:
@@ -46,6 +62,17 @@ std::optional<Obstacle> missing(const Need& need, const std::string& policy, con
       return missing_queries(false, policy, holdings);
     case Need::Kind::accumulated_attention:
       return holdings.attention_mass ? std::nullopt : missing_queries(true, policy, holdings);
+    case Need::Kind::later_prompt:
+      return missing_later_prompt(policy, holdings);
+    case Need::Kind::rotary:
+      if (holdings.rotary) return std::nullopt;
+      return Obstacle{.reason = fmt::format("{} takes the rotation off queries, and the trace does not say how "
+                                            "positions turned them",
+                                            policy),
+                      .cure = "capture again with this version",
+                      .shared =
+                          "they take the rotation off queries, and the trace does not say how positions turned "
+                          "them"};
     case Need::Kind::output_projection:
     case Need::Kind::evaluation_queries:
     case Need::Kind::keys_or_values:

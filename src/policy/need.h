@@ -15,6 +15,8 @@ struct Need {
     window_queries,         ///< the last `count` queries before the eviction, without a gap
     all_queries,            ///< all of them
     accumulated_attention,  ///< recorded attention mass, or all queries
+    later_prompt,           ///< all queries of the prompt from the eviction on
+    rotary,                 ///< how positions turned keys and queries
     output_projection,      ///< used where it is there; the method says what it does without
     evaluation_queries,     ///< what comes after the eviction: for oracles, and always at hand
     keys_or_values,         ///< Head::keys() or values() as a whole: always at hand, and counted in the memory
@@ -45,7 +47,9 @@ struct Holdings {
   int next_position = 0;                ///< N, where the eviction is
   int window_queries = 0;               ///< the last queries before it, without a gap
   int later_prompt = 0;                 ///< positions of the prompt from the eviction on
+  int later_queries = 0;                ///< captured queries there
   bool attention_mass = false;          ///< recorded for this eviction
+  bool rotary = false;                  ///< known of all layers
   std::string missing_projection = {};  ///< "the trace has no output projection"; empty: no layer lacks one
 };
 

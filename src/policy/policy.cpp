@@ -59,16 +59,17 @@ const Method& method_for(const SpecPart& part, bool first) {
   const Method* method = find_method(first ? part.name : as_step);
   if (method != nullptr) return *method;
   if (find_method(first ? as_step : part.name) != nullptr) {
-    throw UsageError(first ? fmt::format("'{0}' is a step of a policy; write it after one, as in snapkv+{0}", part.name)
-                           : fmt::format("'{}' is a policy; after '+' stands a budget or a selection", part.name));
+    throw UsageError(
+        first ? fmt::format("'{0}' is a step of a policy; write it after one, as in snapkv+{0}", part.name)
+              : fmt::format("'{}' is a policy; after '+' stands a budget, a selection or a protection", part.name));
   }
   std::vector<std::string> names;
   for (const auto& [name, candidate] : registry()) {
     if ((candidate.step == Method::Step::policy) == first) names.push_back(candidate.name);
   }
   throw UsageError(fmt::format("unknown {} '{}'.{} Known: {}; one of your own comes with --plugin",
-                               first ? "policy" : "budget or selection", part.name, suggestion(part.name, names),
-                               fmt::join(names, ", ")));
+                               first ? "policy" : "budget, selection or protection", part.name,
+                               suggestion(part.name, names), fmt::join(names, ", ")));
 }
 
 void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
@@ -76,13 +77,13 @@ void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
     throw UsageError(fmt::format("{} keeps exactly the capacity in every set, as it finds best; leave out '+{}'",
                                  policy.canonical, part.name));
   }
-  if (policy.pattern && policy.pattern->capacity_rule() != Pattern::CapacityRule::asked) {
+  if (policy.pattern() && policy.pattern()->capacity_rule() != Pattern::CapacityRule::asked) {
     throw UsageError(fmt::format("'{}' does not go by a capacity, so '+{}' would change nothing; leave it out",
                                  policy.canonical, part.name));
   }
   if (step.budget) {
     if (policy.budget) throw UsageError(fmt::format("'{}' is a second budget; a policy has one", part.name));
-    if (step.budget->needs_scores() && !policy.ranking) {
+    if (step.budget->needs_scores() && !policy.ranking()) {
       throw UsageError(
           fmt::format("'{}' divides the capacity by scores, and '{}' has none", part.name, policy.canonical));
     }
@@ -90,10 +91,16 @@ void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
   }
   if (step.selection) {
     if (policy.selection) throw UsageError(fmt::format("'{}' is a second selection; a policy has one", part.name));
-    if (!policy.ranking) {
+    if (!policy.ranking()) {
       throw UsageError(fmt::format("'{}' selects by scores, and '{}' has none", part.name, policy.canonical));
     }
     policy.selection = std::move(step.selection);
+  }
+  if (step.protect.count() > 0) {
+    if (policy.protect.count() > 0) {
+      throw UsageError(fmt::format("'{}' is a second protection; a policy has one", part.name));
+    }
+    policy.protect = step.protect;
   }
   std::ranges::move(step.notes, std::back_inserter(policy.notes));
 }
@@ -138,6 +145,11 @@ std::optional<Share> share_named(std::string_view name) {
   return std::nullopt;
 }
 
+std::vector<float> Budget::survey(const Head& /*head*/, std::span<const float> /*scores*/,
+                                  Protection /*protection*/) const {
+  return {};
+}
+
 void Ranking::smooth(const Head& /*head*/, int /*member*/, int /*capacity*/, std::span<float> /*scores*/) const {}
 
 void Ranking::refine(const Head& /*head*/, std::span<const int> /*members*/, int /*capacity*/,
@@ -157,7 +169,48 @@ int sets_per_layer(const BudgetRequest& request) {
 
 int Pattern::minimum_capacity(const HeadShape& shape) const { return std::max(1, protection().held_by(shape).count()); }
 
-int Policy::minimum_capacity() const { return std::max(1, protection().count()); }
+std::shared_ptr<const Ranking> Policy::ranking() const {
+  const auto* const held = std::get_if<std::shared_ptr<const Ranking>>(&rule);
+  return held != nullptr ? *held : nullptr;
+}
+
+std::shared_ptr<const Pattern> Policy::pattern() const {
+  const auto* const held = std::get_if<std::shared_ptr<const Pattern>>(&rule);
+  return held != nullptr ? *held : nullptr;
+}
+
+Protection Policy::protection() const {
+  const Protection own = ranking() ? ranking()->protection() : pattern()->protection();
+  return {.sinks = std::max(own.sinks, protect.sinks), .window = std::max(own.window, protect.window)};
+}
+
+Requirements Policy::requirements() const {
+  Requirements all = ranking() ? ranking()->requirements() : Requirements{};
+  if (!budget) return all;
+  Requirements of_budget = budget->requirements();
+  std::ranges::move(of_budget.needs, std::back_inserter(all.needs));
+  std::ranges::move(of_budget.combinations, std::back_inserter(all.combinations));
+  return all;
+}
+
+int Policy::minimum_capacity(const HeadShape& shape) const {
+  if (const auto drawn = pattern()) return drawn->minimum_capacity(shape) + protect.held_by(shape).count();
+  return std::max(1, protection().held_by(shape).count());
+}
+
+std::vector<int> Policy::draw(const HeadShape& shape, int member, int capacity) const {
+  const Protection beside = protect.held_by(shape);
+  if (beside.count() == 0) return pattern()->keep(shape, member, capacity);
+  // As much of the pattern as there is room for.
+  for (int granted = capacity;; --granted) {
+    std::vector<int> rows = pattern()->keep(shape, member, granted);
+    for (int row = 0; row < beside.sinks; ++row) rows.push_back(row);
+    for (int row = shape.rows() - beside.window; row < shape.rows(); ++row) rows.push_back(row);
+    std::ranges::sort(rows);
+    rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+    if (static_cast<int>(rows.size()) <= capacity || granted <= capacity - beside.count()) return rows;
+  }
+}
 
 Protection Protection::held_by(const HeadShape& shape) const {
   const int first = shape.held_of_first(sinks);

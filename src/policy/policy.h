@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <variant>
 #include <vector>
 
 #include "policy/capacity.h"
@@ -44,6 +45,10 @@ class Ranking {
 
   virtual Requirements requirements() const { return {}; }
 
+  /// A new memory of a head that is about to be filled token by token, for rankings that go by more than the cache
+  /// still shows. score() finds it as Head::memory() then; null, as for most, where the cache is all that counts.
+  virtual std::unique_ptr<RankingMemory> memory(const HeadShape& /*shape*/) const { return nullptr; }
+
   /// Scores of the head's rows for query head `member` of its group: [R]. Those of protected positions are not looked
   /// at. Throws Error where the head lacks what it needs.
   virtual void score(const Head& head, int member, std::span<float> scores) const = 0;
@@ -59,10 +64,6 @@ class Ranking {
   /// methods whose later stage works on shared scores; most have none. Where a whole layer shares, each KV head's part
   /// is refined before the parts are combined.
   virtual void refine(const Head& head, std::span<const int> members, int capacity, std::span<float> scores) const;
-
-  /// Whether a pyramid is drawn also for prompts shorter than twice the capacity. PyramidKV's code keeps to a uniform
-  /// budget there, ReST-KV's does not.
-  virtual bool pyramid_on_short_prompts() const { return false; }
 };
 
 /// Whose kept sets are the same.
@@ -118,6 +119,9 @@ std::string_view name_of(Share share);
 std::optional<Granularity> granularity_named(std::string_view name);
 std::optional<Share> share_named(std::string_view name);
 
+/// What a budget found out about a layer: some numbers for each KV head.
+using LayerSurvey = std::vector<std::vector<float>>;
+
 /// What a budget may look at when it divides a layer's positions among the layer's kept sets.
 struct BudgetRequest {
   int layer = 0;
@@ -131,11 +135,12 @@ struct BudgetRequest {
   Granularity granularity = Granularity::kv;  ///< whose capacities are asked for
   int num_query_heads = 1;
   int num_kv_heads = 1;
-  bool pyramid_on_short_prompts = false;  ///< see Ranking
   /// Scores [R] of every query head of the layer, and of every KV head as its group shares them. Only there for
   /// budgets that need scores.
   std::vector<std::span<const float>> query_head_scores;
   std::vector<std::span<const float>> kv_head_scores;
+  /// What was found out about every layer alike, for budgets that survey: [layers_alike]. Otherwise empty.
+  std::span<const LayerSurvey> surveys;
 };
 
 /// Step 4: how many positions each kept set of a layer gets. Without one, each gets the capacity asked for.
@@ -146,8 +151,22 @@ class Budget {
   /// Whether allocate() looks at the scores (an adaptive budget cannot be put on a pattern).
   virtual bool needs_scores() const { return false; }
 
-  /// Throws Error where a layer cannot be divided, whatever the scores, which are not given. Asked for every layer
-  /// before any work; other budgets than those that need scores are asked to allocate() as well.
+  /// Whether allocate() looks at surveys of all layers that hold as much.
+  virtual bool surveys() const { return false; }
+
+  /// One cheap pass over a KV head, before any layer is divided: what allocate() will have to know of it, as few
+  /// numbers as it takes. `scores` [R] are those that the head's group shares, only there for budgets that need scores.
+  /// `protection` is of the rows. Throws Error as Head does.
+  virtual std::vector<float> survey(const Head& head, std::span<const float> scores, Protection protection) const;
+
+  /// What survey() asks of a head: for budgets that survey.
+  virtual Requirements requirements() const { return {}; }
+
+  /// Whether allocate() looks at more than the request's numbers.
+  bool looks_at_heads() const { return needs_scores() || surveys(); }
+
+  /// Throws Error where a layer cannot be divided, whatever is in its heads. Asked for every layer before any work;
+  /// budgets that do not look at heads are asked to allocate() as well.
   virtual void check(const BudgetRequest& /*request*/) const {}
 
   /// The mean capacity of a budget that brings its own numbers, whatever capacity is asked for.
@@ -176,9 +195,10 @@ std::vector<int> select_top(std::span<const float> scores, Protection protection
 
 /// A complete policy: what a spec stands for. Immutable, and safe to use from several threads.
 struct Policy {
-  std::string canonical = {};                       ///< the spec with every parameter that differs from its default
-  std::shared_ptr<const Ranking> ranking = {};      ///< this or
-  std::shared_ptr<const Pattern> pattern = {};      ///< this
+  std::string canonical = {};  ///< the spec with every parameter that differs from its default
+  /// What decides: scores, or a rule without them.
+  std::variant<std::shared_ptr<const Ranking>, std::shared_ptr<const Pattern>> rule = {};
+  Protection protect = {};                          ///< beside what the rule protects
   std::shared_ptr<const Budget> budget = {};        ///< or none: the same capacity for all
   std::shared_ptr<const Selection> selection = {};  ///< or none: select_top
   std::optional<Granularity> granularity = {};      ///< the method's own, where it has one
@@ -188,12 +208,24 @@ struct Policy {
   ShareRule share_rule = nullptr;       ///< of published code that counts in its own way; or none: share · length
   std::vector<std::string> notes = {};  ///< what a reader of its numbers has to know, a line each
 
-  /// Positions that are kept whatever is scored.
-  Protection protection() const { return ranking ? ranking->protection() : pattern->protection(); }
+  /// The one of the two that it is; of the other, null.
+  std::shared_ptr<const Ranking> ranking() const;
+  std::shared_ptr<const Pattern> pattern() const;
 
-  /// The smallest legal capacity where all of the prompt is held: the protected positions, and at least one. A pattern
-  /// may need more, by the head's shape.
-  int minimum_capacity() const;
+  /// Positions that are kept whatever is scored.
+  Protection protection() const;
+
+  /// What the ranking and the budget need.
+  Requirements requirements() const;
+
+  /// The smallest legal capacity where everything is held: the protected positions, and at least one. A pattern may
+  /// need more, by the head's shape.
+  int minimum_capacity() const { return std::max(1, protection().count()); }
+  int minimum_capacity(const HeadShape& shape) const;
+
+  /// The rows that a pattern keeps of a head of this shape: what is protected beside it takes its places in the
+  /// capacity first. For patterns alone.
+  std::vector<int> draw(const HeadShape& shape, int member, int capacity) const;
 };
 
 /// What a method contributes to a policy; each sets the members that it defines.
@@ -201,7 +233,7 @@ using Composition = Policy;
 
 /// A method as the registry knows it.
 struct Method {
-  enum class Step { policy, budget, selection };
+  enum class Step { policy, budget, selection, protection };
 
   std::string name;
   Step step = Step::policy;

@@ -7,17 +7,23 @@ namespace kvreplay {
 
 int Setting::capacity(int held) const { return std::min(asked.resolve(held, policy->share_rule), held); }
 
+int Setting::most_positions(int held) const {
+  if (!policy->budget) return capacity(held);
+  if (policy->budget->surveys() || policy->budget->own_capacity()) return held;
+  return std::min(2 * capacity(held), held);
+}
+
 bool Setting::keeps_all(int held) const {
   if (held == 0) return true;
   if (policy->budget && policy->budget->own_capacity()) return false;
-  if (!policy->pattern) return capacity(held) >= held;
-  const Pattern::CapacityRule rule = policy->pattern->capacity_rule();
+  if (!policy->pattern()) return capacity(held) >= held;
+  const Pattern::CapacityRule rule = policy->pattern()->capacity_rule();
   return rule == Pattern::CapacityRule::everything || (rule == Pattern::CapacityRule::asked && capacity(held) >= held);
 }
 
 bool Setting::goes_by_ranks(const HeadShape& shape) const {
-  return policy->ranking && policy->exchanges == 0 && !keeps_all(shape.rows()) &&
-         shape.rows() - policy->ranking->protection().held_by(shape).count() >= 2;
+  return policy->ranking() && policy->exchanges == 0 && !keeps_all(shape.rows()) &&
+         shape.rows() - policy->protection().held_by(shape).count() >= 2;
 }
 
 bool Setting::is_local() const {
@@ -33,14 +39,14 @@ BudgetRequest Setting::budget_request(const HeadShape& shape) const {
           .capacity = capacity(shape.rows()),
           .unrounded_capacity =
               std::min(asked.unrounded(shape.rows(), policy->share_rule), static_cast<double>(shape.rows())),
-          .protection = policy->ranking ? policy->ranking->protection().held_by(shape)
-                                        : Protection{.sinks = policy->pattern->minimum_capacity(shape)},
+          .protection = policy->ranking() ? policy->protection().held_by(shape)
+                                          : Protection{.sinks = policy->minimum_capacity(shape)},
           .granularity = granularity,
           .num_query_heads = shape.num_kv_heads * shape.group_size,
           .num_kv_heads = shape.num_kv_heads,
-          .pyramid_on_short_prompts = policy->ranking && policy->ranking->pyramid_on_short_prompts(),
           .query_head_scores = {},
-          .kv_head_scores = {}};
+          .kv_head_scores = {},
+          .surveys = {}};
 }
 
 RankingRequirements::RankingRequirements(std::span<const Setting> settings, int held) {
@@ -52,11 +58,11 @@ RankingRequirements::RankingRequirements(std::span<const Setting> settings, int 
   };
   for (const Setting& setting : settings) {
     begin.push_back(asked.size());
-    if (!setting.policy->ranking || setting.policy == previous || setting.keeps_all(held)) continue;
+    if (setting.policy == previous || setting.keeps_all(held)) continue;
     previous = setting.policy;
-    Requirements own = setting.policy->ranking->requirements();
+    Requirements own = setting.policy->requirements();
     for (const Need& need : own.needs) add_need(need.kind);
-    if (own.combinations.empty()) add_need(Need::Kind::keys_or_values);
+    if (setting.policy->ranking() && own.combinations.empty()) add_need(Need::Kind::keys_or_values);
     window = std::max(window, own.count(Need::Kind::window_queries));
     most_combinations = std::max(most_combinations, own.combinations.size());
     for (WindowCombination& combination : own.combinations) {

@@ -20,6 +20,9 @@ struct Setting {
   /// Positions per kept set that are granted in a layer that holds `held` of them: at most all.
   int capacity(int held) const;
 
+  /// The most positions that a kept set of such a layer can hold: a budget may give some more than the mean.
+  int most_positions(int held) const;
+
   /// Whether every position is kept in a layer that holds `held` of them, so that nothing needs to be ranked.
   bool keeps_all(int held) const;
 

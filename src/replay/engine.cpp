@@ -108,6 +108,7 @@ ReplayResult outline_of(const ReplaySetting& replayed, const TraceReplay& replay
   result.policy = setting.policy->canonical;
   result.capacity_request = setting.asked.text;
   result.capacity = setting.capacity(std::ranges::max(replay.held));
+  result.most_kept = setting.most_positions(std::ranges::max(replay.held));
   result.eviction_position = replay.eviction_position;
   result.granularity = setting.granularity;
   result.share = setting.share;
@@ -260,6 +261,52 @@ ReplayEngine::Sums ReplayEngine::sum_up(const TraceReader& trace, const TraceRep
   sums.least_combinations = LayerDecision::least_combination_bytes(shape, sums.asked);
   sums.all_combinations = LayerDecision::all_combination_bytes(shape, sums.asked);
   return sums;
+}
+
+bool ReplayEngine::surveys(int replay) const {
+  const std::vector<Setting>& settings = settings_[static_cast<std::size_t>(replay)];
+  return std::ranges::any_of(settings,
+                             [](const Setting& s) { return s.policy->budget && s.policy->budget->surveys(); });
+}
+
+std::vector<LayerSurvey> ReplayEngine::survey(const ReplayUnit& unit) const {
+  const auto replay = static_cast<std::size_t>(unit.replay);
+  const Plan plan = plan_for(memory_limit_);
+  const int kv_heads = outlines_[replay].model.num_key_value_heads;
+  const TraceLayer layer(trace_of(unit), unit.layer, outlines_[replay].eviction());
+  const LayerDecision decision(layer, settings_[replay], sums_of(unit).asked, plan.combination_bytes);
+  std::vector<LayerSurvey> surveys(settings_[replay].size(), LayerSurvey(static_cast<std::size_t>(kv_heads)));
+  parallel_for(
+      kv_heads,
+      [&](int kv_head) {
+        std::vector<std::vector<float>> found = decision.survey_head(kv_head);
+        for (std::size_t s = 0; s < found.size(); ++s)
+          surveys[s][static_cast<std::size_t>(kv_head)] = std::move(found[s]);
+      },
+      plan.heads_at_once);
+  return surveys;
+}
+
+void ReplayEngine::give_surveys(int replay, const std::vector<std::vector<LayerSurvey>>& layers) const {
+  AlikeSurveys& surveys = surveys_[replay];
+  surveys.clear();
+  const std::vector<int>& held = outlines_[static_cast<std::size_t>(replay)].held;
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    std::vector<std::vector<LayerSurvey>>& alike = surveys[held[layer]];
+    alike.resize(layers[layer].size());
+    for (std::size_t s = 0; s < alike.size(); ++s) alike[s].push_back(layers[layer][s]);
+  }
+}
+
+// What was not given is found out here.
+void ReplayEngine::complete_surveys(std::span<const ReplayUnit> units) const {
+  for (const ReplayUnit& unit : units) {
+    if (!surveys(unit.replay) || surveys_.contains(unit.replay)) continue;
+    std::vector<std::vector<LayerSurvey>> layers;
+    const int num_layers = outlines_[static_cast<std::size_t>(unit.replay)].model.num_layers;
+    for (int layer = 0; layer < num_layers; ++layer) layers.push_back(survey({unit.replay, layer}));
+    give_surveys(unit.replay, layers);
+  }
 }
 
 std::vector<ReplayUnit> ReplayEngine::units() const {
@@ -445,6 +492,7 @@ std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units, const
 template <class Work, class Done>
 void ReplayEngine::for_each_group(std::span<const ReplayUnit> units, const Work& work, const Done& done) const {
   const Plan plan = plan_for(memory_limit_);
+  complete_surveys(units);
   while (!units.empty()) {
     const std::span<const ReplayUnit> group = units.first(units_at_once(units, plan));
     units = units.subspan(group.size());
@@ -516,8 +564,11 @@ std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const
   std::vector<std::unique_ptr<LayerRankAgreement>> agreements(group.size());
   std::vector<LayerDecision> decisions;
   for (std::size_t i = 0; i < group.size(); ++i) {
-    layers.push_back(
-        std::make_unique<TraceLayer>(trace_of(group[i]), group[i].layer, outline(i).eviction(), projections[i].get()));
+    const auto surveys = surveys_.find(group[i].replay);
+    const int held = outline(i).held[static_cast<std::size_t>(group[i].layer)];
+    layers.push_back(std::make_unique<TraceLayer>(trace_of(group[i]), group[i].layer, outline(i).eviction(),
+                                                  projections[i].get(),
+                                                  surveys == surveys_.end() ? nullptr : &surveys->second.at(held)));
     if (sums_of(group[i]).compared > 0) {
       std::vector<bool> is_compared;
       for (const ReplayResult& result : outline(i).results) is_compared.push_back(result.rank_agreement);

@@ -71,6 +71,17 @@ class ReplayEngine {
   /// What a unit takes: bytes of the trace that are read, floating-point operations.
   Work cost(const ReplayUnit& unit) const;
 
+  /// Whether budgets divide positions over all layers of an outline, by what they find out about each first.
+  bool surveys(int replay) const;
+
+  /// What they find out about a layer: of every setting, and nothing for those whose budget does not survey. Throws
+  /// Error as run() does.
+  std::vector<LayerSurvey> survey(const ReplayUnit& unit) const;
+
+  /// Takes what survey() gave for every layer of an outline, [L][setting]. What is not given run() and decide() find
+  /// out themselves.
+  void give_surveys(int replay, const std::vector<std::vector<LayerSurvey>>& layers) const;
+
   /// The most memory that run() takes at once with OpenMP's present number of threads, in bytes: beside what the
   /// process holds before it, and without results that were handed out.
   Index memory() const;
@@ -118,6 +129,10 @@ class ReplayEngine {
     Index all_combinations = 0;             // bytes
   };
 
+  // By what layers hold, of every setting: the surveys of the layers that hold as much.
+  using AlikeSurveys = std::map<int, std::vector<std::vector<LayerSurvey>>>;
+
+  void complete_surveys(std::span<const ReplayUnit> units) const;
   Plan plan_for(Index limit) const;
   Plan plan_of(int heads_at_once, int rounds, Index limit) const;
   std::vector<std::vector<LayerResult>> decide_group(std::span<const ReplayUnit> group, const Plan& plan) const;
@@ -140,9 +155,10 @@ class ReplayEngine {
   std::vector<TraceReplay> outlines_;
   std::vector<TraceNote> left_out_;
   std::vector<std::size_t> trace_of_outline_;
-  std::vector<std::vector<Setting>> settings_;  // per outline
-  std::vector<std::map<int, Sums>> sums_;       // the same: by what a layer holds
-  Index memory_limit_ = 0;                      // 0: none was given
+  std::vector<std::vector<Setting>> settings_;   // per outline
+  std::vector<std::map<int, Sums>> sums_;        // the same: by what a layer holds
+  mutable std::map<int, AlikeSurveys> surveys_;  // of outlines
+  Index memory_limit_ = 0;                       // 0: none was given
 };
 
 /// Does all units of an engine and returns everything at once. `progress` is told the share of the work that is done,

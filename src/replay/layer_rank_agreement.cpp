@@ -109,7 +109,7 @@ void LayerRankAgreement::layer_scored(std::size_t setting, std::span<const float
 
 RankCorrelation LayerRankAgreement::agreement_of(std::size_t setting, const RankedValues& importance,
                                                  std::span<const float> scores) const {
-  const Protection protection = settings_[setting].policy->ranking->protection().held_by(shape_);
+  const Protection protection = settings_[setting].policy->protection().held_by(shape_);
   return importance.correlation(scores, protection.sinks, shape_.rows() - protection.window);
 }
 

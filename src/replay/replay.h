@@ -61,7 +61,8 @@ struct ReplayResult {
   std::string trace;             ///< file name as given
   std::string policy;            ///< canonical spec
   std::string capacity_request;  ///< as asked for: "128", "25%"; kAllPositions for full
-  int capacity = 0;  ///< granted per kept set, on average over the layers that hold most; `kept` has what was used
+  int capacity = 0;   ///< granted per kept set, on average over the layers that hold most; `kept` has what was used
+  int most_kept = 0;  ///< the most positions that a kept set can hold: a budget may give some more than the mean
   int eviction_position = 0;
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;

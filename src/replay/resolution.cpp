@@ -81,7 +81,9 @@ Holdings holdings_of(const TraceReader& trace, int eviction_position) {
   Holdings holdings{.next_position = eviction_position,
                     .window_queries = contiguous_window(head.query_positions(), eviction_position),
                     .later_prompt = std::max(0, info.prompt_length - eviction_position),
-                    .attention_mass = eviction_position == info.prompt_length};
+                    .later_queries = static_cast<int>(head.later_positions().size()),
+                    .attention_mass = eviction_position == info.prompt_length,
+                    .rotary = head.shape().rotary != nullptr};
   int without_projection = 0;
   for (int layer = 0; layer < info.model.num_layers; ++layer) {
     without_projection += trace.has_output_projection(layer) ? 0 : 1;
@@ -98,10 +100,10 @@ Holdings holdings_of(const TraceReader& trace, int eviction_position) {
 
 // Why a policy cannot be replayed at any capacity that evicts something, because of how heads share; nothing if it can.
 std::optional<Obstacle> sharing_obstacle(const Policy& policy, Granularity granularity) {
-  if (policy.pattern && granularity > policy.pattern->coarsest_granularity()) {
+  if (policy.pattern() && granularity > policy.pattern()->coarsest_granularity()) {
     return Obstacle{
         .reason = fmt::format("{} keeps a set per {} head, which granularity {} cannot show", policy.canonical,
-                              policy.pattern->coarsest_granularity() == Granularity::query ? "query" : "KV",
+                              policy.pattern()->coarsest_granularity() == Granularity::query ? "query" : "KV",
                               name_of(granularity)),
         .cure = "leave out --heads",
         .shared = fmt::format("they keep a set per head, which granularity {} cannot show", name_of(granularity))};
@@ -150,20 +152,20 @@ std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Set
     const int least = least_in(some.shape);
     if (!setting.keeps_all(held) && setting.capacity(held) < std::min(least, held)) return below(least, some);
   }
-  if (!policy.pattern && !policy.budget) return std::nullopt;
+  if (!policy.pattern() && !policy.budget) return std::nullopt;
   for (const HeadShape& shape : layers.shapes) {
     if (setting.keeps_all(shape.rows())) continue;
     try {
-      if (policy.pattern) policy.pattern->check(shape);
+      if (policy.pattern()) policy.pattern()->check(shape);
       std::vector<int> capacities = {setting.capacity(shape.rows())};
       if (policy.budget) {
         const BudgetRequest request = setting.budget_request(shape);
         policy.budget->check(request);
-        if (!policy.budget->needs_scores()) capacities = policy.budget->allocate(request);
+        if (!policy.budget->looks_at_heads()) capacities = policy.budget->allocate(request);
       }
-      if (!policy.pattern) continue;
-      const int needed = policy.pattern->minimum_capacity(shape);
-      const bool goes_by_capacity = policy.pattern->capacity_rule() == Pattern::CapacityRule::asked;
+      if (!policy.pattern()) continue;
+      const int needed = policy.minimum_capacity(shape);
+      const bool goes_by_capacity = policy.pattern()->capacity_rule() == Pattern::CapacityRule::asked;
       if (goes_by_capacity && std::ranges::min(capacities) < needed) return below(needed, layers.alike_to(shape));
     } catch (const Error& error) {
       return Obstacle{.reason = error.what()};
@@ -178,14 +180,14 @@ void add_notes_of(const Policy& policy, const EvictedLayers& layers, std::vector
     if (!note.empty() && std::ranges::find(notes, note) == notes.end()) notes.push_back(std::move(note));
   };
   for (const std::string& note : policy.notes) add(note);
-  if (!policy.pattern) return;
-  for (const HeadShape& shape : layers.shapes) add(policy.pattern->note(shape));
+  if (!policy.pattern()) return;
+  for (const HeadShape& shape : layers.shapes) add(policy.pattern()->note(shape));
 }
 
 // Tells where published code makes another count of a share.
 void note_count(const EvictedLayers& layers, const Setting& setting, std::vector<std::string>& notes) {
   const Policy& policy = *setting.policy;
-  if (policy.budget && !policy.budget->needs_scores()) return;  // which spreads fractions over layers
+  if (policy.budget && !policy.budget->looks_at_heads()) return;  // which spreads fractions over layers
   for (const AlikeLayers& some : layers.alike) {
     const int held = some.shape.rows();
     const int capacity = setting.capacity(held);
@@ -200,12 +202,13 @@ void note_count(const EvictedLayers& layers, const Setting& setting, std::vector
 // Layers that keep everything have no choice to make at any capacity and do not count.
 bool leaves_nothing_to_choose(const EvictedLayers& layers, const Setting& setting) {
   const Policy& policy = *setting.policy;
-  // Scores divide positions, or choose them not one by one: only what is protected is certain.
-  const bool by_scores = (policy.budget && policy.budget->needs_scores()) || policy.selection;
+  // What is in the heads divides positions, or chooses them not one by one: only what is protected is certain.
+  const bool by_scores = (policy.budget && policy.budget->looks_at_heads()) || policy.selection;
   const auto unscored = [&](const HeadShape& shape) {
-    return policy.ranking && !by_scores ? policy.ranking->unscored(shape) : policy.protection().held_by(shape).count();
+    const int is_protected = policy.protection().held_by(shape).count();
+    return policy.ranking() && !by_scores ? std::max(policy.ranking()->unscored(shape), is_protected) : is_protected;
   };
-  if (!policy.budget || policy.budget->needs_scores()) {
+  if (!policy.budget || policy.budget->looks_at_heads()) {
     return std::ranges::all_of(layers.alike, [&](const AlikeLayers& some) {
       const int held = some.shape.rows();
       return setting.keeps_all(held) || setting.capacity(held) <= unscored(some.shape);
@@ -227,7 +230,7 @@ std::vector<ReplaySetting> settings_for(const TraceReader& trace, const ReplayRe
   SettingNames nothing_to_choose;
   SettingNames without_projection;
   for (const Policy& policy : request.policies) {
-    const auto rule = policy.pattern ? policy.pattern->capacity_rule() : Pattern::CapacityRule::asked;
+    const auto rule = policy.pattern() ? policy.pattern()->capacity_rule() : Pattern::CapacityRule::asked;
     const std::optional<int> own = policy.budget ? policy.budget->own_capacity() : std::nullopt;
     const bool once = own || rule != Pattern::CapacityRule::asked;  // the same for every capacity asked for
     const Granularity granularity = request.granularity.value_or(policy.granularity.value_or(Granularity::kv));
@@ -235,7 +238,7 @@ std::vector<ReplaySetting> settings_for(const TraceReader& trace, const ReplayRe
       left_out.add(policy.canonical, "", *obstacle);
       continue;
     }
-    const Requirements needs = policy.ranking ? policy.ranking->requirements() : Requirements{};
+    const Requirements needs = policy.requirements();
     const std::optional<Obstacle> missing = missing_need(needs.needs, policy.canonical, holdings);
     bool replayed = false;
     bool is_missing = false;

@@ -23,6 +23,9 @@ HeadShape head_shape(const TraceInfo& info, int layer, int kv_head, int eviction
       .prompt_length = info.prompt_length,
       .next_position = eviction_position,
       .positions = {first_position, eviction_position - first_position},
+      .rotary = model.rope_theta > 0
+                    ? std::make_shared<const RotaryTable>(RotaryTable::plain(model.rope_theta, model.head_dim))
+                    : nullptr,
       .softmax_scale = model.softmax_scale,
       .sliding_window = window,
       .attn_logit_softcapping = model.attn_logit_softcapping,
@@ -37,14 +40,20 @@ std::vector<int> held_positions(const TraceInfo& info, int eviction_position) {
   return held;
 }
 
-TraceLayer::TraceLayer(const TraceReader& trace, int layer, const Eviction& eviction, const LayerProjection* projection)
+TraceLayer::TraceLayer(const TraceReader& trace, int layer, const Eviction& eviction, const LayerProjection* projection,
+                       const std::vector<std::vector<LayerSurvey>>* surveys)
     : trace_(trace),
       eviction_(eviction),
       projection_(projection),
+      surveys_(surveys),
       shape_(head_shape(trace.info(), layer, 0, eviction.position)) {}
 
 std::unique_ptr<HeadSource> TraceLayer::head(int kv_head) const {
   return std::make_unique<TraceHead>(trace_, shape_.layer, kv_head, eviction_, projection_);
+}
+
+std::span<const LayerSurvey> TraceLayer::surveys(std::size_t setting, const Setting& of) const {
+  return surveys_ != nullptr ? (*surveys_)[setting] : LayerSource::surveys(setting, of);
 }
 
 Index TraceLayer::memory_of_head(const TraceReader& trace, int eviction_position) {
@@ -63,6 +72,9 @@ TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, const Evi
   const std::span<const int> positions = trace.info().query_positions;
   const auto before = std::ranges::lower_bound(positions, eviction.position) - positions.begin();
   query_positions_ = positions.first(static_cast<std::size_t>(before));
+  const auto end = std::ranges::lower_bound(positions, trace.info().prompt_length) - positions.begin();
+  if (end > before)
+    later_ = positions.subspan(static_cast<std::size_t>(before), static_cast<std::size_t>(end - before));
 }
 
 void TraceHead::read_keys(Index first, Index count, float* rows) const {
@@ -87,6 +99,16 @@ void TraceHead::read(HeadTensor tensor, Buffer& unpacked, Index first, Index cou
 
 Matrix TraceHead::queries(int member, Index first, Index count) const {
   return trace_.read(shape_.layer, HeadTensor::queries, shape_.query_head(member), first, count);
+}
+
+Matrix TraceHead::later_queries(int member) const {
+  return trace_.read(shape_.layer, HeadTensor::queries, shape_.query_head(member),
+                     static_cast<Index>(query_positions_.size()), static_cast<Index>(later_.size()));
+}
+
+Matrix TraceHead::later_keys() const {
+  return trace_.read(shape_.layer, HeadTensor::keys, shape_.kv_head, shape_.next_position,
+                     shape_.prompt_length - shape_.next_position);
 }
 
 Matrix TraceHead::evaluation_queries(int member) const {

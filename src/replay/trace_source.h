@@ -32,6 +32,9 @@ class TraceHead : public HeadSource {
   Matrix output_projection(int member) const override;
   Matrix projection_factor(int member) const override;
   std::optional<std::vector<float>> attention_mass(int member) const override;
+  std::span<const int> later_positions() const override { return later_; }
+  Matrix later_queries(int member) const override;
+  Matrix later_keys() const override;
   std::span<const int> evaluation_positions() const override { return evaluation_.positions; }
   Matrix evaluation_queries(int member) const override;
   Matrix evaluation_keys() const override;
@@ -44,6 +47,7 @@ class TraceHead : public HeadSource {
   HeadShape shape_;
   CachePositions entries_;  // everything before the eviction
   std::span<const int> query_positions_;
+  std::span<const int> later_;  // captured queries of the prompt from the eviction on
   EvaluationQueries evaluation_;
   mutable Buffer unpacked_keys_;  // [N, D] where parts of them cannot be read alone
   mutable Buffer unpacked_values_;
@@ -53,12 +57,14 @@ class TraceHead : public HeadSource {
 class TraceLayer : public LayerSource {
  public:
   /// The reader must outlive it, and so must `projection`, which may be null and is decomposed before heads are used.
-  TraceLayer(const TraceReader& trace, int layer, const Eviction& eviction,
-             const LayerProjection* projection = nullptr);
+  /// So must `surveys`, of every setting those of the layers alike, or null.
+  TraceLayer(const TraceReader& trace, int layer, const Eviction& eviction, const LayerProjection* projection = nullptr,
+             const std::vector<std::vector<LayerSurvey>>* surveys = nullptr);
 
   const HeadShape& shape() const override { return shape_; }
   std::unique_ptr<HeadSource> head(int kv_head) const override;
   std::string name() const override { return trace_.path().string(); }
+  std::span<const LayerSurvey> surveys(std::size_t setting, const Setting& of) const override;
 
   /// The most bytes that one of its heads takes beside what a policy asks of it.
   static Index memory_of_head(const TraceReader& trace, int eviction_position);
@@ -67,6 +73,7 @@ class TraceLayer : public LayerSource {
   const TraceReader& trace_;
   Eviction eviction_;
   const LayerProjection* projection_;
+  const std::vector<std::vector<LayerSurvey>>* surveys_;
   HeadShape shape_;
 };
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <numeric>
+#include <set>
 #include <utility>
 
 #include "base/matrix.h"
@@ -77,9 +78,8 @@ Index memory_of_storing(const std::vector<TraceReplay>& outlines) {
     Index bytes = 0;
     for (const ReplayResult& result : outline.results) {
       const auto sets = static_cast<Index>(result.kept.sets_per_layer);
-      // A budget may give a layer more than the mean.
-      const Index kept = std::min(2 * result.capacity, outline.eviction_position);
-      bytes += sets * (kept * static_cast<Index>(sizeof(std::int32_t)) + static_cast<Index>(sizeof(std::int64_t)));
+      bytes += sets *
+               (result.most_kept * static_cast<Index>(sizeof(std::int32_t)) + static_cast<Index>(sizeof(std::int64_t)));
     }
     most = std::max(most, bytes);
   }
@@ -99,6 +99,46 @@ std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, st
     loads[least] += weight;
   }
   return parts;
+}
+
+namespace {
+
+// Of the outlines of some units, those whose layers are surveyed.
+std::set<int> surveyed(const ReplayEngine& engine, std::span<const ReplayUnit> units) {
+  std::set<int> replays;
+  for (const ReplayUnit& unit : units) {
+    if (engine.surveys(unit.replay)) replays.insert(unit.replay);
+  }
+  return replays;
+}
+
+int layers_of(const ReplayEngine& engine, int replay) {
+  return engine.outlines()[static_cast<std::size_t>(replay)].model.num_layers;
+}
+
+}  // namespace
+
+void survey_layers(const ReplayEngine& engine, std::span<const ReplayUnit> units, const UnitStore& store, int rank,
+                   int ranks) {
+  int place = 0;
+  for (const int replay : surveyed(engine, units)) {
+    for (int layer = 0; layer < layers_of(engine, replay); ++layer) {
+      const ReplayUnit unit{replay, layer};
+      if (place++ % ranks == rank && !store.read_survey(unit)) store.save_survey(unit, engine.survey(unit));
+    }
+  }
+}
+
+void give_surveys(const ReplayEngine& engine, std::span<const ReplayUnit> units, const UnitStore& store) {
+  for (const int replay : surveyed(engine, units)) {
+    std::vector<std::vector<LayerSurvey>> layers;
+    for (int layer = 0; layer < layers_of(engine, replay); ++layer) {
+      auto stored = store.read_survey({replay, layer});
+      // Where it was lost in between it is found out once more.
+      layers.push_back(stored ? std::move(*stored) : engine.survey({replay, layer}));
+    }
+    engine.give_surveys(replay, layers);
+  }
 }
 
 void run_units(const ReplayEngine& engine, std::span<const ReplayUnit> units, const UnitStore& store,

@@ -34,6 +34,14 @@ Index memory_of_storing(const std::vector<TraceReplay>& outlines);
 std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, std::span<const ReplayUnit> units,
                                                   int processes);
 
+/// Finds out what budgets that divide positions over all layers have to know of the layers of `units`, and stores it:
+/// process `rank` of `ranks` does its share of what is not there yet. Throws Error.
+void survey_layers(const ReplayEngine& engine, std::span<const ReplayUnit> units, const UnitStore& store, int rank,
+                   int ranks);
+
+/// Once all processes did: gives the engine what is stored for `units`. Throws Error.
+void give_surveys(const ReplayEngine& engine, std::span<const ReplayUnit> units, const UnitStore& store);
+
 /// Replays `units` and stores each as soon as it is done; then calls `stored`, which says whether to go on. Throws
 /// Error; what was stored stays.
 void run_units(const ReplayEngine& engine, std::span<const ReplayUnit> units, const UnitStore& store,

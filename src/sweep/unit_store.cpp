@@ -23,6 +23,7 @@ namespace {
 
 constexpr std::string_view kFormat = "kvreplay-unit";
 constexpr std::string_view kUnitPrefix = "unit-";
+constexpr std::string_view kSurveyPrefix = "survey-";
 constexpr std::string_view kTemporary = ".tmp-";  // as OutputFile names them
 
 // A measure's numbers of one layer and where they go: [H, E], [E] or [H, S] of every setting.
@@ -75,7 +76,8 @@ std::vector<std::string> names_in(const std::filesystem::path& folder) {
 }
 
 bool is_ours(const std::string& name) {
-  return name.starts_with(kUnitPrefix) || name == "sweep.toml" || name.find(kTemporary) != std::string::npos;
+  return name.starts_with(kUnitPrefix) || name.starts_with(kSurveyPrefix) || name == "sweep.toml" ||
+         name.find(kTemporary) != std::string::npos;
 }
 
 }  // namespace
@@ -175,6 +177,57 @@ std::filesystem::path UnitStore::place_of(const ReplayUnit& unit) const {
   return folder_ / fmt::format("{}{}-{}.h5", kUnitPrefix, unit.replay, unit.layer);
 }
 
+std::filesystem::path UnitStore::place_of_survey(const ReplayUnit& unit) const {
+  return folder_ / fmt::format("{}{}-{}.h5", kSurveyPrefix, unit.replay, unit.layer);
+}
+
+void UnitStore::save_survey(const ReplayUnit& unit, const std::vector<LayerSurvey>& surveys) const {
+  std::vector<float> numbers;
+  std::vector<std::int64_t> offsets = {0};
+  for (const LayerSurvey& heads : surveys) {
+    for (const std::vector<float>& head : heads) {
+      numbers.insert(numbers.end(), head.begin(), head.end());
+      offsets.push_back(static_cast<std::int64_t>(numbers.size()));
+    }
+  }
+  const std::filesystem::path path = place_of_survey(unit);
+  OutputFile output(path);
+  hdf5::File file = hdf5::File::create(output.temporary(), path);
+  file.write_string("/", "sweep", sweep_);
+  for (const hdf5::Dataset& dataset : {file.write("/numbers", numbers, {static_cast<Index>(numbers.size())}),
+                                       file.write("/offsets", offsets, {static_cast<Index>(offsets.size())})}) {
+    file.write_string(dataset.path(), "xxh64", dataset.compute_xxh64());
+  }
+  file.write_int("/", "complete", 1);
+  file.close();
+  output.commit();
+}
+
+std::optional<std::vector<LayerSurvey>> UnitStore::read_survey(const ReplayUnit& unit) const {
+  const std::filesystem::path path = place_of_survey(unit);
+  const std::vector<std::string> names = names_in(folder_);
+  if (std::ranges::find(names, path.filename().string()) == names.end()) return std::nullopt;
+  const TraceReplay& outline = outlines_[static_cast<std::size_t>(unit.replay)];
+  const auto kv_heads = static_cast<std::size_t>(outline.model.num_key_value_heads);
+  try {
+    const hdf5::File file = hdf5::File::open(path);
+    if (file.read_int("/", "complete") != 1 || file.read_string("/", "sweep") != sweep_) return std::nullopt;
+    for (const std::string dataset : {"/numbers", "/offsets"}) {
+      if (file.dataset(dataset).compute_xxh64() != file.read_string(dataset, "xxh64")) return std::nullopt;
+    }
+    const std::vector<float> numbers = file.read_floats("/numbers");
+    const std::vector<std::int64_t> offsets = file.read_int64s("/offsets");
+    if (offsets.size() != outline.results.size() * kv_heads + 1) return std::nullopt;
+    std::vector<LayerSurvey> surveys(outline.results.size(), LayerSurvey(kv_heads));
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
+      surveys[i / kv_heads][i % kv_heads].assign(numbers.begin() + offsets[i], numbers.begin() + offsets[i + 1]);
+    }
+    return surveys;
+  } catch (const Error&) {
+    return std::nullopt;
+  }
+}
+
 void UnitStore::open(bool resume) {
   const auto refuse = [this](std::string_view reason) {
     return Error(fmt::format("{}: {}", folder_.string(), reason));
@@ -238,7 +291,7 @@ std::vector<ReplayUnit> UnitStore::finished(std::vector<std::string>& notes) {
   }
   std::vector<ReplayUnit> units;
   for (const std::string& name : names_in(folder_)) {
-    if (name == manifest().filename()) continue;
+    if (name == manifest().filename() || name.starts_with(kSurveyPrefix)) continue;
     std::string reason;
     const auto found = expected.find(name);
     if (found == expected.end()) {
@@ -374,7 +427,7 @@ Index memory_of_result(std::span<const TraceReplay> outlines) {
           layers * ((3 * heads + 1) * queries + heads * spans + (result.rank_agreement ? 2 * heads : 0));
       const Index sets = layers * result.kept.sets_per_layer;
       most = std::max(most, numbers * static_cast<Index>(sizeof(float)) + sets * kVector + 16 * kVector +
-                                sets * result.capacity * static_cast<Index>(sizeof(int)) +
+                                sets * result.most_kept * static_cast<Index>(sizeof(int)) +
                                 static_cast<Index>(sizeof(ReplayResult)));
     }
   }

@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -63,12 +64,19 @@ class UnitStore {
   /// Opens what was saved. Throws Error.
   StoredUnit read(const ReplayUnit& unit) const;
 
+  /// Stores what budgets found out about a unit's layer, of every setting: complete or not at all. Throws Error.
+  void save_survey(const ReplayUnit& unit, const std::vector<LayerSurvey>& surveys) const;
+
+  /// What save_survey() stored; nothing where none did, or where it is damaged. Throws Error.
+  std::optional<std::vector<LayerSurvey>> read_survey(const ReplayUnit& unit) const;
+
   /// Removes the folder with what this class has put there; what else stands in it stays.
   void remove();
 
  private:
   std::filesystem::path manifest() const { return folder_ / "sweep.toml"; }
   std::filesystem::path place_of(const ReplayUnit& unit) const;
+  std::filesystem::path place_of_survey(const ReplayUnit& unit) const;
   void lock();
 
   std::filesystem::path output_;

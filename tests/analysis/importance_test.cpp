@@ -54,10 +54,10 @@ TEST_F(ImportanceTest, EndsInTheScoresOfThePolicy) {
           const Policy policy = make_policy(spec);
           EXPECT_EQ(map.policy, policy.canonical);
           std::vector<float> scores(static_cast<std::size_t>(seen.rows()), 0.0f);
-          policy.ranking->score(seen, head % group, scores);
+          policy.ranking()->score(seen, head % group, scores);
           const auto past = [&]() { return std::vector<float>(scores.begin(), scores.end() - 6); };
           EXPECT_EQ(map.temporal.back(), past()) << "to the bit";
-          policy.ranking->smooth(seen, head % group, 16, scores);
+          policy.ranking()->smooth(seen, head % group, 16, scores);
           EXPECT_EQ(map.spatial, past());
         }
       }

@@ -510,7 +510,7 @@ TEST(EvictedHead, ASecondEvictionKeepsRowsByTheirPositions) {
   const HeadShape& shape = source.shape();
   const auto positions_kept = [&](const std::string& spec, int capacity) {
     std::vector<int> positions;
-    for (const int row : make_policy(spec).pattern->keep(shape, 0, capacity)) {
+    for (const int row : make_policy(spec).draw(shape, 0, capacity)) {
       positions.push_back(shape.positions[row]);
     }
     return positions;

@@ -77,7 +77,7 @@ inline std::vector<float> scores_of(const Ranking& ranking, const HeadSource& so
 }
 
 inline std::vector<float> scores_of(const std::string& spec, const HeadSource& source, int member = 0) {
-  return scores_of(*make_policy(spec).ranking, source, member);
+  return scores_of(*make_policy(spec).ranking(), source, member);
 }
 
 /// The rows that a policy with scores keeps for a query head that shares with no other.
@@ -85,10 +85,10 @@ inline std::vector<int> kept_by(const std::string& spec, const HeadSource& sourc
   const Policy policy = make_policy(spec);
   const Head head(source);
   std::vector<float> scores(static_cast<std::size_t>(head.rows()));
-  policy.ranking->score(head, member, scores);
-  policy.ranking->smooth(head, member, capacity, scores);
-  policy.ranking->refine(head, {&member, 1}, capacity, scores);
-  const Protection protection = policy.ranking->protection().held_by(head.shape());
+  policy.ranking()->score(head, member, scores);
+  policy.ranking()->smooth(head, member, capacity, scores);
+  policy.ranking()->refine(head, {&member, 1}, capacity, scores);
+  const Protection protection = policy.protection().held_by(head.shape());
   return policy.selection ? policy.selection->select(scores, protection, capacity)
                           : select_top(scores, protection, capacity);
 }

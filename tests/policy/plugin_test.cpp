@@ -50,7 +50,7 @@ TEST(Plugin, AddsMethodsLikeTheBuiltInOnes) {
   // Queries of zeros attend to all that they see alike: the last to 1/8 each, the one before it to 1/7 each.
   test::MatrixHead head(random_matrix(8, 4, 1), random_matrix(8, 4, 2));
   head.member_queries = {Matrix::Zero(8, 4)};
-  const std::vector<float> scores = test::scores_of(*policy.ranking, head);
+  const std::vector<float> scores = test::scores_of(*policy.ranking(), head);
   for (std::size_t n = 0; n < 7; ++n) {
     EXPECT_NEAR(scores[n], (1.0 / 8 + 1.0 / 7) / 2 * std::pow(0.5, static_cast<double>(7 - n) / 4), 1e-6) << n;
   }
@@ -65,7 +65,7 @@ TEST(Plugin, ExchangesMatricesWhateverProcessorItIsCompiledFor) {
     for (const Index size : {1, 7, 16, 100}) {
       test::MatrixHead head(random_matrix(3 * size, size, 3), random_matrix(3 * size, size, 4));
       head.member_projections = {random_matrix(2 * size + 1, size, 5)};
-      const std::vector<float> scores = test::scores_of(*policy.ranking, head);
+      const std::vector<float> scores = test::scores_of(*policy.ranking(), head);
       for (Index n = 0; n < 3 * size; ++n) {
         const float length = (head.member_projections[0] * Head(head).values().row(n).transpose()).norm();
         ASSERT_NEAR(scores[static_cast<std::size_t>(n)], length, 1e-4f * (1 + length)) << spec << ", " << n;

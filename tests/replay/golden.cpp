@@ -18,6 +18,7 @@ class CallTranslation {
  public:
   CallTranslation(const hdf5::File& file, std::string group) : file_(file), group_(std::move(group)) {}
 
+  // Empty where no method here is the call's.
   std::string spec(int capacity) const {
     const std::string method = text("method");
     if (method == "snapkv") {
@@ -41,7 +42,7 @@ class CallTranslation {
                          number("overlap"));
     }
     if (method == "restkv") {
-      return flag("use_pyramid") ? restkv() + fmt::format("+pyramid(beta={})", number("beta")) : restkv();
+      return flag("use_pyramid") ? restkv() + fmt::format("+pyramid(beta={},short=pyramid)", number("beta")) : restkv();
     }
     if (method == "ablation") return ablation();
     if (method == "kvpress-knorm") return "knorm";
@@ -53,6 +54,19 @@ class CallTranslation {
     if (method == "kvpress-snapkv") return fmt::format("snapkv(window={})", number("window_size"));
     if (method == "kvpress-tova") return "tova(last=true)";
     if (method == "kvpress-observed-attention") return "h2o(window=0,normalize=true)";
+    if (method == "cake") {
+      return fmt::format("cake@cakekv(window={},kernel={},gamma={},tau1={},tau2={})", number("window_size"),
+                         number("kernel_size"), real("gamma"), real("tau1"), real("tau2"));
+    }
+    if (method == "expected-attention") {
+      return fmt::format("expected-attention@kvpress(future={},sinks={},covariance={},values={},epsilon={})",
+                         number("n_future_positions"), number("n_sink"), flag("use_covariance"), flag("use_vnorm"),
+                         real("epsilon"));
+    }
+    static const std::set<std::string> known_elsewhere = {
+        "capkv",   "chunkkv",   "compactor", "curdkv",    "entropy-gated-chunkkv", "kvcompose", "kvzip", "leverage",
+        "merging", "noncausal", "qfilter",   "simlayerkv"};
+    if (known_elsewhere.contains(method)) return "";
     throw std::runtime_error(group_ + ": no translation for method " + method);
   }
 
@@ -61,7 +75,7 @@ class CallTranslation {
     if (has("capacity")) return number("capacity");
     if (has("cache_size")) return number("cache_size");
     if (has("compression_ratio")) return static_cast<int>(prompt_length * (1 - real("compression_ratio")));
-    throw std::runtime_error(group_ + ": no capacity among its attributes");
+    return prompt_length;  // methods that have none
   }
 
   std::string text(const std::string& name) const { return file_.read_string(group_, name); }
@@ -118,7 +132,10 @@ std::vector<std::filesystem::path> golden_files() {
   const char* elsewhere = std::getenv("KVREPLAY_GOLDEN_DIR");
   std::vector<std::filesystem::path> files;
   for (const auto& entry : std::filesystem::directory_iterator(elsewhere ? elsewhere : KVREPLAY_GOLDEN_DIR)) {
-    if (entry.path().extension() == ".h5") files.push_back(entry.path());
+    // A capture that goes with golden calls in another file has none of its own.
+    if (entry.path().extension() == ".h5" && hdf5::File::open(entry.path()).exists("/golden")) {
+      files.push_back(entry.path());
+    }
   }
   std::ranges::sort(files);
   return files;
@@ -151,8 +168,10 @@ std::vector<GoldenCall> golden_calls(const std::filesystem::path& path) {
       set.erase(std::unique(set.begin(), set.end()), set.end());
     }
     if (file.exists(group + "/scores")) call.scores = file.read_floats(group + "/scores");
-    call.head_error = file.read_floats(group + "/head_error");
-    call.layer_error = file.read_floats(group + "/layer_error");
+    // Of methods that change values too, what the kept sets alone do.
+    const std::string unmerged = file.exists(group + "/head_error_unmerged") ? "_unmerged" : "";
+    call.head_error = file.read_floats(group + "/head_error" + unmerged);
+    call.layer_error = file.read_floats(group + "/layer_error" + unmerged);
     call.attention_recall = file.read_floats(group + "/attention_recall");
     calls.push_back(std::move(call));
   }

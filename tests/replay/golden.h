@@ -16,7 +16,7 @@ namespace kvreplay::test {
 struct GoldenCall {
   std::filesystem::path file;
   std::string id;
-  std::string spec;  ///< what the call is in our terms
+  std::string spec;  ///< what the call is in our terms; empty where the method is not here
   int capacity = 0;
   Granularity granularity = Granularity::query;
   KeptSets kept;

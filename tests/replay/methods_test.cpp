@@ -59,7 +59,7 @@ TEST_F(Methods, CaoteFollowsItsEquation) {
   const TraceHead source(*trace_, 1, 2, 60);
   const Head head(source);
   std::vector<float> scores(60);
-  policy.ranking->score(head, 1, scores);
+  policy.ranking()->score(head, 1, scores);
   const Eigen::MatrixXd keys = head.keys().cast<double>();
   const Eigen::MatrixXd values = head.values().cast<double>();
   const Eigen::MatrixXd queries = source.queries(1, 60 - kWindow, kWindow).cast<double>();
@@ -103,8 +103,9 @@ TEST_F(Methods, PyramidGivesLowerLayersMore) {
 }
 
 // What PyramidKV's code and ReST-KV's do differently.
-TEST_F(Methods, PyramidsOnShortPromptsFollowTheirScores) {
-  const auto replays = run(*trace_, {"snapkv(window=4)+pyramid(beta=4)", "restkv(window=4)+pyramid(beta=4)"}, {"40"});
+TEST_F(Methods, PyramidsOnShortPromptsAreDrawnWhereAsked) {
+  const auto replays =
+      run(*trace_, {"snapkv(window=4)+pyramid(beta=4)", "restkv(window=4)+pyramid(beta=4,short=pyramid)"}, {"40"});
   // 36 ranked positions each and a prompt of 60 < 2·36: the first layer gets all 56, the last 2·36 − 56 = 16, steps are
   // 40/3 rounded down, and the window of 4 comes on top.
   for (int layer = 0; layer < 4; ++layer) {
@@ -170,8 +171,8 @@ TEST_F(Methods, AdaKVOfKvpressEqualsAPlainRanking) {
     for (int member = 0; member < 2; ++member) {
       std::vector<float> scores(300, 0.0f);
       const Policy snapkv = make_policy("snapkv@kvpress");
-      snapkv.ranking->score(head, member, scores);
-      snapkv.ranking->smooth(head, member, kCapacity, scores);
+      snapkv.ranking()->score(head, member, scores);
+      snapkv.ranking()->smooth(head, member, kCapacity, scores);
       for (std::size_t n = 0; n < 300; ++n) sum[n] += scores[n] / 2;
     }
     for (int n = 300 - kWindow; n < 300; ++n) sum[static_cast<std::size_t>(n)] = 1e9f;
@@ -419,8 +420,8 @@ TEST_F(Methods, KVCacheFactorysSnapKVPoolsWhatAGroupShares) {
       const Head head(source);
       std::vector<float> first(60);
       std::vector<float> second(60);
-      raw.ranking->score(head, 0, first);
-      raw.ranking->score(head, 1, second);
+      raw.ranking()->score(head, 0, first);
+      raw.ranking()->score(head, 1, second);
       const auto pooled = [](const auto& score_of) {
         Eigen::VectorXd most_nearby(60);
         for (int n = 0; n < 56; ++n) {

@@ -82,7 +82,7 @@ TEST_P(OddShapes, KeptSetsHoldTheCapacityAndWhatIsProtected) {
         ASSERT_TRUE(std::ranges::is_sorted(set, std::less_equal<>()));
         ASSERT_GE(set.front(), prompt - held);
         ASSERT_LT(set.back(), prompt);
-        const Protection protection = policy.ranking ? policy.ranking->protection() : Protection{};
+        const Protection protection = policy.ranking() ? policy.ranking()->protection() : Protection{};
         for (int i = 0; i < std::min(held, protection.window); ++i) {
           ASSERT_TRUE(std::ranges::binary_search(set, prompt - 1 - i));
         }
@@ -349,7 +349,7 @@ TEST(Replay, MoreCapacityNeverLosesAttention) {
   const TraceReader trace(folder / "t.h5");
   for (const std::string& spec : policies()) {
     const Policy policy = make_policy(spec);
-    if (policy.ranking && policy.ranking->depends_on_capacity()) continue;
+    if (policy.ranking() && policy.ranking()->depends_on_capacity()) continue;
     const auto replays = replay(trace, make_request({spec}, {"6", "11", "23", "50"}));
     for (std::size_t i = 1; i < replays.at(0).results.size(); ++i) {
       const auto& smaller = replays[0].results[i - 1].attention_recall.numbers;
@@ -574,7 +574,7 @@ TEST(Replay, KeptSetsThatAreNoPositionsAreRefused) {
   RandomTrace().write(folder / "t.h5");
   for (const std::vector<int>& set : {std::vector<int>{}, {-1, 2}, {3, 60}, {3, 3}, {5, 4}}) {
     ReplayRequest wild = make_request({}, {"8"});
-    wild.policies.push_back(Policy{.canonical = "wild", .pattern = std::make_shared<Wild>(set)});
+    wild.policies.push_back(Policy{.canonical = "wild", .rule = std::make_shared<Wild>(set)});
     EXPECT_THROW(replay(TraceReader(folder / "t.h5"), wild), Error);
   }
 }

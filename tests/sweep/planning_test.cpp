@@ -42,7 +42,7 @@ TEST(SweepPlanning, AsksAPolicyAsOftenForManyUnitsAsForFew) {
     const auto ranking = std::make_shared<Asked>();
     ReplayRequest request;
     for (int policy = 0; policy < 10; ++policy) {
-      request.policies.push_back({.canonical = fmt::format("asked-{}", policy), .ranking = ranking});
+      request.policies.push_back({.canonical = fmt::format("asked-{}", policy), .rule = ranking});
     }
     for (const char* capacity : {"8", "9", "10", "11"}) {
       request.capacities.push_back(CapacityRequest::parse(capacity));

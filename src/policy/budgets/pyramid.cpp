@@ -4,7 +4,7 @@
 // with equal steps between (paper, section 4). Steps are rounded down as in the authors' code, so layers together keep
 // at most what was granted on average, up to rounding; what was used is reported. A first layer that would exceed the
 // prompt is cut to it and the last one raised by as much. For prompts shorter than twice the ranked capacity
-// PyramidKV's code keeps to the uniform budget; ReST-KV's release does not, and each is followed for its own scores.
+// PyramidKV's code keeps to the uniform budget, ReST-KV's release does not: short=uniform and short=pyramid.
 //
 // Layers whose sliding window leaves them fewer positions than others have a pyramid of their own, so that the mean
 // over the layers that hold as much is the capacity asked for.
@@ -19,14 +19,14 @@ namespace {
 
 class Pyramid : public Budget {
  public:
-  explicit Pyramid(int beta) : beta_(beta) {}
+  Pyramid(int beta, bool on_short_prompts) : beta_(beta), on_short_prompts_(on_short_prompts) {}
 
   std::vector<int> allocate(const BudgetRequest& request) const override {
     const int protected_count = request.protection.count();
     const int ranked = request.capacity - protected_count;
     const int rankable = request.rows - protected_count;
     int capacity = request.capacity;
-    if (request.rows >= 2 * ranked || request.pyramid_on_short_prompts) {
+    if (request.rows >= 2 * ranked || on_short_prompts_) {
       int smallest = ranked / beta_;
       int largest = 2 * ranked - smallest;
       if (largest >= rankable) {
@@ -43,7 +43,14 @@ class Pyramid : public Budget {
 
  private:
   int beta_;
+  bool on_short_prompts_;
 };
+
+Parameter short_prompts() {
+  return Parameter::choice("short", {"uniform", "pyramid"},
+                           "prompts below twice the ranked capacity: uniform, as PyramidKV's code, or pyramid, as "
+                           "ReST-KV's");
+}
 
 // kvpress takes the capacity without the window for the mean, works with fractions, rounds to even at the end, counts
 // the window into what a layer gets, and keeps to the uniform budget where the window would not fit the last layer. Of
@@ -81,8 +88,12 @@ const MethodRegistration pyramid([] {
       .step = Method::Step::budget,
       .summary = "Gives lower layers more positions than upper ones, in equal steps.",
       .source = "arXiv 2406.02069, section 4",
-      .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions")},
-      .compose = [](const Arguments& a) { return Composition{.budget = std::make_shared<Pyramid>(a.integer("beta"))}; },
+      .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions"),
+                     short_prompts()},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.budget = std::make_shared<Pyramid>(a.integer("beta"), a.text("short") == "pyramid")};
+          },
   };
 });
 

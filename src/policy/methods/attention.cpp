@@ -66,7 +66,7 @@ const MethodRegistration attention([] {
                      Parameter::flag("values", false, "multiply by the length of the value")},
       .compose =
           [](const Arguments& a) {
-            return Composition{.ranking = std::make_shared<Attention>(AttentionParameters{
+            return Composition{.rule = std::make_shared<Attention>(AttentionParameters{
                                    .window = a.integer("window"),
                                    .temporal = temporal_named(a.text("temporal")),
                                    .alpha = a.real("alpha"),

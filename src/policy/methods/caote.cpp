@@ -48,8 +48,8 @@ const MethodRegistration caote([] {
                      Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average")},
       .compose =
           [](const Arguments& a) {
-            return Composition{.ranking = std::make_shared<Caote>(a.integer("window"),
-                                                                  temporal_named(a.text("temporal")), a.real("alpha"))};
+            return Composition{.rule = std::make_shared<Caote>(a.integer("window"), temporal_named(a.text("temporal")),
+                                                               a.real("alpha"))};
           },
   };
 });

@@ -34,7 +34,6 @@ class CriticalKV : public Ranking {
     return requirements;
   }
   bool depends_on_capacity() const override { return true; }
-  bool pyramid_on_short_prompts() const override { return base_->pyramid_on_short_prompts(); }
 
   void score(const Head& head, int member, std::span<float> scores) const override {
     base_->score(head, member, scores);
@@ -98,15 +97,14 @@ const MethodRegistration criticalkv([] {
       .compose =
           [](const Arguments& a) {
             const Policy base = make_policy(a.text("base"));
-            if (!base.ranking || base.budget || base.selection || base.oracle) {
+            if (!base.ranking() || base.budget || base.selection || base.oracle) {
               throw UsageError("criticalkv: base must be a policy with scores and nothing after '+', not '" +
                                base.canonical + "'");
             }
-            return Composition{
-                .ranking = std::make_shared<CriticalKV>(base.ranking, a.real("first"), a.real("epsilon")),
-                .granularity = base.granularity,
-                .share = base.share,
-                .notes = base.notes};
+            return Composition{.rule = std::make_shared<CriticalKV>(base.ranking(), a.real("first"), a.real("epsilon")),
+                               .granularity = base.granularity,
+                               .share = base.share,
+                               .notes = base.notes};
           },
   };
 });
@@ -119,11 +117,10 @@ const MethodRegistration kvpress_code([] {
       .parameters = {},
       .compose =
           [](const Arguments&) {
-            return Composition{
-                .ranking = std::make_shared<CriticalKV>(make_policy("snapkv@kvpress").ranking, 0.5, 1e-4),
-                .granularity = Granularity::kv,
-                .share = Share::mean,
-                .share_rule = kvpress::positions_of_share};
+            return Composition{.rule = std::make_shared<CriticalKV>(make_policy("snapkv@kvpress").ranking(), 0.5, 1e-4),
+                               .granularity = Granularity::kv,
+                               .share = Share::mean,
+                               .share_rule = kvpress::positions_of_share};
           },
       .variant_of = "criticalkv",
       .revision = kvpress::kRevision,

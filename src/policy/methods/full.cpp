@@ -23,7 +23,7 @@ const MethodRegistration full([] {
       .summary = "Keeps every position, whatever the capacity: the reference with error 0.",
       .source = "baseline",
       .parameters = {},
-      .compose = [](const Arguments&) { return Composition{.pattern = std::make_shared<Full>()}; },
+      .compose = [](const Arguments&) { return Composition{.rule = std::make_shared<Full>()}; },
   };
 });
 

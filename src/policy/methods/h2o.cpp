@@ -40,6 +40,38 @@ std::vector<float> attention_masked_in_window(const Head& head, int member, int 
   return {sums.begin(), sums.end()};
 }
 
+// Σ over the queries so far of attention per row, kept while rows come and go.
+class AttentionSums : public RankingMemory {
+ public:
+  explicit AttentionSums(int group_size) : sums_(static_cast<std::size_t>(group_size)) {}
+
+  void observe(const CacheStep& step) override {
+    for (std::size_t member = 0; member < sums_.size(); ++member) {
+      std::vector<double>& sums = sums_[member];
+      sums.resize(static_cast<std::size_t>(step.attention->cols()), 0.0);
+      for (std::size_t n = 0; n < sums.size(); ++n) {
+        sums[n] += static_cast<double>((*step.attention)(static_cast<Index>(member), static_cast<Index>(n)));
+      }
+    }
+  }
+
+  void keep(std::span<const int> rows) override {
+    for (std::vector<double>& sums : sums_) {
+      std::vector<double> left;
+      for (const int row : rows) left.push_back(sums[static_cast<std::size_t>(row)]);
+      sums = std::move(left);
+    }
+  }
+
+  std::vector<float> of(int member) const {
+    const std::vector<double>& sums = sums_[static_cast<std::size_t>(member)];
+    return {sums.begin(), sums.end()};
+  }
+
+ private:
+  std::vector<std::vector<double>> sums_;  // [member][row]
+};
+
 class H2O : public Ranking {
  public:
   H2O(int window, bool causal, bool normalize) : window_(window), causal_(causal), normalize_(normalize) {}
@@ -50,9 +82,16 @@ class H2O : public Ranking {
     return {.needs = {{causal_ ? Need::Kind::accumulated_attention : Need::Kind::all_queries}}};
   }
 
+  // Token by token no query sees what comes after it, and the mask is causal by itself.
+  std::unique_ptr<RankingMemory> memory(const HeadShape& shape) const override {
+    return std::make_unique<AttentionSums>(shape.group_size);
+  }
+
   void score(const Head& head, int member, std::span<float> scores) const override {
-    const std::vector<float> sums =
-        causal_ ? head.accumulated_attention(member) : attention_masked_in_window(head, member, window_);
+    const auto* const memory = dynamic_cast<const AttentionSums*>(head.memory());
+    const std::vector<float> sums = memory != nullptr ? memory->of(member)
+                                    : causal_         ? head.accumulated_attention(member)
+                                                      : attention_masked_in_window(head, member, window_);
     for (std::size_t n = 0; n < scores.size(); ++n) {
       const int position = head.positions()[static_cast<int>(n)];
       const auto observers =
@@ -81,7 +120,7 @@ const MethodRegistration h2o([] {
       .compose =
           [](const Arguments& a) {
             return Composition{
-                .ranking = std::make_shared<H2O>(a.integer("window"), a.text("mask") == "causal", a.flag("normalize"))};
+                .rule = std::make_shared<H2O>(a.integer("window"), a.text("mask") == "causal", a.flag("normalize"))};
           },
   };
 });
@@ -101,7 +140,7 @@ const MethodRegistration kvcache_factory_code([] {
       .compose =
           [](const Arguments& a) {
             return Composition{
-                .ranking = std::make_shared<H2O>(a.integer("window"), true, false),
+                .rule = std::make_shared<H2O>(a.integer("window"), true, false),
                 .granularity = granularity_named(a.text("heads")),
                 .share = share_named(a.text("share")),
                 .notes = {std::string("h2o@kvcache-factory: describes ") + kvcache_factory::kRevision +
@@ -122,7 +161,7 @@ const MethodRegistration kvcache_factory_before([] {
       .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept")},
       .compose =
           [](const Arguments& a) {
-            return Composition{.ranking = std::make_shared<H2O>(a.integer("window"), false, false),
+            return Composition{.rule = std::make_shared<H2O>(a.integer("window"), false, false),
                                .granularity = Granularity::query};
           },
       .variant_of = "h2o",
@@ -140,7 +179,7 @@ const MethodRegistration kvpress_code([] {
       .parameters = {},
       .compose =
           [](const Arguments&) {
-            return Composition{.ranking = std::make_shared<H2O>(0, true, true),
+            return Composition{.rule = std::make_shared<H2O>(0, true, true),
                                .granularity = Granularity::kv,
                                .share = Share::mean,
                                .share_rule = kvpress::positions_of_share};

@@ -121,7 +121,7 @@ const MethodRegistration kept([] {
             if (a.text("file").empty()) throw UsageError("kept: needs a file, as in kept(file=kept.h5)");
             auto pattern = std::make_shared<KeptFromFile>(a.text("file"), a.integer("index"));
             const Granularity granularity = pattern->coarsest_granularity();
-            return Composition{.pattern = std::move(pattern), .granularity = granularity};
+            return Composition{.rule = std::move(pattern), .granularity = granularity};
           },
   };
 });

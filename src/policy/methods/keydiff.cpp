@@ -35,7 +35,7 @@ const MethodRegistration keydiff([] {
       .summary = "Keeps the positions whose keys point away from the average key.",
       .source = "arXiv 2504.15364, section 3",
       .parameters = {},
-      .compose = [](const Arguments&) { return Composition{.ranking = std::make_shared<KeyDiff>()}; },
+      .compose = [](const Arguments&) { return Composition{.rule = std::make_shared<KeyDiff>()}; },
   };
 });
 

@@ -20,7 +20,7 @@ const MethodRegistration knorm([] {
       .summary = "Keeps the positions whose keys are shortest.",
       .source = "arXiv 2406.11430, section 3",
       .parameters = {},
-      .compose = [](const Arguments&) { return Composition{.ranking = std::make_shared<KeyNorm>()}; },
+      .compose = [](const Arguments&) { return Composition{.rule = std::make_shared<KeyNorm>()}; },
   };
 });
 

@@ -138,7 +138,7 @@ const MethodRegistration lacache([] {
       .compose =
           [](const Arguments& a) {
             return Composition{
-                .pattern = std::make_shared<LaCache>(a.integer("sinks"), a.integer("span"), a.integer("overlap"))};
+                .rule = std::make_shared<LaCache>(a.integer("sinks"), a.integer("span"), a.integer("overlap"))};
           },
   };
 });

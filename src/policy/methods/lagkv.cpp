@@ -87,7 +87,7 @@ const MethodRegistration lagkv([] {
                      Parameter::integer("lag", 128, 1, "positions per chunk")},
       .compose =
           [](const Arguments& a) {
-            return Composition{.ranking = std::make_shared<LagKV>(a.integer("sinks"), a.integer("lag"))};
+            return Composition{.rule = std::make_shared<LagKV>(a.integer("sinks"), a.integer("lag"))};
           },
   };
 });

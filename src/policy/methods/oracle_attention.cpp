@@ -26,7 +26,7 @@ const MethodRegistration attention_oracle([] {
       .source = "a bound on attention recall",
       .parameters = {},
       .compose =
-          [](const Arguments&) { return Composition{.ranking = std::make_shared<OracleAttention>(), .oracle = true}; },
+          [](const Arguments&) { return Composition{.rule = std::make_shared<OracleAttention>(), .oracle = true}; },
   };
 });
 

@@ -21,9 +21,8 @@ const MethodRegistration reconstruction_oracle([] {
       .parameters = {Parameter::integer("exchanges", 64, 1, "exchanges per kept set, at most")},
       .compose =
           [](const Arguments& a) {
-            return Composition{.ranking = make_policy("oracle-attention").ranking,
-                               .oracle = true,
-                               .exchanges = a.integer("exchanges")};
+            return Composition{
+                .rule = make_policy("oracle-attention").ranking(), .oracle = true, .exchanges = a.integer("exchanges")};
           },
   };
 });

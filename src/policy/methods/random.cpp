@@ -37,7 +37,7 @@ const MethodRegistration random([] {
       .summary = "Keeps positions drawn uniformly, each head its own; the same seed draws the same positions.",
       .source = "baseline",
       .parameters = {Parameter::integer("seed", 0, 0, "which draw")},
-      .compose = [](const Arguments& a) { return Composition{.ranking = std::make_shared<Random>(a.integer("seed"))}; },
+      .compose = [](const Arguments& a) { return Composition{.rule = std::make_shared<Random>(a.integer("seed"))}; },
   };
 });
 

@@ -21,7 +21,7 @@ const MethodRegistration recent([] {
       .summary = "Keeps the last positions: a sliding window over the prompt.",
       .source = "baseline",
       .parameters = {},
-      .compose = [](const Arguments&) { return Composition{.pattern = std::make_shared<Recent>()}; },
+      .compose = [](const Arguments&) { return Composition{.rule = std::make_shared<Recent>()}; },
   };
 });
 

@@ -48,7 +48,6 @@ class RestKV : public Ranking {
     return requirements;
   }
   bool depends_on_capacity() const override { return p_.spatial == Spatial::adaptive; }
-  bool pyramid_on_short_prompts() const override { return true; }
 
   void score(const Head& head, int member, std::span<float> scores) const override {
     const auto past = before_window(head, scores, p_.window);
@@ -111,7 +110,7 @@ const MethodRegistration restkv([] {
                      Parameter::flag("normalize", false, "divide the length by that of the output")},
       .compose =
           [](const Arguments& a) {
-            return Composition{.ranking = std::make_shared<RestKV>(RestKVParameters{
+            return Composition{.rule = std::make_shared<RestKV>(RestKVParameters{
                                    .window = a.integer("window"),
                                    .alpha = a.real("alpha"),
                                    .beta = a.real("beta"),

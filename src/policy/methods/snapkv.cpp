@@ -60,8 +60,7 @@ std::vector<Parameter> parameters(int window, int kernel, std::vector<std::strin
 }
 
 Composition compose(const Arguments& a) {
-  return {.ranking =
-              std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"), spatial_named(a.text("pooling")))};
+  return {.rule = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"), spatial_named(a.text("pooling")))};
 }
 
 Composition compose_per_query_head(const Arguments& a) {
@@ -112,8 +111,8 @@ const MethodRegistration kvcache_factory_code([] {
           }(),
       .compose =
           [](const Arguments& a) {
-            return Composition{.ranking = std::make_shared<SnapKVPooledLast>(a.integer("window"), a.integer("kernel"),
-                                                                             spatial_named(a.text("pooling"))),
+            return Composition{.rule = std::make_shared<SnapKVPooledLast>(a.integer("window"), a.integer("kernel"),
+                                                                          spatial_named(a.text("pooling"))),
                                .granularity = granularity_named(a.text("heads")),
                                .share = share_named(a.text("share"))};
           },
@@ -134,7 +133,7 @@ const MethodRegistration kvpress_code([] {
       .compose =
           [](const Arguments& a) {
             return Composition{
-                .ranking = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"), Spatial::average),
+                .rule = std::make_shared<SnapKV>(a.integer("window"), a.integer("kernel"), Spatial::average),
                 .granularity = Granularity::kv,
                 .share = Share::mean,
                 .share_rule = kvpress::positions_of_share};

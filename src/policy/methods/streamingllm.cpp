@@ -51,7 +51,7 @@ const MethodRegistration streamingllm([] {
       .source = "arXiv 2309.17453, section 3",
       .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")},
       .compose =
-          [](const Arguments& a) { return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks"))}; },
+          [](const Arguments& a) { return Composition{.rule = std::make_shared<StreamingLLM>(a.integer("sinks"))}; },
   };
 });
 
@@ -66,7 +66,7 @@ const MethodRegistration kvcache_factory_code([] {
                      kvcache_factory::heads_parameter()},
       .compose =
           [](const Arguments& a) {
-            return Composition{.pattern = std::make_shared<FirstAndWindow>(a.integer("window")),
+            return Composition{.rule = std::make_shared<FirstAndWindow>(a.integer("window")),
                                .granularity = granularity_named(a.text("heads"))};
           },
       .variant_of = "streamingllm",
@@ -82,7 +82,7 @@ const MethodRegistration kvpress_code([] {
       .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")},
       .compose =
           [](const Arguments& a) {
-            return Composition{.pattern = std::make_shared<StreamingLLM>(a.integer("sinks")),
+            return Composition{.rule = std::make_shared<StreamingLLM>(a.integer("sinks")),
                                .share_rule = kvpress::positions_of_share};
           },
       .variant_of = "streamingllm",

@@ -32,7 +32,7 @@ const MethodRegistration tova([] {
       .parameters = {Parameter::flag("last", false, "always keep the last position, as kvpress does")},
       .compose =
           [](const Arguments& a) {
-            return Composition{.ranking = std::make_shared<Tova>(a.flag("last")),
+            return Composition{.rule = std::make_shared<Tova>(a.flag("last")),
                                .granularity = Granularity::layer,
                                .share = Share::mean};
           },
@@ -47,7 +47,7 @@ const MethodRegistration kvpress_code([] {
       .parameters = {},
       .compose =
           [](const Arguments&) {
-            return Composition{.ranking = std::make_shared<Tova>(true),
+            return Composition{.rule = std::make_shared<Tova>(true),
                                .granularity = Granularity::layer,
                                .share = Share::mean,
                                .share_rule = kvpress::positions_of_share};

@@ -32,7 +32,7 @@ const MethodRegistration matrices([] {
       .summary = "Length of the projected value.",
       .source = "test",
       .parameters = {},
-      .compose = [](const Arguments&) { return Composition{.ranking = std::make_shared<Matrices>()}; },
+      .compose = [](const Arguments&) { return Composition{.rule = std::make_shared<Matrices>()}; },
   };
 });
 

@@ -1,0 +1,65 @@
+#include "base/rotary.h"
+
+#include <cmath>
+#include <utility>
+
+namespace kvreplay {
+namespace {
+
+// The two dimensions of a pair.
+std::pair<Index, Index> dimensions_of(const RotaryTable& table, std::size_t pair) {
+  const auto i = static_cast<Index>(pair);
+  if (table.layout == RotaryTable::Layout::interleaved) return {2 * i, 2 * i + 1};
+  return {i, i + static_cast<Index>(table.inverse_frequencies.size())};
+}
+
+double angle_of(const RotaryTable& table, std::size_t pair, int position) {
+  return static_cast<double>(table.inverse_frequencies[pair] * static_cast<float>(position));
+}
+
+}  // namespace
+
+RotaryTable RotaryTable::plain(double theta, int head_dim) {
+  RotaryTable table;
+  for (int i = 0; i < head_dim / 2; ++i) {
+    table.inverse_frequencies.push_back(static_cast<float>(std::pow(theta, -2.0 * i / head_dim)));
+  }
+  return table;
+}
+
+void unrotate(const RotaryTable& table, std::span<const int> positions, Eigen::Ref<Matrix> rows) {
+  for (std::size_t pair = 0; pair < table.inverse_frequencies.size(); ++pair) {
+    const auto [a, b] = dimensions_of(table, pair);
+    for (std::size_t n = 0; n < positions.size(); ++n) {
+      const auto row = static_cast<Index>(n);
+      const double angle = angle_of(table, pair, positions[n]);
+      const double cosine = std::cos(angle) / table.attention_scaling;
+      const double sine = std::sin(angle) / table.attention_scaling;
+      const auto x = static_cast<double>(rows(row, a));
+      const auto y = static_cast<double>(rows(row, b));
+      rows(row, a) = static_cast<float>(x * cosine + y * sine);
+      rows(row, b) = static_cast<float>(y * cosine - x * sine);
+    }
+  }
+}
+
+Eigen::MatrixXd mean_rotation(const RotaryTable& table, int first, int count, int head_dim) {
+  Eigen::MatrixXd rotation = Eigen::MatrixXd::Identity(head_dim, head_dim);
+  for (std::size_t pair = 0; pair < table.inverse_frequencies.size(); ++pair) {
+    const auto [a, b] = dimensions_of(table, pair);
+    double cosine = 0;
+    double sine = 0;
+    for (int position = first; position < first + count; ++position) {
+      cosine += std::cos(angle_of(table, pair, position));
+      sine += std::sin(angle_of(table, pair, position));
+    }
+    cosine *= table.attention_scaling / count;
+    sine *= table.attention_scaling / count;
+    rotation(a, a) = rotation(b, b) = cosine;
+    rotation(a, b) = -sine;
+    rotation(b, a) = sine;
+  }
+  return rotation;
+}
+
+}  // namespace kvreplay

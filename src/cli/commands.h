@@ -18,6 +18,7 @@ void add_report_command(CLI::App& app);
 void add_policies_command(CLI::App& app);
 void add_variants_command(CLI::App& app);
 void add_bench_command(CLI::App& app);
+void add_query_statistics_command(CLI::App& app);
 
 /// What makes a shell complete command lines, and what it asks then.
 void add_completion_commands(CLI::App& app);

@@ -88,6 +88,7 @@ int run(int argc, char** argv) {
   kvreplay::cli::add_report_command(app);
   kvreplay::cli::add_policies_command(app);
   kvreplay::cli::add_variants_command(app);
+  kvreplay::cli::add_query_statistics_command(app);
   kvreplay::cli::add_bench_command(app);
   kvreplay::cli::add_completion_commands(app);
   kvreplay::cli::add_manual_command(app);

@@ -1,0 +1,191 @@
+// Expected attention (arXiv 2510.00636): what queries that are still to come will attend to on average.
+//
+// Queries before rotation are taken to be normal with the prompt's own mean μ and covariance Σ (divided by the count,
+// without the first `sinks` queries). Queries of the next `future` positions have R μ and R Σ Rᵀ, R being the mean of
+// these positions' rotations. The logarithm of the expected attention weight of key k is then, up to what all keys have
+// in common,
+//   k·μ' / √D + kᵀ Σ' k / (2 D)
+// and the score the softmax of it over the rows from the sinks on, plus ε, times ‖v‖ (paper, section 3, and kvpress;
+// averaged over a group where it shares a kept set). Sinks are always kept. 1/√D is the model's own scale of q·k here.
+//
+// statistics=FILE takes μ and Σ from other traces of the model, as `kvreplay query-statistics` writes them: then no
+// query of the trace is needed, and the score is a property of the keys and values alone.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "base/error.h"
+#include "hdf5/hdf5.h"
+#include "policy/policy.h"
+#include "policy/published_code.h"
+
+namespace kvreplay {
+namespace {
+
+struct Statistics {
+  Eigen::VectorXd mean;        // [D]
+  Eigen::MatrixXd covariance;  // [D, D]
+};
+
+// Those of a model, from a file.
+class StoredStatistics {
+ public:
+  explicit StoredStatistics(const std::string& path) : path_(path), file_(hdf5::File::open(path)) {
+    if (!file_.has_attribute("/", "format") || file_.read_string("/", "format") != "kvreplay-query-statistics") {
+      throw Error(fmt::format("{}: is no file of query statistics; write one with kvreplay query-statistics", path));
+    }
+  }
+
+  void check(const HeadShape& shape) const {
+    const Index heads = Index{shape.num_kv_heads} * shape.group_size;
+    const hdf5::Shape needed = {heads, shape.head_dim};
+    const std::string place = fmt::format("/layers/{}/mean", shape.layer);
+    if (!file_.exists(place)) throw Error(fmt::format("{}: {}: is missing", path_, place));
+    if (file_.dataset(place).shape() != needed) {
+      throw Error(fmt::format("{}: {}: is not of {} query heads of width {}", path_, place, heads, shape.head_dim));
+    }
+  }
+
+  Statistics of(const HeadShape& shape, int member) const {
+    check(shape);
+    const auto read = [&](const char* what) {
+      return file_.read_floats(fmt::format("/layers/{}/{}", shape.layer, what));
+    };
+    const Index depth = shape.head_dim;
+    const Index head = shape.query_head(member);
+    const std::vector<float> means = read("mean");
+    const std::vector<float> covariances = read("covariance");
+    return {Eigen::Map<const Eigen::VectorXf>(means.data() + head * depth, depth).cast<double>(),
+            Eigen::Map<const Matrix>(covariances.data() + head * depth * depth, depth, depth).cast<double>()};
+  }
+
+ private:
+  std::string path_;
+  hdf5::File file_;
+};
+
+struct ExpectedAttentionParameters {
+  int future;
+  int sinks;
+  bool covariance;
+  bool values;
+  double epsilon;
+  std::shared_ptr<const StoredStatistics> statistics;  // null: the prompt's own
+};
+
+class ExpectedAttention : public Ranking {
+ public:
+  explicit ExpectedAttention(ExpectedAttentionParameters parameters) : p_(std::move(parameters)) {}
+
+  Protection protection() const override { return {.sinks = p_.sinks}; }
+  Requirements requirements() const override {
+    Requirements requirements{.needs = {{Need::Kind::rotary}, {Need::Kind::keys_or_values}}};
+    if (!p_.statistics) requirements.needs.push_back({Need::Kind::all_queries});
+    return requirements;
+  }
+
+  void score(const Head& head, int member, std::span<float> scores) const override {
+    const HeadShape& shape = head.shape();
+    const Statistics queries = p_.statistics ? p_.statistics->of(shape, member) : statistics_of(head, member);
+    const Eigen::MatrixXd rotation = mean_rotation(*shape.rotary, shape.next_position, p_.future, shape.head_dim);
+    const Eigen::VectorXd mean = rotation * queries.mean;
+    const Eigen::MatrixXd covariance = rotation * queries.covariance * rotation.transpose();
+    const auto first = static_cast<Index>(shape.held_of_first(p_.sinks));
+    const auto keys = head.keys().bottomRows(head.rows() - first).cast<double>().eval();
+    Eigen::VectorXd expected = keys * mean * shape.softmax_scale;
+    if (p_.covariance) {
+      const double half = shape.softmax_scale * shape.softmax_scale / 2;
+      expected += (keys * covariance).cwiseProduct(keys).rowwise().sum() * half;
+    }
+    if (expected.size() > 0) {
+      expected = (expected.array() - expected.maxCoeff()).exp();
+      expected /= expected.sum();
+    }
+    for (Index n = 0; n < expected.size(); ++n) {
+      const double length = p_.values ? static_cast<double>(head.values().row(first + n).norm()) : 1.0;
+      // Without the values' lengths nothing is added either, as in kvpress.
+      scores[static_cast<std::size_t>(first + n)] =
+          static_cast<float>((expected(n) + (p_.values ? p_.epsilon : 0)) * length);
+    }
+  }
+
+ private:
+  // Of the queries before the eviction, unrotated.
+  Statistics statistics_of(const Head& head, int member) const {
+    const int count = head.shape().next_position;
+    const int first = std::min(p_.sinks, count - 1);
+    Matrix queries = head.queries(member, count).bottomRows(count - first);
+    std::vector<int> positions;
+    for (int position = first; position < count; ++position) positions.push_back(position);
+    unrotate(*head.shape().rotary, positions, queries);
+    const Eigen::MatrixXd rows = queries.cast<double>();
+    Statistics statistics{rows.colwise().mean().transpose(), {}};
+    const Eigen::MatrixXd centred = rows.rowwise() - statistics.mean.transpose();
+    statistics.covariance = centred.transpose() * centred / static_cast<double>(rows.rows());
+    return statistics;
+  }
+
+  ExpectedAttentionParameters p_;
+};
+
+std::vector<Parameter> parameters() {
+  return {Parameter::integer("future", 512, 1, "positions to come that queries are expected at"),
+          Parameter::integer("sinks", 4, 0, "first positions that are always kept"),
+          Parameter::flag("covariance", true, "use how queries vary, not their mean alone"),
+          Parameter::flag("values", true, "multiply by the length of the value"),
+          Parameter::real("epsilon", 0, 0, 1e6, "added to the expected attention before that")};
+}
+
+ExpectedAttentionParameters parameters_from(const Arguments& a) {
+  return {.future = a.integer("future"),
+          .sinks = a.integer("sinks"),
+          .covariance = a.flag("covariance"),
+          .values = a.flag("values"),
+          .epsilon = a.real("epsilon"),
+          .statistics = nullptr};
+}
+
+const MethodRegistration expected_attention([] {
+  return Method{
+      .name = "expected-attention",
+      .summary = "Keeps what queries drawn like the prompt's, at the positions to come, would attend to on average.",
+      .source = "arXiv 2510.00636, section 3",
+      .parameters =
+          [] {
+            std::vector<Parameter> all = parameters();
+            all.push_back(Parameter::file("statistics", "of queries of other traces, by kvreplay query-statistics"));
+            return all;
+          }(),
+      .compose =
+          [](const Arguments& a) {
+            ExpectedAttentionParameters p = parameters_from(a);
+            if (!a.text("statistics").empty()) {
+              p.statistics = std::make_shared<const StoredStatistics>(a.text("statistics"));
+            }
+            return Composition{.rule = std::make_shared<ExpectedAttention>(std::move(p))};
+          },
+  };
+});
+
+const MethodRegistration kvpress_code([] {
+  return Method{
+      .name = "expected-attention@kvpress",
+      .summary = "One kept set per KV head: the group's scores are averaged.",
+      .source = "github.com/NVIDIA/kvpress, expected_attention_press.py",
+      .parameters = parameters(),
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.rule = std::make_shared<ExpectedAttention>(parameters_from(a)),
+                               .granularity = Granularity::kv,
+                               .share = Share::mean,
+                               .share_rule = kvpress::positions_of_share};
+          },
+      .variant_of = "expected-attention",
+      .revision = kvpress::kRevision,
+  };
+});
+
+}  // namespace
+}  // namespace kvreplay

@@ -20,8 +20,7 @@
 namespace kvreplay {
 namespace {
 
-// What papers of the field compare with first.
-constexpr std::string_view kUsualBaseline = "snapkv";
+bool is_usual(const std::string& policy) { return baseline_of(policy) == Method::Baseline::usual; }
 
 // A result is told apart from what keeps everything and from what looks ahead.
 bool is_candidate(const ComparisonRow& row) { return !row.oracle && row.key.capacity_request != kAllPositions; }
@@ -198,7 +197,7 @@ std::string passed_over_for(const std::string& baseline, const ResultSet& result
   for (const SettingKey& key : results.settings()) {
     const bool oracle = results.results()[results.of_setting(key).front()].oracle;
     const bool listed = std::ranges::find(settings_of_usual, key.policy) != settings_of_usual.end();
-    if (oracle || listed || spec_structure(key.policy).method != kUsualBaseline) continue;
+    if (oracle || listed || !is_usual(key.policy)) continue;
     settings_of_usual.push_back(key.policy);
   }
   if (settings_of_usual.empty()) return "";
@@ -220,7 +219,7 @@ void note_baseline(const ResultSet& results, const std::string& baseline, std::v
   for (const std::string& policy : results.policies()) {
     if (policy != baseline) ++(spec_structure(policy).method == method ? of_method : others);
   }
-  const bool usual = method == kUsualBaseline;
+  const bool usual = is_usual(baseline);
   if (usual && (of_method == 0 || baseline == method)) return;
   const std::string nearest = of_method == 0 ? ""
                                              : fmt::format("of the settings of {} the nearest to its defaults{}",
@@ -235,6 +234,37 @@ void note_baseline(const ResultSet& results, const std::string& baseline, std::v
                         printable(passed_over));
   notes.push_back(fmt::format("{} is what others are compared with, being {}{}{}; --baseline names another",
                               printable(baseline), nearest, middle, why_not));
+}
+
+// What keeps positions without looking is the floor of what a choice is worth, under the same protection: a protection
+// alone can be most of a policy's gain.
+void note_floors(const std::vector<std::string>& policies, std::vector<std::string>& notes) {
+  std::map<std::string, std::vector<std::string>> chosen;  // by protection
+  std::set<std::string> floors;                            // protections that have one
+  for (const std::string& policy : policies) {
+    const std::string protection = protection_of(policy);
+    if (baseline_of(policy) == Method::Baseline::floor) {
+      floors.insert(protection);
+    } else if (!protection.empty()) {
+      chosen[protection].push_back(policy);
+    }
+  }
+  std::string floor;
+  for (const Method* method : registered_methods()) {
+    if (floor.empty() && method->baseline == Method::Baseline::floor) floor = method->name;
+  }
+  for (const auto& [protection, under] : chosen) {
+    const std::string who = under.size() == 1
+                                ? printable(under.front())
+                                : fmt::format("{} and {} more", printable(under.front()), under.size() - 1);
+    notes.push_back(floors.contains(protection)
+                        ? fmt::format("{} {} to be held against {}{}, which keeps the same positions without choosing",
+                                      who, under.size() == 1 ? "is" : "are", floor, protection)
+                        : fmt::format("{} {} what {} keeps whatever the scores: replay {}{} beside to see what the "
+                                      "choice is worth",
+                                      who, under.size() == 1 ? "keeps" : "keep", protection.substr(1), floor,
+                                      protection));
+  }
 }
 
 // Results that others' measure is lacking in.
@@ -275,10 +305,15 @@ const StoredResult* find_result(const ResultSet& results, const std::string& pol
   return nullptr;
 }
 
-// The head of the first trace that was found with the largest head error under restkv, at its middle capacity.
+// The head of the first trace that was found with the largest head error under a policy with stages to see, at its
+// middle capacity.
 void add_importance(const AnalysisInput& input, Analysis& analysis) {
   std::vector<std::string> policies = input.results.policies();
-  std::erase_if(policies, [](const std::string& each) { return spec_structure(each).method != "restkv"; });
+  std::erase_if(policies, [](const std::string& each) {
+    // Of what can be taken apart, the plain methods.
+    const Method* method = find_method(spec_structure(each).method);
+    return method == nullptr || !make_policy(each).ranking() || !make_policy(each).ranking()->has_stages();
+  });
   if (policies.empty()) return;
   const std::string policy = policies_nearest_to_defaults(policies).front();
   std::vector<std::string> capacities;
@@ -325,7 +360,6 @@ std::string default_baseline(const ResultSet& results, Measure measure) {
   }
   if (policies.size() < 2) return "";
   const std::vector<std::string> of_methods = policies_nearest_to_defaults(policies);
-  const auto is_usual = [](const std::string& policy) { return spec_structure(policy).method == kUsualBaseline; };
   const auto usual = std::ranges::find_if(of_methods, is_usual);
   if (usual != of_methods.end()) return *usual;
   ComparisonOptions options;
@@ -367,6 +401,7 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   note_apart(analysis.apart, analysis.notes);
   note_nothing_to_choose(analysis.comparison, analysis.notes);
   note_lacking(results, options.measure, analysis.notes);
+  note_floors(input.results.policies(), analysis.notes);
   analysis.curves = capacity_curves(results, options.measure, options.bootstrap);
   note_partial(analysis.curves, analysis.notes);
   const bool against_capacity = traits_of(options.measure).per != MeasureTraits::Per::head;

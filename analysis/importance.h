@@ -1,4 +1,4 @@
-// Importance over time and position for one head: what temporal and spatial smoothing do to ReST-KV's scores.
+// Importance over time and position for one head: what temporal and spatial smoothing do to scores.
 #pragma once
 
 #include <string>
@@ -8,12 +8,12 @@
 
 namespace kvreplay {
 
-/// ReST-KV's scores of one query head (before heads share them) as its steps make them, in bins over the positions held
-/// before the observation window. A bin holds the mean of its positions.
+/// The scores of one query head (before heads share them) as the policy's steps make them, in bins over the positions
+/// held before the observation window. A bin holds the mean of its positions.
 struct ImportanceMap {
   int layer = 0;
   int head = 0;        ///< query head
-  std::string policy;  ///< canonical spec of the restkv setting
+  std::string policy;  ///< canonical spec
   int capacity = 0;
   std::vector<int> query_positions;  ///< [window]
   int bin_width = 1;                 ///< positions per bin; the last bin may be shorter
@@ -30,10 +30,10 @@ struct ImportanceMap {
   int shift = 0;               ///< of the adaptive window
 };
 
-/// `spec` is a restkv setting, whose budget and selection make no difference here; `capacity` is what the adaptive
-/// window looks at. Reads the head's tensors in pieces; takes memory for few numbers per position, whatever the window.
-/// Throws Error where the trace lacks what it needs, UsageError for a spec of another method, a head that the trace
-/// does not have, or a capacity below the window.
+/// `spec` is of a method whose ranking has stages; its budget and selection make no difference here. `capacity` is what
+/// smoothing over positions may look at. Reads the head's tensors in pieces; takes memory for few numbers per position,
+/// whatever the window. Throws Error where the trace lacks what it needs, UsageError for a spec of another method, a
+/// head that the trace does not have, or a capacity below the window.
 ImportanceMap importance_map(const TraceReader& trace, int layer, int head, const std::string& spec, int capacity,
                              int eviction_position, int most_bins);
 

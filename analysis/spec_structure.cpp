@@ -59,6 +59,34 @@ SpecStructure spec_structure(const std::string& spec) {
   }
 }
 
+Method::Baseline baseline_of(const std::string& spec) {
+  try {
+    const std::vector<SpecPart> parts = parse_spec(spec);
+    const Method* method = find_method(parts.front().name);
+    for (std::size_t i = 1; i < parts.size(); ++i) {
+      const Method* step = find_method(fmt::format("+{}", parts[i].name));
+      if (step == nullptr || step->step != Method::Step::protection) return Method::Baseline::none;
+    }
+    return method == nullptr ? Method::Baseline::none : method->baseline;
+  } catch (const UsageError&) {
+    return Method::Baseline::none;
+  }
+}
+
+std::string protection_of(const std::string& spec) {
+  try {
+    const std::vector<SpecPart> parts = parse_spec(spec);
+    for (std::size_t i = 1; i < parts.size(); ++i) {
+      const Method* step = find_method(fmt::format("+{}", parts[i].name));
+      if (step == nullptr || step->step != Method::Step::protection) continue;
+      return fmt::format("+{}", Arguments(parts[i], step->parameters).canonical());
+    }
+  } catch (const UsageError&) {
+    // Written by another version of a method, or by hand.
+  }
+  return "";
+}
+
 std::optional<double> number_in(const std::string& value) {
   double number = 0;
   const char* end = value.data() + value.size();

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "policy/parameter.h"
+#include "policy/policy.h"
 
 namespace kvreplay {
 
@@ -23,6 +24,13 @@ struct SpecStructure {
 /// Of a policy that is not known here, as that of a plug-in which is not loaded, what is known is what its spec says;
 /// a text that is no spec is a method without parameters.
 SpecStructure spec_structure(const std::string& spec);
+
+/// What a policy is to others: its method's baseline, where nothing but a protection stands behind it.
+Method::Baseline baseline_of(const std::string& spec);
+
+/// The protection that a spec asks for, with what is not at its default: "+protect(last=8)"; empty where it asks for
+/// none.
+std::string protection_of(const std::string& spec);
 
 /// The number that all of a parameter's value is, if it is one.
 std::optional<double> number_in(const std::string& value);

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <iterator>
 #include <map>
 #include <optional>
 #include <set>
@@ -19,38 +18,6 @@
 namespace kvreplay {
 namespace {
 
-constexpr std::string_view kIndicator = "indicator";
-constexpr std::string_view kTemporal = "temporal smoothing";
-constexpr std::string_view kSpatial = "spatial smoothing";
-constexpr std::string_view kWindow = "observation window";
-
-// The step of the method that a parameter belongs to, in the words of ReST-KV.
-struct StepOfParameter {
-  std::string_view method;
-  std::string_view parameter;
-  std::string_view step;
-};
-constexpr StepOfParameter kSteps[] = {
-    {"restkv", "metric", kIndicator},    {"restkv", "projection", kIndicator}, {"restkv", "tau", kIndicator},
-    {"restkv", "normalize", kIndicator}, {"restkv", "temporal", kTemporal},    {"restkv", "alpha", kTemporal},
-    {"restkv", "spatial", kSpatial},     {"restkv", "beta", kSpatial},         {"restkv", "kernel", kSpatial},
-    {"restkv", "window", kWindow},       {"attention", "values", kIndicator},  {"attention", "temporal", kTemporal},
-    {"attention", "alpha", kTemporal},   {"attention", "spatial", kSpatial},   {"attention", "beta", kSpatial},
-    {"attention", "kernel", kSpatial},   {"attention", "window", kWindow},     {"snapkv", "pooling", kSpatial},
-    {"snapkv", "kernel", kSpatial},      {"snapkv", "window", kWindow},        {"caote", "temporal", kTemporal},
-    {"caote", "alpha", kTemporal},       {"caote", "window", kWindow},         {"pyramidkv", "pooling", kSpatial},
-    {"pyramidkv", "kernel", kSpatial},   {"pyramidkv", "window", kWindow},     {"adakv", "pooling", kSpatial},
-    {"adakv", "kernel", kSpatial},       {"adakv", "window", kWindow},
-};
-
-// Methods of which one is the other with a step replaced, where all parameters that both have are the same.
-struct MethodWithoutStep {
-  std::string_view method;
-  std::string_view without;
-  std::string_view step;
-};
-constexpr MethodWithoutStep kWithout[] = {{"restkv", "attention", kIndicator}};
-
 struct Setting {
   std::string policy;
   SpecStructure structure;
@@ -60,11 +27,11 @@ struct Setting {
 std::string_view first_part(std::string_view method) { return method.substr(0, method.find('+')); }
 std::string_view later_parts(std::string_view method) { return method.substr(first_part(method).size()); }
 
-std::string step_of(std::string_view method, const std::string& parameter) {
-  const auto* found = std::ranges::find_if(kSteps, [&](const StepOfParameter& each) {
-    return each.method == first_part(method) && each.parameter == parameter;
-  });
-  return found != std::end(kSteps) ? std::string(found->step) : parameter;
+// The step that a parameter belongs to; its name where it belongs to none.
+std::string step_of(const SpecStructure& structure, const std::string& parameter) {
+  const auto declared = structure.declared.find(parameter);
+  const std::string_view step = declared == structure.declared.end() ? "" : name_of(declared->second->step);
+  return step.empty() ? parameter : std::string(step);
 }
 
 // Parameters that both have at different values. What a nested spec holds is told, not the spec that holds it.
@@ -105,25 +72,24 @@ std::optional<Change> change_of(const Setting& reference, const Setting& changed
     if (names.size() != 1 || a.parameters.size() != b.parameters.size()) return std::nullopt;
     const std::string& name = names.front();
     return Change{
-        reference.policy, changed.policy, step_of(a.method, name),
+        reference.policy, changed.policy, step_of(a, name),
         fmt::format("{}: {} → {}", name, value_text(a.parameters.at(name)), value_text(b.parameters.at(name)))};
   }
-  const auto* pair = std::ranges::find_if(kWithout, [&](const MethodWithoutStep& each) {
-    return each.method == first_part(a.method) && each.without == first_part(b.method);
-  });
-  if (pair == std::end(kWithout) || later_parts(a.method) != later_parts(b.method) || !names.empty()) {
+  // A method may say that it is another one with a step replaced.
+  const Method* without = find_method(first_part(b.method));
+  if (without == nullptr || without->ablation.of != first_part(a.method) ||
+      later_parts(a.method) != later_parts(b.method) || !names.empty()) {
     return std::nullopt;
   }
   // What only the other has, where it is not at its default, is part of what replaces the step.
   std::string added;
-  const Method* method = find_method(pair->without);
-  for (const Parameter& parameter : method == nullptr ? std::vector<Parameter>() : method->parameters) {
+  for (const Parameter& parameter : without->parameters) {
     if (a.parameters.contains(parameter.name)) continue;
     const std::string& value = b.parameters.at(parameter.name);
     if (value != parameter.default_value) added += fmt::format(", {}={}", parameter.name, value);
   }
-  return Change{reference.policy, changed.policy, std::string(pair->step),
-                fmt::format("method: {} → {}{}", pair->method, pair->without, added)};
+  return Change{reference.policy, changed.policy, std::string(name_of(without->ablation.step)),
+                fmt::format("method: {} → {}{}", without->ablation.of, without->name, added)};
 }
 
 // The setting nearest to the defaults, of several that from which most others differ in one thing.
@@ -160,8 +126,10 @@ std::vector<Change> changes_in(const ResultSet& results) {
     }
   }
   const auto rank = [](const Change& change) {
-    constexpr std::array kOrder = {kIndicator, kTemporal, kSpatial, kWindow};
-    return std::ranges::find(kOrder, change.step) - kOrder.begin();
+    constexpr std::array kOrder = {Parameter::Step::score,     Parameter::Step::time,      Parameter::Step::space,
+                                   Parameter::Step::window,    Parameter::Step::share,     Parameter::Step::budget,
+                                   Parameter::Step::selection, Parameter::Step::protection};
+    return std::ranges::find(kOrder, change.step, [](Parameter::Step step) { return name_of(step); }) - kOrder.begin();
   };
   const auto of_reference = [&](const Change& change) {
     return std::ranges::find(order, spec_structure(change.reference).method) - order.begin();

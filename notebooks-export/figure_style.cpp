@@ -4,16 +4,15 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <functional>
 #include <optional>
 #include <set>
-#include <system_error>
 #include <utility>
 
 #include "analysis/result_set.h"
+#include "analysis/spec_structure.h"
 #include "base/error.h"
 #include "policy/spec.h"
 
@@ -93,19 +92,7 @@ bool contains(const std::vector<std::string>& texts, const std::string& text) {
 }
 
 // What other policies are measured by, whether anybody chose it as a baseline or not.
-bool is_chance_or_age(const std::string& policy) {
-  const std::string method = method_of(policy);
-  return method == "random" || method == "recent";
-}
-
-// A capacity that is asked for as a number of positions.
-std::optional<double> number_in(const std::string& capacity_request) {
-  double number = 0;
-  const char* end = capacity_request.data() + capacity_request.size();
-  const auto [stop, failure] = std::from_chars(capacity_request.data(), end, number);
-  if (failure != std::errc() || stop != end) return std::nullopt;
-  return number;
-}
+bool is_floor(const std::string& policy) { return baseline_of(policy) == Method::Baseline::floor; }
 
 // Policies with their mean rank over the capacities that they have, best first.
 std::vector<std::string> ranked(const Analysis& analysis) {
@@ -166,7 +153,7 @@ FigureStyle::FigureStyle(const Analysis& analysis, FigureOptions options)
   for (const SettingKey& setting : analysis.settings) {
     const std::string& policy = setting.policy;
     if (!contains(policies_, policy) || looks_.contains(policy)) continue;
-    if (oracles.contains(policy) || is_chance_or_age(policy)) {
+    if (oracles.contains(policy) || is_floor(policy)) {
       const std::size_t place = references++;
       looks_[policy] = {kReferenceColours[place % kReferenceColours.size()], kShapes[place % kShapes.size()],
                         kReferenceDashes[(place + place / kReferenceColours.size()) % kReferenceDashes.size()]};
@@ -242,7 +229,7 @@ std::vector<std::string> FigureStyle::thinned(const Analysis& analysis, const st
   show(analysis.options.baseline);
   show(analysis.oracle);
   for (const std::string& policy : best) {
-    if (is_chance_or_age(policy)) show(policy);
+    if (is_floor(policy)) show(policy);
   }
   std::map<std::string, int> capacities_of;
   for (const ComparisonRow& row : analysis.comparison) ++capacities_of[row.key.policy];

@@ -41,9 +41,10 @@ const MethodRegistration recency_attention([] {
       .name = "recency-attention",
       .summary = "Keeps what the observation window attends to, weighted by how recent it is.",
       .source = "examples/policy-plugin",
-      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                     Parameter::real("half_life", 1000, 1e-3, 1e12,
-                                     "age at which attention counts half, in positions")},
+      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept")
+                         .of(Parameter::Step::window),
+                     Parameter::real("half_life", 1000, 1e-3, 1e12, "age at which attention counts half, in positions")
+                         .of(Parameter::Step::score)},
       .compose =
           [](const Arguments& a) {
             return Composition{.rule = std::make_shared<RecencyAttention>(a.integer("window"), a.real("half_life"))};

@@ -76,7 +76,7 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
     add(spatial, map.query_positions.back(), map.query_positions.back(), map.spatial);
     if (!caption.empty()) continue;
     caption = fmt::format(
-        "ReST-KV's importance of each position for layer {}, head {} ({} at a capacity of {}): for each query of the "
+        "The importance of each position for layer {}, head {} ({} at a capacity of {}): for each query of the "
         "observation window alone, after its moving average in time, and at last after the adaptive window in space, "
         "which is {} positions wide, shifted by {}.",
         map.layer, map.head, map.policy, map.capacity, map.width, map.shift);

@@ -86,6 +86,37 @@ Parameter Parameter::file(std::string name, std::string description) {
   return make(std::move(name), Kind::file, "", std::move(description));
 }
 
+Parameter Parameter::of(Step belongs_to) const {
+  Parameter parameter = *this;
+  parameter.step = belongs_to;
+  return parameter;
+}
+
+std::string_view name_of(Parameter::Step step) {
+  switch (step) {
+    case Parameter::Step::score:
+      return "indicator";
+    case Parameter::Step::time:
+      return "temporal smoothing";
+    case Parameter::Step::space:
+      return "spatial smoothing";
+    case Parameter::Step::window:
+      return "observation window";
+    case Parameter::Step::share:
+      return "sharing";
+    case Parameter::Step::budget:
+      return "budget";
+    case Parameter::Step::selection:
+      return "selection";
+    case Parameter::Step::protection:
+      return "protection";
+    case Parameter::Step::none:
+    case Parameter::Step::other:
+      return "";
+  }
+  return "";
+}
+
 std::string Parameter::legal_values() const {
   const auto bounds = [this](std::string_view noun) {
     std::string text(noun);

@@ -15,8 +15,23 @@ namespace kvreplay {
 struct Parameter {
   enum class Kind { integer, real, flag, choice, spec, file };
 
+  /// The step of a policy that a parameter belongs to, as an ablation would say it.
+  enum class Step {
+    none,        ///< nobody said; no method here leaves it at that
+    score,       ///< what a position is worth
+    time,        ///< how the window's queries are combined
+    space,       ///< how neighbouring positions are combined
+    window,      ///< how many queries are looked at
+    share,       ///< how heads agree
+    budget,      ///< how many positions layers and heads get
+    selection,   ///< which positions a set holds
+    protection,  ///< which positions are kept whatever their score
+    other,       ///< none of them, such as a seed
+  };
+
   std::string name;
   Kind kind = Kind::integer;
+  Step step = Step::none;
   std::string default_value;  ///< canonical text; empty: the parameter must be given, or the method decides
   double minimum = -std::numeric_limits<double>::infinity();
   double maximum = std::numeric_limits<double>::infinity();
@@ -33,6 +48,9 @@ struct Parameter {
   static Parameter spec(std::string name, std::string default_value, std::string description);
   static Parameter file(std::string name, std::string description);
 
+  /// The same parameter as one of this step.
+  Parameter of(Step belongs_to) const;
+
   /// The canonical text of a value: 0.30 becomes 0.3. Throws UsageError where the value is not one of this parameter;
   /// `method` names whose parameter it is.
   std::string canonical(const std::string& value, const std::string& method) const;
@@ -40,6 +58,10 @@ struct Parameter {
   /// What values are legal, for a person: "integer >= 1", "ema | mean".
   std::string legal_values() const;
 };
+
+/// A step in words: "indicator", "temporal smoothing", "spatial smoothing", "observation window", "sharing", "budget",
+/// "selection", "protection"; empty for none and other.
+std::string_view name_of(Parameter::Step step);
 
 /// A method's parameters with their values: given ones checked and canonical, the others at their defaults.
 class Arguments {

@@ -152,6 +152,8 @@ std::vector<float> Budget::survey(const Head& /*head*/, std::span<const float> /
 
 void Ranking::smooth(const Head& /*head*/, int /*member*/, int /*capacity*/, std::span<float> /*scores*/) const {}
 
+void Ranking::stages(const Head& /*head*/, int /*member*/, int /*capacity*/, const StageReceiver& /*take*/) const {}
+
 void Ranking::refine(const Head& /*head*/, std::span<const int> /*members*/, int /*capacity*/,
                      std::span<float> /*scores*/) const {}
 
@@ -261,6 +263,19 @@ Policy make_policy(std::string_view spec) {
     }
   }
   return policy;
+}
+
+Policy make_policy(std::string_view spec, const Arguments& values) {
+  std::string filled;
+  for (std::size_t at = 0; at < spec.size();) {
+    const std::size_t open = std::min(spec.find('{', at), spec.size());
+    filled += spec.substr(at, open - at);
+    if (open == spec.size()) break;
+    const std::size_t close = spec.find('}', open);
+    filled += values.text(spec.substr(open + 1, close - open - 1));
+    at = close + 1;
+  }
+  return make_policy(filled);
 }
 
 std::vector<int> select_top(std::span<const float> scores, Protection protection, int capacity) {

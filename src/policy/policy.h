@@ -30,6 +30,23 @@ struct Protection {
   Protection held_by(const HeadShape& shape) const;
 };
 
+/// A query head's scores on their way to what ranks: for figures of what each step does.
+struct ScoreStage {
+  enum class Step {
+    alone,     ///< by the attention of one query of the observation window
+    in_time,   ///< by the window's queries up to that one, smoothed in time as if the window ended there
+    in_space,  ///< smoothed over positions: what ranks
+  };
+
+  Step step = Step::alone;
+  int query = -1;  ///< place in the window, oldest first; −1: of the whole window
+  int width = 1;   ///< of the window over positions, where there is one
+  int shift = 0;
+};
+
+/// Takes the scores of the rows before the window after one stage.
+using StageReceiver = std::function<void(const ScoreStage&, std::span<const float>)>;
+
 /// Steps 1 and 2: gives every position a score; the higher, the rather it is kept.
 class Ranking {
  public:
@@ -59,6 +76,11 @@ class Ranking {
   /// Smooths a query head's scores [R] over positions, in place. `capacity` is the capacity asked for, before any
   /// budget shifts it between layers or heads; at least what is protected of the rows, at most R.
   virtual void smooth(const Head& head, int member, int capacity, std::span<float> scores) const;
+
+  /// Whether there is something to see between the attention of single queries and the scores, and all of it: every
+  /// query alone, then every query in time, then the scores smoothed in space, which are those of score() and smooth().
+  virtual bool has_stages() const { return false; }
+  virtual void stages(const Head& head, int member, int capacity, const StageReceiver& take) const;
 
   /// A second look at scores that the query heads `members` of the head's group already share: [R], in place. For
   /// methods whose later stage works on shared scores; most have none. Where a whole layer shares, each KV head's part
@@ -235,6 +257,19 @@ using Composition = Policy;
 struct Method {
   enum class Step { policy, budget, selection, protection };
 
+  /// What others are measured by, whether anybody asks for it or not.
+  enum class Baseline {
+    none,
+    floor,  ///< keeps without looking: a policy that does not beat it has learned nothing
+    usual,  ///< what papers of the field compare with first
+  };
+
+  /// Another method that this one is with a step replaced, where all parameters that both have are the same.
+  struct Ablation {
+    std::string of = {};
+    Parameter::Step step = Parameter::Step::none;
+  };
+
   std::string name;
   Step step = Step::policy;
   std::string summary;  ///< the idea, in a sentence or two
@@ -243,6 +278,8 @@ struct Method {
   std::function<Composition(const Arguments&)> compose;
   std::string variant_of = {};  ///< the method that this is one implementation of, as in snapkv@kvpress; or empty
   std::string revision = {};    ///< of variants: the commit, or the release, of that code which this describes
+  Baseline baseline = Baseline::none;
+  Ablation ablation = {};  ///< of none: not one
 };
 
 /// Adds a method, built in or a plug-in's (policy/plugin.h): one per method, in the method's own file, so that adding
@@ -288,5 +325,8 @@ const Method* find_method(std::string_view written_name);
 /// The policy that a spec stands for. Throws UsageError for malformed specs, unknown methods and parameters
 /// (suggesting the nearest), illegal values, and steps that do not go together.
 Policy make_policy(std::string_view spec);
+
+/// The same of a preset's spec, in which {name} stands for the value of a parameter.
+Policy make_policy(std::string_view spec, const Arguments& values);
 
 }  // namespace kvreplay

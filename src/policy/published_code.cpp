@@ -24,12 +24,14 @@ std::string with_attention_path(const std::string& summary) {
 namespace kvcache_factory {
 
 Parameter heads_parameter() {
-  return Parameter::choice("heads", {"query", "kv"}, "whose kept sets are the same: --kv_cache_granularity");
+  return Parameter::choice("heads", {"query", "kv"}, "whose kept sets are the same: --kv_cache_granularity")
+      .of(Parameter::Step::share);
 }
 
 Parameter share_parameter() {
   return Parameter::choice("share", {"mean", "max", "sum"},
-                           "heads=kv: how a group's scores become one: --gqa_score_agg");
+                           "heads=kv: how a group's scores become one: --gqa_score_agg")
+      .of(Parameter::Step::share);
 }
 
 }  // namespace kvcache_factory

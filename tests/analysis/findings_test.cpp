@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "analysis/made_results.h"
+#include "analysis/spec_structure.h"
 #include "support/temporary_folder.h"
 
 namespace kvreplay {
@@ -199,6 +200,19 @@ TEST_F(FindingsTest, WhyTheUsualBaselineIsNotTakenIsTold) {
   EXPECT_NE(without.options.baseline, "snapkv");
   EXPECT_THAT(without.notes, Contains(AllOf(HasSubstr("in the middle by its mean at the first capacity, since snapkv "
                                                       "is not of the traces"))));
+}
+
+TEST_F(FindingsTest, TheFloorUnderAProtectionIsNamed) {
+  TraceReplay a = MadeReplay{}.replay();
+  add_result(a, "snapkv", 16, about(0.5, 0));
+  add_result(a, "snapkv+protect(first=8)", 16, about(0.4, 0));
+  EXPECT_THAT(analysis_of({a}).notes, Contains(HasSubstr("replay random+protect(first=8) beside")));
+  add_result(a, "random+protect(first=8)", 16, about(0.6, 0));
+  EXPECT_THAT(analysis_of({a}).notes,
+              Contains(StartsWith("snapkv+protect(first=8) is to be held against random+protect(first=8)")));
+  EXPECT_EQ(baseline_of("random+protect(first=8)"), Method::Baseline::floor);
+  EXPECT_EQ(baseline_of("random+pyramid"), Method::Baseline::none);
+  EXPECT_EQ(baseline_of("a method of a plug-in"), Method::Baseline::none);
 }
 
 TEST_F(FindingsTest, SettingsOfFewerPlacesAreTold) {

@@ -198,7 +198,7 @@ TEST_F(ImportanceTest, WhatCannotBeShownIsRefused) {
   const auto error = [&](const std::string& spec, int eviction) {
     return test::message_of<Error>([&]() { importance_map(reader, 0, 0, spec, 60, eviction, 10); });
   };
-  EXPECT_THAT(usage_error(0, 0, "snapkv(window=4)", 20), HasSubstr("'snapkv(window=4)' is another method"));
+  EXPECT_THAT(usage_error(0, 0, "snapkv(window=4)", 20), HasSubstr("'snapkv(window=4)' does not"));
   EXPECT_THAT(usage_error(0, 0, "restkv(windw=4)", 20), HasSubstr("windw"));
   EXPECT_THAT(usage_error(2, 0, "restkv(window=4)", 20),
               AllOf(HasSubstr("t.h5: there is no query head 0 of layer 2"), HasSubstr("layers are 0 to 1")));

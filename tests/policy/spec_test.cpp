@@ -29,6 +29,25 @@ TEST(Spec, CanonicalFormNamesWhatDiffersFromTheDefaults) {
   EXPECT_EQ(make_policy("random(seed=7)").canonical, "random(seed=7)");
 }
 
+TEST(Spec, EveryParameterBelongsToAStep) {
+  for (const Method* method : registered_methods()) {
+    for (const Parameter& parameter : method->parameters) {
+      EXPECT_NE(parameter.step, Parameter::Step::none) << written_name(*method) << ": " << parameter.name;
+    }
+  }
+}
+
+TEST(Spec, AMethodThatIsAnotherWithoutAStepNamesOneThatThereIs) {
+  int ablations = 0;
+  for (const Method* method : registered_methods()) {
+    if (method->ablation.of.empty()) continue;
+    ++ablations;
+    EXPECT_NE(find_method(method->ablation.of), nullptr) << method->name;
+    EXPECT_NE(name_of(method->ablation.step), "") << method->name;
+  }
+  EXPECT_GT(ablations, 0);
+}
+
 TEST(Spec, CanonicalFormParsesBackToItself) {
   for (const Method* method : registered_methods()) {
     const auto is_file = [](const Parameter& parameter) { return parameter.kind == Parameter::Kind::file; };

@@ -140,9 +140,11 @@ class AdaKVOfKvpress : public Budget {
 };
 
 std::vector<Parameter> budget_parameters() {
-  return {Parameter::real("floor", 0.2, 0, 1, "share of the ranked capacity that every head gets at least"),
-          Parameter::flag("normalize", true, "weigh a head's scores by how concentrated they are"),
-          Parameter::choice("across", {"query", "kv"}, "which heads compete")};
+  return {Parameter::real("floor", 0.2, 0, 1, "share of the ranked capacity that every head gets at least")
+              .of(Parameter::Step::budget),
+          Parameter::flag("normalize", true, "weigh a head's scores by how concentrated they are")
+              .of(Parameter::Step::budget),
+          Parameter::choice("across", {"query", "kv"}, "which heads compete").of(Parameter::Step::budget)};
 }
 
 const MethodRegistration adakv_budget([] {
@@ -165,15 +167,17 @@ const MethodRegistration adakv_preset([] {
       .name = "adakv",
       .summary = "SnapKV's scores under an adaptive budget over the heads: short for snapkv+adakv.",
       .source = "arXiv 2407.11550",
-      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                     Parameter::odd_integer("kernel", 5, 1, "positions that are pooled"),
-                     Parameter::choice("pooling", {"avg", "max"}, "how they are pooled"), budget_parameters()[0],
-                     budget_parameters()[1], budget_parameters()[2]},
+      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept")
+                         .of(Parameter::Step::window),
+                     Parameter::odd_integer("kernel", 5, 1, "positions that are pooled").of(Parameter::Step::space),
+                     Parameter::choice("pooling", {"avg", "max"}, "how they are pooled").of(Parameter::Step::space),
+                     budget_parameters()[0], budget_parameters()[1], budget_parameters()[2]},
       .compose =
           [](const Arguments& a) {
-            return make_policy("snapkv(window=" + a.text("window") + ",kernel=" + a.text("kernel") +
-                               ",pooling=" + a.text("pooling") + ")+adakv(floor=" + a.text("floor") +
-                               ",normalize=" + a.text("normalize") + ",across=" + a.text("across") + ")");
+            return make_policy(
+                "snapkv(window={window},kernel={kernel},pooling={pooling})"
+                "+adakv(floor={floor},normalize={normalize},across={across})",
+                a);
           },
   };
 });
@@ -186,8 +190,7 @@ const MethodRegistration rest_kv_code([] {
       .parameters = {budget_parameters()[0], budget_parameters()[1]},
       .compose =
           [](const Arguments& a) {
-            Composition policy =
-                make_policy("adakv(pooling=max,floor=" + a.text("floor") + ",normalize=" + a.text("normalize") + ")");
+            Composition policy = make_policy("adakv(pooling=max,floor={floor},normalize={normalize})", a);
             policy.granularity = Granularity::query;
             return policy;
           },
@@ -205,7 +208,8 @@ const MethodRegistration kvpress_code([] {
           "as "
           "snapkv@kvpress where that path agrees with the model.",
       .source = "github.com/NVIDIA/kvpress, adakv_press.py",
-      .parameters = {Parameter::real("safeguard", 0.2, 0, 1, "share of the capacity that every head keeps")},
+      .parameters = {Parameter::real("safeguard", 0.2, 0, 1, "share of the capacity that every head keeps")
+                         .of(Parameter::Step::budget)},
       .compose =
           [](const Arguments& a) {
             Composition policy = make_policy("snapkv@kvpress");

@@ -93,10 +93,11 @@ const MethodRegistration layers([] {
       .step = Method::Step::budget,
       .summary = "Takes the capacity of every layer and head from a file.",
       .source = "given",
-      .parameters = {Parameter::file("file", "a line per layer: one number, or one per kept set"),
-                     Parameter::choice(
-                         "unit", {"positions", "share"},
-                         "positions: numbers are capacities; share: they multiply the capacity asked for")},
+      .parameters =
+          {Parameter::file("file", "a line per layer: one number, or one per kept set").of(Parameter::Step::budget),
+           Parameter::choice("unit", {"positions", "share"},
+                             "positions: numbers are capacities; share: they multiply the capacity asked for")
+               .of(Parameter::Step::budget)},
       .compose =
           [](const Arguments& a) {
             if (a.text("file").empty()) throw UsageError("layers: needs a file, as in +layers(file=budgets.txt)");

@@ -49,7 +49,8 @@ class Pyramid : public Budget {
 Parameter short_prompts() {
   return Parameter::choice("short", {"uniform", "pyramid"},
                            "prompts below twice the ranked capacity: uniform, as PyramidKV's code, or pyramid, as "
-                           "ReST-KV's");
+                           "ReST-KV's")
+      .of(Parameter::Step::budget);
 }
 
 // kvpress takes the capacity without the window for the mean, works with fractions, rounds to even at the end, counts
@@ -88,7 +89,8 @@ const MethodRegistration pyramid([] {
       .step = Method::Step::budget,
       .summary = "Gives lower layers more positions than upper ones, in equal steps.",
       .source = "arXiv 2406.02069, section 4",
-      .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions"),
+      .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions")
+                         .of(Parameter::Step::budget),
                      short_prompts()},
       .compose =
           [](const Arguments& a) {
@@ -102,14 +104,15 @@ const MethodRegistration pyramidkv([] {
       .name = "pyramidkv",
       .summary = "SnapKV's scores under a pyramid over the layers: short for snapkv+pyramid.",
       .source = "arXiv 2406.02069",
-      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                     Parameter::odd_integer("kernel", 5, 1, "positions that are pooled"),
-                     Parameter::choice("pooling", {"avg", "max"}, "how they are pooled"),
-                     Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions")},
+      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept")
+                         .of(Parameter::Step::window),
+                     Parameter::odd_integer("kernel", 5, 1, "positions that are pooled").of(Parameter::Step::space),
+                     Parameter::choice("pooling", {"avg", "max"}, "how they are pooled").of(Parameter::Step::space),
+                     Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the ranked positions")
+                         .of(Parameter::Step::budget)},
       .compose =
           [](const Arguments& a) {
-            return make_policy("snapkv(window=" + a.text("window") + ",kernel=" + a.text("kernel") +
-                               ",pooling=" + a.text("pooling") + ")+pyramid(beta=" + a.text("beta") + ")");
+            return make_policy("snapkv(window={window},kernel={kernel},pooling={pooling})+pyramid(beta={beta})", a);
           },
   };
 });
@@ -138,7 +141,8 @@ const MethodRegistration kvpress_code([] {
           "A pyramid drawn from the whole capacity, the window included, in fractional steps; a window of 64, one kept "
           "set per KV head."),
       .source = "github.com/NVIDIA/kvpress, pyramidkv_press.py",
-      .parameters = {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the capacity")},
+      .parameters =
+          {Parameter::integer("beta", 20, 1, "the last layer gets 1/beta of the capacity").of(Parameter::Step::budget)},
       .compose =
           [](const Arguments& a) {
             Composition policy = make_policy("snapkv@kvpress");

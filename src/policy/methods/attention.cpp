@@ -57,13 +57,20 @@ const MethodRegistration attention([] {
           "Keeps what the observation window attends to, without looking at what removing it would do; values=true "
           "weighs by the length of the value.",
       .source = "arXiv 2605.08840, ablation of the indicator",
-      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                     Parameter::choice("temporal", {"mean", "ema", "last", "reversed-ema"}, "how queries are combined"),
-                     Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average"),
-                     Parameter::choice("spatial", {"avg", "max", "none", "adaptive"}, "how positions are combined"),
-                     Parameter::odd_integer("kernel", 5, 1, "width of the spatial window, in positions"),
-                     Parameter::real("beta", 2000, 1, 1e9, "spatial=adaptive: drift that widens the window by a step"),
-                     Parameter::flag("values", false, "multiply by the length of the value")},
+      .parameters =
+          {Parameter::integer("window", 32, 1, "observation window: last queries, always kept")
+               .of(Parameter::Step::window),
+           Parameter::choice("temporal", {"mean", "ema", "last", "reversed-ema"}, "how queries are combined")
+               .of(Parameter::Step::time),
+           Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average")
+               .of(Parameter::Step::time),
+           Parameter::choice("spatial", {"avg", "max", "none", "adaptive"}, "how positions are combined")
+               .of(Parameter::Step::space),
+           Parameter::odd_integer("kernel", 5, 1, "width of the spatial window, in positions")
+               .of(Parameter::Step::space),
+           Parameter::real("beta", 2000, 1, 1e9, "spatial=adaptive: drift that widens the window by a step")
+               .of(Parameter::Step::space),
+           Parameter::flag("values", false, "multiply by the length of the value").of(Parameter::Step::score)},
       .compose =
           [](const Arguments& a) {
             return Composition{.rule = std::make_shared<Attention>(AttentionParameters{
@@ -76,6 +83,7 @@ const MethodRegistration attention([] {
                                    .values = a.flag("values"),
                                })};
           },
+      .ablation = {.of = "restkv", .step = Parameter::Step::score},
   };
 });
 

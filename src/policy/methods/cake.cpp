@@ -165,13 +165,23 @@ class CakeBudget : public Budget {
   bool whole_if_short_;
 };
 
-Parameter window() { return Parameter::integer("window", 32, 1, "observation window: last queries, always kept"); }
-Parameter kernel() { return Parameter::odd_integer("kernel", 5, 1, "positions whose scores are averaged"); }
-Parameter gamma() { return Parameter::real("gamma", 200, 0, 1e9, "weight of the variance over the window"); }
-Parameter tau1() {
-  return Parameter::real("tau1", 1, 1e-3, 1e3, "a layer's preference: 1/tau1 is the entropy's power");
+Parameter window() {
+  return Parameter::integer("window", 32, 1, "observation window: last queries, always kept")
+      .of(Parameter::Step::window);
 }
-Parameter tau2() { return Parameter::real("tau2", 1, 1e-3, 1e3, "1/tau2 is the power of the variance"); }
+Parameter kernel() {
+  return Parameter::odd_integer("kernel", 5, 1, "positions whose scores are averaged").of(Parameter::Step::space);
+}
+Parameter gamma() {
+  return Parameter::real("gamma", 200, 0, 1e9, "weight of the variance over the window").of(Parameter::Step::score);
+}
+Parameter tau1() {
+  return Parameter::real("tau1", 1, 1e-3, 1e3, "a layer's preference: 1/tau1 is the entropy's power")
+      .of(Parameter::Step::budget);
+}
+Parameter tau2() {
+  return Parameter::real("tau2", 1, 1e-3, 1e3, "1/tau2 is the power of the variance").of(Parameter::Step::budget);
+}
 
 const MethodRegistration cake_budget([] {
   return Method{
@@ -196,7 +206,8 @@ const MethodRegistration cake([] {
       .source = "arXiv 2503.12491, section 4",
       .parameters = {window(), kernel(), gamma(), tau1(), tau2(),
                      Parameter::choice("layers", {"preference", "uniform"},
-                                       "what layers get: by their preference, as +cake gives it, or all the same")},
+                                       "what layers get: by their preference, as +cake gives it, or all the same")
+                         .of(Parameter::Step::budget)},
       .compose =
           [](const Arguments& a) {
             Composition policy{.rule =

@@ -43,9 +43,12 @@ const MethodRegistration caote([] {
       .name = "caote",
       .summary = "Keeps the positions whose removal alone would change the attention output most.",
       .source = "arXiv 2504.14051, the CAOTE score",
-      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                     Parameter::choice("temporal", {"mean", "ema", "last", "reversed-ema"}, "how queries are combined"),
-                     Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average")},
+      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept")
+                         .of(Parameter::Step::window),
+                     Parameter::choice("temporal", {"mean", "ema", "last", "reversed-ema"}, "how queries are combined")
+                         .of(Parameter::Step::time),
+                     Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average")
+                         .of(Parameter::Step::time)},
       .compose =
           [](const Arguments& a) {
             return Composition{.rule = std::make_shared<Caote>(a.integer("window"), temporal_named(a.text("temporal")),

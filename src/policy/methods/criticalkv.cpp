@@ -91,9 +91,11 @@ const MethodRegistration criticalkv([] {
           "Gives part of the capacity to the best scores of another policy, and the rest to positions that also "
           "weigh much after the output projection.",
       .source = "arXiv 2502.03805, algorithm 1",
-      .parameters = {Parameter::spec("base", "snapkv", "policy whose scores are refined"),
-                     Parameter::real("first", 0.5, 0, 1, "share of the capacity that goes by those scores alone"),
-                     Parameter::real("epsilon", 1e-4, 0, 1e6, "added to scores before the second stage")},
+      .parameters = {Parameter::spec("base", "snapkv", "policy whose scores are refined").of(Parameter::Step::score),
+                     Parameter::real("first", 0.5, 0, 1, "share of the capacity that goes by those scores alone")
+                         .of(Parameter::Step::score),
+                     Parameter::real("epsilon", 1e-4, 0, 1e6, "added to scores before the second stage")
+                         .of(Parameter::Step::score)},
       .compose =
           [](const Arguments& a) {
             const Policy base = make_policy(a.text("base"));

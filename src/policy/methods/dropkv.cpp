@@ -59,9 +59,12 @@ const MethodRegistration dropkv([] {
       .name = "dropkv",
       .summary = "Keeps the positions whose removal alone would change the outputs of the window's queries most.",
       .source = "github.com/NVIDIA/kvpress, issue 284 and pull request 285",
-      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                     Parameter::odd_integer("kernel", 1, 1, "positions whose scores are averaged"),
-                     Parameter::real("epsilon", 1e-6, 1e-30, 1, "the least that 1 - attention counts as")},
+      .parameters =
+          {Parameter::integer("window", 32, 1, "observation window: last queries, always kept")
+               .of(Parameter::Step::window),
+           Parameter::odd_integer("kernel", 1, 1, "positions whose scores are averaged").of(Parameter::Step::space),
+           Parameter::real("epsilon", 1e-6, 1e-30, 1, "the least that 1 - attention counts as")
+               .of(Parameter::Step::score)},
       .compose =
           [](const Arguments& a) {
             return Composition{

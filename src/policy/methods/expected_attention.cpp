@@ -131,11 +131,12 @@ class ExpectedAttention : public Ranking {
 };
 
 std::vector<Parameter> parameters() {
-  return {Parameter::integer("future", 512, 1, "positions to come that queries are expected at"),
-          Parameter::integer("sinks", 4, 0, "first positions that are always kept"),
-          Parameter::flag("covariance", true, "use how queries vary, not their mean alone"),
-          Parameter::flag("values", true, "multiply by the length of the value"),
-          Parameter::real("epsilon", 0, 0, 1e6, "added to the expected attention before that")};
+  return {
+      Parameter::integer("future", 512, 1, "positions to come that queries are expected at").of(Parameter::Step::score),
+      Parameter::integer("sinks", 4, 0, "first positions that are always kept").of(Parameter::Step::protection),
+      Parameter::flag("covariance", true, "use how queries vary, not their mean alone").of(Parameter::Step::score),
+      Parameter::flag("values", true, "multiply by the length of the value").of(Parameter::Step::score),
+      Parameter::real("epsilon", 0, 0, 1e6, "added to the expected attention before that").of(Parameter::Step::score)};
 }
 
 ExpectedAttentionParameters parameters_from(const Arguments& a) {
@@ -155,7 +156,8 @@ const MethodRegistration expected_attention([] {
       .parameters =
           [] {
             std::vector<Parameter> all = parameters();
-            all.push_back(Parameter::file("statistics", "of queries of other traces, by kvreplay query-statistics"));
+            all.push_back(Parameter::file("statistics", "of queries of other traces, by kvreplay query-statistics")
+                              .of(Parameter::Step::score));
             return all;
           }(),
       .compose =

@@ -111,12 +111,15 @@ const MethodRegistration h2o([] {
       .name = "h2o",
       .summary = "Keeps the positions that received most attention from all prompt queries, and the most recent ones.",
       .source = "arXiv 2306.14048, section 4",
-      .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept; 0: none"),
+      .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept; 0: none")
+                         .of(Parameter::Step::window),
                      Parameter::choice("mask", {"causal", "window"},
                                        "causal: as the paper; window: only the window's queries are masked, as "
-                                       "KVCache-Factory before 9f9aa2e"),
+                                       "KVCache-Factory before 9f9aa2e")
+                         .of(Parameter::Step::score),
                      Parameter::flag("normalize", false,
-                                     "divide by the number of queries that can see the key, as kvpress does")},
+                                     "divide by the number of queries that can see the key, as kvpress does")
+                         .of(Parameter::Step::score)},
       .compose =
           [](const Arguments& a) {
             return Composition{
@@ -135,8 +138,9 @@ const MethodRegistration kvcache_factory_code([] {
           "Masks every query causally, since 9f9aa2e (2026-06-22). One kept set per query head, or, since ad51c4e "
           "(2026-07-01), per KV head. The window is that of its classes; its run_longbench.py sets 8.",
       .source = "github.com/Zefan-Cai/KVCache-Factory, H2OKVCluster",
-      .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept"),
-                     kvcache_factory::heads_parameter(), kvcache_factory::share_parameter()},
+      .parameters =
+          {Parameter::integer("window", 32, 0, "last positions that are always kept").of(Parameter::Step::window),
+           kvcache_factory::heads_parameter(), kvcache_factory::share_parameter()},
       .compose =
           [](const Arguments& a) {
             return Composition{
@@ -158,7 +162,8 @@ const MethodRegistration kvcache_factory_before([] {
           "Masks only the window's queries causally, so that early queries count attention to keys after them; one "
           "kept set per query head. The ReST-KV release (a8bb112) has the same code.",
       .source = "github.com/Zefan-Cai/KVCache-Factory, H2OKVCluster",
-      .parameters = {Parameter::integer("window", 32, 0, "last positions that are always kept")},
+      .parameters =
+          {Parameter::integer("window", 32, 0, "last positions that are always kept").of(Parameter::Step::window)},
       .compose =
           [](const Arguments& a) {
             return Composition{.rule = std::make_shared<H2O>(a.integer("window"), false, false),

@@ -114,8 +114,8 @@ const MethodRegistration kept([] {
       .name = "kept",
       .summary = "Keeps the sets that a file lists, from another system or an earlier replay.",
       .source = "given; docs/results-format.md",
-      .parameters = {Parameter::file("file", "kept sets in the layout of replay --kept"),
-                     Parameter::integer("index", 0, 0, "which group /kept/<index>")},
+      .parameters = {Parameter::file("file", "kept sets in the layout of replay --kept").of(Parameter::Step::other),
+                     Parameter::integer("index", 0, 0, "which group /kept/<index>").of(Parameter::Step::other)},
       .compose =
           [](const Arguments& a) {
             if (a.text("file").empty()) throw UsageError("kept: needs a file, as in kept(file=kept.h5)");

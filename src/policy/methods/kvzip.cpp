@@ -84,8 +84,9 @@ Composition compose(const Arguments& a) {
 }
 
 std::vector<Parameter> parameters() {
-  return {Parameter::integer("sinks", 4, 0, "first positions that are always kept"),
-          Parameter::choice("across", {"model", "layer", "none"}, "which heads compete for positions")};
+  return {Parameter::integer("sinks", 4, 0, "first positions that are always kept").of(Parameter::Step::protection),
+          Parameter::choice("across", {"model", "layer", "none"}, "which heads compete for positions")
+              .of(Parameter::Step::budget)};
 }
 
 const MethodRegistration kvzip([] {

@@ -132,9 +132,11 @@ const MethodRegistration lacache([] {
           "Keeps sinks, the most recent positions and between them a ladder: every position by a few neighbouring "
           "layers only.",
       .source = "arXiv 2507.14204, section 3",
-      .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept"),
-                     Parameter::integer("span", 0, 0, "layers that keep the same position; 0: half of the layers"),
-                     Parameter::integer("overlap", 0, 0, "layers that two rungs have in common")},
+      .parameters =
+          {Parameter::integer("sinks", 4, 0, "first positions that are always kept").of(Parameter::Step::protection),
+           Parameter::integer("span", 0, 0, "layers that keep the same position; 0: half of the layers")
+               .of(Parameter::Step::selection),
+           Parameter::integer("overlap", 0, 0, "layers that two rungs have in common").of(Parameter::Step::selection)},
       .compose =
           [](const Arguments& a) {
             return Composition{

@@ -83,8 +83,8 @@ const MethodRegistration lagkv([] {
       .name = "lagkv",
       .summary = "Keeps positions whose keys and values stand out when scaled by the chunk that follows them.",
       .source = "arXiv 2504.04704, section 3",
-      .parameters = {Parameter::integer("sinks", 4, 0, "first positions, always kept"),
-                     Parameter::integer("lag", 128, 1, "positions per chunk")},
+      .parameters = {Parameter::integer("sinks", 4, 0, "first positions, always kept").of(Parameter::Step::protection),
+                     Parameter::integer("lag", 128, 1, "positions per chunk").of(Parameter::Step::score)},
       .compose =
           [](const Arguments& a) {
             return Composition{.rule = std::make_shared<LagKV>(a.integer("sinks"), a.integer("lag"))};

@@ -18,7 +18,8 @@ const MethodRegistration reconstruction_oracle([] {
           "positions; starts from the best kept sets of the run, so that it is never worse than they are. Not "
           "the minimum: exchanges can end in a local one.",
       .source = "a bound on the layer error; docs/oracles.md",
-      .parameters = {Parameter::integer("exchanges", 64, 1, "exchanges per kept set, at most")},
+      .parameters =
+          {Parameter::integer("exchanges", 64, 1, "exchanges per kept set, at most").of(Parameter::Step::selection)},
       .compose =
           [](const Arguments& a) {
             return Composition{

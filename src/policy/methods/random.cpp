@@ -36,8 +36,9 @@ const MethodRegistration random([] {
       .name = "random",
       .summary = "Keeps positions drawn uniformly, each head its own; the same seed draws the same positions.",
       .source = "baseline",
-      .parameters = {Parameter::integer("seed", 0, 0, "which draw")},
+      .parameters = {Parameter::integer("seed", 0, 0, "which draw").of(Parameter::Step::other)},
       .compose = [](const Arguments& a) { return Composition{.rule = std::make_shared<Random>(a.integer("seed"))}; },
+      .baseline = Method::Baseline::floor,
   };
 });
 

@@ -22,6 +22,7 @@ const MethodRegistration recent([] {
       .source = "baseline",
       .parameters = {},
       .compose = [](const Arguments&) { return Composition{.rule = std::make_shared<Recent>()}; },
+      .baseline = Method::Baseline::floor,
   };
 });
 

@@ -71,7 +71,75 @@ class RestKV : public Ranking {
     smooth_in_space(p_.spatial, p_.kernel, p_.beta, head, member, p_.window, capacity, scores);
   }
 
+  bool has_stages() const override { return true; }
+
+  void stages(const Head& head, int member, int capacity, const StageReceiver& take) const override {
+    using Step = ScoreStage::Step;
+    const auto size = static_cast<std::size_t>(p_.window);
+    const auto distance = p_.projection ? WindowCombination::Distance::projected : WindowCombination::Distance::values;
+    std::vector<WindowCombination> alone;
+    std::vector<WindowCombination> up_to;
+    for (int i = 0; i < p_.window; ++i) {
+      std::vector<float> one(size, 0.0f);
+      one[static_cast<std::size_t>(i)] = 1;
+      alone.push_back({std::move(one), distance, p_.before});
+      std::vector<float> weights = temporal_weights(p_.temporal, p_.alpha, i + 1);
+      weights.resize(size, 0.0f);
+      up_to.push_back({std::move(weights), distance, p_.before});
+    }
+    std::vector<float> scores(static_cast<std::size_t>(head.rows()), 0.0f);
+    const std::span<float> past = before_window(head, scores, p_.window);
+    std::vector<std::vector<float>> queries;  // metric=before: scores are smoothed, not attention
+    score_each(head, member, alone, past.size(), [&](int i, std::span<const float> errors) {
+      take({.step = Step::alone, .query = i}, errors);
+      if (p_.before) queries.emplace_back(errors.begin(), errors.end());
+    });
+    if (p_.before) {
+      for (std::size_t i = 0; i < size; ++i) {
+        std::ranges::fill(past, 0.0f);
+        for (std::size_t q = 0; q <= i; ++q) {
+          for (std::size_t n = 0; n < past.size(); ++n) past[n] += up_to[i].weights[q] * queries[q][n];
+        }
+        take({.step = Step::in_time, .query = static_cast<int>(i)}, past);
+      }
+    } else {
+      score_each(head, member, up_to, past.size(), [&](int i, std::span<const float> errors) {
+        take({.step = Step::in_time, .query = i}, errors);
+        std::ranges::copy(errors, past.begin());
+      });
+    }
+    ScoreStage last{.step = Step::in_space};
+    if (p_.spatial == Spatial::adaptive) {
+      const AdaptiveWindow window = AdaptiveWindow::from_drift(
+          attention_drift(head, member, p_.window, capacity - p_.window), p_.beta, p_.kernel);
+      last.width = window.width;
+      last.shift = window.shift;
+    } else if (p_.spatial != Spatial::none) {
+      last.width = p_.kernel;
+    }
+    smooth(head, member, capacity, scores);
+    take(last, past);
+  }
+
  private:
+  // Equation (1) for one combination after another, as many of them prepared together as a pass over the values pays
+  // for.
+  void score_each(const Head& head, int member, const std::vector<WindowCombination>& combinations, std::size_t count,
+                  const std::function<void(int, std::span<const float>)>& take) const {
+    constexpr Index kTogether = Index{64} << 20;
+    const auto at_once =
+        static_cast<std::size_t>(std::max<Index>(1, kTogether / Head::combination_memory(head.shape(), p_.window, 1)));
+    std::vector<float> errors(count);
+    for (std::size_t first = 0; first < combinations.size(); first += at_once) {
+      const auto some = std::span(combinations).subspan(first, std::min(at_once, combinations.size() - first));
+      head.prepare(some);
+      for (std::size_t i = 0; i < some.size(); ++i) {
+        reconstruction_errors(head.combined_attention(member, some[i]), length_rule(), errors);
+        take(static_cast<int>(first + i), errors);
+      }
+    }
+  }
+
   // a and ‖W (o − v)‖: of the window as smoothed in time, or of each of its queries.
   std::vector<WindowCombination> combinations() const {
     using Distance = WindowCombination::Distance;
@@ -98,16 +166,25 @@ const MethodRegistration restkv([] {
           "Keeps the positions whose removal would change the layer's output most, with the attention smoothed "
           "over the observation window and the scores over an adaptive window of positions.",
       .source = "arXiv 2605.08840",
-      .parameters = {Parameter::integer("window", 32, 1, "observation window: last queries, always kept"),
-                     Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average"),
-                     Parameter::real("beta", 2000, 1, 1e9, "drift, in positions, that widens the window by one step"),
-                     Parameter::odd_integer("kernel", 5, 1, "smallest width of the spatial window, in positions"),
-                     Parameter::choice("temporal", {"ema", "mean", "last", "reversed-ema"}, "how queries are combined"),
-                     Parameter::choice("spatial", {"adaptive", "avg", "max", "none"}, "how positions are combined"),
-                     Parameter::choice("metric", {"after", "before"}, "score after or before smoothing in time"),
-                     Parameter::flag("projection", true, "measure lengths after the output projection"),
-                     Parameter::real("tau", 1, 0, 100, "exponent of the length"),
-                     Parameter::flag("normalize", false, "divide the length by that of the output")},
+      .parameters =
+          {Parameter::integer("window", 32, 1, "observation window: last queries, always kept")
+               .of(Parameter::Step::window),
+           Parameter::real("alpha", 0.3, 0, 1, "weight of the newest query in the moving average")
+               .of(Parameter::Step::time),
+           Parameter::real("beta", 2000, 1, 1e9, "drift, in positions, that widens the window by one step")
+               .of(Parameter::Step::space),
+           Parameter::odd_integer("kernel", 5, 1, "smallest width of the spatial window, in positions")
+               .of(Parameter::Step::space),
+           Parameter::choice("temporal", {"ema", "mean", "last", "reversed-ema"}, "how queries are combined")
+               .of(Parameter::Step::time),
+           Parameter::choice("spatial", {"adaptive", "avg", "max", "none"}, "how positions are combined")
+               .of(Parameter::Step::space),
+           Parameter::choice("metric", {"after", "before"}, "score after or before smoothing in time")
+               .of(Parameter::Step::score),
+           Parameter::flag("projection", true, "measure lengths after the output projection")
+               .of(Parameter::Step::score),
+           Parameter::real("tau", 1, 0, 100, "exponent of the length").of(Parameter::Step::score),
+           Parameter::flag("normalize", false, "divide the length by that of the output").of(Parameter::Step::score)},
       .compose =
           [](const Arguments& a) {
             return Composition{.rule = std::make_shared<RestKV>(RestKVParameters{

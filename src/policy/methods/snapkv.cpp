@@ -54,9 +54,10 @@ class SnapKVPooledLast : public SnapKV {
 };
 
 std::vector<Parameter> parameters(int window, int kernel, std::vector<std::string> poolings) {
-  return {Parameter::integer("window", window, 1, "observation window: last queries, always kept"),
-          Parameter::odd_integer("kernel", kernel, 1, "positions that are pooled"),
-          Parameter::choice("pooling", std::move(poolings), "how they are pooled")};
+  return {Parameter::integer("window", window, 1, "observation window: last queries, always kept")
+              .of(Parameter::Step::window),
+          Parameter::odd_integer("kernel", kernel, 1, "positions that are pooled").of(Parameter::Step::space),
+          Parameter::choice("pooling", std::move(poolings), "how they are pooled").of(Parameter::Step::space)};
 }
 
 Composition compose(const Arguments& a) {
@@ -76,6 +77,7 @@ const MethodRegistration snapkv([] {
       .source = "arXiv 2404.14469, section 4",
       .parameters = parameters(32, 5, {"avg", "max"}),
       .compose = compose,
+      .baseline = Method::Baseline::usual,
   };
 });
 
@@ -128,8 +130,9 @@ const MethodRegistration kvpress_code([] {
           "One kept set per KV head: scores are averaged over the group after pooling. The window is 64 by default, "
           "and pooling is always an average."),
       .source = "github.com/NVIDIA/kvpress, snapkv_press.py",
-      .parameters = {Parameter::integer("window", 64, 1, "observation window: last queries, always kept"),
-                     Parameter::odd_integer("kernel", 5, 1, "positions that are pooled")},
+      .parameters = {Parameter::integer("window", 64, 1, "observation window: last queries, always kept")
+                         .of(Parameter::Step::window),
+                     Parameter::odd_integer("kernel", 5, 1, "positions that are pooled").of(Parameter::Step::space)},
       .compose =
           [](const Arguments& a) {
             return Composition{

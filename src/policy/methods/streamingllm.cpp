@@ -49,7 +49,8 @@ const MethodRegistration streamingllm([] {
       .name = "streamingllm",
       .summary = "Keeps the first positions, which act as attention sinks, and the most recent ones.",
       .source = "arXiv 2309.17453, section 3",
-      .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")},
+      .parameters =
+          {Parameter::integer("sinks", 4, 0, "first positions that are always kept").of(Parameter::Step::protection)},
       .compose =
           [](const Arguments& a) { return Composition{.rule = std::make_shared<StreamingLLM>(a.integer("sinks"))}; },
   };
@@ -62,7 +63,7 @@ const MethodRegistration kvcache_factory_code([] {
           "Keeps the first capacity - window positions and the last window ones: as many sinks as the capacity "
           "leaves room for.",
       .source = "github.com/Zefan-Cai/KVCache-Factory, StreamingLLMKVCluster",
-      .parameters = {Parameter::integer("window", 32, 0, "last positions that are kept"),
+      .parameters = {Parameter::integer("window", 32, 0, "last positions that are kept").of(Parameter::Step::window),
                      kvcache_factory::heads_parameter()},
       .compose =
           [](const Arguments& a) {
@@ -79,7 +80,8 @@ const MethodRegistration kvpress_code([] {
       .name = "streamingllm@kvpress",
       .summary = "4 sinks and the most recent positions, as in the paper; keys keep their positions.",
       .source = "github.com/NVIDIA/kvpress, streaming_llm_press.py",
-      .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")},
+      .parameters =
+          {Parameter::integer("sinks", 4, 0, "first positions that are always kept").of(Parameter::Step::protection)},
       .compose =
           [](const Arguments& a) {
             return Composition{.rule = std::make_shared<StreamingLLM>(a.integer("sinks")),

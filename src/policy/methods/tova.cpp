@@ -29,7 +29,8 @@ const MethodRegistration tova([] {
       .name = "tova",
       .summary = "Keeps what the last query attends to, averaged over the heads: one set for the whole layer.",
       .source = "arXiv 2401.06104, section 4",
-      .parameters = {Parameter::flag("last", false, "always keep the last position, as kvpress does")},
+      .parameters = {Parameter::flag("last", false, "always keep the last position, as kvpress does")
+                         .of(Parameter::Step::protection)},
       .compose =
           [](const Arguments& a) {
             return Composition{.rule = std::make_shared<Tova>(a.flag("last")),

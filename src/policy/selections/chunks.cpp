@@ -57,7 +57,7 @@ const MethodRegistration chunks([] {
       .step = Method::Step::selection,
       .summary = "Keeps whole chunks of neighbouring positions, by the mean of their scores.",
       .source = "arXiv 2502.00299, section 3",
-      .parameters = {Parameter::integer("size", 10, 1, "positions per chunk")},
+      .parameters = {Parameter::integer("size", 10, 1, "positions per chunk").of(Parameter::Step::selection)},
       .compose =
           [](const Arguments& a) { return Composition{.selection = std::make_shared<Chunks>(a.integer("size"))}; },
   };

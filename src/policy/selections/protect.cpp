@@ -17,8 +17,9 @@ const MethodRegistration protect([] {
       .step = Method::Step::protection,
       .summary = "Keeps the first and the last positions whatever their scores, inside the capacity.",
       .source = "structural",
-      .parameters = {Parameter::integer("first", 4, 0, "first positions that are always kept"),
-                     Parameter::integer("last", 0, 0, "last positions that are always kept")},
+      .parameters =
+          {Parameter::integer("first", 4, 0, "first positions that are always kept").of(Parameter::Step::protection),
+           Parameter::integer("last", 0, 0, "last positions that are always kept").of(Parameter::Step::protection)},
       .compose =
           [](const Arguments& a) {
             const Protection protection{.sinks = a.integer("first"), .window = a.integer("last")};

@@ -317,7 +317,8 @@ class Interrupted : public Sweep {
   }
 
   std::string command_ =
-      "sweep a.h5 c.h5 --policy restkv(window={8,16,24},alpha={0.2,0.5}) h2o tova --capacity 50,100 --evict-at 60 -o ";
+      "sweep a.h5 c.h5 --policy restkv(window={8,16,24},alpha={0.2,0.5}) h2o tova cake(window=8) --capacity 50,100 "
+      "--evict-at 60 -o ";
   std::string whole_;
   test::Outcome last_;
 };

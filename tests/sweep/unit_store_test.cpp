@@ -1,6 +1,7 @@
 // Finished units on disk: what was stored comes back, what is damaged is noticed, what belongs elsewhere is refused.
 #include "sweep/unit_store.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 
 #include <filesystem>
@@ -39,7 +40,8 @@ class UnitStoreTest : public testing::Test {
     traces_.clear();
     for (const char* name : {"a.h5", "b.h5"}) traces_.emplace_back(folder_ / name);
     ReplayRequest request;
-    for (const char* spec : {"full", "snapkv(window=4)", "random", "restkv(window=4)+adakv"}) {
+    for (const char* spec :
+         {"full", "snapkv(window=4)", "random", "restkv(window=4)+adakv", "caote(window=4)+cake(window=4)"}) {
       request.policies.push_back(make_policy(spec));
     }
     for (const char* capacity : {"12", "50%"}) request.capacities.push_back(CapacityRequest::parse(capacity));
@@ -154,6 +156,40 @@ TEST_F(UnitStoreTest, AnyUnitsMayBeMissingAndAreDoneAgainToTheSameBytes) {
     run(*opened, left);
     EXPECT_TRUE(merged(*opened) == whole);
   }
+}
+
+// What budgets find out about all layers is found out once, by all processes together, and is not taken on trust.
+TEST_F(UnitStoreTest, SurveysAreSharedStoredAndDoneAgainWhereDamaged) {
+  const auto opened = store();
+  opened->open(false);
+  const std::vector<ReplayUnit> units = engine_->units();
+  EXPECT_FALSE(opened->read_survey(units.front()));
+  for (const int rank : {1, 0}) survey_layers(*engine_, units, *opened, rank, 2);
+  for (const ReplayUnit& unit : units) EXPECT_EQ(opened->read_survey(unit), engine_->survey(unit));
+  run(*opened, units);
+  const std::string expected = merged(*opened);
+
+  // One is cut short, one is of other numbers, one is gone: the results are the same.
+  opened->remove();
+  open_traces();
+  const auto again = store();
+  again->open(false);
+  survey_layers(*engine_, units, *again, 0, 1);
+  const auto place = [&](int replay, int layer) {
+    return again->folder() / fmt::format("survey-{}-{}.h5", replay, layer);
+  };
+  std::filesystem::resize_file(place(0, 0), 100);
+  std::string bytes = test::read_file(place(0, 1));
+  bytes[bytes.size() / 2] = static_cast<char>(bytes[bytes.size() / 2] ^ 0x55);
+  test::write_file(place(0, 1), bytes);
+  std::filesystem::remove(place(1, 0));
+  EXPECT_FALSE(again->read_survey({0, 0}));
+  EXPECT_FALSE(again->read_survey({1, 0}));
+  give_surveys(*engine_, units, *again);
+  run(*again, units);
+  EXPECT_EQ(merged(*again), expected);
+  again->remove();
+  EXPECT_FALSE(std::filesystem::exists(again->folder()));
 }
 
 TEST_F(UnitStoreTest, DamagedAndHalfUnitsAreToldAndRemoved) {

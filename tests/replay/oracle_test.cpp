@@ -95,7 +95,7 @@ TEST(OracleReconstruction, ComesCloseToTheBestSetThereIs) {
         for (int c = b + 1; c < 9; ++c) {
           Policy policy;
           policy.canonical = fmt::format("{} {} {}", a, b, c);
-          policy.pattern() = std::make_shared<OneSet>(std::vector<int>{a, b, c});
+          policy.rule = std::make_shared<OneSet>(std::vector<int>{a, b, c});
           // In a run of their own, so that the oracle cannot start from them.
           request.policies.push_back(policy);
         }

@@ -103,7 +103,7 @@ TEST_F(StepEffects, OfEquallyNearSettingsStartFromWhatMostDifferFrom) {
   EXPECT_EQ(found[0].reference, "snapkv(window=64)");
 }
 
-TEST_F(StepEffects, OtherParametersGoByTheirNames) {
+TEST_F(StepEffects, ParametersOfAnyMethodGoByTheirSteps) {
   EXPECT_THAT(told(effects(set_of({{"restkv+adakv", 0.5},
                                    {"restkv+adakv(floor=0.5)", 0.5},
                                    {"restkv(tau=2)+adakv", 0.5},
@@ -111,8 +111,8 @@ TEST_F(StepEffects, OtherParametersGoByTheirNames) {
                                    {"streamingllm(sinks=8)", 0.5},
                                    {"criticalkv", 0.4},
                                    {"criticalkv(base=snapkv(window=16))", 0.4}}))),
-              testing::UnorderedElementsAre("adakv.floor | adakv.floor: 0.2 → 0.5", "indicator | tau: 1 → 2",
-                                            "sinks | sinks: 4 → 8", "base.window | base.window: 32 → 16"));
+              testing::UnorderedElementsAre("budget | adakv.floor: 0.2 → 0.5", "indicator | tau: 1 → 2",
+                                            "protection | sinks: 4 → 8", "observation window | base.window: 32 → 16"));
 }
 
 TEST_F(StepEffects, OfPlugInsThatAreNotLoadedNothingIsGuessed) {

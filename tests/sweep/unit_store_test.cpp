@@ -41,7 +41,7 @@ class UnitStoreTest : public testing::Test {
     for (const char* name : {"a.h5", "b.h5"}) traces_.emplace_back(folder_ / name);
     ReplayRequest request;
     for (const char* spec :
-         {"full", "snapkv(window=4)", "random", "restkv(window=4)+adakv", "caote(window=4)+cake(window=4)"}) {
+         {"full", "snapkv(window=4)", "random", "caote(window=4)+cake(window=4)", "restkv(window=4)+adakv"}) {
       request.policies.push_back(make_policy(spec));
     }
     for (const char* capacity : {"12", "50%"}) request.capacities.push_back(CapacityRequest::parse(capacity));

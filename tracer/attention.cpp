@@ -5,9 +5,16 @@
 #include <limits>
 #include <vector>
 
+#include "base/buffer.h"
+#include "kernels/inference.h"
+#include "kernels/kernels.h"
+
 namespace kvreplay::tracer {
 
 namespace {
+
+// Queries that are attended together.
+constexpr Index kQueryBlock = kernels::kPanel;
 
 // Keys whose weights (64 per key) stay in the first-level cache between the softmax and the sum over values.
 constexpr Index kKeyBlock = 128;
@@ -18,9 +25,9 @@ constexpr Index kPiecesPerHead = 4;
 
 // A thread's working memory.
 struct Workspace {
-  std::vector<float> queries;  // [D, kQueryBlock], scaled
-  std::vector<float> logits;   // [keys, kQueryBlock]
-  std::vector<float> outputs;  // [D, kQueryBlock]
+  Buffer queries;  // [D, kQueryBlock], scaled
+  Buffer logits;   // [keys, kQueryBlock]
+  Buffer outputs;  // [D, kQueryBlock]
 };
 
 struct HeadView {
@@ -29,7 +36,7 @@ struct HeadView {
   Index earlier;                            // keys in the cache before the new tokens
   std::span<const std::int32_t> positions;  // of the keys
   Index window;                             // 0: none
-  const float* packed_keys;                 // panels of tile_rows keys
+  const float* keys;                        // [keys, D]
   const float* values;                      // [keys, D]
   const float* queries;                     // [count, query_width], at this head
   float* outputs;                           // the same
@@ -46,55 +53,59 @@ struct HeadView {
 
 // Attends up to kQueryBlock queries, whose logits are kept key by key, a column per query, so that every step of the
 // softmax runs over whole vectors of queries.
-void attend_block(const Kernels& kernels, const HeadView& head, Index first, Index rows, Workspace& work,
-                  double* mass) {
+void attend_block(const HeadView& head, Index first, Index rows, Workspace& work, double* mass) {
   const Index dim = head.head_dim;
   for (Index d = 0; d < dim; ++d) {
     float* column = work.queries.data() + d * kQueryBlock;
     for (Index q = 0; q < rows; ++q) column[q] = head.queries[(first + q) * head.query_width + d] * head.scale;
     for (Index q = rows; q < kQueryBlock; ++q) column[q] = 0;
   }
-  // Keys are counted from the panel in which the first query's window begins.
-  const Index begin = head.first_seen(first) / kernels.tile_rows * kernels.tile_rows;
+  // Keys are counted from the first that one of the queries sees.
+  const Index begin = head.first_seen(first);
   const Index own = head.earlier + first - begin;  // the first query's key
   const Index keys = own + rows;
-  float* logits = work.logits.data();
-  kernels.multiply(keys, kQueryBlock, dim, head.packed_keys + begin * dim, kernels.tile_rows * dim, kernels.tile_rows,
-                   work.queries.data(), kernels.tile_columns, kQueryBlock, logits, kQueryBlock, false);
-  if (head.softcapping > 0) kernels.soft_cap(keys * kQueryBlock, head.softcapping, logits);
-  for (Index j = own + 1; j < keys; ++j) {
-    std::fill_n(logits + j * kQueryBlock, j - own, -std::numeric_limits<float>::infinity());
-  }
-  for (Index q = 0; q < rows && head.window > 0; ++q) {
-    const Index seen = head.first_seen(first + q) - begin;
-    for (Index j = 0; j < seen; ++j) logits[j * kQueryBlock + q] = -std::numeric_limits<float>::infinity();
-  }
-
   float maxima[kQueryBlock];
   std::fill_n(maxima, kQueryBlock, -std::numeric_limits<float>::infinity());
-  kernels.update_maxima(keys, logits, maxima);
+  Index seen[kQueryBlock] = {};
+  for (Index q = 0; q < rows && head.window > 0; ++q) seen[q] = head.first_seen(first + q) - begin;
+  for (Index start = 0; start < keys; start += kKeyBlock) {
+    const Index end = std::min(start + kKeyBlock, keys);
+    float* const logits = work.logits.data() + start * kQueryBlock;
+    kernels::multiply(end - start, kQueryBlock, dim, head.keys + (begin + start) * dim, dim, 1, work.queries.data(),
+                      kQueryBlock, logits, kQueryBlock);
+    if (head.softcapping > 0) kernels::soft_cap((end - start) * kQueryBlock, head.softcapping, logits);
+    for (Index j = std::max(start, own + 1); j < end; ++j) {
+      std::fill_n(logits + (j - start) * kQueryBlock, j - own, -std::numeric_limits<float>::infinity());
+    }
+    for (Index q = 0; q < rows; ++q) {
+      for (Index j = start; j < std::min(seen[q], end); ++j) {
+        logits[(j - start) * kQueryBlock + q] = -std::numeric_limits<float>::infinity();
+      }
+    }
+    kernels::raise_maxima(end - start, kQueryBlock, logits, maxima);
+  }
+
   double sums[kQueryBlock] = {};
-  std::fill(work.outputs.begin(), work.outputs.end(), 0.0f);
+  std::fill_n(work.outputs.data(), dim * kQueryBlock, 0.0f);
   for (Index start = 0; start < keys; start += kKeyBlock) {
     const Index count = std::min(kKeyBlock, keys - start);
-    float* weights = logits + start * kQueryBlock;
-    kernels.exponentiate(count, weights, maxima, sums);
-    kernels.multiply(dim, kQueryBlock, count, head.values + (begin + start) * dim, kernels.tile_rows, dim, weights,
-                     kernels.tile_columns, kQueryBlock, work.outputs.data(), kQueryBlock, true);
+    float* weights = work.logits.data() + start * kQueryBlock;
+    kernels::exponentiate_and_sum(count, kQueryBlock, maxima, weights, sums);
+    kernels::add_product(dim, kQueryBlock, count, head.values + (begin + start) * dim, 1, dim, weights, kQueryBlock,
+                         work.outputs.data(), kQueryBlock);
   }
 
   float factors[kQueryBlock] = {};
   for (Index q = 0; q < rows; ++q) factors[q] = static_cast<float>(1.0 / sums[q]);
-  if (mass != nullptr) kernels.accumulate_mass(keys, logits, factors, mass + begin);
+  if (mass != nullptr) kernels::add_mass(keys, kQueryBlock, work.logits.data(), factors, mass + begin);
   for (Index q = 0; q < rows; ++q) {
     float* out = head.outputs + (first + q) * head.query_width;
-    for (Index d = 0; d < dim; ++d) out[d] = work.outputs[static_cast<std::size_t>(d * kQueryBlock + q)] * factors[q];
+    for (Index d = 0; d < dim; ++d) out[d] = work.outputs.data()[d * kQueryBlock + q] * factors[q];
   }
 }
 
 void attend_many(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
                  std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass) {
-  const Kernels& kernels = execution.kernels();
   const Index dim = shape.head_dim;
   const Index group = shape.num_attention_heads / shape.num_key_value_heads;
   const Index query_width = shape.num_attention_heads * dim;
@@ -103,19 +114,8 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
   for (int kv_head = 0; kv_head < shape.num_key_value_heads; ++kv_head) {
     longest = std::max(longest, cache.length(layer, kv_head));
   }
-  std::vector<std::vector<float>> packed_keys(static_cast<std::size_t>(shape.num_key_value_heads));
-  execution.share(shape.num_key_value_heads, shape.num_key_value_heads * longest * dim, [&](Index piece, int) {
-    const int kv_head = static_cast<int>(piece);
-    const Index length = cache.length(layer, kv_head);
-    const Index padded = (length + kernels.tile_rows - 1) / kernels.tile_rows * kernels.tile_rows;
-    auto& packed = packed_keys[static_cast<std::size_t>(kv_head)];
-    packed.resize(static_cast<std::size_t>(padded * dim));
-    kernels.pack(DType::float32, reinterpret_cast<const std::byte*>(cache.keys(layer, kv_head)), dim, length, dim,
-                 kernels.tile_rows, packed.data());
-  });
 
-  const Index seen =
-      shape.sliding_window > 0 ? std::min(longest, shape.sliding_window + kQueryBlock + kernels.tile_rows) : longest;
+  const Index seen = shape.sliding_window > 0 ? std::min(longest, shape.sliding_window + kQueryBlock) : longest;
   const Index blocks = (count + kQueryBlock - 1) / kQueryBlock;
   const Index pieces = shape.num_attention_heads * kPiecesPerHead;
   const Index mass_width = mass.empty() ? 0 : static_cast<Index>(mass.size()) / shape.num_attention_heads;
@@ -123,9 +123,11 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
   std::vector<Workspace> workspaces(static_cast<std::size_t>(execution.threads()));
   execution.share(pieces, count * seen * query_width, [&](Index piece, int worker) {
     Workspace& work = workspaces[static_cast<std::size_t>(worker)];
-    work.queries.resize(static_cast<std::size_t>(dim * kQueryBlock));
-    work.outputs.resize(static_cast<std::size_t>(dim * kQueryBlock));
-    work.logits.resize(static_cast<std::size_t>(seen * kQueryBlock));
+    if (work.logits.size() == 0) {
+      work.queries = Buffer(dim * kQueryBlock);
+      work.outputs = Buffer(dim * kQueryBlock);
+      work.logits = Buffer(seen * kQueryBlock);
+    }
     const Index query_head = piece / kPiecesPerHead;
     const int kv_head = static_cast<int>(query_head / group);
     HeadView head;
@@ -134,7 +136,7 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
     head.earlier = cache.length(layer, kv_head) - count;
     head.positions = cache.positions(layer, kv_head);
     head.window = shape.sliding_window;
-    head.packed_keys = packed_keys[static_cast<std::size_t>(kv_head)].data();
+    head.keys = cache.keys(layer, kv_head);
     head.values = cache.values(layer, kv_head);
     head.queries = queries.data() + query_head * dim;
     head.outputs = outputs.data() + query_head * dim;
@@ -143,7 +145,7 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
     double* piece_mass = mass.empty() ? nullptr : partial_mass.data() + piece * mass_width;
     for (Index block = piece % kPiecesPerHead; block < blocks; block += kPiecesPerHead) {
       const Index first = block * kQueryBlock;
-      attend_block(kernels, head, first, std::min(kQueryBlock, count - first), work, piece_mass);
+      attend_block(head, first, std::min(kQueryBlock, count - first), work, piece_mass);
     }
   });
   for (Index piece = 0; piece < pieces && !mass.empty(); ++piece) {
@@ -157,7 +159,6 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
 // A single token: bound by reading the cache, so the query heads of a group follow each other over the same rows.
 void attend_one(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
                 std::span<const float> queries, std::span<float> outputs) {
-  const Kernels& kernels = execution.kernels();
   const Index dim = shape.head_dim;
   const Index group = shape.num_attention_heads / shape.num_key_value_heads;
   const Index work_size = 2 * cache.length(layer, 0) * dim * shape.num_attention_heads;
@@ -180,21 +181,26 @@ void attend_one(const Execution& execution, const AttentionShape& shape, const K
         for (Index d = 0; d < dim; ++d) {
           query[static_cast<std::size_t>(d)] = from[d] * static_cast<float>(shape.softmax_scale);
         }
-        kernels.multiply_vector(DType::float32, reinterpret_cast<const std::byte*>(head_keys + start * dim),
-                                std::min(kKeyBlock, keys - start), dim, query.data(),
-                                weights.data() + member * keys + start);
+        kernels::multiply_vector(DType::float32, reinterpret_cast<const std::byte*>(head_keys + start * dim),
+                                 std::min(kKeyBlock, keys - start), dim, query.data(),
+                                 weights.data() + member * keys + start);
       }
     }
     if (shape.softcapping > 0) {
-      kernels.soft_cap(group * keys, static_cast<float>(shape.softcapping), weights.data());
+      kernels::soft_cap(group * keys, static_cast<float>(shape.softcapping), weights.data());
     }
-    for (Index member = 0; member < group; ++member) kernels.softmax(keys, weights.data() + member * keys);
+    for (Index member = 0; member < group; ++member) kernels::softmax(keys, weights.data() + member * keys);
+    // Whole vectors, which reach beyond the last value.
+    const Index width = kernels::rounded_up(dim, kernels::kLanes);
+    std::vector<float> sums(static_cast<std::size_t>(group * width));
     for (Index start = 0; start < keys; start += kKeyBlock) {
       for (Index member = 0; member < group; ++member) {
-        kernels.multiply(1, dim, std::min(kKeyBlock, keys - start), weights.data() + member * keys + start, 0, 1,
-                         head_values + start * dim, kernels.tile_columns, dim,
-                         outputs.data() + (first_head + member) * dim, 0, start > 0);
+        kernels::add_product(1, width, std::min(kKeyBlock, keys - start), weights.data() + member * keys + start, 0, 1,
+                             head_values + start * dim, dim, sums.data() + member * width, width);
       }
+    }
+    for (Index member = 0; member < group; ++member) {
+      std::copy_n(sums.data() + member * width, dim, outputs.data() + (first_head + member) * dim);
     }
   });
 }

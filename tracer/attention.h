@@ -23,8 +23,7 @@ struct AttentionShape {
 /// `queries` and `outputs` are [count, H·D]. `mass`, unless empty, is [H, N] for the N tokens that went through the
 /// model so far, new ones included: the attention that each key received from the new queries, summed in double. It
 /// needs a cache from which nothing was taken.
-/// Memory beside the arguments: the keys of the layer once more, and 64 floats per key that a block of 64 queries sees
-/// and thread.
+/// Memory beside the arguments: 64 floats per thread and key that a block of 64 queries sees.
 void attend(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
             std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass);
 

@@ -80,8 +80,7 @@ struct Execution::Pool {
   }
 };
 
-Execution::Execution(int threads, const Kernels& kernels)
-    : kernels_(kernels), threads_(threads), pool_(std::make_unique<Pool>()) {
+Execution::Execution(int threads) : threads_(threads), pool_(std::make_unique<Pool>()) {
   for (int worker = 1; worker < threads; ++worker) {
     pool_->workers.emplace_back([pool = pool_.get(), worker] { pool->serve(worker); });
   }

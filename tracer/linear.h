@@ -2,14 +2,13 @@
 #pragma once
 
 #include <span>
-#include <vector>
 
 #include "tracer/execution.h"
 #include "tracer/model.h"
 
 namespace kvreplay::tracer {
 
-/// The input of one or several linear layers: rows of activations, one per token, arranged for the kernels.
+/// The input of one or several linear layers: rows of activations, one per token.
 class LinearInput {
  public:
   /// `rows` is [count, width].
@@ -26,7 +25,6 @@ class LinearInput {
   std::span<const float> rows_;
   Index count_;
   Index width_;
-  std::vector<float> packed_;
 };
 
 }  // namespace kvreplay::tracer

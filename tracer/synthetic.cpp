@@ -13,6 +13,8 @@
 #include <string>
 
 #include "base/error.h"
+#include "kernels/inference.h"
+#include "kernels/kernels.h"
 #include "trace/writer.h"
 
 namespace kvreplay::tracer {
@@ -21,6 +23,9 @@ namespace {
 
 // Positions of a head that are made, attended and written together.
 constexpr Index kBlock = 1024;
+
+// Queries that are attended together.
+constexpr Index kQueryBlock = kernels::kPanel;
 
 // Queries that attend to a block while it is at hand: keys and values are made again for every so many.
 constexpr Index kChunk = 16 * kQueryBlock;
@@ -566,7 +571,6 @@ class TraceMaker {
   TraceMaker(const SyntheticTrace& trace, const std::filesystem::path& path, const Execution& execution)
       : trace_(trace),
         execution_(execution),
-        kernels_(execution.kernels()),
         generator_(trace),
         info_(generator_.info()),
         dim_(trace.head_dim),
@@ -607,7 +611,7 @@ class TraceMaker {
     std::vector<float> rows;            // as they are made: [kBlock, D], or some of the projection
     std::vector<std::byte> keys;        // as stored
     std::vector<std::byte> values;      // as stored
-    std::vector<float> packed_keys;     // panels of tile_rows keys
+    std::vector<float> widened_keys;    // [kBlock, D]
     std::vector<float> widened_values;  // [kBlock, D]
     std::vector<float> logits;          // [kBlock, kQueryBlock]
     std::vector<Partial> partials;      // of each block of queries
@@ -690,32 +694,32 @@ class TraceMaker {
     return rows;
   }
 
-  // Brings a block's keys into the panels of the kernels, as they are stored.
+  // Makes a block's keys, as they are stored and as they are read again.
   void make_keys(int layer, int kv_head, Index first, Index count, Workspace& work) const {
-    const Index padded = (count + kernels_.tile_rows - 1) / kernels_.tile_rows * kernels_.tile_rows;
+    const auto size = static_cast<std::size_t>(count * dim_);
     work.rows.resize(static_cast<std::size_t>(std::max<Index>(work.rows.size(), kBlock * dim_)));
-    work.packed_keys.resize(static_cast<std::size_t>(std::max<Index>(work.packed_keys.size(), padded * dim_)));
-    work.keys.resize(static_cast<std::size_t>(count * dim_) * size_of(trace_.dtype));
+    work.widened_keys.resize(static_cast<std::size_t>(kBlock * dim_));
+    work.keys.resize(size * size_of(trace_.dtype));
     generator_.keys(layer, kv_head, first, count, work.rows.data());
-    from_float32(trace_.dtype, std::span(work.rows).first(static_cast<std::size_t>(count * dim_)), work.keys.data());
-    kernels_.pack(trace_.dtype, work.keys.data(), dim_, count, dim_, kernels_.tile_rows, work.packed_keys.data());
+    from_float32(trace_.dtype, std::span(work.rows).first(size), work.keys.data());
+    to_float32(trace_.dtype, work.keys.data(), std::span(work.widened_keys).first(size));
   }
 
   void make_values(const Generator::ValuePlan& plan, Index first, Index count, Workspace& work) const {
-    // Kernels read whole vectors, which may reach beyond the last row.
-    work.widened_values.resize(static_cast<std::size_t>(kBlock * dim_ + kQueryBlock));
-    work.values.resize(static_cast<std::size_t>(count * dim_) * size_of(trace_.dtype));
+    const auto size = static_cast<std::size_t>(count * dim_);
+    work.widened_values.resize(static_cast<std::size_t>(kBlock * dim_));
+    work.values.resize(size * size_of(trace_.dtype));
     generator_.values(plan, first, count, work.rows.data());
-    from_float32(trace_.dtype, std::span(work.rows).first(static_cast<std::size_t>(count * dim_)), work.values.data());
-    kernels_.pack(trace_.dtype, work.values.data(), dim_, count, dim_, 1, work.widened_values.data());
+    from_float32(trace_.dtype, std::span(work.rows).first(size), work.values.data());
+    to_float32(trace_.dtype, work.values.data(), std::span(work.widened_values).first(size));
   }
 
   // Logits [keys, kQueryBlock] of a block of keys from `first` on; what a query does not see is -infinity.
   void multiply_logits(const QueryRows& queries, Index first, Index keys, Workspace& work) const {
     work.logits.resize(static_cast<std::size_t>(kBlock * kQueryBlock));
     float* logits = work.logits.data();
-    kernels_.multiply(keys, kQueryBlock, dim_, work.packed_keys.data(), kernels_.tile_rows * dim_, kernels_.tile_rows,
-                      queries.columns.data(), kernels_.tile_columns, kQueryBlock, logits, kQueryBlock, false);
+    kernels::multiply(keys, kQueryBlock, dim_, work.widened_keys.data(), dim_, 1, queries.columns.data(), kQueryBlock,
+                      logits, kQueryBlock);
     for (Index i = 0; i < queries.count && position_of(queries.first + i) < first + keys - 1; ++i) {
       for (Index j = std::max<Index>(position_of(queries.first + i) + 1 - first, 0); j < keys; ++j) {
         logits[j * kQueryBlock + i] = -std::numeric_limits<float>::infinity();
@@ -756,7 +760,7 @@ class TraceMaker {
     Partial& partial = work.partials[number];
     multiply_logits(queries, first, keys, work);
     std::fill_n(partial.maxima, kQueryBlock, -std::numeric_limits<float>::infinity());
-    kernels_.update_maxima(keys, work.logits.data(), partial.maxima);
+    kernels::raise_maxima(keys, kQueryBlock, work.logits.data(), partial.maxima);
     std::fill_n(partial.sums, kQueryBlock, 0.0);
     partial.outputs.assign(static_cast<std::size_t>(dim_ * kQueryBlock), 0.0F);
     // A query that sees none of the keys has no largest logit; any number leaves its weights 0.
@@ -765,9 +769,9 @@ class TraceMaker {
     for (Index start = 0; start < keys; start += kKeyBlock) {
       const Index count = std::min(kKeyBlock, keys - start);
       float* weights = work.logits.data() + start * kQueryBlock;
-      kernels_.exponentiate(count, weights, maxima, partial.sums);
-      kernels_.multiply(dim_, kQueryBlock, count, work.widened_values.data() + start * dim_, kernels_.tile_rows, dim_,
-                        weights, kernels_.tile_columns, kQueryBlock, partial.outputs.data(), kQueryBlock, true);
+      kernels::exponentiate_and_sum(count, kQueryBlock, maxima, weights, partial.sums);
+      kernels::add_product(dim_, kQueryBlock, count, work.widened_values.data() + start * dim_, 1, dim_, weights,
+                           kQueryBlock, partial.outputs.data(), kQueryBlock);
     }
   }
 
@@ -817,7 +821,7 @@ class TraceMaker {
         float maxima[kQueryBlock];
         for (Index i = 0; i < kQueryBlock; ++i) maxima[i] = static_cast<float>(queries.maxima[i]);
         double ignored[kQueryBlock] = {};
-        kernels_.exponentiate(keys, work.logits.data(), maxima, ignored);
+        kernels::exponentiate_and_sum(keys, kQueryBlock, maxima, work.logits.data(), ignored);
         for (Index member = 0; member < group_; ++member) {
           float factors[kQueryBlock] = {};
           for (Index i = 0; i < queries.count; ++i) {
@@ -825,7 +829,7 @@ class TraceMaker {
             if (row % group_ == member && position_of(row) < prompt)
               factors[i] = static_cast<float>(1 / queries.sums[i]);
           }
-          kernels_.accumulate_mass(keys, work.logits.data(), factors, mass.data() + member * prompt + first);
+          kernels::add_mass(keys, kQueryBlock, work.logits.data(), factors, mass.data() + member * prompt + first);
         }
       }
     });
@@ -851,7 +855,6 @@ class TraceMaker {
 
   SyntheticTrace trace_;
   const Execution& execution_;
-  const Kernels& kernels_;
   Generator generator_;
   const TraceInfo& info_;
   Index dim_;

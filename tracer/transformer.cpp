@@ -4,14 +4,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <string_view>
 
 #include "base/error.h"
+#include "kernels/inference.h"
 
 namespace kvreplay::tracer {
 
 namespace {
+
+std::span<float> all_of(Buffer& rows) { return rows.part(0, rows.size()); }
 
 std::span<float> block_of(std::span<float> rows, Index first, Index count, Index width) {
   return rows.subspan(static_cast<std::size_t>(first * width), static_cast<std::size_t>(count * width));
@@ -19,9 +21,7 @@ std::span<float> block_of(std::span<float> rows, Index first, Index count, Index
 
 // The first value that is NaN or infinite, or -1.
 Index first_not_finite(std::span<const float> values) {
-  bool all_finite = true;
-  for (const float value : values) all_finite &= std::abs(value) <= std::numeric_limits<float>::max();
-  if (all_finite) return -1;
+  if (all_finite(values)) return -1;
   const auto found = std::find_if(values.begin(), values.end(), [](float value) { return !std::isfinite(value); });
   return found - values.begin();
 }
@@ -34,16 +34,16 @@ Error not_finite(std::string_view what, int layer, std::string_view head_kind, I
                   std::isnan(value) ? "NaN" : "infinity", what, layer, head_kind, head, position));
 }
 
-auto gate_kernel(Activation activation, const Kernels& kernels) {
+auto gate_kernel(Activation activation) {
   switch (activation) {
     case Activation::silu:
-      return kernels.silu_multiply;
+      return &kernels::silu_multiply;
     case Activation::gelu_tanh:
-      return kernels.gelu_tanh_multiply;
+      return &kernels::gelu_tanh_multiply;
     case Activation::gelu:
       break;
   }
-  return &gelu_multiply;
+  return &kernels::gelu_multiply;
 }
 
 // `rows` is [count, heads * dim].
@@ -59,7 +59,7 @@ void check_rows(std::span<const float> rows, std::string_view what, int layer, s
 
 Transformer::Transformer(const Model& model, const Options& options)
     : model_(model),
-      execution_(options.threads, *options.kernels),
+      execution_(options.threads),
       block_tokens_(options.block_tokens),
       inverse_frequencies_(model.config.rotary.inverse_frequencies(model.config.head_dim)),
       local_inverse_frequencies_(model.config.local_rotary.inverse_frequencies(model.config.head_dim)) {}
@@ -73,8 +73,8 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
   AttentionShape shape = {config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.softmax_scale,
                           config.attn_logit_softcapping};
 
-  std::vector<float> hidden_rows(static_cast<std::size_t>(count * width));
-  const std::span<float> hidden(hidden_rows);
+  Buffer hidden_rows(count * width);
+  const std::span<float> hidden = all_of(hidden_rows);
   const Tensor& embedding = model_.embedding;
   for (Index token = 0; token < count; ++token) {
     const Index offset = ids[static_cast<std::size_t>(token)] * width * static_cast<Index>(size_of(embedding.type));
@@ -85,11 +85,19 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
   }
 
   const bool wants_mass = observer != nullptr && observer->wants_attention_mass();
-  std::vector<float> queries(static_cast<std::size_t>(count * query_width));
-  std::vector<float> outputs(queries.size());
+  Buffer query_rows(count * query_width);
+  Buffer output_rows(count * query_width);
+  const std::span<float> queries = all_of(query_rows);
+  const std::span<float> outputs = all_of(output_rows);
+  const Rotation rotation = rotation_of(first_position, count, inverse_frequencies_);
+  Rotation local_rotation;
   std::vector<double> mass;
   for (int number = 0; number < config.num_layers; ++number) {
     const LayerWeights& layer = model_.layers[static_cast<std::size_t>(number)];
+    const bool local = config.sliding_window(number) > 0;
+    if (local && local_rotation.cosines.size() == 0) {
+      local_rotation = rotation_of(first_position, count, local_inverse_frequencies_);
+    }
     const auto report = [&](Index tokens_of_half, int half) {
       if (observer == nullptr) return;
       const double layers = number + (half + static_cast<double>(tokens_of_half) / static_cast<double>(count)) / 2;
@@ -98,8 +106,8 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
 
     for (Index first = 0, block = 0; first < count; first += block) {
       block = next_block(count - first);
-      project(layer, block_of(hidden, first, block, width), block, first_position + first, cache, number,
-              block_of(queries, first, block, query_width));
+      project(layer, block_of(hidden, first, block, width), block, first, local ? local_rotation : rotation, cache,
+              number, block_of(queries, first, block, query_width));
       report(first + block, 0);
     }
 
@@ -124,8 +132,8 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
   std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
   LinearInput(execution_, last, 1).multiply(model_.output_head, logits);
   if (config.final_logit_softcapping > 0) {
-    execution_.kernels().soft_cap(static_cast<Index>(logits.size()), static_cast<float>(config.final_logit_softcapping),
-                                  logits.data());
+    kernels::soft_cap(static_cast<Index>(logits.size()), static_cast<float>(config.final_logit_softcapping),
+                      logits.data());
   }
   if (first_not_finite(logits) >= 0) {
     throw Error(
@@ -140,18 +148,22 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
 // not depend on how the prompt was divided.
 Index Transformer::next_block(Index left) const { return left <= block_tokens_ + 1 ? left : block_tokens_; }
 
+// `first` counts the tokens of the pass.
 void Transformer::project(const LayerWeights& layer, std::span<const float> hidden, Index count, Index first,
-                          KvCache& cache, int layer_number, std::span<float> queries) {
+                          const Rotation& rotation, KvCache& cache, int layer_number, std::span<float> queries) {
   const ModelConfig& config = model_.config;
+  const Index position = cache.next_position() + first;
   const Index dim = config.head_dim;
   const Index query_width = Index{config.num_attention_heads} * dim;
   const Index kv_width = Index{config.num_key_value_heads} * dim;
 
-  std::vector<float> normalized(hidden.size());
-  normalize(hidden, layer.attention_norm, normalized);
-  const LinearInput input(execution_, normalized, count);
-  std::vector<float> keys(static_cast<std::size_t>(count * kv_width));
-  std::vector<float> values(keys.size());
+  Buffer normalized(count * config.hidden_size);
+  normalize(hidden, layer.attention_norm, all_of(normalized));
+  const LinearInput input(execution_, all_of(normalized), count);
+  Buffer key_rows(count * kv_width);
+  Buffer value_rows(count * kv_width);
+  const std::span<float> keys = all_of(key_rows);
+  const std::span<float> values = all_of(value_rows);
   input.multiply(layer.query, queries);
   input.multiply(layer.key, keys);
   input.multiply(layer.value, values);
@@ -159,16 +171,14 @@ void Transformer::project(const LayerWeights& layer, std::span<const float> hidd
     normalize(queries, layer.query_norm, queries);
     normalize(keys, layer.key_norm, keys);
   }
-  const std::vector<float>& frequencies =
-      config.sliding_window(layer_number) > 0 ? local_inverse_frequencies_ : inverse_frequencies_;
-  rotate(queries, count, query_width, first, frequencies);
-  rotate(keys, count, kv_width, first, frequencies);
-  check_rows(queries, "queries", layer_number, "query", query_width, dim, first);
-  check_rows(keys, "keys", layer_number, "KV", kv_width, dim, first);
-  check_rows(values, "values", layer_number, "KV", kv_width, dim, first);
+  rotate(queries, count, query_width, first, rotation);
+  rotate(keys, count, kv_width, first, rotation);
+  check_rows(queries, "queries", layer_number, "query", query_width, dim, position);
+  check_rows(keys, "keys", layer_number, "KV", kv_width, dim, position);
+  check_rows(values, "values", layer_number, "KV", kv_width, dim, position);
 
   for (int head = 0; head < config.num_key_value_heads; ++head) {
-    const KvCache::Rows rows = cache.append(layer_number, head, first, count);
+    const KvCache::Rows rows = cache.append(layer_number, head, position, count);
     for (Index token = 0; token < count; ++token) {
       const Index from = token * kv_width + head * dim;
       std::copy_n(keys.data() + from, dim, rows.keys + token * dim);
@@ -180,7 +190,8 @@ void Transformer::project(const LayerWeights& layer, std::span<const float> hidd
 void Transformer::feed_forward(const LayerWeights& layer, std::span<const float> attended, Index count,
                                std::span<float> hidden) {
   const Index intermediate = model_.config.intermediate_size;
-  std::vector<float> rows(hidden.size());
+  Buffer buffer(static_cast<Index>(hidden.size()));
+  const std::span<float> rows = all_of(buffer);
   const auto add_to_hidden = [&] {
     for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] += rows[i];
   };
@@ -189,18 +200,18 @@ void Transformer::feed_forward(const LayerWeights& layer, std::span<const float>
   add_to_hidden();
 
   normalize(hidden, layer.mlp_norm, rows);
-  std::vector<float> gate(static_cast<std::size_t>(count * intermediate));
-  std::vector<float> up(gate.size());
+  Buffer gate(count * intermediate);
+  Buffer up(count * intermediate);
   {
     const LinearInput input(execution_, rows, count);
-    input.multiply(layer.gate, gate);
-    input.multiply(layer.up, up);
+    input.multiply(layer.gate, all_of(gate));
+    input.multiply(layer.up, all_of(up));
   }
-  const auto multiply_gate = gate_kernel(model_.config.activation, execution_.kernels());
+  const auto multiply_gate = gate_kernel(model_.config.activation);
   execution_.share(count, count * intermediate * 10, [&](Index token, int) {
     multiply_gate(intermediate, gate.data() + token * intermediate, up.data() + token * intermediate);
   });
-  LinearInput(execution_, gate, count).multiply(layer.down, rows);
+  LinearInput(execution_, all_of(gate), count).multiply(layer.down, rows);
   if (model_.config.norm_after) normalize(rows, layer.down_norm, rows);
   add_to_hidden();
 }
@@ -220,27 +231,35 @@ void Transformer::normalize(std::span<const float> hidden, std::span<const float
   });
 }
 
-// Turns the halves of every head against each other, as Hugging Face checkpoints expect.
+Transformer::Rotation Transformer::rotation_of(Index first_position, Index count,
+                                               const std::vector<float>& frequencies) const {
+  const Index half = static_cast<Index>(frequencies.size());
+  Rotation rotation{Buffer(count * half), Buffer(count * half)};
+  execution_.share(count, count * half * 40, [&](Index token, int) {
+    for (Index i = 0; i < half; ++i) {
+      // The angle is rounded to float32, as where the model was trained; at position 100,000 that is 0.004 rad.
+      const float angle = static_cast<float>(first_position + token) * frequencies[static_cast<std::size_t>(i)];
+      rotation.cosines.data()[token * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+      rotation.sines.data()[token * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+    }
+  });
+  return rotation;
+}
+
+// Turns the halves of every head against each other, as Hugging Face checkpoints expect. `first` counts the tokens of
+// the pass.
 void Transformer::rotate(std::span<float> heads, Index count, Index width, Index first,
-                         const std::vector<float>& frequencies) const {
+                         const Rotation& rotation) const {
   const Index half = model_.config.head_dim / 2;
   execution_.share(count, count * width * 4, [&](Index token, int) {
-    std::vector<float> cosines(static_cast<std::size_t>(half));
-    std::vector<float> sines(cosines.size());
-    for (std::size_t i = 0; i < cosines.size(); ++i) {
-      // The angle is rounded to float32, as where the model was trained; at position 100,000 that is 0.004 rad.
-      const float angle = static_cast<float>(first + token) * frequencies[i];
-      cosines[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
-      sines[i] = static_cast<float>(std::sin(static_cast<double>(angle)));
-    }
+    const float* const cosines = rotation.cosines.data() + (first + token) * half;
+    const float* const sines = rotation.sines.data() + (first + token) * half;
     for (float* head = heads.data() + token * width; head < heads.data() + (token + 1) * width; head += 2 * half) {
       for (Index i = 0; i < half; ++i) {
         const float left = head[i];
         const float right = head[half + i];
-        const float cosine = cosines[static_cast<std::size_t>(i)];
-        const float sine = sines[static_cast<std::size_t>(i)];
-        head[i] = left * cosine - right * sine;
-        head[half + i] = right * cosine + left * sine;
+        head[i] = left * cosines[i] - right * sines[i];
+        head[half + i] = right * cosines[i] + left * sines[i];
       }
     }
   });

@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "base/buffer.h"
 #include "tracer/attention.h"
 #include "tracer/kv_cache.h"
 #include "tracer/linear.h"
@@ -49,7 +50,6 @@ class Transformer {
     /// Tokens that go through a layer's matrices together: more of them need more memory, fewer more often convert the
     /// weights.
     Index block_tokens = 1024;
-    const Kernels* kernels = &best_kernels();
   };
 
   /// `model` must outlive this object.
@@ -62,13 +62,19 @@ class Transformer {
   std::vector<float> forward(std::span<const std::int32_t> ids, KvCache& cache, ForwardObserver* observer = nullptr);
 
  private:
+  // Cosines and sines of the angles that rotary embedding turns the tokens of a pass by, [count, D/2] each.
+  struct Rotation {
+    Buffer cosines;
+    Buffer sines;
+  };
+
   Index next_block(Index left) const;
-  void project(const LayerWeights& layer, std::span<const float> hidden, Index count, Index first, KvCache& cache,
-               int layer_number, std::span<float> queries);
+  Rotation rotation_of(Index first_position, Index count, const std::vector<float>& frequencies) const;
+  void project(const LayerWeights& layer, std::span<const float> hidden, Index count, Index first,
+               const Rotation& rotation, KvCache& cache, int layer_number, std::span<float> queries);
   void feed_forward(const LayerWeights& layer, std::span<const float> attended, Index count, std::span<float> hidden);
   void normalize(std::span<const float> hidden, std::span<const float> weight, std::span<float> out) const;
-  void rotate(std::span<float> heads, Index count, Index width, Index first,
-              const std::vector<float>& frequencies) const;
+  void rotate(std::span<float> heads, Index count, Index width, Index token, const Rotation& rotation) const;
 
   const Model& model_;
   Execution execution_;

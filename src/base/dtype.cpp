@@ -12,7 +12,10 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "base/dtype.cpp"
 #include <hwy/foreach_target.h>
+// After foreach_target.h, as it asks for.
 #include <hwy/highway.h>
+
+#include "base/widen-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvreplay::HWY_NAMESPACE {
@@ -21,51 +24,7 @@ namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
 // The exponent's bits, all set in infinity and NaN and in nothing else: a finite value, less its sign, is below them.
-constexpr std::int16_t kFloat16Infinity = 0x7c00;
-constexpr std::int16_t kBfloat16Infinity = 0x7f80;
 constexpr std::int32_t kFloat32Infinity = 0x7f800000;
-
-struct WidenBfloat16 {
-  using Stored = Eigen::bfloat16;
-  static constexpr std::int16_t kInfinity = kBfloat16Infinity;
-
-#if HWY_TARGET != HWY_SCALAR
-  template <class D, class Half>
-  auto operator()(D d, Half bits) const {
-    const hn::RebindToUnsigned<D> d_bits;
-    return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d_bits, bits)));
-  }
-#endif
-};
-
-struct WidenFloat16 {
-  using Stored = Eigen::half;
-  static constexpr std::int16_t kInfinity = kFloat16Infinity;
-
-#if HWY_TARGET != HWY_SCALAR
-  template <class D, class Half>
-  auto operator()(D d, Half bits) const {
-#if HWY_TARGET <= HWY_AVX2 && HWY_ARCH_X86 && !defined(HWY_DISABLE_F16C)
-    return hn::PromoteTo(d, hn::BitCast(hn::Rebind<hwy::float16_t, D>(), bits));
-#else
-    const hn::RebindToSigned<D> d_bits;
-    const auto wide = hn::BitCast(d_bits, hn::PromoteTo(hn::RebindToUnsigned<D>(), bits));
-    const auto magnitude = hn::And(wide, hn::Set(d_bits, 0x7fff));
-    const auto sign = hn::ShiftLeft<16>(hn::AndNot(hn::Set(d_bits, 0x7fff), wide));
-    // The exponent's bias is 112 more in float32; infinity and NaN, with the largest exponent in both, need as much
-    // again.
-    const auto rebias = hn::Set(d_bits, 112 << 23);
-    const auto special = hn::Gt(magnitude, hn::Set(d_bits, kFloat16Infinity - 1));
-    auto normal = hn::Add(hn::ShiftLeft<13>(magnitude), rebias);
-    normal = hn::Add(normal, hn::IfThenElseZero(special, rebias));
-    // Zero and subnormals are a multiple of 2^-24, and their bits say which.
-    const auto small = hn::Mul(hn::ConvertTo(d, magnitude), hn::Set(d, 0x1p-24F));
-    const auto is_small = hn::Gt(hn::Set(d_bits, 1 << 10), magnitude);
-    return hn::BitCast(d, hn::Or(sign, hn::IfThenElse(is_small, hn::BitCast(d_bits, small), normal)));
-#endif
-  }
-#endif
-};
 
 // Widens `count` elements at `bytes`; whether all are finite.
 template <class Widen>

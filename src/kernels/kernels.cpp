@@ -8,48 +8,79 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/kernels.cpp"
-#include <hwy/detect_compiler_arch.h>
-#if HWY_ARCH_X86
-// Nothing here gains from AVX3_DL, and processors without AVX2 are served by the baseline.
-#define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSSE3 | HWY_SSE4)
-#elif HWY_ARCH_ARM
-// Arrays of vectors need a size that the compiler knows.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
-#endif
+#include "kernels/targets.h"
+
 #include <hwy/foreach_target.h>
 // After foreach_target.h, as it asks for.
+#include <hwy/cache_control.h>
 #include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
+
+#include "kernels/vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvreplay::kernels {
 namespace HWY_NAMESPACE {
 
-namespace hn = hwy::HWY_NAMESPACE;
-
-using Floats = hn::CappedTag<float, kLanes>;
-using Vector = hn::Vec<Floats>;
-
-constexpr std::size_t kVectorLanes = HWY_MIN(HWY_LANES(float), static_cast<std::size_t>(kLanes));
-
 // Rows and vectors of results that are held in registers: as many as there are, with what they are made of.
 constexpr int kRows = 6;
 constexpr int kVectors = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM ? 4 : 2;
 
+// Columns that a product takes at a time, and how deep a block of them stays in the innermost cache: half of its
+// smallest size, all of it where vectors are wide.
+constexpr Index kColumnsAtOnce = static_cast<Index>(kVectorLanes) * kVectors;
+constexpr Index kDepth = HWY_TARGET <= HWY_AVX3 ? 128 : 4096 / kColumnsAtOnce;
+
+// Rows of the left operand that stay in the second-level cache while the columns pass.
+constexpr Index kBlockRows = 20 * kRows;
+
+// From so many rows on, columns that lie apart are brought together first: they would share few places of the cache.
+constexpr Index kRowsWorthCopying = 8 * kRows;
+
+// One row has too few results in flight to keep the multipliers busy, unless more columns come along.
+constexpr int kVectorsOfOneRow = 8;
+
+// Σ_k a[i·a_row + k·a_step] · b[k·b_row + j].
+struct Terms {
+  Index depth;
+  const float* a;
+  Index a_row;
+  Index a_step;
+  const float* b;
+  Index b_row;
+};
+
+// Where sums begin (at 0 without a `start`) and where they go.
+struct Sums {
+  const float* start;
+  Index start_row;
+  float* out;
+  Index out_row;
+  bool add;  // to what is there
+};
+
 template <int rows, int vectors>
-HWY_INLINE void multiply_tile(Index depth, const float* HWY_RESTRICT a, Index a_row, Index a_step,
-                              const float* HWY_RESTRICT b, Index b_row, float* HWY_RESTRICT c, Index c_row,
-                              bool accumulate) {
+HWY_INLINE void multiply_tile(const Terms& terms, const Sums& sums) {
   const Floats d;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  // What is written at the end comes into the cache meanwhile.
+  for (int i = 0; i < rows; ++i) {
+    for (Index j = 0; j < vectors * n; j += kLanes) hwy::Prefetch(sums.out + i * sums.out_row + j);
+  }
   Vector sum[rows][vectors];
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < vectors; ++j) {
-      sum[i][j] = accumulate ? hn::LoadU(d, c + i * c_row + j * static_cast<Index>(kVectorLanes)) : hn::Zero(d);
+      sum[i][j] = sums.start != nullptr ? hn::LoadU(d, sums.start + i * sums.start_row + j * n) : hn::Zero(d);
     }
   }
-  for (Index k = 0; k < depth; ++k) {
+  const float* HWY_RESTRICT a = terms.a;
+  const float* HWY_RESTRICT b = terms.b;
+  const Index a_row = terms.a_row;
+  const Index a_step = terms.a_step;
+  const Index b_row = terms.b_row;
+  for (Index k = 0; k < terms.depth; ++k) {
     Vector right[vectors];
-    for (int j = 0; j < vectors; ++j) right[j] = hn::LoadU(d, b + k * b_row + j * static_cast<Index>(kVectorLanes));
+    for (int j = 0; j < vectors; ++j) right[j] = hn::LoadU(d, b + k * b_row + j * n);
     for (int i = 0; i < rows; ++i) {
       const auto left = hn::Set(d, a[i * a_row + k * a_step]);
       for (int j = 0; j < vectors; ++j) sum[i][j] = hn::MulAdd(left, right[j], sum[i][j]);
@@ -57,76 +88,135 @@ HWY_INLINE void multiply_tile(Index depth, const float* HWY_RESTRICT a, Index a_
   }
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < vectors; ++j) {
-      hn::StoreU(sum[i][j], d, c + i * c_row + j * static_cast<Index>(kVectorLanes));
+      float* const out = sums.out + i * sums.out_row + j * n;
+      hn::StoreU(sums.add ? hn::Add(hn::LoadU(d, out), sum[i][j]) : sum[i][j], d, out);
     }
   }
 }
 
 // Rows in strips of nearly the same height: a low one at the end would hold few sums and wait for each of them.
 template <int vectors>
-HWY_INLINE void multiply_columns(Index rows, Index depth, const float* a, Index a_row, Index a_step, const float* b,
-                                 Index b_row, float* c, Index c_row, bool accumulate) {
+HWY_INLINE void multiply_strips(Index rows, Terms terms, Sums sums) {
   const Index strips = (rows + kRows - 1) / kRows;
   for (Index strip = 0; strip < strips; ++strip) {
     const Index height = rows / strips + (strip < rows % strips ? 1 : 0);
     switch (height) {
       case 1:
-        multiply_tile<1, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        multiply_tile<1, vectors>(terms, sums);
         break;
       case 2:
-        multiply_tile<2, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        multiply_tile<2, vectors>(terms, sums);
         break;
       case 3:
-        multiply_tile<3, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        multiply_tile<3, vectors>(terms, sums);
         break;
       case 4:
-        multiply_tile<4, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        multiply_tile<4, vectors>(terms, sums);
         break;
       case 5:
-        multiply_tile<5, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        multiply_tile<5, vectors>(terms, sums);
         break;
       default:
-        multiply_tile<kRows, vectors>(depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
+        multiply_tile<kRows, vectors>(terms, sums);
         break;
     }
-    a += height * a_row;
-    c += height * c_row;
+    terms.a += height * terms.a_row;
+    if (sums.start != nullptr) sums.start += height * sums.start_row;
+    sums.out += height * sums.out_row;
+  }
+}
+
+// Up to kBlockRows rows by some vectors of columns, in pieces of the depth; sums that are not complete wait outside of
+// the result, whose rows may be far apart.
+template <int vectors>
+HWY_INLINE void multiply_columns(Index rows, const Terms& terms, const Sums& sums) {
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  HWY_ALIGN float copy[kDepth * vectors * kVectorLanes];
+  HWY_ALIGN float partial[kBlockRows * vectors * kVectorLanes];
+  const bool copies = rows >= kRowsWorthCopying && terms.b_row != vectors * n;
+  const Index pieces = std::max<Index>((terms.depth + kDepth - 1) / kDepth, 1);
+  Index done = 0;
+  for (Index piece = 0; piece < pieces; ++piece) {
+    Terms part = terms;
+    part.depth = terms.depth / pieces + (piece < terms.depth % pieces ? 1 : 0);
+    part.a += done * terms.a_step;
+    part.b += done * terms.b_row;
+    if (copies) {
+      const Floats d;
+      for (Index k = 0; k < part.depth; ++k) {
+        for (int j = 0; j < vectors; ++j) {
+          hn::Store(hn::LoadU(d, part.b + k * part.b_row + j * n), d, copy + (k * vectors + j) * n);
+        }
+      }
+      part.b = copy;
+      part.b_row = vectors * n;
+    }
+    Sums here = sums;
+    if (piece > 0) {
+      here.start = partial;
+      here.start_row = vectors * n;
+    }
+    if (piece + 1 < pieces) {
+      here.out = partial;
+      here.out_row = vectors * n;
+      here.add = false;
+    }
+    multiply_strips<vectors>(rows, part, here);
+    done += part.depth;
+  }
+}
+
+// As multiply_columns, for all the columns from `first` on that come in this many vectors; returns where they end.
+template <class Work>
+HWY_INLINE Index for_columns(Index first, Index columns, Index width, const Terms& terms, const Sums& sums,
+                             const Work& work) {
+  for (; first + width <= columns; first += width) {
+    Terms part = terms;
+    part.b += first;
+    Sums here = sums;
+    if (sums.start != nullptr) here.start += first;
+    here.out += first;
+    work(part, here);
+  }
+  return first;
+}
+
+void multiply_rows(Index rows, Index columns, const Terms& terms, const Sums& sums) {
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  Index done = 0;
+  if (rows == 1) {
+    done = for_columns(done, columns, kVectorsOfOneRow * n, terms, sums,
+                       [](const Terms& part, const Sums& here)
+                           HWY_ATTR { multiply_tile<1, kVectorsOfOneRow>(part, here); });
+  }
+  done = for_columns(done, columns, kColumnsAtOnce, terms, sums, [rows](const Terms& part, const Sums& here) HWY_ATTR {
+    multiply_columns<kVectors>(rows, part, here);
+  });
+  done = for_columns(done, columns, 2 * n, terms, sums,
+                     [rows](const Terms& part, const Sums& here) HWY_ATTR { multiply_columns<2>(rows, part, here); });
+  for_columns(done, columns, n, terms, sums,
+              [rows](const Terms& part, const Sums& here) HWY_ATTR { multiply_columns<1>(rows, part, here); });
+}
+
+void multiply_all(Index rows, Index columns, Terms terms, Sums sums) {
+  const Index blocks = (rows + kBlockRows - 1) / kBlockRows;
+  for (Index block = 0; block < blocks; ++block) {
+    const Index here = rows / blocks + (block < rows % blocks ? 1 : 0);
+    multiply_rows(here, columns, terms, sums);
+    terms.a += here * terms.a_row;
+    if (sums.start != nullptr) sums.start += here * sums.start_row;
+    sums.out += here * sums.out_row;
   }
 }
 
 void multiply(Index rows, Index columns, Index depth, const float* a, Index a_row, Index a_step, const float* b,
               Index b_row, float* c, Index c_row, bool accumulate) {
-  constexpr Index kWide = static_cast<Index>(kVectorLanes) * kVectors;
-  Index j = 0;
-  for (; j + kWide <= columns; j += kWide) {
-    multiply_columns<kVectors>(rows, depth, a, a_row, a_step, b + j, b_row, c + j, c_row, accumulate);
-  }
-  for (; j + 2 * static_cast<Index>(kVectorLanes) <= columns; j += 2 * static_cast<Index>(kVectorLanes)) {
-    multiply_columns<2>(rows, depth, a, a_row, a_step, b + j, b_row, c + j, c_row, accumulate);
-  }
-  for (; j < columns; j += static_cast<Index>(kVectorLanes)) {
-    multiply_columns<1>(rows, depth, a, a_row, a_step, b + j, b_row, c + j, c_row, accumulate);
-  }
+  multiply_all(rows, columns, {depth, a, a_row, a_step, b, b_row}, {accumulate ? c : nullptr, c_row, c, c_row, false});
 }
 
-// A square of as many rows as a vector has lanes, turned in registers: every round puts the even elements of two
-// neighbouring vectors into one and the odd ones into another, and after log2(lanes) rounds rows are columns.
-HWY_INLINE void transpose_square(const float* from, Index from_row, float* to, Index to_row) {
-  const Floats d;
-  constexpr int n = static_cast<int>(kVectorLanes);
-  Vector rows[n];
-  for (int i = 0; i < n; ++i) rows[i] = hn::LoadU(d, from + i * from_row);
-#if HWY_TARGET != HWY_SCALAR  // a single lane is turned already
-  for (int round = 1; round < n; round *= 2) {
-    Vector next[n];
-    for (int i = 0; i < n / 2; ++i) {
-      next[i] = hn::ConcatEven(d, rows[2 * i + 1], rows[2 * i]);
-      next[i + n / 2] = hn::ConcatOdd(d, rows[2 * i + 1], rows[2 * i]);
-    }
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
-#endif
-  for (int i = 0; i < n; ++i) hn::StoreU(rows[i], d, to + i * to_row);
+void add_product(Index rows, Index columns, Index depth, const float* a, Index a_row, Index a_step, const float* b,
+                 Index b_row, float* c, Index c_row) {
+  multiply_all(rows, columns, {depth, a, a_row, a_step, b, b_row}, {nullptr, 0, c, c_row, true});
 }
 
 void to_panels(const float* rows, Index row, Index count, Index depth, float* panels) {
@@ -135,18 +225,19 @@ void to_panels(const float* rows, Index row, Index count, Index depth, float* pa
     const Index here = std::min(kPanel, count - first);
     const float* from = rows + first * row;
     float* panel = panels + first * depth;
-    Index position = 0;
-    for (; position + n <= here; position += n) {
-      Index k = 0;
-      for (; k + n <= depth; k += n) {
+    // All positions of some elements, so that every line of the panel is written at once.
+    const Index whole = here / n * n;
+    Index k = 0;
+    for (; k + n <= depth; k += n) {
+      for (Index position = 0; position < whole; position += n) {
         transpose_square(from + position * row + k, row, panel + k * kPanel + position, kPanel);
       }
-      for (; k < depth; ++k) {
-        for (Index i = position; i < position + n; ++i) panel[k * kPanel + i] = from[i * row + k];
-      }
     }
-    for (Index k = 0; k < depth && position < kPanel; ++k) {
-      for (Index i = position; i < kPanel; ++i) panel[k * kPanel + i] = i < here ? from[i * row + k] : 0.0f;
+    for (; k < depth; ++k) {
+      for (Index i = 0; i < whole; ++i) panel[k * kPanel + i] = from[i * row + k];
+    }
+    for (k = 0; k < depth && whole < kPanel; ++k) {
+      for (Index i = whole; i < kPanel; ++i) panel[k * kPanel + i] = i < here ? from[i * row + k] : 0.0f;
     }
   }
 }
@@ -531,6 +622,7 @@ HWY_AFTER_NAMESPACE();
 namespace kvreplay::kernels {
 
 HWY_EXPORT(multiply);
+HWY_EXPORT(add_product);
 HWY_EXPORT(to_panels);
 HWY_EXPORT(exponentiate);
 HWY_EXPORT(finish_logits);
@@ -550,8 +642,35 @@ void multiply(Index rows, Index columns, Index depth, const float* a, Index a_ro
   HWY_DYNAMIC_DISPATCH(multiply)(rows, columns, depth, a, a_row, a_step, b, b_row, c, c_row, accumulate);
 }
 
+void add_product(Index rows, Index columns, Index depth, const float* a, Index a_row, Index a_step, const float* b,
+                 Index b_row, float* c, Index c_row) {
+  HWY_DYNAMIC_DISPATCH(add_product)(rows, columns, depth, a, a_row, a_step, b, b_row, c, c_row);
+}
+
 void to_panels(const float* rows, Index row, Index count, Index depth, float* panels) {
   HWY_DYNAMIC_DISPATCH(to_panels)(rows, row, count, depth, panels);
+}
+
+void to_panels(DType type, const std::byte* rows, Index row, Index count, Index depth, float* panels) {
+  if (type == DType::float32 && reinterpret_cast<std::uintptr_t>(rows) % alignof(float) == 0) {
+    to_panels(reinterpret_cast<const float*>(rows), row, count, depth, panels);
+    return;
+  }
+  // A slice of the rows that the innermost cache holds is widened, then turned.
+  constexpr Index kSlice = 128;
+  float slice[kPanel * kSlice];
+  const auto element = static_cast<Index>(size_of(type));
+  for (Index first = 0; first < count; first += kPanel) {
+    const Index here = std::min(kPanel, count - first);
+    for (Index k = 0; k < depth; k += kSlice) {
+      const Index width = std::min(kSlice, depth - k);
+      for (Index i = 0; i < here; ++i) {
+        to_float32(type, rows + ((first + i) * row + k) * element,
+                   std::span(slice + i * width, static_cast<std::size_t>(width)));
+      }
+      to_panels(slice, width, here, width, panels + first * depth + k * kPanel);
+    }
+  }
 }
 
 BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softcapping) {

@@ -1,12 +1,15 @@
-// The inner loops of replay, compiled for several instruction sets of which the processor's best is chosen when the
-// program runs. Single-threaded. What they calculate, and in which order, does not depend on how work was divided; it
-// can differ in the last bits between processors with and without fused multiplication and addition.
+// The inner loops of replay and the products of inference, compiled for several instruction sets of which the
+// processor's best is chosen when the program runs. Single-threaded. What they calculate, and in which order, does not
+// depend on how work was divided; it can differ in the last bits between processors with and without fused
+// multiplication and addition.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
 
+#include "base/dtype.h"
 #include "base/matrix.h"
 
 namespace kvreplay::kernels {
@@ -26,9 +29,16 @@ constexpr Index rounded_up(Index count, Index unit) { return (count + unit - 1) 
 void multiply(Index rows, Index columns, Index depth, const float* a, Index a_row, Index a_step, const float* b,
               Index b_row, float* c, Index c_row, bool accumulate = false);
 
+/// c[i, j] += Σ_k …, as multiply() has it, with the sum over k made on its own, from 0.
+void add_product(Index rows, Index columns, Index depth, const float* a, Index a_row, Index a_step, const float* b,
+                 Index b_row, float* c, Index c_row);
+
 /// Turns `count` rows of `depth` elements, `row` floats apart, into panels: position n of the rows stands in column
 /// n % kPanel of panel n / kPanel. What is left of the last panel is filled with zeros.
 void to_panels(const float* rows, Index row, Index count, Index depth, float* panels);
+
+/// The same of rows of any type, widened to float32; `row` is counted in elements.
+void to_panels(DType type, const std::byte* rows, Index row, Index count, Index depth, float* panels);
 
 /// Moves `count` rows of `depth` floats that follow each other apart, so that a row begins every `width` floats, with
 /// zeros between them.

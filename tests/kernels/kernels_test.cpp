@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -105,18 +107,57 @@ TEST(Multiply, FollowsItsDefinitionForAnyShape) {
   });
 }
 
+TEST(Multiply, FollowsItsDefinitionBeyondWhatItTakesAtATime) {
+  EveryProcessor().for_each([] {
+    // Rows and depths around the pieces that stay in the caches, and right operands that lie apart.
+    for (const Index depth : {127, 128, 129, 257, 600}) {
+      for (const Index rows : {47, 48, 49, 119, 120, 121, 250}) {
+        for (const Index columns : {16, 64, 112}) {
+          SCOPED_TRACE(testing::Message() << rows << " × " << columns << " × " << depth);
+          const Index b_row = columns + (rows % 2 == 0 ? 0 : 16);
+          const Product product{normal(rows * depth, 1), depth, 1, normal(depth * b_row, 2), b_row};
+          expect_product(product, rows, columns, depth, rows % 3 == 0);
+          if (testing::Test::HasFatalFailure()) return;
+        }
+      }
+    }
+  });
+}
+
+TEST(AddProduct, AddsASumThatWasMadeOnItsOwn) {
+  EveryProcessor().for_each([] {
+    for (const Index rows : {1, 2, 6, 13, 48, 130}) {
+      for (const Index columns : {16, 48, 64, 144}) {
+        for (const Index depth : {1, 64, 300}) {
+          SCOPED_TRACE(testing::Message() << rows << " × " << columns << " × " << depth);
+          const std::vector<float> a = normal(rows * depth, 1);
+          const std::vector<float> b = normal(depth * columns, 2);
+          const std::vector<float> before = normal(rows * columns, 3, 100);
+          std::vector<float> product(before.size());
+          multiply(rows, columns, depth, a.data(), depth, 1, b.data(), columns, product.data(), columns);
+          std::vector<float> expected = before;
+          std::ranges::transform(before, product, expected.begin(), std::plus());
+          std::vector<float> sums = before;
+          add_product(rows, columns, depth, a.data(), depth, 1, b.data(), columns, sums.data(), columns);
+          ASSERT_EQ(bits_of(sums), bits_of(expected));
+        }
+      }
+    }
+  });
+}
+
 TEST(Multiply, AnElementIsTheSameBitsInAnyCompany) {
   EveryProcessor().for_each([] {
-    constexpr Index kRowsOfAll = 13;
+    constexpr Index kRowsOfAll = 53;
     constexpr Index kColumnsOfAll = 144;
-    constexpr Index kDepth = 127;
+    constexpr Index kDepth = 300;
     const std::vector<float> a = normal(kRowsOfAll * kDepth, 3);
     const std::vector<float> b = normal(kDepth * kColumnsOfAll, 4);
     std::vector<float> all(at(kRowsOfAll * kColumnsOfAll));
     multiply(kRowsOfAll, kColumnsOfAll, kDepth, a.data(), kDepth, 1, b.data(), kColumnsOfAll, all.data(),
              kColumnsOfAll);
-    for (Index first_row = 0; first_row < kRowsOfAll; ++first_row) {
-      for (Index rows = 1; rows <= kRowsOfAll - first_row; rows += 3) {
+    for (Index first_row = 0; first_row < kRowsOfAll; first_row += 5) {
+      for (Index rows = 1; rows <= kRowsOfAll - first_row; rows += 13) {
         for (Index first = 0; first < kColumnsOfAll; first += kLanes) {
           for (Index columns = kLanes; columns <= kColumnsOfAll - first; columns += 2 * kLanes) {
             std::vector<float> part(at(rows * columns));
@@ -171,6 +212,38 @@ TEST(ToPanels, TurnsRowsAndFillsTheRestWithZeros) {
       }
     }
   });
+}
+
+TEST(ToPanels, WidensEveryHalfExactly) {
+  std::vector<std::uint16_t> halves(65536);
+  std::iota(halves.begin(), halves.end(), std::uint16_t{0});
+  const auto* const data = reinterpret_cast<const std::byte*>(halves.data());
+  for (const DType type : {DType::float16, DType::bfloat16}) {
+    EveryProcessor().for_each([&] {
+      std::vector<float> values(halves.size());
+      to_float32(type, data, values);
+      // 100 rows of 600, and what is left of them.
+      for (const auto& [count, depth] : {std::pair<Index, Index>{100, 600}, {1, 65536}, {65, 129}}) {
+        const Index panels = rounded_up(count, kPanel) / kPanel;
+        std::vector<float> expected(at(panels * kPanel * depth));
+        std::vector<float> packed(expected.size());
+        to_panels(values.data(), depth, count, depth, expected.data());
+        to_panels(type, data, depth, count, depth, packed.data());
+        EXPECT_EQ(bits_of(packed), bits_of(expected)) << name_of(type) << " " << count << " " << depth;
+      }
+    });
+  }
+}
+
+TEST(ToPanels, TakesFloatsFromAnyPlace) {
+  const std::vector<float> rows = normal(70 * 40, 6);
+  std::vector<std::byte> moved(rows.size() * sizeof(float) + 1);
+  std::memcpy(moved.data() + 1, rows.data(), rows.size() * sizeof(float));
+  std::vector<float> expected(2 * kPanel * 40);
+  std::vector<float> packed(expected.size());
+  to_panels(rows.data(), 40, 70, 40, expected.data());
+  to_panels(DType::float32, moved.data() + 1, 40, 70, 40, packed.data());
+  EXPECT_EQ(bits_of(packed), bits_of(expected));
 }
 
 TEST(PadRows, MovesRowsApartInPlace) {

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <random>
 
+#include "support/every_processor.h"
+
 namespace kvreplay::tracer {
 namespace {
 
@@ -101,20 +103,18 @@ void check(const Case& test) {
   const KvCache cache = filled_cache(test);
   const auto queries = random_values(test.count * shape.num_attention_heads * shape.head_dim, 30);
   const Outcome expected = plain(test, cache, queries);
-  for (const Kernels& kernels : available_kernels()) {
-    const Execution execution(2, kernels);
+  const Execution execution(2);
+  test::EveryProcessor().for_each([&] {
     std::vector<float> outputs(queries.size());
     attend(execution, shape, cache, 0, queries, test.count, outputs, {});
-    for (std::size_t i = 0; i < outputs.size(); ++i) {
-      ASSERT_NEAR(outputs[i], expected.outputs[i], 5e-6) << kernels.name << " " << i;
-    }
-    if (!test.kept.empty()) continue;
+    for (std::size_t i = 0; i < outputs.size(); ++i) ASSERT_NEAR(outputs[i], expected.outputs[i], 5e-6) << i;
+    if (!test.kept.empty()) return;
     std::vector<double> mass(static_cast<std::size_t>(shape.num_attention_heads * tokens));
     attend(execution, shape, cache, 0, queries, test.count, outputs, mass);
     for (std::size_t i = 0; i < mass.size(); ++i) {
-      ASSERT_NEAR(mass[i], expected.mass[i], 1e-5 * (1 + expected.mass[i])) << kernels.name << " " << i;
+      ASSERT_NEAR(mass[i], expected.mass[i], 1e-5 * (1 + expected.mass[i])) << i;
     }
-  }
+  });
 }
 
 TEST(Attention, SeesTheLastKeysOfEveryWindow) {

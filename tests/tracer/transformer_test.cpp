@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "support/every_processor.h"
 #include "support/temporary_folder.h"
 #include "support/tiny_model.h"
 
@@ -199,11 +200,10 @@ TEST(Transformer, RunsWithEveryInstructionSet) {
   TinyModelOptions options;
   options.kv_heads = 2;
   options.dtype = DType::bfloat16;
-  for (const Kernels& kernels : available_kernels()) {
-    SCOPED_TRACE(kernels.name);
-    check(options, some_ids(131, options.vocabulary), {130, 1}, {.kernels = &kernels});
-    check(options, some_ids(131, options.vocabulary), {131}, {.kernels = &kernels});
-  }
+  test::EveryProcessor().for_each([&] {
+    check(options, some_ids(131, options.vocabulary), {130, 1}, {});
+    check(options, some_ids(131, options.vocabulary), {131}, {});
+  });
 }
 
 TEST(Transformer, GivesTheSameBitsForAnyThreadsAndBlocks) {

@@ -10,7 +10,9 @@ namespace kvreplay {
 
 /// Rates that nothing here exceeds, measured on this machine with OpenMP's present number of threads.
 struct Ceilings {
-  double products = 0;            ///< operations per second of float32 matrix products with both factors in the cache
+  double products = 0;  ///< operations per second of float32 products in the cache: the larger of the two below
+  double products_by_kernel = 0;  ///< by the kernel that replay and captures use
+  double products_by_eigen = 0;   ///< by Eigen, as this build was compiled, so that no kernel is its own measure
   double exponentials = 0;        ///< per second, of logits in the cache
   double memory = 0;              ///< bytes per second that are read from memory
   double file_by_one_thread = 0;  ///< bytes per second of the trace's file, in blocks of 1 MiB, as dd copies them

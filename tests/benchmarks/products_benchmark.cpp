@@ -1,6 +1,6 @@
-// The matrix products that occur in a replay, by Eigen, OpenBLAS and the project's own kernels, which are written with
-// Highway: one thread, float32, operands in the cache. Every result is compared with one in double precision before it
-// is timed.
+// The matrix products that occur in a replay and in a capture, by Eigen, OpenBLAS and the project's own kernels, which
+// are written with Highway: one thread, float32, operands in the cache. Every result is compared with one in double
+// precision before it is timed.
 #include <benchmark/benchmark.h>
 #include <cblas.h>
 
@@ -13,6 +13,7 @@
 
 #include "base/matrix.h"
 #include "kernels/kernels.h"
+#include "tracer/linear.h"
 
 namespace kvreplay::benchmarks {
 namespace {
@@ -61,6 +62,39 @@ const std::vector<Shape> kShapes = {
     {.name = "outputs: a[4,512] V[512,128]", .rows = 4, .columns = 128, .depth = 512},
     {.name = "outputs: a[36,512] V[512,128]", .rows = 36, .columns = 128, .depth = 512},
     {.name = "square: 1024", .rows = 1024, .columns = 1024, .depth = 1024},
+};
+
+// A thousand tokens of a prompt through the layers of a small and of a larger model, and their attention.
+const std::vector<Shape> kLinearShapes = {
+    {.name = "linear layer: X[1024,576] W[576,576]^T",
+     .rows = 1024,
+     .columns = 576,
+     .depth = 576,
+     .b_transposed = true},
+    {.name = "linear layer: X[1024,576] W[192,576]^T",
+     .rows = 1024,
+     .columns = 192,
+     .depth = 576,
+     .b_transposed = true},
+    {.name = "linear layer: X[1024,576] W[1536,576]^T",
+     .rows = 1024,
+     .columns = 1536,
+     .depth = 576,
+     .b_transposed = true},
+    {.name = "linear layer: X[1024,1536] W[576,1536]^T",
+     .rows = 1024,
+     .columns = 576,
+     .depth = 1536,
+     .b_transposed = true},
+    {.name = "linear layer: X[512,2048] W[2048,2048]^T",
+     .rows = 512,
+     .columns = 2048,
+     .depth = 2048,
+     .b_transposed = true},
+};
+const std::vector<Shape> kAttentionShapes = {
+    {.name = "logits: K[128,64] Q[64,64]", .rows = 128, .columns = 64, .depth = 64},
+    {.name = "outputs: V[128,64]^T a[128,64]", .rows = 64, .columns = 64, .depth = 128, .a_transposed = true},
 };
 
 struct Operands {
@@ -149,6 +183,15 @@ void by_highway_in_place(Operands& o) {
   }
 }
 
+// As a capture does it, laying out the weights each time.
+void by_linear_layer(Operands& o) {
+  static const tracer::Execution one_thread(1);
+  tracer::LinearWeights linear;
+  linear.weight = {DType::float32, {o.b.rows(), o.b.cols()}, reinterpret_cast<const std::byte*>(o.b.data())};
+  tracer::LinearInput(one_thread, {o.a.data(), static_cast<std::size_t>(o.a.size())}, o.a.rows())
+      .multiply(linear, {o.c.data(), static_cast<std::size_t>(o.c.size())});
+}
+
 void add(const Shape& shape, const std::string& library, void (*product)(Operands&)) {
   benchmark::RegisterBenchmark((shape.name + "/" + library).c_str(), [shape, product](benchmark::State& state) {
     Operands operands(shape);
@@ -177,6 +220,16 @@ void add_all() {
     } else {
       add(shape, "Highway, in place", by_highway_in_place);
     }
+  }
+  for (const Shape& shape : kLinearShapes) {
+    add(shape, "Eigen", by_eigen);
+    add(shape, "OpenBLAS", by_openblas);
+    add(shape, "Highway, linear layer", by_linear_layer);
+  }
+  for (const Shape& shape : kAttentionShapes) {
+    add(shape, "Eigen", by_eigen);
+    add(shape, "OpenBLAS", by_openblas);
+    add(shape, "Highway, in place", by_highway_in_place);
   }
 }
 

@@ -1,11 +1,13 @@
 # A front for CMake's presets: make help
 # PRESET=release builds for any processor of this kind, PRESET=debug with assertions; JOBS=1 takes one core;
-# WERROR=ON treats warnings as errors, TARGETS='kvreplay_cli test_policy' builds only these.
+# WERROR=ON treats warnings as errors, TARGETS='kvreplay_cli test_policy' builds only these,
+# CMAKE_ARGS=-DKVREPLAY_NATIVE=ON sets what the preset does not.
 PRESET ?= release-native
 PREFIX ?= /usr/local
 JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 WERROR ?= OFF
 TARGETS ?=
+CMAKE_ARGS ?=
 RUNS ?= 10000
 
 # Checkouts in different folders share what ccache holds.
@@ -13,7 +15,8 @@ export CCACHE_BASEDIR := $(CURDIR)
 
 # Given on every run, so that a ccache which comes or goes is noticed; sccache and others through the environment.
 configure = cmake --preset $(1) --log-level=WARNING -DKVREPLAY_WERROR=$(WERROR) \
-  -DCMAKE_CXX_COMPILER_LAUNCHER="$${CMAKE_CXX_COMPILER_LAUNCHER-$$(command -v ccache)}"
+  -DCMAKE_CXX_COMPILER_LAUNCHER="$${CMAKE_CXX_COMPILER_LAUNCHER-$$(command -v ccache)}" \
+  $(CMAKE_ARGS)
 compile = cmake --build --preset $(1) --parallel $(JOBS) $(addprefix --target ,$(TARGETS))
 
 prefix = $(abspath $(patsubst ~/%,$(HOME)/%,$(PREFIX)))

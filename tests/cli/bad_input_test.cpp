@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/command.h"
+#include "support/places.h"
 #include "support/random_trace.h"
 #include "support/sample_trace.h"
 #include "support/tiny_model.h"
@@ -275,7 +276,7 @@ TEST_F(BadModel, EmptyPrompt) {
   test::write_file(folder_ / "ids", " \n");
   expect_refused({"ids: holds no token ids"});
   test::write_file(folder_ / "empty.txt", "");
-  const std::string demo = std::string(KVREPLAY_TRACES_DIR) + "/demo-model";
+  const std::string demo = (test::bundled_traces() / "demo-model").string();
   refuse({"capture", "--model", demo, "--prompt", "empty.txt"}, 1, {"empty.txt: the prompt is empty"});
   refuse({"capture", "--model", demo, "--prompt", "-"}, 1, {"standard input: the prompt is empty"});
 }
@@ -284,7 +285,7 @@ TEST_F(BadModel, PromptThatIsNotText) {
   test::write_file(folder_ / "latin1.txt",
                    "Gr\xfc\xdf"
                    "e");
-  refuse({"capture", "--model", std::string(KVREPLAY_TRACES_DIR) + "/demo-model", "--prompt", "latin1.txt"}, 1,
+  refuse({"capture", "--model", (test::bundled_traces() / "demo-model").string(), "--prompt", "latin1.txt"}, 1,
          {"latin1.txt: byte 2 is not UTF-8"});
 }
 

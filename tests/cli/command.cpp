@@ -1,4 +1,5 @@
 #include "cli/command.h"
+#include "support/places.h"
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -54,7 +55,7 @@ Outcome run_in(const std::filesystem::path& folder, const Invocation& invocation
   const TemporaryFolder aside;
   write_file(aside / "input", invocation.input);
   std::vector<std::string> arguments = invocation.arguments;
-  arguments.insert(arguments.begin(), KVREPLAY_EXECUTABLE);
+  arguments.insert(arguments.begin(), kvreplay_executable());
   arguments.insert(arguments.begin(), invocation.launcher.begin(), invocation.launcher.end());
   std::vector<char*> argv;
   for (std::string& argument : arguments) argv.push_back(argument.data());

@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "cli/command.h"
+#include "support/places.h"
 
 namespace kvreplay {
 namespace {
@@ -100,7 +101,7 @@ TEST_F(Completion, BashAsksTheProgram) {
     const std::string script = fmt::format(
         "cd '{}' && . ./kvreplay.bash && COMP_WORDS=(kvreplay {}) && COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)) && "
         "_kvreplay '{}' && echo \"${{COMPREPLY[*]}}\" >reply",
-        folder_.path().string(), words, KVREPLAY_EXECUTABLE);
+        folder_.path().string(), words, test::kvreplay_executable().string());
     test::write_file(folder_ / "complete.bash", script);
     EXPECT_EQ(std::system(fmt::format("bash '{}'", (folder_ / "complete.bash").string()).c_str()), 0) << words;
     EXPECT_EQ(test::read_file(folder_ / "reply"), expected + "\n") << words;

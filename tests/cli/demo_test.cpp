@@ -7,6 +7,7 @@
 
 #include "cli/command.h"
 #include "hdf5/hdf5.h"
+#include "support/places.h"
 
 namespace kvreplay {
 namespace {
@@ -16,7 +17,7 @@ using testing::HasSubstr;
 
 class Demo : public test::Commands {
  protected:
-  const std::filesystem::path traces_ = KVREPLAY_TRACES_DIR;
+  const std::filesystem::path traces_ = test::bundled_traces();
 
   std::string capture(const std::string& prompt, const std::string& answer) {
     const std::string text = traces_ / "prompts" / (prompt + ".txt");

@@ -5,6 +5,8 @@
 #include <filesystem>
 #include <string>
 
+#include "support/places.h"
+
 namespace {
 
 struct Outcome {
@@ -13,7 +15,7 @@ struct Outcome {
 };
 
 Outcome kvreplay(const std::string& arguments) {
-  const std::string command = "'" KVREPLAY_EXECUTABLE "' " + arguments + " 2>&1";
+  const std::string command = "'" + kvreplay::test::kvreplay_executable().string() + "' " + arguments + " 2>&1";
   Outcome outcome;
   FILE* const pipe = ::popen(command.c_str(), "r");
   for (int c = std::fgetc(pipe); c != EOF; c = std::fgetc(pipe)) outcome.output += static_cast<char>(c);
@@ -22,9 +24,11 @@ Outcome kvreplay(const std::string& arguments) {
   return outcome;
 }
 
-std::string plugin(const std::string& name) { return " --plugin '" KVREPLAY_TEST_PLUGINS "/" + name + ".so' "; }
+std::string plugin(const std::string& name) {
+  return " --plugin '" + (kvreplay::test::test_plugins() / name).string() + ".so' ";
+}
 
-const std::string kTrace = "'" KVREPLAY_GOLDEN_DIR "/random-gqa.h5' ";
+const std::string kTrace = "'" + (kvreplay::test::golden_folder() / "random-gqa.h5").string() + "' ";
 
 TEST(PluginOption, PoliciesListsAndExplainsThem) {
   const Outcome list = kvreplay("policies" + plugin("recency_attention") + plugin("matrices"));
@@ -51,7 +55,8 @@ TEST(PluginOption, AFailureIsOneLine) {
   for (const char* name : {"absent", "no_plugin", "other_version", "other_layout", "missing_symbol", "taken_name"}) {
     const Outcome outcome = kvreplay("policies" + plugin(name));
     EXPECT_EQ(outcome.exit_code, 1) << outcome.output;
-    EXPECT_TRUE(outcome.output.starts_with("kvreplay: " KVREPLAY_TEST_PLUGINS "/")) << outcome.output;
+    EXPECT_TRUE(outcome.output.starts_with("kvreplay: " + (kvreplay::test::test_plugins() / "").string()))
+        << outcome.output;
     EXPECT_EQ(outcome.output.find('\n'), outcome.output.size() - 1) << outcome.output;
   }
 }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "support/places.h"
 #include "support/temporary_folder.h"
 
 namespace kvreplay {
@@ -20,7 +21,7 @@ echo >>"$LOG"
 )";
 
 TEST(DemoScript, ShowsCommandsThatCanBePasted) {
-  const std::filesystem::path scripts = std::filesystem::path(KVREPLAY_TRACES_DIR).parent_path() / "scripts";
+  const std::filesystem::path scripts = test::project_folder() / "scripts";
   const test::TemporaryFolder folder;
   const std::filesystem::path project = folder / "the project";
   for (const char* name : {"scripts", "build", "traces/prompts"}) std::filesystem::create_directories(project / name);
@@ -58,7 +59,7 @@ TEST(DemoScript, ShowsCommandsThatCanBePasted) {
 
 // On a machine without any of the packages, whose apt-get only says what it was asked for.
 TEST(InstallDependencies, AsksForNoMoreThanTheTaskTakes) {
-  const std::filesystem::path scripts = std::filesystem::path(KVREPLAY_TRACES_DIR).parent_path() / "scripts";
+  const std::filesystem::path scripts = test::project_folder() / "scripts";
   const test::TemporaryFolder folder;
   std::filesystem::create_directory(folder / "bin");
   test::write_file(folder / "bin/dpkg-query", "#!/bin/sh\n");

@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/command.h"
+#include "support/places.h"
 #include "support/random_trace.h"
 
 namespace kvreplay {
@@ -81,8 +82,7 @@ TEST_F(SlidingWindowCommands, SpansThatALayerNoLongerHeldHaveNoPartInMeans) {
 
 // Of its four layers three have a window of 21.
 TEST_F(SlidingWindowCommands, Gemma3LosesNothingInLayersWhoseWindowTheCapacityHolds) {
-  const std::string model =
-      (std::filesystem::path(KVREPLAY_TEST_DATA).parent_path() / "tracer" / "families" / "gemma3").string();
+  const std::string model = (test::project_folder() / "tests" / "tracer" / "families" / "gemma3").string();
   std::string ids;
   for (int i = 0; i < 200; ++i) ids += std::to_string((i * 31 + i * i) % 191) + " ";
   test::write_file(folder_ / "ids", ids);

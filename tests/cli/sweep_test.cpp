@@ -4,48 +4,25 @@
 
 #include <csignal>
 #include <filesystem>
-#include <limits>
 #include <nlohmann/json.hpp>
 
-#include "cli/command.h"
+#include "cli/sweep_commands.h"
 #include "hdf5/hdf5.h"
 #include "support/random_trace.h"
-#include "support/sample_trace.h"
 
 namespace kvreplay {
 namespace {
 
 using nlohmann::json;
+using test::Interrupted;
 using test::RandomTrace;
+using test::Sweep;
 using testing::AllOf;
 using testing::AnyOf;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::Not;
 using testing::StartsWith;
-
-class Sweep : public test::Commands {
- protected:
-  Sweep() {
-    RandomTrace{.num_layers = 3, .spans = {{10, 14, "needle"}}}.write(folder_ / "a.h5");
-    RandomTrace{.seed = 2}.write(folder_ / "b.h5");
-  }
-
-  static constexpr const char* kGrid =
-      " a.h5 b.h5 --policy full restkv(alpha={0.3,0.6},window={4,8}) snapkv(window=4) --capacity 20,50% --evict-at "
-      "40,60 ";
-
-  std::string bytes(const std::string& name) const { return test::read_file(folder_ / name); }
-
-  bool there(const std::string& name) const { return std::filesystem::exists(folder_ / name); }
-
-  // Refused, leaving everything as it was, units included.
-  void refuse_words(const std::string& arguments, int exit_code, const std::vector<std::string>& reasons) const {
-    refuse(test::words(arguments), exit_code, reasons);
-  }
-
-  test::TemporaryFolder elsewhere_;
-};
 
 TEST_F(Sweep, GivesTheNumbersThatReplayGives) {
   succeed(
@@ -299,30 +276,6 @@ TEST_F(Sweep, BracesStandForManyInAReplayToo) {
   EXPECT_EQ(outcome.errors, "note: policy snapkv(window=8) is given more than once and replayed once\n");
 }
 
-class Interrupted : public Sweep {
- protected:
-  Interrupted() {
-    RandomTrace{.num_layers = 6, .head_dim = 32, .prompt_length = 300, .num_tokens = 340, .spans = {{3, 30, "x"}}}
-        .write(folder_ / "c.h5");
-    succeed(test::words(command_ + "whole.h5"));
-    whole_ = bytes("whole.h5");
-  }
-
-  // Runs the sweep until a file like this appears; whether it was killed before it had finished. `result` as in
-  // interrupt().
-  bool kill_when(const std::string& file, int signal, const std::string& result = "") {
-    last_ = interrupt({.arguments = test::words(command_ + "s.h5"), .interrupt_when = file, .interrupt_with = signal},
-                      result);
-    return last_.signal == signal;
-  }
-
-  std::string command_ =
-      "sweep a.h5 c.h5 --policy restkv(window={8,16,24},alpha={0.2,0.5}) h2o tova cake(window=8) --capacity 50,100 "
-      "--evict-at 60 -o ";
-  std::string whole_;
-  test::Outcome last_;
-};
-
 TEST_F(Interrupted, KilledAtAnyMomentItGoesOnToTheSameBytes) {
   int killed = 0;
   for (const std::string moment :
@@ -391,67 +344,6 @@ TEST_F(Interrupted, ResumingNothingBegins) {
   succeed(test::words(command_ + "s.h5 --resume"));
   EXPECT_TRUE(bytes("s.h5") == whole_);
 }
-
-#ifdef KVREPLAY_MPIEXEC
-class SweepWithMpi : public Interrupted {
- protected:
-  static std::vector<std::string> launcher(int processes) {
-    return {KVREPLAY_MPIEXEC,         "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n",
-            std::to_string(processes)};
-  }
-};
-
-TEST_F(SweepWithMpi, AnyNumberOfProcessesGivesTheSameBytes) {
-  for (const int processes : {1, 2, 3}) {
-    SCOPED_TRACE(processes);
-    const test::Outcome outcome =
-        run({.arguments = test::words(command_ + "s.h5 --threads 1"), .launcher = launcher(processes)});
-    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
-    EXPECT_TRUE(bytes("s.h5") == whole_);
-    EXPECT_FALSE(there("s.h5.units"));
-    const std::size_t first = outcome.output.find("wrote s.h5");
-    ASSERT_NE(first, std::string::npos);
-    EXPECT_EQ(outcome.output.find("wrote s.h5", first + 1), std::string::npos) << "one process speaks";
-  }
-}
-
-TEST_F(SweepWithMpi, FailsTogetherInOneLine) {
-  const auto failed = [&](const std::string& arguments, const std::string& line) {
-    const test::Outcome outcome = run({.arguments = test::words(arguments), .launcher = launcher(3)});
-    EXPECT_NE(outcome.exit_code, 0);
-    EXPECT_EQ(outcome.output, "");
-    const std::size_t first = outcome.errors.find("kvreplay: " + line);
-    ASSERT_NE(first, std::string::npos) << outcome.errors;
-    EXPECT_EQ(outcome.errors.find("kvreplay: ", first + 1), std::string::npos) << outcome.errors;
-  };
-  failed("sweep a.h5 --policy full --capacity 20", "--output is required");
-  failed("sweep a.h5 --polcy full", "unknown option --polcy");
-  failed("sweep nowhere.h5 --policy full --capacity 20 -o s.h5", "nowhere.h5: cannot be opened");
-}
-
-TEST_F(SweepWithMpi, WhatOneProcessFindsDamagedEndsAllOfThem) {
-  RandomTrace{.num_layers = 6}.write(folder_ / "bad.h5");
-  test::edit(folder_ / "bad.h5", [](auto file) {
-    test::poke(file, "/layers/5/values", {1, 37, 3}, std::numeric_limits<float>::quiet_NaN());
-  });
-  const test::Outcome outcome =
-      run({.arguments = test::words("sweep bad.h5 --policy recent --capacity 20 -o s.h5"), .launcher = launcher(3)});
-  EXPECT_EQ(outcome.exit_code, 1);
-  EXPECT_THAT(outcome.errors, AllOf(HasSubstr("kvreplay: bad.h5: /layers/5/values: NaN"), HasSubstr("--resume")));
-  EXPECT_FALSE(there("s.h5"));
-}
-
-TEST_F(SweepWithMpi, KilledItGoesOnWithAnyNumberOfProcesses) {
-  const test::Outcome outcome = interrupt({.arguments = test::words(command_ + "s.h5 --threads 1"),
-                                           .interrupt_when = "unit-1-1.h5",
-                                           .interrupt_with = SIGTERM,
-                                           .launcher = launcher(2)},
-                                          "s.h5");
-  EXPECT_NE(outcome.exit_code, 0);
-  succeed(test::words(command_ + "s.h5 --resume"));
-  EXPECT_TRUE(bytes("s.h5") == whole_);
-}
-#endif
 
 }  // namespace
 }  // namespace kvreplay

@@ -6,6 +6,7 @@
 #include "base/file_text.h"
 #include "cli/command.h"
 #include "policy/policy.h"
+#include "support/places.h"
 #include "support/random_trace.h"
 
 namespace kvreplay {
@@ -199,9 +200,10 @@ TEST_F(Usage, VariantsTellWhichStateOfTheirCodeTheyDescribe) {
 }
 
 TEST_F(Usage, ThePageOfPoliciesIsWhatTheProgramPrints) {
-  const std::string page = file_text(KVREPLAY_TRACES_DIR "/../docs/policies.md");
+  const std::string page = file_text(test::project_folder() / "docs/policies.md");
   EXPECT_TRUE(page == succeed({"policies", "--markdown"}).output)
-      << "docs/policies.md is out of date; run: " KVREPLAY_EXECUTABLE " policies --markdown > docs/policies.md";
+      << "docs/policies.md is out of date; run: " << test::kvreplay_executable().string()
+      << " policies --markdown > docs/policies.md";
   refuse_words("policies snapkv --markdown", {"spec excludes --markdown"});
 }
 

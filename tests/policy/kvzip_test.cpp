@@ -10,6 +10,7 @@
 #include "hdf5/hdf5.h"
 #include "replay/replay.h"
 #include "replay/trace_source.h"
+#include "support/places.h"
 #include "support/random_trace.h"
 #include "support/temporary_folder.h"
 
@@ -19,8 +20,8 @@ namespace {
 using testing::HasSubstr;
 
 // The prompt of 260 tokens, a request of 7, and the 260 again; the calls are with the prompt's own capture.
-const std::filesystem::path kRepeat = std::filesystem::path(KVREPLAY_TEST_DATA) / "methods-gqa-repeat.h5";
-const std::filesystem::path kCalls = std::filesystem::path(KVREPLAY_GOLDEN_DIR) / "methods-gqa.h5";
+const std::filesystem::path kRepeat = test_data() / "methods-gqa-repeat.h5";
+const std::filesystem::path kCalls = golden_folder() / "methods-gqa.h5";
 constexpr int kContext = 260;
 
 ReplayRequest at_context_end(const std::string& spec, const std::string& capacity) {

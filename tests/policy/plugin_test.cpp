@@ -9,13 +9,12 @@
 
 #include "base/error.h"
 #include "policy/matrix_head.h"
+#include "support/places.h"
 
 namespace kvreplay {
 namespace {
 
-std::filesystem::path plugin(const std::string& name) {
-  return std::filesystem::path(KVREPLAY_TEST_PLUGINS) / (name + ".so");
-}
+std::filesystem::path plugin(const std::string& name) { return test::test_plugins() / (name + ".so"); }
 
 // The error of loading a file, which must be a line that begins with the file's name.
 std::string failure_of(const std::filesystem::path& path) {

@@ -8,6 +8,7 @@
 #include <set>
 #include <stdexcept>
 
+#include "support/places.h"
 #include "trace/reader.h"
 
 namespace kvreplay::test {
@@ -131,7 +132,8 @@ std::vector<std::filesystem::path> golden_files() {
   // Golden files from elsewhere can be run in place of the bundled ones.
   const char* elsewhere = std::getenv("KVREPLAY_GOLDEN_DIR");
   std::vector<std::filesystem::path> files;
-  for (const auto& entry : std::filesystem::directory_iterator(elsewhere ? elsewhere : KVREPLAY_GOLDEN_DIR)) {
+  for (const auto& entry :
+       std::filesystem::directory_iterator(elsewhere ? std::filesystem::path(elsewhere) : golden_folder())) {
     // A capture that goes with golden calls in another file has none of its own.
     if (entry.path().extension() == ".h5" && hdf5::File::open(entry.path()).exists("/golden")) {
       files.push_back(entry.path());

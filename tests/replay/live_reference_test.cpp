@@ -12,11 +12,12 @@
 
 #include "hdf5/hdf5.h"
 #include "replay/replay.h"
+#include "support/places.h"
 
 namespace kvreplay::test {
 namespace {
 
-const std::filesystem::path kData = KVREPLAY_TEST_DATA;
+const std::filesystem::path kData = test_data();
 constexpr int kAnswer = 5;  // the first queries after the prompt, which lead to the digits that were asked for
 
 TEST(LiveReference, ThePageOfMeasuresShowsWhatTheKeptSetsCost) {
@@ -50,7 +51,7 @@ TEST(LiveReference, ThePageOfMeasuresShowsWhatTheKeptSetsCost) {
                                 std::accumulate(kl.begin(), kl.end(), 0.0) / static_cast<double>(queries)));
   }
 
-  std::ifstream page(KVREPLAY_TRACES_DIR "/../docs/measures.md");
+  std::ifstream page(project_folder() / "docs/measures.md");
   ASSERT_TRUE(page);
   int rows = 0;
   for (std::string line; std::getline(page, line);) {

@@ -13,6 +13,7 @@
 
 #include "base/error.h"
 #include "replay/results_file.h"
+#include "support/places.h"
 #include "support/random_trace.h"
 #include "support/sample_trace.h"
 #include "support/temporary_folder.h"
@@ -143,7 +144,7 @@ TEST_F(Results, TheSameCaptureHasTheSameDigestWhereverItLies) {
 
 // Spans as compound elements, strings of fixed length.
 TEST(OldResults, AreRead) {
-  const std::filesystem::path data = KVREPLAY_TEST_DATA;
+  const std::filesystem::path data = test::test_data();
   const ResultsReader results(data / "results-version-2.h5");
   ASSERT_EQ(results.results().size(), 3u);
   const StoredResult& result = results.results()[1];

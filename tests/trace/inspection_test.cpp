@@ -1,5 +1,6 @@
 // What inspect finds out, held against attention written down as its definition has it.
 #include "trace/inspection.h"
+#include "support/places.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -152,7 +153,7 @@ TEST_F(Inspect, MeasuresAKnownError) {
 }
 
 TEST_F(Inspect, GivesTheSameBitsForAnyNumberOfThreads) {
-  const TraceReader trace(std::string(KVREPLAY_TEST_DATA) + "/reference-needle.h5");
+  const TraceReader trace(test_data() / "reference-needle.h5");
   const int before = omp_get_max_threads();
   omp_set_num_threads(1);
   const Inspection one = inspect(trace, false);
@@ -170,7 +171,7 @@ TEST_F(Inspect, GivesTheSameBitsForAnyNumberOfThreads) {
 }
 
 TEST_F(Inspect, GoldenTracesAreFaithful) {
-  for (const auto& entry : std::filesystem::directory_iterator(KVREPLAY_GOLDEN_DIR)) {
+  for (const auto& entry : std::filesystem::directory_iterator(golden_folder())) {
     if (entry.path().extension() != ".h5") continue;
     for (const LayerFidelity& layer : inspect(TraceReader(entry.path()), false).fidelity) {
       EXPECT_LT(layer.worst, 1e-4) << entry.path();
@@ -199,7 +200,7 @@ TEST_F(Inspect, AddsUpStorage) {
   EXPECT_THAT(found.tensors[0].storage, ElementsAre("contiguous"));
   EXPECT_EQ(found.tensors[0].stored_bytes, 2 * 2 * 12 * 8 * 4);
   EXPECT_EQ(found.tensors[0].unpacked_bytes, found.tensors[0].stored_bytes);
-  const Inspection packed = inspect(TraceReader(std::string(KVREPLAY_TEST_DATA) + "/reference-needle.h5"), false);
+  const Inspection packed = inspect(TraceReader(test_data() / "reference-needle.h5"), false);
   EXPECT_LT(packed.tensors[0].stored_bytes, packed.tensors[0].unpacked_bytes);
 }
 

@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "hdf5/hdf5.h"
+#include "support/places.h"
 #include "support/sample_trace.h"
 #include "support/temporary_folder.h"
 #include "trace/check.h"
@@ -606,7 +607,7 @@ TEST_F(Writer, MarksTheFileCompleteAndSaysWhatItIs) {
 
 // Spans as compound elements, strings of fixed length.
 TEST(OldTraces, AreRead) {
-  const TraceReader trace(std::filesystem::path(KVREPLAY_TEST_DATA) / "trace-version-1.h5");
+  const TraceReader trace(test_data() / "trace-version-1.h5");
   EXPECT_EQ(trace.info().model.architecture, "llama");
   EXPECT_EQ(trace.info().created_by, "kvreplay 0.1.0");
   EXPECT_EQ(trace.info().token_pieces[9], "p9");
@@ -668,7 +669,7 @@ TEST(ConcurrentReads, GiveEveryThreadItsOwnRows) {
   write_sample(folder / "chunked.h5", DType::float32);
   edit(folder / "chunked.h5", [&](std::int64_t) {});
   const TraceReader plain(folder / "plain.h5");
-  const TraceReader packed(std::string(KVREPLAY_TEST_DATA) + "/reference-needle.h5");
+  const TraceReader packed(test_data() / "reference-needle.h5");
   const auto keys = sample_tensor(info, 1, HeadTensor::keys);
   const std::vector<float> expected = flat(packed.read(2, HeadTensor::keys, 3, 100, 50));
   std::atomic<int> wrong = 0;
@@ -690,7 +691,7 @@ TEST(ConcurrentReads, GiveEveryThreadItsOwnRows) {
 
 TEST(GoldenTraces, Open) {
   int count = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(KVREPLAY_GOLDEN_DIR)) {
+  for (const auto& entry : std::filesystem::directory_iterator(golden_folder())) {
     if (entry.path().extension() != ".h5") continue;
     ++count;
     const TraceReader reader(entry.path());
@@ -701,7 +702,7 @@ TEST(GoldenTraces, Open) {
 }
 
 TEST(ReferenceTrace, IsReadThroughItsFilters) {
-  const TraceReader reader(std::string(KVREPLAY_TEST_DATA) + "/reference-needle.h5");
+  const TraceReader reader(test_data() / "reference-needle.h5");
   const TraceInfo& info = reader.info();
   EXPECT_EQ(info.model.name, "demo-model");
   EXPECT_EQ(info.model.num_layers, 6);

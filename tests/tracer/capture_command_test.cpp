@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
+#include "support/places.h"
 #include "support/temporary_folder.h"
 #include "support/tiny_model.h"
 #include "trace/reader.h"
@@ -29,7 +30,7 @@ struct Outcome {
 class CaptureCommand : public testing::Test {
  protected:
   void SetUp() override {
-    ASSERT_TRUE(std::filesystem::exists(KVREPLAY_EXECUTABLE)) << "build the target kvreplay_cli first";
+    ASSERT_TRUE(std::filesystem::exists(test::kvreplay_executable().string())) << "build the target kvreplay_cli first";
     TinyModel({}).write(folder_ / "tiny");
     write_file(folder_ / "ids", "5 25 59 10\n72\n");
   }
@@ -37,7 +38,7 @@ class CaptureCommand : public testing::Test {
   // Runs `kvreplay capture`, or another command, in the test's folder.
   Outcome run(const std::string& arguments, const std::string& name = "capture") const {
     const std::string command = fmt::format("cd '{}' && '{}' </dev/null {} {} >out 2>err", folder_.path().string(),
-                                            KVREPLAY_EXECUTABLE, name, arguments);
+                                            test::kvreplay_executable().string(), name, arguments);
     const int status = std::system(command.c_str());
     return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(folder_ / "out"), read_file(folder_ / "err")};
   }
@@ -60,7 +61,7 @@ TEST_F(CaptureCommand, TellsWhatItMade) {
 }
 
 TEST_F(CaptureCommand, ReadsStandardInputAndSpans) {
-  const std::string demo = (std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model").string();
+  const std::string demo = (test::bundled_traces() / "demo-model").string();
   write_file(folder_ / "prompt", "The secret number of falcon is 48213.\n");
   write_file(folder_ / "spans", R"([{"label": "answer", "text": "48213"}])");
   const Outcome outcome = run(
@@ -77,7 +78,7 @@ TEST_F(CaptureCommand, ReadsStandardInputAndSpans) {
 // With a tokenizer.model the names of special tokens are ordinary text, BOS too.
 TEST_F(CaptureCommand, RefusesATemplatedPromptWithATokenizerThatKnowsNoSpecialTokens) {
   write_file(folder_ / "prompt", "<s>The secret number of falcon is 48213.");
-  const auto demo = std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model";
+  const auto demo = test::bundled_traces() / "demo-model";
   const Outcome outcome = run(fmt::format("--model '{}' --prompt prompt --templated", demo.string()));
   EXPECT_EQ(outcome.exit_code, 1);
   EXPECT_NE(outcome.errors.find("tokenizer.model takes the names of special tokens in a templated prompt for ordinary"),
@@ -94,7 +95,7 @@ TEST_F(CaptureCommand, CountsOneOfAThingAsOne) {
 }
 
 TEST_F(CaptureCommand, MarksWhereTurnsBegin) {
-  const std::string demo = (std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model").string();
+  const std::string demo = (test::bundled_traces() / "demo-model").string();
   write_file(folder_ / "prompt", "Naïve: The secret number of falcon is 48213.\nQ: What is it?\nQ: Who is it?\n");
   const auto starts = [&](const std::string& turns, const std::string& input) {
     write_file(folder_ / "turns", turns);
@@ -119,7 +120,7 @@ TEST_F(CaptureCommand, MarksWhereTurnsBegin) {
 }
 
 TEST_F(CaptureCommand, ExplainsTurnsThatCannotBe) {
-  const std::string demo = (std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model").string();
+  const std::string demo = (test::bundled_traces() / "demo-model").string();
   write_file(folder_ / "prompt", "The secret number of falcon is 48213.\n");
   const struct {
     const char* turns;
@@ -190,7 +191,7 @@ TEST_F(CaptureCommand, LeavesNothingWhereTheDiskIsFull) {
       const int blocks = whole * sixteenth / 16;  // of 512 or 1024 bytes, as the shell has it
       const std::string command =
           fmt::format("cd '{}' && (ulimit -f {}; '{}' capture {} -o full.h5 2>&1; echo exit $?) | cat >said",
-                      folder_.path().string(), blocks, KVREPLAY_EXECUTABLE, arguments);
+                      folder_.path().string(), blocks, test::kvreplay_executable().string(), arguments);
       ASSERT_EQ(std::system(command.c_str()), 0);
       EXPECT_NE(read_file(folder_ / "said").find("exit 1\n"), std::string::npos) << blocks;
       EXPECT_NE(read_file(folder_ / "said").find("full.h5: "), std::string::npos) << read_file(folder_ / "said");
@@ -215,7 +216,7 @@ TEST_F(CaptureCommand, LeavesNoTraceWhereItIsKilled) {
       std::filesystem::remove(folder_ / "killed.h5");
       const std::string command =
           fmt::format("cd '{}' && timeout -s KILL 0.{:03} '{}' capture {} -o killed.h5 >out 2>err",
-                      folder_.path().string(), milliseconds, KVREPLAY_EXECUTABLE, arguments);
+                      folder_.path().string(), milliseconds, test::kvreplay_executable().string(), arguments);
       const bool finished = std::system(command.c_str()) == 0;
       EXPECT_TRUE(!finished || std::filesystem::exists(folder_ / "killed.h5"));
       without_trace += std::filesystem::exists(folder_ / "killed.h5") ? 0 : 1;
@@ -271,7 +272,7 @@ TEST_F(CaptureCommand, TakesOddShapes) {
 }
 
 TEST_F(CaptureCommand, IsAsFaithfulAsTheTypeItStores) {
-  const auto demo = std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model";
+  const auto demo = test::bundled_traces() / "demo-model";
   write_file(folder_ / "prompt", "The secret number of falcon is 48213. What is the secret number of falcon?");
   const struct {
     const char* type;

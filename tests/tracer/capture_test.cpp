@@ -1,5 +1,6 @@
 // Captured traces against an independent implementation's, against each other, and what a capture refuses.
 #include "tracer/capture.h"
+#include "support/places.h"
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -22,8 +23,8 @@ using test::TinyModel;
 using test::TinyModelOptions;
 using test::write_file;
 
-const std::filesystem::path kModel = std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model";
-const std::filesystem::path kData = KVREPLAY_TEST_DATA;
+const std::filesystem::path kModel = test::bundled_traces() / "demo-model";
+const std::filesystem::path kData = test::test_data();
 
 CaptureOptions demo_options(const TemporaryFolder& folder) {
   CaptureOptions options;

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "hdf5/hdf5.h"
+#include "support/places.h"
 #include "support/temporary_folder.h"
 #include "support/tiny_model.h"
 #include "trace/check.h"
@@ -23,9 +24,7 @@ using test::read_file;
 using test::TemporaryFolder;
 using test::write_file;
 
-std::filesystem::path families() {
-  return std::filesystem::path(KVREPLAY_TEST_DATA).parent_path() / "tracer" / "families";
-}
+std::filesystem::path families() { return test::project_folder() / "tests" / "tracer" / "families"; }
 
 // The furthest that a value is from what is expected, in terms of the expected values' root mean square: the scale on
 // which a tensor's values matter to what is computed with it.

@@ -1,6 +1,7 @@
 // Tokenizers of every kind against what Hugging Face's tokenizers, or SentencePiece, make of the same strings
 // (tokenizers/make_fixtures.py).
 #include "tracer/tokenizer_json.h"
+#include "support/places.h"
 
 #include <fmt/format.h>
 #include <gmock/gmock.h>
@@ -27,8 +28,7 @@ using test::TemporaryFolder;
 using test::write_file;
 using testing::HasSubstr;
 
-const std::filesystem::path kFixtures =
-    std::filesystem::path(KVREPLAY_TEST_DATA).parent_path() / "tracer" / "tokenizers";
+const std::filesystem::path kFixtures = test::project_folder() / "tests" / "tracer" / "tokenizers";
 
 std::vector<std::string> strings() {
   return json::parse(read_file(kFixtures / "strings.json")).get<std::vector<std::string>>();

@@ -1,5 +1,6 @@
 // Text to tokens and spans, on the demo model's tokenizer.
 #include "tracer/tokenizer.h"
+#include "support/places.h"
 
 #include <gtest/gtest.h>
 
@@ -18,8 +19,8 @@ using test::read_file;
 using test::TemporaryFolder;
 using test::write_file;
 
-const std::filesystem::path kModel = std::filesystem::path(KVREPLAY_TRACES_DIR) / "demo-model";
-const std::filesystem::path kData = KVREPLAY_TEST_DATA;
+const std::filesystem::path kModel = test::bundled_traces() / "demo-model";
+const std::filesystem::path kData = test::test_data();
 
 Tokenizer demo_tokenizer() { return Tokenizer(kModel, 1); }
 

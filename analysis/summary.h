@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "replay/replay.h"
+#include "replay/result.h"
 
 namespace kvreplay {
 

@@ -8,7 +8,7 @@
 #include "analysis/parameter_effects.h"
 #include "analysis/summary.h"
 #include "replay/overlap.h"
-#include "replay/replay.h"
+#include "replay/result.h"
 
 namespace kvreplay {
 

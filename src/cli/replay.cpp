@@ -18,7 +18,6 @@
 #include "cli/progress.h"
 #include "cli/replay_options.h"
 #include "notebooks-export/tables.h"
-#include "replay/engine.h"
 #include "replay/overlap.h"
 #include "replay/replay.h"
 #include "replay/results_file.h"

@@ -11,8 +11,9 @@
 
 #include "base/work.h"
 #include "policy/decision.h"
-#include "replay/replay.h"
+#include "replay/request.h"
 #include "replay/resolution.h"
+#include "replay/result.h"
 
 namespace kvreplay {
 
@@ -22,21 +23,6 @@ struct ReplayUnit {
   int layer = 0;
 
   auto operator<=>(const ReplayUnit&) const = default;
-};
-
-/// What one setting does in one layer.
-struct LayerResult {
-  LayerSets kept;
-  std::vector<float> head_error;        ///< [H, E]
-  std::vector<float> layer_error;       ///< [E]
-  std::vector<float> attention_recall;  ///< [H, E]
-  std::vector<float> cosine;            ///< [H, E]
-  std::vector<float> span_recall;       ///< [H, S]
-  std::vector<float> spearman;          ///< [H] with rank agreement, else empty
-  std::vector<float> kendall;           ///< [H] the same
-  /// [1] ‖stored − exact‖ / ‖exact‖ of the layer's full outputs, mean over query heads and evaluation queries: how far
-  /// the trace's outputs are from what its queries, keys and values give. The same for all settings.
-  std::vector<float> output_error;
 };
 
 /// What is said of a trace.
@@ -160,21 +146,5 @@ class ReplayEngine {
   mutable std::map<int, AlikeSurveys> surveys_;  // of outlines
   Index memory_limit_ = 0;                       // 0: none was given
 };
-
-/// Does all units of an engine and returns everything at once. `progress` is told the share of the work that is done,
-/// in [0, 1].
-std::vector<TraceReplay> replay(const ReplayEngine& engine, const std::function<void(double)>& progress = {});
-
-/// Gives the results of an outline their tables, filled with zeros.
-void allocate_tables(TraceReplay& replay);
-
-/// Fills one layer's part of all results of `replay`, whose tables are allocated; layers in ascending order.
-void store_layer(TraceReplay& replay, int layer, std::vector<LayerResult> results);
-
-/// Tells of outputs that are not the capture's own in the notes of `replay`; `errors` is a layer's output_error each.
-void note_outputs(TraceReplay& replay, std::span<const double> errors);
-
-/// Once all layers are stored: tells what patterns with a capacity of their own used.
-void settle_capacities(TraceReplay& replay);
 
 }  // namespace kvreplay

@@ -67,12 +67,6 @@ struct HeadEvaluation::Sums {
   }
 };
 
-EvaluationQueries evaluation_queries(const TraceInfo& info, const Eviction& eviction) {
-  const std::span<const int> positions = info.query_positions;
-  const Index first = std::ranges::lower_bound(positions, eviction.evaluate_from) - positions.begin();
-  return {first, positions.subspan(static_cast<std::size_t>(first))};
-}
-
 HeadEvaluation::HeadEvaluation(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction)
     : trace_(trace),
       shape_(head_shape(trace.info(), layer, kv_head, eviction.position)),

@@ -11,17 +11,6 @@
 
 namespace kvreplay {
 
-/// The captured queries that an eviction is evaluated on.
-struct EvaluationQueries {
-  Index first = 0;                 ///< index of the first among the trace's query_positions
-  std::span<const int> positions;  ///< [E], ascending
-
-  int count() const { return static_cast<int>(positions.size()); }
-};
-
-/// Those of a trace; none where no query was captured from eviction.evaluate_from on.
-EvaluationQueries evaluation_queries(const TraceInfo& info, const Eviction& eviction);
-
 /// How one query head fares with one kept set, per evaluation query: [E] each.
 struct HeadMeasures {
   std::vector<float> head_error;        ///< ‖ô − o‖ / ‖o‖; where o is 0: 0 if ô is 0 too, else 1

@@ -2,6 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
+
+#include "base/matrix.h"
+#include "trace/trace.h"
 
 namespace kvreplay {
 
@@ -13,5 +17,16 @@ struct Eviction {
   /// Evaluated from `from` on, and where that is before the eviction, from there on.
   Eviction(int at, int from = 0) : position(at), evaluate_from(std::max(at, from)) {}
 };
+
+/// The captured queries that an eviction is evaluated on.
+struct EvaluationQueries {
+  Index first = 0;                 ///< index of the first among the trace's query_positions
+  std::span<const int> positions;  ///< [E], ascending
+
+  int count() const { return static_cast<int>(positions.size()); }
+};
+
+/// Those of a trace; none where no query was captured from eviction.evaluate_from on.
+EvaluationQueries evaluation_queries(const TraceInfo& info, const Eviction& eviction);
 
 }  // namespace kvreplay

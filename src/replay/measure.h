@@ -4,7 +4,7 @@
 #include <span>
 #include <string_view>
 
-#include "replay/replay.h"
+#include "replay/result.h"
 
 namespace kvreplay {
 

@@ -4,8 +4,10 @@
 #include <vector>
 
 #include "base/buffer.h"
-#include "replay/engine.h"
 #include "replay/evaluation.h"
+#include "replay/eviction.h"
+#include "replay/result.h"
+#include "replay/resolution.h"
 
 namespace kvreplay {
 

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "replay/replay.h"
+#include "replay/result.h"
 
 namespace kvreplay {
 

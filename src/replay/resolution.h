@@ -6,7 +6,7 @@
 
 #include "policy/setting.h"
 #include "replay/left_out.h"
-#include "replay/replay.h"
+#include "replay/request.h"
 #include "trace/reader.h"
 
 namespace kvreplay {

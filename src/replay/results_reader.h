@@ -9,7 +9,7 @@
 #include "hdf5/hdf5.h"
 #include "replay/measure.h"
 #include "replay/overlap.h"
-#include "replay/replay.h"
+#include "replay/result.h"
 
 namespace kvreplay {
 

@@ -8,7 +8,7 @@
 #include "base/buffer.h"
 #include "policy/decision.h"
 #include "policy/head.h"
-#include "replay/evaluation.h"
+#include "replay/eviction.h"
 #include "replay/layer_projection.h"
 #include "trace/reader.h"
 

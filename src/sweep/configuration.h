@@ -7,7 +7,7 @@
 #include <string_view>
 #include <vector>
 
-#include "replay/replay.h"
+#include "replay/request.h"
 #include "trace/reader.h"
 
 namespace kvreplay {

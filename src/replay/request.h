@@ -1,0 +1,34 @@
+// What a replay is asked for.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "policy/capacity.h"
+#include "policy/policy.h"
+
+namespace kvreplay {
+
+/// The end of a trace's prompt, where a position can be given.
+constexpr int kPromptEnd = 0;
+
+/// What to replay. Every policy is replayed at every capacity and eviction position.
+struct ReplayRequest {
+  std::vector<Policy> policies;
+  std::vector<CapacityRequest> capacities;
+  std::vector<int> eviction_positions;  ///< empty: the end of the prompt
+  /// The first position that may be evaluated, or kPromptEnd; an eviction after it is evaluated from there on. None:
+  /// the last of the evictions, so that all of them are evaluated on the same queries.
+  std::optional<int> evaluate_from = {};
+  std::optional<Granularity> granularity;  ///< none: the policy's own, or kv
+  std::optional<Share> share;              ///< none: the policy's own, or mean
+  bool rank_agreement = false;             ///< compare scores with the oracle's importance
+  bool strict = false;                     ///< refuse what cannot be replayed, instead of leaving it out with a note
+};
+
+/// The request of these specs at these capacities, written as on the command line. Throws UsageError.
+ReplayRequest make_request(const std::vector<std::string>& specs, const std::vector<std::string>& capacities,
+                           std::optional<Granularity> granularity = {});
+
+}  // namespace kvreplay

@@ -1,0 +1,106 @@
+#include "replay/result.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <numeric>
+#include <utility>
+
+#include "trace/inspection.h"
+
+namespace kvreplay {
+
+const std::vector<int>& KeptSets::of_query_head(int layer, int query_head, int group_size) const {
+  const int set = granularity == Granularity::query ? query_head : query_head / group_size;
+  return sets[static_cast<std::size_t>(layer * sets_per_layer + set)];
+}
+
+double KeptSets::mean_size() const {
+  double positions = 0;
+  for (const std::vector<int>& set : sets) positions += static_cast<double>(set.size());
+  return positions / static_cast<double>(sets.size());
+}
+
+double KeptSets::mean_size(int layer) const {
+  double positions = 0;
+  for (int set = layer * sets_per_layer; set < (layer + 1) * sets_per_layer; ++set) {
+    positions += static_cast<double>(sets[static_cast<std::size_t>(set)].size());
+  }
+  return positions / sets_per_layer;
+}
+
+namespace {
+
+// Of one position of one head: a key and a value.
+double bytes_per_position(const ModelInfo& model) {
+  constexpr double kBytesPerNumber = 2;
+  return kBytesPerNumber * 2 * model.head_dim;
+}
+
+}  // namespace
+
+double bytes_per_token(const TraceReplay& replay, const ReplayResult& result) {
+  double positions = 0;
+  for (const std::vector<int>& set : result.kept.sets) positions += static_cast<double>(set.size());
+  return positions * bytes_per_position(replay.model) / replay.eviction_position;
+}
+
+double bytes_per_token_of_capacity(const TraceReplay& replay, const ReplayResult& result) {
+  double positions = 0;
+  for (const int held : replay.held) {
+    const bool asked = result.capacity_request != kAllPositions;
+    const int granted = asked ? CapacityRequest::parse(result.capacity_request).resolve(held) : result.capacity;
+    positions += std::min(granted, held);
+  }
+  return positions * replay.model.num_key_value_heads * bytes_per_position(replay.model) / replay.eviction_position;
+}
+
+void allocate_tables(TraceReplay& replay) {
+  const auto layers = static_cast<Index>(replay.model.num_layers);
+  const auto heads = static_cast<Index>(replay.model.num_attention_heads);
+  const auto queries = static_cast<Index>(replay.evaluation_positions.size());
+  for (ReplayResult& result : replay.results) {
+    result.head_error = Table::of_shape({layers, heads, queries});
+    result.layer_error = Table::of_shape({layers, queries});
+    result.attention_recall = Table::of_shape({layers, heads, queries});
+    result.cosine = Table::of_shape({layers, heads, queries});
+    result.span_recall = Table::of_shape({layers, heads, static_cast<Index>(replay.spans.size())});
+    if (result.rank_agreement) result.spearman = result.kendall = Table::of_shape({layers, heads});
+  }
+}
+
+void store_layer(TraceReplay& replay, int layer, std::vector<LayerResult> results) {
+  const auto put = [layer](const std::vector<float>& numbers, Table& table) {
+    std::ranges::copy(numbers, table.numbers.begin() + layer * static_cast<std::ptrdiff_t>(numbers.size()));
+  };
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    ReplayResult& result = replay.results[i];
+    put(results[i].head_error, result.head_error);
+    put(results[i].layer_error, result.layer_error);
+    put(results[i].attention_recall, result.attention_recall);
+    put(results[i].cosine, result.cosine);
+    put(results[i].span_recall, result.span_recall);
+    put(results[i].spearman, result.spearman);
+    put(results[i].kendall, result.kendall);
+    std::ranges::move(results[i].kept, std::back_inserter(result.kept.sets));
+  }
+}
+
+void note_outputs(TraceReplay& replay, std::span<const double> errors) {
+  if (std::string warning = outputs_warning(errors); !warning.empty()) replay.notes.push_back(std::move(warning));
+}
+
+void settle_capacities(TraceReplay& replay) {
+  for (ReplayResult& result : replay.results) {
+    // A pattern with a capacity of its own is compared with those that were asked for as many positions.
+    const double kept = result.kept.mean_size();
+    const double held = std::accumulate(replay.held.begin(), replay.held.end(), 0.0);
+    if (result.capacity_request != kAllPositions || kept * replay.model.num_layers == held) continue;
+    result.capacity = static_cast<int>(std::lround(kept));
+    result.capacity_request = fmt::format("{}", result.capacity);
+  }
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,108 @@
+// What a replay finds: trace → head → policy → kept sets → measures.
+#pragma once
+
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "policy/capacity.h"
+#include "policy/decision.h"
+#include "policy/policy.h"
+#include "replay/eviction.h"
+#include "replay/table.h"
+#include "trace/trace.h"
+
+namespace kvreplay {
+
+/// The positions that the heads of all layers keep.
+struct KeptSets {
+  Granularity granularity = Granularity::kv;  ///< query or kv: what one set is for
+  int sets_per_layer = 0;                     ///< H or K
+  std::vector<std::vector<int>> sets;         ///< layer-major, each ascending
+
+  const std::vector<int>& of_query_head(int layer, int query_head, int group_size) const;
+
+  /// Mean number of positions in a set: over all layers, and in one.
+  double mean_size() const;
+  double mean_size(int layer) const;
+};
+
+/// One policy at one capacity and eviction position of one trace.
+struct ReplayResult {
+  std::string trace;             ///< file name as given
+  std::string policy;            ///< canonical spec
+  std::string capacity_request;  ///< as asked for: "128", "25%"; kAllPositions for full
+  int capacity = 0;   ///< granted per kept set, on average over the layers that hold most; `kept` has what was used
+  int most_kept = 0;  ///< the most positions that a kept set can hold: a budget may give some more than the mean
+  int eviction_position = 0;
+  Granularity granularity = Granularity::kv;
+  Share share = Share::mean;
+  bool oracle = false;          ///< looked at the evaluation queries
+  bool rank_agreement = false;  ///< whether scores are compared with the oracle's importance
+  /// Whether the capacity is no more than what the policy keeps whatever the scores, so that its choice is not seen.
+  bool nothing_to_choose = false;
+  KeptSets kept;
+  Table head_error;        ///< [L, H, E]
+  Table layer_error;       ///< [L, E]
+  Table attention_recall;  ///< [L, H, E]
+  Table cosine;            ///< [L, H, E]
+  Table span_recall;       ///< [L, H, S] share of each span's held positions that is kept; NaN where none was held
+  /// [L, H] rank agreement with the oracle's importance; empty without `rank_agreement`, NaN in layers without ranks.
+  Table spearman;
+  Table kendall;  ///< [L, H] the same, Kendall's τ_b
+};
+
+/// All results of one trace at one eviction position: comparable with each other, number by number.
+struct TraceReplay {
+  std::string trace;
+  std::string trace_digest;  ///< what tells captures apart whatever their files are called
+  ModelInfo model;
+  int prompt_length = 0;
+  int eviction_position = 0;
+  int evaluate_from = 0;                  ///< what stands between the eviction and this position stays cached
+  std::vector<int> held;                  ///< [L] the last positions before the eviction that a layer holds
+  std::vector<int> evaluation_positions;  ///< [E] captured queries from evaluate_from on
+  std::vector<Span> spans;                ///< [S] those that begin before the eviction
+  std::vector<ReplayResult> results;      ///< policies in the order given, capacities within
+  std::vector<std::string> notes;         ///< what a reader of the numbers has to know
+
+  Eviction eviction() const { return {eviction_position, evaluate_from}; }
+};
+
+/// Bytes per token of the prompt that a result's kept sets cost: those of keys and values, 2 for each number, of every
+/// set that has to be stored (one per query head or KV head; where a layer shares one, each KV head stores it), over
+/// the positions before the eviction. The full cache of L layers and K KV heads of width D costs L · K · 2D · 2.
+double bytes_per_token(const TraceReplay& replay, const ReplayResult& result);
+
+/// The same of a cache that keeps in every KV head what was granted there: result.capacity, or less where less is held.
+double bytes_per_token_of_capacity(const TraceReplay& replay, const ReplayResult& result);
+
+/// What one setting does in one layer.
+struct LayerResult {
+  LayerSets kept;
+  std::vector<float> head_error;        ///< [H, E]
+  std::vector<float> layer_error;       ///< [E]
+  std::vector<float> attention_recall;  ///< [H, E]
+  std::vector<float> cosine;            ///< [H, E]
+  std::vector<float> span_recall;       ///< [H, S]
+  std::vector<float> spearman;          ///< [H] with rank agreement, else empty
+  std::vector<float> kendall;           ///< [H] the same
+  /// [1] ‖stored − exact‖ / ‖exact‖ of the layer's full outputs, mean over query heads and evaluation queries: how far
+  /// the trace's outputs are from what its queries, keys and values give. The same for all settings.
+  std::vector<float> output_error;
+};
+
+/// Gives the results of an outline their tables, filled with zeros.
+void allocate_tables(TraceReplay& replay);
+
+/// Fills one layer's part of all results of `replay`, whose tables are allocated; layers in ascending order.
+void store_layer(TraceReplay& replay, int layer, std::vector<LayerResult> results);
+
+/// Tells of outputs that are not the capture's own in the notes of `replay`; `errors` is a layer's output_error each.
+void note_outputs(TraceReplay& replay, std::span<const double> errors);
+
+/// Once all layers are stored: tells what patterns with a capacity of their own used.
+void settle_capacities(TraceReplay& replay);
+
+}  // namespace kvreplay

@@ -273,7 +273,10 @@ void note_lacking(const ResultSet& results, Measure measure, std::vector<std::st
   std::size_t lacking = 0;
   for (std::size_t i = 0; i < results.results().size(); ++i) {
     // Only policies that rank have a rank agreement, and only traces with spans a span recall.
-    if (traits_of(measure).per == MeasureTraits::Per::head || measure == Measure::span_recall) return;
+    if (const auto per = traits_of(measure).per;
+        per == MeasureTraits::Per::head || per == MeasureTraits::Per::head_and_span) {
+      return;
+    }
     if (!results.read(i, measure).numbers.empty()) continue;
     if (first == nullptr) first = &results.results()[i];
     ++lacking;

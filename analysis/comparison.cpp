@@ -545,7 +545,7 @@ std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOpt
   for (std::vector<ComparisonRow>& some : of_group) std::ranges::move(some, std::back_inserter(rows));
   if (rows.empty()) {
     throw Error(fmt::format("no result has a {}{}", measure.noun,
-                            options.measure == Measure::span_recall ? ": their traces have no spans"
+                            measure.per == MeasureTraits::Per::head_and_span ? ": their traces have no spans"
                             : measure.per == MeasureTraits::Per::head
                                 ? ": replay with --rank-agreement policies that rank by scores"
                                 : ""));

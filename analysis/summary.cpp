@@ -136,7 +136,7 @@ std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayRes
                      .measure = {},
                      .distribution = {}};
   for (const MeasureTraits& measure : measures()) {
-    const Table& table = result.*measure.table;
+    const Table& table = result.measures[measure.measure];
     if (table.numbers.empty()) continue;
     row.measure = measure.name;
     row.layer = -1;
@@ -205,17 +205,17 @@ void PolicyRanking::add(const TraceReplay& replay, const ReplayResult& result) {
   row.kept += kept;
   row.kept_share += held == 0 ? 1 : kept * static_cast<double>(layers.size()) / held;
   row.windowed = row.windowed || held < static_cast<double>(layers.size()) * replay.eviction_position;
-  row.layer_error += mean_of(result.layer_error, layers);
-  row.head_error += mean_of(result.head_error, layers);
-  row.attention_recall += mean_of(result.attention_recall, layers);
-  row.cosine += mean_of(result.cosine, layers);
-  if (const double spans = mean_of(result.span_recall, layers); !std::isnan(spans)) {
+  row.layer_error += mean_of(result.measures[Measure::layer_error], layers);
+  row.head_error += mean_of(result.measures[Measure::head_error], layers);
+  row.attention_recall += mean_of(result.measures[Measure::attention_recall], layers);
+  row.cosine += mean_of(result.measures[Measure::cosine], layers);
+  if (const double spans = mean_of(result.measures[Measure::span_recall], layers); !std::isnan(spans)) {
     row.span_recall += spans;
     ++sum.with_spans;
   }
-  if (const double spearman = mean_of(result.spearman, layers); !std::isnan(spearman)) {
+  if (const double spearman = mean_of(result.measures[Measure::spearman], layers); !std::isnan(spearman)) {
     row.spearman += spearman;
-    row.kendall += mean_of(result.kendall, layers);
+    row.kendall += mean_of(result.measures[Measure::kendall], layers);
     ++sum.with_ranks;
   }
 }

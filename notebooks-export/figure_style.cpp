@@ -530,20 +530,8 @@ std::vector<std::string> broken(const std::string& text, std::size_t most) {
 }
 
 std::string axis_title(Measure measure) {
-  switch (measure) {
-    case Measure::layer_error:
-    case Measure::head_error:
-      return fmt::format("{} (relative to the full output)", traits_of(measure).noun);
-    case Measure::attention_recall:
-      return "attention recall (share of the mass)";
-    case Measure::span_recall:
-      return "span recall (share of positions)";
-    case Measure::cosine:
-    case Measure::spearman:
-    case Measure::kendall:
-      break;
-  }
-  return std::string(traits_of(measure).noun);
+  const MeasureTraits& traits = traits_of(measure);
+  return traits.unit.empty() ? std::string(traits.noun) : fmt::format("{} ({})", traits.noun, traits.unit);
 }
 
 double rounded(double number) {

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -29,16 +28,6 @@
 
 namespace kvreplay {
 namespace {
-
-// Of the span's positions that are held: first_held … eviction_position − 1. NaN where there are none.
-float span_recall(const std::vector<int>& kept, const Span& span, int first_held, int eviction_position) {
-  const int start = std::max(span.start, first_held);
-  const int end = std::min(span.end, eviction_position);
-  if (start >= end) return std::numeric_limits<float>::quiet_NaN();
-  const auto first = std::ranges::lower_bound(kept, start);
-  const auto last = std::ranges::lower_bound(kept, end);
-  return static_cast<float>(last - first) / static_cast<float>(end - start);
-}
 
 // Why a trace cannot be evicted at a position; empty if it can.
 std::string eviction_obstacle(const TraceInfo& info, int eviction_position) {
@@ -120,26 +109,6 @@ ReplayResult outline_of(const ReplaySetting& replayed, const TraceReplay& replay
   return result;
 }
 
-// Adds to a layer's kept sets of one setting what they do.
-void add_measures(const LayerMeasures& measures, const TraceReplay& replay, int layer, LayerResult& result) {
-  const LayerSets& kept = result.kept;
-  const int heads = replay.model.num_attention_heads;
-  const int first_held = replay.eviction_position - replay.held[static_cast<std::size_t>(layer)];
-  for (int head = 0; head < heads; ++head) {
-    const HeadMeasures& found = measures.heads[static_cast<std::size_t>(head)];
-    std::ranges::copy(found.head_error, std::back_inserter(result.head_error));
-    std::ranges::copy(found.attention_recall, std::back_inserter(result.attention_recall));
-    std::ranges::copy(found.cosine, std::back_inserter(result.cosine));
-    const bool per_query_head = static_cast<int>(kept.size()) == heads;
-    const auto set = static_cast<std::size_t>(per_query_head ? head : head / replay.model.group_size());
-    for (const Span& span : replay.spans) {
-      result.span_recall.push_back(span_recall(kept[set], span, first_held, replay.eviction_position));
-    }
-  }
-  result.layer_error = measures.layer_error;
-  result.output_error = {static_cast<float>(measures.output_error)};
-}
-
 // The shape of the outline's heads that hold most, for what memory they take.
 HeadShape shape_of(const TraceReplay& outline) {
   const int held = std::ranges::max(outline.held);
@@ -154,12 +123,9 @@ HeadShape shape_of(const TraceReplay& outline) {
 
 // What measures and rank agreement of a layer hold, in all settings.
 Index memory_of_numbers(const TraceReplay& outline) {
-  const auto heads = static_cast<Index>(outline.model.num_attention_heads);
-  const auto queries = static_cast<Index>(outline.evaluation_positions.size());
-  const auto spans = static_cast<Index>(outline.spans.size());
   Index numbers = 0;
   for (const ReplayResult& result : outline.results) {
-    numbers += (3 * heads + 1) * queries + heads * spans + (result.rank_agreement ? 2 * heads : 0);
+    numbers += numbers_per_layer(outline.extent(), result.rank_agreement);
   }
   return numbers * static_cast<Index>(sizeof(float));
 }
@@ -248,8 +214,9 @@ ReplayEngine::Sums ReplayEngine::sum_up(const TraceReader& trace, const TraceRep
   }
   const HeadShape shape = shape_of(outline);
   const Index tokens = outline.evaluation_positions.back() + 1;
-  sums.layer_bytes = LayerDecision::memory_of_layer(shape, settings) + memory_of_numbers(outline) +
-                     static_cast<Index>(settings.size() * sizeof(LayerResult));
+  sums.layer_bytes =
+      LayerDecision::memory_of_layer(shape, settings) + memory_of_numbers(outline) +
+      static_cast<Index>(settings.size() * (sizeof(LayerResult) + measures().size() * sizeof(std::vector<float>)));
   sums.setting_bytes = LayerDecision::memory_of_setting(shape, settings);
   sums.head_bytes = LayerDecision::memory_of_head(shape, sums.asked, outline.model.hidden_size, tokens) +
                     TraceLayer::memory_of_head(trace, outline.eviction_position);
@@ -419,7 +386,7 @@ ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index li
 
     // Measures.
     const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1);
-    const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries);
+    const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries, outline.extent().spans);
     const Index fixed = unit + plan.heads_at_once * std::max(evaluated, projected) +
                         layers_at_once * (setting + LayerMeasurement::memory(outline.model));
     Index at_once = std::clamp<Index>(kDifferences / (layers_at_once * setting), 1, count);
@@ -596,12 +563,8 @@ std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const
     std::vector<LayerResult>& of_layer = results.emplace_back(kept.size());
     for (std::size_t s = 0; s < kept.size(); ++s) of_layer[s].kept = std::move(kept[s]);
     if (agreements[i]) {
-      std::vector<std::vector<float>> spearman = agreements[i]->take_spearman();
-      std::vector<std::vector<float>> kendall = agreements[i]->take_kendall();
-      for (std::size_t s = 0; s < of_layer.size(); ++s) {
-        of_layer[s].spearman = std::move(spearman[s]);
-        of_layer[s].kendall = std::move(kendall[s]);
-      }
+      std::vector<LayerNumbers> found = agreements[i]->take();
+      for (std::size_t s = 0; s < of_layer.size(); ++s) of_layer[s].measures = std::move(found[s]);
     }
     improve_oracles(trace_of(group[i]), group[i].layer, outline(i).eviction(), settings(i), results.back(),
                     plan.settings_at_once, plan.heads_at_once);
@@ -624,7 +587,7 @@ void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& 
       for (std::size_t s = first; s < std::min(results[i].size(), first + step); ++s) {
         sets.push_back(&results[i][s].kept);
       }
-      measurements.emplace_back(trace_of(group[i]), group[i].layer, outline(i).eviction(), std::move(sets));
+      measurements.emplace_back(trace_of(group[i]), group[i].layer, outline(i).eviction(), outline(i).spans, sets);
     }
     const auto is_open = [&](std::size_t i) { return results[i].size() > first; };
     for_each_piece(
@@ -638,9 +601,15 @@ void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& 
         [&](std::size_t i, int slice) { measurements[i].project_slice(slice); });
     for (std::size_t i = 0; i < group.size(); ++i) {
       if (!is_open(i)) continue;
-      const std::vector<LayerMeasures> measures = measurements[i].take();
-      for (std::size_t m = 0; m < measures.size(); ++m)
-        add_measures(measures[m], outline(i), group[i].layer, results[i][first + m]);
+      std::vector<LayerMeasures> found = measurements[i].take();
+      for (std::size_t m = 0; m < found.size(); ++m) {
+        LayerResult& result = results[i][first + m];
+        result.output_error = found[m].output_error;
+        for (const MeasureTraits& measure : measures()) {
+          if (measure.per == MeasureTraits::Per::head) continue;
+          result.measures[measure.measure] = std::move(found[m].numbers[measure.measure]);
+        }
+      }
     }
   }
 }

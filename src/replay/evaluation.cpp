@@ -30,17 +30,6 @@ constexpr double kFaint = 1e-30;
 
 using DoubleMatrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-double relative_error(double difference, double reference) {
-  if (reference > 0) return difference / reference;
-  return difference > 0 ? 1.0 : 0.0;
-}
-
-double cosine(const Eigen::RowVectorXd& a, const Eigen::RowVectorXd& b) {
-  const double norms = a.norm() * b.norm();
-  if (norms > 0) return a.dot(b) / norms;
-  return a.norm() > 0 || b.norm() > 0 ? 0.0 : 1.0;
-}
-
 }  // namespace
 
 // Queries of some query heads that are measured together.
@@ -212,12 +201,15 @@ Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, 
   return sum / weights.sum();
 }
 
-std::vector<std::vector<HeadMeasures>> HeadEvaluation::measure(
-    std::span<const std::vector<const std::vector<int>*>> kept_sets, Eigen::Ref<Matrix> outputs,
-    std::span<Eigen::Ref<Matrix>> differences) const {
+void HeadEvaluation::measure(std::span<const std::vector<const std::vector<int>*>> kept_sets,
+                             Eigen::Ref<Matrix> outputs, std::span<Eigen::Ref<Matrix>> differences,
+                             std::span<LayerNumbers> numbers) const {
   const Index depth = shape_.head_dim;
   const auto group = static_cast<int>(kept_sets.size());
-  std::vector<std::vector<HeadMeasures>> measures(kept_sets.size());
+  const std::vector<Formula<HeadOutcome>>& measures = formulas<HeadOutcome>();
+  const auto place_of = [this](int member, Index query) {
+    return static_cast<std::size_t>(shape_.query_head(member) * queries_.count() + query);
+  };
   std::vector<std::vector<std::size_t>> first_like;  // [member][set]: the first of those that are equal
   for (int member = 0; member < group; ++member) {
     const auto& sets = kept_sets[static_cast<std::size_t>(member)];
@@ -226,12 +218,6 @@ std::vector<std::vector<HeadMeasures>> HeadEvaluation::measure(
     std::vector<std::size_t>& first = first_like.emplace_back();
     for (std::size_t set = 0; set < sets.size(); ++set) {
       first.push_back(distinct.try_emplace(sets[set], set).first->second);
-    }
-    measures[static_cast<std::size_t>(member)].resize(sets.size());
-    for (HeadMeasures& each : measures[static_cast<std::size_t>(member)]) {
-      for (std::vector<float>* numbers : {&each.head_error, &each.attention_recall, &each.cosine}) {
-        numbers->reserve(static_cast<std::size_t>(queries_.count()));
-      }
     }
   }
 
@@ -272,7 +258,6 @@ std::vector<std::vector<HeadMeasures>> HeadEvaluation::measure(
           if (first_like[static_cast<std::size_t>(member)][set] != set) continue;
           kept.clear(attention.columns, width_);
           add(*sets[set], member, attention, values, kept);
-          HeadMeasures& found = measures[static_cast<std::size_t>(member)][set];
           for (Index q = 0; q < attention.count; ++q) {
             const auto column = static_cast<std::size_t>(q);
             const double mass = kept.mass[column] + tail.mass[column];
@@ -282,24 +267,31 @@ std::vector<std::vector<HeadMeasures>> HeadEvaluation::measure(
                     : attend_directly(shape_.query_head(member), attention.first + q, *sets[set], values);
             const Eigen::RowVectorXd difference = evicted - exact.row(q);
             differences[set].row(attention.first + q).segment(member * depth, depth) = difference.cast<float>();
-            found.head_error.push_back(static_cast<float>(relative_error(difference.norm(), exact.row(q).norm())));
-            found.cosine.push_back(static_cast<float>(cosine(evicted, exact.row(q))));
-            found.attention_recall.push_back(static_cast<float>(mass / whole.mass[column]));
+            const HeadOutcome outcome{.full = exact.row(q),
+                                      .evicted = evicted,
+                                      .difference = difference,
+                                      .full_mass = whole.mass[column],
+                                      .cached_mass = mass};
+            for (const auto& [measure, calculate] : measures) {
+              numbers[set][measure][place_of(member, attention.first + q)] = static_cast<float>(calculate(outcome));
+            }
           }
         }
       }
     }
   }
   for (int member = 0; member < group; ++member) {
-    std::vector<HeadMeasures>& of_member = measures[static_cast<std::size_t>(member)];
-    for (std::size_t set = 0; set < of_member.size(); ++set) {
-      const std::size_t like = first_like[static_cast<std::size_t>(member)][set];
+    const std::vector<std::size_t>& first = first_like[static_cast<std::size_t>(member)];
+    for (std::size_t set = 0; set < first.size(); ++set) {
+      const std::size_t like = first[set];
       if (like == set) continue;
-      of_member[set] = of_member[like];
+      for (const auto& [measure, calculate] : measures) {
+        std::copy_n(numbers[like][measure].begin() + static_cast<std::ptrdiff_t>(place_of(member, 0)), queries_.count(),
+                    numbers[set][measure].begin() + static_cast<std::ptrdiff_t>(place_of(member, 0)));
+      }
       differences[set].middleCols(member * depth, depth) = differences[like].middleCols(member * depth, depth);
     }
   }
-  return measures;
 }
 
 }  // namespace kvreplay

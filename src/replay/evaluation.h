@@ -7,16 +7,10 @@
 #include "base/buffer.h"
 #include "policy/head.h"
 #include "replay/eviction.h"
+#include "replay/measure.h"
 #include "trace/reader.h"
 
 namespace kvreplay {
-
-/// How one query head fares with one kept set, per evaluation query: [E] each.
-struct HeadMeasures {
-  std::vector<float> head_error;        ///< ‖ô − o‖ / ‖o‖; where o is 0: 0 if ô is 0 too, else 1
-  std::vector<float> attention_recall;  ///< full-cache attention mass on what is still cached
-  std::vector<float> cosine;            ///< of ô and o; where one is 0: 1 if both are, else 0
-};
 
 /// Measures kept sets of one KV head. The cache of an evaluation query at position t is the kept set and all positions
 /// from the eviction on, up to t. Logits and weighted values are summed in float32, over blocks of 512 positions the
@@ -28,11 +22,11 @@ class HeadEvaluation {
 
   /// Measures `kept_sets` ([member][set], as many for each query head of the group). `outputs` [E, group · D] receives
   /// the full output of the query heads side by side, `differences` (one [E, group · D] per kept set) what eviction
-  /// adds to it: ô − o. Returns [member][set]. Reads keys and values up to the last evaluation query; throws Error as
+  /// adds to it: ô − o; and `numbers` (one per kept set) this head's part of the measures per head and query, whose
+  /// vectors hold the layer's [H, E]. Reads keys and values up to the last evaluation query; throws Error as
   /// TraceReader::read does, and, naming the query, where attention leaves float32's range.
-  std::vector<std::vector<HeadMeasures>> measure(std::span<const std::vector<const std::vector<int>*>> kept_sets,
-                                                 Eigen::Ref<Matrix> outputs,
-                                                 std::span<Eigen::Ref<Matrix>> differences) const;
+  void measure(std::span<const std::vector<const std::vector<int>*>> kept_sets, Eigen::Ref<Matrix> outputs,
+               std::span<Eigen::Ref<Matrix>> differences, std::span<LayerNumbers> numbers) const;
 
   /// The most bytes that measuring takes for `tokens` positions.
   static Index memory(const ModelInfo& model, Index tokens);

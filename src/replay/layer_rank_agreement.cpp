@@ -48,14 +48,14 @@ LayerRankAgreement::LayerRankAgreement(std::span<const Setting> settings, std::v
       is_compared_(std::move(is_compared)),
       shape_(shape),
       heads_(static_cast<std::size_t>(shape.num_kv_heads)),
-      spearman_(settings.size()),
-      kendall_(settings.size()) {
+      numbers_(settings.size()) {
   const auto kv_heads = static_cast<std::size_t>(shape.num_kv_heads);
   for (std::size_t i = 0; i < settings.size(); ++i) {
     if (!is_compared_[i]) continue;
     const auto query_heads = kv_heads * static_cast<std::size_t>(shape.group_size);
-    spearman_[i].assign(query_heads, std::numeric_limits<float>::quiet_NaN());
-    kendall_[i] = spearman_[i];
+    for (const auto& [measure, calculate] : formulas<RankCorrelation>()) {
+      numbers_[i][measure].assign(query_heads, std::numeric_limits<float>::quiet_NaN());
+    }
     if (!settings[i].goes_by_ranks(shape)) continue;
     if (settings[i].granularity == Granularity::layer) importance_[settings[i].share].resize(kv_heads);
   }
@@ -77,9 +77,8 @@ void LayerRankAgreement::head_scored(std::size_t setting, const Head& head, cons
   const int group = shape_.group_size;
   const int first = head.shape().kv_head * group;
   if (as_before) {
-    for (auto h = static_cast<std::size_t>(first); h < static_cast<std::size_t>(first + group); ++h) {
-      spearman_[setting][h] = spearman_[setting - 1][h];
-      kendall_[setting][h] = kendall_[setting - 1][h];
+    for (const auto& [measure, calculate] : formulas<RankCorrelation>()) {
+      std::copy_n(numbers_[setting - 1][measure].begin() + first, group, numbers_[setting][measure].begin() + first);
     }
     return;
   }
@@ -114,9 +113,9 @@ RankCorrelation LayerRankAgreement::agreement_of(std::size_t setting, const Rank
 }
 
 void LayerRankAgreement::put(std::size_t setting, int query_head, const RankCorrelation& agreement) {
-  const auto head = static_cast<std::size_t>(query_head);
-  spearman_[setting][head] = static_cast<float>(agreement.spearman);
-  kendall_[setting][head] = static_cast<float>(agreement.kendall);
+  for (const auto& [measure, calculate] : formulas<RankCorrelation>()) {
+    numbers_[setting][measure][static_cast<std::size_t>(query_head)] = static_cast<float>(calculate(agreement));
+  }
 }
 
 Index LayerRankAgreement::memory_of_head(const HeadShape& shape, Index tokens) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "policy/decision.h"
+#include "replay/measure.h"
 #include "replay/rank_agreement.h"
 
 namespace kvreplay {
@@ -25,9 +26,8 @@ class LayerRankAgreement : public ScoreObserver {
   void head_scored(std::size_t setting, const Head& head, const HeadScores& scores, bool as_before) override;
   void layer_scored(std::size_t setting, std::span<const float> scores) override;
 
-  /// [H] of every setting that is compared, NaN where the layer has no ranks; of others empty.
-  std::vector<std::vector<float>> take_spearman() { return std::move(spearman_); }
-  std::vector<std::vector<float>> take_kendall() { return std::move(kendall_); }
+  /// Of every setting the measures of rank agreement: [H] where it is compared, NaN where the layer has no ranks.
+  std::vector<LayerNumbers> take() { return std::move(numbers_); }
 
   /// The most bytes that it takes per head that is ranked, for the layer, and for a setting that shares over the layer.
   /// `tokens`: keys that the evaluation looks at.
@@ -48,8 +48,7 @@ class LayerRankAgreement : public ScoreObserver {
   HeadShape shape_;
   std::vector<std::unique_ptr<Importance>> heads_;   // [KV head], while it is ranked
   std::map<Share, std::vector<Matrix>> importance_;  // [KV head]: what groups share, where the layer shares it on
-  std::vector<std::vector<float>> spearman_;         // [setting][H]
-  std::vector<std::vector<float>> kendall_;
+  std::vector<LayerNumbers> numbers_;                // [setting]: [H]
 };
 
 }  // namespace kvreplay

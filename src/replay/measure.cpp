@@ -4,8 +4,10 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <array>
+#include <functional>
+#include <numeric>
 #include <string>
-#include <vector>
 
 #include "base/error.h"
 #include "policy/parameter.h"
@@ -13,26 +15,83 @@
 namespace kvreplay {
 namespace {
 
-using Per = MeasureTraits::Per;
+double relative_error(double difference, double reference) {
+  if (reference > 0) return difference / reference;
+  return difference > 0 ? 1.0 : 0.0;
+}
 
-constexpr MeasureTraits kMeasures[] = {
-    {Measure::layer_error, "layer_error", "layer error", &ReplayResult::layer_error, Per::query, true},
-    {Measure::head_error, "head_error", "head error", &ReplayResult::head_error, Per::head_and_query, true},
-    {Measure::attention_recall, "attention_recall", "attention recall", &ReplayResult::attention_recall,
-     Per::head_and_query, false},
-    {Measure::cosine, "cosine", "cosine", &ReplayResult::cosine, Per::head_and_query, false},
-    {Measure::span_recall, "span_recall", "span recall", &ReplayResult::span_recall, Per::head_and_span, false, true},
-    {Measure::spearman, "spearman", "rank agreement (Spearman)", &ReplayResult::spearman, Per::head, false, true},
-    {Measure::kendall, "kendall", "rank agreement (Kendall)", &ReplayResult::kendall, Per::head, false, true},
-};
+double layer_error(const LayerOutcome& outcome) { return relative_error(outcome.difference, outcome.full); }
+
+double head_error(const HeadOutcome& outcome) { return relative_error(outcome.difference.norm(), outcome.full.norm()); }
+
+double attention_recall(const HeadOutcome& outcome) { return outcome.cached_mass / outcome.full_mass; }
+
+double cosine(const HeadOutcome& outcome) {
+  const double norms = outcome.evicted.norm() * outcome.full.norm();
+  if (norms > 0) return outcome.evicted.dot(outcome.full) / norms;
+  return outcome.evicted.norm() > 0 || outcome.full.norm() > 0 ? 0.0 : 1.0;
+}
+
+double span_recall(const SpanOutcome& outcome) { return static_cast<double>(outcome.kept.size()) / outcome.held; }
+
+double spearman(const RankCorrelation& agreement) { return agreement.spearman; }
+
+double kendall(const RankCorrelation& agreement) { return agreement.kendall; }
+
+// In the order of the names in Measure; what has none there comes after them.
+constexpr auto kMeasures = [] {
+  auto list = std::to_array<MeasureTraits>({
+      {.name = "layer_error",
+       .noun = "layer error",
+       .unit = "relative to the full output",
+       .definition = layer_error,
+       .lower_is_better = true},
+      {.name = "head_error",
+       .noun = "head error",
+       .unit = "relative to the full output",
+       .definition = head_error,
+       .lower_is_better = true},
+      {.name = "attention_recall",
+       .noun = "attention recall",
+       .unit = "share of the mass",
+       .definition = attention_recall,
+       .lower_is_better = false},
+      {.name = "cosine", .noun = "cosine", .definition = cosine, .lower_is_better = false},
+      {.name = "span_recall",
+       .noun = "span recall",
+       .unit = "share of positions",
+       .definition = span_recall,
+       .lower_is_better = false,
+       .may_be_missing = true},
+      {.name = "spearman",
+       .noun = "rank agreement (Spearman)",
+       .definition = spearman,
+       .lower_is_better = false,
+       .may_be_missing = true},
+      {.name = "kendall",
+       .noun = "rank agreement (Kendall)",
+       .definition = kendall,
+       .lower_is_better = false,
+       .may_be_missing = true},
+  });
+  int place = 0;
+  for (MeasureTraits& traits : list) traits.measure = Measure{place++};
+  return list;
+}();
+
+constexpr bool is_named(Measure measure, std::string_view name) {
+  return kMeasures[static_cast<std::size_t>(measure)].name == name;
+}
+static_assert(is_named(Measure::layer_error, "layer_error") && is_named(Measure::head_error, "head_error") &&
+              is_named(Measure::attention_recall, "attention_recall") && is_named(Measure::cosine, "cosine") &&
+              is_named(Measure::span_recall, "span_recall") && is_named(Measure::spearman, "spearman") &&
+              is_named(Measure::kendall, "kendall"));
 
 }  // namespace
 
 std::span<const MeasureTraits> measures() { return kMeasures; }
 
-const MeasureTraits& traits_of(Measure measure) {
-  return *std::ranges::find(kMeasures, measure, &MeasureTraits::measure);
-}
+const MeasureTraits& traits_of(Measure measure) { return kMeasures[static_cast<std::size_t>(measure)]; }
 
 Measure measure_named(std::string_view name) {
   const auto* found = std::ranges::find(kMeasures, name, &MeasureTraits::name);
@@ -41,6 +100,33 @@ Measure measure_named(std::string_view name) {
   for (const MeasureTraits& traits : kMeasures) names.emplace_back(traits.name);
   throw UsageError(
       fmt::format("unknown measure '{}'.{} Measures: {}", name, suggestion(name, names), fmt::join(names, ", ")));
+}
+
+std::vector<Index> layer_shape(const MeasureTraits& measure, const MeasureExtent& extent) {
+  switch (measure.per) {
+    case MeasureTraits::Per::query:
+      return {extent.queries};
+    case MeasureTraits::Per::head_and_query:
+      return {extent.query_heads, extent.queries};
+    case MeasureTraits::Per::head_and_span:
+      return {extent.query_heads, extent.spans};
+    case MeasureTraits::Per::head:
+      return {extent.query_heads};
+  }
+  return {};
+}
+
+std::size_t number_count(const MeasureTraits& measure, const MeasureExtent& extent) {
+  const std::vector<Index> shape = layer_shape(measure, extent);
+  return static_cast<std::size_t>(std::accumulate(shape.begin(), shape.end(), Index{1}, std::multiplies<>()));
+}
+
+Index numbers_per_layer(const MeasureExtent& extent, bool with_ranks) {
+  std::size_t numbers = 0;
+  for (const MeasureTraits& measure : kMeasures) {
+    if (with_ranks || measure.per != MeasureTraits::Per::head) numbers += number_count(measure, extent);
+  }
+  return static_cast<Index>(numbers);
 }
 
 }  // namespace kvreplay

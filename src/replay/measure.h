@@ -1,28 +1,61 @@
-// The measures of a result, as everything that reads or writes them goes through them.
+// The measures of a result, as everything that calculates, writes or reads them goes through them.
 #pragma once
 
+#include <cstddef>
 #include <span>
 #include <string_view>
+#include <variant>
+#include <vector>
 
-#include "replay/result.h"
+#include "base/matrix.h"
+#include "replay/rank_agreement.h"
+#include "replay/table.h"
 
 namespace kvreplay {
 
-enum class Measure { layer_error, head_error, attention_recall, cosine, span_recall, spearman, kendall };
+/// A measure: its place among measures(). Those that are asked for by name have a name here too.
+enum class Measure : int { layer_error, head_error, attention_recall, cosine, span_recall, spearman, kendall };
 
-/// What there is to know about a measure. docs/measures.md defines them.
+/// What an evaluation query of one query head gets from the full cache, and from what is left of it.
+struct HeadOutcome {
+  Eigen::Ref<const Eigen::RowVectorXd> full;        ///< [D] o
+  Eigen::Ref<const Eigen::RowVectorXd> evicted;     ///< [D] ô
+  Eigen::Ref<const Eigen::RowVectorXd> difference;  ///< [D] ô − o
+  double full_mass;                                 ///< sum of the exponentials over the full cache
+  double cached_mass;                               ///< the same, against the same maximum, over what is still cached
+};
+
+/// What an evaluation query gets from all heads of a layer, through the output projection (docs/measures.md).
+struct LayerOutcome {
+  double full;        ///< ‖Σ_h W_h o_h‖
+  double difference;  ///< ‖Σ_h W_h (ô_h − o_h)‖
+};
+
+/// What a query head keeps of a span, of which its layer held at least one position.
+struct SpanOutcome {
+  std::span<const int> kept;  ///< ascending: of the held positions those that are kept
+  int held;                   ///< positions of the span that the layer held
+};
+
+/// What there is to know about a measure. docs/measures.md defines them, docs/adding-a-measure.md adds one.
 struct MeasureTraits {
   /// What its numbers are per, beside layer and trace.
   enum class Per { query, head_and_query, head_and_span, head };
 
-  Measure measure;
+  /// Calculates a number: per query, per head and query, per head and span, or, of policies that rank and where rank
+  /// agreement is asked for, per head.
+  using Definition = std::variant<double (*)(const LayerOutcome&), double (*)(const HeadOutcome&),
+                                  double (*)(const SpanOutcome&), double (*)(const RankCorrelation&)>;
+
   std::string_view name;       ///< in files and options: "layer_error"
   std::string_view noun;       ///< in sentences and on axes: "layer error"
-  Table ReplayResult::*table;  ///< [L, E], [L, H, E], [L, H, S] or [L, H]; empty where it was not measured
-  Per per;
+  std::string_view unit = {};  ///< on axes, what it is a share of: "relative to the full output"; or empty
+  Definition definition;
   bool lower_is_better;
   /// Whether a number may be NaN, since there was nothing to measure: it counts in no mean.
   bool may_be_missing = false;
+  Per per = static_cast<Per>(definition.index());
+  Measure measure = {};  ///< set by measures()
 };
 
 /// All of them, layer_error first.
@@ -32,5 +65,60 @@ const MeasureTraits& traits_of(Measure measure);
 
 /// The measure called `name`. Throws UsageError, naming those that there are.
 Measure measure_named(std::string_view name);
+
+/// The measures that are calculated from an Outcome, in their order.
+template <class Outcome>
+struct Formula {
+  Measure measure;
+  double (*calculate)(const Outcome&);
+};
+template <class Outcome>
+const std::vector<Formula<Outcome>>& formulas() {
+  static const std::vector<Formula<Outcome>> found = [] {
+    std::vector<Formula<Outcome>> list;
+    for (const MeasureTraits& traits : measures()) {
+      if (const auto* calculate = std::get_if<double (*)(const Outcome&)>(&traits.definition)) {
+        list.push_back({traits.measure, *calculate});
+      }
+    }
+    return list;
+  }();
+  return found;
+}
+
+/// What there is of every measure.
+template <class T>
+class PerMeasure {
+ public:
+  PerMeasure() : of_measures_(measures().size()) {}
+
+  T& operator[](Measure measure) { return of_measures_[static_cast<std::size_t>(measure)]; }
+  const T& operator[](Measure measure) const { return of_measures_[static_cast<std::size_t>(measure)]; }
+
+ private:
+  std::vector<T> of_measures_;
+};
+
+/// The tables of a result: [L, E], [L, H, E], [L, H, S] or [L, H]; empty where it was not measured.
+using MeasureTables = PerMeasure<Table>;
+
+/// The same of one layer: [E], [H, E], [H, S] or [H].
+using LayerNumbers = PerMeasure<std::vector<float>>;
+
+/// How many heads, evaluation queries and spans a result's numbers are of.
+struct MeasureExtent {
+  Index query_heads = 0;  ///< H
+  Index queries = 0;      ///< E
+  Index spans = 0;        ///< S
+};
+
+/// The shape of a measure's numbers in one layer.
+std::vector<Index> layer_shape(const MeasureTraits& measure, const MeasureExtent& extent);
+
+/// How many numbers that is.
+std::size_t number_count(const MeasureTraits& measure, const MeasureExtent& extent);
+
+/// How many numbers all measures of one layer are, `with_ranks` those of rank agreement included.
+Index numbers_per_layer(const MeasureExtent& extent, bool with_ranks);
 
 }  // namespace kvreplay

@@ -32,7 +32,7 @@ double mean_square(const std::vector<float>& layer_error) {
 }  // namespace
 
 LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, const Eviction& eviction,
-                                   const std::vector<const LayerSets*>& settings)
+                                   std::span<const Span> spans, const std::vector<const LayerSets*>& settings)
     : trace_(trace), layer_(layer), eviction_(eviction) {
   const auto less = [](const LayerSets* a, const LayerSets* b) { return *a < *b; };
   std::map<const LayerSets*, std::size_t, decltype(less)> kinds(less);
@@ -48,10 +48,44 @@ LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, const Ev
   if (trace.has_output_projection(layer)) {
     panels_ = Buffer(kernels::rounded_up(outputs_.rows(), kernels::kPanel) * outputs_.cols());
   }
-  measures_.resize(distinct_.size());
-  for (LayerMeasures& m : measures_) m.heads.resize(static_cast<std::size_t>(model.num_attention_heads));
+  const MeasureExtent extent{
+      .query_heads = model.num_attention_heads, .queries = queries, .spans = static_cast<Index>(spans.size())};
+  numbers_.resize(distinct_.size());
+  for (const MeasureTraits& measure : measures()) {
+    if (measure.per == MeasureTraits::Per::head) continue;
+    const std::size_t count = number_count(measure, extent);
+    for (LayerNumbers& numbers : numbers_) numbers[measure.measure].resize(count);
+  }
+  measure_spans(spans);
   output_errors_.resize(static_cast<std::size_t>(model.num_key_value_heads));
   squared_lengths_.resize(static_cast<std::size_t>(slices()));
+}
+
+const std::vector<int>& LayerMeasurement::kept_by(std::size_t kind, int query_head) const {
+  const LayerSets& sets = *distinct_[kind];
+  const ModelInfo& model = trace_.info().model;
+  const bool per_query_head = static_cast<int>(sets.size()) == model.num_attention_heads;
+  return sets[static_cast<std::size_t>(per_query_head ? query_head : query_head / model.group_size())];
+}
+
+// Of the positions that the layer holds. NaN where these are none of the span.
+void LayerMeasurement::measure_spans(std::span<const Span> spans) {
+  const int first_held = eviction_.position - head_shape(trace_.info(), layer_, 0, eviction_.position).rows();
+  for (std::size_t kind = 0; kind < distinct_.size(); ++kind) {
+    for (std::size_t s = 0; s < spans.size(); ++s) {
+      const int start = std::max(spans[s].start, first_held);
+      const int end = std::min(spans[s].end, eviction_.position);
+      for (int head = 0; head < trace_.info().model.num_attention_heads; ++head) {
+        const std::vector<int>& kept = kept_by(kind, head);
+        const std::span<const int> of_span(std::ranges::lower_bound(kept, start), std::ranges::lower_bound(kept, end));
+        for (const auto& [measure, calculate] : formulas<SpanOutcome>()) {
+          numbers_[kind][measure][static_cast<std::size_t>(head) * spans.size() + s] =
+              start < end ? static_cast<float>(calculate({.kept = of_span, .held = end - start}))
+                          : std::numeric_limits<float>::quiet_NaN();
+        }
+      }
+    }
+  }
 }
 
 void LayerMeasurement::measure_head(int kv_head) {
@@ -63,14 +97,12 @@ void LayerMeasurement::measure_head(int kv_head) {
   std::vector<std::vector<const std::vector<int>*>> kept(static_cast<std::size_t>(group));
   std::vector<Eigen::Ref<Matrix>> differences;
   for (std::size_t kind = 0; kind < distinct_.size(); ++kind) {
-    const bool per_query_head = static_cast<int>(distinct_[kind]->size()) == model.num_attention_heads;
     for (int member = 0; member < group; ++member) {
-      const int set = per_query_head ? kv_head * group + member : kv_head;
-      kept[static_cast<std::size_t>(member)].push_back(&(*distinct_[kind])[static_cast<std::size_t>(set)]);
+      kept[static_cast<std::size_t>(member)].push_back(&kept_by(kind, kv_head * group + member));
     }
     differences.emplace_back(columns.middleRows((static_cast<Index>(kind) + 1) * queries, queries));
   }
-  std::vector<std::vector<HeadMeasures>> found = evaluation.measure(kept, columns.topRows(queries), differences);
+  evaluation.measure(kept, columns.topRows(queries), differences, numbers_);
   const Index first = evaluation_queries(trace_.info(), eviction_).first;
   double& output_errors = output_errors_[static_cast<std::size_t>(kv_head)];
   for (int member = 0; member < group; ++member) {
@@ -80,10 +112,6 @@ void LayerMeasurement::measure_head(int kv_head) {
       const double length = exact.norm();
       const double difference = (stored.row(query).cast<double>() - exact).norm();
       output_errors += length > 0 ? difference / length : difference > 0 ? 1 : 0;
-    }
-    for (std::size_t kind = 0; kind < distinct_.size(); ++kind) {
-      measures_[kind].heads[static_cast<std::size_t>(kv_head * group + member)] =
-          std::move(found[static_cast<std::size_t>(member)][kind]);
     }
   }
 }
@@ -153,36 +181,38 @@ std::vector<LayerMeasures> LayerMeasurement::take() {
     if (length <= static_cast<double>(std::numeric_limits<float>::max())) continue;
     throw Error(fmt::format("{}: layer {}: the outputs exceed float32's range", trace_.path().string(), layer_));
   }
-  for (std::size_t kind = 0; kind < measures_.size(); ++kind) {
-    for (Index query = 0; query < queries; ++query) {
-      const double reference = lengths[static_cast<std::size_t>(query)];
-      const double error = lengths[(kind + 1) * static_cast<std::size_t>(queries) + static_cast<std::size_t>(query)];
-      measures_[kind].layer_error.push_back(static_cast<float>(reference > 0 ? error / reference : error > 0 ? 1 : 0));
+  const auto count = static_cast<std::size_t>(queries);
+  for (std::size_t kind = 0; kind < numbers_.size(); ++kind) {
+    for (std::size_t query = 0; query < count; ++query) {
+      const LayerOutcome outcome{.full = lengths[query], .difference = lengths[(kind + 1) * count + query]};
+      for (const auto& [measure, calculate] : formulas<LayerOutcome>()) {
+        numbers_[kind][measure][query] = static_cast<float>(calculate(outcome));
+      }
     }
   }
   const double output_error = std::accumulate(output_errors_.begin(), output_errors_.end(), 0.0) /
                               (static_cast<double>(trace_.info().model.num_attention_heads * queries));
   // The last setting of a kind takes what the others copy.
-  std::vector<std::size_t> left(measures_.size(), 0);
+  std::vector<std::size_t> left(numbers_.size(), 0);
   for (const std::size_t kind : kind_) ++left[kind];
   std::vector<LayerMeasures> measures;
   measures.reserve(kind_.size());
   for (const std::size_t kind : kind_) {
-    measures.push_back(--left[kind] == 0 ? std::move(measures_[kind]) : measures_[kind]);
-    measures.back().output_error = output_error;
+    measures.push_back({.numbers = --left[kind] == 0 ? std::move(numbers_[kind]) : numbers_[kind],
+                        .output_error = static_cast<float>(output_error)});
   }
   return measures;
 }
 
-Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries) {
-  const Index heads = model.num_attention_heads;
-  const Index width = heads * model.head_dim;
+Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries, Index spans) {
+  const Index width = Index{model.num_attention_heads} * model.head_dim;
+  const Index numbers =
+      numbers_per_layer({.query_heads = model.num_attention_heads, .queries = queries, .spans = spans}, false);
   constexpr Index kVector = 64;  // what a vector takes beside its numbers
   // Outputs twice: as they come, and laid out for the projection; numbers twice where settings share them.
   return queries * (2 * width * static_cast<Index>(sizeof(float)) +
-                    (projection_slices(model) + 1) * static_cast<Index>(sizeof(double)) +
-                    2 * (3 * heads + 1) * static_cast<Index>(sizeof(float))) +
-         2 * (3 * heads + 1) * kVector;
+                    (projection_slices(model) + 1) * static_cast<Index>(sizeof(double))) +
+         2 * numbers * static_cast<Index>(sizeof(float)) + 2 * static_cast<Index>(measures().size()) * kVector;
 }
 
 Index LayerMeasurement::memory(const ModelInfo& model) {
@@ -191,7 +221,7 @@ Index LayerMeasurement::memory(const ModelInfo& model) {
 
 std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, const Eviction& eviction,
                                          const std::vector<const LayerSets*>& settings, int threads) {
-  LayerMeasurement measurement(trace, layer, eviction, settings);
+  LayerMeasurement measurement(trace, layer, eviction, {}, settings);
   parallel_for(
       trace.info().model.num_key_value_heads, [&](int kv_head) { measurement.measure_head(kv_head); }, threads);
   parallel_for(
@@ -225,7 +255,7 @@ void improve_oracles(const TraceReader& trace, int layer, const Eviction& evicti
         const std::vector<LayerMeasures> measures =
             measure_layer(trace, layer, eviction, {some.begin(), some.end()}, threads);
         for (std::size_t i = 0; i < some.size(); ++i) {
-          const double error = mean_square(measures[i].layer_error);
+          const double error = mean_square(measures[i].numbers[Measure::layer_error]);
           if (best != nullptr && !(error < least)) continue;
           best = some[i];
           least = error;

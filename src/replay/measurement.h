@@ -1,21 +1,21 @@
 // What kept sets do to a layer's output.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "base/buffer.h"
 #include "replay/evaluation.h"
 #include "replay/eviction.h"
-#include "replay/result.h"
 #include "replay/resolution.h"
+#include "replay/result.h"
 
 namespace kvreplay {
 
 /// What one layer's kept sets do.
 struct LayerMeasures {
-  std::vector<HeadMeasures> heads;  ///< [H]
-  std::vector<float> layer_error;   ///< [E]
-  double output_error = 0;          ///< of the full outputs as the trace stores them: see LayerResult
+  LayerNumbers numbers;    ///< but for rank agreement, which is not measured here
+  float output_error = 0;  ///< of the full outputs as the trace stores them: see LayerResult
 };
 
 /// Measures several kept sets of a layer against the same full outputs: head by head, then slice by slice of the output
@@ -23,8 +23,8 @@ struct LayerMeasures {
 /// over heads and dimensions, and its squares in double.
 class LayerMeasurement {
  public:
-  /// The trace and the sets must outlive it.
-  LayerMeasurement(const TraceReader& trace, int layer, const Eviction& eviction,
+  /// The trace and the sets must outlive it. `spans` are those whose recall is measured.
+  LayerMeasurement(const TraceReader& trace, int layer, const Eviction& eviction, std::span<const Span> spans,
                    const std::vector<const LayerSets*>& settings);
 
   /// Measures one KV head. Heads may be measured by different threads at once. Throws Error, naming the query, where
@@ -48,25 +48,28 @@ class LayerMeasurement {
 
   /// The most bytes that an object of this class takes per setting, and all that measure_head() and project_slice()
   /// take while they run excepted.
-  static Index memory_per_setting(const ModelInfo& model, Index queries);
+  static Index memory_per_setting(const ModelInfo& model, Index queries, Index spans);
 
   /// What comes to that once: the last panel may be nearly empty. The full cache is measured as one more setting.
   static Index memory(const ModelInfo& model);
 
  private:
+  void measure_spans(std::span<const Span> spans);
+  const std::vector<int>& kept_by(std::size_t kind, int query_head) const;
+
   const TraceReader& trace_;
   int layer_;
   Eviction eviction_;
   std::vector<const LayerSets*> distinct_;
-  std::vector<std::size_t> kind_;        // [setting]: which of the distinct ones
-  Matrix outputs_;                       // [E, H · D], then the differences of every kind below each other
-  Buffer panels_;                        // the same, transposed: [panel][H · D][kPanel], where there is a projection
-  std::vector<LayerMeasures> measures_;  // [kind]
-  std::vector<double> output_errors_;    // [KV head]: summed over the group and the queries
+  std::vector<std::size_t> kind_;      // [setting]: which of the distinct ones
+  Matrix outputs_;                     // [E, H · D], then the differences of every kind below each other
+  Buffer panels_;                      // the same, transposed: [panel][H · D][kPanel], where there is a projection
+  std::vector<LayerNumbers> numbers_;  // [kind]
+  std::vector<double> output_errors_;  // [KV head]: summed over the group and the queries
   std::vector<std::vector<double>> squared_lengths_;  // [slice][row of outputs_]
 };
 
-/// All of the above, by so many threads.
+/// All of the above, by so many threads, without spans.
 std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, const Eviction& eviction,
                                          const std::vector<const LayerSets*>& settings, int threads);
 

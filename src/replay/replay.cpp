@@ -9,8 +9,7 @@ std::vector<TraceReplay> replay(const ReplayEngine& engine, const std::function<
   const std::vector<ReplayUnit> units = engine.units();
   std::size_t finished = 0;
   engine.run(units, [&](const ReplayUnit& unit, std::vector<LayerResult> results) {
-    output_errors[static_cast<std::size_t>(unit.replay)].push_back(
-        static_cast<double>(results.front().output_error.front()));
+    output_errors[static_cast<std::size_t>(unit.replay)].push_back(static_cast<double>(results.front().output_error));
     store_layer(replays[static_cast<std::size_t>(unit.replay)], unit.layer, std::move(results));
     if (progress) progress(static_cast<double>(++finished) / static_cast<double>(units.size()));
   });

@@ -41,6 +41,10 @@ double bytes_per_position(const ModelInfo& model) {
 
 }  // namespace
 
+bool is_measured(const MeasureTraits& measure, const ReplayResult& result) {
+  return measure.per != MeasureTraits::Per::head || result.rank_agreement;
+}
+
 double bytes_per_token(const TraceReplay& replay, const ReplayResult& result) {
   double positions = 0;
   for (const std::vector<int>& set : result.kept.sets) positions += static_cast<double>(set.size());
@@ -58,32 +62,24 @@ double bytes_per_token_of_capacity(const TraceReplay& replay, const ReplayResult
 }
 
 void allocate_tables(TraceReplay& replay) {
-  const auto layers = static_cast<Index>(replay.model.num_layers);
-  const auto heads = static_cast<Index>(replay.model.num_attention_heads);
-  const auto queries = static_cast<Index>(replay.evaluation_positions.size());
   for (ReplayResult& result : replay.results) {
-    result.head_error = Table::of_shape({layers, heads, queries});
-    result.layer_error = Table::of_shape({layers, queries});
-    result.attention_recall = Table::of_shape({layers, heads, queries});
-    result.cosine = Table::of_shape({layers, heads, queries});
-    result.span_recall = Table::of_shape({layers, heads, static_cast<Index>(replay.spans.size())});
-    if (result.rank_agreement) result.spearman = result.kendall = Table::of_shape({layers, heads});
+    for (const MeasureTraits& measure : measures()) {
+      if (!is_measured(measure, result)) continue;
+      std::vector<Index> shape = layer_shape(measure, replay.extent());
+      shape.insert(shape.begin(), replay.model.num_layers);
+      result.measures[measure.measure] = Table::of_shape(std::move(shape));
+    }
   }
 }
 
 void store_layer(TraceReplay& replay, int layer, std::vector<LayerResult> results) {
-  const auto put = [layer](const std::vector<float>& numbers, Table& table) {
-    std::ranges::copy(numbers, table.numbers.begin() + layer * static_cast<std::ptrdiff_t>(numbers.size()));
-  };
   for (std::size_t i = 0; i < results.size(); ++i) {
     ReplayResult& result = replay.results[i];
-    put(results[i].head_error, result.head_error);
-    put(results[i].layer_error, result.layer_error);
-    put(results[i].attention_recall, result.attention_recall);
-    put(results[i].cosine, result.cosine);
-    put(results[i].span_recall, result.span_recall);
-    put(results[i].spearman, result.spearman);
-    put(results[i].kendall, result.kendall);
+    for (const MeasureTraits& measure : measures()) {
+      const std::vector<float>& numbers = results[i].measures[measure.measure];
+      std::ranges::copy(numbers, result.measures[measure.measure].numbers.begin() +
+                                     layer * static_cast<std::ptrdiff_t>(numbers.size()));
+    }
     std::ranges::move(results[i].kept, std::back_inserter(result.kept.sets));
   }
 }

@@ -10,6 +10,7 @@
 #include "policy/decision.h"
 #include "policy/policy.h"
 #include "replay/eviction.h"
+#include "replay/measure.h"
 #include "replay/table.h"
 #include "trace/trace.h"
 
@@ -43,14 +44,7 @@ struct ReplayResult {
   /// Whether the capacity is no more than what the policy keeps whatever the scores, so that its choice is not seen.
   bool nothing_to_choose = false;
   KeptSets kept;
-  Table head_error;        ///< [L, H, E]
-  Table layer_error;       ///< [L, E]
-  Table attention_recall;  ///< [L, H, E]
-  Table cosine;            ///< [L, H, E]
-  Table span_recall;       ///< [L, H, S] share of each span's held positions that is kept; NaN where none was held
-  /// [L, H] rank agreement with the oracle's importance; empty without `rank_agreement`, NaN in layers without ranks.
-  Table spearman;
-  Table kendall;  ///< [L, H] the same, Kendall's τ_b
+  MeasureTables measures;  ///< rank agreement empty without `rank_agreement`, NaN in layers without ranks
 };
 
 /// All results of one trace at one eviction position: comparable with each other, number by number.
@@ -68,7 +62,16 @@ struct TraceReplay {
   std::vector<std::string> notes;         ///< what a reader of the numbers has to know
 
   Eviction eviction() const { return {eviction_position, evaluate_from}; }
+
+  MeasureExtent extent() const {
+    return {.query_heads = model.num_attention_heads,
+            .queries = static_cast<Index>(evaluation_positions.size()),
+            .spans = static_cast<Index>(spans.size())};
+  }
 };
+
+/// Whether a result has numbers of a measure: rank agreement has to be asked for.
+bool is_measured(const MeasureTraits& measure, const ReplayResult& result);
 
 /// Bytes per token of the prompt that a result's kept sets cost: those of keys and values, 2 for each number, of every
 /// set that has to be stored (one per query head or KV head; where a layer shares one, each KV head stores it), over
@@ -81,16 +84,10 @@ double bytes_per_token_of_capacity(const TraceReplay& replay, const ReplayResult
 /// What one setting does in one layer.
 struct LayerResult {
   LayerSets kept;
-  std::vector<float> head_error;        ///< [H, E]
-  std::vector<float> layer_error;       ///< [E]
-  std::vector<float> attention_recall;  ///< [H, E]
-  std::vector<float> cosine;            ///< [H, E]
-  std::vector<float> span_recall;       ///< [H, S]
-  std::vector<float> spearman;          ///< [H] with rank agreement, else empty
-  std::vector<float> kendall;           ///< [H] the same
-  /// [1] ‖stored − exact‖ / ‖exact‖ of the layer's full outputs, mean over query heads and evaluation queries: how far
-  /// the trace's outputs are from what its queries, keys and values give. The same for all settings.
-  std::vector<float> output_error;
+  LayerNumbers measures;  ///< as in ReplayResult
+  /// ‖stored − exact‖ / ‖exact‖ of the layer's full outputs, mean over query heads and evaluation queries: how far the
+  /// trace's outputs are from what its queries, keys and values give. The same for all settings.
+  float output_error = 0;
 };
 
 /// Gives the results of an outline their tables, filled with zeros.

@@ -87,7 +87,7 @@ void ResultsWriter::add(const TraceReplay& replay, const ReplayResult& result) {
   const std::vector<std::int32_t>& positions = replay.evaluation_positions;
   file.write(group + "/evaluation_positions", positions, {static_cast<Index>(positions.size())});
   for (const MeasureTraits& measure : measures()) {
-    const Table& table = result.*measure.table;
+    const Table& table = result.measures[measure.measure];
     if (!table.numbers.empty()) write_table(file, fmt::format("{}/{}", group, measure.name), table);
   }
   if (!replay.spans.empty()) write_spans(file, group + "/spans", replay.spans);

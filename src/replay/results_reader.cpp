@@ -161,20 +161,12 @@ StoredResult read_identity(const hdf5::File& file, const std::string& group) {
   return result;
 }
 
-std::vector<Index> shape_of(const StoredResult& result, MeasureTraits::Per per) {
-  const Index layers = result.num_layers;
-  const Index heads = result.num_query_heads;
-  switch (per) {
-    case MeasureTraits::Per::query:
-      return {layers, static_cast<Index>(result.evaluation_positions.size())};
-    case MeasureTraits::Per::head_and_query:
-      return {layers, heads, static_cast<Index>(result.evaluation_positions.size())};
-    case MeasureTraits::Per::head_and_span:
-      return {layers, heads, static_cast<Index>(result.spans.size())};
-    case MeasureTraits::Per::head:
-      return {layers, heads};
-  }
-  return {};
+std::vector<Index> shape_of(const StoredResult& result, const MeasureTraits& measure) {
+  std::vector<Index> shape = layer_shape(measure, {.query_heads = result.num_query_heads,
+                                                   .queries = static_cast<Index>(result.evaluation_positions.size()),
+                                                   .spans = static_cast<Index>(result.spans.size())});
+  shape.insert(shape.begin(), result.num_layers);
+  return shape;
 }
 
 }  // namespace
@@ -230,7 +222,7 @@ Table ResultsReader::read(std::size_t result, Measure measure) const {
   const MeasureTraits& traits = traits_of(measure);
   const std::string path = fmt::format("/results/{}/{}", result, traits.name);
   if (!file_.exists(path)) return {};
-  return read_table(file_, path, shape_of(results_.at(result), traits.per), traits.may_be_missing);
+  return read_table(file_, path, shape_of(results_.at(result), traits), traits.may_be_missing);
 }
 
 OverlapTable ResultsReader::read_overlap(std::size_t overlap) const {

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <system_error>
 #include <utility>
@@ -26,32 +27,20 @@ constexpr std::string_view kUnitPrefix = "unit-";
 constexpr std::string_view kSurveyPrefix = "survey-";
 constexpr std::string_view kTemporary = ".tmp-";  // as OutputFile names them
 
-// A measure's numbers of one layer and where they go: [H, E], [E] or [H, S] of every setting.
-struct StoredTable {
-  const char* path;
-  std::vector<float> LayerResult::*numbers;
-  hdf5::Shape shape;            // of one setting
-  bool rank_agreement = false;  // only settings with rank agreement have it, for the others zeros are stored
-};
-
-std::vector<StoredTable> tables_of(const TraceReplay& outline) {
-  const Index heads = outline.model.num_attention_heads;
-  const auto queries = static_cast<Index>(outline.evaluation_positions.size());
-  const auto spans = static_cast<Index>(outline.spans.size());
-  std::vector<StoredTable> tables = {
-      {"/head_error", &LayerResult::head_error, {heads, queries}},
-      {"/layer_error", &LayerResult::layer_error, {queries}},
-      {"/attention_recall", &LayerResult::attention_recall, {heads, queries}},
-      {"/cosine", &LayerResult::cosine, {heads, queries}},
-      {"/output_error", &LayerResult::output_error, {1}},
-  };
-  if (spans > 0) tables.push_back({"/span_recall", &LayerResult::span_recall, {heads, spans}});
-  if (std::ranges::any_of(outline.results, &ReplayResult::rank_agreement)) {
-    tables.push_back({"/spearman", &LayerResult::spearman, {heads}, true});
-    tables.push_back({"/kendall", &LayerResult::kendall, {heads}, true});
-  }
-  return tables;
+// The measures that a unit has numbers of. Where only some settings have them, zeros are stored for the others.
+std::vector<MeasureTraits> measures_of(const TraceReplay& outline) {
+  std::vector<MeasureTraits> stored;
+  std::ranges::copy_if(measures(), std::back_inserter(stored), [&outline](const MeasureTraits& measure) {
+    return number_count(measure, outline.extent()) > 0 &&
+           std::ranges::any_of(outline.results,
+                               [&measure](const ReplayResult& result) { return is_measured(measure, result); });
+  });
+  return stored;
 }
+
+std::string path_of(const MeasureTraits& measure) { return fmt::format("/{}", measure.name); }
+
+constexpr const char* kOutputError = "/output_error";
 
 hdf5::Shape with_settings(const hdf5::Shape& shape, std::size_t settings) {
   hdf5::Shape stacked = {static_cast<Index>(settings)};
@@ -94,13 +83,16 @@ StoredUnit::StoredUnit(const std::filesystem::path& path, const TraceReplay& out
       file_.read_int("/", "layer") != unit.layer) {
     throw refuse("is a unit of another sweep");
   }
-  for (const StoredTable& table : tables_of(outline)) {
-    tables_.push_back(file_.dataset(table.path));
-    if (tables_.back().shape() != with_settings(table.shape, settings) ||
-        tables_.back().float_type() != DType::float32) {
-      throw refuse(fmt::format("{} does not fit the sweep", table.path));
+  const auto open_table = [&](const std::string& name, const hdf5::Shape& shape) {
+    tables_.push_back(file_.dataset(name));
+    if (tables_.back().shape() != with_settings(shape, settings) || tables_.back().float_type() != DType::float32) {
+      throw refuse(fmt::format("{} does not fit the sweep", name));
     }
+  };
+  for (const MeasureTraits& measure : measures_of(outline)) {
+    open_table(path_of(measure), layer_shape(measure, outline.extent()));
   }
+  open_table(kOutputError, {1});
   offsets_ = file_.read_int64s("/offsets");
   first_set_.push_back(0);
   for (const ReplayResult& result : outline.results) {
@@ -131,20 +123,31 @@ void StoredUnit::verify() const {
 
 std::vector<LayerResult> StoredUnit::read(std::size_t first, std::size_t count) const {
   std::vector<LayerResult> results(count);
-  const std::vector<StoredTable> tables = tables_of(outline_);
   std::vector<std::byte> bytes;
-  for (std::size_t t = 0; t < tables.size(); ++t) {
-    const auto each = static_cast<std::size_t>(hdf5::elements(tables[t].shape));
-    bytes.resize(count * each * sizeof(float));
-    hdf5::Shape begin(tables[t].shape.size() + 1, 0);
+  // Reads a table of all of these settings, and returns how many numbers there are of each.
+  const auto read_table = [&](const hdf5::Dataset& table) {
+    hdf5::Shape begin(table.shape().size(), 0);
     begin.front() = static_cast<Index>(first);
-    tables_[t].read_raw(begin, with_settings(tables[t].shape, count), bytes.data());
+    hdf5::Shape shape = table.shape();
+    shape.front() = static_cast<Index>(count);
+    const auto numbers = static_cast<std::size_t>(hdf5::elements(shape));
+    bytes.resize(numbers * sizeof(float));
+    table.read_raw(begin, shape, bytes.data());
+    return numbers / count;
+  };
+  const std::vector<MeasureTraits> stored = measures_of(outline_);
+  for (std::size_t m = 0; m < stored.size(); ++m) {
+    const std::size_t each = read_table(tables_[m]);
     for (std::size_t i = 0; i < count; ++i) {
-      if (tables[t].rank_agreement && !outline_.results[first + i].rank_agreement) continue;
-      std::vector<float>& numbers = results[i].*tables[t].numbers;
+      if (!is_measured(stored[m], outline_.results[first + i])) continue;
+      std::vector<float>& numbers = results[i].measures[stored[m].measure];
       numbers.resize(each);
       to_float32(DType::float32, bytes.data() + i * each * sizeof(float), numbers);
     }
+  }
+  read_table(tables_.back());
+  for (std::size_t i = 0; i < count; ++i) {
+    to_float32(DType::float32, bytes.data() + i * sizeof(float), {&results[i].output_error, 1});
   }
   const std::int64_t start = offsets_[first_set_[first]];
   const std::int64_t end = offsets_[first_set_[first + count]];
@@ -325,19 +328,23 @@ void UnitStore::save(const ReplayUnit& unit, const std::vector<LayerResult>& res
   file.write_string("/", "sweep", sweep_);
   file.write_int("/", "replay", unit.replay);
   file.write_int("/", "layer", unit.layer);
-  for (const StoredTable& table : tables_of(outline)) {
-    hdf5::Dataset dataset = file.create_dataset(table.path, DType::float32, with_settings(table.shape, results.size()));
-    std::vector<std::byte> bytes(static_cast<std::size_t>(hdf5::elements(table.shape)) * sizeof(float));
-    hdf5::Shape first(table.shape.size() + 1, 0);
+  const auto write_table = [&](const std::string& name, const hdf5::Shape& shape, const auto& numbers_of) {
+    hdf5::Dataset dataset = file.create_dataset(name, DType::float32, with_settings(shape, results.size()));
+    std::vector<std::byte> bytes(static_cast<std::size_t>(hdf5::elements(shape)) * sizeof(float));
+    hdf5::Shape first(shape.size() + 1, 0);
     for (const LayerResult& result : results) {
-      const std::vector<float>& numbers = result.*table.numbers;
       std::ranges::fill(bytes, std::byte{0});
-      from_float32(DType::float32, numbers, bytes.data());
-      dataset.write_raw(first, with_settings(table.shape, 1), bytes.data());
+      from_float32(DType::float32, numbers_of(result), bytes.data());
+      dataset.write_raw(first, with_settings(shape, 1), bytes.data());
       ++first.front();
     }
-    file.write_string(table.path, "xxh64", dataset.compute_xxh64());
+    file.write_string(name, "xxh64", dataset.compute_xxh64());
+  };
+  for (const MeasureTraits& measure : measures_of(outline)) {
+    write_table(path_of(measure), layer_shape(measure, outline.extent()),
+                [&measure](const LayerResult& result) { return std::span(result.measures[measure.measure]); });
   }
+  write_table(kOutputError, {1}, [](const LayerResult& result) { return std::span(&result.output_error, 1); });
   std::size_t sets = 0;
   std::size_t positions = 0;
   for (const LayerResult& result : results) {
@@ -384,7 +391,7 @@ void note_stored_outputs(std::vector<TraceReplay>& outlines, const UnitStore& st
     std::vector<double> errors;
     for (int layer = 0; layer < outlines[r].model.num_layers; ++layer) {
       const LayerResult first = store.read({static_cast<int>(r), layer}).read(0, 1).front();
-      errors.push_back(static_cast<double>(first.output_error.front()));
+      errors.push_back(static_cast<double>(first.output_error));
     }
     note_outputs(outlines[r], errors);
   }
@@ -419,14 +426,11 @@ Index memory_of_result(std::span<const TraceReplay> outlines) {
   for (const TraceReplay& outline : outlines) {
     // All layers, and one as it is stored and as it was handed out.
     const Index layers = outline.model.num_layers + 2;
-    const Index heads = outline.model.num_attention_heads;
-    const auto queries = static_cast<Index>(outline.evaluation_positions.size());
-    const auto spans = static_cast<Index>(outline.spans.size());
+    const Index tables = 4 * static_cast<Index>(measures().size());  // with their shapes, and as they were handed out
     for (const ReplayResult& result : outline.results) {
-      const Index numbers =
-          layers * ((3 * heads + 1) * queries + heads * spans + (result.rank_agreement ? 2 * heads : 0));
+      const Index numbers = layers * numbers_per_layer(outline.extent(), result.rank_agreement);
       const Index sets = layers * result.kept.sets_per_layer;
-      most = std::max(most, numbers * static_cast<Index>(sizeof(float)) + sets * kVector + 16 * kVector +
+      most = std::max(most, numbers * static_cast<Index>(sizeof(float)) + (sets + tables) * kVector +
                                 sets * result.most_kept * static_cast<Index>(sizeof(int)) +
                                 static_cast<Index>(sizeof(ReplayResult)));
     }

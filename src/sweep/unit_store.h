@@ -33,7 +33,7 @@ class StoredUnit {
   const TraceReplay& outline_;
   std::vector<std::size_t> first_set_;    // [R + 1]: of each setting among all sets
   std::vector<std::int64_t> offsets_;     // [sets + 1]
-  std::vector<hdf5::Dataset> tables_;     // in the order of the layout
+  std::vector<hdf5::Dataset> tables_;     // of the measures that are stored, then the outputs' error
   std::vector<hdf5::Dataset> positions_;  // `kept`; empty where nothing is kept
 };
 

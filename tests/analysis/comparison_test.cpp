@@ -163,7 +163,7 @@ TEST_F(Comparison, TiesWinHalf) {
 TEST_F(Comparison, WinsOfAMeasureOfWhichMoreIsBetter) {
   TraceReplay a = MadeReplay{.layers = 1, .query_heads = 1, .kv_heads = 1, .queries = 4}.replay();
   for (const auto& [policy, value] : {std::pair{"snapkv", 0.5f}, {"other", 0.75f}}) {
-    add_result(a, policy, 16, constant(0)).cosine = {{1, 1, 4}, {value, value, value, value}};
+    add_result(a, policy, 16, constant(0)).measures[Measure::cosine] = {{1, 1, 4}, {value, value, value, value}};
   }
   const auto rows = compare(set_of({a}), {.measure = Measure::cosine, .baseline = "snapkv"});
   EXPECT_THAT(policies_of(rows), ElementsAre("other", "snapkv")) << "best first";
@@ -233,7 +233,7 @@ TEST_F(Comparison, SpansAreNoSeries) {
     TraceReplay& replay = replays.emplace_back(
         MadeReplay{.trace = trace, .layers = 1, .query_heads = 1, .kv_heads = 1, .spans = spans}.replay());
     const float first = trace[0] == 'a' ? 0 : 1;
-    add_result(replay, "snapkv", 16, constant(0)).span_recall = {{1, 1, 2}, {first, 0.5f}};
+    add_result(replay, "snapkv", 16, constant(0)).measures[Measure::span_recall] = {{1, 1, 2}, {first, 0.5f}};
   }
   const ResultSet set = set_of(replays);
   const ComparisonRow row = compare(set, {.measure = Measure::span_recall})[0];

@@ -318,9 +318,10 @@ class SpanFindings : public FindingsTest {
   // Keeps a quarter of the positions; of each of eight spans the share that `recall` says, in all layers and heads.
   static void add(TraceReplay& replay, const std::string& policy, const std::vector<double>& recall) {
     ReplayResult& result = add_result(replay, policy, 25, about(0.5, 0.1));
-    result.span_recall.shape = {2, 4, static_cast<Index>(recall.size())};
+    result.measures[Measure::span_recall].shape = {2, 4, static_cast<Index>(recall.size())};
     for (int i = 0; i < 8; ++i) {
-      for (const double share : recall) result.span_recall.numbers.push_back(static_cast<float>(share));
+      for (const double share : recall)
+        result.measures[Measure::span_recall].numbers.push_back(static_cast<float>(share));
     }
   }
   static TraceReplay replay() {

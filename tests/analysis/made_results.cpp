@@ -43,18 +43,18 @@ ReplayResult& add_result(TraceReplay& replay, const std::string& policy, int cap
     set.resize(static_cast<std::size_t>(result.capacity));
     std::iota(set.begin(), set.end(), 0);
   }
-  result.layer_error.shape = {layers, queries};
+  result.measures[Measure::layer_error].shape = {layers, queries};
   for (int layer = 0; layer < layers; ++layer) {
     for (int query = 0; query < queries; ++query) {
-      result.layer_error.numbers.push_back(static_cast<float>(layer_error(layer, -1, query)));
+      result.measures[Measure::layer_error].numbers.push_back(static_cast<float>(layer_error(layer, -1, query)));
     }
   }
   if (!head_error) return result;
-  result.head_error.shape = {layers, heads, queries};
+  result.measures[Measure::head_error].shape = {layers, heads, queries};
   for (int layer = 0; layer < layers; ++layer) {
     for (int head = 0; head < heads; ++head) {
       for (int query = 0; query < queries; ++query) {
-        result.head_error.numbers.push_back(static_cast<float>(head_error(layer, head, query)));
+        result.measures[Measure::head_error].numbers.push_back(static_cast<float>(head_error(layer, head, query)));
       }
     }
   }

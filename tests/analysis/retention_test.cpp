@@ -130,9 +130,9 @@ TEST_F(RetentionTest, EveryTraceWeighsTheSameWhateverItsNumberOfEvictions) {
     std::ranges::move(overlaps(replay), std::back_inserter(tables));
     for (ReplayResult& result : replay.results) {
       const float recall = first ? 1.0f : 0.25f;
-      result.span_recall = {{2, 4, 2}, std::vector<float>(16, recall)};
-      result.spearman = {{2, 4}, std::vector<float>(8, recall)};
-      result.kendall = result.spearman;
+      result.measures[Measure::span_recall] = {{2, 4, 2}, std::vector<float>(16, recall)};
+      result.measures[Measure::spearman] = {{2, 4}, std::vector<float>(8, recall)};
+      result.measures[Measure::kendall] = result.measures[Measure::spearman];
     }
   }
   const ResultSet set = results(replays, {}, tables);
@@ -156,7 +156,8 @@ TEST_F(RetentionTest, SpanRecallIsPerSpanWithItsDepth) {
   TraceReplay replay = made.replay();
   ReplayResult& result = add_result(replay, "snapkv", 16, zero);
   // [layer, head, span]
-  result.span_recall = {{2, 4, 2}, {0, 1, 0.5f, 1, 0.5f, 1, 1, 1, 0.25f, 0, 0.25f, 0, 0.25f, 0, 0.25f, 0}};
+  result.measures[Measure::span_recall] = {{2, 4, 2},
+                                           {0, 1, 0.5f, 1, 0.5f, 1, 1, 1, 0.25f, 0, 0.25f, 0, 0.25f, 0, 0.25f, 0}};
   const std::vector<SpanRecall> rows = span_recalls(results({replay}));
   ASSERT_THAT(rows, SizeIs(2 * 3));
   EXPECT_EQ(rows[0].label, "needle");
@@ -179,8 +180,9 @@ TEST_F(RetentionTest, RankAgreementIsAMeanOverHeadsThenTraces) {
     add_result(replay, "recent", 16, zero);
     ReplayResult& result = add_result(replay, "snapkv", 16, zero);
     const float more = replay.trace == "a.h5" ? 0.0f : 0.2f;
-    result.spearman = {{2, 4}, {0.1f + more, 0.2f + more, 0.3f + more, 0.4f + more, 0.5f, 0.5f, 0.5f, 0.5f}};
-    result.kendall = {{2, 4}, {-1, 1, 0, 0, 0.5f, 0.25f, 0.5f, 0.25f}};
+    result.measures[Measure::spearman] = {{2, 4},
+                                          {0.1f + more, 0.2f + more, 0.3f + more, 0.4f + more, 0.5f, 0.5f, 0.5f, 0.5f}};
+    result.measures[Measure::kendall] = {{2, 4}, {-1, 1, 0, 0, 0.5f, 0.25f, 0.5f, 0.25f}};
   }
   const std::vector<RankAgreement> rows = rank_agreements(results(replays));
   ASSERT_THAT(rows, SizeIs(3)) << "none where there are no ranks";

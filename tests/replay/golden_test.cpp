@@ -235,9 +235,9 @@ void expect_equal_measures(const TraceReader& trace, const GoldenCall& call) {
       ASSERT_NEAR(ours[i], golden[i], 1e-4f * std::abs(golden[i]) + 2e-6f) << what << " " << i;
     }
   };
-  expect_near(result.head_error.numbers, call.head_error, "head_error");
-  expect_near(result.layer_error.numbers, call.layer_error, "layer_error");
-  expect_near(result.attention_recall.numbers, call.attention_recall, "attention_recall");
+  expect_near(result.measures[Measure::head_error].numbers, call.head_error, "head_error");
+  expect_near(result.measures[Measure::layer_error].numbers, call.layer_error, "layer_error");
+  expect_near(result.measures[Measure::attention_recall].numbers, call.attention_recall, "attention_recall");
 }
 
 TEST_P(GoldenFile, MeasuresOfGoldenKeptSetsEqual) {

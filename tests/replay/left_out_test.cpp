@@ -72,7 +72,8 @@ TEST_F(Replays, AnImpossibleCellDoesNotEndTheOthers) {
   ASSERT_THAT(replays.at(0).results, SizeIs(5));
   const auto alone = replay(traces_[0], make_request({"snapkv(window=16)"}, {"20"}));
   EXPECT_EQ(replays[0].results[2].kept.sets, alone.at(0).results.at(0).kept.sets);
-  EXPECT_EQ(replays[0].results[2].layer_error.numbers, alone[0].results[0].layer_error.numbers);
+  EXPECT_EQ(replays[0].results[2].measures[Measure::layer_error].numbers,
+            alone[0].results[0].measures[Measure::layer_error].numbers);
 
   asked.strict = true;
   EXPECT_THAT(message_of<Error>([&]() { ReplayEngine(traces_, asked); }),

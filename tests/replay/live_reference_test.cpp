@@ -33,7 +33,7 @@ TEST(LiveReference, ThePageOfMeasuresShowsWhatTheKeptSetsCost) {
   std::set<std::string> measured;  // rows of the page's table
   for (std::size_t i = 0; i < count; ++i) {
     const std::string group = fmt::format("/kept/{}", i);
-    const Table& errors = results[i].layer_error;
+    const Table& errors = results[i].measures[Measure::layer_error];
     const Index queries = errors.shape[1];
     double mean = 0;
     double answer = 0;

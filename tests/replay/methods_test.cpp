@@ -290,7 +290,8 @@ TEST_F(Methods, KeptSetsFromAFileLeadToTheSameMeasures) {
     for (std::size_t i = 0; i < specs.size(); ++i) {
       const std::string spec = fmt::format("kept(file={},index={})", (folder_ / "kept.h5").string(), i);
       const auto again = run(*trace_, {spec}, {"16"});
-      EXPECT_EQ(again.at(0).results.at(0).layer_error.numbers, original.at(0).results[i].layer_error.numbers);
+      EXPECT_EQ(again.at(0).results.at(0).measures[Measure::layer_error].numbers,
+                original.at(0).results[i].measures[Measure::layer_error].numbers);
       EXPECT_EQ(again[0].results[0].kept.mean_size(), original[0].results[i].kept.mean_size());
     }
     const std::string spec = "kept(file=" + (folder_ / "kept.h5").string() + ")";

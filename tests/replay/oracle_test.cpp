@@ -13,10 +13,11 @@ namespace {
 
 // The mean over layers and queries of the squared layer error of one layer.
 double objective(const ReplayResult& result, Index layer) {
-  const Index queries = result.layer_error.shape.back();
+  const Index queries = result.measures[Measure::layer_error].shape.back();
   double sum = 0;
   for (Index e = 0; e < queries; ++e) {
-    const auto error = static_cast<double>(result.layer_error.numbers[static_cast<std::size_t>(layer * queries + e)]);
+    const auto error = static_cast<double>(
+        result.measures[Measure::layer_error].numbers[static_cast<std::size_t>(layer * queries + e)]);
     sum += error * error;
   }
   return sum / static_cast<double>(queries);
@@ -120,7 +121,8 @@ TEST(OracleAttention, HasTheHighestAttentionRecall) {
   const auto replays =
       run({}, {"oracle-attention", "random", "tova", "restkv(window=4)", "h2o(window=4)"}, "10", Granularity::query);
   const auto recall = [](const ReplayResult& result) {
-    return std::accumulate(result.attention_recall.numbers.begin(), result.attention_recall.numbers.end(), 0.0);
+    return std::accumulate(result.measures[Measure::attention_recall].numbers.begin(),
+                           result.measures[Measure::attention_recall].numbers.end(), 0.0);
   };
   for (const ReplayResult& other : replays.at(0).results) {
     EXPECT_LE(recall(other), recall(replays[0].results[0]) + 1e-4) << other.policy;

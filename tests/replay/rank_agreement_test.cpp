@@ -261,8 +261,8 @@ TEST_P(RankAgreementOn, IsThatOfScoresAndImportanceTakenAnew) {
           const RankCorrelation expected = by_definition(ranked(scores), ranked(importance));
           for (const ReplayResult& result : replays.at(0).results) {
             const auto at = static_cast<std::size_t>(layer * shape.num_attention_heads + head);
-            ASSERT_NEAR(result.spearman.numbers.at(at), expected.spearman, 1e-6);
-            ASSERT_NEAR(result.kendall.numbers.at(at), expected.kendall, 1e-6);
+            ASSERT_NEAR(result.measures[Measure::spearman].numbers.at(at), expected.spearman, 1e-6);
+            ASSERT_NEAR(result.measures[Measure::kendall].numbers.at(at), expected.kendall, 1e-6);
           }
         }
       }
@@ -280,10 +280,10 @@ TEST(RankAgreement, TheOracleAgreesWithItself) {
   for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
     const std::vector<TraceReplay> replays =
         replayed({}, with_ranks({"oracle-attention", "snapkv(window=4)"}, {"12"}, granularity));
-    EXPECT_THAT(replays.at(0).results.at(0).spearman.numbers, Each(1.0f));
-    EXPECT_THAT(replays.at(0).results.at(0).kendall.numbers, Each(1.0f));
-    EXPECT_THAT(replays.at(0).results.at(0).spearman.shape, testing::ElementsAre(2, 4));
-    EXPECT_LT(std::ranges::max(replays.at(0).results.at(1).spearman.numbers), 1.0f);
+    EXPECT_THAT(replays.at(0).results.at(0).measures[Measure::spearman].numbers, Each(1.0f));
+    EXPECT_THAT(replays.at(0).results.at(0).measures[Measure::kendall].numbers, Each(1.0f));
+    EXPECT_THAT(replays.at(0).results.at(0).measures[Measure::spearman].shape, testing::ElementsAre(2, 4));
+    EXPECT_LT(std::ranges::max(replays.at(0).results.at(1).measures[Measure::spearman].numbers), 1.0f);
   }
 }
 
@@ -302,17 +302,17 @@ TEST(RankAgreement, IsOfPoliciesThatRankAndOnlyWhereItIsAskedFor) {
     const bool scores = result.policy.starts_with("snapkv") || result.policy == "random";
     const bool ranks = scores && result.capacity < shape.prompt_length;
     EXPECT_EQ(result.rank_agreement, ranks) << result.policy;
-    EXPECT_EQ(result.spearman.numbers.size(), ranks ? 8u : 0u) << result.policy;
-    EXPECT_EQ(result.kendall.numbers.size(), ranks ? 8u : 0u) << result.policy;
+    EXPECT_EQ(result.measures[Measure::spearman].numbers.size(), ranks ? 8u : 0u) << result.policy;
+    EXPECT_EQ(result.measures[Measure::kendall].numbers.size(), ranks ? 8u : 0u) << result.policy;
   }
   const std::vector<TraceReplay> not_asked = replayed(shape, make_request(specs, {"20"}));
   for (const ReplayResult& result : not_asked.at(0).results) {
-    EXPECT_THAT(result.spearman.numbers, IsEmpty()) << result.policy;
+    EXPECT_THAT(result.measures[Measure::spearman].numbers, IsEmpty()) << result.policy;
   }
   // One position is left to rank: no order.
   const RandomTrace small{.prompt_length = 9, .num_tokens = 14};
   const std::vector<TraceReplay> unordered = replayed(small, with_ranks({"snapkv(window=8)"}, {"8"}));
-  EXPECT_THAT(unordered.at(0).results.at(0).spearman.numbers, IsEmpty());
+  EXPECT_THAT(unordered.at(0).results.at(0).measures[Measure::spearman].numbers, IsEmpty());
 }
 
 TEST(RankAgreement, DoesNotChangeWhatIsKeptOrMeasured) {
@@ -321,8 +321,10 @@ TEST(RankAgreement, DoesNotChangeWhatIsKeptOrMeasured) {
   const std::vector<TraceReplay> with = replayed({}, with_ranks(specs, {"12"}));
   for (std::size_t i = 0; i < specs.size(); ++i) {
     EXPECT_EQ(with[0].results[i].kept.sets, without[0].results[i].kept.sets);
-    EXPECT_EQ(with[0].results[i].layer_error.numbers, without[0].results[i].layer_error.numbers);
-    EXPECT_EQ(with[0].results[i].cosine.numbers, without[0].results[i].cosine.numbers);
+    EXPECT_EQ(with[0].results[i].measures[Measure::layer_error].numbers,
+              without[0].results[i].measures[Measure::layer_error].numbers);
+    EXPECT_EQ(with[0].results[i].measures[Measure::cosine].numbers,
+              without[0].results[i].measures[Measure::cosine].numbers);
   }
 }
 

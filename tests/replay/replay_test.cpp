@@ -87,14 +87,14 @@ TEST_P(OddShapes, KeptSetsHoldTheCapacityAndWhatIsProtected) {
           ASSERT_TRUE(std::ranges::binary_search(set, prompt - 1 - i));
         }
       }
-      for (const Table* table : {&result.head_error, &result.layer_error, &result.attention_recall, &result.cosine}) {
-        for (const float number : table->numbers) ASSERT_TRUE(std::isfinite(number));
+      for (const MeasureTraits& measure : measures()) {
+        for (const float number : result.measures[measure.measure].numbers) ASSERT_TRUE(std::isfinite(number));
       }
       if (expected == held) {
-        EXPECT_EQ(std::ranges::max(result.head_error.numbers), 0.0f);
-        EXPECT_EQ(std::ranges::max(result.layer_error.numbers), 0.0f);
-        EXPECT_EQ(std::ranges::min(result.attention_recall.numbers), 1.0f);
-        EXPECT_GT(std::ranges::min(result.cosine.numbers), 0.9999f);
+        EXPECT_EQ(std::ranges::max(result.measures[Measure::head_error].numbers), 0.0f);
+        EXPECT_EQ(std::ranges::max(result.measures[Measure::layer_error].numbers), 0.0f);
+        EXPECT_EQ(std::ranges::min(result.measures[Measure::attention_recall].numbers), 1.0f);
+        EXPECT_GT(std::ranges::min(result.measures[Measure::cosine].numbers), 0.9999f);
       }
     }
   }
@@ -139,10 +139,9 @@ TEST(Replay, ThreadsDoNotChangeABit) {
       const ReplayResult& b = replays.at(0).results.at(i);
       SCOPED_TRACE(fmt::format("{} with {} threads", a.policy, count));
       EXPECT_EQ(a.kept.sets, b.kept.sets);
-      EXPECT_EQ(a.head_error.numbers, b.head_error.numbers);
-      EXPECT_EQ(a.layer_error.numbers, b.layer_error.numbers);
-      EXPECT_EQ(a.attention_recall.numbers, b.attention_recall.numbers);
-      EXPECT_EQ(a.cosine.numbers, b.cosine.numbers);
+      for (const MeasureTraits& measure : measures()) {
+        EXPECT_EQ(a.measures[measure.measure].numbers, b.measures[measure.measure].numbers) << measure.name;
+      }
     }
   }
   omp_set_num_threads(threads);
@@ -161,7 +160,7 @@ TEST(Replay, APolicyDoesNotDependOnItsCompany) {
     });
     ASSERT_NE(same, together[0].results.end()) << spec;
     EXPECT_EQ(same->kept.sets, expected.kept.sets) << spec;
-    EXPECT_EQ(same->layer_error.numbers, expected.layer_error.numbers) << spec;
+    EXPECT_EQ(same->measures[Measure::layer_error].numbers, expected.measures[Measure::layer_error].numbers) << spec;
   }
 }
 
@@ -194,9 +193,9 @@ TEST(Replay, WhatStandsBeforeTheFirstEvaluationQueryStaysCached) {
     SCOPED_TRACE(all.policy);
     if (all.oracle) continue;  // looks at the evaluation queries
     EXPECT_EQ(all.kept.sets, last.kept.sets) << "a policy sees what stands before the eviction, and nothing else";
-    for (Table ReplayResult::*table : {&ReplayResult::head_error, &ReplayResult::layer_error,
-                                       &ReplayResult::attention_recall, &ReplayResult::cosine}) {
-      expect_last_columns(all.*table, last.*table);
+    for (const Measure measure :
+         {Measure::head_error, Measure::layer_error, Measure::attention_recall, Measure::cosine}) {
+      expect_last_columns(all.measures[measure], last.measures[measure]);
     }
   }
 }
@@ -217,13 +216,14 @@ TEST(Replay, OraclesAndRankAgreementLookAtTheSameQueries) {
     asked.evaluate_from = from;
     const TraceReplay found = replay(trace, asked).at(0);
     EXPECT_EQ(found.evaluation_positions.front(), from);
-    recall_of_oracle.push_back(mean(found.results[0].attention_recall));
+    recall_of_oracle.push_back(mean(found.results[0].measures[Measure::attention_recall]));
     for (std::size_t i = 1; i < found.results.size(); ++i) {
-      EXPECT_LE(mean(found.results[i].attention_recall), recall_of_oracle.back() + 1e-6)
+      EXPECT_LE(mean(found.results[i].measures[Measure::attention_recall]), recall_of_oracle.back() + 1e-6)
           << "the bound on these queries";
-      EXPECT_GE(mean(found.results[i].layer_error) + 1e-6, mean(found.results[3].layer_error));
+      EXPECT_GE(mean(found.results[i].measures[Measure::layer_error]) + 1e-6,
+                mean(found.results[3].measures[Measure::layer_error]));
     }
-    for (const float agreement : found.results[0].spearman.numbers) EXPECT_EQ(agreement, 1.0f);
+    for (const float agreement : found.results[0].measures[Measure::spearman].numbers) EXPECT_EQ(agreement, 1.0f);
   }
   EXPECT_NE(recall_of_oracle[0], recall_of_oracle[1]);
 }
@@ -316,9 +316,9 @@ TEST(Replay, MeasuresFollowTheirDefinitions) {
             evicted_all.push_back(evicted);
           }
           const auto at = static_cast<std::size_t>((layer * shape.num_attention_heads + h) * evaluation + e);
-          EXPECT_NEAR(result.head_error.numbers[at], std::sqrt(difference / norm), 1e-5);
-          EXPECT_NEAR(result.attention_recall.numbers[at], kept / total, 1e-5);
-          EXPECT_NEAR(result.cosine.numbers[at], dot / std::sqrt(norm * evicted_norm), 1e-5);
+          EXPECT_NEAR(result.measures[Measure::head_error].numbers[at], std::sqrt(difference / norm), 1e-5);
+          EXPECT_NEAR(result.measures[Measure::attention_recall].numbers[at], kept / total, 1e-5);
+          EXPECT_NEAR(result.measures[Measure::cosine].numbers[at], dot / std::sqrt(norm * evicted_norm), 1e-5);
         }
         double error = 0;
         double reference = 0;
@@ -336,7 +336,7 @@ TEST(Replay, MeasuresFollowTheirDefinitions) {
           error += delta * delta;
           reference += out * out;
         }
-        EXPECT_NEAR(result.layer_error.numbers[static_cast<std::size_t>(layer * evaluation + e)],
+        EXPECT_NEAR(result.measures[Measure::layer_error].numbers[static_cast<std::size_t>(layer * evaluation + e)],
                     std::sqrt(error / reference), 1e-5);
       }
     }
@@ -352,8 +352,8 @@ TEST(Replay, MoreCapacityNeverLosesAttention) {
     if (policy.ranking() && policy.ranking()->depends_on_capacity()) continue;
     const auto replays = replay(trace, make_request({spec}, {"6", "11", "23", "50"}));
     for (std::size_t i = 1; i < replays.at(0).results.size(); ++i) {
-      const auto& smaller = replays[0].results[i - 1].attention_recall.numbers;
-      const auto& larger = replays[0].results[i].attention_recall.numbers;
+      const auto& smaller = replays[0].results[i - 1].measures[Measure::attention_recall].numbers;
+      const auto& larger = replays[0].results[i].measures[Measure::attention_recall].numbers;
       for (std::size_t j = 0; j < smaller.size(); ++j) EXPECT_GE(larger[j], smaller[j]) << spec;
     }
   }
@@ -394,7 +394,8 @@ TEST(Replay, StorageTypeDoesNotMatterWhereItLosesNothing) {
   const auto b = replay(TraceReader(folder / "float16.h5"), make_request(policies(), {"12"}));
   for (std::size_t i = 0; i < a.at(0).results.size(); ++i) {
     EXPECT_EQ(a[0].results[i].kept.sets, b.at(0).results[i].kept.sets) << a[0].results[i].policy;
-    EXPECT_EQ(a[0].results[i].layer_error.numbers, b[0].results[i].layer_error.numbers);
+    EXPECT_EQ(a[0].results[i].measures[Measure::layer_error].numbers,
+              b[0].results[i].measures[Measure::layer_error].numbers);
   }
 }
 
@@ -413,7 +414,8 @@ TEST(Replay, EvictingEarlierSeesNothingThatCameLater) {
   EXPECT_EQ(a.at(0).evaluation_positions.size(), 30u);
   for (std::size_t i = 0; i < a[0].results.size(); ++i) {
     EXPECT_EQ(a[0].results[i].kept.sets, b.at(0).results[i].kept.sets) << a[0].results[i].policy;
-    EXPECT_EQ(a[0].results[i].head_error.numbers, b[0].results[i].head_error.numbers);
+    EXPECT_EQ(a[0].results[i].measures[Measure::head_error].numbers,
+              b[0].results[i].measures[Measure::head_error].numbers);
   }
 }
 
@@ -434,9 +436,9 @@ TEST(Replay, SpanRecallCountsWhatSurvives) {
   const auto replays = replay(TraceReader(folder / "t.h5"), make_request({"recent"}, {"8"}));
   ASSERT_EQ(replays.at(0).spans.size(), 2u) << "a span after the eviction cannot be evicted";
   const ReplayResult& result = replays[0].results.at(0);
-  EXPECT_EQ(result.span_recall.shape, (std::vector<Index>{2, 4, 2}));
-  EXPECT_FLOAT_EQ(result.span_recall.numbers[0], 0.5f);
-  EXPECT_FLOAT_EQ(result.span_recall.numbers[1], 1.0f);
+  EXPECT_EQ(result.measures[Measure::span_recall].shape, (std::vector<Index>{2, 4, 2}));
+  EXPECT_FLOAT_EQ(result.measures[Measure::span_recall].numbers[0], 0.5f);
+  EXPECT_FLOAT_EQ(result.measures[Measure::span_recall].numbers[1], 1.0f);
 }
 
 TEST(Replay, MissingOutputProjectionIsTold) {

@@ -93,13 +93,14 @@ TEST(SlidingWindow, EveryPolicyKeepsHeldPositionsAlone) {
         }
       }
       if (keeps_all) {
-        EXPECT_THAT(of_layer(result.layer_error, layer), Each(0.0f));
-        EXPECT_THAT(of_layer(result.head_error, layer), Each(0.0f));
-        EXPECT_THAT(of_layer(result.attention_recall, layer), Each(1.0f));
+        EXPECT_THAT(of_layer(result.measures[Measure::layer_error], layer), Each(0.0f));
+        EXPECT_THAT(of_layer(result.measures[Measure::head_error], layer), Each(0.0f));
+        EXPECT_THAT(of_layer(result.measures[Measure::attention_recall], layer), Each(1.0f));
       }
     }
-    for (const Table* table : {&result.head_error, &result.layer_error, &result.attention_recall, &result.cosine}) {
-      for (const float number : table->numbers) ASSERT_TRUE(std::isfinite(number)) << result.policy;
+    for (const Measure measure :
+         {Measure::head_error, Measure::layer_error, Measure::attention_recall, Measure::cosine}) {
+      for (const float number : result.measures[measure].numbers) ASSERT_TRUE(std::isfinite(number)) << result.policy;
     }
   }
 }
@@ -119,7 +120,8 @@ TEST(SlidingWindow, ThreadsDoNotChangeABit) {
   for (std::size_t i = 0; i < expected.at(0).results.size(); ++i) {
     SCOPED_TRACE(expected[0].results[i].policy);
     EXPECT_EQ(expected[0].results[i].kept.sets, found.at(0).results.at(i).kept.sets);
-    EXPECT_EQ(expected[0].results[i].layer_error.numbers, found[0].results[i].layer_error.numbers);
+    EXPECT_EQ(expected[0].results[i].measures[Measure::layer_error].numbers,
+              found[0].results[i].measures[Measure::layer_error].numbers);
   }
 }
 
@@ -139,10 +141,10 @@ TEST(SlidingWindow, OneThatReachesBeyondThePromptIsNone) {
     const ReplayResult& b = found.results.at(i);
     SCOPED_TRACE(a.policy);
     EXPECT_EQ(a.kept.sets, b.kept.sets);
-    EXPECT_EQ(a.layer_error.numbers, b.layer_error.numbers);
-    EXPECT_EQ(a.head_error.numbers, b.head_error.numbers);
-    EXPECT_EQ(a.attention_recall.numbers, b.attention_recall.numbers);
-    EXPECT_EQ(a.spearman.numbers, b.spearman.numbers);
+    EXPECT_EQ(a.measures[Measure::layer_error].numbers, b.measures[Measure::layer_error].numbers);
+    EXPECT_EQ(a.measures[Measure::head_error].numbers, b.measures[Measure::head_error].numbers);
+    EXPECT_EQ(a.measures[Measure::attention_recall].numbers, b.measures[Measure::attention_recall].numbers);
+    EXPECT_EQ(a.measures[Measure::spearman].numbers, b.measures[Measure::spearman].numbers);
   }
 }
 
@@ -191,7 +193,7 @@ TEST(SlidingWindow, AWindowOfOneHoldsNothing) {
   const TraceReplay replay = replayed(shape, make_request({"snapkv(window=4)", "full"}, {"9"}), 60).at(0);
   for (const ReplayResult& result : replay.results) {
     EXPECT_EQ(result.kept.mean_size(0), 0) << result.policy;
-    EXPECT_THAT(of_layer(result.layer_error, 0), Each(0.0f)) << result.policy;
+    EXPECT_THAT(of_layer(result.measures[Measure::layer_error], 0), Each(0.0f)) << result.policy;
   }
 }
 
@@ -229,11 +231,12 @@ TEST(SlidingWindow, SpanRecallIsOfHeldPositions) {
   const auto replays = replay(TraceReader(folder / "t.h5"), make_request({"recent"}, {"39"}));
   const ReplayResult& result = replays.at(0).results.at(0);
   for (int head = 0; head < 4; ++head) {
-    const auto recall = of_layer(result.span_recall, 0).subspan(static_cast<std::size_t>(3 * head), 3);
+    const auto recall =
+        of_layer(result.measures[Measure::span_recall], 0).subspan(static_cast<std::size_t>(3 * head), 3);
     EXPECT_TRUE(std::isnan(recall[0]));
     EXPECT_EQ(recall[1], 0.5f);  // of 60 and 61
     EXPECT_EQ(recall[2], 1.0f);
-    EXPECT_THAT(of_layer(result.span_recall, 1).subspan(static_cast<std::size_t>(3 * head), 3),
+    EXPECT_THAT(of_layer(result.measures[Measure::span_recall], 1).subspan(static_cast<std::size_t>(3 * head), 3),
                 ElementsAre(0.0f, 0.25f, 1.0f));
   }
   // What was not there to be kept is not a number in files either.
@@ -266,8 +269,10 @@ TEST(SlidingWindow, RanksAreComparedWhereThereAreSome) {
   asked.rank_agreement = true;
   const TraceReplay replay = replayed(shape, asked, 100).at(0);
   for (const ReplayResult& result : replay.results) {
-    for (const float number : of_layer(result.spearman, 0)) EXPECT_TRUE(std::isnan(number)) << result.policy;
-    for (const float number : of_layer(result.spearman, 1)) EXPECT_TRUE(std::isfinite(number)) << result.policy;
+    for (const float number : of_layer(result.measures[Measure::spearman], 0))
+      EXPECT_TRUE(std::isnan(number)) << result.policy;
+    for (const float number : of_layer(result.measures[Measure::spearman], 1))
+      EXPECT_TRUE(std::isfinite(number)) << result.policy;
   }
 }
 
@@ -286,7 +291,7 @@ TEST(SlidingWindow, KeptSetsOfPositionsThatAreNotHeldAreReadWithoutThem) {
   const ReplayResult& result = found.results.at(0);
   EXPECT_EQ(result.kept.sets.at(0), range(80, 100));
   EXPECT_EQ(result.kept.sets.at(2).size(), 30u);
-  EXPECT_THAT(of_layer(result.layer_error, 0), Each(0.0f));
+  EXPECT_THAT(of_layer(result.measures[Measure::layer_error], 0), Each(0.0f));
 }
 
 TEST(SlidingWindow, ACapacityBelowWhatALayerProtectsIsRefusedWithTheLayer) {
@@ -315,7 +320,7 @@ TEST(SlidingWindow, OraclesChooseAmongHeldPositions) {
       replayed(shape, make_request({"oracle-reconstruction(exchanges=8)", "random", "recent"}, {"12"}), 100).at(0);
   const auto objective = [&](std::size_t result) {
     double sum = 0;
-    for (const float error : of_layer(replay.results.at(result).layer_error, 0)) {
+    for (const float error : of_layer(replay.results.at(result).measures[Measure::layer_error], 0)) {
       sum += static_cast<double>(error) * static_cast<double>(error);
     }
     return sum;

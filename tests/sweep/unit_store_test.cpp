@@ -111,15 +111,10 @@ TEST_F(UnitStoreTest, WhatIsStoredIsWhatAReplayInMemoryGives) {
       EXPECT_EQ(result.capacity, other.capacity);
       EXPECT_EQ(result.trace, other.trace);
       EXPECT_EQ(result.kept.sets, other.kept.sets);
-      EXPECT_EQ(result.head_error.numbers, other.head_error.numbers);
-      EXPECT_EQ(result.layer_error.numbers, other.layer_error.numbers);
-      EXPECT_EQ(result.attention_recall.numbers, other.attention_recall.numbers);
-      EXPECT_EQ(result.cosine.numbers, other.cosine.numbers);
-      EXPECT_EQ(result.span_recall.numbers, other.span_recall.numbers);
-      EXPECT_EQ(result.span_recall.shape, other.span_recall.shape);
-      EXPECT_EQ(result.spearman.numbers, other.spearman.numbers);
-      EXPECT_EQ(result.kendall.numbers, other.kendall.numbers);
-      EXPECT_EQ(result.kendall.shape, other.kendall.shape);
+      for (const MeasureTraits& measure : measures()) {
+        EXPECT_EQ(result.measures[measure.measure].numbers, other.measures[measure.measure].numbers) << measure.name;
+        EXPECT_EQ(result.measures[measure.measure].shape, other.measures[measure.measure].shape) << measure.name;
+      }
     });
     EXPECT_EQ(compared, expected.size());
   }

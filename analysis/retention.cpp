@@ -16,6 +16,7 @@
 
 #include "analysis/student_t.h"
 #include "base/error.h"
+#include "replay/overlap.h"
 
 namespace kvreplay {
 namespace {
@@ -79,7 +80,7 @@ std::vector<double> means_of_parts(std::span<const float> numbers, std::size_t c
 // A set of positions, quick to intersect with others.
 class Positions {
  public:
-  Positions(const std::vector<int>& kept, int count) : words_(static_cast<std::size_t>(count + 63) / 64, 0) {
+  Positions(std::span<const int> kept, int count) : words_(static_cast<std::size_t>(count + 63) / 64, 0) {
     for (const int position : kept) {
       words_[static_cast<std::size_t>(position) / 64] |= std::uint64_t{1} << (static_cast<unsigned>(position) % 64);
     }
@@ -150,8 +151,8 @@ void check_fit(const KeptSetsReader& reader, std::size_t index, const StoredResu
 using ByEviction = std::map<int, RetentionSet::Entry>;
 
 // What is kept in the layers of a result, per query head.
-const std::vector<int>& kept_by(const KeptSets& sets, const StoredResult& result, int layer, int head) {
-  return sets.of_query_head(layer, head, result.num_query_heads / result.num_kv_heads);
+std::span<const int> kept_by(const KeptSets& sets, const StoredResult& result, int layer, int head) {
+  return sets.of_query_head(layer, head, result.num_query_heads / result.num_kv_heads).kept();
 }
 
 // Adds one setting's stability between two evictions, of the positions that are held at both: a row over all layers,
@@ -172,7 +173,7 @@ void add_stability(const StoredResult& from, const KeptSets& kept_from, const St
     Mean layer_returned;
     const int first_held = to.eviction_position - to.held[static_cast<std::size_t>(layer)];
     if (first_held >= before) continue;
-    const auto held_at_both = [&](const std::vector<int>& kept) {
+    const auto held_at_both = [&](std::span<const int> kept) {
       return Positions({std::ranges::lower_bound(kept, first_held), std::ranges::lower_bound(kept, before)}, before);
     };
     for (int head = 0; head < from.num_query_heads; ++head) {
@@ -209,17 +210,22 @@ HeadPairs head_pairs(const StoredResult& result, const KeptSets& kept, const std
   const int group = by_query ? result.num_query_heads / result.num_kv_heads : 1;
   HeadPairs found;
   for (const int layer : layers) {
+    const auto residencies = std::span(kept.sets).subspan(static_cast<std::size_t>(layer * kept.sets_per_layer),
+                                                          static_cast<std::size_t>(kept.sets_per_layer));
     std::vector<Positions> sets;
-    for (int set = 0; set < kept.sets_per_layer; ++set) {
-      sets.emplace_back(kept.sets[static_cast<std::size_t>(layer * kept.sets_per_layer + set)],
-                        result.eviction_position);
+    for (const Residency& residency : residencies) {
+      sets.emplace_back(residency.kept(), result.eviction_position);
     }
     Mean within;
     Mean between;
     for (std::size_t a = 0; a < sets.size(); ++a) {
       for (std::size_t b = 0; b < a; ++b) {
         const bool same_group = static_cast<int>(a) / group == static_cast<int>(b) / group;
-        (same_group ? within : between).add(sets[a].jaccard(sets[b]));
+        const bool evicted_once = residencies[a].is_one_eviction() && residencies[b].is_one_eviction();
+        (same_group ? within : between)
+            .add(evicted_once ? sets[a].jaccard(sets[b])
+                              : static_cast<double>(
+                                    overlap(residencies[a], residencies[b], result.evaluation_positions).jaccard));
       }
     }
     if (within.count > 0) found.within.push_back(within.value());
@@ -580,7 +586,7 @@ std::vector<KeptRaster> kept_rasters(const ResultSet& results, const RetentionSe
     const RasterBins bins = RasterBins::of(result.eviction_position, most_bins);
     const auto count = static_cast<std::size_t>(bins.count());
     const std::vector<int> layers = results.layers_of(result);
-    const auto row_of = [&](int layer, const std::vector<std::int64_t>& positions, std::span<const int> of_layers) {
+    const auto row_of = [&](int layer, const std::vector<double>& positions, std::span<const int> of_layers) {
       KeptRaster row{.trace = result.trace,
                      .policy = result.policy,
                      .capacity_request = result.capacity_request,
@@ -595,18 +601,20 @@ std::vector<KeptRaster> kept_rasters(const ResultSet& results, const RetentionSe
           const int first_held = result.eviction_position - result.held[static_cast<std::size_t>(each)];
           held += std::max(0, end - std::max(first, first_held));
         }
-        const double share = held == 0 ? 0 : static_cast<double>(positions[bin]) / (held * sets.sets_per_layer);
+        const double share = held == 0 ? 0 : positions[bin] / (held * sets.sets_per_layer);
         row.share.push_back(static_cast<float>(share));
       }
       return row;
     };
-    std::vector<std::int64_t> in_all(count, 0);
+    std::vector<double> in_all(count, 0);
     std::vector<KeptRaster> of_layers;
     for (const int layer : layers) {
-      std::vector<std::int64_t> in_layer(count, 0);
+      std::vector<double> in_layer(count, 0);
       for (int set = 0; set < sets.sets_per_layer; ++set) {
-        for (const int position : sets.sets[static_cast<std::size_t>(layer * sets.sets_per_layer + set)]) {
-          ++in_layer[static_cast<std::size_t>(position / bins.width)];
+        const Residency& residency = sets.sets[static_cast<std::size_t>(layer * sets.sets_per_layer + set)];
+        for (std::size_t bin = 0; bin < count; ++bin) {
+          const int first = static_cast<int>(bin) * bins.width;
+          in_layer[bin] += residency.mean_kept(first, first + bins.width, result.evaluation_positions);
         }
       }
       for (std::size_t bin = 0; bin < count; ++bin) in_all[bin] += in_layer[bin];

@@ -217,6 +217,9 @@ ReplayEngine::Sums ReplayEngine::sum_up(const TraceReader& trace, const TraceRep
   sums.layer_bytes =
       LayerDecision::memory_of_layer(shape, settings) + memory_of_numbers(outline) +
       static_cast<Index>(settings.size() * (sizeof(LayerResult) + measures().size() * sizeof(std::vector<float>)));
+  for (const ReplayResult& result : outline.results) {
+    sums.layer_bytes += result.kept.sets_per_layer * static_cast<Index>(sizeof(Residency));
+  }
   sums.setting_bytes = LayerDecision::memory_of_setting(shape, settings);
   sums.head_bytes = LayerDecision::memory_of_head(shape, sums.asked, outline.model.hidden_size, tokens) +
                     TraceLayer::memory_of_head(trace, outline.eviction_position);
@@ -486,8 +489,11 @@ void ReplayEngine::decide(std::span<const ReplayUnit> units,
   for_each_group(
       units, [this](std::span<const ReplayUnit> group, const Plan& plan) { return decide_group(group, plan); },
       [&done](const ReplayUnit& unit, std::vector<LayerResult> results) {
-        std::vector<LayerSets> kept;
-        for (LayerResult& result : results) kept.push_back(std::move(result.kept));
+        std::vector<LayerSets> kept(results.size());
+        for (std::size_t i = 0; i < results.size(); ++i) {
+          for (const Residency& set : results[i].kept) kept[i].emplace_back(set.kept().begin(), set.kept().end());
+          results[i] = {};
+        }
         done(unit, std::move(kept));
       });
 }
@@ -561,7 +567,8 @@ std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const
   for (std::size_t i = 0; i < group.size(); ++i) {
     std::vector<LayerSets> kept = decisions[i].take();
     std::vector<LayerResult>& of_layer = results.emplace_back(kept.size());
-    for (std::size_t s = 0; s < kept.size(); ++s) of_layer[s].kept = std::move(kept[s]);
+    for (std::size_t s = 0; s < kept.size(); ++s)
+      of_layer[s].kept.assign(std::move_iterator(kept[s].begin()), std::move_iterator(kept[s].end()));
     if (agreements[i]) {
       std::vector<LayerNumbers> found = agreements[i]->take();
       for (std::size_t s = 0; s < of_layer.size(); ++s) of_layer[s].measures = std::move(found[s]);
@@ -583,7 +590,7 @@ void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& 
   for (std::size_t first = 0; first < most; first += step) {
     std::vector<LayerMeasurement> measurements;
     for (std::size_t i = 0; i < group.size(); ++i) {
-      std::vector<const LayerSets*> sets;
+      std::vector<const LayerResidencies*> sets;
       for (std::size_t s = first; s < std::min(results[i].size(), first + step); ++s) {
         sets.push_back(&results[i][s].kept);
       }

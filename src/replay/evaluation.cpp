@@ -68,7 +68,7 @@ Index HeadEvaluation::memory(const ModelInfo& model, Index tokens) {
   // Values, weights, and what is gathered of them; keys whole where parts of them cannot be read alone.
   const Index floats =
       tokens * (width + kColumns) + kPositions * (3 * width + kColumns) + 2 * model.head_dim * kColumns;
-  const Index sums = 4 * kColumns * (width + 1) * static_cast<Index>(sizeof(double));
+  const Index sums = 5 * kColumns * (width + 1) * static_cast<Index>(sizeof(double));
   return (floats + tokens * width) * static_cast<Index>(sizeof(float)) + sums;
 }
 
@@ -147,9 +147,9 @@ void HeadEvaluation::add_range(Index count, const Attention& attention, const fl
   count_operations(2 * count * attention.count * shape_.head_dim);
 }
 
-// Adds any positions, ascending.
-void HeadEvaluation::add(std::span<const int> positions, int member, const Attention& attention, const Buffer& values,
-                         Sums& sums) const {
+// Adds any positions, ascending: where `until` is given, to the queries at that position each and before.
+void HeadEvaluation::add(std::span<const int> positions, std::span<const int> until, int member,
+                         const Attention& attention, const Buffer& values, Sums& sums) const {
   const Index row = attention.row();
   const Index column = (member - attention.first_member) * attention.columns;
   Buffer weights(kPositions * attention.columns);
@@ -157,7 +157,7 @@ void HeadEvaluation::add(std::span<const int> positions, int member, const Atten
   for (std::size_t first = 0; first < positions.size(); first += kPositions) {
     const auto here = positions.subspan(first, std::min<std::size_t>(kPositions, positions.size() - first));
     const auto count = static_cast<Index>(here.size());
-    if (here.back() - here.front() == static_cast<int>(count) - 1) {
+    if (until.empty() && here.back() - here.front() == static_cast<int>(count) - 1) {
       add_range(count, attention, attention.weights.data() + here.front() * row + column, row,
                 values.data() + here.front() * width_, sums);
       continue;
@@ -166,14 +166,52 @@ void HeadEvaluation::add(std::span<const int> positions, int member, const Atten
       const Index position = here[static_cast<std::size_t>(k)];
       std::copy_n(attention.weights.data() + position * row + column, attention.columns,
                   weights.data() + k * attention.columns);
+      if (!until.empty()) {
+        const int last = until[first + static_cast<std::size_t>(k)];
+        for (Index c = 0; c < attention.columns; ++c) {
+          if (attention.positions[static_cast<std::size_t>(column + c)] > last) {
+            weights.data()[k * attention.columns + c] = 0;
+          }
+        }
+      }
       std::copy_n(values.data() + position * width_, width_, rows.data() + k * width_);
     }
     add_range(count, attention, weights.data(), attention.columns, rows.data(), sums);
   }
 }
 
+// Adds what queries see after more than one eviction, in the same pieces as after one: of the positions before the
+// first to `kept`; of those since to `since`, or nothing and false where all of them are still seen.
+bool HeadEvaluation::add_residents(const Residency& residency, int member, const Attention& attention,
+                                   const Buffer& values, Sums& kept, Sums& since) const {
+  const auto [first_query, last_query] = std::ranges::minmax(attention.positions);
+  const auto is_seen_by_all = [last = last_query](int until) { return until >= last; };
+  const std::size_t num_kept = residency.kept().size();
+  const std::span<const int> listed = residency.positions();
+  std::vector<int> positions;
+  std::vector<int> until;
+  for (std::size_t i = 0; i < num_kept; ++i) {
+    if (residency.until()[i] < first_query) continue;
+    positions.push_back(listed[i]);
+    until.push_back(residency.until()[i]);
+  }
+  if (std::ranges::all_of(until, is_seen_by_all)) until.clear();
+  add(positions, until, member, attention, values, kept);
+
+  const int first = shape_.next_position;
+  if (std::ranges::all_of(residency.until().subspan(num_kept), is_seen_by_all)) return false;
+  positions.resize(static_cast<std::size_t>(tokens_ - first));
+  std::iota(positions.begin(), positions.end(), first);
+  until.assign(positions.size(), Residency::kNever);
+  for (std::size_t i = num_kept; i < listed.size() && listed[i] < tokens_; ++i) {
+    until[static_cast<std::size_t>(listed[i] - first)] = residency.until()[i];
+  }
+  add(positions, until, member, attention, values, since);
+  return true;
+}
+
 // The output of one query whose attention on what is cached vanishes beside what was evicted: against its own maximum.
-Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, std::span<const int> kept,
+Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, const Residency& residency,
                                                    const Buffer& values) const {
   const auto row = trace_.read(shape_.layer, HeadTensor::queries, query_head, queries_.first + query, 1)
                        .row(0)
@@ -182,9 +220,7 @@ Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, 
   const Matrix keys = trace_.read(shape_.layer, HeadTensor::keys, shape_.kv_head, 0, tokens_);
   const int position = queries_.positions[static_cast<std::size_t>(query)];
   const int first = shape_.sliding_window > 0 ? std::max(0, position - shape_.sliding_window + 1) : 0;
-  std::vector<int> cached;
-  std::ranges::copy_if(kept, std::back_inserter(cached), [first](int n) { return n >= first; });
-  for (int n = std::max(first, shape_.next_position); n <= position; ++n) cached.push_back(n);
+  const std::vector<int> cached = residency.cached_at(position, shape_.next_position, first);
   Eigen::VectorXd weights(static_cast<Index>(cached.size()));
   for (std::size_t i = 0; i < cached.size(); ++i) {
     double logit = row.dot(keys.row(cached[i]).cast<double>()) * shape_.softmax_scale;
@@ -201,20 +237,19 @@ Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, 
   return sum / weights.sum();
 }
 
-void HeadEvaluation::measure(std::span<const std::vector<const std::vector<int>*>> kept_sets,
-                             Eigen::Ref<Matrix> outputs, std::span<Eigen::Ref<Matrix>> differences,
-                             std::span<LayerNumbers> numbers) const {
+void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> residencies, Eigen::Ref<Matrix> outputs,
+                             std::span<Eigen::Ref<Matrix>> differences, std::span<LayerNumbers> numbers) const {
   const Index depth = shape_.head_dim;
-  const auto group = static_cast<int>(kept_sets.size());
+  const auto group = static_cast<int>(residencies.size());
   const std::vector<Formula<HeadOutcome>>& measures = formulas<HeadOutcome>();
   const auto place_of = [this](int member, Index query) {
     return static_cast<std::size_t>(shape_.query_head(member) * queries_.count() + query);
   };
   std::vector<std::vector<std::size_t>> first_like;  // [member][set]: the first of those that are equal
   for (int member = 0; member < group; ++member) {
-    const auto& sets = kept_sets[static_cast<std::size_t>(member)];
-    const auto less = [](const std::vector<int>* a, const std::vector<int>* b) { return *a < *b; };
-    std::map<const std::vector<int>*, std::size_t, decltype(less)> distinct(less);
+    const auto& sets = residencies[static_cast<std::size_t>(member)];
+    const auto less = [](const Residency* a, const Residency* b) { return *a < *b; };
+    std::map<const Residency*, std::size_t, decltype(less)> distinct(less);
     std::vector<std::size_t>& first = first_like.emplace_back();
     for (std::size_t set = 0; set < sets.size(); ++set) {
       first.push_back(distinct.try_emplace(sets[set], set).first->second);
@@ -224,6 +259,7 @@ void HeadEvaluation::measure(std::span<const std::vector<const std::vector<int>*
   Buffer values;
   Attention attention;
   Sums kept;
+  Sums since;  // of residencies with more than one eviction
   for (attention.first = 0; attention.first < queries_.count(); attention.first += kPanel) {
     attention.count = std::min<Index>(kPanel, queries_.count() - attention.first);
     attention.columns = kernels::rounded_up(attention.count, kernels::kLanes);
@@ -239,7 +275,7 @@ void HeadEvaluation::measure(std::span<const std::vector<const std::vector<int>*
       attend(attention, values, full, after);
       for (int m = 0; m < attention.members; ++m) {
         const int member = attention.first_member + m;
-        const auto& sets = kept_sets[static_cast<std::size_t>(member)];
+        const auto& sets = residencies[static_cast<std::size_t>(member)];
         Sums& whole = full[static_cast<std::size_t>(m)];
         const Sums& tail = after[static_cast<std::size_t>(m)];
         whole.values += tail.values;
@@ -256,15 +292,22 @@ void HeadEvaluation::measure(std::span<const std::vector<const std::vector<int>*
         outputs.block(attention.first, member * depth, attention.count, depth) = exact.cast<float>();
         for (std::size_t set = 0; set < sets.size(); ++set) {
           if (first_like[static_cast<std::size_t>(member)][set] != set) continue;
+          const Residency& residency = *sets[set];
+          const Sums* rest = &tail;
           kept.clear(attention.columns, width_);
-          add(*sets[set], member, attention, values, kept);
+          if (residency.is_one_eviction()) {
+            add(residency.kept(), {}, member, attention, values, kept);
+          } else {
+            since.clear(attention.columns, width_);
+            if (add_residents(residency, member, attention, values, kept, since)) rest = &since;
+          }
           for (Index q = 0; q < attention.count; ++q) {
             const auto column = static_cast<std::size_t>(q);
-            const double mass = kept.mass[column] + tail.mass[column];
+            const double mass = kept.mass[column] + rest->mass[column];
             const Eigen::RowVectorXd evicted =
                 mass > kFaint
-                    ? Eigen::RowVectorXd((kept.values.row(q).head(depth) + tail.values.row(q).head(depth)) / mass)
-                    : attend_directly(shape_.query_head(member), attention.first + q, *sets[set], values);
+                    ? Eigen::RowVectorXd((kept.values.row(q).head(depth) + rest->values.row(q).head(depth)) / mass)
+                    : attend_directly(shape_.query_head(member), attention.first + q, residency, values);
             const Eigen::RowVectorXd difference = evicted - exact.row(q);
             differences[set].row(attention.first + q).segment(member * depth, depth) = difference.cast<float>();
             const HeadOutcome outcome{.full = exact.row(q),

@@ -8,24 +8,26 @@
 #include "policy/head.h"
 #include "replay/eviction.h"
 #include "replay/measure.h"
+#include "replay/residency.h"
 #include "trace/reader.h"
 
 namespace kvreplay {
 
-/// Measures kept sets of one KV head. The cache of an evaluation query at position t is the kept set and all positions
-/// from the eviction on, up to t. Logits and weighted values are summed in float32, over blocks of 512 positions the
-/// latter; blocks, and sums of attention, in double. Sets that are equal are measured once.
+/// Measures what is left of one KV head's cache. An evaluation query at position t sees what Residency says: after one
+/// eviction the kept set and all positions from the eviction on, up to t. Logits and weighted values are summed in
+/// float32, over blocks of 512 positions the latter; blocks, and sums of attention, in double. Sets that are equal are
+/// measured once.
 class HeadEvaluation {
  public:
   /// The reader must outlive it.
   HeadEvaluation(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction);
 
-  /// Measures `kept_sets` ([member][set], as many for each query head of the group). `outputs` [E, group · D] receives
-  /// the full output of the query heads side by side, `differences` (one [E, group · D] per kept set) what eviction
-  /// adds to it: ô − o; and `numbers` (one per kept set) this head's part of the measures per head and query, whose
+  /// Measures `residencies` ([member][set], as many for each query head of the group). `outputs` [E, group · D]
+  /// receives the full output of the query heads side by side, `differences` (one [E, group · D] per set) what eviction
+  /// adds to it: ô − o; and `numbers` (one per set) this head's part of the measures per head and query, whose
   /// vectors hold the layer's [H, E]. Reads keys and values up to the last evaluation query; throws Error as
   /// TraceReader::read does, and, naming the query, where attention leaves float32's range.
-  void measure(std::span<const std::vector<const std::vector<int>*>> kept_sets, Eigen::Ref<Matrix> outputs,
+  void measure(std::span<const std::vector<const Residency*>> residencies, Eigen::Ref<Matrix> outputs,
                std::span<Eigen::Ref<Matrix>> differences, std::span<LayerNumbers> numbers) const;
 
   /// The most bytes that measuring takes for `tokens` positions.
@@ -35,11 +37,13 @@ class HeadEvaluation {
   struct Attention;
   struct Sums;
   void attend(Attention& attention, Buffer& values, std::vector<Sums>& before, std::vector<Sums>& after) const;
-  void add(std::span<const int> positions, int member, const Attention& attention, const Buffer& values,
-           Sums& sums) const;
+  void add(std::span<const int> positions, std::span<const int> until, int member, const Attention& attention,
+           const Buffer& values, Sums& sums) const;
+  bool add_residents(const Residency& residency, int member, const Attention& attention, const Buffer& values,
+                     Sums& kept, Sums& since) const;
   void add_range(Index count, const Attention& attention, const float* weights, Index step, const float* rows,
                  Sums& sums) const;
-  Eigen::RowVectorXd attend_directly(int query_head, Index query, std::span<const int> kept,
+  Eigen::RowVectorXd attend_directly(int query_head, Index query, const Residency& residency,
                                      const Buffer& values) const;
 
   const TraceReader& trace_;

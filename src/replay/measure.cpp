@@ -32,7 +32,9 @@ double cosine(const HeadOutcome& outcome) {
   return outcome.evicted.norm() > 0 || outcome.full.norm() > 0 ? 0.0 : 1.0;
 }
 
-double span_recall(const SpanOutcome& outcome) { return static_cast<double>(outcome.kept.size()) / outcome.held; }
+double span_recall(const SpanOutcome& outcome) {
+  return outcome.residency.mean_kept(outcome.first, outcome.end, outcome.queries) / (outcome.end - outcome.first);
+}
 
 double spearman(const RankCorrelation& agreement) { return agreement.spearman; }
 

@@ -9,6 +9,7 @@
 
 #include "base/matrix.h"
 #include "replay/rank_agreement.h"
+#include "replay/residency.h"
 #include "replay/table.h"
 
 namespace kvreplay {
@@ -33,8 +34,10 @@ struct LayerOutcome {
 
 /// What a query head keeps of a span, of which its layer held at least one position.
 struct SpanOutcome {
-  std::span<const int> kept;  ///< ascending: of the held positions those that are kept
-  int held;                   ///< positions of the span that the layer held
+  const Residency& residency;
+  int first;                     ///< of the positions of the span that the layer held
+  int end;                       ///< after the last of them
+  std::span<const int> queries;  ///< [E] positions of the evaluation queries
 };
 
 /// What there is to know about a measure. docs/measures.md defines them, docs/adding-a-measure.md adds one.

@@ -32,11 +32,11 @@ double mean_square(const std::vector<float>& layer_error) {
 }  // namespace
 
 LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, const Eviction& eviction,
-                                   std::span<const Span> spans, const std::vector<const LayerSets*>& settings)
+                                   std::span<const Span> spans, const std::vector<const LayerResidencies*>& settings)
     : trace_(trace), layer_(layer), eviction_(eviction) {
-  const auto less = [](const LayerSets* a, const LayerSets* b) { return *a < *b; };
-  std::map<const LayerSets*, std::size_t, decltype(less)> kinds(less);
-  for (const LayerSets* sets : settings) {
+  const auto less = [](const LayerResidencies* a, const LayerResidencies* b) { return *a < *b; };
+  std::map<const LayerResidencies*, std::size_t, decltype(less)> kinds(less);
+  for (const LayerResidencies* sets : settings) {
     const auto [kind, is_new] = kinds.try_emplace(sets, distinct_.size());
     if (is_new) distinct_.push_back(sets);
     kind_.push_back(kind->second);
@@ -61,8 +61,8 @@ LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, const Ev
   squared_lengths_.resize(static_cast<std::size_t>(slices()));
 }
 
-const std::vector<int>& LayerMeasurement::kept_by(std::size_t kind, int query_head) const {
-  const LayerSets& sets = *distinct_[kind];
+const Residency& LayerMeasurement::residency_of(std::size_t kind, int query_head) const {
+  const LayerResidencies& sets = *distinct_[kind];
   const ModelInfo& model = trace_.info().model;
   const bool per_query_head = static_cast<int>(sets.size()) == model.num_attention_heads;
   return sets[static_cast<std::size_t>(per_query_head ? query_head : query_head / model.group_size())];
@@ -70,17 +70,18 @@ const std::vector<int>& LayerMeasurement::kept_by(std::size_t kind, int query_he
 
 // Of the positions that the layer holds. NaN where these are none of the span.
 void LayerMeasurement::measure_spans(std::span<const Span> spans) {
+  const std::span<const int> queries = evaluation_queries(trace_.info(), eviction_).positions;
   const int first_held = eviction_.position - head_shape(trace_.info(), layer_, 0, eviction_.position).rows();
   for (std::size_t kind = 0; kind < distinct_.size(); ++kind) {
     for (std::size_t s = 0; s < spans.size(); ++s) {
       const int start = std::max(spans[s].start, first_held);
       const int end = std::min(spans[s].end, eviction_.position);
       for (int head = 0; head < trace_.info().model.num_attention_heads; ++head) {
-        const std::vector<int>& kept = kept_by(kind, head);
-        const std::span<const int> of_span(std::ranges::lower_bound(kept, start), std::ranges::lower_bound(kept, end));
+        const Residency& residency = residency_of(kind, head);
         for (const auto& [measure, calculate] : formulas<SpanOutcome>()) {
           numbers_[kind][measure][static_cast<std::size_t>(head) * spans.size() + s] =
-              start < end ? static_cast<float>(calculate({.kept = of_span, .held = end - start}))
+              start < end ? static_cast<float>(
+                                calculate({.residency = residency, .first = start, .end = end, .queries = queries}))
                           : std::numeric_limits<float>::quiet_NaN();
         }
       }
@@ -94,15 +95,15 @@ void LayerMeasurement::measure_head(int kv_head) {
   const Index queries = outputs_.rows() / (static_cast<Index>(distinct_.size()) + 1);
   const int group = model.group_size();
   auto columns = outputs_.middleCols(Index{kv_head} * group * model.head_dim, Index{group} * model.head_dim);
-  std::vector<std::vector<const std::vector<int>*>> kept(static_cast<std::size_t>(group));
+  std::vector<std::vector<const Residency*>> residencies(static_cast<std::size_t>(group));
   std::vector<Eigen::Ref<Matrix>> differences;
   for (std::size_t kind = 0; kind < distinct_.size(); ++kind) {
     for (int member = 0; member < group; ++member) {
-      kept[static_cast<std::size_t>(member)].push_back(&kept_by(kind, kv_head * group + member));
+      residencies[static_cast<std::size_t>(member)].push_back(&residency_of(kind, kv_head * group + member));
     }
     differences.emplace_back(columns.middleRows((static_cast<Index>(kind) + 1) * queries, queries));
   }
-  evaluation.measure(kept, columns.topRows(queries), differences, numbers_);
+  evaluation.measure(residencies, columns.topRows(queries), differences, numbers_);
   const Index first = evaluation_queries(trace_.info(), eviction_).first;
   double& output_errors = output_errors_[static_cast<std::size_t>(kv_head)];
   for (int member = 0; member < group; ++member) {
@@ -220,8 +221,9 @@ Index LayerMeasurement::memory(const ModelInfo& model) {
 }
 
 std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, const Eviction& eviction,
-                                         const std::vector<const LayerSets*>& settings, int threads) {
-  LayerMeasurement measurement(trace, layer, eviction, {}, settings);
+                                         std::span<const Span> spans,
+                                         const std::vector<const LayerResidencies*>& settings, int threads) {
+  LayerMeasurement measurement(trace, layer, eviction, spans, settings);
   parallel_for(
       trace.info().model.num_key_value_heads, [&](int kv_head) { measurement.measure_head(kv_head); }, threads);
   parallel_for(
@@ -238,22 +240,23 @@ void improve_oracles(const TraceReader& trace, int layer, const Eviction& evicti
   for (std::size_t oracle = 0; oracle < settings.size(); ++oracle) {
     const Setting& setting = settings[oracle];
     if (setting.policy->exchanges == 0 || setting.keeps_all(held)) continue;
-    std::vector<const LayerSets*> candidates = {&results[oracle].kept};
+    std::vector<const LayerResidencies*> candidates = {&results[oracle].kept};
     for (std::size_t i = 0; i < settings.size(); ++i) {
-      const bool comparable = i != oracle && settings[i].granularity == setting.granularity &&
-                              std::ranges::all_of(results[i].kept, [&setting, held](const std::vector<int>& set) {
-                                return static_cast<int>(set.size()) == setting.capacity(held);
-                              });
+      const bool comparable =
+          i != oracle && settings[i].granularity == setting.granularity &&
+          std::ranges::all_of(results[i].kept, [&setting, held](const Residency& set) {
+            return set.is_one_eviction() && static_cast<int>(set.kept().size()) == setting.capacity(held);
+          });
       if (comparable) candidates.push_back(&results[i].kept);
     }
-    const auto best_of = [&](std::span<const LayerSets* const> sets) {
-      const LayerSets* best = nullptr;
+    const auto best_of = [&](std::span<const LayerResidencies* const> sets) {
+      const LayerResidencies* best = nullptr;
       double least = 0;
       while (!sets.empty()) {
         const auto some = sets.first(std::min(sets.size(), static_cast<std::size_t>(at_once)));
         sets = sets.subspan(some.size());
         const std::vector<LayerMeasures> measures =
-            measure_layer(trace, layer, eviction, {some.begin(), some.end()}, threads);
+            measure_layer(trace, layer, eviction, {}, {some.begin(), some.end()}, threads);
         for (std::size_t i = 0; i < some.size(); ++i) {
           const double error = mean_square(measures[i].numbers[Measure::layer_error]);
           if (best != nullptr && !(error < least)) continue;
@@ -263,11 +266,14 @@ void improve_oracles(const TraceReader& trace, int layer, const Eviction& evicti
       }
       return best;
     };
-    const LayerSets start = *best_of(candidates);
-    const LayerSets improved =
-        exchange_positions(trace, layer, eviction, setting.granularity, start, setting.policy->exchanges, threads);
+    const LayerResidencies start = *best_of(candidates);
+    LayerSets sets;
+    for (const Residency& each : start) sets.emplace_back(each.kept().begin(), each.kept().end());
+    const LayerSets exchanged = exchange_positions(trace, layer, eviction, setting.granularity, std::move(sets),
+                                                   setting.policy->exchanges, threads);
+    const LayerResidencies improved(exchanged.begin(), exchanged.end());
     // Measured like any other sets: where rounding made it worse, the start stays.
-    const std::vector<const LayerSets*> both = {&start, &improved};
+    const std::vector<const LayerResidencies*> both = {&start, &improved};
     results[oracle].kept = *best_of(both);
   }
 }

@@ -18,14 +18,17 @@ struct LayerMeasures {
   float output_error = 0;  ///< of the full outputs as the trace stores them: see LayerResult
 };
 
-/// Measures several kept sets of a layer against the same full outputs: head by head, then slice by slice of the output
-/// projection. Settings whose sets are all equal are measured once. What passes the projection is summed in float32
-/// over heads and dimensions, and its squares in double.
+/// The residencies of a layer's heads, as in KeptSets.
+using LayerResidencies = std::vector<Residency>;
+
+/// Measures what several settings leave of a layer's cache against the same full outputs: head by head, then slice by
+/// slice of the output projection. Settings whose residencies are all equal are measured once. What passes the
+/// projection is summed in float32 over heads and dimensions, and its squares in double.
 class LayerMeasurement {
  public:
-  /// The trace and the sets must outlive it. `spans` are those whose recall is measured.
+  /// The trace and the residencies must outlive it. `spans` are those whose recall is measured.
   LayerMeasurement(const TraceReader& trace, int layer, const Eviction& eviction, std::span<const Span> spans,
-                   const std::vector<const LayerSets*>& settings);
+                   const std::vector<const LayerResidencies*>& settings);
 
   /// Measures one KV head. Heads may be measured by different threads at once. Throws Error, naming the query, where
   /// attention leaves float32's range.
@@ -55,12 +58,12 @@ class LayerMeasurement {
 
  private:
   void measure_spans(std::span<const Span> spans);
-  const std::vector<int>& kept_by(std::size_t kind, int query_head) const;
+  const Residency& residency_of(std::size_t kind, int query_head) const;
 
   const TraceReader& trace_;
   int layer_;
   Eviction eviction_;
-  std::vector<const LayerSets*> distinct_;
+  std::vector<const LayerResidencies*> distinct_;
   std::vector<std::size_t> kind_;      // [setting]: which of the distinct ones
   Matrix outputs_;                     // [E, H · D], then the differences of every kind below each other
   Buffer panels_;                      // the same, transposed: [panel][H · D][kPanel], where there is a projection
@@ -69,9 +72,10 @@ class LayerMeasurement {
   std::vector<std::vector<double>> squared_lengths_;  // [slice][row of outputs_]
 };
 
-/// All of the above, by so many threads, without spans.
+/// All of the above, by so many threads.
 std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, const Eviction& eviction,
-                                         const std::vector<const LayerSets*>& settings, int threads);
+                                         std::span<const Span> spans,
+                                         const std::vector<const LayerResidencies*>& settings, int threads);
 
 /// Replaces the kept sets of oracles that exchange positions by better ones, starting from the best of the run, of
 /// which `at_once` are measured at a time by `threads` threads.

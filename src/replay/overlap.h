@@ -1,6 +1,8 @@
 // Retention overlap: how far two policies keep the same positions.
 #pragma once
 
+#include <span>
+#include <string>
 #include <vector>
 
 #include "replay/result.h"
@@ -14,9 +16,13 @@ struct SetOverlap {
 };
 
 /// Both sets ascending.
-SetOverlap overlap(const std::vector<int>& a, const std::vector<int>& b);
+SetOverlap overlap(std::span<const int> a, std::span<const int> b);
 
-/// Overlap between all policies of a run at one capacity.
+/// Of the positions from before the eviction that both still have, mean over these queries, ascending and not before
+/// the eviction: after one eviction that of the kept sets.
+SetOverlap overlap(const Residency& a, const Residency& b, std::span<const int> queries);
+
+/// Overlap between all policies of a run at one capacity, mean over the evaluation queries.
 struct OverlapTable {
   std::string trace;
   std::string capacity_request;

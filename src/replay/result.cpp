@@ -12,21 +12,21 @@
 
 namespace kvreplay {
 
-const std::vector<int>& KeptSets::of_query_head(int layer, int query_head, int group_size) const {
+const Residency& KeptSets::of_query_head(int layer, int query_head, int group_size) const {
   const int set = granularity == Granularity::query ? query_head : query_head / group_size;
   return sets[static_cast<std::size_t>(layer * sets_per_layer + set)];
 }
 
 double KeptSets::mean_size() const {
   double positions = 0;
-  for (const std::vector<int>& set : sets) positions += static_cast<double>(set.size());
+  for (const Residency& set : sets) positions += static_cast<double>(set.kept().size());
   return positions / static_cast<double>(sets.size());
 }
 
 double KeptSets::mean_size(int layer) const {
   double positions = 0;
   for (int set = layer * sets_per_layer; set < (layer + 1) * sets_per_layer; ++set) {
-    positions += static_cast<double>(sets[static_cast<std::size_t>(set)].size());
+    positions += static_cast<double>(sets[static_cast<std::size_t>(set)].kept().size());
   }
   return positions / sets_per_layer;
 }
@@ -47,7 +47,7 @@ bool is_measured(const MeasureTraits& measure, const ReplayResult& result) {
 
 double bytes_per_token(const TraceReplay& replay, const ReplayResult& result) {
   double positions = 0;
-  for (const std::vector<int>& set : result.kept.sets) positions += static_cast<double>(set.size());
+  for (const Residency& set : result.kept.sets) positions += static_cast<double>(set.kept().size());
   return positions * bytes_per_position(replay.model) / replay.eviction_position;
 }
 

@@ -7,24 +7,24 @@
 #include <vector>
 
 #include "policy/capacity.h"
-#include "policy/decision.h"
 #include "policy/policy.h"
 #include "replay/eviction.h"
 #include "replay/measure.h"
+#include "replay/residency.h"
 #include "replay/table.h"
 #include "trace/trace.h"
 
 namespace kvreplay {
 
-/// The positions that the heads of all layers keep.
+/// What the heads of all layers keep, and how long.
 struct KeptSets {
   Granularity granularity = Granularity::kv;  ///< query or kv: what one set is for
   int sets_per_layer = 0;                     ///< H or K
-  std::vector<std::vector<int>> sets;         ///< layer-major, each ascending
+  std::vector<Residency> sets;                ///< layer-major
 
-  const std::vector<int>& of_query_head(int layer, int query_head, int group_size) const;
+  const Residency& of_query_head(int layer, int query_head, int group_size) const;
 
-  /// Mean number of positions in a set: over all layers, and in one.
+  /// Mean number of positions that the eviction leaves in a set: over all layers, and in one.
   double mean_size() const;
   double mean_size(int layer) const;
 };
@@ -83,8 +83,8 @@ double bytes_per_token_of_capacity(const TraceReplay& replay, const ReplayResult
 
 /// What one setting does in one layer.
 struct LayerResult {
-  LayerSets kept;
-  LayerNumbers measures;  ///< as in ReplayResult
+  std::vector<Residency> kept;  ///< of the layer's heads, as in KeptSets
+  LayerNumbers measures;        ///< as in ReplayResult
   /// ‖stored − exact‖ / ‖exact‖ of the layer's full outputs, mean over query heads and evaluation queries: how far the
   /// trace's outputs are from what its queries, keys and values give. The same for all settings.
   float output_error = 0;

@@ -39,10 +39,10 @@ void write_spans(hdf5::File& file, const std::string& path, const std::vector<Sp
 ResultStream::ResultStream(const std::filesystem::path& path, std::string_view format)
     : output_(path), file_(hdf5::File::create(output_.temporary(), path)) {
   file_.write_strings("/", {{"format", std::string(format)}, {"created_by", "kvreplay " KVREPLAY_VERSION}});
-  file_.write_int("/", "format_version", kResultsFormatVersion);
 }
 
-void ResultStream::finish() {
+void ResultStream::finish(int version) {
+  file_.write_int("/", "format_version", version);
   file_.write_int("/", "complete", 1);
   file_.close();
   output_.commit();
@@ -111,13 +111,14 @@ void KeptSetsWriter::add(const ReplayResult& result) {
   hdf5::File& file = stream_.file();
   const std::string group = fmt::format("/kept/{}", results_++);
   write_identity(file, group, result, {hdf5::NamedString{"heads", std::string(name_of(result.kept.granularity))}});
-  std::vector<std::int32_t> kept;
-  std::vector<std::int64_t> offsets = {0};
-  for (const std::vector<int>& set : result.kept.sets) {
-    kept.insert(kept.end(), set.begin(), set.end());
-    offsets.push_back(static_cast<std::int64_t>(kept.size()));
-  }
+  const FlatResidencies flat(result.kept.sets);
+  const std::vector<std::int32_t>& kept = flat.positions;
+  const std::vector<std::int64_t>& offsets = flat.offsets;
   file.write(group + "/kept", kept, {static_cast<Index>(kept.size())});
+  if (!flat.until.empty()) {
+    file.write(group + "/until", flat.until, {static_cast<Index>(kept.size())});
+    version_ = kResidencyFormatVersion;
+  }
   file.write(group + "/offsets", offsets, {static_cast<Index>(offsets.size())});
 }
 

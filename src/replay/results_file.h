@@ -13,9 +13,11 @@
 
 namespace kvreplay {
 
-/// The `format_version` of results and kept sets that are written, and the oldest that is read.
+/// The `format_version` of results and kept sets that are written, and the oldest that is read. Kept sets of which some
+/// were evicted more than once are of a newer one, so that no reader takes them for what one eviction left.
 constexpr int kResultsFormatVersion = 3;
 constexpr int kOldestResultsFormatVersion = 2;
+constexpr int kResidencyFormatVersion = 4;
 
 /// An HDF5 file in which results are stored one after the other, so that never more than one has to be in memory. It is
 /// complete or absent: destroyed before finish(), it leaves nothing behind. All members throw Error.
@@ -26,7 +28,7 @@ class ResultStream {
   hdf5::File& file() { return file_; }
 
   /// Puts the file in its place.
-  void finish();
+  void finish(int version = kResultsFormatVersion);
 
  private:
   OutputFile output_;  // outlives the file, which is closed before its temporary name is removed
@@ -56,7 +58,8 @@ class ResultsWriter {
 };
 
 /// Writes the kept sets of results: `/kept/<i>` with `kept` and `offsets`; set s (layer-major, then head) is
-/// `kept[offsets[s]:offsets[s+1]]`.
+/// `kept[offsets[s]:offsets[s+1]]`. Beside them `until`, the last query that sees each of these positions, where there
+/// was more than one eviction.
 class KeptSetsWriter {
  public:
   explicit KeptSetsWriter(const std::filesystem::path& path) : stream_(path, "kvreplay-kept") {}
@@ -65,11 +68,12 @@ class KeptSetsWriter {
   void add(const ReplayResult& result);
 
   /// Puts the file in its place. Throws Error.
-  void finish() { stream_.finish(); }
+  void finish() { stream_.finish(version_); }
 
  private:
   ResultStream stream_;
   int results_ = 0;
+  int version_ = kResultsFormatVersion;
 };
 
 /// Writes a whole replay at once. Throws Error.

@@ -22,16 +22,17 @@ namespace {
 }
 
 // Opens a file that ResultStream wrote.
-hdf5::File open_complete(const std::filesystem::path& path, std::string_view format, std::string_view what) {
+hdf5::File open_complete(const std::filesystem::path& path, std::string_view format, std::string_view what,
+                         int newest_version) {
   hdf5::File file = hdf5::File::open(path);
   if (!file.has_attribute("/", "format") || file.read_string("/", "format") != format) {
     fail(file, "/", fmt::format("is not a file of {}, but {}", what, kind_of(file)));
   }
   const std::int64_t version = file.read_int("/", "format_version");
-  if (version < kOldestResultsFormatVersion || version > kResultsFormatVersion) {
+  if (version < kOldestResultsFormatVersion || version > newest_version) {
     fail(file, "/",
          fmt::format("is of version {} of the format, and this kvreplay reads versions {} to {}; {}", version,
-                     kOldestResultsFormatVersion, kResultsFormatVersion,
+                     kOldestResultsFormatVersion, newest_version,
                      version < kOldestResultsFormatVersion ? "replay again" : "update kvreplay"));
   }
   if (!file.has_attribute("/", "complete") || file.read_int("/", "complete") != 1) {
@@ -196,7 +197,7 @@ std::uintmax_t text_bytes(const StoredResult& result) {
 }  // namespace
 
 ResultsReader::ResultsReader(const std::filesystem::path& path)
-    : file_(open_complete(path, "kvreplay-results", "results")) {
+    : file_(open_complete(path, "kvreplay-results", "results", kResultsFormatVersion)) {
   // Every one of many results may refer to the same text, or have one that is packed: a file of a few megabytes would
   // fill the memory.
   constexpr std::uintmax_t kUnquestionedText = std::uintmax_t{64} << 20;
@@ -241,7 +242,7 @@ OverlapTable ResultsReader::read_overlap(std::size_t overlap) const {
 }
 
 KeptSetsReader::KeptSetsReader(const std::filesystem::path& path)
-    : file_(open_complete(path, "kvreplay-kept", "kept sets")) {
+    : file_(open_complete(path, "kvreplay-kept", "kept sets", kResidencyFormatVersion)) {
   for (const std::string& group : numbered(file_, "/kept")) {
     file_.check_strings(group);
     StoredKeptSets& kept = kept_.emplace_back();
@@ -260,7 +261,12 @@ KeptSets KeptSetsReader::read(std::size_t index, int num_layers) const {
   const StoredKeptSets& stored = kept_.at(index);
   const std::string group = fmt::format("/kept/{}", index);
   const std::vector<std::int32_t> kept = file_.read_int32s(group + "/kept");
+  std::vector<std::int32_t> until;
+  if (file_.exists(group + "/until")) until = file_.read_int32s(group + "/until");
   const std::vector<std::int64_t> offsets = file_.read_int64s(group + "/offsets");
+  if (!until.empty() && until.size() != kept.size()) {
+    fail(file_, group + "/until", fmt::format("is not a last query for each of {} positions", kept.size()));
+  }
   if (offsets.size() < 2 || (offsets.size() - 1) % static_cast<std::size_t>(num_layers) != 0) {
     fail(file_, group, fmt::format("holds {} sets, which {} layers cannot share", offsets.size() - 1, num_layers));
   }
@@ -273,12 +279,22 @@ KeptSets KeptSetsReader::read(std::size_t index, int num_layers) const {
   }
   for (std::size_t set = 0; set + 1 < offsets.size(); ++set) {
     std::vector<int> positions(kept.begin() + offsets[set], kept.begin() + offsets[set + 1]);
+    if (!until.empty()) {
+      try {
+        sets.sets.emplace_back(positions,
+                               std::vector<int>(until.begin() + offsets[set], until.begin() + offsets[set + 1]),
+                               stored.eviction_position);
+      } catch (const Error& error) {
+        fail(file_, group, fmt::format("set {}: {}", set, error.what()));
+      }
+      continue;
+    }
     const bool inside = positions.empty() || (positions.front() >= 0 && positions.back() < stored.eviction_position);
     if (!inside || !std::ranges::is_sorted(positions, std::less_equal<>())) {
       fail(file_, group + "/kept",
            fmt::format("set {} is not ascending positions before the eviction at {}", set, stored.eviction_position));
     }
-    sets.sets.push_back(std::move(positions));
+    sets.sets.emplace_back(std::move(positions));
   }
   return sets;
 }

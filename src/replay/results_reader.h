@@ -95,7 +95,7 @@ class KeptSetsReader {
   const std::vector<StoredKeptSets>& kept() const { return kept_; }
 
   /// The sets of one of them, layer-major. `num_layers` says how many sets there are per layer. Throws Error also where
-  /// a set is not ascending positions before the eviction.
+  /// a set is not ascending positions before the eviction, or no Residency where it tells until when.
   KeptSets read(std::size_t index, int num_layers) const;
 
  private:

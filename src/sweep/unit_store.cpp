@@ -101,11 +101,12 @@ StoredUnit::StoredUnit(const std::filesystem::path& path, const TraceReplay& out
   if (offsets_.size() != first_set_.back() + 1 || offsets_.front() != 0 || !std::ranges::is_sorted(offsets_)) {
     throw refuse("/offsets does not fit the sweep");
   }
-  if (offsets_.back() > 0) {
-    positions_.push_back(file_.dataset("/kept"));
+  for (const char* name : {"/kept", "/until"}) {
+    if (offsets_.back() == 0 || (positions_.size() == 1 && !file_.exists(name))) break;
+    positions_.push_back(file_.dataset(name));
     if (positions_.back().shape() != hdf5::Shape{offsets_.back()} ||
         positions_.back().element_size() != sizeof(std::int32_t)) {
-      throw refuse("/kept does not fit the sweep");
+      throw refuse(fmt::format("{} does not fit the sweep", name));
     }
   }
 }
@@ -151,14 +152,22 @@ std::vector<LayerResult> StoredUnit::read(std::size_t first, std::size_t count) 
   }
   const std::int64_t start = offsets_[first_set_[first]];
   const std::int64_t end = offsets_[first_set_[first + count]];
-  std::vector<std::int32_t> positions(static_cast<std::size_t>(end - start));
-  if (!positions.empty()) {
-    positions_.front().read_raw({start}, {end - start}, reinterpret_cast<std::byte*>(positions.data()));
+  std::vector<std::vector<std::int32_t>> columns(positions_.size());  // positions and, where they are told, until when
+  for (std::size_t c = 0; c < columns.size(); ++c) {
+    columns[c].resize(static_cast<std::size_t>(end - start));
+    if (columns[c].empty()) continue;
+    positions_[c].read_raw({start}, {end - start}, reinterpret_cast<std::byte*>(columns[c].data()));
   }
   for (std::size_t i = 0; i < count; ++i) {
     for (std::size_t set = first_set_[first + i]; set < first_set_[first + i + 1]; ++set) {
-      results[i].kept.emplace_back(positions.begin() + (offsets_[set] - start),
-                                   positions.begin() + (offsets_[set + 1] - start));
+      const auto part_of = [&](const std::vector<std::int32_t>& column) {
+        return std::vector<int>(column.begin() + (offsets_[set] - start), column.begin() + (offsets_[set + 1] - start));
+      };
+      if (columns.size() == 2) {
+        results[i].kept.emplace_back(part_of(columns[0]), part_of(columns[1]), outline_.eviction_position);
+      } else {
+        results[i].kept.emplace_back(columns.empty() ? std::vector<int>() : part_of(columns[0]));
+      }
     }
   }
   return results;
@@ -345,28 +354,16 @@ void UnitStore::save(const ReplayUnit& unit, const std::vector<LayerResult>& res
                 [&measure](const LayerResult& result) { return std::span(result.measures[measure.measure]); });
   }
   write_table(kOutputError, {1}, [](const LayerResult& result) { return std::span(&result.output_error, 1); });
-  std::size_t sets = 0;
-  std::size_t positions = 0;
-  for (const LayerResult& result : results) {
-    sets += result.kept.size();
-    for (const std::vector<int>& set : result.kept) positions += set.size();
-  }
-  std::vector<std::int32_t> kept;
-  std::vector<std::int64_t> offsets = {0};
-  kept.reserve(positions);
-  offsets.reserve(sets + 1);
-  for (const LayerResult& result : results) {
-    for (const std::vector<int>& set : result.kept) {
-      kept.insert(kept.end(), set.begin(), set.end());
-      offsets.push_back(static_cast<std::int64_t>(kept.size()));
-    }
-  }
-  if (!kept.empty()) {
-    const hdf5::Dataset dataset = file.write("/kept", kept, {static_cast<Index>(kept.size())});
-    file.write_string("/kept", "xxh64", dataset.compute_xxh64());
-  }
-  const hdf5::Dataset dataset = file.write("/offsets", offsets, {static_cast<Index>(offsets.size())});
-  file.write_string("/offsets", "xxh64", dataset.compute_xxh64());
+  FlatResidencies flat;
+  for (const LayerResult& result : results) flat.add(result.kept);
+  const auto write_column = [&file](const std::string& name, const auto& numbers) {
+    if (numbers.empty()) return;
+    const hdf5::Dataset dataset = file.write(name, numbers, {static_cast<Index>(numbers.size())});
+    file.write_string(name, "xxh64", dataset.compute_xxh64());
+  };
+  write_column("/kept", flat.positions);
+  write_column("/until", flat.until);
+  write_column("/offsets", flat.offsets);
   file.write_int("/", "complete", 1);
   file.close();
   output.commit();
@@ -430,8 +427,9 @@ Index memory_of_result(std::span<const TraceReplay> outlines) {
     for (const ReplayResult& result : outline.results) {
       const Index numbers = layers * numbers_per_layer(outline.extent(), result.rank_agreement);
       const Index sets = layers * result.kept.sets_per_layer;
-      most = std::max(most, numbers * static_cast<Index>(sizeof(float)) + (sets + tables) * kVector +
-                                sets * result.most_kept * static_cast<Index>(sizeof(int)) +
+      most = std::max(most, numbers * static_cast<Index>(sizeof(float)) + tables * kVector +
+                                sets * (kVector + static_cast<Index>(sizeof(Residency)) +
+                                        result.most_kept * static_cast<Index>(sizeof(int))) +
                                 static_cast<Index>(sizeof(ReplayResult)));
     }
   }

@@ -288,14 +288,19 @@ TEST_F(FindingsTest, WhatStoresMoreIsNotCalledBest) {
   add_result(a, "h2o", 16, about(0.6, 0.01, 2));
   // A position more in every KV head; and a set for each of the two query heads that share one.
   ReplayResult& pyramid = add_result(a, "pyramidkv", 16, about(0.4, 0.01, 3));
-  for (std::vector<int>& set : pyramid.kept.sets) set.push_back(16);
+  const auto with_one_more = [](const Residency& set) {
+    std::vector<int> kept(set.kept().begin(), set.kept().end());
+    kept.push_back(16);
+    return kept;
+  };
+  for (Residency& set : pyramid.kept.sets) set = with_one_more(set);
   ReplayResult& per_query = add_result(a, "snapkv@rest-kv", 16, about(0.3, 0.01, 4));
   per_query.granularity = per_query.kept.granularity = Granularity::query;
   per_query.kept.sets_per_layer = 4;
   per_query.kept.sets.resize(8, per_query.kept.sets.front());
   // Less than one position more is what dividing leaves.
   ReplayResult& adaptive = add_result(a, "adakv", 16, about(0.45, 0.01, 5));
-  adaptive.kept.sets.front().push_back(16);
+  adaptive.kept.sets.front() = with_one_more(adaptive.kept.sets.front());
   const auto sentences = findings(analysis_of({a}), 10);
   EXPECT_THAT(sentences,
               Contains(AllOf(StartsWith("adakv has the smallest layer error"),

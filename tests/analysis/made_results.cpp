@@ -38,11 +38,9 @@ ReplayResult& add_result(TraceReplay& replay, const std::string& policy, int cap
   result.eviction_position = replay.eviction_position;
   result.oracle = policy.starts_with("oracle");
   result.kept.sets_per_layer = replay.model.num_key_value_heads;
-  result.kept.sets.resize(static_cast<std::size_t>(layers * result.kept.sets_per_layer));
-  for (std::vector<int>& set : result.kept.sets) {
-    set.resize(static_cast<std::size_t>(result.capacity));
-    std::iota(set.begin(), set.end(), 0);
-  }
+  std::vector<int> kept(static_cast<std::size_t>(result.capacity));
+  std::iota(kept.begin(), kept.end(), 0);
+  result.kept.sets.assign(static_cast<std::size_t>(layers * result.kept.sets_per_layer), Residency(kept));
   result.measures[Measure::layer_error].shape = {layers, queries};
   for (int layer = 0; layer < layers; ++layer) {
     for (int query = 0; query < queries; ++query) {

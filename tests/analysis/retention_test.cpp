@@ -47,7 +47,7 @@ ReplayResult& add_kept(TraceReplay& replay, const std::string& policy, std::vect
   if (result.kept.sets_per_layer == replay.model.num_attention_heads) {
     result.granularity = result.kept.granularity = Granularity::query;
   }
-  result.kept.sets = std::move(sets);
+  result.kept.sets.assign(sets.begin(), sets.end());
   return result;
 }
 
@@ -228,7 +228,7 @@ TEST_F(RetentionTest, TheSameSetsTwiceCountOnce) {
   const ResultSet of = results({replay});
   write_kept_sets(at("one.h5"), {replay});
   write_kept_sets(at("same.h5"), {replay});
-  replay.results[0].kept.sets[2] = {0, 1, 3};
+  replay.results[0].kept.sets[2] = std::vector{0, 1, 3};
   write_kept_sets(at("other.h5"), {replay});
   const RetentionSet twice = RetentionSet::open(std::vector{at("one.h5"), at("same.h5")}, of);
   EXPECT_THAT(twice.entries(), SizeIs(1));

@@ -15,10 +15,12 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <span>
 
 #include "base/buffer.h"
 #include "base/error.h"
 #include "hdf5/hdf5.h"
+#include "replay/definitions.h"
 #include "replay/layer_projection.h"
 #include "support/random_trace.h"
 #include "support/sample_trace.h"
@@ -105,89 +107,6 @@ void expect_same(const Results& a, const Results& b) {
 // ---- The definitions
 // ---------------------------------------------------------------------------------------------------
 
-using DoubleMatrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-
-struct Measures {
-  std::vector<double> head_error, layer_error, attention_recall, cosine;
-};
-
-Measures by_definition(const RandomTrace& shape, const RandomTrace::Tensors& tensors, int layer, const LayerSets& kept,
-                       const Eviction& eviction) {
-  const TraceInfo info = shape.info();
-  const Index d = shape.head_dim;
-  const int heads = shape.num_attention_heads;
-  const auto l = static_cast<std::size_t>(layer);
-  const auto evaluated =
-      std::ranges::lower_bound(info.query_positions, eviction.evaluate_from) - info.query_positions.begin();
-  const std::vector<int> positions(info.query_positions.begin() + evaluated, info.query_positions.end());
-  const auto rows_of = [d](const std::vector<float>& tensor, Index head, Index rows) -> DoubleMatrix {
-    return MatrixView(tensor.data() + head * rows * d, rows, d).cast<double>();
-  };
-  const auto count = static_cast<Index>(positions.size());
-  DoubleMatrix full(count, heads * d);
-  DoubleMatrix evicted(count, heads * d);
-  Measures measures;
-  for (int head = 0; head < heads; ++head) {
-    const int kv_head = head / (heads / shape.num_key_value_heads);
-    const DoubleMatrix keys = rows_of(tensors.keys[l], kv_head, shape.num_tokens);
-    const DoubleMatrix values = rows_of(tensors.values[l], kv_head, shape.num_tokens);
-    const DoubleMatrix queries = rows_of(tensors.queries[l], head, info.num_queries());
-    const std::vector<int>& set =
-        kept[static_cast<std::size_t>(static_cast<int>(kept.size()) == heads ? head : kv_head)];
-    for (Index e = 0; e < count; ++e) {
-      const int t = positions[static_cast<std::size_t>(e)];
-      Eigen::VectorXd logits = keys.topRows(t + 1) * queries.row(evaluated + e).transpose() * info.model.softmax_scale;
-      const double cap = shape.softcapping;
-      if (cap > 0) logits = logits.unaryExpr([cap](double x) { return cap * std::tanh(x / cap); }).eval();
-      const int first = shape.sliding_window > 0 ? std::max(0, t - shape.sliding_window + 1) : 0;
-      std::vector<int> cached;
-      for (const int n : set) {
-        if (n >= first) cached.push_back(n);
-      }
-      for (int n = std::max(first, eviction.position); n <= t; ++n) cached.push_back(n);
-      // Output and sum of weights over `seen`, against a maximum.
-      const auto attend = [&](const std::vector<int>& seen, double maximum, Eigen::RowVectorXd& output) {
-        double sum = 0;
-        output = Eigen::RowVectorXd::Zero(d);
-        for (const int n : seen) {
-          const double weight = std::exp(logits(n) - maximum);
-          sum += weight;
-          output += weight * values.row(n);
-        }
-        output /= sum;
-        return sum;
-      };
-      const auto largest = [&](const std::vector<int>& seen) {
-        double maximum = logits(seen.front());
-        for (const int n : seen) maximum = std::max(maximum, logits(n));
-        return maximum;
-      };
-      std::vector<int> visible(static_cast<std::size_t>(t + 1 - first));
-      std::iota(visible.begin(), visible.end(), first);
-      Eigen::RowVectorXd output;
-      const double all = attend(visible, largest(visible), output);
-      full.row(e).segment(head * d, d) = output;
-      // Against a maximum of its own, whatever is left of the full cache's attention.
-      const double own = attend(cached, largest(cached), output);
-      evicted.row(e).segment(head * d, d) = output;
-      measures.attention_recall.push_back(own * std::exp(largest(cached) - largest(visible)) / all);
-      const auto o = full.row(e).segment(head * d, d);
-      const auto changed = evicted.row(e).segment(head * d, d);
-      measures.head_error.push_back((changed - o).norm() / o.norm());
-      measures.cosine.push_back(changed.dot(o) / (changed.norm() * o.norm()));
-    }
-  }
-  DoubleMatrix projection = DoubleMatrix::Identity(heads * d, heads * d);
-  if (shape.output_projection) {
-    projection = MatrixView(tensors.projection[l].data(), shape.hidden_size, heads * d).cast<double>();
-  }
-  for (Index e = 0; e < count; ++e) {
-    measures.layer_error.push_back((projection * (evicted - full).row(e).transpose()).norm() /
-                                   (projection * full.row(e).transpose()).norm());
-  }
-  return measures;
-}
-
 void expect_near(const std::vector<float>& found, const std::vector<double>& expected, const char* what) {
   ASSERT_EQ(found.size(), expected.size());
   for (std::size_t i = 0; i < found.size(); ++i) {
@@ -203,7 +122,17 @@ void expect_defined(const ReplayEngine& engine, const Results& results, const Ra
       const LayerResult& found = settings[i];
       SCOPED_TRACE(fmt::format("layer {}, {} at {}, evicted at {}", unit.second, outline.results[i].policy,
                                outline.results[i].capacity, outline.eviction_position));
-      const Measures expected = by_definition(shape, tensors, unit.second, found.kept, outline.eviction());
+      const int group = shape.num_attention_heads / shape.num_key_value_heads;
+      const bool per_query_head = static_cast<int>(found.kept.size()) == shape.num_attention_heads;
+      const auto cached = [&](int head, int position) {
+        const std::span<const int> kept =
+            found.kept[static_cast<std::size_t>(per_query_head ? head : head / group)].kept();
+        std::vector<int> positions(kept.begin(), kept.end());
+        for (int n = outline.eviction_position; n <= position; ++n) positions.push_back(n);
+        return positions;
+      };
+      const test::DefinedMeasures expected =
+          test::by_definition(shape, tensors, unit.second, outline.eviction().evaluate_from, cached);
       expect_near(found.measures[Measure::head_error], expected.head_error, "head error");
       expect_near(found.measures[Measure::layer_error], expected.layer_error, "layer error");
       expect_near(found.measures[Measure::attention_recall], expected.attention_recall, "attention recall");
@@ -515,7 +444,7 @@ TEST(Engine, APromptShorterThanTheWindowIsRefused) {
   // Whoever asks for more than the prompt gets all of it.
   const ReplayEngine engine(std::span(&trace, 1), make_request({"snapkv(window=8)"}, {"8"}));
   for (const auto& [unit, results] : run(engine)) {
-    for (const std::vector<int>& set : results.at(0).kept) EXPECT_EQ(set, (std::vector<int>{0, 1, 2, 3, 4, 5}));
+    for (const Residency& set : results.at(0).kept) EXPECT_EQ(set, (std::vector<int>{0, 1, 2, 3, 4, 5}));
   }
 }
 

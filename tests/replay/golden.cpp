@@ -165,9 +165,10 @@ std::vector<GoldenCall> golden_calls(const std::filesystem::path& path) {
     const std::vector<std::int64_t> kept = file.read_int64s(group + "/kept");
     const std::vector<std::int64_t> offsets = file.read_int64s(group + "/offsets");
     for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
-      std::vector<int>& set = call.kept.sets.emplace_back(kept.begin() + offsets[i], kept.begin() + offsets[i + 1]);
+      std::vector<int> set(kept.begin() + offsets[i], kept.begin() + offsets[i + 1]);
       // LaCache's code can gather one position twice; a kept set holds it once.
       set.erase(std::unique(set.begin(), set.end()), set.end());
+      call.kept.sets.emplace_back(std::move(set));
     }
     if (file.exists(group + "/scores")) call.scores = file.read_floats(group + "/scores");
     // Of methods that change values too, what the kept sets alone do.

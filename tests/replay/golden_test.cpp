@@ -32,7 +32,9 @@ class GivenSets : public Pattern {
   CapacityRule capacity_rule() const override { return CapacityRule::own; }
 
   std::vector<int> keep(const HeadShape& shape, int member, int /*capacity*/) const override {
-    return sets_.of_query_head(shape.layer, shape.query_head(member), shape.group_size);
+    const std::span<const int> kept =
+        sets_.of_query_head(shape.layer, shape.query_head(member), shape.group_size).kept();
+    return {kept.begin(), kept.end()};
   }
 
  private:
@@ -187,14 +189,15 @@ void expect_equal_sets(const TraceReader& trace, const GoldenCall& call) {
   const KeptSets& ours = replays.at(0).results.at(0).kept;
   ASSERT_EQ(ours.sets.size(), call.kept.sets.size());
   for (std::size_t set = 0; set < ours.sets.size(); ++set) {
-    ASSERT_EQ(ours.sets[set].size(), call.kept.sets[set].size()) << "set " << set;
+    ASSERT_EQ(ours.sets[set].kept().size(), call.kept.sets[set].kept().size()) << "set " << set;
     if (ours.sets[set] == call.kept.sets[set]) continue;
     // Positions that only one of them keeps must be tied in the golden scores with the last one that was kept.
     ASSERT_TRUE(call.scores) << "set " << set << " differs and there are no scores that could tie";
     const int per_layer = ours.sets_per_layer;
     const auto scores = golden_scores(call, static_cast<int>(set) / per_layer, static_cast<int>(set) % per_layer);
     std::vector<int> differing;
-    std::ranges::set_symmetric_difference(ours.sets[set], call.kept.sets[set], std::back_inserter(differing));
+    std::ranges::set_symmetric_difference(ours.sets[set].kept(), call.kept.sets[set].kept(),
+                                          std::back_inserter(differing));
     // As PyTorch's top-k has it, what is not a number comes first.
     const auto score_of = [&scores](int position) {
       const float score = scores[static_cast<std::size_t>(position)];
@@ -202,7 +205,7 @@ void expect_equal_sets(const TraceReader& trace, const GoldenCall& call) {
     };
     const auto step = is_rank(call) ? static_cast<float>(1.01 * rank_step(scores)) : 0.0f;
     float lowest = std::numeric_limits<float>::max();
-    for (const int position : call.kept.sets[set]) {
+    for (const int position : call.kept.sets[set].kept()) {
       if (position < static_cast<int>(scores.size())) lowest = std::min(lowest, score_of(position));
     }
     for (const int position : differing) {

@@ -90,7 +90,7 @@ TEST_F(Replays, OneRuleForWhatIsProtected) {
                 AllOf(HasSubstr("capacity 3 is below the 4 positions that "), HasSubstr(" always keeps")));
     const auto replays = replay(traces_[0], make_request({method}, {"4"}));
     EXPECT_TRUE(replays.at(0).results.at(0).nothing_to_choose);
-    for (const std::vector<int>& set : replays[0].results[0].kept.sets) EXPECT_THAT(set, SizeIs(4));
+    for (const Residency& set : replays[0].results[0].kept.sets) EXPECT_THAT(set.kept(), SizeIs(4));
   }
   EXPECT_THAT(
       message_of<Error>([&]() { ReplayEngine(traces_, make_request({"lacache"}, {"12"})); }),
@@ -178,7 +178,7 @@ TEST_F(Replays, NothingToChooseIsTold) {
           policy, capacity);
       EXPECT_EQ(std::ranges::count(found.notes, note), nothing ? 1 : 0);
       if (!nothing) continue;
-      for (const std::vector<int>& set : found.results[0].kept.sets) {
+      for (const Residency& set : found.results[0].kept.sets) {
         EXPECT_EQ(set, found.results[0].kept.sets.front()) << "no score had a say";
       }
     }

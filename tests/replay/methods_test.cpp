@@ -80,7 +80,7 @@ TEST_F(Methods, CaoteFollowsItsEquation) {
 TEST_F(Methods, KeyNormKeepsTheShortestKeys) {
   const auto replays = run(*trace_, {"knorm"}, {"7"});
   const Matrix keys = trace_->read(2, HeadTensor::keys, 1, 0, 60);
-  const std::vector<int>& kept = replays.at(0).results.at(0).kept.of_query_head(2, 2, 2);
+  const std::span<const int> kept = replays.at(0).results.at(0).kept.of_query_head(2, 2, 2).kept();
   float longest = 0;
   for (const int n : kept) longest = std::max(longest, keys.row(n).norm());
   for (int n = 0; n < 60; ++n) {
@@ -96,7 +96,7 @@ TEST_F(Methods, PyramidGivesLowerLayersMore) {
   // (20 − 4) ranked: the last layer 16/4 = 4, the first 28, steps of 8, and the window of 4.
   for (int layer = 0; layer < 4; ++layer) {
     for (int head = 0; head < 6; ++head) {
-      EXPECT_EQ(kept.of_query_head(layer, head, 2).size(), static_cast<std::size_t>(32 - 8 * layer));
+      EXPECT_EQ(kept.of_query_head(layer, head, 2).kept().size(), static_cast<std::size_t>(32 - 8 * layer));
     }
   }
   EXPECT_EQ(kept.mean_size(), 20);
@@ -109,8 +109,8 @@ TEST_F(Methods, PyramidsOnShortPromptsAreDrawnWhereAsked) {
   // 36 ranked positions each and a prompt of 60 < 2·36: the first layer gets all 56, the last 2·36 − 56 = 16, steps are
   // 40/3 rounded down, and the window of 4 comes on top.
   for (int layer = 0; layer < 4; ++layer) {
-    EXPECT_EQ(replays.at(0).results.at(0).kept.of_query_head(layer, 0, 2).size(), 40u);
-    EXPECT_EQ(replays.at(0).results.at(1).kept.of_query_head(layer, 0, 2).size(),
+    EXPECT_EQ(replays.at(0).results.at(0).kept.of_query_head(layer, 0, 2).kept().size(), 40u);
+    EXPECT_EQ(replays.at(0).results.at(1).kept.of_query_head(layer, 0, 2).kept().size(),
               static_cast<std::size_t>(60 - 13 * layer));
   }
 }
@@ -124,7 +124,8 @@ TEST_F(Methods, PyramidOfKvpressRoundsAtTheEnd) {
   const auto replays = run(*trace_, {"pyramidkv@kvpress(beta=2)"}, {"200"});
   for (int layer = 0; layer < 4; ++layer) {
     const int expected = static_cast<int>(std::nearbyint(300 - layer * (200.0 / 3)));
-    EXPECT_EQ(replays.at(0).results.at(0).kept.of_query_head(layer, 0, 2).size(), static_cast<std::size_t>(expected));
+    EXPECT_EQ(replays.at(0).results.at(0).kept.of_query_head(layer, 0, 2).kept().size(),
+              static_cast<std::size_t>(expected));
   }
 }
 
@@ -138,7 +139,8 @@ TEST_F(Methods, AdaptiveBudgetsSumToWhatWasGranted) {
       for (int layer = 0; layer < 4; ++layer) {
         std::size_t positions = 0;
         for (int set = 0; set < kept.sets_per_layer; ++set) {
-          const std::vector<int>& own = kept.sets[static_cast<std::size_t>(layer * kept.sets_per_layer + set)];
+          const std::span<const int> own =
+              kept.sets[static_cast<std::size_t>(layer * kept.sets_per_layer + set)].kept();
           positions += own.size();
           EXPECT_GE(own.size(), 4u + 2u) << "below window and floor";
           for (int n = 56; n < 60; ++n) EXPECT_TRUE(std::ranges::binary_search(own, n));
@@ -204,12 +206,12 @@ TEST_F(Methods, GivenBudgetsAreFollowed) {
   const auto replays = run(*trace_, {spec}, {"20"});
   const KeptSets& kept = replays.at(0).results.at(0).kept;
   const std::vector<std::size_t> expected = {10, 10, 10, 12, 14, 16, 8, 8, 8, 60, 60, 60};
-  for (std::size_t i = 0; i < expected.size(); ++i) EXPECT_EQ(kept.sets[i].size(), expected[i]);
+  for (std::size_t i = 0; i < expected.size(); ++i) EXPECT_EQ(kept.sets[i].kept().size(), expected[i]);
   write("shares.txt", "0.5\n1\n1.5\n1\n");
   const auto shared =
       run(*trace_, {"recent+layers(file=" + (folder_ / "shares.txt").string() + ",unit=share)"}, {"20"});
-  EXPECT_EQ(shared.at(0).results.at(0).kept.sets[0].size(), 10u);
-  EXPECT_EQ(shared[0].results[0].kept.sets[6].size(), 30u);
+  EXPECT_EQ(shared.at(0).results.at(0).kept.sets[0].kept().size(), 10u);
+  EXPECT_EQ(shared[0].results[0].kept.sets[6].kept().size(), 30u);
 }
 
 TEST_F(Methods, GivenBudgetsDoNotGoByTheCapacityAskedFor) {
@@ -246,7 +248,8 @@ TEST_F(Methods, GivenBudgetsThatDoNotFitAreRefused) {
 
 TEST_F(Methods, ChunksStayWhole) {
   const auto replays = run(*trace_, {"snapkv(window=4)+chunks(size=8)"}, {"20"});
-  for (const std::vector<int>& set : replays.at(0).results.at(0).kept.sets) {
+  for (const Residency& residency : replays.at(0).results.at(0).kept.sets) {
+    const std::span<const int> set = residency.kept();
     ASSERT_EQ(set.size(), 20u);
     // 56 ranked positions make 7 chunks; 16 ranked places hold two whole ones.
     for (int first = 0; first < 56; first += 8) {
@@ -256,7 +259,8 @@ TEST_F(Methods, ChunksStayWhole) {
   }
   // A place too small for a chunk goes to its best positions.
   const auto narrow = run(*trace_, {"snapkv(window=4)+chunks(size=8)"}, {"7"});
-  for (const std::vector<int>& set : narrow.at(0).results.at(0).kept.sets) {
+  for (const Residency& residency : narrow.at(0).results.at(0).kept.sets) {
+    const std::span<const int> set = residency.kept();
     EXPECT_EQ(set.size(), 7u);
     EXPECT_EQ(set[0] / 8, set[2] / 8);
   }
@@ -268,7 +272,7 @@ TEST_F(Methods, LaCacheSpreadsPositionsOverLayers) {
   const KeptSets& kept = replays.at(0).results.at(0).kept;
   std::vector<int> together;
   for (int layer = 0; layer < 8; ++layer) {
-    const std::vector<int>& set = kept.of_query_head(layer, 0, 2);
+    const std::span<const int> set = kept.of_query_head(layer, 0, 2).kept();
     EXPECT_NEAR(static_cast<double>(set.size()), 64, 6);
     for (const int sink : {0, 1, 2, 3}) EXPECT_TRUE(std::ranges::binary_search(set, sink));
     EXPECT_TRUE(std::ranges::binary_search(set, 199));
@@ -487,7 +491,7 @@ TEST_F(Methods, KvpressDrawsItsPyramidFromTheUnroundedShare) {
     const KeptSets kept = run(*trace_, {spec}, {capacity}).at(0).results[0].kept;
     std::vector<std::size_t> of_layers;
     for (int layer = 0; layer < trace_->info().model.num_layers; ++layer) {
-      of_layers.push_back(kept.of_query_head(layer, 0, 2).size());
+      of_layers.push_back(kept.of_query_head(layer, 0, 2).kept().size());
     }
     return of_layers;
   };

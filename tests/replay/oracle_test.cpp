@@ -60,7 +60,8 @@ TEST(OracleReconstruction, IsNeverWorseThanAnyPolicyOfTheRun) {
 TEST(OracleReconstruction, KeepsTheCapacityExactly) {
   const auto replays = run({}, {"oracle-reconstruction", "oracle-attention"}, "7", Granularity::kv);
   for (const ReplayResult& result : replays.at(0).results) {
-    for (const std::vector<int>& set : result.kept.sets) {
+    for (const Residency& residency : result.kept.sets) {
+      const std::span<const int> set = residency.kept();
       EXPECT_EQ(set.size(), 7u);
       EXPECT_TRUE(std::ranges::is_sorted(set, std::less_equal<>()));
     }

@@ -77,7 +77,8 @@ TEST_P(OddShapes, KeptSetsHoldTheCapacityAndWhatIsProtected) {
       SCOPED_TRACE(fmt::format("{} at {}, {}", result.policy, result.capacity_request, name_of(granularity)));
       const Policy policy = make_policy(result.policy);
       const int expected = policy.canonical == "full" ? held : std::min(held, result.capacity);
-      for (const std::vector<int>& set : result.kept.sets) {
+      for (const Residency& residency : result.kept.sets) {
+        const std::span<const int> set = residency.kept();
         ASSERT_EQ(static_cast<int>(set.size()), expected);
         ASSERT_TRUE(std::ranges::is_sorted(set, std::less_equal<>()));
         ASSERT_GE(set.front(), prompt - held);
@@ -119,7 +120,7 @@ TEST(Replay, CapacityOneIsLegalWhereNothingIsProtected) {
   const auto replays =
       replay(TraceReader(folder / "t.h5"), make_request({"recent", "random", "tova", "h2o(window=0)"}, {"1"}));
   for (const ReplayResult& result : replays.at(0).results) {
-    for (const std::vector<int>& set : result.kept.sets) EXPECT_EQ(set.size(), 1u) << result.policy;
+    for (const Residency& set : result.kept.sets) EXPECT_EQ(set.kept().size(), 1u) << result.policy;
   }
 }
 
@@ -490,10 +491,10 @@ TEST(Capacity, IsACountOrAShare) {
 }
 
 TEST(Overlap, FollowsItsDefinition) {
-  EXPECT_FLOAT_EQ(overlap({1, 2, 3, 4}, {3, 4, 5}).jaccard, 2.0f / 5);
-  EXPECT_FLOAT_EQ(overlap({1, 2, 3, 4}, {3, 4, 5}).containment, 2.0f / 3);
-  EXPECT_FLOAT_EQ(overlap({}, {1}).jaccard, 0);
-  EXPECT_FLOAT_EQ(overlap({}, {}).jaccard, 1);
+  EXPECT_FLOAT_EQ(overlap(std::vector{1, 2, 3, 4}, std::vector{3, 4, 5}).jaccard, 2.0f / 5);
+  EXPECT_FLOAT_EQ(overlap(std::vector{1, 2, 3, 4}, std::vector{3, 4, 5}).containment, 2.0f / 3);
+  EXPECT_FLOAT_EQ(overlap(std::vector<int>{}, std::vector{1}).jaccard, 0);
+  EXPECT_FLOAT_EQ(overlap(std::vector<int>{}, std::vector<int>{}).jaccard, 1);
 }
 
 TEST(Overlap, ComparesAllPoliciesPerLayerAndHead) {

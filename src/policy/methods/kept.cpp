@@ -30,6 +30,12 @@ class KeptFromFile : public Pattern {
       throw Error(fmt::format("{}: heads is '{}', not query or kv", place_, heads));
     per_query_head_ = heads == "query";
     if (file.has_attribute(group, "evict_at")) evict_at_ = static_cast<int>(file.read_int(group, "evict_at"));
+    if (file.exists(group + "/until")) {
+      throw Error(
+          fmt::format("{}: was evicted more than once, which a kept set cannot tell; give the kept sets of one "
+                      "eviction",
+                      place_));
+    }
     kept_ = file.read_int32s(group + "/kept");
     offsets_ = file.read_int64s(group + "/offsets");
     check_offsets();

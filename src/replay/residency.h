@@ -1,0 +1,72 @@
+// How long the positions of a head stay in its cache.
+#pragma once
+
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <utility>
+#include <vector>
+
+namespace kvreplay {
+
+/// For every position of a head the last query that still sees it: a query at t sees what stands at or before t and
+/// whose last query is t or later. One eviction is the special case in which there are two last queries: what it evicts
+/// is seen by no later one, and what it keeps, like all that comes since, by every one.
+class Residency {
+ public:
+  /// The last query of what is never evicted.
+  static constexpr int kNever = std::numeric_limits<int>::max();
+
+  Residency() = default;
+
+  /// One eviction that keeps `kept`, ascending.
+  Residency(std::vector<int> kept) : positions_(std::move(kept)), num_kept_(positions_.size()) {}
+
+  /// Several, the first of them at `eviction_position`: `positions`, ascending, are seen up to the query at `until`
+  /// each. Positions before the eviction that are not listed are gone with it, and those since that are not listed are
+  /// never evicted. Equal residencies are equal however they were written down. Throws Error where positions do not
+  /// ascend, and where one is evicted before it was seen, or before the eviction.
+  Residency(const std::vector<int>& positions, const std::vector<int>& until, int eviction_position);
+
+  /// Whether there was one eviction.
+  bool is_one_eviction() const { return until_.empty(); }
+
+  /// The kept set: what stands before the eviction and outlives it, ascending.
+  std::span<const int> kept() const { return std::span(positions_).first(num_kept_); }
+
+  /// The kept set and, after it, what came since and was evicted later; with the last queries, none for one eviction.
+  std::span<const int> positions() const { return positions_; }
+  std::span<const int> until() const { return until_; }
+
+  /// What a query at `position` sees, ascending, of an eviction at `eviction_position`; not what is before
+  /// `first_visible`.
+  std::vector<int> cached_at(int position, int eviction_position, int first_visible = 0) const;
+
+  /// How many positions of first … end − 1 in the kept set the queries see, mean over them. `queries` ascend, and none
+  /// is before the eviction.
+  double mean_kept(int first, int end, std::span<const int> queries) const;
+
+  auto operator<=>(const Residency&) const = default;
+
+ private:
+  std::vector<int> positions_;
+  std::vector<int> until_;    // of positions_, or empty: never
+  std::size_t num_kept_ = 0;  // how many of positions_ stand before the eviction
+};
+
+/// Residencies one after the other, as files store them: set s is positions[offsets[s]:offsets[s+1]], and so is when
+/// these are last seen, where some were evicted more than once.
+struct FlatResidencies {
+  FlatResidencies() = default;
+  explicit FlatResidencies(std::span<const Residency> sets) { add(sets); }
+
+  void add(std::span<const Residency> sets);
+
+  std::vector<std::int32_t> positions;
+  std::vector<std::int32_t> until;  ///< of each position, or empty: never evicted
+  std::vector<std::int64_t> offsets = {0};
+};
+
+}  // namespace kvreplay

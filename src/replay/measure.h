@@ -40,15 +40,19 @@ struct SpanOutcome {
   std::span<const int> queries;  ///< [E] positions of the evaluation queries
 };
 
+/// Calculates a number of a measure.
+template <class Outcome>
+using MeasureFunction = double (*)(const Outcome&);
+
 /// What there is to know about a measure. docs/measures.md defines them, docs/adding-a-measure.md adds one.
 struct MeasureTraits {
   /// What its numbers are per, beside layer and trace.
   enum class Per { query, head_and_query, head_and_span, head };
 
-  /// Calculates a number: per query, per head and query, per head and span, or, of policies that rank and where rank
-  /// agreement is asked for, per head.
-  using Definition = std::variant<double (*)(const LayerOutcome&), double (*)(const HeadOutcome&),
-                                  double (*)(const SpanOutcome&), double (*)(const RankCorrelation&)>;
+  /// Per query, per head and query, per head and span, or, of policies that rank and where rank agreement is asked for,
+  /// per head.
+  using Definition = std::variant<MeasureFunction<LayerOutcome>, MeasureFunction<HeadOutcome>,
+                                  MeasureFunction<SpanOutcome>, MeasureFunction<RankCorrelation>>;
 
   std::string_view name;       ///< in files and options: "layer_error"
   std::string_view noun;       ///< in sentences and on axes: "layer error"
@@ -73,14 +77,14 @@ Measure measure_named(std::string_view name);
 template <class Outcome>
 struct Formula {
   Measure measure;
-  double (*calculate)(const Outcome&);
+  MeasureFunction<Outcome> calculate;
 };
 template <class Outcome>
 const std::vector<Formula<Outcome>>& formulas() {
   static const std::vector<Formula<Outcome>> found = [] {
     std::vector<Formula<Outcome>> list;
     for (const MeasureTraits& traits : measures()) {
-      if (const auto* calculate = std::get_if<double (*)(const Outcome&)>(&traits.definition)) {
+      if (const auto* calculate = std::get_if<MeasureFunction<Outcome>>(&traits.definition)) {
         list.push_back({traits.measure, *calculate});
       }
     }

@@ -17,7 +17,7 @@ using testing::HasSubstr;
 
 class ExpectedAttention : public testing::Test {
  protected:
-  std::vector<std::vector<int>> kept(const std::string& trace, const std::string& spec) {
+  std::vector<Residency> kept(const std::string& trace, const std::string& spec) {
     return replay(TraceReader(folder_ / trace), make_request({spec}, {"20"})).at(0).results.at(0).kept.sets;
   }
 

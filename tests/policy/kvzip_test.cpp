@@ -116,7 +116,7 @@ TEST(GlobalBudget, TheBestOfTheModelAreKept) {
   const auto replays = replay(trace, make_request({"random+global", "random"}, {"12"}));
   const KeptSets& kept = replays.at(0).results.at(0).kept;
   std::size_t positions = 0;
-  for (const std::vector<int>& set : kept.sets) positions += set.size();
+  for (const Residency& set : kept.sets) positions += set.kept().size();
   EXPECT_EQ(positions, 12 * kept.sets.size());
   // Whatever is kept anywhere scores at least what is evicted anywhere else.
   const Policy policy = make_policy("random");
@@ -135,7 +135,8 @@ TEST(GlobalBudget, TheBestOfTheModelAreKept) {
       }
       for (int n = 0; n < 60; ++n) {
         const float score = shared[static_cast<std::size_t>(n)] / static_cast<float>(model.group_size());
-        const std::vector<int>& set = kept.sets[static_cast<std::size_t>(layer * model.num_key_value_heads + kv_head)];
+        const std::span<const int> set =
+            kept.sets[static_cast<std::size_t>(layer * model.num_key_value_heads + kv_head)].kept();
         if (std::ranges::binary_search(set, n)) {
           lowest_kept = std::min(lowest_kept, score);
         } else {

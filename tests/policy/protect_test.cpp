@@ -22,7 +22,7 @@ class Protect : public testing::Test {
     trace_ = std::make_unique<TraceReader>(folder_ / "t.h5");
   }
 
-  const std::vector<std::vector<int>>& kept(const std::string& spec, const std::string& capacity) {
+  const std::vector<Residency>& kept(const std::string& spec, const std::string& capacity) {
     replays_ = replay(*trace_, make_request({spec}, {capacity}));
     return replays_.at(0).results.at(0).kept.sets;
   }
@@ -45,7 +45,8 @@ TEST_F(Protect, IsInsideTheCapacityWhateverTheScores) {
   for (const std::string policy : {"random", "snapkv(window=4)", "h2o(window=2)", "restkv(window=4)", "knorm", "tova",
                                    "random+adakv", "snapkv(window=4)+pyramid", "snapkv(window=4)+chunks(size=3)",
                                    "streamingllm(sinks=1)", "recent", "lacache(sinks=1)"}) {
-    for (const std::vector<int>& set : kept(policy + "+protect(first=3,last=5)", "24")) {
+    for (const Residency& residency : kept(policy + "+protect(first=3,last=5)", "24")) {
+      const std::span<const int> set = residency.kept();
       EXPECT_THAT(set, IsSupersetOf({0, 1, 2, 55, 56, 57, 58, 59})) << policy;
       if (policy.find('+') == std::string::npos && policy.find("lacache") == std::string::npos) {
         EXPECT_EQ(set.size(), 24u) << policy;
@@ -55,11 +56,11 @@ TEST_F(Protect, IsInsideTheCapacityWhateverTheScores) {
 }
 
 TEST_F(Protect, TakesWhatIsLeftFromThePatternItself) {
-  for (const std::vector<int>& set : kept("recent+protect(first=2)", "6")) {
-    EXPECT_THAT(set, ElementsAre(0, 1, 56, 57, 58, 59));
+  for (const Residency& set : kept("recent+protect(first=2)", "6")) {
+    EXPECT_THAT(set.kept(), ElementsAre(0, 1, 56, 57, 58, 59));
   }
-  for (const std::vector<int>& set : kept("streamingllm(sinks=4)+protect(first=2,last=1)", "7")) {
-    EXPECT_THAT(set, ElementsAre(0, 1, 2, 3, 57, 58, 59));
+  for (const Residency& set : kept("streamingllm(sinks=4)+protect(first=2,last=1)", "7")) {
+    EXPECT_THAT(set.kept(), ElementsAre(0, 1, 2, 3, 57, 58, 59));
   }
 }
 

@@ -1,0 +1,84 @@
+#include "replay/measure.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <set>
+#include <string_view>
+#include <variant>
+
+#include "base/error.h"
+
+namespace kvreplay {
+namespace {
+
+using Per = MeasureTraits::Per;
+using testing::ElementsAre;
+using testing::SizeIs;
+
+double of_head(Measure measure, const Eigen::RowVectorXd& full, const Eigen::RowVectorXd& evicted) {
+  const Eigen::RowVectorXd difference = evicted - full;
+  const HeadOutcome outcome{
+      .full = full, .evicted = evicted, .difference = difference, .full_mass = 4, .cached_mass = 3};
+  return std::get<MeasureFunction<HeadOutcome>>(traits_of(measure).definition)(outcome);
+}
+
+double of_layer(double full, double difference) {
+  return std::get<MeasureFunction<LayerOutcome>>(traits_of(Measure::layer_error).definition)(
+      {.full = full, .difference = difference});
+}
+
+// As docs/measures.md has them, zeros included.
+TEST(Measure, FollowsItsDefinition) {
+  const Eigen::RowVectorXd zero = Eigen::RowVectorXd::Zero(2);
+  const Eigen::RowVectorXd a{{3, 4}};
+  const Eigen::RowVectorXd b{{4, -3}};
+  EXPECT_DOUBLE_EQ(of_head(Measure::head_error, a, zero), 1);
+  EXPECT_DOUBLE_EQ(of_head(Measure::head_error, a, b), std::sqrt(50) / 5);
+  EXPECT_EQ(of_head(Measure::head_error, zero, zero), 0);
+  EXPECT_EQ(of_head(Measure::head_error, zero, a), 1);
+  EXPECT_DOUBLE_EQ(of_head(Measure::cosine, a, 2 * a), 1);
+  EXPECT_DOUBLE_EQ(of_head(Measure::cosine, a, b), 0);
+  EXPECT_EQ(of_head(Measure::cosine, zero, zero), 1);
+  EXPECT_EQ(of_head(Measure::cosine, zero, a), 0);
+  EXPECT_EQ(of_head(Measure::cosine, a, zero), 0);
+  EXPECT_DOUBLE_EQ(of_head(Measure::attention_recall, a, b), 0.75);
+  EXPECT_DOUBLE_EQ(of_layer(4, 1), 0.25);
+  EXPECT_EQ(of_layer(0, 0), 0);
+  EXPECT_EQ(of_layer(0, 2), 1);
+}
+
+TEST(Measure, HasTheShapeOfWhatItIsCalculatedFrom) {
+  const MeasureExtent extent{.query_heads = 4, .queries = 9, .spans = 2};
+  EXPECT_THAT(layer_shape(traits_of(Measure::layer_error), extent), ElementsAre(9));
+  EXPECT_THAT(layer_shape(traits_of(Measure::cosine), extent), ElementsAre(4, 9));
+  EXPECT_THAT(layer_shape(traits_of(Measure::span_recall), extent), ElementsAre(4, 2));
+  EXPECT_THAT(layer_shape(traits_of(Measure::kendall), extent), ElementsAre(4));
+  const Index without_ranks = numbers_per_layer(extent, false);
+  std::size_t sum = 0;
+  std::size_t ranks = 0;
+  for (const MeasureTraits& measure : measures()) {
+    (measure.per == Per::head ? ranks : sum) += number_count(measure, extent);
+  }
+  EXPECT_EQ(without_ranks, static_cast<Index>(sum));
+  EXPECT_EQ(numbers_per_layer(extent, true), static_cast<Index>(sum + ranks));
+}
+
+TEST(Measure, IsFoundByItsName) {
+  std::set<std::string_view> names;
+  for (const MeasureTraits& measure : measures()) {
+    EXPECT_EQ(measure_named(measure.name), measure.measure);
+    EXPECT_EQ(&traits_of(measure.measure), &measure);
+    EXPECT_TRUE(names.insert(measure.name).second) << measure.name;
+  }
+  EXPECT_THAT(formulas<LayerOutcome>(), Not(SizeIs(0)));
+  EXPECT_EQ(formulas<LayerOutcome>().size() + formulas<HeadOutcome>().size() + formulas<SpanOutcome>().size() +
+                formulas<RankCorrelation>().size(),
+            measures().size())
+      << "every measure is calculated from something";
+  EXPECT_THROW(measure_named("layer_eror"), UsageError);
+}
+
+}  // namespace
+}  // namespace kvreplay

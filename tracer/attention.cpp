@@ -35,18 +35,17 @@ struct HeadView {
   Index query_width;                        // floats from one token's queries to the next's
   Index earlier;                            // keys in the cache before the new tokens
   std::span<const std::int32_t> positions;  // of the keys
-  Index window;                             // 0: none
-  const float* keys;                        // [keys, D]
-  const float* values;                      // [keys, D]
-  const float* queries;                     // [count, query_width], at this head
-  float* outputs;                           // the same
+  const AttentionRule* rule;
+  const float* keys;     // [keys, D]
+  const float* values;   // [keys, D]
+  const float* queries;  // [count, query_width], at this head
+  float* outputs;        // the same
   float scale;
-  float softcapping;  // 0: none
 
   // The first key that new token `query` sees.
   Index first_seen(Index query) const {
-    if (window == 0) return 0;
-    const Index first_position = positions[static_cast<std::size_t>(earlier + query)] - window + 1;
+    const Index first_position = rule->first_visible(positions[static_cast<std::size_t>(earlier + query)]);
+    if (first_position == 0) return 0;
     return std::lower_bound(positions.begin(), positions.end(), first_position) - positions.begin();
   }
 };
@@ -66,14 +65,15 @@ void attend_block(const HeadView& head, Index first, Index rows, Workspace& work
   const Index keys = own + rows;
   float maxima[kQueryBlock];
   std::fill_n(maxima, kQueryBlock, -std::numeric_limits<float>::infinity());
+  const auto cap = static_cast<float>(head.rule->attn_logit_softcapping);
   Index seen[kQueryBlock] = {};
-  for (Index q = 0; q < rows && head.window > 0; ++q) seen[q] = head.first_seen(first + q) - begin;
+  for (Index q = 0; q < rows; ++q) seen[q] = head.first_seen(first + q) - begin;
   for (Index start = 0; start < keys; start += kKeyBlock) {
     const Index end = std::min(start + kKeyBlock, keys);
     float* const logits = work.logits.data() + start * kQueryBlock;
     kernels::multiply(end - start, kQueryBlock, dim, head.keys + (begin + start) * dim, dim, 1, work.queries.data(),
                       kQueryBlock, logits, kQueryBlock);
-    if (head.softcapping > 0) kernels::soft_cap((end - start) * kQueryBlock, head.softcapping, logits);
+    if (cap > 0) kernels::soft_cap((end - start) * kQueryBlock, cap, logits);
     for (Index j = std::max(start, own + 1); j < end; ++j) {
       std::fill_n(logits + (j - start) * kQueryBlock, j - own, -std::numeric_limits<float>::infinity());
     }
@@ -115,7 +115,8 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
     longest = std::max(longest, cache.length(layer, kv_head));
   }
 
-  const Index seen = shape.sliding_window > 0 ? std::min(longest, shape.sliding_window + kQueryBlock) : longest;
+  const Index reach = std::max(shape.rule.sliding_window, shape.rule.attention_chunk_size);
+  const Index seen = reach > 0 ? std::min(longest, reach + kQueryBlock) : longest;
   const Index blocks = (count + kQueryBlock - 1) / kQueryBlock;
   const Index pieces = shape.num_attention_heads * kPiecesPerHead;
   const Index mass_width = mass.empty() ? 0 : static_cast<Index>(mass.size()) / shape.num_attention_heads;
@@ -135,13 +136,12 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
     head.query_width = query_width;
     head.earlier = cache.length(layer, kv_head) - count;
     head.positions = cache.positions(layer, kv_head);
-    head.window = shape.sliding_window;
+    head.rule = &shape.rule;
     head.keys = cache.keys(layer, kv_head);
     head.values = cache.values(layer, kv_head);
     head.queries = queries.data() + query_head * dim;
     head.outputs = outputs.data() + query_head * dim;
-    head.scale = static_cast<float>(shape.softmax_scale);
-    head.softcapping = static_cast<float>(shape.softcapping);
+    head.scale = static_cast<float>(shape.rule.softmax_scale);
     double* piece_mass = mass.empty() ? nullptr : partial_mass.data() + piece * mass_width;
     for (Index block = piece % kPiecesPerHead; block < blocks; block += kPiecesPerHead) {
       const Index first = block * kQueryBlock;
@@ -165,10 +165,8 @@ void attend_one(const Execution& execution, const AttentionShape& shape, const K
   execution.share(shape.num_key_value_heads, work_size, [&](Index piece, int) {
     const int kv_head = static_cast<int>(piece);
     const auto positions = cache.positions(layer, kv_head);
-    const Index begin = shape.sliding_window == 0 ? 0
-                                                  : std::lower_bound(positions.begin(), positions.end(),
-                                                                     positions.back() - shape.sliding_window + 1) -
-                                                        positions.begin();
+    const Index first_position = shape.rule.first_visible(positions.back());
+    const Index begin = std::lower_bound(positions.begin(), positions.end(), first_position) - positions.begin();
     const Index keys = cache.length(layer, kv_head) - begin;
     const float* head_keys = cache.keys(layer, kv_head) + begin * dim;
     const float* head_values = cache.values(layer, kv_head) + begin * dim;
@@ -179,16 +177,15 @@ void attend_one(const Execution& execution, const AttentionShape& shape, const K
       for (Index member = 0; member < group; ++member) {
         const float* from = queries.data() + (first_head + member) * dim;
         for (Index d = 0; d < dim; ++d) {
-          query[static_cast<std::size_t>(d)] = from[d] * static_cast<float>(shape.softmax_scale);
+          query[static_cast<std::size_t>(d)] = from[d] * static_cast<float>(shape.rule.softmax_scale);
         }
         kernels::multiply_vector(DType::float32, reinterpret_cast<const std::byte*>(head_keys + start * dim),
                                  std::min(kKeyBlock, keys - start), dim, query.data(),
                                  weights.data() + member * keys + start);
       }
     }
-    if (shape.softcapping > 0) {
-      kernels::soft_cap(group * keys, static_cast<float>(shape.softcapping), weights.data());
-    }
+    const auto cap = static_cast<float>(shape.rule.attn_logit_softcapping);
+    if (cap > 0) kernels::soft_cap(group * keys, cap, weights.data());
     for (Index member = 0; member < group; ++member) kernels::softmax(keys, weights.data() + member * keys);
     // Whole vectors, which reach beyond the last value.
     const Index width = kernels::rounded_up(dim, kernels::kLanes);

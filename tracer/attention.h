@@ -3,6 +3,7 @@
 
 #include <span>
 
+#include "base/attention_rule.h"
 #include "tracer/kv_cache.h"
 #include "tracer/linear.h"
 
@@ -13,9 +14,7 @@ struct AttentionShape {
   int num_attention_heads = 0;
   int num_key_value_heads = 0;
   int head_dim = 0;
-  double softmax_scale = 0;  ///< what q·k is multiplied by
-  double softcapping = 0;    ///< c in c·tanh(logit / c), before the softmax; 0: none
-  int sliding_window = 0;    ///< keys that a query sees, its own included; 0: all before it
+  AttentionRule rule;  ///< without sinks
 };
 
 /// Attends the last `count` tokens of a layer's cache to everything up to themselves, or to what of it is less than a

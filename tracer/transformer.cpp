@@ -70,8 +70,11 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
   const Index width = config.hidden_size;
   const Index query_width = Index{config.num_attention_heads} * config.head_dim;
   const Index first_position = cache.next_position();
-  AttentionShape shape = {config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.softmax_scale,
-                          config.attn_logit_softcapping};
+  AttentionShape shape = {
+      config.num_attention_heads,
+      config.num_key_value_heads,
+      config.head_dim,
+      {.softmax_scale = config.softmax_scale, .attn_logit_softcapping = config.attn_logit_softcapping}};
 
   Buffer hidden_rows(count * width);
   const std::span<float> hidden = all_of(hidden_rows);
@@ -112,7 +115,7 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
     }
 
     if (wants_mass) mass.assign(static_cast<std::size_t>(config.num_attention_heads * (first_position + count)), 0);
-    shape.sliding_window = config.sliding_window(number);
+    shape.rule.sliding_window = config.sliding_window(number);
     attend(execution_, shape, cache, number, queries, count, outputs, mass);
     check_rows(outputs, "attention output", number, "query", query_width, config.head_dim, first_position);
     if (observer != nullptr) observer->on_attention({number, first_position, count, queries, outputs, mass}, cache);

@@ -17,6 +17,7 @@
 #include "cli/options.h"
 #include "policy/expansion.h"
 #include "policy/spec.h"
+#include "replay/trace_source.h"
 
 namespace kvreplay::cli {
 namespace {
@@ -196,8 +197,7 @@ void check_full_layers(const ReplayOptions& options, std::span<const TraceReader
     std::vector<int> evictions = request.eviction_positions;
     if (evictions.empty()) evictions.push_back(info.prompt_length);
     for (const int eviction : evictions) {
-      const auto is_full = [eviction](int window) { return first_held_position(eviction, window) == 0; };
-      if (std::ranges::any_of(info.layer_sliding_window, is_full)) continue;
+      if (std::ranges::count(held_positions(info, eviction), eviction) > 0) continue;
       throw UsageError(
           fmt::format("--full-layers: {}: no layer holds all {} positions before the eviction: all have a smaller "
                       "sliding window; leave it out",

@@ -12,10 +12,10 @@
 
 #include "base/buffer.h"
 #include "base/error.h"
+#include "base/softmax.h"
 #include "base/work.h"
 #include "kernels/kernels.h"
 #include "policy/projection.h"
-#include "policy/softmax.h"
 
 namespace kvreplay {
 namespace {
@@ -43,13 +43,12 @@ Index row_stride(Index entries) { return padded(entries) + kernels::kLanes; }
 
 // The most entries that a pass over the observation window of `window` queries looks at.
 Index seen_by(const HeadShape& shape, Index window) {
-  return std::min<Index>(shape.next_position, shape.rows() + window + kBlock);
+  return std::min<Index>(shape.next_position, shape.rows() + window + shape.rule.attention_chunk_size + kBlock);
 }
 
 // The entries [first, end) that the query at `position` sees.
-std::pair<Index, Index> visible_entries(const CachePositions& entries, int position, int sliding_window) {
-  return {entries.count_before(static_cast<int>(first_visible(position, sliding_window))),
-          entries.count_before(position + 1)};
+std::pair<Index, Index> visible_entries(const CachePositions& entries, int position, const AttentionRule& rule) {
+  return {entries.count_before(static_cast<int>(rule.first_visible(position))), entries.count_before(position + 1)};
 }
 
 }  // namespace
@@ -131,7 +130,7 @@ Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(win
   const Index depth = shape.head_dim;
   const CachePositions& entries = source.entries();
   const auto visible = [&](Index query) {
-    return visible_entries(entries, shape.next_position - window + static_cast<int>(query), shape.sliding_window);
+    return visible_entries(entries, shape.next_position - window + static_cast<int>(query), shape.rule);
   };
   origin_ = visible(0).first / kBlock * kBlock;
   const Index seen = entries.size() - origin_;
@@ -147,8 +146,8 @@ Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(win
   std::vector<kernels::BlockSoftmax> parts(static_cast<std::size_t>(blocks * rows_));
   Buffer keys(kBlock * depth);
   Buffer panels(kBlock * depth);
-  const auto scale = static_cast<float>(shape.softmax_scale);
-  const auto cap = static_cast<float>(shape.attn_logit_softcapping);
+  const auto scale = static_cast<float>(shape.rule.softmax_scale);
+  const auto cap = static_cast<float>(shape.rule.attn_logit_softcapping);
   for (Index block = 0; block < blocks; ++block) {
     const Index first = block * kBlock;
     const Index count = std::min(kBlock, seen - first);
@@ -177,14 +176,15 @@ Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(win
     const auto part = [&](Index block) -> const kernels::BlockSoftmax& {
       return parts[static_cast<std::size_t>(block * rows_ + row)];
     };
-    float maximum = part(0).maximum;
-    for (Index block = 1; block < blocks; ++block) maximum = std::max(maximum, part(block).maximum);
+    const float sink = shape.rule.sink(shape.query_head(static_cast<int>(row / window)));
+    float maximum = sink;
+    for (Index block = 0; block < blocks; ++block) maximum = std::max(maximum, part(block).maximum);
     const auto weight = [&](Index block) {
       return std::exp(static_cast<double>(part(block).maximum) - static_cast<double>(maximum));
     };
     // Of an evicted cache a query may see no entry at all.
     if (maximum == -std::numeric_limits<float>::infinity()) continue;
-    double sum = 0;
+    double sum = std::exp(static_cast<double>(sink) - static_cast<double>(maximum));
     for (Index block = 0; block < blocks; ++block) sum += weight(block) * static_cast<double>(part(block).sum);
     for (Index block = 0; block < blocks; ++block) {
       factors_[static_cast<std::size_t>(block * rows_ + row)] = static_cast<float>(weight(block) / sum);
@@ -232,8 +232,8 @@ Matrix HeadSource::evaluation_queries(int /*member*/) const { return {}; }
 
 Matrix HeadSource::evaluation_keys() const { return {}; }
 
-int first_held_position(int eviction_position, int sliding_window) {
-  return static_cast<int>(first_visible(eviction_position, sliding_window));
+int first_held_position(int eviction_position, const AttentionRule& rule) {
+  return static_cast<int>(rule.first_visible(eviction_position));
 }
 
 EvictedHead::EvictedHead(const HeadSource& whole, std::vector<int> rows)
@@ -335,13 +335,13 @@ Matrix Head::later_queries(int member) const {
 }
 
 std::pair<Index, Index> Head::visible(int position) const {
-  return visible_entries(source_.entries(), position, shape_.sliding_window);
+  return visible_entries(source_.entries(), position, shape_.rule);
 }
 
 Matrix Head::logits(const Matrix& queries, const Matrix& keys) const {
   Matrix logits(queries.rows(), keys.rows());
   logits.noalias() = queries * keys.transpose();
-  scale_logits(logits, shape_.softmax_scale, shape_.attn_logit_softcapping);
+  scale_logits(logits, shape_.rule);
   count_operations(2 * logits.size() * queries.cols());
   return logits;
 }
@@ -646,6 +646,7 @@ const std::vector<float>& Head::accumulated_attention(int member) const {
         "all {} queries before the eviction, and the trace holds the last {}; capture with --queries all",
         shape_.next_position, shared_->window));
   }
+  const float sink = shape_.rule.sink(shape_.query_head(member));
   std::vector<double> sums(static_cast<std::size_t>(rows()), 0.0);
   // Queries before the first row see none, later ones maybe entries before it too.
   const int first_query = rows() > 0 ? positions()[0] : shape_.next_position;
@@ -657,7 +658,7 @@ const std::vector<float>& Head::accumulated_attention(int member) const {
     Matrix block = logits(source_.queries(member, first, count), seen_keys);
     for (int query = 0; query < count; ++query) {
       const auto [first_seen, end_seen] = visible(first + query);
-      softmax_within(block.row(query), first_seen - first_key, end_seen - first_key);
+      softmax(block.row(query), first_seen - first_key, end_seen - first_key, sink);
       for (Index entry = first_row_; entry < end_seen; ++entry) {
         sums[static_cast<std::size_t>(entry - first_row_)] += static_cast<double>(block(query, entry - first_key));
       }
@@ -678,9 +679,11 @@ const std::vector<float>& Head::evaluation_attention(int member) const {
   for (Index first = 0; first < queries.rows(); first += kRowBlock) {
     const Index rows = std::min<Index>(kRowBlock, queries.rows() - first);
     Matrix block = queries.middleRows(first, rows) * visible_keys.transpose();
-    scale_logits(block, shape_.softmax_scale, shape_.attn_logit_softcapping);
+    scale_logits(block, shape_.rule);
     for (Index row = 0; row < rows; ++row) {
-      causal_softmax(block.row(row), positions[static_cast<std::size_t>(first + row)], shape_.sliding_window);
+      const Index position = positions[static_cast<std::size_t>(first + row)];
+      softmax(block.row(row), shape_.rule.first_visible(position), position + 1,
+              shape_.rule.sink(shape_.query_head(member)));
       for (std::size_t n = 0; n < sums.size(); ++n) {
         sums[n] += static_cast<double>(block(row, shape_.positions[static_cast<int>(n)]));
       }

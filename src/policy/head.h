@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/attention_rule.h"
 #include "base/buffer.h"
 #include "base/matrix.h"
 #include "base/rotary.h"
@@ -58,9 +59,7 @@ struct HeadShape {
   int next_position = 0;     ///< N, of the next query: the policy decides when everything before it was in the cache
   CachePositions positions;  ///< of the rows that the policy decides about, all below N
   std::shared_ptr<const RotaryTable> rotary = nullptr;  ///< how positions turned keys and queries; null: not known
-  double softmax_scale = 1;
-  int sliding_window = 0;  ///< keys that a query sees, its own included; 0: all before it
-  double attn_logit_softcapping = 0;
+  AttentionRule rule = {};                              ///< of the layer
 
   /// R: the rows of the cache that the policy decides about.
   int rows() const { return positions.size(); }
@@ -72,10 +71,9 @@ struct HeadShape {
   int query_head(int member) const { return kv_head * group_size + member; }
 };
 
-/// The first position that a layer still holds when everything before `eviction_position` is in the cache: a sliding
-/// window of w lets the next query see itself and the w − 1 positions before it, and no later query sees more of them.
-/// Everything is held where `sliding_window` is 0.
-int first_held_position(int eviction_position, int sliding_window);
+/// The first position that a layer still holds when everything before `eviction_position` is in the cache: the first
+/// that the next query sees. A sliding window of w lets it see itself and the w − 1 positions before it.
+int first_held_position(int eviction_position, const AttentionRule& rule);
 
 /// One token of the decode phase: its key and value have joined the cache, and its queries have attended.
 struct CacheStep {

@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "base/softmax.h"
 #include "base/work.h"
 #include "kernels/kernels.h"
 #include "replay/trace_source.h"
@@ -93,9 +94,9 @@ void HeadEvaluation::attend(Attention& attention, Buffer& values, std::vector<Su
   }
   const kernels::QueryColumns columns{.positions = attention.positions.data(),
                                       .columns = row,
-                                      .sliding_window = shape_.sliding_window,
-                                      .scale = static_cast<float>(shape_.softmax_scale),
-                                      .softcapping = static_cast<float>(shape_.attn_logit_softcapping)};
+                                      .sliding_window = shape_.rule.sliding_window,
+                                      .scale = static_cast<float>(shape_.rule.softmax_scale),
+                                      .softcapping = static_cast<float>(shape_.rule.attn_logit_softcapping)};
   std::vector<float> maxima(static_cast<std::size_t>(row), -std::numeric_limits<float>::infinity());
   const bool by_blocks = trace_.reads_directly(shape_.layer, HeadTensor::keys);
   Buffer keys((by_blocks ? kPositions : tokens_) * width_);
@@ -219,22 +220,20 @@ Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, 
                        .eval();
   const Matrix keys = trace_.read(shape_.layer, HeadTensor::keys, shape_.kv_head, 0, tokens_);
   const int position = queries_.positions[static_cast<std::size_t>(query)];
-  const int first = shape_.sliding_window > 0 ? std::max(0, position - shape_.sliding_window + 1) : 0;
+  const auto first = static_cast<int>(shape_.rule.first_visible(position));
   const std::vector<int> cached = residency.cached_at(position, shape_.next_position, first);
   Eigen::VectorXd weights(static_cast<Index>(cached.size()));
   for (std::size_t i = 0; i < cached.size(); ++i) {
-    double logit = row.dot(keys.row(cached[i]).cast<double>()) * shape_.softmax_scale;
-    const double cap = shape_.attn_logit_softcapping;
-    if (cap > 0) logit = cap * std::tanh(logit / cap);
-    weights(static_cast<Index>(i)) = logit;
+    weights(static_cast<Index>(i)) = row.dot(keys.row(cached[i]).cast<double>());
   }
-  weights = (weights.array() - weights.maxCoeff()).exp();
+  scale_logits(weights, shape_.rule);
+  const double sink = exponentiate(weights, 0, weights.size());
   Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(shape_.head_dim);
   for (std::size_t i = 0; i < cached.size(); ++i) {
     const Eigen::Map<const Eigen::RowVectorXf> value(values.data() + cached[i] * width_, shape_.head_dim);
     sum += weights(static_cast<Index>(i)) * value.cast<double>();
   }
-  return sum / weights.sum();
+  return sum / (weights.sum() + sink);
 }
 
 void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> residencies, Eigen::Ref<Matrix> outputs,

@@ -6,8 +6,8 @@
 #include <numeric>
 
 #include "base/parallel.h"
+#include "base/softmax.h"
 #include "base/work.h"
-#include "policy/softmax.h"
 #include "replay/evaluation.h"
 #include "replay/trace_source.h"
 
@@ -49,11 +49,11 @@ HeadState load_head(const TraceReader& trace, int layer, int query_head, const E
   HeadState state;
   Matrix logits = trace.read(layer, HeadTensor::queries, query_head, queries.first, queries.count()) *
                   trace.read(layer, HeadTensor::keys, kv_head, 0, tokens).transpose();
-  scale_logits(logits, shape.softmax_scale, shape.attn_logit_softcapping);
+  scale_logits(logits, shape.rule);
   state.weights = MatrixD::Zero(logits.rows(), tokens);
   for (Index e = 0; e < logits.rows(); ++e) {
     const Index position = queries.positions[static_cast<std::size_t>(e)];
-    const Index first = first_visible(position, shape.sliding_window);
+    const Index first = shape.rule.first_visible(position);
     const auto visible = logits.row(e).segment(first, position + 1 - first).cast<double>();
     state.weights.row(e).segment(first, visible.size()) = (visible.array() - visible.maxCoeff()).exp();
   }

@@ -2,40 +2,37 @@
 
 #include <algorithm>
 
+#include "trace/attention.h"
+
 namespace kvreplay {
 
 HeadShape head_shape(const TraceInfo& info, int layer, int kv_head, int eviction_position) {
   const ModelInfo& model = info.model;
-  const int window = info.layer_sliding_window[static_cast<std::size_t>(layer)];
-  const int first_position = first_held_position(eviction_position, window);
-  const auto is_alike = [&](int other) { return first_held_position(eviction_position, other) == first_position; };
-  const std::span<const int> windows = info.layer_sliding_window;
+  const std::vector<int> held = held_positions(info, eviction_position);
+  const auto own = held.begin() + layer;
   return {
       .layer = layer,
       .num_layers = model.num_layers,
-      .layer_among_alike =
-          static_cast<int>(std::ranges::count_if(windows.first(static_cast<std::size_t>(layer)), is_alike)),
-      .layers_alike = static_cast<int>(std::ranges::count_if(windows, is_alike)),
+      .layer_among_alike = static_cast<int>(std::count(held.begin(), own, *own)),
+      .layers_alike = static_cast<int>(std::ranges::count(held, *own)),
       .kv_head = kv_head,
       .num_kv_heads = model.num_key_value_heads,
       .group_size = model.group_size(),
       .head_dim = model.head_dim,
       .prompt_length = info.prompt_length,
       .next_position = eviction_position,
-      .positions = {first_position, eviction_position - first_position},
+      .positions = {eviction_position - *own, *own},
       .rotary = model.rope_theta > 0
                     ? std::make_shared<const RotaryTable>(RotaryTable::plain(model.rope_theta, model.head_dim))
                     : nullptr,
-      .softmax_scale = model.softmax_scale,
-      .sliding_window = window,
-      .attn_logit_softcapping = model.attn_logit_softcapping,
+      .rule = attention_rule(info, layer),
   };
 }
 
 std::vector<int> held_positions(const TraceInfo& info, int eviction_position) {
   std::vector<int> held;
-  for (const int window : info.layer_sliding_window) {
-    held.push_back(eviction_position - first_held_position(eviction_position, window));
+  for (int layer = 0; layer < info.model.num_layers; ++layer) {
+    held.push_back(eviction_position - first_held_position(eviction_position, attention_rule(info, layer)));
   }
   return held;
 }

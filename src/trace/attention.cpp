@@ -6,19 +6,20 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/softmax.h"
 
 namespace kvreplay {
 
 AttentionRule attention_rule(const TraceInfo& info, int layer) {
   const auto& windows = info.layer_sliding_window;
-  return {info.model.softmax_scale,
-          windows.empty() ? info.model.sliding_window : windows[static_cast<std::size_t>(layer)],
-          info.model.attn_logit_softcapping};
+  return {.softmax_scale = info.model.softmax_scale,
+          .attn_logit_softcapping = info.model.attn_logit_softcapping,
+          .sliding_window = windows.empty() ? info.model.sliding_window : windows[static_cast<std::size_t>(layer)]};
 }
 
 Matrix attention_outputs(const Eigen::Ref<const Matrix>& queries, std::span<const std::int32_t> positions,
                          const Eigen::Ref<const Matrix>& keys, const Eigen::Ref<const Matrix>& values,
-                         const AttentionRule& rule) {
+                         const AttentionRule& rule, int query_head) {
   constexpr Index kBlock = 4096;
   const Index count = queries.rows();
   if (static_cast<Index>(positions.size()) != count) {
@@ -33,7 +34,7 @@ Matrix attention_outputs(const Eigen::Ref<const Matrix>& queries, std::span<cons
     if (position < 0 || position >= keys.rows() || position >= values.rows()) {
       throw Error(fmt::format("the query at position {} has no key among {}", position, keys.rows()));
     }
-    first.push_back(rule.sliding_window > 0 ? std::max<Index>(position - rule.sliding_window + 1, 0) : 0);
+    first.push_back(rule.first_visible(position));
     end.push_back(position + 1);
   }
   const Index low = *std::min_element(first.begin(), first.end());
@@ -43,17 +44,11 @@ Matrix attention_outputs(const Eigen::Ref<const Matrix>& queries, std::span<cons
   Eigen::VectorXd sums(count);
   for (Index i = 0; i < count; ++i) {
     const auto at = static_cast<std::size_t>(i);
-    auto seen = weights.row(i).segment(first[at] - low, end[at] - first[at]).array();
-    seen *= static_cast<float>(rule.softmax_scale);
-    if (rule.attn_logit_softcapping > 0) {
-      const auto cap = static_cast<float>(rule.attn_logit_softcapping);
-      seen = (seen / cap).tanh() * cap;
-    }
-    const float largest = seen.maxCoeff();
-    seen = (seen - largest).exp();
-    sums[i] = seen.cast<double>().sum();
-    weights.row(i).head(first[at] - low).setZero();
-    weights.row(i).tail(high - end[at]).setZero();
+    auto row = weights.row(i);
+    auto seen = row.segment(first[at] - low, end[at] - first[at]);
+    scale_logits(seen, rule);
+    const float sink = exponentiate(row, first[at] - low, end[at] - low, rule.sink(query_head));
+    sums[i] = seen.cast<double>().sum() + static_cast<double>(sink);
   }
 
   Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> outputs;

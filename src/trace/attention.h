@@ -4,27 +4,21 @@
 #include <cstdint>
 #include <span>
 
+#include "base/attention_rule.h"
 #include "base/matrix.h"
 #include "trace/trace.h"
 
 namespace kvreplay {
 
-/// How the queries of one layer attend.
-struct AttentionRule {
-  double softmax_scale = 1;           ///< what q·k is multiplied by
-  Index sliding_window = 0;           ///< keys that a query sees, its own included; 0: all before it
-  double attn_logit_softcapping = 0;  ///< c in c·tanh(logit/c); 0: none
-};
-
 /// The rule of a trace's layer.
 AttentionRule attention_rule(const TraceInfo& info, int layer);
 
-/// Outputs [n, D] of the `queries` [n, D] at `positions` [n] over `keys` and `values` [N, D], whose rows are the
-/// positions from 0 on. The query at position t sees keys 0..t, the last `sliding_window` of them where that is set.
-/// Products are float32; weights and weighted values are summed in double, the latter over blocks of 4096 keys. The
-/// result depends on nothing but the arguments. Memory: n·N floats. Throws Error where a position has no key.
+/// Outputs [n, D] of the `queries` [n, D] of one query head at `positions` [n] over `keys` and `values` [N, D], whose
+/// rows are the positions from 0 on. Products are float32; weights and weighted values are summed in double, the latter
+/// over blocks of 4096 keys. The result depends on nothing but the arguments. Memory: n·N floats. Throws Error where a
+/// position has no key.
 Matrix attention_outputs(const Eigen::Ref<const Matrix>& queries, std::span<const std::int32_t> positions,
                          const Eigen::Ref<const Matrix>& keys, const Eigen::Ref<const Matrix>& values,
-                         const AttentionRule& rule);
+                         const AttentionRule& rule, int query_head);
 
 }  // namespace kvreplay

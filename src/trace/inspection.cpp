@@ -105,7 +105,7 @@ void measure_fidelity(const TraceReader& trace, Inspection& inspection) {
         return read_rows(trace, layer, tensor, head, rows,
                          contiguous.at(fmt::format("/layers/{}/{}", layer, name_of(tensor))));
       };
-      const Matrix exact = attention_outputs(read(HeadTensor::queries), positions, keys, values, rule);
+      const Matrix exact = attention_outputs(read(HeadTensor::queries), positions, keys, values, rule, head);
       const Matrix stored = read(HeadTensor::outputs);
       auto& found = errors[static_cast<std::size_t>(layer * model.num_attention_heads + head)];
       for (Index i = 0; i < exact.rows(); ++i) {

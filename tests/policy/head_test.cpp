@@ -36,12 +36,18 @@ struct Layout {
   int hidden_size = 24;  // 0: no output projection
   int sliding_window = 0;
   double softcapping = 0;
+  int chunk = 0;
+  std::vector<float> sinks = {};  // of the group
 };
 
 MatrixHead random_head(const Layout& layout, unsigned seed) {
   MatrixHead head(normal(layout.prompt, layout.head_dim, seed, 1.5f), normal(layout.prompt, layout.head_dim, seed + 1),
                   layout.group);
-  head.attend_with(1 / std::sqrt(layout.head_dim), layout.sliding_window, layout.softcapping);
+  head.attend_with({.softmax_scale = 1 / std::sqrt(layout.head_dim),
+                    .attn_logit_softcapping = layout.softcapping,
+                    .sliding_window = layout.sliding_window,
+                    .attention_chunk_size = layout.chunk,
+                    .sinks = layout.sinks});
   for (int member = 0; member < layout.group; ++member) {
     const auto own = seed + 10 + 2 * static_cast<unsigned>(member);
     head.member_queries.push_back(normal(layout.prompt, layout.head_dim, own, 1.5f));
@@ -64,15 +70,22 @@ Eigen::VectorXd attention_of(const MatrixHead& source, const DoubleMatrix& keys,
   const HeadShape& shape = source.shape();
   Eigen::VectorXd weights =
       keys * source.member_queries[static_cast<std::size_t>(member)].row(position).cast<double>().transpose() *
-      shape.softmax_scale;
-  const double cap = shape.attn_logit_softcapping;
+      shape.rule.softmax_scale;
+  const double cap = shape.rule.attn_logit_softcapping;
   if (cap > 0) weights = (weights.array() / cap).tanh() * cap;
   for (Index n = 0; n < weights.size(); ++n) {
-    const bool hidden = n > position || (shape.sliding_window > 0 && n <= position - shape.sliding_window);
+    const Index chunk = shape.rule.attention_chunk_size;
+    const bool hidden = n > position || (shape.rule.sliding_window > 0 && n <= position - shape.rule.sliding_window) ||
+                        (chunk > 0 && n / chunk != position / chunk);
     if (hidden) weights(n) = -std::numeric_limits<double>::infinity();
   }
-  weights = (weights.array() - weights.maxCoeff()).exp();
-  return weights / weights.sum();
+  const double largest = weights.maxCoeff();
+  weights = (weights.array() - largest).exp();
+  double sum = weights.sum();
+  if (!shape.rule.sinks.empty()) {
+    sum += std::exp(static_cast<double>(shape.rule.sinks[static_cast<std::size_t>(member)]) - largest);
+  }
+  return weights / sum;
 }
 
 Reference reference_for(const MatrixHead& source, int member, const WindowCombination& combination) {
@@ -175,24 +188,27 @@ TEST_P(CombinedAttentionOf, FollowsItsDefinition) {
 
 INSTANTIATE_TEST_SUITE_P(
     Layouts, CombinedAttentionOf,
-    testing::Values(Layout{}, Layout{.prompt = 1}, Layout{.prompt = 2, .group = 4}, Layout{.prompt = 33},
-                    Layout{.prompt = 64}, Layout{.prompt = 65, .group = 8, .head_dim = 20},
-                    Layout{.prompt = 100, .head_dim = 1, .hidden_size = 3},
-                    Layout{.prompt = 200, .group = 4, .head_dim = 48, .hidden_size = 100},
-                    Layout{.prompt = 130, .group = 2, .head_dim = 128, .hidden_size = 600}, Layout{.prompt = 511},
-                    Layout{.prompt = 512, .group = 4, .head_dim = 20}, Layout{.prompt = 513, .head_dim = 48},
-                    Layout{.prompt = 544, .head_dim = 7}, Layout{.prompt = 1023},
-                    Layout{.prompt = 1024, .group = 8, .head_dim = 8}, Layout{.prompt = 1025, .head_dim = 20},
-                    Layout{.prompt = 1058}, Layout{.prompt = 513, .hidden_size = 0},
-                    Layout{.prompt = 60, .sliding_window = 1}, Layout{.prompt = 600, .sliding_window = 20},
-                    Layout{.prompt = 1030, .group = 4, .sliding_window = 515}, Layout{.prompt = 60, .softcapping = 2},
-                    Layout{.prompt = 2100, .group = 2, .sliding_window = 70},
-                    Layout{.prompt = 512, .sliding_window = 513}, Layout{.prompt = 1024, .sliding_window = 1},
-                    Layout{.prompt = 600, .head_dim = 48, .sliding_window = 64, .softcapping = 30}),
+    testing::Values(
+        Layout{}, Layout{.prompt = 1}, Layout{.prompt = 2, .group = 4}, Layout{.prompt = 33}, Layout{.prompt = 64},
+        Layout{.prompt = 65, .group = 8, .head_dim = 20}, Layout{.prompt = 100, .head_dim = 1, .hidden_size = 3},
+        Layout{.prompt = 200, .group = 4, .head_dim = 48, .hidden_size = 100},
+        Layout{.prompt = 130, .group = 2, .head_dim = 128, .hidden_size = 600}, Layout{.prompt = 511},
+        Layout{.prompt = 512, .group = 4, .head_dim = 20}, Layout{.prompt = 513, .head_dim = 48},
+        Layout{.prompt = 544, .head_dim = 7}, Layout{.prompt = 1023}, Layout{.prompt = 1024, .group = 8, .head_dim = 8},
+        Layout{.prompt = 1025, .head_dim = 20}, Layout{.prompt = 1058}, Layout{.prompt = 513, .hidden_size = 0},
+        Layout{.prompt = 60, .sliding_window = 1}, Layout{.prompt = 600, .sliding_window = 20},
+        Layout{.prompt = 1030, .group = 4, .sliding_window = 515}, Layout{.prompt = 60, .softcapping = 2},
+        Layout{.prompt = 2100, .group = 2, .sliding_window = 70}, Layout{.prompt = 512, .sliding_window = 513},
+        Layout{.prompt = 1024, .sliding_window = 1},
+        Layout{.prompt = 600, .head_dim = 48, .sliding_window = 64, .softcapping = 30},
+        Layout{.prompt = 600, .chunk = 256}, Layout{.prompt = 1030, .group = 2, .chunk = 515},
+        Layout{.prompt = 2100, .sliding_window = 70, .chunk = 512}, Layout{.prompt = 600, .group = 2, .sinks = {1, -3}},
+        Layout{.prompt = 1030, .group = 2, .sliding_window = 90, .sinks = {30, 0}}),
     [](const auto& tested) {
       const Layout& l = tested.param;
-      return fmt::format("prompt_{}_group_{}_dim_{}_hidden_{}_window_{}_cap_{}", l.prompt, l.group, l.head_dim,
-                         l.hidden_size, l.sliding_window, static_cast<int>(l.softcapping));
+      return fmt::format("prompt_{}_group_{}_dim_{}_hidden_{}_window_{}_cap_{}_chunk_{}{}", l.prompt, l.group,
+                         l.head_dim, l.hidden_size, l.sliding_window, static_cast<int>(l.softcapping), l.chunk,
+                         l.sinks.empty() ? "" : "_sinks");
     });
 
 // More values than the head keeps between its two passes over them.

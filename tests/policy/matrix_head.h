@@ -29,11 +29,13 @@ class MatrixHead : public HeadSource {
 
   /// Attends in this way instead of with a scale of 1, to all that came before, and with nothing to bend logits.
   void attend_with(double softmax_scale, int sliding_window = 0, double softcapping = 0) {
-    shape_.softmax_scale = softmax_scale;
-    shape_.sliding_window = sliding_window;
-    const int first = first_held_position(shape_.next_position, sliding_window);
+    attend_with(
+        {.softmax_scale = softmax_scale, .attn_logit_softcapping = softcapping, .sliding_window = sliding_window});
+  }
+  void attend_with(const AttentionRule& rule) {
+    shape_.rule = rule;
+    const int first = first_held_position(shape_.next_position, shape_.rule);
     shape_.positions = {first, shape_.next_position - first};
-    shape_.attn_logit_softcapping = softcapping;
   }
 
   std::vector<Matrix> member_queries;      ///< [group][P, D]; empty: nothing is known of attention

@@ -101,7 +101,7 @@ RandomTrace::Tensors RandomTrace::tensors() const {
       };
       const Matrix outputs = attention_outputs(
           rows(all.queries.back(), h, queries), described.query_positions, rows(all.keys.back(), kv_head, tokens),
-          rows(all.values.back(), kv_head, tokens), attention_rule(described, layer));
+          rows(all.values.back(), kv_head, tokens), attention_rule(described, layer), static_cast<int>(h));
       std::copy_n(outputs.data(), outputs.size(),
                   all.outputs.back().begin() + static_cast<std::ptrdiff_t>(h * queries * d));
     }

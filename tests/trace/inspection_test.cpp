@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <filesystem>
+#include <limits>
 
 #include "base/error.h"
 #include "hdf5/hdf5.h"
@@ -28,10 +29,12 @@ using testing::HasSubstr;
 
 // One output element by element, in double.
 std::vector<double> attention_by_definition(const float* query, int position, const float* keys, const float* values,
-                                            int width, double scale, int window, double cap) {
+                                            int width, double scale, int window, double cap, int chunk = 0,
+                                            double sink = -std::numeric_limits<double>::infinity()) {
   std::vector<double> weights;
-  double sum = 0;
-  const int first = window > 0 ? std::max(0, position - window + 1) : 0;
+  double sum = std::exp(sink);
+  int first = window > 0 ? std::max(0, position - window + 1) : 0;
+  while (chunk > 0 && first / chunk < position / chunk) ++first;
   for (int n = first; n <= position; ++n) {
     double logit = 0;
     for (int d = 0; d < width; ++d) {
@@ -312,18 +315,28 @@ TEST(AttentionOutputs, AgreeWithTheDefinitionOverManyKeys) {
   const MatrixView key_rows(keys.data(), kKeys, kWidth);
   const MatrixView value_rows(values.data(), kKeys, kWidth);
   const MatrixView query_rows(queries.data(), 4, kWidth);
-  for (const int window : {0, 1, 5000}) {
-    for (const double cap : {0.0, 2.0}) {
-      const AttentionRule rule{0.25, window, cap};
-      const Matrix outputs = attention_outputs(query_rows, positions, key_rows, value_rows, rule);
-      ASSERT_EQ(outputs.rows(), 4);
-      for (int i = 0; i < 4; ++i) {
-        const auto expected = attention_by_definition(&queries[static_cast<std::size_t>(i * kWidth)],
-                                                      positions[static_cast<std::size_t>(i)], keys.data(),
-                                                      values.data(), kWidth, 0.25, window, cap);
-        for (int d = 0; d < kWidth; ++d) {
-          EXPECT_NEAR(outputs(i, d), expected[static_cast<std::size_t>(d)], 2e-6) << window << " " << cap << " " << i;
-        }
+  struct Rule {
+    int window;
+    double cap;
+    int chunk = 0;
+    double sink = -std::numeric_limits<double>::infinity();
+  };
+  for (const auto [window, cap, chunk, sink] :
+       {Rule{0, 0}, Rule{1, 0}, Rule{5000, 0}, Rule{0, 2}, Rule{1, 2}, Rule{5000, 2}, Rule{0, 0, 4096},
+        Rule{100, 2, 64}, Rule{0, 0, 0, 8}, Rule{5000, 2, 0, -1}}) {
+    const AttentionRule rule{.softmax_scale = 0.25,
+                             .attn_logit_softcapping = cap,
+                             .sliding_window = window,
+                             .attention_chunk_size = chunk,
+                             .sinks = {0, static_cast<float>(sink)}};
+    const Matrix outputs = attention_outputs(query_rows, positions, key_rows, value_rows, rule, 1);
+    ASSERT_EQ(outputs.rows(), 4);
+    for (int i = 0; i < 4; ++i) {
+      const auto expected = attention_by_definition(&queries[static_cast<std::size_t>(i * kWidth)],
+                                                    positions[static_cast<std::size_t>(i)], keys.data(), values.data(),
+                                                    kWidth, 0.25, window, cap, chunk, sink);
+      for (int d = 0; d < kWidth; ++d) {
+        EXPECT_NEAR(outputs(i, d), expected[static_cast<std::size_t>(d)], 2e-6) << window << " " << cap << " " << i;
       }
     }
   }
@@ -335,14 +348,14 @@ TEST(AttentionOutputs, LargeLogitsDoNotOverflow) {
   const float query = 100;
   const std::vector<std::int32_t> positions = {2};
   const Matrix output = attention_outputs(MatrixView(&query, 1, 1), positions, MatrixView(keys.data(), 3, 1),
-                                          MatrixView(values.data(), 3, 1), {1, 0, 0});
+                                          MatrixView(values.data(), 3, 1), {.softmax_scale = 1}, 0);
   EXPECT_FLOAT_EQ(output(0, 0), 3);
 }
 
 TEST(AttentionOutputs, RefuseAPositionWithoutAKey) {
   const Matrix rows = Matrix::Ones(3, 2);
   const std::vector<std::int32_t> positions = {3};
-  EXPECT_THROW(static_cast<void>(attention_outputs(rows.topRows(1), positions, rows, rows, {})), Error);
+  EXPECT_THROW(static_cast<void>(attention_outputs(rows.topRows(1), positions, rows, rows, {}, 0)), Error);
 }
 
 }  // namespace

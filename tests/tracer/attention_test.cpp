@@ -68,13 +68,16 @@ Outcome plain(const Case& test, const KvCache& cache, const std::vector<float>& 
       std::vector<double> weights(positions.size());
       double total = 0;
       for (std::size_t j = 0; j < positions.size(); ++j) {
-        const bool in_window = shape.sliding_window == 0 || positions[j] > position - shape.sliding_window;
-        if (positions[j] > position || !in_window) continue;
+        const bool in_window = shape.rule.sliding_window == 0 || positions[j] > position - shape.rule.sliding_window;
+        const Index chunk = shape.rule.attention_chunk_size;
+        const bool in_chunk = chunk == 0 || positions[j] / chunk == position / chunk;
+        if (positions[j] > position || !in_window || !in_chunk) continue;
         const float* k = cache.keys(0, kv_head) + static_cast<Index>(j) * dim;
         double logit = 0;
         for (Index d = 0; d < dim; ++d) logit += static_cast<double>(q[d]) * static_cast<double>(k[d]);
-        logit *= shape.softmax_scale;
-        if (shape.softcapping > 0) logit = shape.softcapping * std::tanh(logit / shape.softcapping);
+        logit *= shape.rule.softmax_scale;
+        if (shape.rule.attn_logit_softcapping > 0)
+          logit = shape.rule.attn_logit_softcapping * std::tanh(logit / shape.rule.attn_logit_softcapping);
         weights[j] = std::exp(logit);
         total += weights[j];
       }
@@ -97,8 +100,10 @@ Outcome plain(const Case& test, const KvCache& cache, const std::vector<float>& 
 
 void check(const Case& test) {
   const AttentionShape& shape = test.shape;
-  SCOPED_TRACE(testing::Message() << "window " << shape.sliding_window << ", cap " << shape.softcapping << ", earlier "
-                                  << test.earlier << ", new " << test.count << ", kept " << test.kept.size());
+  SCOPED_TRACE(testing::Message() << "window " << shape.rule.sliding_window << ", chunk "
+                                  << shape.rule.attention_chunk_size << ", cap " << shape.rule.attn_logit_softcapping
+                                  << ", earlier " << test.earlier << ", new " << test.count << ", kept "
+                                  << test.kept.size());
   const Index tokens = test.earlier + test.count;
   const KvCache cache = filled_cache(test);
   const auto queries = random_values(test.count * shape.num_attention_heads * shape.head_dim, 30);
@@ -119,17 +124,27 @@ void check(const Case& test) {
 
 TEST(Attention, SeesTheLastKeysOfEveryWindow) {
   for (const int window : {0, 1, 2, 15, 16, 17, 63, 64, 65, 130, 200, 1000}) {
-    check({{4, 2, 12, 0.4, 0, window}, 0, 193, {}});
-    check({{2, 2, 6, 0.4, 0, window}, 90, 1, {}});
-    check({{2, 1, 6, 0.4, 0, window}, 77, 70, {}});
+    check({{4, 2, 12, {0.4, 0, window}}, 0, 193, {}});
+    check({{2, 2, 6, {0.4, 0, window}}, 90, 1, {}});
+    check({{2, 1, 6, {0.4, 0, window}}, 77, 70, {}});
+  }
+}
+
+TEST(Attention, SeesNoKeyBeforeItsChunk) {
+  for (const int chunk : {1, 2, 15, 16, 64, 65, 130, 1000}) {
+    for (const int window : {0, 20}) {
+      check({{4, 2, 12, {.softmax_scale = 0.4, .sliding_window = window, .attention_chunk_size = chunk}}, 0, 193, {}});
+      check({{2, 2, 6, {.softmax_scale = 0.4, .sliding_window = window, .attention_chunk_size = chunk}}, 90, 1, {}});
+      check({{2, 1, 6, {.softmax_scale = 0.4, .sliding_window = window, .attention_chunk_size = chunk}}, 77, 70, {}});
+    }
   }
 }
 
 TEST(Attention, BendsLogitsToTheirCap) {
   for (const double cap : {0.1, 1.0, 3.0, 50.0}) {
     for (const int window : {0, 20}) {
-      check({{4, 2, 12, 1.5, cap, window}, 0, 100, {}});
-      check({{4, 2, 12, 1.5, cap, window}, 60, 1, {}});
+      check({{4, 2, 12, {1.5, cap, window}}, 0, 100, {}});
+      check({{4, 2, 12, {1.5, cap, window}}, 60, 1, {}});
     }
   }
 }
@@ -137,7 +152,7 @@ TEST(Attention, BendsLogitsToTheirCap) {
 TEST(Attention, CountsWindowsInPositionsWhereRowsAreGone) {
   for (const int window : {0, 1, 5, 12, 40, 100}) {
     for (const Index count : {1, 2, 70}) {
-      check({{4, 2, 8, 0.5, 0, window}, 60, count, {0, 1, 7, 30, 31, 44, 52, 59}});
+      check({{4, 2, 8, {0.5, 0, window}}, 60, count, {0, 1, 7, 30, 31, 44, 52, 59}});
     }
   }
 }

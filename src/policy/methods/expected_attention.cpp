@@ -17,6 +17,7 @@
 #include <optional>
 
 #include "base/error.h"
+#include "base/softmax.h"
 #include "hdf5/hdf5.h"
 #include "policy/policy.h"
 #include "policy/published_code.h"
@@ -94,15 +95,12 @@ class ExpectedAttention : public Ranking {
     const Eigen::MatrixXd covariance = rotation * queries.covariance * rotation.transpose();
     const auto first = static_cast<Index>(shape.held_of_first(p_.sinks));
     const auto keys = head.keys().bottomRows(head.rows() - first).cast<double>().eval();
-    Eigen::VectorXd expected = keys * mean * shape.softmax_scale;
+    Eigen::VectorXd expected = keys * mean * shape.rule.softmax_scale;
     if (p_.covariance) {
-      const double half = shape.softmax_scale * shape.softmax_scale / 2;
+      const double half = shape.rule.softmax_scale * shape.rule.softmax_scale / 2;
       expected += (keys * covariance).cwiseProduct(keys).rowwise().sum() * half;
     }
-    if (expected.size() > 0) {
-      expected = (expected.array() - expected.maxCoeff()).exp();
-      expected /= expected.sum();
-    }
+    softmax(expected, 0, expected.size());
     for (Index n = 0; n < expected.size(); ++n) {
       const double length = p_.values ? static_cast<double>(head.values().row(first + n).norm()) : 1.0;
       // Without the values' lengths nothing is added either, as in kvpress.

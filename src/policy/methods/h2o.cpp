@@ -6,9 +6,9 @@
 //
 // mask=causal is the paper's sum. mask=window is what KVCache-Factory computed in the prefill until 9f9aa2e: only the
 // last `window` queries are masked causally, so that earlier queries also look at later keys.
+#include "base/softmax.h"
 #include "policy/policy.h"
 #include "policy/published_code.h"
-#include "policy/softmax.h"
 
 namespace kvreplay {
 namespace {
@@ -22,16 +22,17 @@ std::vector<float> attention_masked_in_window(const Head& head, int member, int 
   const CachePositions& entries = head.entries();
   const Matrix keys = head.entry_keys();
   const Matrix asked = head.queries(member, queries);
+  const float sink = shape.rule.sink(shape.query_head(member));
   const auto first_row = static_cast<std::size_t>(entries.size() - head.rows());
   std::vector<double> sums(static_cast<std::size_t>(head.rows()), 0.0);
   for (int first = 0; first < queries; first += kQueries) {
     const int count = std::min(kQueries, queries - first);
     Matrix attention = asked.middleRows(first, count) * keys.transpose();
-    scale_logits(attention, shape.softmax_scale, shape.attn_logit_softcapping);
+    scale_logits(attention, shape.rule);
     for (int query = 0; query < count; ++query) {
       const int position = first + query;
       const int end = position >= queries - window ? entries.count_before(position + 1) : entries.size();
-      softmax_within(attention.row(query), 0, end);
+      softmax(attention.row(query), 0, end, sink);
       for (std::size_t n = 0; n < sums.size(); ++n) {
         sums[n] += static_cast<double>(attention(query, static_cast<Index>(first_row + n)));
       }

@@ -13,9 +13,9 @@
 // the repetition, or compare scores and kept sets alone.
 #include <algorithm>
 
+#include "base/softmax.h"
 #include "policy/policy.h"
 #include "policy/published_code.h"
-#include "policy/softmax.h"
 
 namespace kvreplay {
 namespace {
@@ -48,17 +48,18 @@ class KVzip : public Ranking {
     const Index entries = head.entries().size();
     const Index first_row = entries - head.rows();
     const Matrix queries = head.later_queries(member);
+    const float sink = shape.rule.sink(shape.query_head(member));
     std::ranges::fill(scores, 0.0f);
     for (Index first = 0; first < queries.rows(); first += kQueries) {
       const Index count = std::min(kQueries, queries.rows() - first);
       Matrix attention = queries.middleRows(first, count) * keys.transpose();
-      scale_logits(attention, shape.softmax_scale, shape.attn_logit_softcapping);
+      scale_logits(attention, shape.rule);
       for (Index query = 0; query < count; ++query) {
         const int position = shape.next_position + static_cast<int>(first + query);
-        const Index first_seen = first_visible(position, shape.sliding_window);
+        const Index first_seen = shape.rule.first_visible(position);
         const Index beyond = std::max<Index>(0, first_seen - shape.next_position);  // of the later prompt
-        softmax_within(attention.row(query), beyond > 0 ? entries + beyond : head.visible(position).first,
-                       entries + first + query + 1);
+        softmax(attention.row(query), beyond > 0 ? entries + beyond : head.visible(position).first,
+                entries + first + query + 1, sink);
         for (std::size_t n = 0; n < scores.size(); ++n) {
           scores[n] = std::max(scores[n], attention(query, first_row + static_cast<Index>(n)));
         }

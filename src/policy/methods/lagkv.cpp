@@ -14,6 +14,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "base/softmax.h"
 #include "policy/policy.h"
 
 namespace kvreplay {
@@ -70,8 +71,8 @@ class LagKV : public Ranking {
       const float mean = scaled.sum() / channels;
       deviation(n) = std::sqrt((scaled.array() - mean).square().sum() / std::max(channels - 1, 1.0f));
     }
-    const Eigen::VectorXf weights = (deviation.array() - deviation.maxCoeff()).exp();
-    return weights / weights.sum();
+    softmax(deviation, 0, lag_);
+    return deviation;
   }
 
   int sinks_;

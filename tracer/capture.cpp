@@ -246,7 +246,14 @@ TraceInfo describe(const CaptureOptions& options, const ModelConfig& config, con
   }
   info.spans = prompt.spans;
   info.turn_starts = prompt.turn_starts;
-  info.layer_sliding_window = config.sliding_windows;
+  info.layers = layers_with_windows(info.model, config.sliding_windows);
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    RotaryTable table{.name = config.sliding_window(layer) > 0 ? "local" : "global",
+                      .inverse_frequencies = config.rotary_of(layer).inverse_frequencies(config.head_dim)};
+    auto like = std::ranges::find(info.rotary, table.inverse_frequencies, &RotaryTable::inverse_frequencies);
+    if (like == info.rotary.end()) like = info.rotary.insert(like, std::move(table));
+    info.layers[static_cast<std::size_t>(layer)].rotary = like->name;
+  }
   return info;
 }
 

@@ -190,6 +190,20 @@ struct QueryPlan {
   std::uint64_t noise = 0;
 };
 
+// How far each pair of dimensions turns from one position to the next, in radians.
+std::vector<double> frequencies_of(const SyntheticTrace& trace) {
+  // From some tokens to twice the trace, so that no distance comes round again.
+  constexpr double kFastest = 0.7;
+  const double slowest = std::numbers::pi / std::max(trace.num_tokens(), 16);
+  const Index pairs = Channels(trace.head_dim).pairs;
+  std::vector<double> frequencies;
+  for (Index j = 0; j < pairs; ++j) {
+    const double share = static_cast<double>(j) / static_cast<double>(pairs - 1);
+    frequencies.push_back(kFastest * std::pow(slowest / kFastest, share));
+  }
+  return frequencies;
+}
+
 // Makes the tensors' elements.
 class Generator {
  public:
@@ -198,18 +212,11 @@ class Generator {
         channels_(trace.head_dim),
         info_(describe(trace)),
         heavy_(heavy_hitters(trace)),
-        frequencies_(static_cast<std::size_t>(channels_.pairs)),
+        frequencies_(frequencies_of(trace)),
         key_noise_(static_cast<std::size_t>(channels_.dim), 1.0F) {
     const Index pairs = channels_.pairs;
     std::fill_n(key_noise_.begin(), 2 * pairs, kPairNoise);
     std::fill_n(key_noise_.begin() + channels_.sink, channels_.content - channels_.sink, kChannelNoise);
-    // From some tokens to twice the trace, so that no distance comes round again.
-    constexpr double kFastest = 0.7;
-    const double slowest = std::numbers::pi / std::max(trace.num_tokens(), 16);
-    for (Index j = 0; j < pairs; ++j) {
-      const double share = static_cast<double>(j) / static_cast<double>(pairs - 1);
-      frequencies_[static_cast<std::size_t>(j)] = kFastest * std::pow(slowest / kFastest, share);
-    }
     fine_ = rotations(kFine, 1);
     coarse_ = rotations((trace.num_tokens() + kFine - 1) / kFine, kFine);
     const double share_of_bands = shares_of(HeadRole::local).aimed;
@@ -923,6 +930,10 @@ TraceInfo describe(const SyntheticTrace& trace) {
   const int first = trace.query_window ? std::max(0, trace.prompt_tokens - *trace.query_window) : 0;
   for (int position = first; position < trace.num_tokens(); ++position) info.query_positions.push_back(position);
   info.spans = place_spans(trace);
+  const std::vector<double> frequencies = frequencies_of(trace);
+  info.rotary = {{.name = "place", .inverse_frequencies = {frequencies.begin(), frequencies.end()}}};
+  info.layers.assign(static_cast<std::size_t>(trace.num_layers), info.model.layer());
+  for (LayerInfo& layer : info.layers) layer.rotary = "place";
   return info;
 }
 

@@ -4,12 +4,13 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <numeric>
-#include <set>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -18,6 +19,7 @@
 #include "cli/options.h"
 #include "notebooks-export/tables.h"
 #include "trace/inspection.h"
+#include "trace/layer_fields.h"
 
 namespace kvreplay::cli {
 namespace {
@@ -57,16 +59,70 @@ std::string shortened(const std::string& text) {
 }
 
 std::string window_text(const TraceInfo& info) {
-  const std::set<int> windows(info.layer_sliding_window.begin(), info.layer_sliding_window.end());
-  if (windows == std::set<int>{0}) return "no sliding window";
-  if (windows.size() == 1) return fmt::format("sliding window {}", *windows.begin());
+  std::map<int, int> windows;  // how many layers have each
+  for (const LayerInfo& layer : info.layers) {
+    if (layer.attends) ++windows[layer.rule.sliding_window];
+  }
   std::string text;
-  for (const int window : windows) {
-    const auto layers = std::count(info.layer_sliding_window.begin(), info.layer_sliding_window.end(), window);
+  for (const auto [window, layers] : windows) {
     const std::string name = window == 0 ? "no sliding window" : fmt::format("sliding window {}", window);
+    if (windows.size() == 1) return name;
     text += fmt::format("{}{} in {} of {} layers", text.empty() ? "" : ", ", name, layers, info.model.num_layers);
   }
   return text;
+}
+
+// What layers say otherwise than the model, but for windows: those that say the same together.
+void print_layers(const TraceInfo& info) {
+  std::map<std::string, std::vector<int>> layers;
+  for (int l = 0; l < info.model.num_layers; ++l) {
+    const LayerInfo& layer = info.layers[static_cast<std::size_t>(l)];
+    std::vector<std::string> texts;
+    if (!layer.attends) texts.emplace_back("without attention");
+    for (const LayerField& field : fields_of_its_own(info, l)) {
+      if (field.name == "sliding_window" || field.name == "rotary" || !layer.attends) continue;
+      texts.push_back(field.is_list ? "with " + field.name : fmt::format("{} {}", field.name, field.value));
+    }
+    if (layer.output_gate_dim > 0) texts.emplace_back("with output_gate");
+    if (!texts.empty()) layers[fmt::format("{}", fmt::join(texts, ", "))].push_back(l);
+  }
+  bool first = true;
+  for (const auto& [text, numbers] : layers) {
+    fmt::print("{:<10} {} {}: {}\n", std::exchange(first, false) ? "layers" : "",
+               numbers.size() == 1 ? "layer" : "layers", fmt::join(numbers, ", "), text);
+  }
+  first = true;
+  for (const RotaryTable& table : info.rotary) {
+    fmt::print("{:<10} {}: {} dimensions of a head turn, {}{}\n", std::exchange(first, false) ? "rotary" : "",
+               printable(table.name), table.rotated_dims(), name_of(table.layout),
+               table.attention_scaling != 1 ? fmt::format(", scaled by {:.6g}", table.attention_scaling) : "");
+  }
+}
+
+// All fields of a layer; of lists, whether they are there.
+struct LayerJson {
+  template <class Number>
+  void number(const char* name, const Number& value, Bound) {
+    json[name] = value;
+  }
+  void text(const char* name, const std::string& value) { json[name] = value; }
+  void list(const char* name, const std::vector<float>& values, Index) { json[name] = !values.empty(); }
+  void norm(const char* name, const RmsNorm& norm, Index) { json[name] = !norm.weight.empty(); }
+
+  ordered_json json;
+};
+
+ordered_json layers_json(const TraceInfo& info) {
+  ordered_json layers = ordered_json::array();
+  for (const LayerInfo& layer : info.layers) {
+    LayerJson fields{.json = {{"attends", layer.attends}}};
+    if (layer.attends) {
+      visit_layer_fields(layer, info, fields);
+      fields.json["output_gate"] = layer.output_gate_dim > 0;
+    }
+    layers.push_back(std::move(fields.json));
+  }
+  return layers;
 }
 
 void print_model(const Inspection& inspection) {
@@ -85,6 +141,7 @@ void print_model(const Inspection& inspection) {
       "attention  softmax scale {:.6g}, rope theta {:.6g}, {}{}\n", model.softmax_scale, model.rope_theta,
       window_text(info),
       model.attn_logit_softcapping > 0 ? fmt::format(", logits capped at {:.6g}", model.attn_logit_softcapping) : "");
+  print_layers(info);
 }
 
 void print_tokens(const Inspection& inspection) {
@@ -186,10 +243,23 @@ ordered_json to_json(const Inspection& inspection) {
                    {"softmax_scale", model.softmax_scale},
                    {"sliding_window", model.sliding_window},
                    {"attn_logit_softcapping", model.attn_logit_softcapping},
-                   {"layer_sliding_window", info.layer_sliding_window}};
+                   {"layer_sliding_window", ordered_json::array()}};
+  for (const LayerInfo& layer : info.layers) {
+    json["model"]["layer_sliding_window"].push_back(layer.rule.sliding_window);
+  }
+  json["layers"] = layers_json(info);
+  json["rotary"] = ordered_json::array();
+  for (const RotaryTable& table : info.rotary) {
+    json["rotary"].push_back({{"name", table.name},
+                              {"rotated_dims", table.rotated_dims()},
+                              {"attention_scaling", table.attention_scaling},
+                              {"layout", name_of(table.layout)},
+                              {"inverse_frequencies", table.inverse_frequencies}});
+  }
   json["tokens"] = {{"count", info.num_tokens()},
                     {"prompt_length", info.prompt_length},
                     {"turn_starts", info.turn_starts},
+                    {"turn_roles", info.turn_roles},
                     {"has_pieces", !info.token_pieces.empty()}};
   json["queries"] = {{"count", info.num_queries()},
                      {"first_position", info.query_positions.front()},
@@ -197,11 +267,13 @@ ordered_json to_json(const Inspection& inspection) {
                      {"in_prompt", inspection.prompt_queries},
                      {"observation_window", inspection.observation_window},
                      {"after_prompt", inspection.later_queries}};
+  json["answers"] = info.answers;
   json["spans"] = ordered_json::array();
   for (std::size_t i = 0; i < info.spans.size(); ++i) {
     json["spans"].push_back({{"label", info.spans[i].label},
                              {"start", info.spans[i].start},
                              {"end", info.spans[i].end},
+                             {"group", info.spans[i].group},
                              {"text", inspection.span_texts[i]}});
   }
   json["tensors"] = ordered_json::array();

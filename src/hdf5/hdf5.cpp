@@ -904,13 +904,13 @@ bool File::has_attribute(const std::string& path, const std::string& name) const
   return found > 0;
 }
 
-Handle File::open_attribute(const Handle& object, const std::string& path, const std::string& name) const {
+Handle File::open_attribute(const Handle& object, const std::string& path, const std::string& name, bool single) const {
   const htri_t found = H5Aexists(object.id(), name.c_str());
   if (found == 0) fail(path, fmt::format("has no attribute '{}'", name));
   Handle attribute(found > 0 ? H5Aopen(object.id(), name.c_str(), H5P_DEFAULT) : -1);
   if (!attribute) fail(path, fmt::format("attribute '{}': {}", name, read_failure(last_error())));
   const Handle space(H5Aget_space(attribute.id()));
-  if (!space || H5Sget_simple_extent_npoints(space.id()) != 1) {
+  if (!space || (single && H5Sget_simple_extent_npoints(space.id()) != 1)) {
     fail(path, fmt::format("attribute '{}' is not a single value", name));
   }
   if (H5Aget_storage_size(attribute.id()) > kLargestAttribute) {
@@ -947,29 +947,52 @@ double File::read_double(const std::string& path, const std::string& name) const
   return value;
 }
 
-std::string File::read_string(const std::string& path, const std::string& name) const {
+std::vector<std::string> File::read_texts(const std::string& path, const std::string& name, bool single) const {
   const auto guard = lock();
   const Handle object = open_object(path);
-  const Handle attribute = open_attribute(object, path, name);
+  const Handle attribute = open_attribute(object, path, name, single);
   const Handle type(H5Aget_type(attribute.id()));
   if (H5Tget_class(type.id()) != H5T_STRING) fail(path, fmt::format("attribute '{}' is not a string", name));
+  const Handle space(H5Aget_space(attribute.id()));
+  const auto count = static_cast<std::size_t>(std::max<hssize_t>(H5Sget_simple_extent_npoints(space.id()), 0));
   const bool variable = H5Tis_variable_str(type.id()) > 0;
-  std::vector<std::byte> bytes(variable ? kReferenceSize : H5Tget_size(type.id()));
+  const std::size_t size = variable ? kReferenceSize : H5Tget_size(type.id());
   const Handle reference = reference_type();
-  if (bytes.size() > kLargestAttribute ||
-      H5Aread(attribute.id(), variable ? reference.id() : type.id(), bytes.data()) < 0) {
+  if (count > kLargestAttribute || size > kLargestAttribute || count * size > kLargestAttribute) {
+    fail(path, fmt::format("attribute '{}' claims more than 64 MiB", name));
+  }
+  std::vector<std::byte> bytes(count * size);
+  if (H5Aread(attribute.id(), variable ? reference.id() : type.id(), bytes.data()) < 0) {
     fail(path, fmt::format("attribute '{}': {}", name, read_failure(last_error())));
   }
-  if (!variable) return fixed_text(bytes.data(), bytes.size(), H5Tget_strpad(type.id()));
-  std::string problem;
-  auto text = GlobalHeap(handle_.id()).resolve(bytes.data(), problem);
-  if (!text) fail(path, fmt::format("attribute '{}': {}", name, problem));
-  return *std::move(text);
+  GlobalHeap heap(handle_.id());
+  std::vector<std::string> texts;
+  for (std::size_t at = 0; at < bytes.size(); at += size) {
+    if (!variable) {
+      texts.push_back(fixed_text(&bytes[at], size, H5Tget_strpad(type.id())));
+      continue;
+    }
+    std::string problem;
+    auto text = heap.resolve(&bytes[at], problem);
+    if (!text) fail(path, fmt::format("attribute '{}': {}", name, problem));
+    texts.push_back(*std::move(text));
+  }
+  return texts;
 }
 
-void File::write_attribute(const std::string& path, const std::string& name, Id type, const void* value) {
+std::string File::read_string(const std::string& path, const std::string& name) const {
+  return std::move(read_texts(path, name, true).front());
+}
+
+std::vector<std::string> File::read_string_list(const std::string& path, const std::string& name) const {
+  return read_texts(path, name, false);
+}
+
+void File::write_attribute(const std::string& path, const std::string& name, Id type, const void* value,
+                           std::optional<Index> count) {
   const Handle object = open_object(path);
-  const Handle space(H5Screate(H5S_SCALAR));
+  const hsize_t extent = static_cast<hsize_t>(count.value_or(1));
+  const Handle space(count ? H5Screate_simple(1, &extent, nullptr) : H5Screate(H5S_SCALAR));
   if (H5Aexists(object.id(), name.c_str()) > 0) H5Adelete(object.id(), name.c_str());
   const Handle attribute(H5Acreate2(object.id(), name.c_str(), type, space.id(), H5P_DEFAULT, H5P_DEFAULT));
   if (!attribute || H5Awrite(attribute.id(), type, value) < 0) {
@@ -994,6 +1017,19 @@ void File::write_string(const std::string& path, const std::string& name, std::s
   write_attribute(path, name, string_type().id(), static_cast<const void*>(&characters));
 }
 
+void File::write_string_list(const std::string& path, const std::string& name, const std::vector<std::string>& values) {
+  const auto guard = lock();
+  std::vector<const char*> characters;
+  Digest digest;
+  for (const std::string& value : values) {
+    characters.push_back(value.c_str());
+    digest.add(as_stored(value));
+  }
+  write_attribute(path, name, string_type().id(), static_cast<const void*>(characters.data()),
+                  static_cast<Index>(values.size()));
+  write_string(path, kAttributeDigest, digest.text() + ' ' + name);
+}
+
 void File::write_strings(const std::string& path, const std::vector<NamedString>& attributes) {
   const auto guard = lock();
   Digest digest;
@@ -1015,7 +1051,9 @@ void File::check_strings(const std::string& path) const {
   int count = 0;
   for (std::size_t at = names; at != std::string::npos && count < kMostDigestedAttributes; ++count) {
     const std::size_t end = told.find(' ', at + 1);
-    digest.add(as_stored(read_string(path, told.substr(at + 1, end - at - 1))));
+    for (const std::string& text : read_texts(path, told.substr(at + 1, end - at - 1), false)) {
+      digest.add(as_stored(text));
+    }
     at = end;
   }
   if (digest.text() == told.substr(0, names)) return;

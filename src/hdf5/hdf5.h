@@ -199,6 +199,8 @@ class File {
   double read_double(const std::string& path, const std::string& name) const;
   /// A string of fixed or variable length, ASCII or UTF-8.
   std::string read_string(const std::string& path, const std::string& name) const;
+  /// Several of them in one attribute, in logical order.
+  std::vector<std::string> read_string_list(const std::string& path, const std::string& name) const;
 
   void write_int(const std::string& path, const std::string& name, std::int64_t value);
   void write_double(const std::string& path, const std::string& name, double value);
@@ -208,6 +210,8 @@ class File {
   /// The same for several, and an attribute `attributes_xxh64`, since HDF5 keeps such strings where no checksum covers
   /// them: XXH64 of their values with a zero byte behind each, and their names, all separated by spaces.
   void write_strings(const std::string& path, const std::vector<NamedString>& attributes);
+  /// The same for one attribute of several strings.
+  void write_string_list(const std::string& path, const std::string& name, const std::vector<std::string>& values);
 
   /// Throws Error where an object has an `attributes_xxh64` that is not that of the attributes which it names.
   void check_strings(const std::string& path) const;
@@ -246,8 +250,12 @@ class File {
   File(std::filesystem::path path, Handle handle, bool writing);
   [[noreturn]] void fail(std::string_view path, std::string_view reason) const;
   Handle open_object(const std::string& path) const;
-  Handle open_attribute(const Handle& object, const std::string& path, const std::string& name) const;
-  void write_attribute(const std::string& path, const std::string& name, Id type, const void* value);
+  Handle open_attribute(const Handle& object, const std::string& path, const std::string& name,
+                        bool single = true) const;
+  std::vector<std::string> read_texts(const std::string& path, const std::string& name, bool single) const;
+  // One value, or a list of `count`.
+  void write_attribute(const std::string& path, const std::string& name, Id type, const void* value,
+                       std::optional<Index> count = std::nullopt);
   bool has_user_block() const;
   Dataset adopt(const std::string& path, Handle handle) const;
   Dataset create_typed(const std::string& path, Id type, const Shape& shape, const Storage& storage);

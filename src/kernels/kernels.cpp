@@ -334,15 +334,14 @@ void finish_logits(const QueryColumns& queries, Index first_key, Index count, fl
   const auto inverse_cap = hn::Set(d, queries.softcapping > 0 ? 1.0f / queries.softcapping : 0.0f);
   for (Index j = 0; j < queries.columns; j += n) {
     const auto last = hn::LoadU(di, queries.positions + j);
+    const auto first = queries.first_visible != nullptr ? hn::LoadU(di, queries.first_visible + j) : hn::Zero(di);
     auto maximum = hn::LoadU(d, maxima + j);
     for (Index key = 0; key < count; ++key) {
       auto logit = hn::Mul(hn::LoadU(d, products + key * queries.columns + j), factor);
       if (queries.softcapping > 0) logit = hn::Mul(hn::Tanh(d, hn::Mul(logit, inverse_cap)), cap);
       const auto position = hn::Set(di, static_cast<std::int32_t>(first_key + key));
       auto hidden = hn::Gt(position, last);
-      if (queries.sliding_window > 0) {
-        hidden = hn::Or(hidden, hn::Gt(hn::Sub(last, position), hn::Set(di, queries.sliding_window - 1)));
-      }
+      if (queries.first_visible != nullptr) hidden = hn::Or(hidden, hn::Gt(first, position));
       logit = hn::IfThenElse(hn::RebindMask(d, hidden), lowest, logit);
       hn::StoreU(logit, d, products + key * queries.columns + j);
       maximum = hn::Max(maximum, logit);

@@ -64,9 +64,9 @@ BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softca
 
 /// Queries that attend to the same keys, side by side: a row of logits per key.
 struct QueryColumns {
-  const std::int32_t* positions = nullptr;  ///< [columns]
-  Index columns = kPanel;                   ///< queries: a multiple of kLanes; so many floats make a row
-  std::int32_t sliding_window = 0;          ///< keys that a query sees, its own included; 0: all before it
+  const std::int32_t* positions = nullptr;      ///< [columns]
+  const std::int32_t* first_visible = nullptr;  ///< [columns] of keys; null: each query sees all before it
+  Index columns = kPanel;                       ///< queries: a multiple of kLanes; so many floats make a row
   float scale = 1;
   float softcapping = 0;  ///< 0: none
 };

@@ -22,6 +22,7 @@
 #include "replay/layer_rank_agreement.h"
 #include "replay/measurement.h"
 #include "replay/reconstruction_oracle.h"
+#include "replay/replayable.h"
 #include "replay/trace_source.h"
 #include "trace/identity.h"
 #include "trace/inspection.h"
@@ -144,6 +145,10 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
       if (refusal.empty()) refusal = fmt::format("{}: {}", file, why);
       for (const std::string& note : notes) left_out_.push_back({file, note});
     };
+    if (const std::string why = replay_obstacle(info); !why.empty()) {
+      leave_out(why, {fmt::format("left out: {}", why)});
+      continue;
+    }
     std::vector<int> asked = request_.eviction_positions;
     if (asked.empty()) asked.push_back(info.prompt_length);
     std::vector<int> evictions;

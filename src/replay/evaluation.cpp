@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <limits>
 #include <map>
 #include <numeric>
 
@@ -35,15 +34,18 @@ using DoubleMatrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen
 
 // Queries of some query heads that are measured together.
 struct HeadEvaluation::Attention {
-  Index first = 0;                      // index of the first query
-  Index count = 0;                      // queries of each query head
-  Index columns = 0;                    // the same in whole vectors; those beyond repeat the last query
-  int first_member = 0;                 // of the group
-  int members = 0;                      // side by side
-  std::vector<std::int32_t> positions;  // [members · columns]
-  Buffer weights;                       // [tokens, members · columns] exponentials against each query's maximum
+  Index first = 0;                          // index of the first query
+  Index count = 0;                          // queries of each query head
+  Index columns = 0;                        // the same in whole vectors; those beyond repeat the last query
+  int first_member = 0;                     // of the group
+  int members = 0;                          // side by side
+  std::vector<std::int32_t> positions;      // [members · columns]
+  std::vector<std::int32_t> first_visible;  // the same
+  Buffer weights;                           // [tokens, members · columns] exponentials against each query's maximum
+  std::vector<double> sinks;                // [members · columns] the same of its sink
 
   Index row() const { return members * columns; }
+  double sink(int member, Index query) const { return sinks[static_cast<std::size_t>(member * columns + query)]; }
 };
 
 // What the queries of one query head get from some positions.
@@ -83,21 +85,25 @@ void HeadEvaluation::attend(Attention& attention, Buffer& values, std::vector<Su
   Buffer queries(depth * row);
   Matrix rows(attention.count, depth);
   attention.positions.clear();
+  attention.first_visible.clear();
+  std::vector<float> maxima;
   for (int m = 0; m < attention.members; ++m) {
     trace_.read_rows(shape_.layer, HeadTensor::queries, shape_.query_head(attention.first_member + m),
                      queries_.first + attention.first, attention.count, rows.data());
     for (Index c = 0; c < attention.columns; ++c) {
       const Index query = std::min(c, attention.count - 1);
       for (Index d = 0; d < depth; ++d) queries.data()[d * row + m * attention.columns + c] = rows(query, d);
-      attention.positions.push_back(queries_.positions[static_cast<std::size_t>(attention.first + query)]);
+      const int position = queries_.positions[static_cast<std::size_t>(attention.first + query)];
+      attention.positions.push_back(position);
+      attention.first_visible.push_back(static_cast<std::int32_t>(shape_.rule.first_visible(position)));
+      maxima.push_back(shape_.rule.sink(shape_.query_head(attention.first_member + m)));
     }
   }
   const kernels::QueryColumns columns{.positions = attention.positions.data(),
+                                      .first_visible = attention.first_visible.data(),
                                       .columns = row,
-                                      .sliding_window = shape_.rule.sliding_window,
                                       .scale = static_cast<float>(shape_.rule.softmax_scale),
                                       .softcapping = static_cast<float>(shape_.rule.attn_logit_softcapping)};
-  std::vector<float> maxima(static_cast<std::size_t>(row), -std::numeric_limits<float>::infinity());
   const bool by_blocks = trace_.reads_directly(shape_.layer, HeadTensor::keys);
   Buffer keys((by_blocks ? kPositions : tokens_) * width_);
   for (Index first = 0; first < tokens_; first += kPositions) {
@@ -111,6 +117,12 @@ void HeadEvaluation::attend(Attention& attention, Buffer& values, std::vector<Su
     kernels::multiply(count, row, depth, keys.data() + (by_blocks ? 0 : first * width_), width_, 1, queries.data(), row,
                       logits, row);
     kernels::finish_logits(columns, first, count, logits, maxima.data());
+  }
+  attention.sinks.clear();
+  for (Index q = 0; q < row; ++q) {
+    const int member = attention.first_member + static_cast<int>(q / attention.columns);
+    const double sink = static_cast<double>(shape_.rule.sink(shape_.query_head(member)));
+    attention.sinks.push_back(std::exp(sink - static_cast<double>(maxima[static_cast<std::size_t>(q)])));
   }
   count_operations(2 * tokens_ * attention.members * attention.count * depth);
   count_exponentials(tokens_ * attention.members * attention.count);
@@ -227,7 +239,7 @@ Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, 
     weights(static_cast<Index>(i)) = row.dot(keys.row(cached[i]).cast<double>());
   }
   scale_logits(weights, shape_.rule);
-  const double sink = exponentiate(weights, 0, weights.size());
+  const double sink = exponentiate(weights, 0, weights.size(), static_cast<double>(shape_.rule.sink(query_head)));
   Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(shape_.head_dim);
   for (std::size_t i = 0; i < cached.size(); ++i) {
     const Eigen::Map<const Eigen::RowVectorXf> value(values.data() + cached[i] * width_, shape_.head_dim);
@@ -281,7 +293,8 @@ void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> resi
         for (std::size_t c = 0; c < whole.mass.size(); ++c) whole.mass[c] += tail.mass[c];
         DoubleMatrix exact(attention.count, depth);
         for (Index q = 0; q < attention.count; ++q) {
-          exact.row(q) = whole.values.row(q).head(depth) / whole.mass[static_cast<std::size_t>(q)];
+          exact.row(q) =
+              whole.values.row(q).head(depth) / (whole.mass[static_cast<std::size_t>(q)] + attention.sink(m, q));
           if (exact.row(q).allFinite()) continue;
           throw Error(fmt::format(
               "{}: layer {}, query head {}: the attention of the query at position {} exceeds float32's range",
@@ -304,9 +317,9 @@ void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> resi
             const auto column = static_cast<std::size_t>(q);
             const double mass = kept.mass[column] + rest->mass[column];
             const Eigen::RowVectorXd evicted =
-                mass > kFaint
-                    ? Eigen::RowVectorXd((kept.values.row(q).head(depth) + rest->values.row(q).head(depth)) / mass)
-                    : attend_directly(shape_.query_head(member), attention.first + q, residency, values);
+                mass > kFaint ? Eigen::RowVectorXd((kept.values.row(q).head(depth) + rest->values.row(q).head(depth)) /
+                                                   (mass + attention.sink(m, q)))
+                              : attend_directly(shape_.query_head(member), attention.first + q, residency, values);
             const Eigen::RowVectorXd difference = evicted - exact.row(q);
             differences[set].row(attention.first + q).segment(member * depth, depth) = difference.cast<float>();
             const HeadOutcome outcome{.full = exact.row(q),

@@ -24,7 +24,10 @@ double layer_error(const LayerOutcome& outcome) { return relative_error(outcome.
 
 double head_error(const HeadOutcome& outcome) { return relative_error(outcome.difference.norm(), outcome.full.norm()); }
 
-double attention_recall(const HeadOutcome& outcome) { return outcome.cached_mass / outcome.full_mass; }
+// In parts of what all positions have: a sink's attention is in neither, and beside one everything may vanish.
+double attention_recall(const HeadOutcome& outcome) {
+  return outcome.full_mass > 0 ? outcome.cached_mass / outcome.full_mass : 1.0;
+}
 
 double cosine(const HeadOutcome& outcome) {
   const double norms = outcome.evicted.norm() * outcome.full.norm();

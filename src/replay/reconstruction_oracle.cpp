@@ -23,7 +23,8 @@ struct HeadState {
   MatrixD projection;    // [C, D]; the identity's columns where the trace has no output projection
   MatrixD full;          // [E, D] output of the full cache
   MatrixD sum;           // [E, D] Σ weight · value over what is cached
-  Eigen::VectorXd mass;  // [E] Σ weight over what is cached
+  Eigen::VectorXd sink;  // [E] weight of the sink, which has no value
+  Eigen::VectorXd mass;  // [E] Σ weight over what is cached, the sink's included
 
   Eigen::RowVectorXd output(Index e) const { return sum.row(e) / mass(e); }
 };
@@ -51,14 +52,18 @@ HeadState load_head(const TraceReader& trace, int layer, int query_head, const E
                   trace.read(layer, HeadTensor::keys, kv_head, 0, tokens).transpose();
   scale_logits(logits, shape.rule);
   state.weights = MatrixD::Zero(logits.rows(), tokens);
+  state.sink.resize(logits.rows());
   for (Index e = 0; e < logits.rows(); ++e) {
     const Index position = queries.positions[static_cast<std::size_t>(e)];
     const Index first = shape.rule.first_visible(position);
     const auto visible = logits.row(e).segment(first, position + 1 - first).cast<double>();
-    state.weights.row(e).segment(first, visible.size()) = (visible.array() - visible.maxCoeff()).exp();
+    const double sink = static_cast<double>(shape.rule.sink(query_head));
+    const double largest = std::max(visible.maxCoeff(), sink);
+    state.weights.row(e).segment(first, visible.size()) = (visible.array() - largest).exp();
+    state.sink(e) = std::exp(sink - largest);
   }
   state.values = trace.read(layer, HeadTensor::values, kv_head, 0, tokens).cast<double>();
-  const Eigen::VectorXd all = state.weights.rowwise().sum();
+  const Eigen::VectorXd all = state.weights.rowwise().sum() + state.sink;
   state.full = (state.weights * state.values).array().colwise() / all.array();
   if (trace.has_output_projection(layer)) {
     state.projection = trace.read_output_projection(layer, query_head).cast<double>();
@@ -77,7 +82,7 @@ void cache(HeadState& head, const std::vector<int>& kept, int eviction_position)
   head.mass.resize(head.full.rows());
   const MatrixD weights = head.weights(Eigen::all, cached);
   head.sum.noalias() = weights * head.values(cached, Eigen::all);
-  head.mass = weights.rowwise().sum();
+  head.mass = weights.rowwise().sum() + head.sink;
 }
 
 // The query heads that share one kept set, and what exchanging a position of it does to the layer's error.

@@ -83,9 +83,10 @@ Holdings holdings_of(const TraceReader& trace, int eviction_position) {
                     .later_prompt = std::max(0, info.prompt_length - eviction_position),
                     .later_queries = static_cast<int>(head.later_positions().size()),
                     .attention_mass = eviction_position == info.prompt_length,
-                    .rotary = head.shape().rotary != nullptr};
+                    .rotary = true};
   int without_projection = 0;
   for (int layer = 0; layer < info.model.num_layers; ++layer) {
+    holdings.rotary = holdings.rotary && head_shape(info, layer, 0, eviction_position).rotary != nullptr;
     without_projection += trace.has_output_projection(layer) ? 0 : 1;
     holdings.attention_mass = holdings.attention_mass && trace.has_attention_mass(layer);
   }

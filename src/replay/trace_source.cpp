@@ -2,37 +2,43 @@
 
 #include <algorithm>
 
-#include "trace/attention.h"
-
 namespace kvreplay {
+namespace {
+
+// A trace that brings no tables is taken to have turned all dimensions at the plain frequencies of its base.
+std::shared_ptr<const RotaryTable> rotary_of(const TraceInfo& info, const LayerInfo& layer) {
+  if (const RotaryTable* const table = info.rotary_of(layer)) return std::make_shared<const RotaryTable>(*table);
+  if (!info.rotary.empty() || info.model.rope_theta <= 0) return nullptr;
+  return std::make_shared<const RotaryTable>(RotaryTable::plain(info.model.rope_theta, layer.key_dim));
+}
+
+}  // namespace
 
 HeadShape head_shape(const TraceInfo& info, int layer, int kv_head, int eviction_position) {
-  const ModelInfo& model = info.model;
+  const LayerInfo& of = info.layers[static_cast<std::size_t>(layer)];
   const std::vector<int> held = held_positions(info, eviction_position);
   const auto own = held.begin() + layer;
   return {
       .layer = layer,
-      .num_layers = model.num_layers,
+      .num_layers = info.model.num_layers,
       .layer_among_alike = static_cast<int>(std::count(held.begin(), own, *own)),
       .layers_alike = static_cast<int>(std::ranges::count(held, *own)),
       .kv_head = kv_head,
-      .num_kv_heads = model.num_key_value_heads,
-      .group_size = model.group_size(),
-      .head_dim = model.head_dim,
+      .num_kv_heads = of.num_key_value_heads,
+      .group_size = of.group_size(),
+      .head_dim = of.key_dim,
       .prompt_length = info.prompt_length,
       .next_position = eviction_position,
       .positions = {eviction_position - *own, *own},
-      .rotary = model.rope_theta > 0
-                    ? std::make_shared<const RotaryTable>(RotaryTable::plain(model.rope_theta, model.head_dim))
-                    : nullptr,
-      .rule = attention_rule(info, layer),
+      .rotary = rotary_of(info, of),
+      .rule = of.rule,
   };
 }
 
 std::vector<int> held_positions(const TraceInfo& info, int eviction_position) {
   std::vector<int> held;
-  for (int layer = 0; layer < info.model.num_layers; ++layer) {
-    held.push_back(eviction_position - first_held_position(eviction_position, attention_rule(info, layer)));
+  for (const LayerInfo& layer : info.layers) {
+    held.push_back(eviction_position - first_held_position(eviction_position, layer.rule));
   }
   return held;
 }

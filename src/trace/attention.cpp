@@ -10,13 +10,6 @@
 
 namespace kvreplay {
 
-AttentionRule attention_rule(const TraceInfo& info, int layer) {
-  const auto& windows = info.layer_sliding_window;
-  return {.softmax_scale = info.model.softmax_scale,
-          .attn_logit_softcapping = info.model.attn_logit_softcapping,
-          .sliding_window = windows.empty() ? info.model.sliding_window : windows[static_cast<std::size_t>(layer)]};
-}
-
 Matrix attention_outputs(const Eigen::Ref<const Matrix>& queries, std::span<const std::int32_t> positions,
                          const Eigen::Ref<const Matrix>& keys, const Eigen::Ref<const Matrix>& values,
                          const AttentionRule& rule, int query_head) {

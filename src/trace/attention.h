@@ -6,12 +6,8 @@
 
 #include "base/attention_rule.h"
 #include "base/matrix.h"
-#include "trace/trace.h"
 
 namespace kvreplay {
-
-/// The rule of a trace's layer.
-AttentionRule attention_rule(const TraceInfo& info, int layer);
 
 /// Outputs [n, D] of the `queries` [n, D] of one query head at `positions` [n] over `keys` and `values` [N, D], whose
 /// rows are the positions from 0 on. Products are float32; weights and weighted values are summed in double, the latter

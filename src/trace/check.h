@@ -20,8 +20,8 @@ struct Contradiction {
 /// The first of the format's rules that `info` breaks, or nothing.
 std::optional<Contradiction> find_contradiction(const TraceInfo& info);
 
-/// [K, T, D] for keys and values, [H, Q, D] for queries and outputs.
-std::vector<Index> shape_of(const TraceInfo& info, HeadTensor tensor);
+/// A layer's [K, T, Dk] of keys, [K, T, Dv] of values, [H, Q, Dk] of queries, [H, Q, Dv] of outputs.
+std::vector<Index> shape_of(const TraceInfo& info, int layer, HeadTensor tensor);
 
 /// "keys", "values", "queries" or "outputs".
 std::string name_of(HeadTensor tensor);

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "base/digest.h"
+#include "trace/layer_fields.h"
 
 namespace kvreplay {
 
@@ -26,9 +27,28 @@ std::string trace_digest(const TraceReader& trace) {
   for (const auto* numbers : {&info.token_ids, &info.turn_starts, &info.query_positions}) {
     digest.add(fmt::format("{}", fmt::join(*numbers, ",")));
   }
-  digest.add(fmt::format("{}", fmt::join(info.layer_sliding_window, ",")));
+  std::vector<int> windows;
+  for (const LayerInfo& layer : info.layers) windows.push_back(layer.rule.sliding_window);
+  digest.add(fmt::format("{}", fmt::join(windows, ",")));
+  // What the first version did not have adds nothing where it is not there, so that digests stay what they were.
+  for (int l = 0; l < model.num_layers; ++l) {
+    const LayerInfo& layer = info.layers[static_cast<std::size_t>(l)];
+    if (!layer.attends) digest.add(fmt::format("layer {} does not attend", l));
+    for (const LayerField& field : fields_of_its_own(info, l)) {
+      if (field.name != "sliding_window") digest.add(fmt::format("layer {} {} {}", l, field.name, field.value));
+    }
+  }
+  for (const RotaryTable& table : info.rotary) {
+    digest.add(fmt::format("rotary {} {} {} {}", table.name, table.attention_scaling, name_of(table.layout),
+                           fmt::join(table.inverse_frequencies, ",")));
+  }
+  for (const std::string& role : info.turn_roles) digest.add("role " + role);
+  for (const std::string& answer : info.answers) digest.add("answer " + answer);
   for (const std::string& piece : info.token_pieces) digest.add(piece);
-  for (const Span& span : info.spans) digest.add(fmt::format("{},{},{}", span.start, span.end, span.label));
+  for (const Span& span : info.spans) {
+    digest.add(fmt::format("{},{},{}", span.start, span.end, span.label));
+    if (!span.group.empty()) digest.add("group " + span.group);
+  }
   for (const StoredTensor& tensor : trace.stored_tensors()) {
     digest.add(
         fmt::format("{} {} {} {}", tensor.path, name_of(tensor.type), fmt::join(tensor.shape, ","), tensor.xxh64));

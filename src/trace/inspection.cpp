@@ -28,7 +28,8 @@ void add_distinct(std::vector<T>& list, const T& value) {
 
 std::vector<TensorKind> tensor_kinds(const TraceReader& trace) {
   std::vector<TensorKind> kinds;
-  for (const char* name : {"keys", "values", "queries", "outputs", "output_projection", "attention_mass"}) {
+  for (const char* name : {"keys", "values", "queries", "outputs", "output_projection", "attention_mass", "output_gate",
+                           "sinks", "projection_norm", "projection_output_norm", "residual_norm"}) {
     TensorKind kind;
     kind.name = name;
     for (const StoredTensor& tensor : trace.stored_tensors()) {
@@ -68,7 +69,8 @@ std::vector<Index> recomputed_rows(const TraceInfo& info) {
 
 Matrix read_rows(const TraceReader& trace, int layer, HeadTensor tensor, int head, const std::vector<Index>& rows,
                  bool piecewise) {
-  Matrix result(static_cast<Index>(rows.size()), trace.info().model.head_dim);
+  const LayerInfo& of = trace.info().layers[static_cast<std::size_t>(layer)];
+  Matrix result(static_cast<Index>(rows.size()), tensor == HeadTensor::queries ? of.key_dim : of.value_dim);
   if (piecewise) {
     for (std::size_t i = 0; i < rows.size(); ++i) {
       result.row(static_cast<Index>(i)) = trace.read(layer, tensor, head, rows[i], 1);
@@ -92,22 +94,31 @@ void measure_fidelity(const TraceReader& trace, Inspection& inspection) {
   std::map<std::string, bool> contiguous;
   for (const StoredTensor& tensor : trace.stored_tensors()) contiguous[tensor.path] = tensor.storage == "contiguous";
 
-  std::vector<std::vector<double>> errors(static_cast<std::size_t>(model.num_layers * model.num_attention_heads));
-  parallel_for(model.num_layers * model.num_key_value_heads, [&](int piece) {
-    const int layer = piece / model.num_key_value_heads;
-    const int kv_head = piece % model.num_key_value_heads;
-    const AttentionRule rule = attention_rule(info, layer);
+  struct KvHead {
+    int layer;
+    int head;
+  };
+  std::vector<KvHead> kv_heads;
+  std::vector<std::vector<std::vector<double>>> errors;  // [layer][query head][query]
+  for (int layer = 0; layer < model.num_layers; ++layer) {
+    const LayerInfo& of = info.layers[static_cast<std::size_t>(layer)];
+    errors.emplace_back(of.attends ? static_cast<std::size_t>(of.num_attention_heads) : 0);
+    for (int head = 0; of.attends && head < of.num_key_value_heads; ++head) kv_heads.push_back({layer, head});
+  }
+  parallel_for(static_cast<int>(kv_heads.size()), [&](int piece) {
+    const auto [layer, kv_head] = kv_heads[static_cast<std::size_t>(piece)];
+    const LayerInfo& of = info.layers[static_cast<std::size_t>(layer)];
     const Index keys_needed = positions.back() + 1;
     const Matrix keys = trace.read(layer, HeadTensor::keys, kv_head, 0, keys_needed);
     const Matrix values = trace.read(layer, HeadTensor::values, kv_head, 0, keys_needed);
-    for (int head = kv_head * model.group_size(); head < (kv_head + 1) * model.group_size(); ++head) {
+    for (int head = kv_head * of.group_size(); head < (kv_head + 1) * of.group_size(); ++head) {
       const auto read = [&](HeadTensor tensor) {
         return read_rows(trace, layer, tensor, head, rows,
                          contiguous.at(fmt::format("/layers/{}/{}", layer, name_of(tensor))));
       };
-      const Matrix exact = attention_outputs(read(HeadTensor::queries), positions, keys, values, rule, head);
+      const Matrix exact = attention_outputs(read(HeadTensor::queries), positions, keys, values, of.rule, head);
       const Matrix stored = read(HeadTensor::outputs);
-      auto& found = errors[static_cast<std::size_t>(layer * model.num_attention_heads + head)];
+      auto& found = errors[static_cast<std::size_t>(layer)][static_cast<std::size_t>(head)];
       for (Index i = 0; i < exact.rows(); ++i) {
         const double norm = exact.row(i).cast<double>().norm();
         const double difference = (stored.row(i).cast<double>() - exact.row(i).cast<double>()).norm();
@@ -116,17 +127,19 @@ void measure_fidelity(const TraceReader& trace, Inspection& inspection) {
     }
   });
 
-  for (int layer = 0; layer < model.num_layers; ++layer) {
+  for (const auto& of_layer : errors) {
     LayerFidelity fidelity;
     double sum = 0;
-    for (int head = 0; head < model.num_attention_heads; ++head) {
-      const auto& found = errors[static_cast<std::size_t>(layer * model.num_attention_heads + head)];
+    for (std::size_t head = 0; head < of_layer.size(); ++head) {
+      const auto& found = of_layer[head];
       for (std::size_t i = 0; i < found.size(); ++i) {
         sum += found[i];
-        if (found[i] > fidelity.worst) fidelity = {0, found[i], head, positions[i]};
+        if (found[i] > fidelity.worst) fidelity = {0, found[i], static_cast<int>(head), positions[i]};
       }
     }
-    fidelity.mean = sum / (static_cast<double>(model.num_attention_heads) * static_cast<double>(rows.size()));
+    if (!of_layer.empty()) {
+      fidelity.mean = sum / (static_cast<double>(of_layer.size()) * static_cast<double>(rows.size()));
+    }
     inspection.fidelity.push_back(fidelity);
   }
 }
@@ -177,9 +190,18 @@ std::string explain_fidelity(const Inspection& inspection) {
 std::vector<DigestCheck> check_digests(const TraceReader& trace) {
   std::vector<DigestCheck> checks;
   const hdf5::File file = hdf5::File::open(trace.path());
-  for (const char* path :
-       {"/tokens/ids", "/tokens/pieces", "/tokens/turn_starts", "/query_positions", "/annotations/spans",
-        "/annotations/spans/start", "/annotations/spans/end", "/annotations/spans/label"}) {
+  std::vector<std::string> paths = {"/tokens/ids",
+                                    "/tokens/pieces",
+                                    "/tokens/turn_starts",
+                                    "/query_positions",
+                                    "/answers",
+                                    "/annotations/spans",
+                                    "/annotations/spans/start",
+                                    "/annotations/spans/end",
+                                    "/annotations/spans/label",
+                                    "/annotations/spans/group"};
+  for (const RotaryTable& table : trace.info().rotary) paths.push_back("/rotary/" + table.name);
+  for (const std::string& path : paths) {
     if (!file.exists(path) || file.is_group(path)) continue;
     checks.push_back({path, DigestCheck::Outcome::no_digest,
                       file.has_attribute(path, "xxh64") ? file.read_string(path, "xxh64") : "", ""});
@@ -206,10 +228,12 @@ std::string span_text(const TraceInfo& info, const Span& span) {
 std::vector<std::string> warnings(const TraceReader& trace, const Inspection& inspection) {
   std::vector<std::string> found;
   const TraceInfo& info = inspection.info;
-  const int layers = info.model.num_layers;
+  int layers = 0;  // that attend
   int with_projection = 0;
   int with_mass = 0;
-  for (int layer = 0; layer < layers; ++layer) {
+  for (int layer = 0; layer < info.model.num_layers; ++layer) {
+    if (!info.layers[static_cast<std::size_t>(layer)].attends) continue;
+    ++layers;
     with_projection += trace.has_output_projection(layer) ? 1 : 0;
     with_mass += trace.has_attention_mass(layer) ? 1 : 0;
   }
@@ -281,10 +305,11 @@ namespace {
 // Reading refuses NaN and infinity, naming layer, head and position.
 void read_everything(const TraceReader& trace) {
   const TraceInfo& info = trace.info();
-  const ModelInfo& model = info.model;
-  parallel_for(model.num_layers, [&](int layer) {
-    for (int head = 0; head < model.num_attention_heads; ++head) {
-      if (head < model.num_key_value_heads) {
+  parallel_for(info.model.num_layers, [&](int layer) {
+    const LayerInfo& of = info.layers[static_cast<std::size_t>(layer)];
+    if (!of.attends) return;
+    for (int head = 0; head < of.num_attention_heads; ++head) {
+      if (head < of.num_key_value_heads) {
         trace.read(layer, HeadTensor::keys, head, 0, info.num_tokens());
         trace.read(layer, HeadTensor::values, head, 0, info.num_tokens());
       }
@@ -292,6 +317,7 @@ void read_everything(const TraceReader& trace) {
       trace.read(layer, HeadTensor::outputs, head, 0, info.num_queries());
       if (trace.has_output_projection(layer)) trace.read_output_projection(layer, head);
       if (trace.has_attention_mass(layer)) trace.read_attention_mass(layer, head);
+      if (of.output_gate_dim > 0) trace.read_output_gate(layer, head);
     }
   });
 }

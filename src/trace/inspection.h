@@ -14,7 +14,7 @@ namespace kvreplay {
 struct TensorKind {
   std::string name;                  ///< such as keys
   int layers = 0;                    ///< how many layers have it
-  std::vector<Index> shape;          ///< in each of them
+  std::vector<Index> shape;          ///< in the last of them
   std::vector<DType> types;          ///< distinct, in layer order
   std::vector<std::string> storage;  ///< distinct, in layer order
   Index stored_bytes = 0;            ///< on disk, all layers together
@@ -52,7 +52,7 @@ struct Inspection {
   std::vector<TensorKind> tensors;
   std::vector<std::string> span_texts;  ///< per span, its tokens' text; empty where the trace has no pieces
   int recomputed_queries = 0;           ///< per query head, evenly spread over the captured ones, the last included
-  std::vector<LayerFidelity> fidelity;  ///< per layer; empty if a digest did not match
+  std::vector<LayerFidelity> fidelity;  ///< per layer, 0 where one does not attend; empty if a digest did not match
   std::string explanation;              ///< in words, whether fidelity is what the outputs' type lets expect
   std::vector<DigestCheck> digests;     ///< per dataset, if asked for
   std::vector<std::string> warnings;    ///< what this trace cannot be used for, and what to do about it

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -14,6 +15,7 @@
 #include "hdf5/hdf5.h"
 #include "trace/check.h"
 #include "trace/file_kind.h"
+#include "trace/layer_fields.h"
 
 namespace kvreplay {
 
@@ -22,12 +24,6 @@ namespace {
 // Tensors are read and converted in pieces of this many bytes: few calls, and still in a core's own cache when
 // converted.
 constexpr Index kPieceBytes = Index{128} << 10;
-
-// What later writers may say of a layer, and without which its attention would be another.
-constexpr std::array kLayerAttributesNotRead = {
-    "num_attention_heads",    "num_key_value_heads",  "key_dim",  "value_dim",     "softmax_scale",
-    "attn_logit_softcapping", "attention_chunk_size", "cache_of", "values_in_keys"};
-constexpr std::array kLayerDatasetsNotRead = {"sinks", "output_gate", "projection_norm"};
 
 // Memory for one piece as it is stored, kept by each thread.
 std::byte* staging(std::size_t bytes) {
@@ -40,9 +36,48 @@ std::byte* staging(std::size_t bytes) {
 
 struct TraceReader::State {
   struct Layer {
-    std::array<hdf5::Dataset, 4> head_tensors;  // in the order of HeadTensor
+    std::array<std::optional<hdf5::Dataset>, 4> head_tensors;  // in the order of HeadTensor; keys and values may be
+                                                               // another layer's, and values be in the keys
     std::optional<hdf5::Dataset> output_projection;
     std::optional<hdf5::Dataset> attention_mass;
+    std::optional<hdf5::Dataset> output_gate;
+    std::vector<hdf5::Dataset> lists;
+  };
+
+  // Reads what a group says of a layer into what holds where it says nothing.
+  struct FieldReader {
+    template <class Number>
+    void number(const char* name, Number& member, Bound) const {
+      if (!state.file.has_attribute(path, name)) return;
+      if constexpr (std::is_same_v<Number, int>) {
+        member = state.read_count(path, name);
+      } else {
+        member = state.file.read_double(path, name);
+      }
+    }
+    void text(const char* name, std::string& member) const {
+      if (state.file.has_attribute(path, name)) member = state.file.read_string(path, name);
+    }
+    void list(const char* name, std::vector<float>& member, Index elements) {
+      const std::string place = fmt::format("{}/{}", path, name);
+      if (lists == nullptr || !state.file.exists(place)) return;
+      hdf5::Dataset dataset = state.open_list(place);
+      // Compared before anything is allocated.
+      if (dataset.shape()[0] != elements) {
+        state.fail(place, fmt::format("has {} elements instead of {}", dataset.shape()[0], elements));
+      }
+      if (!dataset.float_type()) state.fail(place, "is not of a type that traces have: float32, little-endian");
+      member = state.file.read_floats(place);
+      lists->push_back(std::move(dataset));
+    }
+    void norm(const char* name, RmsNorm& member, Index elements) {
+      list(name, member.weight, elements);
+      if (!member.weight.empty()) member.epsilon = state.file.read_double(fmt::format("{}/{}", path, name), "epsilon");
+    }
+
+    const State& state;
+    std::string path;
+    std::vector<hdf5::Dataset>* lists;  // those that were opened; null: the group can have none
   };
 
   explicit State(const std::filesystem::path& path) : file(hdf5::File::open(path)) {
@@ -51,7 +86,8 @@ struct TraceReader::State {
     read_tokens();
     read_spans();
     info.query_positions = read_positions("/query_positions");
-    read_layer_windows();
+    read_rotary();
+    read_layers();
     if (const auto found = find_contradiction(info)) fail(found->path, found->reason);
     open_layers();
   }
@@ -64,7 +100,7 @@ struct TraceReader::State {
     if (!file.has_attribute("/", "format") || file.read_string("/", "format") != "kvtrace") {
       fail("/", fmt::format("is not a kvtrace file, but {}", kind_of(file)));
     }
-    const std::int64_t version = file.read_int("/", "format_version");
+    version = file.read_int("/", "format_version");
     if (version > kTraceFormatVersion) {
       fail("/", fmt::format("is a kvtrace of version {}, and this kvreplay reads up to version {}; update kvreplay",
                             version, kTraceFormatVersion));
@@ -152,7 +188,17 @@ struct TraceReader::State {
       }
       info.token_pieces = file.read_strings("/tokens/pieces");
     }
-    if (file.exists("/tokens/turn_starts")) info.turn_starts = read_positions("/tokens/turn_starts");
+    if (file.exists("/tokens/turn_starts")) {
+      info.turn_starts = read_positions("/tokens/turn_starts");
+      if (file.has_attribute("/tokens/turn_starts", "roles")) {
+        file.check_strings("/tokens/turn_starts");
+        info.turn_roles = file.read_string_list("/tokens/turn_starts", "roles");
+      }
+    }
+    if (file.exists("/answers")) {
+      static_cast<void>(open_list("/answers"));
+      info.answers = file.read_strings("/answers");
+    }
   }
 
   void read_spans() {
@@ -173,28 +219,69 @@ struct TraceReader::State {
       }
       info.spans.push_back({static_cast<int>(range.start), static_cast<int>(range.end), range.label});
     }
+    if (!file.is_group("/annotations/spans") || !file.exists("/annotations/spans/group")) return;
+    const hdf5::Dataset groups = open_list("/annotations/spans/group");
+    if (groups.shape()[0] != static_cast<Index>(info.spans.size())) {
+      fail("/annotations/spans/group",
+           fmt::format("has {} elements for {} spans", groups.shape()[0], info.spans.size()));
+    }
+    std::vector<std::string> names = groups.read_strings();
+    for (std::size_t i = 0; i < names.size(); ++i) info.spans[i].group = std::move(names[i]);
   }
 
-  void read_layer_windows() {
+  void read_rotary() {
+    if (!file.exists("/rotary")) return;
+    for (const std::string& name : file.list("/rotary")) {
+      const std::string path = "/rotary/" + name;
+      static_cast<void>(open_list(path));
+      RotaryTable table{.name = name, .inverse_frequencies = file.read_floats(path)};
+      file.check_strings(path);
+      table.attention_scaling = file.read_double(path, "attention_scaling");
+      if (const int rotated = read_count(path, "rotated_dims"); rotated != table.rotated_dims()) {
+        fail(path, fmt::format("attribute 'rotated_dims' is {}, but there are {} frequencies", rotated,
+                               table.inverse_frequencies.size()));
+      }
+      const std::string layout = file.read_string(path, "layout");
+      if (layout != "half" && layout != "interleaved") {
+        fail(path, fmt::format("attribute 'layout' is '{}', but must be 'half' or 'interleaved'", printable(layout)));
+      }
+      if (layout == "interleaved") table.layout = RotaryTable::Layout::interleaved;
+      info.rotary.push_back(std::move(table));
+    }
+  }
+
+  void read_layers() {
+    constexpr int kMostLayers = 1 << 14;
+    if (info.model.num_layers > kMostLayers) {
+      fail("/model", fmt::format("attribute 'num_layers' is {}, more than any model has", info.model.num_layers));
+    }
+    LayerInfo common = info.model.layer();
+    FieldReader model{*this, "/model", nullptr};
+    visit_layer_fields(common, info, model);
+    layers.resize(static_cast<std::size_t>(std::max(info.model.num_layers, 0)));
     for (int l = 0; l < info.model.num_layers; ++l) {
       const std::string path = fmt::format("/layers/{}", l);
-      if (!file.is_group(path)) {
-        fail(path, fmt::format("is missing, although /model counts {} layers", info.model.num_layers));
+      LayerInfo& layer = info.layers.emplace_back(common);
+      if (!file.exists(path)) {
+        if (version < 2) fail(path, fmt::format("is missing, although /model counts {} layers", info.model.num_layers));
+        layer.attends = false;
+        layer.rotary.clear();
+        continue;
       }
-      const auto refuse = [&](const char* name) {
-        fail(path, fmt::format("has '{}', which this kvreplay cannot take into account; update kvreplay", name));
-      };
-      for (const char* name : kLayerAttributesNotRead) {
-        if (file.has_attribute(path, name)) refuse(name);
-      }
-      for (const char* name : kLayerDatasetsNotRead) {
-        if (file.exists(fmt::format("{}/{}", path, name))) refuse(name);
-      }
-      info.layer_sliding_window.push_back(
-          file.has_attribute(path, "sliding_window") ? read_count(path, "sliding_window") : info.model.sliding_window);
+      if (!file.is_group(path)) fail(path, "is not a group");
+      file.check_strings(path);
+      FieldReader own{*this, path, &layers[static_cast<std::size_t>(l)].lists};
+      visit_layer_fields(layer, info, own);
+      if (layer.values_in_keys > 0 && !file.has_attribute(path, "value_dim")) layer.value_dim = layer.values_in_keys;
     }
-    const std::string next = fmt::format("/layers/{}", info.model.num_layers);
-    if (file.exists(next)) fail(next, fmt::format("exists, although /model counts {} layers", info.model.num_layers));
+    for (const std::string& name : file.exists("/layers") ? file.list("/layers") : std::vector<std::string>()) {
+      int number = 0;
+      const auto [end, problem] = std::from_chars(name.data(), name.data() + name.size(), number);
+      const bool is_number = end == name.data() + name.size() && problem == std::errc();
+      if (is_number && number >= info.model.num_layers) {
+        fail("/layers/" + name, fmt::format("exists, although /model counts {} layers", info.model.num_layers));
+      }
+    }
   }
 
   hdf5::Dataset open_tensor(const std::string& path, const hdf5::Shape& shape) const {
@@ -209,18 +296,35 @@ struct TraceReader::State {
     return dataset;
   }
 
+  // Whose keys and values a layer reads.
+  int cache_owner(int number) const {
+    const LayerInfo& layer = info.layers[static_cast<std::size_t>(number)];
+    return layer.cache_of >= 0 ? layer.cache_of : number;
+  }
+
   void open_layers() {
     const ModelInfo& model = info.model;
-    const Index heads = model.num_attention_heads;
     for (int l = 0; l < model.num_layers; ++l) {
+      const LayerInfo& described = info.layers[static_cast<std::size_t>(l)];
+      if (!described.attends) continue;
+      const Index heads = described.num_attention_heads;
       const std::string group = fmt::format("/layers/{}/", l);
-      Layer layer;
+      Layer& layer = layers[static_cast<std::size_t>(l)];
       for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
-        layer.head_tensors[static_cast<std::size_t>(tensor)] =
-            open_tensor(group + name_of(tensor), shape_of(info, tensor));
+        const std::string path = group + name_of(tensor);
+        const bool in_cache = tensor == HeadTensor::keys || tensor == HeadTensor::values;
+        if (in_cache && described.cache_of >= 0) {
+          if (file.exists(path))
+            fail(path, fmt::format("exists, although the layer reads layer {}'s", described.cache_of));
+        } else if (tensor == HeadTensor::values && described.values_in_keys > 0) {
+          if (file.exists(path)) fail(path, "exists, although values are the first columns of keys");
+        } else {
+          layer.head_tensors[static_cast<std::size_t>(tensor)] = open_tensor(path, shape_of(info, l, tensor));
+        }
       }
       if (file.exists(group + "output_projection")) {
-        layer.output_projection = open_tensor(group + "output_projection", {model.hidden_size, heads * model.head_dim});
+        layer.output_projection =
+            open_tensor(group + "output_projection", {model.hidden_size, heads * described.value_dim});
       }
       if (file.exists(group + "attention_mass")) {
         // Captures exist with a column for every token; prompt queries give those after the prompt nothing.
@@ -228,13 +332,22 @@ struct TraceReader::State {
         const bool all_tokens = file.dataset(path).shape() == hdf5::Shape{heads, info.num_tokens()};
         layer.attention_mass = open_tensor(path, {heads, all_tokens ? info.num_tokens() : info.prompt_length});
       }
-      layers.push_back(std::move(layer));
+      if (file.exists(group + "output_gate")) {
+        const std::string path = group + "output_gate";
+        const bool per_head = file.dataset(path).shape().size() == 2;
+        layer.output_gate = open_tensor(path, per_head ? hdf5::Shape{heads, info.num_queries()}
+                                                       : hdf5::Shape{heads, info.num_queries(), described.value_dim});
+        info.layers[static_cast<std::size_t>(l)].output_gate_dim = per_head ? 1 : described.value_dim;
+      }
     }
   }
 
   const Layer& layer(int number) const {
     if (number < 0 || number >= info.model.num_layers) {
       fail("/layers", fmt::format("there is no layer {}; the trace has {}", number, info.model.num_layers));
+    }
+    if (!info.layers[static_cast<std::size_t>(number)].attends) {
+      fail(fmt::format("/layers/{}", number), "is not there: the layer has no attention");
     }
     return layers[static_cast<std::size_t>(number)];
   }
@@ -277,7 +390,23 @@ struct TraceReader::State {
   }
 
   const hdf5::Dataset& head_tensor(int number, HeadTensor tensor) const {
-    return layer(number).head_tensors[static_cast<std::size_t>(tensor)];
+    static_cast<void>(layer(number));
+    const bool in_cache = tensor == HeadTensor::keys || tensor == HeadTensor::values;
+    const Layer& owner = layer(in_cache ? cache_owner(number) : number);
+    const auto& own = owner.head_tensors[static_cast<std::size_t>(tensor)];
+    return own ? *own : *owner.head_tensors[static_cast<std::size_t>(HeadTensor::keys)];
+  }
+
+  // Elements of a row, which may be less than the dataset has where values are in the keys.
+  Index width_of(int number, HeadTensor tensor) const {
+    const LayerInfo& layer = info.layers[static_cast<std::size_t>(number)];
+    const bool of_keys = tensor == HeadTensor::keys || tensor == HeadTensor::queries;
+    return of_keys ? layer.key_dim : layer.value_dim;
+  }
+
+  void check_query_head(const hdf5::Dataset& dataset, int number, int head) const {
+    if (head >= 0 && head < info.layers[static_cast<std::size_t>(number)].num_attention_heads) return;
+    fail(dataset.path(), fmt::format("there is no query head {}", head));
   }
 
   // Refuses rows that a head's tensor does not have.
@@ -296,6 +425,7 @@ struct TraceReader::State {
   }
 
   hdf5::File file;
+  std::int64_t version = 0;
   TraceInfo info;
   std::vector<Layer> layers;
 };
@@ -311,7 +441,7 @@ const TraceInfo& TraceReader::info() const { return state_->info; }
 Matrix TraceReader::read(int layer, HeadTensor tensor, int head, Index first, Index count) const {
   const hdf5::Dataset& dataset = state_->head_tensor(layer, tensor);
   state_->check_rows(dataset, head, first, count);
-  Matrix rows(count, dataset.shape()[2]);
+  Matrix rows(count, state_->width_of(layer, tensor));
   read_rows(layer, tensor, head, first, count, rows.data());
   return rows;
 }
@@ -319,7 +449,7 @@ Matrix TraceReader::read(int layer, HeadTensor tensor, int head, Index first, In
 void TraceReader::read_rows(int layer, HeadTensor tensor, int head, Index first, Index count, float* out) const {
   const hdf5::Dataset& dataset = state_->head_tensor(layer, tensor);
   state_->check_rows(dataset, head, first, count);
-  const Index width = dataset.shape()[2];
+  const Index width = state_->width_of(layer, tensor);
   count_bytes(count * width * static_cast<Index>(size_of(*dataset.float_type())));
   state_->read_box(dataset, {head, first, 0}, {1, count, width}, out, [&](Index offset) {
     const Index row = first + offset / width;
@@ -333,7 +463,7 @@ void TraceReader::prefetch(int layer, HeadTensor tensor, int head) const {
   const hdf5::Dataset& dataset = state_->head_tensor(layer, tensor);
   const hdf5::Shape& shape = dataset.shape();
   state_->check_rows(dataset, head, 0, shape[1]);
-  dataset.prefetch({head, 0, 0}, {1, shape[1], shape[2]});
+  dataset.prefetch({head, 0, 0}, {1, shape[1], state_->width_of(layer, tensor)});
 }
 
 bool TraceReader::reads_directly(int layer, HeadTensor tensor) const {
@@ -344,20 +474,26 @@ bool TraceReader::reads_projection_directly(int layer) const {
   return state_->output_projection(layer).reads_directly();
 }
 
-DType TraceReader::element_type() const { return *state_->layer(0).head_tensors[0].float_type(); }
+DType TraceReader::element_type() const {
+  const auto first = std::ranges::find(state_->info.layers, true, &LayerInfo::attends);
+  return *state_->head_tensor(static_cast<int>(first - state_->info.layers.begin()), HeadTensor::keys).float_type();
+}
+
+const RotaryTable* TraceReader::rotary(int layer) const {
+  static_cast<void>(state_->layer(layer));
+  return state_->info.rotary_of(state_->info.layers[static_cast<std::size_t>(layer)]);
+}
 
 bool TraceReader::has_output_projection(int layer) const { return state_->layer(layer).output_projection.has_value(); }
 
 Matrix TraceReader::read_output_projection(int layer, int head) const {
   const hdf5::Dataset& dataset = state_->output_projection(layer);
-  const ModelInfo& model = state_->info.model;
-  if (head < 0 || head >= model.num_attention_heads) {
-    state_->fail(dataset.path(), fmt::format("there is no query head {}", head));
-  }
-  Matrix weight(model.hidden_size, model.head_dim);
-  state_->read_box(
-      dataset, {0, Index{head} * model.head_dim}, {model.hidden_size, model.head_dim}, weight.data(),
-      [&](Index offset) { return fmt::format("layer {}, head {}, row {}", layer, head, offset / model.head_dim); });
+  state_->check_query_head(dataset, layer, head);
+  const Index rows = dataset.shape()[0];
+  const Index width = state_->width_of(layer, HeadTensor::outputs);
+  Matrix weight(rows, width);
+  state_->read_box(dataset, {0, head * width}, {rows, width}, weight.data(),
+                   [&](Index offset) { return fmt::format("layer {}, head {}, row {}", layer, head, offset / width); });
   return weight;
 }
 
@@ -371,8 +507,8 @@ void TraceReader::read_projection_rows(int layer, Index first_row, Index count, 
   }
   count_bytes(count * width * static_cast<Index>(size_of(*dataset.float_type())));
   state_->read_box(dataset, {first_row, 0}, {count, width}, out, [&](Index offset) {
-    return fmt::format("layer {}, head {}, row {}", layer, offset % width / state_->info.model.head_dim,
-                       first_row + offset / width);
+    return fmt::format("layer {}, head {}, row {}", layer,
+                       offset % width / state_->width_of(layer, HeadTensor::outputs), first_row + offset / width);
   });
 }
 
@@ -381,9 +517,7 @@ bool TraceReader::has_attention_mass(int layer) const { return state_->layer(lay
 std::vector<float> TraceReader::read_attention_mass(int layer, int head) const {
   const auto& dataset = state_->layer(layer).attention_mass;
   if (!dataset) state_->fail(fmt::format("/layers/{}", layer), "has no attention_mass; capture the trace with it");
-  if (head < 0 || head >= state_->info.model.num_attention_heads) {
-    state_->fail(dataset->path(), fmt::format("there is no query head {}", head));
-  }
+  state_->check_query_head(*dataset, layer, head);
   const auto prompt = static_cast<std::size_t>(state_->info.prompt_length);
   const Index columns = dataset->shape()[1];
   std::vector<float> mass(static_cast<std::size_t>(columns));
@@ -401,6 +535,23 @@ std::vector<float> TraceReader::read_attention_mass(int layer, int head) const {
   return mass;
 }
 
+Matrix TraceReader::read_output_gate(int layer, int head) const {
+  const auto& dataset = state_->layer(layer).output_gate;
+  if (!dataset) state_->fail(fmt::format("/layers/{}", layer), "has no output_gate");
+  state_->check_query_head(*dataset, layer, head);
+  const Index queries = dataset->shape()[1];
+  const Index width = state_->info.layers[static_cast<std::size_t>(layer)].output_gate_dim;
+  Matrix factors(queries, width);
+  const bool per_head = dataset->shape().size() == 2;
+  state_->read_box(
+      *dataset, per_head ? hdf5::Shape{head, 0} : hdf5::Shape{head, 0, 0},
+      per_head ? hdf5::Shape{1, queries} : hdf5::Shape{1, queries, width}, factors.data(), [&](Index offset) {
+        const auto query = static_cast<std::size_t>(offset / width);
+        return fmt::format("layer {}, head {}, position {}", layer, head, state_->info.query_positions[query]);
+      });
+  return factors;
+}
+
 std::vector<StoredTensor> TraceReader::stored_tensors() const {
   std::vector<StoredTensor> tensors;
   const auto add = [&](const hdf5::Dataset& dataset) {
@@ -408,9 +559,13 @@ std::vector<StoredTensor> TraceReader::stored_tensors() const {
                        dataset.storage(), state_->optional_string(dataset.path(), "xxh64")});
   };
   for (const State::Layer& layer : state_->layers) {
-    for (const hdf5::Dataset& dataset : layer.head_tensors) add(dataset);
-    if (layer.output_projection) add(*layer.output_projection);
-    if (layer.attention_mass) add(*layer.attention_mass);
+    for (const auto& dataset : layer.head_tensors) {
+      if (dataset) add(*dataset);
+    }
+    for (const auto* dataset : {&layer.output_projection, &layer.attention_mass, &layer.output_gate}) {
+      if (*dataset) add(**dataset);
+    }
+    for (const hdf5::Dataset& dataset : layer.lists) add(dataset);
   }
   return tensors;
 }

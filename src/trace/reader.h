@@ -35,12 +35,13 @@ class TraceReader {
   const std::filesystem::path& path() const;
   const TraceInfo& info() const;
 
-  /// Rows [first, first + count) of one head's tensor: [count, D]. `head` is a KV head for keys and values, a query
-  /// head for queries and outputs; a row is a position for keys and values, an index into query_positions otherwise.
-  /// Throws Error on damage, and on NaN or infinity, naming layer, head and position.
+  /// Rows [first, first + count) of one head's tensor: [count, Dk or Dv]. Keys and values are those that the layer
+  /// reads, wherever in the file they stand. `head` is a KV head for keys and values, a query head for queries and
+  /// outputs; a row is a position for keys and values, an index into query_positions otherwise. Throws Error on damage,
+  /// and on NaN or infinity, naming layer, head and position.
   Matrix read(int layer, HeadTensor tensor, int head, Index first, Index count) const;
 
-  /// The same into the caller's memory: [count, D] at `out`, row-major.
+  /// The same into the caller's memory: [count, Dk or Dv] at `out`, row-major.
   void read_rows(int layer, HeadTensor tensor, int head, Index first, Index count, float* out) const;
 
   /// Asks the system to bring one head's tensor into memory, so that read_rows() does not wait for the disk; returns at
@@ -53,18 +54,21 @@ class TraceReader {
   /// The same of the output projection, which the layer must have: if not, many rows at a time come cheapest.
   bool reads_projection_directly(int layer) const;
 
-  /// How keys are stored.
+  /// How the keys of the first layer that attends are stored.
   DType element_type() const;
 
   bool has_output_projection(int layer) const;
 
-  /// The columns of the layer's output projection that query head `head` is multiplied by: [C, D].
+  /// How positions turn the layer's keys and queries; null where the file does not say. It lives as long as the reader.
+  const RotaryTable* rotary(int layer) const;
+
+  /// The columns of the layer's output projection that query head `head` is multiplied by: [C, Dv].
   /// Throws Error as read() does, and if the trace has none.
   Matrix read_output_projection(int layer, int head) const;
 
   /// Rows [first_row, first_row + count) of the layer's output projection with the columns of all query heads:
-  /// [count, H·D] into the caller's memory at `out`, row-major. They lie together in the file, a head's columns do not.
-  /// Throws Error as read() does, and if the trace has none.
+  /// [count, H·Dv] into the caller's memory at `out`, row-major. They lie together in the file, a head's columns do
+  /// not. Throws Error as read() does, and if the trace has none.
   void read_projection_rows(int layer, Index first_row, Index count, float* out) const;
 
   bool has_attention_mass(int layer) const;
@@ -73,7 +77,11 @@ class TraceReader {
   /// Throws Error as read() does, and if the trace has none.
   std::vector<float> read_attention_mass(int layer, int head) const;
 
-  /// Every dataset under /layers, in layer order.
+  /// What the outputs of a query head are multiplied by before the projection: [Q, output_gate_dim of the layer].
+  /// Throws Error as read() does, and if the layer has none.
+  Matrix read_output_gate(int layer, int head) const;
+
+  /// Every dataset under /layers that belongs to the format, in layer order.
   std::vector<StoredTensor> stored_tensors() const;
 
   /// The XXH64 digest (16 hexadecimal digits) of a dataset's raw little-endian bytes as they are in the file now.

@@ -9,7 +9,9 @@
 #include <cmath>
 #include <ctime>
 #include <functional>
+#include <map>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -17,6 +19,7 @@
 #include "base/output_file.h"
 #include "hdf5/hdf5.h"
 #include "trace/check.h"
+#include "trace/layer_fields.h"
 
 namespace kvreplay {
 
@@ -51,10 +54,11 @@ struct TraceWriter::State {
     std::array<std::unique_ptr<Tensor>, 4> head_tensors;  // in the order of HeadTensor; null until something is written
     std::unique_ptr<Tensor> output_projection;
     std::unique_ptr<Tensor> attention_mass;
+    std::unique_ptr<Tensor> output_gate;
   };
 
   State(const std::filesystem::path& path, TraceInfo trace, DType stored_type, Index most_later_tokens)
-      : info(std::move(trace)),
+      : info(with_layers(std::move(trace))),
         type(stored_type),
         most_later(most_later_tokens),
         output(checked(path)),
@@ -62,6 +66,15 @@ struct TraceWriter::State {
         layers(static_cast<std::size_t>(info.model.num_layers)) {
     write_metadata();
   }
+
+  static TraceInfo with_layers(TraceInfo trace) {
+    if (trace.layers.empty()) {
+      trace.layers.assign(static_cast<std::size_t>(std::max(trace.model.num_layers, 0)), trace.model.layer());
+    }
+    return trace;
+  }
+
+  const LayerInfo& described(int number) const { return info.layers[static_cast<std::size_t>(number)]; }
 
   // Before the file is made, so that a contradiction leaves no trace on the disk.
   const std::filesystem::path& checked(const std::filesystem::path& path) const {
@@ -84,7 +97,14 @@ struct TraceWriter::State {
 
     const ModelInfo& model = info.model;
     file.create_group("/model");
-    file.write_strings("/model", {{"name", model.name}, {"architecture", model.architecture}});
+    // What all layers say, the model says once.
+    LayerInfo common = model.layer();
+    if (std::ranges::all_of(info.layers, [&](const auto& layer) { return layer.rotary == info.layers[0].rotary; })) {
+      common.rotary = info.layers[0].rotary;
+    }
+    std::vector<hdf5::NamedString> texts = {{"name", model.name}, {"architecture", model.architecture}};
+    if (!common.rotary.empty()) texts.push_back({"rotary", common.rotary});
+    file.write_strings("/model", texts);
     file.write_int("/model", "num_layers", model.num_layers);
     file.write_int("/model", "num_attention_heads", model.num_attention_heads);
     file.write_int("/model", "num_key_value_heads", model.num_key_value_heads);
@@ -95,13 +115,69 @@ struct TraceWriter::State {
     file.write_int("/model", "sliding_window", model.sliding_window);
     file.write_double("/model", "attn_logit_softcapping", model.attn_logit_softcapping);
     for (int l = 0; l < model.num_layers; ++l) {
+      const LayerInfo& layer = described(l);
+      if (!layer.attends) continue;
       const std::string path = fmt::format("/layers/{}", l);
       file.create_group(path);
-      if (info.layer_sliding_window.empty()) continue;
-      const int window = info.layer_sliding_window[static_cast<std::size_t>(l)];
-      if (window != model.sliding_window) file.write_int(path, "sliding_window", window);
+      FieldWriter writer(*this, path, common);
+      visit_layer_fields(layer, info, writer);
+    }
+    for (const RotaryTable& table : info.rotary) {
+      const std::string path = "/rotary/" + table.name;
+      write_list(path, table.inverse_frequencies);
+      file.write_double(path, "attention_scaling", table.attention_scaling);
+      file.write_int(path, "rotated_dims", table.rotated_dims());
+      file.write_strings(path, {{"layout", name_of(table.layout)}});
     }
   }
+
+  // Writes what a layer says otherwise than the model.
+  class FieldWriter {
+   public:
+    FieldWriter(State& state, std::string path, const LayerInfo& common) : state_(state), path_(std::move(path)) {
+      Collector collector{.numbers = common_numbers_, .texts = common_texts_};
+      visit_layer_fields(common, state.info, collector);
+    }
+
+    template <class Number>
+    void number(const char* name, const Number& value, Bound) {
+      if (common_numbers_.at(name) == static_cast<double>(value)) return;
+      if constexpr (std::is_same_v<Number, int>) {
+        state_.file.write_int(path_, name, value);
+      } else {
+        state_.file.write_double(path_, name, value);
+      }
+    }
+    void text(const char* name, const std::string& value) {
+      if (common_texts_.at(name) != value) state_.file.write_strings(path_, {{name, value}});
+    }
+    void list(const char* name, const std::vector<float>& values, Index) {
+      if (!values.empty()) state_.write_list(fmt::format("{}/{}", path_, name), values);
+    }
+    void norm(const char* name, const RmsNorm& norm, Index elements) {
+      list(name, norm.weight, elements);
+      if (!norm.weight.empty()) state_.file.write_double(fmt::format("{}/{}", path_, name), "epsilon", norm.epsilon);
+    }
+
+   private:
+    struct Collector {
+      template <class Number>
+      void number(const char* name, const Number& value, Bound) {
+        numbers.emplace(name, static_cast<double>(value));
+      }
+      void text(const char* name, const std::string& value) { texts.emplace(name, value); }
+      void list(const char*, const std::vector<float>&, Index) {}
+      void norm(const char*, const RmsNorm&, Index) {}
+
+      std::map<std::string, double>& numbers;
+      std::map<std::string, std::string>& texts;
+    };
+
+    State& state_;
+    std::string path_;
+    std::map<std::string, double> common_numbers_;
+    std::map<std::string, std::string> common_texts_;
+  };
 
   void add_later(std::span<const std::int32_t> ids, std::span<const std::string> pieces) {
     if (static_cast<Index>(ids.size()) > most_later) {
@@ -121,23 +197,31 @@ struct TraceWriter::State {
     file.write_int("/tokens/ids", "prompt_length", info.prompt_length);
     file.write_int("/tokens", "prompt_length", info.prompt_length);
     if (!info.token_pieces.empty()) {
-      finish_dataset(
-          file.write("/tokens/pieces", std::span<const std::string>(info.token_pieces), {info.num_tokens()}));
+      write_list("/tokens/pieces", info.token_pieces);
     }
     if (!info.turn_starts.empty()) write_list("/tokens/turn_starts", info.turn_starts);
+    if (!info.turn_roles.empty()) file.write_string_list("/tokens/turn_starts", "roles", info.turn_roles);
+    if (!info.answers.empty()) write_list("/answers", info.answers);
     write_list("/query_positions", info.query_positions);
     if (!info.spans.empty()) {
       std::vector<hdf5::LabelledRange> ranges;
       for (const Span& span : info.spans) ranges.push_back({span.start, span.end, span.label});
       file.write("/annotations/spans", std::span<const hdf5::LabelledRange>(ranges));
+      if (std::ranges::any_of(info.spans, [](const Span& span) { return !span.group.empty(); })) {
+        std::vector<std::string> groups;
+        for (const Span& span : info.spans) groups.push_back(span.group);
+        file.write("/annotations/spans/group", std::span<const std::string>(groups),
+                   {static_cast<Index>(groups.size())});
+      }
       for (const std::string& name : file.list("/annotations/spans")) {
         finish_dataset(file.dataset("/annotations/spans/" + name));
       }
     }
   }
 
-  void write_list(const std::string& path, const std::vector<std::int32_t>& values) {
-    finish_dataset(file.write(path, std::span<const std::int32_t>(values), {static_cast<Index>(values.size())}));
+  template <class Value>
+  void write_list(const std::string& path, const std::vector<Value>& values) {
+    finish_dataset(file.write(path, std::span<const Value>(values), {static_cast<Index>(values.size())}));
   }
 
   void finish_dataset(const hdf5::Dataset& dataset) {
@@ -148,13 +232,17 @@ struct TraceWriter::State {
     if (number < 0 || number >= info.model.num_layers) {
       fail("/layers", fmt::format("there is no layer {}; the trace has {}", number, info.model.num_layers));
     }
+    if (!described(number).attends) fail(fmt::format("/layers/{}", number), "has no attention, and so no tensors");
     return layers[static_cast<std::size_t>(number)];
   }
 
   Tensor& head_tensor(int number, HeadTensor which) {
     std::unique_ptr<Tensor>& tensor = layer(number).head_tensors[static_cast<std::size_t>(which)];
     if (tensor != nullptr) return *tensor;
-    hdf5::Shape shape = shape_of(info, which);
+    if (!is_stored(number, which)) {
+      fail(fmt::format("/layers/{}/{}", number, name_of(which)), "is in another tensor, and has no place of its own");
+    }
+    hdf5::Shape shape = shape_of(info, number, which);
     const Index known_rows = shape[1];
     shape[1] += most_later;
     const bool by_position = which == HeadTensor::keys || which == HeadTensor::values;
@@ -169,6 +257,13 @@ struct TraceWriter::State {
       tensor->written.resize(static_cast<std::size_t>(tensor->heads()));
     }
     return *tensor;
+  }
+
+  // Whether a layer has the tensor to itself.
+  bool is_stored(int number, HeadTensor which) const {
+    const LayerInfo& layer = described(number);
+    if (which == HeadTensor::queries || which == HeadTensor::outputs) return true;
+    return layer.cache_of < 0 && (which == HeadTensor::keys || layer.values_in_keys == 0);
   }
 
   // Large enough to be read at the disk's speed; small enough that the chunk at the end, which is stored whole, wastes
@@ -194,8 +289,9 @@ struct TraceWriter::State {
   Tensor& output_projection(int number) {
     std::unique_ptr<Tensor>& tensor = layer(number).output_projection;
     if (tensor != nullptr) return *tensor;
-    const Index dim = info.model.head_dim;
-    const Index width = info.model.num_attention_heads * dim;
+    const LayerInfo& of = described(number);
+    const Index dim = of.value_dim;
+    const Index width = of.num_attention_heads * dim;
     return describe(tensor, fmt::format("/layers/{}/output_projection", number), {info.model.hidden_size, width}, type,
                     [number, width, dim](Index offset) {
                       return fmt::format("layer {}, head {}, row {}", number, offset % width / dim, offset / width);
@@ -206,9 +302,25 @@ struct TraceWriter::State {
     std::unique_ptr<Tensor>& tensor = layer(number).attention_mass;
     if (tensor != nullptr) return *tensor;
     const Index prompt = info.prompt_length;
-    return describe(tensor, fmt::format("/layers/{}/attention_mass", number), {info.model.num_attention_heads, prompt},
-                    DType::float32, [number, prompt](Index offset) {
+    return describe(tensor, fmt::format("/layers/{}/attention_mass", number),
+                    {described(number).num_attention_heads, prompt}, DType::float32, [number, prompt](Index offset) {
                       return fmt::format("layer {}, head {}, position {}", number, offset / prompt, offset % prompt);
+                    });
+  }
+
+  Tensor& output_gate(int number) {
+    std::unique_ptr<Tensor>& tensor = layer(number).output_gate;
+    if (tensor != nullptr) return *tensor;
+    const LayerInfo& of = described(number);
+    const Index queries = info.num_queries();
+    const Index dim = of.output_gate_dim;
+    if (dim == 0) fail(fmt::format("/layers/{}/output_gate", number), "the layer is described as one that has none");
+    hdf5::Shape shape = {of.num_attention_heads, queries};
+    if (dim > 1) shape.push_back(dim);
+    return describe(tensor, fmt::format("/layers/{}/output_gate", number), std::move(shape), type,
+                    [this, number, queries, dim](Index offset) {
+                      return fmt::format("layer {}, head {}, position {}", number, offset / (queries * dim),
+                                         position_of_query(offset / dim % queries));
                     });
   }
 
@@ -445,13 +557,20 @@ void TraceWriter::write_attention_mass_of(int layer, int head, std::span<const f
   state_->write_rows(state_->attention_mass(layer), head, mass);
 }
 
+void TraceWriter::write_output_gate(int layer, std::span<const float> factors) {
+  state_->write_whole(state_->output_gate(layer), factors);
+}
+
 void TraceWriter::finish(std::span<const std::int32_t> later_ids, std::span<const std::string> later_pieces) {
   state_->add_later(later_ids, later_pieces);
   for (int l = 0; l < state_->info.model.num_layers; ++l) {
+    if (!state_->described(l).attends) continue;
     for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
-      state_->finish_tensor(state_->head_tensor(l, tensor), shape_of(state_->info, tensor));
+      if (!state_->is_stored(l, tensor)) continue;
+      state_->finish_tensor(state_->head_tensor(l, tensor), shape_of(state_->info, l, tensor));
     }
     const State::Layer& layer = state_->layer(l);
+    if (state_->described(l).output_gate_dim > 0) state_->require_no_gap(state_->output_gate(l));
     if (layer.output_projection != nullptr) state_->require_no_gap(*layer.output_projection);
     if (layer.attention_mass != nullptr) state_->require_no_gap(*layer.attention_mass);
   }

@@ -26,11 +26,11 @@ class TraceWriter {
   TraceWriter(const TraceWriter&) = delete;
   TraceWriter& operator=(const TraceWriter&) = delete;
 
-  /// Writes one layer's tensor whole. `data` is [K, T, D] or [H, Q, D] in row-major order. Throws Error.
+  /// Writes one layer's tensor whole. `data` is [K, T, Dk or Dv] or [H, Q, Dk or Dv] in row-major order. Throws Error.
   void write(int layer, HeadTensor tensor, std::span<const float> data);
 
-  /// Writes the next rows of one layer's tensor: `rows` is [n, D], the rows of `head` from `first` on (positions of
-  /// keys and values, numbers of captured queries otherwise). n may reach into the heads that follow, unless the run
+  /// Writes the next rows of one layer's tensor: `rows` is [n, Dk or Dv], the rows of `head` from `first` on (positions
+  /// of keys and values, numbers of captured queries otherwise). n may reach into the heads that follow, unless the run
   /// may go on. A tensor is written from its first row to its last, while pieces of different tensors may alternate; no
   /// more than a piece is held in memory. Throws Error, also where another row comes next.
   void write_rows(int layer, HeadTensor tensor, int head, Index first, std::span<const float> rows);
@@ -38,14 +38,14 @@ class TraceWriter {
   /// The same for rows that were brought to the trace's type before, by from_float32.
   void write_rows(int layer, HeadTensor tensor, int head, Index first, std::span<const std::byte> stored);
 
-  /// Writes one more row of every head, [K or H, D], of a run that may go on. Throws Error, also where heads
+  /// Writes one more row of every head, [K or H, Dk or Dv], of a run that may go on. Throws Error, also where heads
   /// have different numbers of rows.
   void write_next(int layer, HeadTensor tensor, std::span<const float> rows);
 
-  /// `weight` is [C, H·D], as PyTorch stores the layer's o_proj. Throws Error.
+  /// `weight` is [C, H·Dv], as PyTorch stores the layer's o_proj. Throws Error.
   void write_output_projection(int layer, std::span<const float> weight);
 
-  /// Its next rows, from `first` on: [n, H·D]. Throws Error.
+  /// Its next rows, from `first` on: [n, H·Dv]. Throws Error.
   void write_output_projection_rows(int layer, Index first, std::span<const float> rows);
 
   /// `mass` is [H, P]; always stored as float32. Throws Error.
@@ -53,6 +53,9 @@ class TraceWriter {
 
   /// The next heads, from `head` on: [n, P]. Throws Error.
   void write_attention_mass_of(int layer, int head, std::span<const float> mass);
+
+  /// `factors` is [H, Q, output_gate_dim of the layer]. Not of a run that may go on. Throws Error.
+  void write_output_gate(int layer, std::span<const float> factors);
 
   /// Writes the tokens, marks the file complete and puts it in its place. Of a run that went on, `later_ids`
   /// are the tokens behind those of `info`, and `later_pieces` their texts, where `info` has those of the others.

@@ -24,30 +24,34 @@ using namespace kvreplay;
 
 // Attention over a few positions is all that a run has time for.
 bool is_small(const TraceInfo& info) {
-  const ModelInfo& model = info.model;
-  return info.num_tokens() <= 4096 && model.head_dim <= 1024 && model.hidden_size <= 4096 && model.num_layers <= 16 &&
-         model.num_attention_heads <= 64;
+  return info.num_tokens() <= 4096 && info.model.hidden_size <= 4096 && info.model.num_layers <= 16 &&
+         std::ranges::all_of(info.layers, [](const LayerInfo& layer) {
+           return layer.key_dim <= 1024 && layer.value_dim <= 1024 && layer.num_attention_heads <= 64;
+         });
 }
 
 void read_all(const TraceReader& trace) {
   const TraceInfo& info = trace.info();
   for (int layer = 0; layer < info.model.num_layers; ++layer) {
+    const LayerInfo& of = info.layers[static_cast<std::size_t>(layer)];
+    if (!of.attends) continue;
+    static_cast<void>(trace.rotary(layer));
     for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
-      const std::vector<Index> shape = shape_of(info, tensor);
+      const std::vector<Index> shape = shape_of(info, layer, tensor);
       for (int head = 0; head < shape[0]; ++head) {
         trace.prefetch(layer, tensor, head);
         static_cast<void>(trace.read(layer, tensor, head, 0, shape[1]));
       }
     }
     if (trace.has_output_projection(layer)) {
-      const ModelInfo& model = info.model;
-      const Index count = std::min(model.hidden_size, 16);
-      std::vector<float> rows(static_cast<std::size_t>(count * model.num_attention_heads * model.head_dim));
-      trace.read_projection_rows(layer, model.hidden_size - count, count, rows.data());
+      const Index count = std::min(info.model.hidden_size, 16);
+      std::vector<float> rows(static_cast<std::size_t>(count * of.num_attention_heads * of.value_dim));
+      trace.read_projection_rows(layer, info.model.hidden_size - count, count, rows.data());
     }
-    for (int head = 0; head < info.model.num_attention_heads; ++head) {
+    for (int head = 0; head < of.num_attention_heads; ++head) {
       if (trace.has_output_projection(layer)) static_cast<void>(trace.read_output_projection(layer, head));
       if (trace.has_attention_mass(layer)) static_cast<void>(trace.read_attention_mass(layer, head));
+      if (of.output_gate_dim > 0) static_cast<void>(trace.read_output_gate(layer, head));
     }
   }
 }

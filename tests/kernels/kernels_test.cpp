@@ -379,8 +379,12 @@ TEST(Columns, LogitsAndExponentialsFollowTheirDefinition) {
         constexpr Index kKeys = 150;
         std::vector<std::int32_t> positions(at(kPanel));
         for (Index q = 0; q < kPanel; ++q) positions[at(q)] = static_cast<std::int32_t>(q < 50 ? q * 3 : 147);
-        const QueryColumns queries{
-            .positions = positions.data(), .sliding_window = sliding_window, .scale = 0.3f, .softcapping = softcapping};
+        std::vector<std::int32_t> first_visible;
+        for (const std::int32_t last : positions) first_visible.push_back(std::max(0, last - sliding_window + 1));
+        const QueryColumns queries{.positions = positions.data(),
+                                   .first_visible = sliding_window > 0 ? first_visible.data() : nullptr,
+                                   .scale = 0.3f,
+                                   .softcapping = softcapping};
         const std::vector<float> products = normal(kKeys * kPanel, 13, 10);
         std::vector<float> logits = products;
         std::vector<float> maxima(at(kPanel), -kInfinity);

@@ -39,7 +39,8 @@ TEST(OracleReconstruction, IsNeverWorseThanAnyPolicyOfTheRun) {
                                           "restkv(window=4)",      "tova",   "oracle-attention"};
   for (const RandomTrace& shape :
        {RandomTrace{}, RandomTrace{.output_projection = false}, RandomTrace{.sliding_window = 20, .softcapping = 4},
-        RandomTrace{.num_attention_heads = 8, .num_key_value_heads = 1}}) {
+        RandomTrace{.num_attention_heads = 8, .num_key_value_heads = 1},
+        RandomTrace{.chunk = 32, .sinks = {0, 1, -1, 2}}}) {
     for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
       const auto replays = run(shape, specs, "9", granularity);
       const std::vector<ReplayResult>& results = replays.at(0).results;

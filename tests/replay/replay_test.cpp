@@ -67,7 +67,8 @@ TEST_P(OddShapes, KeptSetsHoldTheCapacityAndWhatIsProtected) {
   const TraceReader trace(folder / "t.h5");
   const int prompt = trace.info().prompt_length;
   const int window = GetParam().trace.sliding_window;
-  const int held = window > 0 ? std::min(prompt, window - 1) : prompt;
+  const int chunk = GetParam().trace.chunk;
+  const int held = window > 0 ? std::min(prompt, window - 1) : chunk > 0 ? prompt % chunk : prompt;
   for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
     // Half of a short prompt would be below the windows.
     const std::string share = held < 10 ? "100%" : "50%";
@@ -111,7 +112,9 @@ INSTANTIATE_TEST_SUITE_P(
                     Shape{"hidden_below_head_dim", {.head_dim = 16, .hidden_size = 4}},
                     Shape{"without_projection", {.output_projection = false}},
                     Shape{"float16", {.type = DType::float16}}, Shape{"bfloat16", {.type = DType::bfloat16}},
-                    Shape{"sliding_window", {.sliding_window = 7}}, Shape{"soft_capping", {.softcapping = 5}}),
+                    Shape{"sliding_window", {.sliding_window = 7}}, Shape{"soft_capping", {.softcapping = 5}},
+                    Shape{"chunks", {.chunk = 46}}, Shape{"learned_sinks", {.sinks = {1, 0, -1, 9}}},
+                    Shape{"scales", {.scales = {0.1, 0.7}}}),
     [](const auto& shape) { return std::string(shape.param.name); });
 
 TEST(Replay, CapacityOneIsLegalWhereNothingIsProtected) {
@@ -257,7 +260,8 @@ TEST(Replay, EvictionsOfATraceAreEvaluatedOnTheSameQueries) {
 // The measures, from their definitions, in double precision.
 TEST(Replay, MeasuresFollowTheirDefinitions) {
   for (const RandomTrace& shape :
-       {RandomTrace{}, RandomTrace{.sliding_window = 25, .softcapping = 3}, RandomTrace{.output_projection = false}}) {
+       {RandomTrace{}, RandomTrace{.sliding_window = 25, .softcapping = 3}, RandomTrace{.output_projection = false},
+        RandomTrace{.chunk = 32}, RandomTrace{.sinks = {1, -2, 6, 0}}, RandomTrace{.scales = {0.2, 0.5}}}) {
     const TemporaryFolder folder;
     shape.write(folder / "t.h5");
     const RandomTrace::Tensors tensors = shape.tensors();
@@ -277,20 +281,24 @@ TEST(Replay, MeasuresFollowTheirDefinitions) {
             return tensor.data() + (static_cast<std::ptrdiff_t>(head) * shape.num_tokens + position) * d;
           };
           std::vector<double> weights(static_cast<std::size_t>(t + 1));
-          const int first = shape.sliding_window > 0 ? std::max(0, t - shape.sliding_window + 1) : 0;
+          int first = shape.sliding_window > 0 ? std::max(0, t - shape.sliding_window + 1) : 0;
+          while (shape.chunk > 0 && first / shape.chunk < t / shape.chunk) ++first;
           for (int n = first; n <= t; ++n) {
             double logit = 0;
             for (int i = 0; i < d; ++i) {
               logit += static_cast<double>(row(tensors.queries[l], h, t)[i]) *
                        static_cast<double>(row(tensors.keys[l], h / group, n)[i]);
             }
-            logit /= std::sqrt(d);
+            logit *= shape.scales.empty() ? 1 / std::sqrt(d) : shape.scales[l];
             if (shape.softcapping > 0) logit = shape.softcapping * std::tanh(logit / shape.softcapping);
             weights[static_cast<std::size_t>(n)] = std::exp(logit);
           }
           const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
-          // The window has dropped the sinks, and recent positions have their room.
-          const bool sinks = shape.sliding_window == 0;
+          // A learned sink takes its share of every output.
+          const double learned =
+              shape.sinks.empty() ? 0 : std::exp(static_cast<double>(shape.sinks[static_cast<std::size_t>(h)]));
+          // The window has dropped the first positions, and recent ones have their room.
+          const bool sinks = shape.sliding_window == 0 && shape.chunk == 0;
           const auto cached = [&](int n) {
             return sinks ? n < 3 || n >= shape.prompt_length - 7 : n >= shape.prompt_length - 10;
           };
@@ -306,8 +314,8 @@ TEST(Replay, MeasuresFollowTheirDefinitions) {
             for (int n = 0; n <= t; ++n) {
               const double part =
                   weights[static_cast<std::size_t>(n)] * static_cast<double>(row(tensors.values[l], h / group, n)[i]);
-              full += part / total;
-              evicted += cached(n) ? part / kept : 0;
+              full += part / (total + learned);
+              evicted += cached(n) ? part / (kept + learned) : 0;
             }
             difference += (evicted - full) * (evicted - full);
             norm += full * full;

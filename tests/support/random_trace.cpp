@@ -38,8 +38,14 @@ TraceInfo RandomTrace::info() const {
   const int first = captured_prompt_queries < 0 ? 0 : prompt_length - captured_prompt_queries;
   for (int position = first; position < num_tokens; ++position) info.query_positions.push_back(position);
   info.spans = spans;
-  info.layer_sliding_window = layer_windows;
-  info.layer_sliding_window.resize(static_cast<std::size_t>(num_layers), sliding_window);
+  std::vector<int> windows = layer_windows;
+  windows.resize(static_cast<std::size_t>(num_layers), sliding_window);
+  info.layers = layers_with_windows(info.model, windows);
+  for (std::size_t l = 0; l < info.layers.size(); ++l) {
+    info.layers[l].rule.attention_chunk_size = chunk;
+    info.layers[l].rule.sinks = sinks;
+    if (!scales.empty()) info.layers[l].rule.softmax_scale = scales[l];
+  }
   return info;
 }
 
@@ -101,7 +107,7 @@ RandomTrace::Tensors RandomTrace::tensors() const {
       };
       const Matrix outputs = attention_outputs(
           rows(all.queries.back(), h, queries), described.query_positions, rows(all.keys.back(), kv_head, tokens),
-          rows(all.values.back(), kv_head, tokens), attention_rule(described, layer), static_cast<int>(h));
+          rows(all.values.back(), kv_head, tokens), described.layer(layer).rule, static_cast<int>(h));
       std::copy_n(outputs.data(), outputs.size(),
                   all.outputs.back().begin() + static_cast<std::ptrdiff_t>(h * queries * d));
     }

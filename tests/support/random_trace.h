@@ -25,6 +25,9 @@ struct RandomTrace {
   int sliding_window = 0;
   std::vector<int> layer_windows = {};  ///< of each layer; empty: all have `sliding_window`
   double softcapping = 0;
+  int chunk = 0;                    ///< attention_chunk_size of all layers
+  std::vector<float> sinks = {};    ///< of all layers: a logit per query head
+  std::vector<double> scales = {};  ///< softmax scale of each layer; empty: D^−½
   DType type = DType::float32;
   bool own_outputs = true;                ///< the attention of the tensors; else some constant
   bool representable_in_float16 = false;  ///< round all tensors to float16 first

@@ -64,7 +64,7 @@ TraceInfo sample_info() {
   info.turn_starts = {0, 4};
   info.query_positions = {5, 7, 8, 9, 11};
   info.spans = {{2, 4, "needle"}, {6, 7, "question"}};
-  info.layer_sliding_window = {0, 4};
+  info.layers = layers_with_windows(info.model, std::vector<int>{0, 4});
   return info;
 }
 
@@ -76,7 +76,7 @@ std::vector<float> sample_values(std::size_t count, unsigned seed) {
 }
 
 std::vector<float> sample_tensor(const TraceInfo& info, int layer, HeadTensor tensor) {
-  const auto count = static_cast<std::size_t>(hdf5::elements(shape_of(info, tensor)));
+  const auto count = static_cast<std::size_t>(hdf5::elements(shape_of(info, layer, tensor)));
   return sample_values(count, static_cast<unsigned>(10 * layer) + static_cast<unsigned>(tensor));
 }
 
@@ -88,6 +88,12 @@ std::vector<float> sample_output_projection(const TraceInfo& info, int layer) {
 std::vector<float> sample_attention_mass(const TraceInfo& info, int layer) {
   const auto count = info.model.num_attention_heads * info.prompt_length;
   return sample_values(static_cast<std::size_t>(count), static_cast<unsigned>(10 * layer) + 5);
+}
+
+std::vector<int> windows_of(const TraceInfo& info) {
+  std::vector<int> windows;
+  for (const LayerInfo& layer : info.layers) windows.push_back(layer.rule.sliding_window);
+  return windows;
 }
 
 void write_sample(const std::filesystem::path& path, DType type, const TraceInfo& info) {
@@ -131,6 +137,11 @@ void set_string(std::int64_t file, const std::string& object, const std::string&
 
 void remove_attribute(std::int64_t file, const std::string& object, const std::string& name) {
   require(H5Adelete_by_name(file, object.c_str(), name.c_str(), H5P_DEFAULT) >= 0);
+}
+
+void make_group(std::int64_t file, const std::string& path) {
+  const Handle group(H5Gcreate2(file, path.c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT));
+  require(static_cast<bool>(group));
 }
 
 void remove(std::int64_t file, const std::string& path) { require(H5Ldelete(file, path.c_str(), H5P_DEFAULT) >= 0); }
@@ -177,13 +188,16 @@ std::string open_error(const std::filesystem::path& path) {
 void read_everything(const TraceReader& reader) {
   const TraceInfo& info = reader.info();
   for (int layer = 0; layer < info.model.num_layers; ++layer) {
+    const LayerInfo& of = info.layers[static_cast<std::size_t>(layer)];
+    if (!of.attends) continue;
     for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
-      const std::vector<Index> shape = shape_of(info, tensor);
+      const std::vector<Index> shape = shape_of(info, layer, tensor);
       for (int head = 0; head < shape[0]; ++head) {
         static_cast<void>(reader.read(layer, tensor, head, 0, shape[1]));
       }
     }
-    for (int head = 0; head < info.model.num_attention_heads; ++head) {
+    for (int head = 0; head < of.num_attention_heads; ++head) {
+      if (of.output_gate_dim > 0) static_cast<void>(reader.read_output_gate(layer, head));
       if (reader.has_output_projection(layer)) static_cast<void>(reader.read_output_projection(layer, head));
       if (reader.has_attention_mass(layer)) static_cast<void>(reader.read_attention_mass(layer, head));
     }

@@ -23,6 +23,9 @@ std::vector<float> sample_tensor(const TraceInfo& info, int layer, HeadTensor te
 std::vector<float> sample_output_projection(const TraceInfo& info, int layer);
 std::vector<float> sample_attention_mass(const TraceInfo& info, int layer);
 
+/// The sliding window of each layer.
+std::vector<int> windows_of(const TraceInfo& info);
+
 void write_sample(const std::filesystem::path& path, DType type = DType::float32,
                   const TraceInfo& info = sample_info());
 
@@ -33,6 +36,7 @@ void set_int(std::int64_t file, const std::string& object, const std::string& na
 void set_double(std::int64_t file, const std::string& object, const std::string& name, double value);
 void set_string(std::int64_t file, const std::string& object, const std::string& name, const std::string& value);
 void remove_attribute(std::int64_t file, const std::string& object, const std::string& name);
+void make_group(std::int64_t file, const std::string& path);
 void remove(std::int64_t file, const std::string& path);
 
 /// Replaces a dataset by one of `shape` with these values, stored as float32 or int32.

@@ -12,9 +12,11 @@
 
 #include "base/error.h"
 #include "hdf5/hdf5.h"
+#include "support/odd_trace.h"
 #include "support/sample_trace.h"
 #include "support/temporary_folder.h"
 #include "trace/check.h"
+#include "trace/layer_fields.h"
 #include "trace/reader.h"
 #include "trace/writer.h"
 
@@ -50,10 +52,21 @@ std::string told(const TraceInfo& info) {
                   model.head_dim, model.hidden_size, model.rope_theta, model.softmax_scale, model.sliding_window,
                   model.attn_logit_softcapping, info.prompt_length);
   text += fmt::format("|{}|{}|{}|{}|{}", fmt::join(info.token_ids, " "), fmt::join(info.turn_starts, " "),
-                      fmt::join(info.query_positions, " "), fmt::join(info.layer_sliding_window, " "),
+                      fmt::join(info.query_positions, " "), fmt::join(windows_of(info), " "),
                       fmt::join(info.token_pieces, " "));
-  for (const Span& span : info.spans) text += fmt::format("|{} {} {}", span.start, span.end, span.label);
-  return text;
+  for (const Span& span : info.spans) {
+    text += fmt::format("|{} {} {} {}", span.start, span.end, span.label, span.group);
+  }
+  for (int layer = 0; layer < model.num_layers; ++layer) {
+    const LayerInfo& of = info.layers[static_cast<std::size_t>(layer)];
+    text += fmt::format("|{} {}", of.attends, of.output_gate_dim);
+    for (const LayerField& field : fields_of_its_own(info, layer)) text += " " + field.name + " " + field.value;
+  }
+  for (const RotaryTable& table : info.rotary) {
+    text += fmt::format("|{} {} {} {}", table.name, fmt::join(table.inverse_frequencies, " "), table.attention_scaling,
+                        name_of(table.layout));
+  }
+  return text + fmt::format("|{}|{}", fmt::join(info.turn_roles, " "), fmt::join(info.answers, " "));
 }
 
 class Damage : public testing::Test {
@@ -95,6 +108,20 @@ TEST_F(Damage, ATruncatedTraceIsRefused) {
 TEST_F(Damage, AFlippedBitIsAnErrorOrInATensor) {
   ASSERT_TRUE(opens(sound_));
   std::mt19937 generator(7);
+  for (std::size_t at = 0; at < sound_.size(); at += 1 + generator() % 15) {
+    std::string bytes = sound_;
+    bytes[at] = static_cast<char>(static_cast<unsigned char>(bytes[at]) ^ (1U << (generator() % 8)));
+    opens(bytes);
+    if (HasFailure()) FAIL() << "byte " << at;
+  }
+}
+
+TEST_F(Damage, AFlippedBitInWhatLayersSayIsAnErrorToo) {
+  OddTrace().write_with_digests(folder_ / "sound.h5");
+  sound_ = read_bytes(folder_ / "sound.h5");
+  told_ = told(TraceReader(folder_ / "sound.h5").info());
+  ASSERT_TRUE(opens(sound_));
+  std::mt19937 generator(9);
   for (std::size_t at = 0; at < sound_.size(); at += 1 + generator() % 15) {
     std::string bytes = sound_;
     bytes[at] = static_cast<char>(static_cast<unsigned char>(bytes[at]) ^ (1U << (generator() % 8)));

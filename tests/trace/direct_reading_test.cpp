@@ -393,7 +393,7 @@ TraceInfo long_info() {
   info.model.num_layers = 1;
   info.model.num_key_value_heads = 1;
   info.model.hidden_size = 5000;
-  info.layer_sliding_window = {0};
+  info.layers.clear();
   return info;
 }
 

@@ -71,8 +71,7 @@ struct FaithfulTrace {
         for (const double value : attention_by_definition(
                  &queries[static_cast<std::size_t>((head * info.num_queries() + q) * 8)], position,
                  &keys[static_cast<std::size_t>(offset)], &values[static_cast<std::size_t>(offset)], 8,
-                 info.model.softmax_scale, info.layer_sliding_window[static_cast<std::size_t>(layer)],
-                 info.model.attn_logit_softcapping)) {
+                 info.model.softmax_scale, info.layer(layer).rule.sliding_window, info.model.attn_logit_softcapping)) {
           result.push_back(static_cast<float>(value));
         }
       }
@@ -121,7 +120,7 @@ TEST_F(Inspect, HonoursSoftCappingAndWindowsOfLayers) {
   TraceInfo info = sample_info();
   info.model.attn_logit_softcapping = 1.5;
   info.model.sliding_window = 3;
-  info.layer_sliding_window = {3, 0};
+  info.layers = layers_with_windows(info.model, std::vector<int>{3, 0});
   FaithfulTrace(info).write(path_);
   EXPECT_LT(inspected().fidelity[0].worst, 2e-6);
   EXPECT_LT(inspected().fidelity[1].worst, 2e-6);

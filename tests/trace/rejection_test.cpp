@@ -167,8 +167,13 @@ TEST_F(Rejects, ShapesThatDisagreeWithTheModel) {
               HasSubstr("/layers/0/keys: has the shape (2, 12, 8), but /model and /tokens make it (4, 12, 8)"));
   EXPECT_THAT(after([](auto file) { set_int(file, "/model", "hidden_size", 25); }),
               HasSubstr("/layers/0/output_projection: has the shape (24, 32)"));
-  EXPECT_THAT(after([](auto file) { set_int(file, "/model", "num_layers", 3); }),
+  EXPECT_THAT(after([](auto file) {
+                set_int(file, "/", "format_version", 1);  // since the second, layers may be without attention
+                set_int(file, "/model", "num_layers", 3);
+              }),
               HasSubstr("/layers/2: is missing, although /model counts 3 layers"));
+  EXPECT_THAT(after([](auto file) { set_int(file, "/model", "num_layers", 1 << 30); }),
+              HasSubstr("/model: attribute 'num_layers' is 1073741824, more than any model has"));
   EXPECT_THAT(after([](auto file) { set_int(file, "/model", "num_layers", 1); }),
               HasSubstr("/layers/1: exists, although /model counts 1 layers"));
   for (const char* name : {"keys", "values", "queries", "outputs"}) {
@@ -183,7 +188,7 @@ TEST_F(Rejects, ShapesThatDisagreeWithTheModel) {
                 replace_floats(file, "/layers/1/attention_mass", {4, 8}, std::vector<float>(32));
               }),
               HasSubstr("/layers/1/attention_mass: has the shape (4, 8)"));
-  EXPECT_THAT(after([](auto file) { remove(file, "/layers"); }), HasSubstr("/layers/0: is missing"));
+  EXPECT_THAT(after([](auto file) { remove(file, "/layers"); }), HasSubstr("/layers: no layer attends"));
 }
 
 TEST_F(Rejects, TensorsOfOtherTypes) {
@@ -324,15 +329,107 @@ TEST_F(Rejects, SpansThatCannotBe) {
               HasSubstr("/annotations/spans/label: is not of a string type"));
 }
 
-TEST_F(Rejects, WhatLayersOfLaterTracesSayAndAttentionWouldNeed) {
-  for (const char* name : {"key_dim", "softmax_scale", "attention_chunk_size", "cache_of", "values_in_keys"}) {
-    EXPECT_THAT(after([&](auto file) { set_int(file, "/layers/1", name, 1); }),
-                HasSubstr(std::string("/layers/1: has '") + name + "', which this kvreplay cannot take into account"));
+TEST_F(Rejects, LayersThatCannotBe) {
+  struct Case {
+    const char* name;
+    std::int64_t value;
+    const char* reason;
+  };
+  for (const auto& [name, value, reason] : {
+           Case{"num_attention_heads", 0, "/layers/1: attribute 'num_attention_heads' is 0, but must be positive"},
+           Case{"num_key_value_heads", 3, "/layers/1: 4 query heads cannot share 3 key/value heads evenly"},
+           Case{"num_key_value_heads", 4, "/layers/1/keys: has the shape (2, 12, 8), but"},
+           Case{"key_dim", 9, "/layers/1/keys: has the shape (2, 12, 8), but"},
+           Case{"value_dim", 9, "/layers/1/values: has the shape (2, 12, 8), but"},
+           Case{"softmax_scale", -1, "/layers/1: attribute 'softmax_scale' is -1, but must be positive"},
+           Case{"attn_logit_softcapping", -1, "attribute 'attn_logit_softcapping' is -1, but must be 0 or positive"},
+           Case{"attention_chunk_size", -1, "attribute 'attention_chunk_size' is -1, but must be 0 or positive"},
+           Case{"cache_of", 1, "/layers/1: attribute 'cache_of' is 1, but must be the number of an earlier layer"},
+           Case{"cache_of", 0, "/layers/1/keys: exists, although the layer reads layer 0's"},
+           Case{"values_in_keys", 9, "/layers/1: its values of 9 dimensions cannot be the first 9 of 8 of its keys"},
+           Case{"values_in_keys", 8, "/layers/1/values: exists, although values are the first columns of keys"},
+       }) {
+    EXPECT_THAT(after([&](auto file) { set_int(file, "/layers/1", name, value); }), HasSubstr(reason));
   }
-  EXPECT_THAT(after([&](auto file) {
-                replace_floats(file, "/layers/0/sinks", {4}, {0, 1, 2, 3});
+  // What the model says for all layers is not overlooked either.
+  EXPECT_THAT(after([](auto file) { set_int(file, "/model", "key_dim", 9); }), HasSubstr("/layers/0/keys: has the"));
+  EXPECT_THAT(after([](auto file) { set_int(file, "/model", "attention_chunk_size", -2); }),
+              HasSubstr("attribute 'attention_chunk_size' is -2"));
+  EXPECT_THAT(after([](auto file) { set_string(file, "/layers/0", "rotary", "local"); }),
+              HasSubstr("/layers/0: attribute 'rotary' is 'local', which is not in /rotary"));
+  EXPECT_THAT(after([](auto file) {
+                set_int(file, "/layers/1", "cache_of", 0);
+                set_int(file, "/layers/1", "value_dim", 4);
+                remove(file, "/layers/1/keys");
+                remove(file, "/layers/1/values");
               }),
-              HasSubstr("/layers/0: has 'sinks', which this kvreplay cannot take into account; update kvreplay"));
+              HasSubstr("/layers/1: attribute 'cache_of' is 0, but that layer's cache has another shape"));
+}
+
+TEST_F(Rejects, ListsOfLayersThatDoNotFit) {
+  const auto with = [&](const char* name, std::vector<float> values) {
+    return after([&](auto file) {
+      const std::string path = std::string("/layers/0/") + name;
+      replace_floats(file, path, {static_cast<Index>(values.size())}, values);
+      if (std::string_view(name).starts_with("projection")) set_double(file, path, "epsilon", 1e-6);
+    });
+  };
+  EXPECT_EQ(with("sinks", {0, 1, 2, 3}), "");
+  EXPECT_THAT(with("sinks", {0, 1, 2}), HasSubstr("/layers/0/sinks: has 3 elements instead of 4"));
+  EXPECT_THAT(with("sinks", {0, 1, std::numeric_limits<float>::infinity(), 3}),
+              HasSubstr("/layers/0/sinks: element 2 is inf"));
+  EXPECT_THAT(with("projection_norm", std::vector<float>(24)),
+              HasSubstr("/layers/0/projection_norm: has 24 elements instead of 32"));
+  EXPECT_THAT(with("projection_output_norm", std::vector<float>(32)),
+              HasSubstr("/layers/0/projection_output_norm: has 32 elements instead of 24"));
+  EXPECT_THAT(with("residual_norm", std::vector<float>(12)),
+              HasSubstr("/layers/0/residual_norm: has 12 elements instead of 5"));
+  EXPECT_THAT(after([](auto file) { replace_floats(file, "/layers/0/projection_norm", {32}, std::vector<float>(32)); }),
+              HasSubstr("/layers/0/projection_norm: has no attribute 'epsilon'"));
+  EXPECT_THAT(after([](auto file) {
+                replace_floats(file, "/layers/0/sinks", {2, 2}, std::vector<float>(4));
+              }),
+              HasSubstr("/layers/0/sinks: has 2 axes instead of one"));
+  EXPECT_THAT(after([](auto file) {
+                replace_ints(file, "/layers/0/sinks", {1, 2, 3, 4});
+              }),
+              HasSubstr("/layers/0/sinks: is not of a type that traces have"));
+  EXPECT_THAT(after([](auto file) {
+                replace_floats(file, "/layers/0/output_gate", {4, 12}, std::vector<float>(48));
+              }),
+              HasSubstr("/layers/0/output_gate: has the shape (4, 12), but"));
+}
+
+TEST_F(Rejects, RotaryTablesThatSayTooLittle) {
+  const auto with = [&](const std::function<void(std::int64_t)>& change) {
+    return after([&](auto file) {
+      make_group(file, "/rotary");
+      replace_floats(file, "/rotary/all", {3}, {1, 0.1F, 0.01F});
+      set_double(file, "/rotary/all", "attention_scaling", 1);
+      set_int(file, "/rotary/all", "rotated_dims", 6);
+      set_string(file, "/rotary/all", "layout", "half");
+      set_string(file, "/model", "rotary", "all");
+      change(file);
+    });
+  };
+  EXPECT_EQ(with([](auto) {}), "");
+  for (const char* name : {"attention_scaling", "rotated_dims", "layout"}) {
+    EXPECT_THAT(with([&](auto file) { remove_attribute(file, "/rotary/all", name); }),
+                HasSubstr(std::string("/rotary/all: has no attribute '") + name + "'"));
+  }
+  EXPECT_THAT(with([](auto file) { set_int(file, "/rotary/all", "rotated_dims", 8); }),
+              HasSubstr("/rotary/all: attribute 'rotated_dims' is 8, but there are 3 frequencies"));
+  EXPECT_THAT(with([](auto file) { set_string(file, "/rotary/all", "layout", "both"); }),
+              HasSubstr("attribute 'layout' is 'both', but must be 'half' or 'interleaved'"));
+  EXPECT_THAT(with([](auto file) { set_double(file, "/rotary/all", "attention_scaling", 0); }),
+              HasSubstr("/rotary/all: attribute 'attention_scaling' is 0, but must be positive"));
+  EXPECT_THAT(with([](auto file) {
+                replace_floats(file, "/rotary/all", {5}, std::vector<float>(5));
+                set_double(file, "/rotary/all", "attention_scaling", 1);
+                set_int(file, "/rotary/all", "rotated_dims", 10);
+                set_string(file, "/rotary/all", "layout", "half");
+              }),
+              HasSubstr("/layers/0: its rotary embedding turns 10 dimensions, but keys have 8"));
 }
 
 TEST_F(Rejects, ClaimsOfHugeSizeWithoutAllocatingThem) {

@@ -59,7 +59,7 @@ TEST_P(RoundTrip, AllThatTheTraceSaysAboutItself) {
   EXPECT_EQ(info.prompt_length, 9);
   EXPECT_EQ(info.turn_starts, written.turn_starts);
   EXPECT_EQ(info.query_positions, written.query_positions);
-  EXPECT_EQ(info.layer_sliding_window, written.layer_sliding_window);
+  EXPECT_EQ(info.layers, written.layers);
   ASSERT_EQ(info.spans.size(), 2U);
   EXPECT_EQ(info.spans[0].start, 2);
   EXPECT_EQ(info.spans[0].end, 4);
@@ -73,7 +73,7 @@ TEST_P(RoundTrip, EveryTensorOfEveryHead) {
   const TraceReader reader(folder_ / "run.h5");
   for (int layer = 0; layer < 2; ++layer) {
     for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
-      const auto shape = shape_of(info, tensor);
+      const auto shape = shape_of(info, layer, tensor);
       const auto written = sample_tensor(info, layer, tensor);
       const Index size = shape[1] * shape[2];
       for (int head = 0; head < shape[0]; ++head) {
@@ -202,9 +202,9 @@ TEST_P(RoundTrip, ARunThatWentOnIsTheSameAsOneThatWasKnown) {
         for (const HeadTensor tensor :
              {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
           const auto all = sample_tensor(info, layer, tensor);
-          const Index rows = shape_of(info, tensor)[1];
-          const Index known = shape_of(beginning, tensor)[1];
-          const auto heads = static_cast<int>(shape_of(info, tensor)[0]);
+          const Index rows = shape_of(info, layer, tensor)[1];
+          const Index known = shape_of(beginning, layer, tensor)[1];
+          const auto heads = static_cast<int>(shape_of(info, layer, tensor)[0]);
           for (int head = heads; head-- > 0;) {  // in any order, each from its first row to its last
             writer.write_rows(layer, tensor, head, 0, part(all, head * rows * 8, 2 * 8));
             writer.write_rows(layer, tensor, head, 2, part(all, (head * rows + 2) * 8, (known - 2) * 8));
@@ -262,7 +262,7 @@ TEST_F(Writer, OptionalPartsMayBeAbsent) {
   info.token_pieces.clear();
   info.turn_starts.clear();
   info.spans.clear();
-  info.layer_sliding_window.clear();
+  info.layers.clear();
   info.created_by.clear();
   info.created_at.clear();
   info.source.clear();
@@ -279,7 +279,7 @@ TEST_F(Writer, OptionalPartsMayBeAbsent) {
   EXPECT_TRUE(reader.info().turn_starts.empty());
   EXPECT_TRUE(reader.info().spans.empty());
   EXPECT_EQ(reader.info().source, "");
-  EXPECT_THAT(reader.info().layer_sliding_window, ElementsAre(6, 6));
+  EXPECT_THAT(windows_of(reader.info()), ElementsAre(6, 6));
   EXPECT_THAT(reader.info().created_by, StartsWith("kvreplay "));
   EXPECT_THAT(reader.info().created_at, testing::ContainsRegex("^20[0-9][0-9]-[0-9-]+T[0-9:]+Z$"));
   EXPECT_FALSE(reader.has_output_projection(0));
@@ -439,7 +439,7 @@ TEST_F(Writer, HeadsOfARunThatGoesOnStayInStep) {
 void write_zeros(TraceWriter& writer, const TraceInfo& info, int later_rows) {
   for (int layer = 0; layer < 2; ++layer) {
     for (const HeadTensor tensor : {HeadTensor::keys, HeadTensor::values, HeadTensor::queries, HeadTensor::outputs}) {
-      const auto shape = shape_of(info, tensor);
+      const auto shape = shape_of(info, layer, tensor);
       for (int head = 0; head < shape[0]; ++head) {
         writer.write_rows(layer, tensor, head, 0, std::vector<float>(static_cast<std::size_t>(shape[1] * 8)));
       }
@@ -537,7 +537,7 @@ TEST_F(Writer, RefusesATraceThatContradictsItself) {
   EXPECT_THAT(error([](TraceInfo& info) { info.query_positions = {1, 12}; }), HasSubstr("/query_positions"));
   EXPECT_THAT(error([](TraceInfo& info) { info.prompt_length = 13; }), HasSubstr("prompt_length"));
   EXPECT_THAT(error([](TraceInfo& info) { info.token_pieces.pop_back(); }), HasSubstr("11 pieces for 12 tokens"));
-  EXPECT_THAT(error([](TraceInfo& info) { info.layer_sliding_window = {1}; }), HasSubstr("1 sliding windows"));
+  EXPECT_THAT(error([](TraceInfo& info) { info.layers.resize(1); }), HasSubstr("1 are described"));
   EXPECT_TRUE(folder_.names().empty());
 }
 

@@ -9,6 +9,7 @@
 
 #include "hdf5/hdf5.h"
 #include "support/places.h"
+#include "support/sample_trace.h"
 #include "support/temporary_folder.h"
 #include "support/tiny_model.h"
 #include "trace/check.h"
@@ -22,6 +23,7 @@ namespace {
 using nlohmann::json;
 using test::read_file;
 using test::TemporaryFolder;
+using test::windows_of;
 using test::write_file;
 
 std::filesystem::path families() { return test::project_folder() / "tests" / "tracer" / "families"; }
@@ -148,7 +150,7 @@ void expect_same_model(const TraceInfo& info, const TraceInfo& expected) {
   EXPECT_DOUBLE_EQ(info.model.softmax_scale, expected.model.softmax_scale);
   EXPECT_EQ(info.model.sliding_window, expected.model.sliding_window);
   EXPECT_EQ(info.model.attn_logit_softcapping, expected.model.attn_logit_softcapping);
-  EXPECT_EQ(info.layer_sliding_window, expected.layer_sliding_window);
+  EXPECT_EQ(windows_of(info), windows_of(expected));
 }
 
 TEST_P(Family, CapturesWhatIsCapturedFromTransformers) {

@@ -17,6 +17,7 @@ from . import __version__, checks, interface
 from .attention_mass import attention_mass as mass_of
 from .errors import CaptureError, UsageError
 from .plain_attention import plain_attention
+from .rotary import UnturnedKeys, tables_of, turning_table
 from .spans import locate_spans, locate_turns, read_spans, read_turns
 from .text import encode, token_pieces
 from .trace_file import FLOAT_TYPES, TraceFile
@@ -113,6 +114,7 @@ class capture:
         self._prompt_length = self._given_prompt_length  # None while it is not known
         self._layers = [_Layer() for _ in range(self._num_layers)]
         self._common = None  # what must be the same in all layers
+        self._rotary = tables_of(self._decoder)  # what could turn keys
         self._checked_mask = None
         self._suspected = None  # the layer whose attention reads what its cache does not hold, and what that is
         self._entering = None  # what should enter the projection next: layer number, output, its version
@@ -132,8 +134,10 @@ class capture:
                     self._hooks.append(module.register_forward_pre_hook(self._on_rotary, with_kwargs=True))
             for module in self._modules:
                 if self._has(module.layer_idx):
-                    self._layers[module.layer_idx].hooks.append(
-                        module.register_forward_pre_hook(self._on_cache, with_kwargs=True))
+                    layer = self._layers[module.layer_idx]
+                    layer.hooks.append(module.register_forward_pre_hook(self._on_cache, with_kwargs=True))
+                    if self._rotary and layer.unturned is None:
+                        layer.unturned = UnturnedKeys.of(module)
             interface.listen(self._implementation, self._modules, self._on_attention)
             undo.pop_all()
         return self
@@ -282,6 +286,8 @@ class capture:
         self._check_kind(number, options)
         if fresh:
             self._check_output(number, query, key, value, output, first, window)
+        if first == 0:
+            self._find_rotary(layer, key[0])
         layer.window, layer.tokens = window, first + count
         self._device = query.device
 
@@ -528,6 +534,30 @@ class capture:
             self._refuse(number, f"its attention's output is {distance:.0%} apart from what queries, keys and values give; "
                                  "it computes something that a trace has no place for")
 
+    def _find_rotary(self, layer, keys):
+        """Of the prompt's first piece, whose keys [K, n, D] are in the cache; of one position nothing can be told."""
+        if layer.unturned is None:
+            return
+        before, layer.unturned = layer.unturned.take(keys.shape), None
+        count = keys.shape[1]
+        if count < 2:
+            return
+        rows = torch.tensor(sorted({1, count // 2, count - 1}), device=keys.device)
+        layer.rotary = turning_table(self._rotary, [some[:, rows] for some in before], keys[:, rows], rows)
+
+    def _rotary_tables(self):
+        """Those that turned the keys of layers, and of each layer its table's name or None."""
+        # Some change with the length of what runs; of such keys no table tells.
+        still = {(table.name, table.layout): table for table in tables_of(self._decoder)}
+        used = []
+        for layer in self._layers:
+            table = layer.rotary
+            now = still.get((table.name, table.layout)) if table is not None else None
+            same = now is not None and torch.equal(now.inverse_frequencies, table.inverse_frequencies)
+            used.append(table if same and now.attention_scaling == table.attention_scaling else None)
+        tables = {table.name: table for table in used if table is not None}
+        return tables.values(), [table.name if table is not None else None for table in used]
+
     # The end.
 
     def _finish(self):
@@ -556,6 +586,8 @@ class capture:
         if self._wants_projection:
             self._tell_missing_projections()
 
+        tables, turned_by = self._rotary_tables()
+        turns_all = turned_by[0] if len(set(turned_by)) == 1 else None
         windows = [layer.window for layer in self._layers]
         window = windows[0] if len(set(windows)) == 1 else 0
         name = self._config._name_or_path or self._model.config._name_or_path or self._config.model_type
@@ -566,8 +598,11 @@ class capture:
         self._file.finish(
             model={"name": name, "architecture": self._config.model_type, "num_layers": self._num_layers,
                    "hidden_size": self._config.hidden_size, "rope_theta": _rope_theta(self._config),
-                   "sliding_window": window, **self._common},
-            layers=[{"sliding_window": layer.window} if layer.window != window else {} for layer in self._layers],
+                   "sliding_window": window, **({"rotary": turns_all} if turns_all else {}), **self._common},
+            layers=[{**({"sliding_window": layer.window} if layer.window != window else {}),
+                     **({"rotary": name} if name and not turns_all else {})}
+                    for layer, name in zip(self._layers, turned_by)],
+            rotary=tables,
             ids=ids, prompt_length=length, pieces=pieces, spans=spans,
             turn_starts=turn_starts,
             query_positions=range(0 if self._window is None else max(0, length - self._window), len(ids)),
@@ -681,6 +716,8 @@ class _Layer:
         self.cache = None  # a reference to what it was handed last as such
         self.storage = None  # of its keys at that attention
         self.hooks = []  # that wait for the cache
+        self.unturned = None  # its first keys before they are turned
+        self.rotary = None  # the table that turned them
         self.projection = None
         self.projection_hook = None
         self.projection_written = False
@@ -689,7 +726,8 @@ class _Layer:
         self.mass = None  # [H, tokens], float64
 
     def all_hooks(self):
-        return [*self.hooks, *([self.projection_hook] if self.projection_hook is not None else [])]
+        return [*self.hooks, *([self.projection_hook] if self.projection_hook is not None else []),
+                *(self.unturned.hooks if self.unturned is not None else [])]
 
 
 class _Job:

@@ -182,11 +182,11 @@ class TraceFile:
             dataset = h5d.create(self._file.id, path.encode(), kind, h5s.create_simple(tuple(tensor.shape)), creation)
             dataset.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(_bits(tensor)), kind)
 
-    def finish(self, *, model, layers, ids, prompt_length, pieces, query_positions, spans, turn_starts, source,
+    def finish(self, *, model, layers, rotary, ids, prompt_length, pieces, query_positions, spans, turn_starts, source,
                provenance):
         """Writes everything but the tensors, marks the file complete and puts it in its place.
 
-        `model`: the attributes of /model; `layers`: those of each layer's group; `spans`: (start, end, label); `turn_starts`:
+        `model`: the attributes of /model; `layers`: those of each layer's group; `rotary`: tables; `spans`: (start, end, label); `turn_starts`:
         positions.
         """
         from . import __version__
@@ -205,6 +205,12 @@ class TraceFile:
             file.create_group("provenance").attrs.update(provenance)
             for layer, attributes in enumerate(layers):
                 file[f"layers/{layer}"].attrs.update(attributes)
+            for table in rotary:
+                frequencies = table.inverse_frequencies.numpy().astype("<f4")
+                dataset = file.require_group("rotary").create_dataset(table.name, data=frequencies, track_times=False)
+                dataset.attrs["attention_scaling"] = table.attention_scaling
+                dataset.attrs["rotated_dims"] = np.int64(2 * len(frequencies))
+                dataset.attrs["layout"] = table.layout
             file.create_group("tokens")  # on the way to a dataset it would be dated
             file["tokens/ids"] = np.asarray(ids, "<i4")
             file["tokens"].attrs["prompt_length"] = np.int64(prompt_length)

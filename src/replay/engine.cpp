@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "base/memory.h"
 #include "base/parallel.h"
+#include "base/parallel_in_order.h"
 #include "base/printable.h"
 #include "kernels/kernels.h"
 #include "replay/evaluation.h"
@@ -89,6 +90,13 @@ constexpr double kOperationsPerRank = 1000;
 
 // The share of a memory limit that given-up buffers may hold.
 constexpr Index kShareKept = 8;
+
+// Whether one of a trace's layers has an output projection.
+bool has_output_projection(const TraceReader& trace) {
+  bool has = false;
+  for (int layer = 0; layer < trace.info().model.num_layers; ++layer) has |= trace.has_output_projection(layer);
+  return has;
+}
 
 // A result of the outline: what the setting is, without numbers.
 ReplayResult outline_of(const ReplaySetting& replayed, const TraceReplay& replay) {
@@ -209,13 +217,14 @@ ReplayEngine::Sums ReplayEngine::sum_up(const TraceReader& trace, const TraceRep
     sums.compared += outline.results[i].rank_agreement ? 1 : 0;
     if (!setting.policy->oracle || setting.keeps_all(held)) continue;
     sums.looks_ahead = true;
+    if (setting.policy->exchanges == 0) continue;
     const ExchangeShape exchange{.granularity = setting.granularity,
                                  .positions = held,
                                  .tokens = outline.evaluation_positions.back() + 1,
-                                 .queries = static_cast<Index>(outline.evaluation_positions.size())};
-    if (setting.policy->exchanges == 0) continue;
+                                 .queries = static_cast<Index>(outline.evaluation_positions.size()),
+                                 .output_projection = has_output_projection(trace)};
     sums.exchanges += exchange_operations(outline.model, exchange, setting.policy->exchanges);
-    sums.exchanging.insert(setting.granularity);
+    sums.exchange_bytes = std::max(sums.exchange_bytes, exchange_memory(outline.model, exchange));
   }
   const HeadShape shape = shape_of(outline);
   const Index tokens = outline.evaluation_positions.back() + 1;
@@ -357,10 +366,12 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
 ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index limit) const {
   constexpr Index kCombinations = Index{256} << 20;
   constexpr Index kDifferences = Index{512} << 20;
+  constexpr Index kExchanges = Index{2} << 30;
   Plan plan{.heads_at_once = heads_at_once,
             .rounds = rounds,
             .combination_bytes = kCombinations,
-            .settings_at_once = std::numeric_limits<Index>::max()};
+            .settings_at_once = std::numeric_limits<Index>::max(),
+            .layers_apart = heads_at_once};
   for (std::size_t r = 0; r < outlines_.size(); ++r) {
     const TraceReplay& outline = outlines_[r];
     const Sums& sums = sums_[r].rbegin()->second;  // of the layers that hold most
@@ -369,9 +380,22 @@ ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index li
     const Index width = Index{outline.model.num_attention_heads} * outline.model.head_dim;
     const std::vector<ReplayUnit> layers(static_cast<std::size_t>(outline.model.num_layers),
                                          ReplayUnit{static_cast<int>(r), 0});
-    const auto layers_at_once = static_cast<Index>(units_at_once(layers, plan));
     const Index projections = sums.asked.projected_distance ? LayerProjection::memory(outline.model) : 0;
-    const Index unit = layers_at_once * (sums.layer_bytes + projections);
+    const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1);
+    const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries, outline.extent().spans);
+    auto layers_at_once = static_cast<Index>(units_at_once(layers, plan));
+    Index waiting = 0;  // layers that are done and not handed out
+    if (sums.exchanges > 0) {
+      const Index least = sums.exchange_bytes + 2 * (sums.layer_bytes + setting) + projections +
+                          LayerMeasurement::memory(outline.model) + evaluated;
+      const Index most = limit > 0 ? limit / least : kExchanges / sums.exchange_bytes;
+      const Index apart = std::clamp<Index>(most, 1, heads_at_once);
+      plan.layers_apart = std::min(plan.layers_apart, static_cast<int>(apart));
+      const bool everywhere = std::ranges::all_of(sums_[r], [](const auto& of) { return of.second.exchanges > 0; });
+      layers_at_once = everywhere ? apart : std::max(apart, layers_at_once);
+      waiting = apart - 1;
+    }
+    const Index unit = layers_at_once * (sums.layer_bytes + projections) + waiting * sums.layer_bytes;
     const auto take = [&plan, limit](Index bytes) {
       plan.memory = std::max(plan.memory, bytes);
       plan.fits = plan.fits && (limit == 0 || bytes <= limit);
@@ -384,18 +408,10 @@ ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index li
     plan.combination_bytes = std::min(plan.combination_bytes, combinations);
     const Index projected = kProjectionSlice * (width + kernels::kPanel) * static_cast<Index>(sizeof(float));
     take(unit + plan.heads_at_once * std::max({sums.head_bytes + combinations, projected, sums.setting_bytes}));
-    for (const Granularity granularity : sums.exchanging) {
-      const ExchangeShape exchange{.granularity = granularity,
-                                   .positions = std::ranges::max(outline.held),
-                                   .tokens = outline.evaluation_positions.back() + 1,
-                                   .queries = queries};
-      take(unit + exchange_memory(outline.model, exchange, plan.heads_at_once));
-    }
 
-    // Measures.
-    const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1);
-    const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries, outline.extent().spans);
-    const Index fixed = unit + plan.heads_at_once * std::max(evaluated, projected) +
+    // Measures, which exchanges take in between.
+    const Index fixed = unit + (waiting + 1) * sums.exchange_bytes +
+                        plan.heads_at_once * std::max(evaluated, projected) +
                         layers_at_once * (setting + LayerMeasurement::memory(outline.model));
     Index at_once = std::clamp<Index>(kDifferences / (layers_at_once * setting), 1, count);
     if (limit > 0) at_once = std::min(at_once, (limit - fixed) / (layers_at_once * setting));
@@ -444,8 +460,7 @@ const TraceReader& ReplayEngine::trace_of(const ReplayUnit& unit) const {
 }
 
 // The fewest units whose heads keep all threads busy to the end, or nearly: enough rounds of them that a thread which
-// is late matters little, and hardly one that is not full. Exchanges of oracles take much longer than all else in a
-// layer and go through it head by head, so that layers with them are handed out one by one.
+// is late matters little, and hardly one that is not full.
 std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units, const Plan& plan) const {
   constexpr double kBusyEnough = 0.95;
   const auto at_once = static_cast<std::size_t>(plan.heads_at_once);
@@ -455,7 +470,6 @@ std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units, const
     const TraceReplay& outline = outlines_[static_cast<std::size_t>(units[count].replay)];
     heads += static_cast<std::size_t>(outline.model.num_key_value_heads);
     ++count;
-    if (sums_of(units[count - 1]).exchanges > 0) break;
     const std::size_t rounds = (heads + at_once - 1) / at_once;
     const bool full = static_cast<double>(heads) >= kBusyEnough * static_cast<double>(rounds * at_once);
     if (rounds >= static_cast<std::size_t>(plan.rounds) && full) break;
@@ -463,17 +477,37 @@ std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units, const
   return count;
 }
 
-// Takes the units group by group and hands out, in their order, what work(group, plan) makes of each.
+// Takes the units group by group and hands out, in their order, what work(group, plan) makes of each. Exchanges of
+// oracles take much longer than all else in a layer and go through it head by head: layers with them are groups of
+// their own, each on one thread.
 template <class Work, class Done>
 void ReplayEngine::for_each_group(std::span<const ReplayUnit> units, const Work& work, const Done& done) const {
   const Plan plan = plan_for(memory_limit_);
   complete_surveys(units);
-  while (!units.empty()) {
-    const std::span<const ReplayUnit> group = units.first(units_at_once(units, plan));
-    units = units.subspan(group.size());
-    auto results = work(group, plan);
+  const auto hand_out = [&](std::span<const ReplayUnit> group, auto results) {
     for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(results[i]));
     if (memory_limit_ > 0) trim_memory();
+  };
+  while (!units.empty()) {
+    const bool exchanging = has_exchanges(units.front());
+    const auto end = std::ranges::find_if(units, [&](const ReplayUnit& u) { return has_exchanges(u) != exchanging; });
+    std::span<const ReplayUnit> alike = units.first(static_cast<std::size_t>(end - units.begin()));
+    units = units.subspan(alike.size());
+    if (exchanging) {
+      Plan apart = plan;
+      apart.layers_apart = std::min(plan.layers_apart, static_cast<int>(alike.size()));
+      apart.heads_at_once = plan.heads_at_once / apart.layers_apart;
+      const auto group = [alike](int i) { return alike.subspan(static_cast<std::size_t>(i), 1); };
+      parallel_in_order(
+          static_cast<int>(alike.size()), [&](int i) { return work(group(i), apart); },
+          [&](int i, auto results) { hand_out(group(i), std::move(results)); }, apart.layers_apart);
+      continue;
+    }
+    while (!alike.empty()) {
+      const std::span<const ReplayUnit> group = alike.first(units_at_once(alike, plan));
+      alike = alike.subspan(group.size());
+      hand_out(group, work(group, plan));
+    }
   }
 }
 

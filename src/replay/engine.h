@@ -31,9 +31,9 @@ struct TraceNote {
   std::string note;
 };
 
-/// Replays a request over traces. Heads of a unit, and units, are spread over OpenMP's threads; results are the same
-/// bits for any number of them, for any order and division of the units, and whatever other policies are replayed with
-/// a policy (but for oracle-reconstruction, which starts from them).
+/// Replays a request over traces. Heads of a unit, and units, are spread over OpenMP's threads, whole units where oracles
+/// exchange positions; results are the same bits for any number of them, for any order and division of the units, and
+/// whatever other policies are replayed with a policy (but for oracle-reconstruction, which starts from them).
 class ReplayEngine {
  public:
   /// Looks at everything that can be wrong before any work. What cannot be replayed is left out, which the notes of an
@@ -95,6 +95,7 @@ class ReplayEngine {
     int rounds = 1;               // of them that the layers of a group make at least
     Index combination_bytes = 0;  // per head that is ranked
     Index settings_at_once = 1;   // that are measured together
+    int layers_apart = 1;         // layers with exchanges at once, by as many threads
     Index memory = 0;
     bool fits = true;
   };
@@ -103,16 +104,16 @@ class ReplayEngine {
   // asked for again and again.
   struct Sums {
     RankingRequirements asked;
-    double capacities = 0;                  // of all settings
-    double compared = 0;                    // settings with rank agreement
-    bool looks_ahead = false;               // oracles: at what the evaluation queries attend to
-    double exchanges = 0;                   // operations of oracles that exchange positions, in a layer
-    std::set<Granularity> exchanging = {};  // the granularities of these
-    Index layer_bytes = 0;                  // of a layer's results while they are made
-    Index head_bytes = 0;                   // of a head that is ranked, combinations excepted
-    Index setting_bytes = 0;                // of a setting whose heads are put together
-    Index least_combinations = 0;           // bytes
-    Index all_combinations = 0;             // bytes
+    double capacities = 0;         // of all settings
+    double compared = 0;           // settings with rank agreement
+    bool looks_ahead = false;      // oracles: at what the evaluation queries attend to
+    double exchanges = 0;          // operations of oracles that exchange positions, in a layer
+    Index exchange_bytes = 0;      // of them, while they work
+    Index layer_bytes = 0;         // of a layer's results while they are made
+    Index head_bytes = 0;          // of a head that is ranked, combinations excepted
+    Index setting_bytes = 0;       // of a setting whose heads are put together
+    Index least_combinations = 0;  // bytes
+    Index all_combinations = 0;    // bytes
   };
 
   // By what layers hold, of every setting: the surveys of the layers that hold as much.
@@ -134,6 +135,7 @@ class ReplayEngine {
                      int held);
   const Sums& sums_of(const ReplayUnit& unit) const;
   bool needs_projection(const ReplayUnit& unit) const;
+  bool has_exchanges(const ReplayUnit& unit) const { return sums_of(unit).exchanges > 0; }
   std::size_t units_at_once(std::span<const ReplayUnit> units, const Plan& plan) const;
 
   std::span<const TraceReader> traces_;

@@ -7,6 +7,7 @@
 #include <limits>
 #include <map>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <utility>
 
@@ -237,6 +238,7 @@ void improve_oracles(const TraceReader& trace, int layer, const Eviction& evicti
                      const std::vector<Setting>& settings, std::vector<LayerResult>& results, Index at_once,
                      int threads) {
   const int held = head_shape(trace.info(), layer, 0, eviction.position).rows();
+  std::optional<LayerExchanges> exchanges;
   for (std::size_t oracle = 0; oracle < settings.size(); ++oracle) {
     const Setting& setting = settings[oracle];
     if (setting.policy->exchanges == 0 || setting.keeps_all(held)) continue;
@@ -250,6 +252,7 @@ void improve_oracles(const TraceReader& trace, int layer, const Eviction& evicti
       if (comparable) candidates.push_back(&results[i].kept);
     }
     const auto best_of = [&](std::span<const LayerResidencies* const> sets) {
+      if (sets.size() == 1) return sets.front();
       const LayerResidencies* best = nullptr;
       double least = 0;
       while (!sets.empty()) {
@@ -269,8 +272,8 @@ void improve_oracles(const TraceReader& trace, int layer, const Eviction& evicti
     const LayerResidencies start = *best_of(candidates);
     LayerSets sets;
     for (const Residency& each : start) sets.emplace_back(each.kept().begin(), each.kept().end());
-    const LayerSets exchanged = exchange_positions(trace, layer, eviction, setting.granularity, std::move(sets),
-                                                   setting.policy->exchanges, threads);
+    if (!exchanges) exchanges.emplace(trace, layer, eviction);
+    const LayerSets exchanged = exchanges->improve(setting.granularity, std::move(sets), setting.policy->exchanges);
     const LayerResidencies improved(exchanged.begin(), exchanged.end());
     // Measured like any other sets: where rounding made it worse, the start stays.
     const std::vector<const LayerResidencies*> both = {&start, &improved};

@@ -64,7 +64,7 @@ std::string window_text(const TraceInfo& info) {
     if (layer.attends) ++windows[layer.rule.sliding_window];
   }
   std::string text;
-  for (const auto [window, layers] : windows) {
+  for (const auto& [window, layers] : windows) {
     const std::string name = window == 0 ? "no sliding window" : fmt::format("sliding window {}", window);
     if (windows.size() == 1) return name;
     text += fmt::format("{}{} in {} of {} layers", text.empty() ? "" : ", ", name, layers, info.model.num_layers);

@@ -53,8 +53,8 @@ case "${1-}" in
   --ci)
     for_tidy
     for_fuzz
-    packages+=(clang-format python3-h5py python3-numpy libopenmpi-dev openmpi-bin man-db zsh fish)
-    commands+=(clang-format mpirun man zsh fish)
+    packages+=(clang-format python3-h5py python3-numpy libopenmpi-dev openmpi-bin man-db zsh fish patch)
+    commands+=(clang-format mpirun man zsh fish patch)
     python_modules+=(h5py numpy)
     # Ubuntu's is a snap, which a container does not run: reports are not checked there unless a browser is on the PATH.
     [ "$(sed -n 's/^ID=//p' /etc/os-release 2>/dev/null)" = ubuntu ] || {
@@ -135,7 +135,7 @@ kvreplay needs: a C++20 compiler with OpenMP (GCC 12 or Clang 14, or newer), CMa
   Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, toml++ 3.3, xxHash, Highway 1.0.3, SentencePiece, PCRE2 10.40, utf8proc
   and GoogleTest 1.12, or newer. ccache is optional.
   `make format` and `make check-format` need clang-format alone; `make tidy` clang, libomp and Python with venv as well;
-  `make fuzz` clang, compiler-rt and libomp; .ci/run also h5py, an MPI, Chromium, man, zsh and fish; the benchmarks Google
+  `make fuzz` clang, compiler-rt and libomp; .ci/run also h5py, an MPI, Chromium, man, zsh, fish and patch; the benchmarks Google
   Benchmark and OpenBLAS.
 Installed on Debian 12, Ubuntu 24.04 and newer by this script; elsewhere by you, where CMake and pkg-config find them
   (CMAKE_PREFIX_PATH, PKG_CONFIG_PATH).

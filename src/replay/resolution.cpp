@@ -230,6 +230,7 @@ std::vector<ReplaySetting> settings_for(const TraceReader& trace, const ReplayRe
   std::vector<ReplaySetting> settings;
   SettingNames nothing_to_choose;
   SettingNames without_projection;
+  SettingNames without_rotary;
   for (const Policy& policy : request.policies) {
     const auto rule = policy.pattern() ? policy.pattern()->capacity_rule() : Pattern::CapacityRule::asked;
     const std::optional<int> own = policy.budget ? policy.budget->own_capacity() : std::nullopt;
@@ -280,6 +281,15 @@ std::vector<ReplaySetting> settings_for(const TraceReader& trace, const ReplayRe
     if (replayed && needs.includes(Need::Kind::output_projection) && !holdings.missing_projection.empty()) {
       without_projection.add(policy.canonical, "");
     }
+    if (replayed && needs.includes(Need::Kind::rotary) && trace.info().rotary.empty()) {
+      without_rotary.add(policy.canonical, "");
+    }
+  }
+  if (without_rotary.count() > 0) {
+    notes.push_back(
+        fmt::format("{}: the trace does not say how positions turned its queries; the plain rotation of base "
+                    "{} is taken, which is wrong for models that scale it or turn some dimensions alone",
+                    without_rotary.text(), trace.info().model.rope_theta));
   }
   if (without_projection.count() > 0) {
     notes.push_back(fmt::format("{}: {}; lengths are taken before it there", without_projection.text(),

@@ -13,7 +13,9 @@
 namespace kvreplay::test {
 namespace {
 
+using testing::Contains;
 using testing::HasSubstr;
+using testing::StartsWith;
 
 class ExpectedAttention : public testing::Test {
  protected:
@@ -42,6 +44,15 @@ TEST_F(ExpectedAttention, StatisticsOfTheTraceItselfChangeNothing) {
   const TraceReader trace(folder_ / "t.h5");
   write_query_statistics(folder_ / "own.h5", std::span(&trace, 1), 4);
   EXPECT_EQ(kept("t.h5", with_statistics("own.h5")), kept("t.h5", "expected-attention"));
+}
+
+// Traces of version 1 have the base alone.
+TEST_F(ExpectedAttention, SaysWhatRotationItTakesWhereTheTraceHasNone) {
+  RandomTrace().write(folder_ / "t.h5");
+  const auto notes =
+      replay(TraceReader(folder_ / "t.h5"), make_request({"expected-attention", "knorm"}, {"20"})).at(0).notes;
+  EXPECT_THAT(notes, Contains(StartsWith("expected-attention: the trace does not say how positions turned its queries; "
+                                         "the plain rotation of base 10000 is taken")));
 }
 
 TEST_F(ExpectedAttention, OtherTracesReplaceTheQueriesOfThisOne) {

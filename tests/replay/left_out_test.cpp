@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "replay/engine.h"
+#include "replay/replay.h"
 #include "support/random_trace.h"
 #include "support/temporary_folder.h"
 

@@ -15,6 +15,7 @@ namespace {
 
 using Per = MeasureTraits::Per;
 using testing::ElementsAre;
+using testing::Not;
 using testing::SizeIs;
 
 double of_head(Measure measure, const Eigen::RowVectorXd& full, const Eigen::RowVectorXd& evicted) {

@@ -47,7 +47,7 @@ class Definition {
   Definition(const TraceReader& trace, int layer, int eviction, int evaluate_from) : eviction_(eviction) {
     const TraceInfo& info = trace.info();
     const ModelInfo& model = info.model;
-    const int window = info.layer_sliding_window[static_cast<std::size_t>(layer)];
+    const int window = info.layers[static_cast<std::size_t>(layer)].rule.sliding_window;
     for (int head = 0; head < model.num_attention_heads; ++head) {
       const int kv_head = head / model.group_size();
       const auto tokens = info.num_tokens();

@@ -12,6 +12,7 @@
 #include <random>
 
 #include "replay/engine.h"
+#include "replay/replay.h"
 #include "support/random_trace.h"
 #include "support/temporary_folder.h"
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "support/odd_trace.h"
+#include "support/places.h"
 #include "support/sample_trace.h"
 #include "support/temporary_folder.h"
 #include "trace/check.h"
@@ -167,7 +168,7 @@ TEST_F(Layers, TellTracesApart) {
 }
 
 TEST(LayersOfOldTraces, AreAsTheModelSays) {
-  const TraceReader reader(std::filesystem::path(KVREPLAY_TEST_DATA) / "trace-version-1.h5");
+  const TraceReader reader(test::test_data() / "trace-version-1.h5");
   for (const LayerInfo& layer : reader.info().layers) {
     LayerInfo expected = reader.info().model.layer();
     expected.rule.sliding_window = layer.rule.sliding_window;

@@ -476,9 +476,7 @@ void run_sweep(CLI::App& command, const SweepOptions& options) {
   }
 
   together(*ranks, [&]() {
-    with_advice(sweep, [&]() {
-      survey_layers(*sweep.engine, sweep.left, *sweep.store, ranks->rank(), ranks->size());
-    });
+    with_advice(sweep, [&]() { survey_layers(*sweep.engine, sweep.left, *sweep.store, ranks->rank(), ranks->size()); });
   });
   together(*ranks, [&]() {
     with_advice(sweep, [&]() {

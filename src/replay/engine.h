@@ -31,9 +31,10 @@ struct TraceNote {
   std::string note;
 };
 
-/// Replays a request over traces. Heads of a unit, and units, are spread over OpenMP's threads, whole units where oracles
-/// exchange positions; results are the same bits for any number of them, for any order and division of the units, and
-/// whatever other policies are replayed with a policy (but for oracle-reconstruction, which starts from them).
+/// Replays a request over traces. Heads of a unit, and units, are spread over OpenMP's threads, whole units where
+/// oracles exchange positions; results are the same bits for any number of them, for any order and division of the
+/// units, and whatever other policies are replayed with a policy (but for oracle-reconstruction, which starts from
+/// them).
 class ReplayEngine {
  public:
   /// Looks at everything that can be wrong before any work. What cannot be replayed is left out, which the notes of an

@@ -25,6 +25,7 @@ using testing::ElementsAre;
 using testing::FloatEq;
 using testing::HasSubstr;
 using testing::IsEmpty;
+using testing::Not;
 using testing::SizeIs;
 
 double zero(int /*layer*/, int /*head*/, int /*query*/) { return 0; }
@@ -373,6 +374,24 @@ TEST_F(RetentionTest, RastersHoldTheShareOfEachBin) {
   ASSERT_THAT(fine, SizeIs(100));
   EXPECT_EQ(fine[5], 0.75f);
   EXPECT_EQ(fine[85], 0.25f);
+}
+
+TEST_F(RetentionTest, WhatIsEvictedLaterCountsForTheQueriesThatSawIt) {
+  TraceReplay replay = MadeReplay{.layers = 1}.replay();
+  add_kept(replay, "snapkv", {range(0, 20), range(0, 10)});
+  // Half of what the first head keeps is gone for the last four of the eight queries.
+  std::vector<int> until(20, Residency::kNever);
+  std::fill(until.begin() + 10, until.end(), replay.evaluation_positions[3]);
+  replay.results[0].kept.sets[0] = Residency(range(0, 20), until, replay.eviction_position);
+  const ResultSet of = results({replay});
+  const RetentionSet set = kept({replay}, of);
+  const std::vector<float> share = kept_rasters(of, set, 1000, false).at(0).share;
+  EXPECT_EQ(share[5], 1.0f);
+  EXPECT_EQ(share[15], 0.25f);
+  EXPECT_EQ(share[25], 0.0f);
+  const std::vector<HeadOverlap> rows = head_overlaps(of, set, of);
+  EXPECT_THAT(rows, Not(IsEmpty()));
+  for (const HeadOverlap& row : rows) EXPECT_DOUBLE_EQ(row.jaccard, (4 * 0.5 + 4 * 1) / 8);
 }
 
 TEST(RasterBinsTest, CoverThePositionsWithNoMoreBinsThanAsked) {

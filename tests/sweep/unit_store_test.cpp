@@ -87,6 +87,26 @@ class UnitStoreTest : public testing::Test {
   SweepIdentity identity_;
 };
 
+TEST_F(UnitStoreTest, UntilWhenPositionsStayComesBack) {
+  const auto opened = store();
+  opened->open(false);
+  const std::vector<ReplayUnit> units = {engine_->units().front()};
+  std::vector<LayerResult> results;
+  engine_->run(units, [&](const ReplayUnit&, std::vector<LayerResult> found) { results = std::move(found); });
+  const int eviction = engine_->outlines().front().eviction_position;
+  results.at(2).kept.at(1) = Residency({1, 5, eviction + 2}, {eviction, Residency::kNever, eviction + 4}, eviction);
+  opened->save(units[0], results);
+  std::vector<std::string> notes;
+  EXPECT_THAT(opened->finished(notes), SizeIs(1)) << "its digests are right";
+  EXPECT_THAT(notes, IsEmpty());
+  // All settings, and some of them.
+  for (const auto& [first, count] : {std::pair<std::size_t, std::size_t>(0, results.size()), {2, 1}, {3, 2}}) {
+    const std::vector<LayerResult> found = opened->read(units[0]).read(first, count);
+    ASSERT_THAT(found, SizeIs(count));
+    for (std::size_t i = 0; i < count; ++i) EXPECT_EQ(found[i].kept, results[first + i].kept) << first + i;
+  }
+}
+
 TEST_F(UnitStoreTest, WhatIsStoredIsWhatAReplayInMemoryGives) {
   const auto opened = store();
   opened->open(false);

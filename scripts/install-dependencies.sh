@@ -19,7 +19,7 @@ die() {
 packages=(
   g++ cmake ninja-build make pkg-config ccache
   libhdf5-dev libeigen3-dev libcli11-dev libfmt-dev nlohmann-json3-dev libxxhash-dev libhwy-dev
-  libtomlplusplus-dev libsentencepiece-dev libpcre2-dev libutf8proc-dev libgtest-dev libgmock-dev
+  libtomlplusplus-dev libsentencepiece-dev libpcre2-dev libutf8proc-dev libboost-dev libgtest-dev libgmock-dev
 )
 # ccache is a convenience: a build without it is only slower.
 commands=(cmake ninja make pkg-config)
@@ -132,8 +132,8 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { ret
 list_of_needs() {
   cat <<'EOF'
 kvreplay needs: a C++20 compiler with OpenMP (GCC 12 or Clang 14, or newer), CMake 3.25, Ninja, make, pkg-config, HDF5 1.10,
-  Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, toml++ 3.3, xxHash, Highway 1.0.3, SentencePiece, PCRE2 10.40, utf8proc
-  and GoogleTest 1.12, or newer. ccache is optional.
+  Eigen 3.4, CLI11 2.1, fmt 9, nlohmann-json 3.11, toml++ 3.3, xxHash, Highway 1.0.3, SentencePiece, PCRE2 10.40, utf8proc,
+  Boost 1.74 and GoogleTest 1.12, or newer. ccache is optional.
   `make format` and `make check-format` need clang-format alone; `make tidy` clang, libomp and Python with venv as well;
   `make fuzz` clang, compiler-rt and libomp; .ci/run also h5py, an MPI, Chromium, man, zsh, fish and patch; the benchmarks Google
   Benchmark and OpenBLAS.

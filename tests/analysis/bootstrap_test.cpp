@@ -6,6 +6,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
+#include <numbers>
 #include <numeric>
 #include <random>
 
@@ -47,17 +49,37 @@ TEST(StudentT, TailsAreThoseOfSciPy) {
                   {40, 9, 1.898299844933982e-11},
                   {1.96, 1e6, 4.999606758526985e-02}};
   for (const auto& [t, degrees, tails] : expected) {
-    EXPECT_NEAR(student_t_tails(t, degrees) / tails, 1, 1e-9) << t << " with " << degrees;
+    EXPECT_NEAR(student_t_tails(t, degrees) / tails, 1, 1e-12) << t << " with " << degrees;
   }
 }
 
+TEST(StudentT, TailsOfOneAndTwoDegreesAreThoseInClosedForm) {
+  for (const double t : {0.01, 0.3, 1., 2.5, 17.}) {
+    EXPECT_NEAR(student_t_tails(t, 1), 1 - 2 * std::atan(t) / std::numbers::pi, 1e-14) << t;
+    EXPECT_NEAR(student_t_tails(t, 2), 1 - t / std::sqrt(2 + t * t), 1e-14) << t;
+  }
+}
+
+TEST(StudentT, IsTheNormalDistributionOfInfiniteDegreesAndNaNWhereItIsUndefined) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_NEAR(student_t_tails(2, kInfinity) / std::erfc(std::numbers::sqrt2), 1, 1e-12);
+  EXPECT_EQ(student_t_tails(kInfinity, 4), 0);
+  EXPECT_TRUE(std::isnan(student_t_tails(kNaN, 4)));
+  EXPECT_TRUE(std::isnan(student_t_tails(1, kNaN)));
+  EXPECT_TRUE(std::isnan(student_t_bound(0.95, kNaN)));
+}
+
 TEST(StudentT, BoundsAreThoseOfSciPy) {
-  EXPECT_NEAR(student_t_bound(0.95, 1), 1.270620473617469e+01, 1e-8);
-  EXPECT_NEAR(student_t_bound(0.95, 2.5), 3.574654842003682e+00, 1e-9);
-  EXPECT_NEAR(student_t_bound(0.9, 10), 1.812461122811676e+00, 1e-9);
-  EXPECT_NEAR(student_t_bound(0.99, 30), 2.749995653567225e+00, 1e-9);
-  EXPECT_NEAR(student_t_bound(0.999, 4), 8.610301581379522e+00, 1e-8);
-  EXPECT_NEAR(student_t_bound(0.95, std::numeric_limits<double>::infinity()), 1.959963984540054e+00, 1e-9);
+  const struct {
+    double share, degrees, bound;
+  } expected[] = {
+      {0.95, 1, 1.270620473617469e+01},  {0.95, 2.5, 3.574654842003682e+00},
+      {0.9, 10, 1.812461122811676e+00},  {0.99, 30, 2.749995653567225e+00},
+      {0.999, 4, 8.610301581379522e+00}, {0.95, std::numeric_limits<double>::infinity(), 1.959963984540054e+00}};
+  for (const auto& [share, degrees, bound] : expected) {
+    EXPECT_NEAR(student_t_bound(share, degrees) / bound, 1, 1e-12) << share << " with " << degrees;
+  }
 }
 
 TEST(BlockLength, IsThatOfAnotherImplementation) {

@@ -1,4 +1,4 @@
-#!/ usr / bin / env python3
+#!/usr/bin/env python3
 """Prints the values that the tests of the statistics hold theirs against, from other people's implementations.
 
 Needs numpy, scipy, statsmodels and arch: pip install numpy scipy statsmodels arch

@@ -74,7 +74,7 @@ class Transformer {
                const Rotation& rotation, KvCache& cache, int layer_number, std::span<float> queries);
   void feed_forward(const LayerWeights& layer, std::span<const float> attended, Index count, std::span<float> hidden);
   void normalize(std::span<const float> hidden, std::span<const float> weight, std::span<float> out) const;
-  void rotate(std::span<float> heads, Index count, Index width, Index token, const Rotation& rotation) const;
+  void rotate(std::span<float> heads, Index count, Index width, Index first, const Rotation& rotation) const;
 
   const Model& model_;
   Execution execution_;

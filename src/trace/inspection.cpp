@@ -106,7 +106,8 @@ void measure_fidelity(const TraceReader& trace, Inspection& inspection) {
     for (int head = 0; of.attends && head < of.num_key_value_heads; ++head) kv_heads.push_back({layer, head});
   }
   parallel_for(static_cast<int>(kv_heads.size()), [&](int piece) {
-    const auto [layer, kv_head] = kv_heads[static_cast<std::size_t>(piece)];
+    const int layer = kv_heads[static_cast<std::size_t>(piece)].layer;
+    const int kv_head = kv_heads[static_cast<std::size_t>(piece)].head;
     const LayerInfo& of = info.layers[static_cast<std::size_t>(layer)];
     const Index keys_needed = positions.back() + 1;
     const Matrix keys = trace.read(layer, HeadTensor::keys, kv_head, 0, keys_needed);

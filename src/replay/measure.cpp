@@ -44,7 +44,7 @@ double spearman(const RankCorrelation& agreement) { return agreement.spearman; }
 double kendall(const RankCorrelation& agreement) { return agreement.kendall; }
 
 // In the order of the names in Measure; what has none there comes after them.
-constexpr auto kMeasures = [] {
+auto list_of_measures() {
   auto list = std::to_array<MeasureTraits>({
       {.name = "layer_error",
        .noun = "layer error",
@@ -82,27 +82,22 @@ constexpr auto kMeasures = [] {
   int place = 0;
   for (MeasureTraits& traits : list) traits.measure = Measure{place++};
   return list;
-}();
-
-constexpr bool is_named(Measure measure, std::string_view name) {
-  return kMeasures[static_cast<std::size_t>(measure)].name == name;
 }
-static_assert(is_named(Measure::layer_error, "layer_error") && is_named(Measure::head_error, "head_error") &&
-              is_named(Measure::attention_recall, "attention_recall") && is_named(Measure::cosine, "cosine") &&
-              is_named(Measure::span_recall, "span_recall") && is_named(Measure::spearman, "spearman") &&
-              is_named(Measure::kendall, "kendall"));
 
 }  // namespace
 
-std::span<const MeasureTraits> measures() { return kMeasures; }
+std::span<const MeasureTraits> measures() {
+  static const auto list = list_of_measures();
+  return list;
+}
 
-const MeasureTraits& traits_of(Measure measure) { return kMeasures[static_cast<std::size_t>(measure)]; }
+const MeasureTraits& traits_of(Measure measure) { return measures()[static_cast<std::size_t>(measure)]; }
 
 Measure measure_named(std::string_view name) {
-  const auto* found = std::ranges::find(kMeasures, name, &MeasureTraits::name);
-  if (found != std::end(kMeasures)) return found->measure;
+  const auto found = std::ranges::find(measures(), name, &MeasureTraits::name);
+  if (found != measures().end()) return found->measure;
   std::vector<std::string> names;
-  for (const MeasureTraits& traits : kMeasures) names.emplace_back(traits.name);
+  for (const MeasureTraits& traits : measures()) names.emplace_back(traits.name);
   throw UsageError(
       fmt::format("unknown measure '{}'.{} Measures: {}", name, suggestion(name, names), fmt::join(names, ", ")));
 }
@@ -128,7 +123,7 @@ std::size_t number_count(const MeasureTraits& measure, const MeasureExtent& exte
 
 Index numbers_per_layer(const MeasureExtent& extent, bool with_ranks) {
   std::size_t numbers = 0;
-  for (const MeasureTraits& measure : kMeasures) {
+  for (const MeasureTraits& measure : measures()) {
     if (with_ranks || measure.per != MeasureTraits::Per::head) numbers += number_count(measure, extent);
   }
   return static_cast<Index>(numbers);

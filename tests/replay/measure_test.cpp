@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
 #include <set>
 #include <string_view>
 #include <variant>
@@ -73,6 +74,15 @@ TEST(Measure, IsFoundByItsName) {
     EXPECT_EQ(&traits_of(measure.measure), &measure);
     EXPECT_TRUE(names.insert(measure.name).second) << measure.name;
   }
+  // The names in the enumeration are places in the list.
+  const std::map<std::string, Measure> named = {{"layer_error", Measure::layer_error},
+                                                {"head_error", Measure::head_error},
+                                                {"attention_recall", Measure::attention_recall},
+                                                {"cosine", Measure::cosine},
+                                                {"span_recall", Measure::span_recall},
+                                                {"spearman", Measure::spearman},
+                                                {"kendall", Measure::kendall}};
+  for (const auto& [name, measure] : named) EXPECT_EQ(measure_named(name), measure) << name;
   EXPECT_THAT(formulas<LayerOutcome>(), Not(SizeIs(0)));
   EXPECT_EQ(formulas<LayerOutcome>().size() + formulas<HeadOutcome>().size() + formulas<SpanOutcome>().size() +
                 formulas<RankCorrelation>().size(),

@@ -338,12 +338,22 @@ std::pair<Index, Index> Head::visible(int position) const {
   return visible_entries(source_.entries(), position, shape_.rule);
 }
 
-Matrix Head::logits(const Matrix& queries, const Matrix& keys) const {
-  Matrix logits(queries.rows(), keys.rows());
-  logits.noalias() = queries * keys.transpose();
-  scale_logits(logits, shape_.rule);
-  count_operations(2 * logits.size() * queries.cols());
-  return logits;
+void Head::attend(int member, const Matrix& queries, const Matrix& keys,
+                  const std::function<std::pair<Index, Index>(Index query)>& seen,
+                  const std::function<void(Index query, std::span<const float> weights)>& take) const {
+  const float sink = shape_.rule.sink(shape_.query_head(member));
+  for (Index first = 0; first < queries.rows(); first += kRowBlock) {
+    const Index count = std::min<Index>(kRowBlock, queries.rows() - first);
+    Matrix block(count, keys.rows());
+    block.noalias() = queries.middleRows(first, count) * keys.transpose();
+    scale_logits(block, shape_.rule);
+    count_operations(2 * block.size() * queries.cols());
+    for (Index row = 0; row < count; ++row) {
+      const auto [first_seen, end_seen] = seen(first + row);
+      softmax(block.row(row), first_seen, end_seen, sink);
+      take(first + row, {block.data() + row * block.cols(), static_cast<std::size_t>(block.cols())});
+    }
+  }
 }
 
 const Head::WindowPass& Head::window_pass(int window) const {
@@ -646,23 +656,24 @@ const std::vector<float>& Head::accumulated_attention(int member) const {
         "all {} queries before the eviction, and the trace holds the last {}; capture with --queries all",
         shape_.next_position, shared_->window));
   }
-  const float sink = shape_.rule.sink(shape_.query_head(member));
   std::vector<double> sums(static_cast<std::size_t>(rows()), 0.0);
   // Queries before the first row see none, later ones maybe entries before it too.
   const int first_query = rows() > 0 ? positions()[0] : shape_.next_position;
   const Index first_key = visible(first_query).first;
   const Matrix more_keys = first_key < first_row_ ? entry_keys().bottomRows(entries_ - first_key) : Matrix();
   const Matrix& seen_keys = first_key < first_row_ ? more_keys : keys();
+  // As few queries at a time as attend together: all of them are too many to be kept.
   for (int first = first_query; first < shape_.next_position; first += kRowBlock) {
-    const int count = std::min(kRowBlock, shape_.next_position - first);
-    Matrix block = logits(source_.queries(member, first, count), seen_keys);
-    for (int query = 0; query < count; ++query) {
-      const auto [first_seen, end_seen] = visible(first + query);
-      softmax(block.row(query), first_seen - first_key, end_seen - first_key, sink);
-      for (Index entry = first_row_; entry < end_seen; ++entry) {
-        sums[static_cast<std::size_t>(entry - first_row_)] += static_cast<double>(block(query, entry - first_key));
-      }
-    }
+    const auto seen = [&](Index query) {
+      const auto [first_seen, end_seen] = visible(first + static_cast<int>(query));
+      return std::pair(first_seen - first_key, end_seen - first_key);
+    };
+    const auto add = [&](Index /*query*/, std::span<const float> weights) {
+      const auto held = weights.subspan(static_cast<std::size_t>(first_row_ - first_key));
+      for (std::size_t n = 0; n < sums.size(); ++n) sums[n] += static_cast<double>(held[n]);
+    };
+    attend(member, source_.queries(member, first, std::min(kRowBlock, shape_.next_position - first)), seen_keys, seen,
+           add);
   }
   accumulated.emplace(sums.begin(), sums.end());
   return *accumulated;
@@ -673,22 +684,18 @@ const std::vector<float>& Head::evaluation_attention(int member) const {
   if (kept) return *kept;
   const std::span<const int> positions = source_.evaluation_positions();
   if (positions.empty()) throw Error("an oracle needs evaluation queries, and there are none");
-  const Matrix queries = source_.evaluation_queries(member);
-  const Matrix visible_keys = source_.evaluation_keys();
   std::vector<double> sums(static_cast<std::size_t>(rows()), 0.0);
-  for (Index first = 0; first < queries.rows(); first += kRowBlock) {
-    const Index rows = std::min<Index>(kRowBlock, queries.rows() - first);
-    Matrix block = queries.middleRows(first, rows) * visible_keys.transpose();
-    scale_logits(block, shape_.rule);
-    for (Index row = 0; row < rows; ++row) {
-      const Index position = positions[static_cast<std::size_t>(first + row)];
-      softmax(block.row(row), shape_.rule.first_visible(position), position + 1,
-              shape_.rule.sink(shape_.query_head(member)));
-      for (std::size_t n = 0; n < sums.size(); ++n) {
-        sums[n] += static_cast<double>(block(row, shape_.positions[static_cast<int>(n)]));
-      }
-    }
-  }
+  attend(
+      member, source_.evaluation_queries(member), source_.evaluation_keys(),
+      [&](Index query) {
+        const Index position = positions[static_cast<std::size_t>(query)];
+        return std::pair(shape_.rule.first_visible(position), position + 1);
+      },
+      [&](Index /*query*/, std::span<const float> weights) {
+        for (std::size_t n = 0; n < sums.size(); ++n) {
+          sums[n] += static_cast<double>(weights[static_cast<std::size_t>(shape_.positions[static_cast<int>(n)])]);
+        }
+      });
   return kept.emplace(sums.begin(), sums.end());
 }
 

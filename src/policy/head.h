@@ -2,6 +2,7 @@
 #pragma once
 
 #include <compare>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -256,6 +257,12 @@ class Head {
   /// The entries [first, end) that the query at `position` sees.
   std::pair<Index, Index> visible(int position) const;
 
+  /// Softmax attention of `queries` [n, D] of query head `member` to `keys` [m, D], one query after the other: the
+  /// query `i` sees the keys [first, end) that `seen` tells, and `take` receives its weights [m], 0 for all others.
+  void attend(int member, const Matrix& queries, const Matrix& keys,
+              const std::function<std::pair<Index, Index>(Index query)>& seen,
+              const std::function<void(Index query, std::span<const float> weights)>& take) const;
+
   /// The prompt from N on, for methods that are told more than the cache's own past: the queries [P − N, D] of query
   /// head `member` and the keys [P − N, D]. Throws Error if the prompt ends at N or one of the queries was not
   /// captured.
@@ -304,7 +311,6 @@ class Head {
   class WindowPass;
   struct Batch;
   struct Shared;
-  Matrix logits(const Matrix& queries, const Matrix& keys) const;
   const WindowPass& window_pass(int window) const;
   Index output_end(const WindowCombination& combination) const;
   const float* value_rows(Index first, Index count, Buffer& memory) const;

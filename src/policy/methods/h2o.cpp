@@ -6,7 +6,8 @@
 //
 // mask=causal is the paper's sum. mask=window is what KVCache-Factory computed in the prefill until 9f9aa2e: only the
 // last `window` queries are masked causally, so that earlier queries also look at later keys.
-#include "base/softmax.h"
+#include <utility>
+
 #include "policy/policy.h"
 #include "policy/published_code.h"
 
@@ -16,28 +17,20 @@ namespace {
 // Σ over all queries of attention per row, where only the last `window` queries are masked, causally: every earlier
 // one looks at all entries, those after it too.
 std::vector<float> attention_masked_in_window(const Head& head, int member, int window) {
-  constexpr int kQueries = 16;  // that are multiplied at a time
-  const HeadShape& shape = head.shape();
-  const int queries = shape.next_position;
+  const int queries = head.shape().next_position;
   const CachePositions& entries = head.entries();
-  const Matrix keys = head.entry_keys();
-  const Matrix asked = head.queries(member, queries);
-  const float sink = shape.rule.sink(shape.query_head(member));
   const auto first_row = static_cast<std::size_t>(entries.size() - head.rows());
   std::vector<double> sums(static_cast<std::size_t>(head.rows()), 0.0);
-  for (int first = 0; first < queries; first += kQueries) {
-    const int count = std::min(kQueries, queries - first);
-    Matrix attention = asked.middleRows(first, count) * keys.transpose();
-    scale_logits(attention, shape.rule);
-    for (int query = 0; query < count; ++query) {
-      const int position = first + query;
-      const int end = position >= queries - window ? entries.count_before(position + 1) : entries.size();
-      softmax(attention.row(query), 0, end, sink);
-      for (std::size_t n = 0; n < sums.size(); ++n) {
-        sums[n] += static_cast<double>(attention(query, static_cast<Index>(first_row + n)));
-      }
-    }
-  }
+  head.attend(
+      member, head.queries(member, queries), head.entry_keys(),
+      [&](Index query) {
+        const auto position = static_cast<int>(query);
+        const Index end = position >= queries - window ? entries.count_before(position + 1) : entries.size();
+        return std::pair(Index{0}, end);
+      },
+      [&](Index /*query*/, std::span<const float> weights) {
+        for (std::size_t n = 0; n < sums.size(); ++n) sums[n] += static_cast<double>(weights[first_row + n]);
+      });
   return {sums.begin(), sums.end()};
 }
 

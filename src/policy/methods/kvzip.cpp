@@ -12,16 +12,13 @@
 // the eviction, where the codes drop it, so that evaluation queries can look at it as well; capture the question before
 // the repetition, or compare scores and kept sets alone.
 #include <algorithm>
+#include <utility>
 
-#include "base/softmax.h"
 #include "policy/policy.h"
 #include "policy/published_code.h"
 
 namespace kvreplay {
 namespace {
-
-// Queries that attend at a time.
-constexpr Index kQueries = 16;
 
 // What is read once for all query heads of a group.
 struct AllKeys {
@@ -46,25 +43,18 @@ class KVzip : public Ranking {
       return all;
     });
     const Index entries = head.entries().size();
-    const Index first_row = entries - head.rows();
-    const Matrix queries = head.later_queries(member);
-    const float sink = shape.rule.sink(shape.query_head(member));
+    const auto first_row = static_cast<std::size_t>(entries - head.rows());
     std::ranges::fill(scores, 0.0f);
-    for (Index first = 0; first < queries.rows(); first += kQueries) {
-      const Index count = std::min(kQueries, queries.rows() - first);
-      Matrix attention = queries.middleRows(first, count) * keys.transpose();
-      scale_logits(attention, shape.rule);
-      for (Index query = 0; query < count; ++query) {
-        const int position = shape.next_position + static_cast<int>(first + query);
-        const Index first_seen = shape.rule.first_visible(position);
-        const Index beyond = std::max<Index>(0, first_seen - shape.next_position);  // of the later prompt
-        softmax(attention.row(query), beyond > 0 ? entries + beyond : head.visible(position).first,
-                entries + first + query + 1, sink);
-        for (std::size_t n = 0; n < scores.size(); ++n) {
-          scores[n] = std::max(scores[n], attention(query, first_row + static_cast<Index>(n)));
-        }
-      }
-    }
+    head.attend(
+        member, head.later_queries(member), keys,
+        [&](Index query) {
+          const int position = shape.next_position + static_cast<int>(query);
+          const Index beyond = shape.rule.first_visible(position) - shape.next_position;  // of the later prompt
+          return std::pair(beyond > 0 ? entries + beyond : head.visible(position).first, entries + query + 1);
+        },
+        [&](Index /*query*/, std::span<const float> weights) {
+          for (std::size_t n = 0; n < scores.size(); ++n) scores[n] = std::max(scores[n], weights[first_row + n]);
+        });
   }
 
  private:

@@ -42,6 +42,16 @@ std::vector<float> temporal_weights(Temporal temporal, double alpha, int window)
   return weights;
 }
 
+std::vector<WindowCombination> each_query_alone(int window, WindowCombination::Distance distance, bool whole_cache) {
+  std::vector<WindowCombination> queries;
+  for (int i = 0; i < window; ++i) {
+    std::vector<float> alone(static_cast<std::size_t>(window), 0.0f);
+    alone[static_cast<std::size_t>(i)] = 1;
+    queries.push_back({std::move(alone), distance, whole_cache});
+  }
+  return queries;
+}
+
 Spatial spatial_named(const std::string& name) {
   if (name == "none") return Spatial::none;
   if (name == "avg") return Spatial::average;

@@ -24,6 +24,9 @@ Temporal temporal_named(const std::string& name);
 /// combination: for ema, (1 − α)^(window−1) for the oldest and α(1 − α)^age for the others.
 std::vector<float> temporal_weights(Temporal temporal, double alpha, int window);
 
+/// Each query of a window of `window` alone, oldest first, with distances from its own output.
+std::vector<WindowCombination> each_query_alone(int window, WindowCombination::Distance distance, bool whole_cache);
+
 /// How scores of neighbouring positions are combined.
 enum class Spatial {
   none,

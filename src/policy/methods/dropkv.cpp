@@ -40,13 +40,7 @@ class DropKV : public Ranking {
  private:
   // Each query of the window alone, with its own output.
   std::vector<WindowCombination> queries() const {
-    std::vector<WindowCombination> queries;
-    for (int i = 0; i < window_; ++i) {
-      std::vector<float> alone(static_cast<std::size_t>(window_), 0.0f);
-      alone[static_cast<std::size_t>(i)] = 1;
-      queries.push_back({std::move(alone), WindowCombination::Distance::values, true});
-    }
-    return queries;
+    return each_query_alone(window_, WindowCombination::Distance::values, true);
   }
 
   int window_;

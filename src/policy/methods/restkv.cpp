@@ -76,16 +76,12 @@ class RestKV : public Ranking {
   void stages(const Head& head, int member, int capacity, const StageReceiver& take) const override {
     using Step = ScoreStage::Step;
     const auto size = static_cast<std::size_t>(p_.window);
-    const auto distance = p_.projection ? WindowCombination::Distance::projected : WindowCombination::Distance::values;
-    std::vector<WindowCombination> alone;
+    const std::vector<WindowCombination> alone = each_query_alone(p_.window, distance(), p_.before);
     std::vector<WindowCombination> up_to;
     for (int i = 0; i < p_.window; ++i) {
-      std::vector<float> one(size, 0.0f);
-      one[static_cast<std::size_t>(i)] = 1;
-      alone.push_back({std::move(one), distance, p_.before});
       std::vector<float> weights = temporal_weights(p_.temporal, p_.alpha, i + 1);
       weights.resize(size, 0.0f);
-      up_to.push_back({std::move(weights), distance, p_.before});
+      up_to.push_back({std::move(weights), distance(), p_.before});
     }
     std::vector<float> scores(static_cast<std::size_t>(head.rows()), 0.0f);
     const std::span<float> past = before_window(head, scores, p_.window);
@@ -142,16 +138,12 @@ class RestKV : public Ranking {
 
   // a and ‖W (o − v)‖: of the window as smoothed in time, or of each of its queries.
   std::vector<WindowCombination> combinations() const {
-    using Distance = WindowCombination::Distance;
-    const Distance distance = p_.projection ? Distance::projected : Distance::values;
-    if (!p_.before) return {{temporal_weights(p_.temporal, p_.alpha, p_.window), distance}};
-    std::vector<WindowCombination> queries;
-    for (int i = 0; i < p_.window; ++i) {
-      std::vector<float> alone(static_cast<std::size_t>(p_.window), 0.0f);
-      alone[static_cast<std::size_t>(i)] = 1;
-      queries.push_back({std::move(alone), distance, true});
-    }
-    return queries;
+    if (!p_.before) return {{temporal_weights(p_.temporal, p_.alpha, p_.window), distance()}};
+    return each_query_alone(p_.window, distance(), true);
+  }
+
+  WindowCombination::Distance distance() const {
+    return p_.projection ? WindowCombination::Distance::projected : WindowCombination::Distance::values;
   }
 
   LengthRule length_rule() const { return {.tau = p_.tau, .normalize = p_.normalize}; }

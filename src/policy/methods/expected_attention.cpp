@@ -51,15 +51,20 @@ class StoredStatistics {
 
   Statistics of(const HeadShape& shape, int member) const {
     check(shape);
-    const auto read = [&](const char* what) {
-      return file_.read_floats(fmt::format("/layers/{}/{}", shape.layer, what));
-    };
     const Index depth = shape.head_dim;
     const Index head = shape.query_head(member);
-    const std::vector<float> means = read("mean");
-    const std::vector<float> covariances = read("covariance");
-    return {Eigen::Map<const Eigen::VectorXf>(means.data() + head * depth, depth).cast<double>(),
-            Eigen::Map<const Matrix>(covariances.data() + head * depth * depth, depth, depth).cast<double>()};
+    Eigen::VectorXf mean(depth);
+    Matrix covariance(depth, depth);
+    const auto read = [&](const char* what, const hdf5::Shape& first, const hdf5::Shape& count, float* out) {
+      const hdf5::Dataset dataset = file_.dataset(fmt::format("/layers/{}/{}", shape.layer, what));
+      if (dataset.float_type() != DType::float32) {
+        throw Error(fmt::format("{}: {}: is not float32", path_, dataset.path()));
+      }
+      dataset.read_raw(first, count, reinterpret_cast<std::byte*>(out));
+    };
+    read("mean", {head, 0}, {1, depth}, mean.data());
+    read("covariance", {head, 0, 0}, {1, depth, depth}, covariance.data());
+    return {mean.cast<double>(), covariance.cast<double>()};
   }
 
  private:

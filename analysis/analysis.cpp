@@ -314,8 +314,9 @@ void add_importance(const AnalysisInput& input, Analysis& analysis) {
   std::vector<std::string> policies = input.results.policies();
   std::erase_if(policies, [](const std::string& each) {
     // Of what can be taken apart, the plain methods.
-    const Method* method = find_method(spec_structure(each).method);
-    return method == nullptr || !make_policy(each).ranking() || !make_policy(each).ranking()->has_stages();
+    if (find_method(spec_structure(each).method) == nullptr) return true;
+    const Policy policy = make_policy(each);
+    return !policy.ranking() || !policy.ranking()->has_stages();
   });
   if (policies.empty()) return;
   const std::string policy = policies_nearest_to_defaults(policies).front();

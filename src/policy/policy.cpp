@@ -171,15 +171,21 @@ int sets_per_layer(const BudgetRequest& request) {
 
 int Pattern::minimum_capacity(const HeadShape& shape) const { return std::max(1, protection().held_by(shape).count()); }
 
-std::shared_ptr<const Ranking> Policy::ranking() const {
-  const auto* const held = std::get_if<std::shared_ptr<const Ranking>>(&rule);
-  return held != nullptr ? *held : nullptr;
+namespace {
+
+// What a rule holds of a kind; null where it is of the other.
+template <class Kind>
+const std::shared_ptr<const Kind>& held_in(const decltype(Policy::rule)& rule) {
+  static const std::shared_ptr<const Kind> none;
+  const auto* const held = std::get_if<std::shared_ptr<const Kind>>(&rule);
+  return held != nullptr ? *held : none;
 }
 
-std::shared_ptr<const Pattern> Policy::pattern() const {
-  const auto* const held = std::get_if<std::shared_ptr<const Pattern>>(&rule);
-  return held != nullptr ? *held : nullptr;
-}
+}  // namespace
+
+const std::shared_ptr<const Ranking>& Policy::ranking() const { return held_in<Ranking>(rule); }
+
+const std::shared_ptr<const Pattern>& Policy::pattern() const { return held_in<Pattern>(rule); }
 
 Protection Policy::protection() const {
   const Protection own = ranking() ? ranking()->protection() : pattern()->protection();
@@ -196,7 +202,7 @@ Requirements Policy::requirements() const {
 }
 
 int Policy::minimum_capacity(const HeadShape& shape) const {
-  if (const auto drawn = pattern()) return drawn->minimum_capacity(shape) + protect.held_by(shape).count();
+  if (pattern()) return pattern()->minimum_capacity(shape) + protect.held_by(shape).count();
   return std::max(1, protection().held_by(shape).count());
 }
 

@@ -231,8 +231,8 @@ struct Policy {
   std::vector<std::string> notes = {};  ///< what a reader of its numbers has to know, a line each
 
   /// The one of the two that it is; of the other, null.
-  std::shared_ptr<const Ranking> ranking() const;
-  std::shared_ptr<const Pattern> pattern() const;
+  const std::shared_ptr<const Ranking>& ranking() const;
+  const std::shared_ptr<const Pattern>& pattern() const;
 
   /// Positions that are kept whatever is scored.
   Protection protection() const;

@@ -211,6 +211,7 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
 ReplayEngine::Sums ReplayEngine::sum_up(const TraceReader& trace, const TraceReplay& outline,
                                         const std::vector<Setting>& settings, int held) {
   Sums sums{.asked = RankingRequirements(settings, held)};
+  const bool has_projection = has_output_projection(trace);
   for (std::size_t i = 0; i < settings.size(); ++i) {
     const Setting& setting = settings[i];
     sums.capacities += setting.capacity(held);
@@ -222,7 +223,7 @@ ReplayEngine::Sums ReplayEngine::sum_up(const TraceReader& trace, const TraceRep
                                  .positions = held,
                                  .tokens = outline.evaluation_positions.back() + 1,
                                  .queries = static_cast<Index>(outline.evaluation_positions.size()),
-                                 .output_projection = has_output_projection(trace)};
+                                 .output_projection = has_projection};
     sums.exchanges += exchange_operations(outline.model, exchange, setting.policy->exchanges);
     sums.exchange_bytes = std::max(sums.exchange_bytes, exchange_memory(outline.model, exchange));
   }

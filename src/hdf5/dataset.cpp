@@ -198,12 +198,9 @@ void Dataset::write_raw(const Shape& first, const Shape& count, const std::byte*
   check_box(first, count);
   if (elements(count) == 0) return;
   const auto guard = lock();
-  const Handle file_space(H5Dget_space(handle_.id()));
+  const Handle file_space = selected_space(handle_.id(), first, count);
   const Handle memory_space = space_of(count);
-  if (!shape_.empty() && H5Sselect_hyperslab(file_space.id(), H5S_SELECT_SET, extents(first).data(), nullptr,
-                                             extents(count).data(), nullptr) < 0) {
-    fail(last_error());
-  }
+  if (!file_space) fail(last_error());
   if (H5Dwrite(handle_.id(), raw_type_.id(), memory_space.id(), file_space.id(), H5P_DEFAULT, data) < 0) {
     fail(fmt::format("cannot be written: {}", last_error()));
   }

@@ -206,12 +206,9 @@ void Dataset::read_raw(const Shape& first, const Shape& count, std::byte* out) c
   }
 
   const auto guard = lock();
-  const Handle file_space(H5Dget_space(handle_.id()));
+  const Handle file_space = selected_space(handle_.id(), first, count);
   const Handle memory_space = space_of(count);
-  if (!shape_.empty() && H5Sselect_hyperslab(file_space.id(), H5S_SELECT_SET, extents(first).data(), nullptr,
-                                             extents(count).data(), nullptr) < 0) {
-    fail(last_error());
-  }
+  if (!file_space) fail(last_error());
   if (H5Dread(handle_.id(), raw_type_.id(), memory_space.id(), file_space.id(), H5P_DEFAULT, out) < 0) {
     fail(fmt::format("cannot be read: {}", read_failure(last_error())));
   }

@@ -159,6 +159,15 @@ Handle space_of(const Shape& shape) {
   return Handle(H5Screate_simple(static_cast<int>(shape.size()), extents(shape).data(), nullptr));
 }
 
+Handle selected_space(hid_t dataset, const Shape& first, const Shape& count) {
+  Handle space(H5Dget_space(dataset));
+  if (!first.empty() && H5Sselect_hyperslab(space.id(), H5S_SELECT_SET, extents(first).data(), nullptr,
+                                            extents(count).data(), nullptr) < 0) {
+    return {};
+  }
+  return space;
+}
+
 std::string parent_of(const std::string& path) {
   const std::size_t slash = path.find_last_of('/');
   return slash == std::string::npos || slash == 0 ? "/" : path.substr(0, slash);

@@ -30,6 +30,9 @@ std::string filter_name(H5Z_filter_t filter, const char* stored_name);
 std::vector<hsize_t> extents(const Shape& shape);
 Handle space_of(const Shape& shape);
 
+/// The space of a stored dataset with a box of it selected, which a scalar has no need of; none where HDF5 fails.
+Handle selected_space(hid_t dataset, const Shape& first, const Shape& count);
+
 /// The object or group that holds it: "/a/b" is in "/a", "/a" in "/".
 std::string parent_of(const std::string& path);
 

@@ -2,18 +2,13 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <random>
 
 #include "policy/matrix_head.h"
 
 namespace kvreplay {
 namespace {
 
-Matrix normal(Index rows, Index cols, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> draw;
-  return Matrix::NullaryExpr(rows, cols, [&](Index) { return draw(generator); });
-}
+using test::normal;
 
 TEST(DropKV, AddsUpWhatEachQueryOfTheWindowLoses) {
   constexpr Index kPrompt = 40;

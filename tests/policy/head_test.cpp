@@ -20,14 +20,7 @@ namespace {
 using Distance = WindowCombination::Distance;
 using DoubleMatrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 using test::MatrixHead;
-
-Matrix normal(Index rows, Index cols, unsigned seed, float scale = 1) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> draw(0, scale);
-  Matrix matrix(rows, cols);
-  for (Index i = 0; i < matrix.size(); ++i) matrix.data()[i] = draw(generator);
-  return matrix;
-}
+using test::normal;
 
 struct Layout {
   int prompt = 60;

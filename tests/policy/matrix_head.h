@@ -3,12 +3,22 @@
 
 #include <numeric>
 #include <optional>
+#include <random>
 #include <string>
 #include <vector>
 
 #include "policy/policy.h"
 
 namespace kvreplay::test {
+
+/// Numbers drawn from a normal distribution.
+inline Matrix normal(Index rows, Index cols, unsigned seed, float scale = 1) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> draw(0, scale);
+  Matrix matrix(rows, cols);
+  for (Index i = 0; i < matrix.size(); ++i) matrix.data()[i] = draw(generator);
+  return matrix;
+}
 
 /// One KV head and its query heads, held in memory. A test sets what its policy looks at.
 class MatrixHead : public HeadSource {

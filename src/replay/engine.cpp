@@ -25,7 +25,6 @@
 #include "replay/reconstruction_oracle.h"
 #include "replay/replayable.h"
 #include "replay/trace_source.h"
-#include "trace/identity.h"
 #include "trace/inspection.h"
 
 namespace kvreplay {
@@ -49,10 +48,10 @@ int evaluation_start(const TraceInfo& info, const ReplayRequest& request, const 
   return *request.evaluate_from == kPromptEnd ? info.prompt_length : *request.evaluate_from;
 }
 
-TraceReplay prepare(const TraceReader& trace, const Eviction& eviction) {
+TraceReplay prepare(const CapturedRun& trace, const Eviction& eviction) {
   const TraceInfo& info = trace.info();
   TraceReplay replay;
-  replay.trace = trace.path().string();
+  replay.trace = trace.name();
   replay.model = info.model;
   replay.prompt_length = info.prompt_length;
   replay.eviction_position = eviction.position;
@@ -92,7 +91,7 @@ constexpr double kOperationsPerRank = 1000;
 constexpr Index kShareKept = 8;
 
 // Whether one of a trace's layers has an output projection.
-bool has_output_projection(const TraceReader& trace) {
+bool has_output_projection(const CapturedRun& trace) {
   bool has = false;
   for (int layer = 0; layer < trace.info().model.num_layers; ++layer) has |= trace.has_output_projection(layer);
   return has;
@@ -139,15 +138,24 @@ Index memory_of_numbers(const TraceReplay& outline) {
   return numbers * static_cast<Index>(sizeof(float));
 }
 
+std::vector<const CapturedRun*> pointers_to(std::span<const TraceReader> traces) {
+  std::vector<const CapturedRun*> pointers;
+  for (const TraceReader& trace : traces) pointers.push_back(&trace);
+  return pointers;
+}
+
 }  // namespace
 
 ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest request)
-    : traces_(traces), request_(std::move(request)) {
+    : ReplayEngine(pointers_to(traces), std::move(request)) {}
+
+ReplayEngine::ReplayEngine(std::vector<const CapturedRun*> runs, ReplayRequest request)
+    : traces_(std::move(runs)), request_(std::move(request)) {
   std::string refusal;
   for (std::size_t t = 0; t < traces_.size(); ++t) {
-    const TraceReader& trace = traces_[t];
+    const CapturedRun& trace = *traces_[t];
     const TraceInfo& info = trace.info();
-    const std::string& file = trace.path().string();
+    const std::string file = trace.name();
     const auto leave_out = [&](const std::string& why, const std::vector<std::string>& notes) {
       if (request_.strict) throw Error(fmt::format("{}: {}", file, why));
       if (refusal.empty()) refusal = fmt::format("{}: {}", file, why);
@@ -178,7 +186,7 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
       leave_out(why, {fmt::format("left out: {}", why)});
       continue;
     }
-    const std::string digest = trace_digest(trace);
+    const std::string digest = trace.digest();
     const std::size_t first = outlines_.size();
     for (const int eviction : evictions) {
       TraceReplay outline = prepare(trace, {eviction, start});
@@ -208,7 +216,7 @@ ReplayEngine::ReplayEngine(std::span<const TraceReader> traces, ReplayRequest re
 }
 
 // What settings add up to in layers that hold so many positions.
-ReplayEngine::Sums ReplayEngine::sum_up(const TraceReader& trace, const TraceReplay& outline,
+ReplayEngine::Sums ReplayEngine::sum_up(const CapturedRun& trace, const TraceReplay& outline,
                                         const std::vector<Setting>& settings, int held) {
   Sums sums{.asked = RankingRequirements(settings, held)};
   const bool has_projection = has_output_projection(trace);
@@ -306,7 +314,7 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
   const auto replay = static_cast<std::size_t>(unit.replay);
   const TraceReplay& outline = outlines_[replay];
   const ModelInfo& model = outline.model;
-  const TraceReader& trace = trace_of(unit);
+  const CapturedRun& trace = trace_of(unit);
   const int held = outline.held[static_cast<std::size_t>(unit.layer)];
   const double prompt = held;
   const double tokens = outline.evaluation_positions.back() + 1;
@@ -456,8 +464,8 @@ bool ReplayEngine::needs_projection(const ReplayUnit& unit) const {
   return sums_of(unit).asked.projected_distance && trace_of(unit).has_output_projection(unit.layer);
 }
 
-const TraceReader& ReplayEngine::trace_of(const ReplayUnit& unit) const {
-  return traces_[trace_of_outline_[static_cast<std::size_t>(unit.replay)]];
+const CapturedRun& ReplayEngine::trace_of(const ReplayUnit& unit) const {
+  return *traces_[trace_of_outline_[static_cast<std::size_t>(unit.replay)]];
 }
 
 // The fewest units whose heads keep all threads busy to the end, or nearly: enough rounds of them that a thread which

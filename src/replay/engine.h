@@ -14,6 +14,8 @@
 #include "replay/request.h"
 #include "replay/resolution.h"
 #include "replay/result.h"
+#include "trace/captured_run.h"
+#include "trace/reader.h"
 
 namespace kvreplay {
 
@@ -40,7 +42,10 @@ class ReplayEngine {
   /// Looks at everything that can be wrong before any work. What cannot be replayed is left out, which the notes of an
   /// outline tell, or left_out() where there is no outline to tell it: a capacity below what a policy protects, a need
   /// that a trace does not hold, an eviction that has nothing to be evaluated on. Throws Error where nothing is left,
-  /// and for strict requests where anything would be left out. The traces must outlive the engine.
+  /// and for strict requests where anything would be left out. The runs must outlive the engine.
+  ReplayEngine(std::vector<const CapturedRun*> runs, ReplayRequest request);
+
+  /// The same for traces in files.
   ReplayEngine(std::span<const TraceReader> traces, ReplayRequest request);
   ReplayEngine(const ReplayEngine&) = delete;
   ReplayEngine& operator=(const ReplayEngine&) = delete;
@@ -131,15 +136,15 @@ class ReplayEngine {
   template <class Pieces, class Work>
   void for_each_piece(std::span<const ReplayUnit> group, const Plan& plan, const Pieces& pieces_of,
                       const Work& work) const;
-  const TraceReader& trace_of(const ReplayUnit& unit) const;
-  static Sums sum_up(const TraceReader& trace, const TraceReplay& outline, const std::vector<Setting>& settings,
+  const CapturedRun& trace_of(const ReplayUnit& unit) const;
+  static Sums sum_up(const CapturedRun& trace, const TraceReplay& outline, const std::vector<Setting>& settings,
                      int held);
   const Sums& sums_of(const ReplayUnit& unit) const;
   bool needs_projection(const ReplayUnit& unit) const;
   bool has_exchanges(const ReplayUnit& unit) const { return sums_of(unit).exchanges > 0; }
   std::size_t units_at_once(std::span<const ReplayUnit> units, const Plan& plan) const;
 
-  std::span<const TraceReader> traces_;
+  std::vector<const CapturedRun*> traces_;
   ReplayRequest request_;
   std::vector<TraceReplay> outlines_;
   std::vector<TraceNote> left_out_;

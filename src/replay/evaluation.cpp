@@ -59,7 +59,7 @@ struct HeadEvaluation::Sums {
   }
 };
 
-HeadEvaluation::HeadEvaluation(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction)
+HeadEvaluation::HeadEvaluation(const CapturedRun& trace, int layer, int kv_head, const Eviction& eviction)
     : trace_(trace),
       shape_(head_shape(trace.info(), layer, kv_head, eviction.position)),
       queries_(evaluation_queries(trace.info(), eviction)),
@@ -298,7 +298,7 @@ void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> resi
           if (exact.row(q).allFinite()) continue;
           throw Error(fmt::format(
               "{}: layer {}, query head {}: the attention of the query at position {} exceeds float32's range",
-              trace_.path().string(), shape_.layer, shape_.query_head(member),
+              trace_.name(), shape_.layer, shape_.query_head(member),
               attention.positions[static_cast<std::size_t>(q)]));
         }
         outputs.block(attention.first, member * depth, attention.count, depth) = exact.cast<float>();

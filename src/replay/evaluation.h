@@ -9,7 +9,7 @@
 #include "replay/eviction.h"
 #include "replay/measure.h"
 #include "replay/residency.h"
-#include "trace/reader.h"
+#include "trace/captured_run.h"
 
 namespace kvreplay {
 
@@ -20,13 +20,13 @@ namespace kvreplay {
 class HeadEvaluation {
  public:
   /// The reader must outlive it.
-  HeadEvaluation(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction);
+  HeadEvaluation(const CapturedRun& trace, int layer, int kv_head, const Eviction& eviction);
 
   /// Measures `residencies` ([member][set], as many for each query head of the group). `outputs` [E, group · D]
   /// receives the full output of the query heads side by side, `differences` (one [E, group · D] per set) what eviction
   /// adds to it: ô − o; and `numbers` (one per set) this head's part of the measures per head and query, whose
   /// vectors hold the layer's [H, E]. Reads keys and values up to the last evaluation query; throws Error as
-  /// TraceReader::read does, and, naming the query, where attention leaves float32's range.
+  /// CapturedRun::read does, and, naming the query, where attention leaves float32's range.
   void measure(std::span<const std::vector<const Residency*>> residencies, Eigen::Ref<Matrix> outputs,
                std::span<Eigen::Ref<Matrix>> differences, std::span<LayerNumbers> numbers) const;
 
@@ -46,7 +46,7 @@ class HeadEvaluation {
   Eigen::RowVectorXd attend_directly(int query_head, Index query, const Residency& residency,
                                      const Buffer& values) const;
 
-  const TraceReader& trace_;
+  const CapturedRun& trace_;
   HeadShape shape_;
   EvaluationQueries queries_;
   Index tokens_;  // last evaluation position + 1

@@ -14,7 +14,7 @@ int projection_slices(const ModelInfo& model) {
   return static_cast<int>((model.hidden_size + kProjectionSlice - 1) / kProjectionSlice);
 }
 
-LayerProjection::LayerProjection(const TraceReader& trace, int layer)
+LayerProjection::LayerProjection(const CapturedRun& trace, int layer)
     : trace_(trace),
       layer_(layer),
       grams_(static_cast<std::size_t>(projection_slices(trace.info().model))),

@@ -5,7 +5,7 @@
 
 #include "base/buffer.h"
 #include "policy/projection.h"
-#include "trace/reader.h"
+#include "trace/captured_run.h"
 
 namespace kvreplay {
 
@@ -17,9 +17,9 @@ int projection_slices(const ModelInfo& model);
 class LayerProjection {
  public:
   /// The reader must outlive it, and the layer have an output projection.
-  LayerProjection(const TraceReader& trace, int layer);
+  LayerProjection(const CapturedRun& trace, int layer);
 
-  /// Reads one slice. Slices may be read by different threads at once. Throws Error as TraceReader does.
+  /// Reads one slice. Slices may be read by different threads at once. Throws Error as the run's read() does.
   void read_slice(int slice);
 
   /// Once all slices are read: computes the factor of one query head. Heads may be computed by different threads at
@@ -33,7 +33,7 @@ class LayerProjection {
   static Index memory(const ModelInfo& model);
 
  private:
-  const TraceReader& trace_;
+  const CapturedRun& trace_;
   int layer_;
   std::vector<Buffer> grams_;  // [slice]: of all heads below each other, [H · D, factor_width(D)]
   std::vector<Matrix> factors_;

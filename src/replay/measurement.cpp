@@ -32,7 +32,7 @@ double mean_square(const std::vector<float>& layer_error) {
 
 }  // namespace
 
-LayerMeasurement::LayerMeasurement(const TraceReader& trace, int layer, const Eviction& eviction,
+LayerMeasurement::LayerMeasurement(const CapturedRun& trace, int layer, const Eviction& eviction,
                                    std::span<const Span> spans, const std::vector<const LayerResidencies*>& settings)
     : trace_(trace), layer_(layer), eviction_(eviction) {
   const auto less = [](const LayerResidencies* a, const LayerResidencies* b) { return *a < *b; };
@@ -181,7 +181,7 @@ std::vector<LayerMeasures> LayerMeasurement::take() {
   for (double& length : lengths) {
     length = std::sqrt(length);
     if (length <= static_cast<double>(std::numeric_limits<float>::max())) continue;
-    throw Error(fmt::format("{}: layer {}: the outputs exceed float32's range", trace_.path().string(), layer_));
+    throw Error(fmt::format("{}: layer {}: the outputs exceed float32's range", trace_.name(), layer_));
   }
   const auto count = static_cast<std::size_t>(queries);
   for (std::size_t kind = 0; kind < numbers_.size(); ++kind) {
@@ -221,7 +221,7 @@ Index LayerMeasurement::memory(const ModelInfo& model) {
   return kernels::kPanel * Index{model.num_attention_heads} * model.head_dim * static_cast<Index>(sizeof(float));
 }
 
-std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, const Eviction& eviction,
+std::vector<LayerMeasures> measure_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
                                          std::span<const Span> spans,
                                          const std::vector<const LayerResidencies*>& settings, int threads) {
   LayerMeasurement measurement(trace, layer, eviction, spans, settings);
@@ -234,7 +234,7 @@ std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, co
   return measurement.take();
 }
 
-void improve_oracles(const TraceReader& trace, int layer, const Eviction& eviction,
+void improve_oracles(const CapturedRun& trace, int layer, const Eviction& eviction,
                      const std::vector<Setting>& settings, std::vector<LayerResult>& results, Index at_once,
                      int threads) {
   const int held = head_shape(trace.info(), layer, 0, eviction.position).rows();

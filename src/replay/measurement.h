@@ -27,7 +27,7 @@ using LayerResidencies = std::vector<Residency>;
 class LayerMeasurement {
  public:
   /// The trace and the residencies must outlive it. `spans` are those whose recall is measured.
-  LayerMeasurement(const TraceReader& trace, int layer, const Eviction& eviction, std::span<const Span> spans,
+  LayerMeasurement(const CapturedRun& trace, int layer, const Eviction& eviction, std::span<const Span> spans,
                    const std::vector<const LayerResidencies*>& settings);
 
   /// Measures one KV head. Heads may be measured by different threads at once. Throws Error, naming the query, where
@@ -60,7 +60,7 @@ class LayerMeasurement {
   void measure_spans(std::span<const Span> spans);
   const Residency& residency_of(std::size_t kind, int query_head) const;
 
-  const TraceReader& trace_;
+  const CapturedRun& trace_;
   int layer_;
   Eviction eviction_;
   std::vector<const LayerResidencies*> distinct_;
@@ -73,13 +73,13 @@ class LayerMeasurement {
 };
 
 /// All of the above, by so many threads.
-std::vector<LayerMeasures> measure_layer(const TraceReader& trace, int layer, const Eviction& eviction,
+std::vector<LayerMeasures> measure_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
                                          std::span<const Span> spans,
                                          const std::vector<const LayerResidencies*>& settings, int threads);
 
 /// Replaces the kept sets of oracles that exchange positions by better ones, starting from the best of the run, of
 /// which `at_once` are measured at a time by `threads` threads.
-void improve_oracles(const TraceReader& trace, int layer, const Eviction& eviction,
+void improve_oracles(const CapturedRun& trace, int layer, const Eviction& eviction,
                      const std::vector<Setting>& settings, std::vector<LayerResult>& results, Index at_once,
                      int threads);
 

@@ -476,7 +476,7 @@ class LayerExchanges::SharedSet {
   std::vector<int> updated_;            // [R]: moves that a row of the table has followed
 };
 
-LayerExchanges::LayerExchanges(const TraceReader& trace, int layer, const Eviction& eviction)
+LayerExchanges::LayerExchanges(const CapturedRun& trace, int layer, const Eviction& eviction)
     : group_size_(trace.info().model.group_size()),
       first_held_(eviction.position - head_shape(trace.info(), layer, 0, eviction.position).rows()),
       values_(static_cast<std::size_t>(trace.info().model.num_key_value_heads)),
@@ -500,7 +500,7 @@ LayerExchanges::MatrixD LayerExchanges::no_error() const {
   return MatrixD::Zero(head.full.rows(), columns);
 }
 
-void LayerExchanges::read_heads(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction) {
+void LayerExchanges::read_heads(const CapturedRun& trace, int layer, int kv_head, const Eviction& eviction) {
   const HeadShape shape = head_shape(trace.info(), layer, kv_head, eviction.position);
   const EvaluationQueries queries = evaluation_queries(trace.info(), eviction);
   const Index tokens = queries.positions.back() + 1;

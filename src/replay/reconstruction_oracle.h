@@ -6,7 +6,7 @@
 
 #include "policy/policy.h"
 #include "replay/eviction.h"
-#include "trace/reader.h"
+#include "trace/captured_run.h"
 
 namespace kvreplay {
 
@@ -29,8 +29,8 @@ Index exchange_memory(const ModelInfo& model, const ExchangeShape& shape);
 /// queries. Method, cost, and what is not guaranteed: docs/oracles.md. Arithmetic is float64.
 class LayerExchanges {
  public:
-  /// Reads the layer. Throws Error as TraceReader does.
-  LayerExchanges(const TraceReader& trace, int layer, const Eviction& eviction);
+  /// Reads the layer. Throws Error as the run's read() does.
+  LayerExchanges(const CapturedRun& trace, int layer, const Eviction& eviction);
   LayerExchanges(const LayerExchanges&) = delete;
   LayerExchanges& operator=(const LayerExchanges&) = delete;
   ~LayerExchanges();
@@ -47,7 +47,7 @@ class LayerExchanges {
   class SharedSet;
 
   MatrixD no_error() const;
-  void read_heads(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction);
+  void read_heads(const CapturedRun& trace, int layer, int kv_head, const Eviction& eviction);
   const std::vector<Sharing>& sharing(Granularity granularity);
 
   int group_size_;

@@ -75,7 +75,7 @@ void note_windows(const std::vector<AlikeLayers>& alike, const ReplayRequest& re
   }
 }
 
-Holdings holdings_of(const TraceReader& trace, int eviction_position) {
+Holdings holdings_of(const CapturedRun& trace, int eviction_position) {
   const TraceInfo& info = trace.info();
   const TraceHead head(trace, 0, 0, eviction_position);
   Holdings holdings{.next_position = eviction_position,
@@ -223,7 +223,7 @@ bool leaves_nothing_to_choose(const EvictedLayers& layers, const Setting& settin
 
 }  // namespace
 
-std::vector<ReplaySetting> settings_for(const TraceReader& trace, const ReplayRequest& request, int eviction_position,
+std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRequest& request, int eviction_position,
                                         std::vector<std::string>& notes, LeftOut& left_out) {
   const Holdings holdings = holdings_of(trace, eviction_position);
   const EvictedLayers layers(trace.info(), eviction_position);

@@ -7,7 +7,7 @@
 #include "policy/setting.h"
 #include "replay/left_out.h"
 #include "replay/request.h"
-#include "trace/reader.h"
+#include "trace/captured_run.h"
 
 namespace kvreplay {
 
@@ -22,7 +22,7 @@ struct ReplaySetting {
 /// within. The request must outlive them. What cannot be replayed is `left_out`: where a capacity is below what a
 /// policy protects, a pattern or a budget cannot be drawn, heads cannot share as asked, or a policy needs what the
 /// trace does not hold. `notes` receives what a reader of the numbers has to know, what is left out included.
-std::vector<ReplaySetting> settings_for(const TraceReader& trace, const ReplayRequest& request, int eviction_position,
+std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRequest& request, int eviction_position,
                                         std::vector<std::string>& notes, LeftOut& left_out);
 
 }  // namespace kvreplay

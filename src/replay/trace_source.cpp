@@ -43,7 +43,7 @@ std::vector<int> held_positions(const TraceInfo& info, int eviction_position) {
   return held;
 }
 
-TraceLayer::TraceLayer(const TraceReader& trace, int layer, const Eviction& eviction, const LayerProjection* projection,
+TraceLayer::TraceLayer(const CapturedRun& trace, int layer, const Eviction& eviction, const LayerProjection* projection,
                        const std::vector<std::vector<LayerSurvey>>* surveys)
     : trace_(trace),
       eviction_(eviction),
@@ -59,13 +59,13 @@ std::span<const LayerSurvey> TraceLayer::surveys(std::size_t setting, const Sett
   return surveys_ != nullptr ? (*surveys_)[setting] : LayerSource::surveys(setting, of);
 }
 
-Index TraceLayer::memory_of_head(const TraceReader& trace, int eviction_position) {
+Index TraceLayer::memory_of_head(const CapturedRun& trace, int eviction_position) {
   // Unpacked tensors are kept whole, beside them one as it is stored and as it is unpacked.
   if (trace.reads_directly(0, HeadTensor::keys) && trace.reads_directly(0, HeadTensor::values)) return 0;
   return 4 * Index{eviction_position} * trace.info().model.head_dim * static_cast<Index>(sizeof(float));
 }
 
-TraceHead::TraceHead(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction,
+TraceHead::TraceHead(const CapturedRun& trace, int layer, int kv_head, const Eviction& eviction,
                      const LayerProjection* projection)
     : trace_(trace),
       projection_(projection),

@@ -10,7 +10,7 @@
 #include "policy/head.h"
 #include "replay/eviction.h"
 #include "replay/layer_projection.h"
-#include "trace/reader.h"
+#include "trace/captured_run.h"
 
 namespace kvreplay {
 
@@ -19,7 +19,7 @@ namespace kvreplay {
 class TraceHead : public HeadSource {
  public:
   /// `eviction.position` is in [1, T]. Takes projection factors from `projection`, where it is given and decomposed.
-  TraceHead(const TraceReader& trace, int layer, int kv_head, const Eviction& eviction,
+  TraceHead(const CapturedRun& trace, int layer, int kv_head, const Eviction& eviction,
             const LayerProjection* projection = nullptr);
 
   const HeadShape& shape() const override { return shape_; }
@@ -42,7 +42,7 @@ class TraceHead : public HeadSource {
  private:
   void read(HeadTensor tensor, Buffer& unpacked, Index first, Index count, float* rows) const;
 
-  const TraceReader& trace_;
+  const CapturedRun& trace_;
   const LayerProjection* projection_;
   HeadShape shape_;
   CachePositions entries_;  // everything before the eviction
@@ -58,19 +58,19 @@ class TraceLayer : public LayerSource {
  public:
   /// The reader must outlive it, and so must `projection`, which may be null and is decomposed before heads are used.
   /// So must `surveys`, of every setting those of the layers alike, or null.
-  TraceLayer(const TraceReader& trace, int layer, const Eviction& eviction, const LayerProjection* projection = nullptr,
+  TraceLayer(const CapturedRun& trace, int layer, const Eviction& eviction, const LayerProjection* projection = nullptr,
              const std::vector<std::vector<LayerSurvey>>* surveys = nullptr);
 
   const HeadShape& shape() const override { return shape_; }
   std::unique_ptr<HeadSource> head(int kv_head) const override;
-  std::string name() const override { return trace_.path().string(); }
+  std::string name() const override { return trace_.name(); }
   std::span<const LayerSurvey> surveys(std::size_t setting, const Setting& of) const override;
 
   /// The most bytes that one of its heads takes beside what a policy asks of it.
-  static Index memory_of_head(const TraceReader& trace, int eviction_position);
+  static Index memory_of_head(const CapturedRun& trace, int eviction_position);
 
  private:
-  const TraceReader& trace_;
+  const CapturedRun& trace_;
   Eviction eviction_;
   const LayerProjection* projection_;
   const std::vector<std::vector<LayerSurvey>>* surveys_;

@@ -56,6 +56,8 @@ std::string trace_digest(const TraceReader& trace) {
   return digest.text();
 }
 
+std::string TraceReader::digest() const { return trace_digest(*this); }
+
 bool has_tensor_digests(const TraceReader& trace) {
   return std::ranges::none_of(trace.stored_tensors(), [](const StoredTensor& tensor) { return tensor.xxh64.empty(); });
 }

@@ -25,79 +25,100 @@ constexpr Index kPiecesPerHead = 4;
 
 // A thread's working memory.
 struct Workspace {
-  Buffer queries;  // [D, kQueryBlock], scaled
-  Buffer logits;   // [keys, kQueryBlock]
-  Buffer outputs;  // [D, kQueryBlock]
+  Buffer queries;   // [D, kQueryBlock], scaled
+  Buffer logits;    // [keys, kQueryBlock]
+  Buffer outputs;   // [D, kQueryBlock]
+  Buffer gathered;  // [kKeyBlock, D]: rows of the cache that do not lie together
+
+  void make_room(Index dim, Index keys) {
+    if (logits.size() > 0) return;
+    queries = Buffer(dim * kQueryBlock);
+    outputs = Buffer(dim * kQueryBlock);
+    logits = Buffer(keys * kQueryBlock);
+    gathered = Buffer(kKeyBlock * dim + KvCache::kReadAhead);
+  }
 };
 
+// The rows that a query head attends to.
 struct HeadView {
+  const KvCache& cache;
+  int layer;
+  int set;
+  const AttentionRule& rule;
   Index head_dim;
   Index query_width;                        // floats from one token's queries to the next's
-  Index earlier;                            // keys in the cache before the new tokens
-  std::span<const std::int32_t> positions;  // of the keys
-  const AttentionRule* rule;
-  const float* keys;     // [keys, D]
-  const float* values;   // [keys, D]
-  const float* queries;  // [count, query_width], at this head
-  float* outputs;        // the same
-  float scale;
+  Index earlier;                            // rows in the cache before the new tokens
+  Index rows_before;                        // of the first row in the block of keys that it lies in
+  const float* queries;                     // [count, query_width], at this head
+  float* outputs;                           // the same
+  std::span<const std::int32_t> positions;  // of the rows
 
-  // The first key that new token `query` sees.
+  // The first row that new token `query` sees.
   Index first_seen(Index query) const {
-    const Index first_position = rule->first_visible(positions[static_cast<std::size_t>(earlier + query)]);
+    const Index first_position = rule.first_visible(positions[static_cast<std::size_t>(earlier + query)]);
     if (first_position == 0) return 0;
     return std::lower_bound(positions.begin(), positions.end(), first_position) - positions.begin();
   }
+
+  // Where the block of keys that `row` lies in begins and ends. Blocks are cut at the same rows whatever queries see,
+  // so that the order of summation depends on nothing else.
+  Index block_begin(Index row) const {
+    return std::max<Index>(0, (row + rows_before) / kKeyBlock * kKeyBlock - rows_before);
+  }
+  Index block_end(Index row) const { return ((row + rows_before) / kKeyBlock + 1) * kKeyBlock - rows_before; }
 };
 
 // Attends up to kQueryBlock queries, whose logits are kept key by key, a column per query, so that every step of the
 // softmax runs over whole vectors of queries.
 void attend_block(const HeadView& head, Index first, Index rows, Workspace& work, double* mass) {
   const Index dim = head.head_dim;
+  const auto scale = static_cast<float>(head.rule.softmax_scale);
   for (Index d = 0; d < dim; ++d) {
     float* column = work.queries.data() + d * kQueryBlock;
-    for (Index q = 0; q < rows; ++q) column[q] = head.queries[(first + q) * head.query_width + d] * head.scale;
+    for (Index q = 0; q < rows; ++q) column[q] = head.queries[(first + q) * head.query_width + d] * scale;
     for (Index q = rows; q < kQueryBlock; ++q) column[q] = 0;
   }
-  // Keys are counted from the first that one of the queries sees.
-  const Index begin = head.first_seen(first);
-  const Index own = head.earlier + first - begin;  // the first query's key
-  const Index keys = own + rows;
+  // From the block of keys on that holds the first which one of the queries sees.
+  const Index begin = head.block_begin(head.first_seen(first));
+  const Index own = head.earlier + first;  // the first query's key
+  const Index end = own + rows;
   float maxima[kQueryBlock];
   std::fill_n(maxima, kQueryBlock, -std::numeric_limits<float>::infinity());
-  const auto cap = static_cast<float>(head.rule->attn_logit_softcapping);
+  const auto cap = static_cast<float>(head.rule.attn_logit_softcapping);
   Index seen[kQueryBlock] = {};
-  for (Index q = 0; q < rows; ++q) seen[q] = head.first_seen(first + q) - begin;
-  for (Index start = 0; start < keys; start += kKeyBlock) {
-    const Index end = std::min(start + kKeyBlock, keys);
-    float* const logits = work.logits.data() + start * kQueryBlock;
-    kernels::multiply(end - start, kQueryBlock, dim, head.keys + (begin + start) * dim, dim, 1, work.queries.data(),
-                      kQueryBlock, logits, kQueryBlock);
-    if (cap > 0) kernels::soft_cap((end - start) * kQueryBlock, cap, logits);
-    for (Index j = std::max(start, own + 1); j < end; ++j) {
+  for (Index q = 0; q < rows; ++q) seen[q] = head.first_seen(first + q);
+  for (Index start = begin, stop = 0; start < end; start = stop) {
+    stop = std::min(head.block_end(start), end);
+    float* const logits = work.logits.data() + (start - begin) * kQueryBlock;
+    const float* const keys = head.cache.keys(head.layer, head.set, start, stop - start, work.gathered.data());
+    kernels::multiply(stop - start, kQueryBlock, dim, keys, dim, 1, work.queries.data(), kQueryBlock, logits,
+                      kQueryBlock);
+    if (cap > 0) kernels::soft_cap((stop - start) * kQueryBlock, cap, logits);
+    for (Index j = std::max(start, own + 1); j < stop; ++j) {
       std::fill_n(logits + (j - start) * kQueryBlock, j - own, -std::numeric_limits<float>::infinity());
     }
     for (Index q = 0; q < rows; ++q) {
-      for (Index j = start; j < std::min(seen[q], end); ++j) {
+      for (Index j = start; j < std::min(seen[q], stop); ++j) {
         logits[(j - start) * kQueryBlock + q] = -std::numeric_limits<float>::infinity();
       }
     }
-    kernels::raise_maxima(end - start, kQueryBlock, logits, maxima);
+    kernels::raise_maxima(stop - start, kQueryBlock, logits, maxima);
   }
 
   double sums[kQueryBlock] = {};
   std::fill_n(work.outputs.data(), dim * kQueryBlock, 0.0f);
-  for (Index start = 0; start < keys; start += kKeyBlock) {
-    const Index count = std::min(kKeyBlock, keys - start);
-    float* weights = work.logits.data() + start * kQueryBlock;
-    kernels::exponentiate_and_sum(count, kQueryBlock, maxima, weights, sums);
-    kernels::add_product(dim, kQueryBlock, count, head.values + (begin + start) * dim, 1, dim, weights, kQueryBlock,
-                         work.outputs.data(), kQueryBlock);
+  for (Index start = begin, stop = 0; start < end; start = stop) {
+    stop = std::min(head.block_end(start), end);
+    float* weights = work.logits.data() + (start - begin) * kQueryBlock;
+    kernels::exponentiate_and_sum(stop - start, kQueryBlock, maxima, weights, sums);
+    const float* const values = head.cache.values(head.layer, head.set, start, stop - start, work.gathered.data());
+    kernels::add_product(dim, kQueryBlock, stop - start, values, 1, dim, weights, kQueryBlock, work.outputs.data(),
+                         kQueryBlock);
   }
 
   float factors[kQueryBlock] = {};
   for (Index q = 0; q < rows; ++q) factors[q] = static_cast<float>(1.0 / sums[q]);
-  if (mass != nullptr) kernels::add_mass(keys, kQueryBlock, work.logits.data(), factors, mass + begin);
+  if (mass != nullptr) kernels::add_mass(end - begin, kQueryBlock, work.logits.data(), factors, mass + begin);
   for (Index q = 0; q < rows; ++q) {
     float* out = head.outputs + (first + q) * head.query_width;
     for (Index d = 0; d < dim; ++d) out[d] = work.outputs.data()[d * kQueryBlock + q] * factors[q];
@@ -107,16 +128,13 @@ void attend_block(const HeadView& head, Index first, Index rows, Workspace& work
 void attend_many(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
                  std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass) {
   const Index dim = shape.head_dim;
-  const Index group = shape.num_attention_heads / shape.num_key_value_heads;
   const Index query_width = shape.num_attention_heads * dim;
 
   Index longest = 0;
-  for (int kv_head = 0; kv_head < shape.num_key_value_heads; ++kv_head) {
-    longest = std::max(longest, cache.length(layer, kv_head));
-  }
+  for (int set = 0; set < cache.sets_per_layer(); ++set) longest = std::max(longest, cache.length(layer, set));
 
   const Index reach = std::max(shape.rule.sliding_window, shape.rule.attention_chunk_size);
-  const Index seen = reach > 0 ? std::min(longest, reach + kQueryBlock) : longest;
+  const Index seen = reach > 0 ? std::min(longest, reach + kQueryBlock + kKeyBlock) : longest;
   const Index blocks = (count + kQueryBlock - 1) / kQueryBlock;
   const Index pieces = shape.num_attention_heads * kPiecesPerHead;
   const Index mass_width = mass.empty() ? 0 : static_cast<Index>(mass.size()) / shape.num_attention_heads;
@@ -124,24 +142,20 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
   std::vector<Workspace> workspaces(static_cast<std::size_t>(execution.threads()));
   execution.share(pieces, count * seen * query_width, [&](Index piece, int worker) {
     Workspace& work = workspaces[static_cast<std::size_t>(worker)];
-    if (work.logits.size() == 0) {
-      work.queries = Buffer(dim * kQueryBlock);
-      work.outputs = Buffer(dim * kQueryBlock);
-      work.logits = Buffer(seen * kQueryBlock);
-    }
+    work.make_room(dim, seen);
     const Index query_head = piece / kPiecesPerHead;
-    const int kv_head = static_cast<int>(query_head / group);
-    HeadView head;
-    head.head_dim = dim;
-    head.query_width = query_width;
-    head.earlier = cache.length(layer, kv_head) - count;
-    head.positions = cache.positions(layer, kv_head);
-    head.rule = &shape.rule;
-    head.keys = cache.keys(layer, kv_head);
-    head.values = cache.values(layer, kv_head);
-    head.queries = queries.data() + query_head * dim;
-    head.outputs = outputs.data() + query_head * dim;
-    head.scale = static_cast<float>(shape.rule.softmax_scale);
+    const int set = static_cast<int>(query_head * cache.sets_per_layer() / shape.num_attention_heads);
+    const HeadView head{.cache = cache,
+                        .layer = layer,
+                        .set = set,
+                        .rule = shape.rule,
+                        .head_dim = dim,
+                        .query_width = query_width,
+                        .earlier = cache.length(layer, set) - count,
+                        .rows_before = cache.rows_before(layer, set, kKeyBlock),
+                        .queries = queries.data() + query_head * dim,
+                        .outputs = outputs.data() + query_head * dim,
+                        .positions = cache.positions(layer, set)};
     double* piece_mass = mass.empty() ? nullptr : partial_mass.data() + piece * mass_width;
     for (Index block = piece % kPiecesPerHead; block < blocks; block += kPiecesPerHead) {
       const Index first = block * kQueryBlock;
@@ -156,31 +170,31 @@ void attend_many(const Execution& execution, const AttentionShape& shape, const 
   }
 }
 
-// A single token: bound by reading the cache, so the query heads of a group follow each other over the same rows.
+// A single token: bound by reading the cache, so the query heads that share rows follow each other over the same ones.
 void attend_one(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
                 std::span<const float> queries, std::span<float> outputs) {
   const Index dim = shape.head_dim;
-  const Index group = shape.num_attention_heads / shape.num_key_value_heads;
+  const Index group = shape.num_attention_heads / cache.sets_per_layer();
   const Index work_size = 2 * cache.length(layer, 0) * dim * shape.num_attention_heads;
-  execution.share(shape.num_key_value_heads, work_size, [&](Index piece, int) {
-    const int kv_head = static_cast<int>(piece);
-    const auto positions = cache.positions(layer, kv_head);
+  execution.share(cache.sets_per_layer(), work_size, [&](Index piece, int) {
+    const int set = static_cast<int>(piece);
+    const auto positions = cache.positions(layer, set);
     const Index first_position = shape.rule.first_visible(positions.back());
     const Index begin = std::lower_bound(positions.begin(), positions.end(), first_position) - positions.begin();
-    const Index keys = cache.length(layer, kv_head) - begin;
-    const float* head_keys = cache.keys(layer, kv_head) + begin * dim;
-    const float* head_values = cache.values(layer, kv_head) + begin * dim;
-    const Index first_head = kv_head * group;
+    const Index keys = cache.length(layer, set) - begin;
+    const Index first_head = set * group;
+    std::vector<float> gathered(static_cast<std::size_t>(kKeyBlock * dim + KvCache::kReadAhead));
     std::vector<float> weights(static_cast<std::size_t>(group * keys));
     std::vector<float> query(static_cast<std::size_t>(dim));
     for (Index start = 0; start < keys; start += kKeyBlock) {
+      const Index count = std::min(kKeyBlock, keys - start);
+      const float* const rows = cache.keys(layer, set, begin + start, count, gathered.data());
       for (Index member = 0; member < group; ++member) {
         const float* from = queries.data() + (first_head + member) * dim;
         for (Index d = 0; d < dim; ++d) {
           query[static_cast<std::size_t>(d)] = from[d] * static_cast<float>(shape.rule.softmax_scale);
         }
-        kernels::multiply_vector(DType::float32, reinterpret_cast<const std::byte*>(head_keys + start * dim),
-                                 std::min(kKeyBlock, keys - start), dim, query.data(),
+        kernels::multiply_vector(DType::float32, reinterpret_cast<const std::byte*>(rows), count, dim, query.data(),
                                  weights.data() + member * keys + start);
       }
     }
@@ -191,9 +205,11 @@ void attend_one(const Execution& execution, const AttentionShape& shape, const K
     const Index width = kernels::rounded_up(dim, kernels::kLanes);
     std::vector<float> sums(static_cast<std::size_t>(group * width));
     for (Index start = 0; start < keys; start += kKeyBlock) {
+      const Index count = std::min(kKeyBlock, keys - start);
+      const float* const rows = cache.values(layer, set, begin + start, count, gathered.data());
       for (Index member = 0; member < group; ++member) {
-        kernels::add_product(1, width, std::min(kKeyBlock, keys - start), weights.data() + member * keys + start, 0, 1,
-                             head_values + start * dim, dim, sums.data() + member * width, width);
+        kernels::add_product(1, width, count, weights.data() + member * keys + start, 0, 1, rows, dim,
+                             sums.data() + member * width, width);
       }
     }
     for (Index member = 0; member < group; ++member) {

@@ -57,11 +57,15 @@ void multiply_panel(const float* rows, Index width, Index tokens, Index start, c
 
 }  // namespace
 
-LinearInput::LinearInput(const Execution& execution, std::span<const float> rows, Index count)
-    : execution_(execution), rows_(rows), count_(count), width_(static_cast<Index>(rows.size()) / count) {}
+LinearInput::LinearInput(const Execution& execution, std::span<const float> rows, Index count, SingleRow single_row)
+    : execution_(execution),
+      rows_(rows),
+      count_(count),
+      width_(static_cast<Index>(rows.size()) / count),
+      single_row_(single_row) {}
 
 void LinearInput::multiply(const LinearWeights& linear, std::span<float> out) const {
-  if (count_ == 1) {
+  if (count_ == 1 && single_row_ == SingleRow::fast) {
     multiply_vector(linear, out);
   } else {
     multiply_matrix(linear, out);

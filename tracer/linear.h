@@ -11,8 +11,15 @@ namespace kvreplay::tracer {
 /// The input of one or several linear layers: rows of activations, one per token.
 class LinearInput {
  public:
+  /// How a single row is multiplied.
+  enum class SingleRow {
+    fast,     ///< on its own, reading the weights as they lie
+    as_many,  ///< as among others, so that sums are made in the same order
+  };
+
   /// `rows` is [count, width].
-  LinearInput(const Execution& execution, std::span<const float> rows, Index count);
+  LinearInput(const Execution& execution, std::span<const float> rows, Index count,
+              SingleRow single_row = SingleRow::fast);
 
   /// out[count, weights.rows()] = rows·Wᵀ + b, summed in float32.
   void multiply(const LinearWeights& linear, std::span<float> out) const;
@@ -25,6 +32,7 @@ class LinearInput {
   std::span<const float> rows_;
   Index count_;
   Index width_;
+  SingleRow single_row_;
 };
 
 }  // namespace kvreplay::tracer

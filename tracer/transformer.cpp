@@ -55,6 +55,23 @@ void check_rows(std::span<const float> rows, std::string_view what, int layer, s
                    rows[static_cast<std::size_t>(at)]);
 }
 
+// The length of every row, [rows].
+void lengths_of(std::span<const float> rows, Index width, std::span<float> lengths) {
+  for (Index row = 0; row < static_cast<Index>(rows.size()) / width; ++row) {
+    double squares = 0;
+    for (const float value : rows.subspan(static_cast<std::size_t>(row * width), static_cast<std::size_t>(width))) {
+      squares += static_cast<double>(value) * static_cast<double>(value);
+    }
+    lengths[static_cast<std::size_t>(row)] = static_cast<float>(std::sqrt(squares));
+  }
+}
+
+void cap_logits(const ModelConfig& config, std::span<float> logits) {
+  if (config.final_logit_softcapping <= 0) return;
+  kernels::soft_cap(static_cast<Index>(logits.size()), static_cast<float>(config.final_logit_softcapping),
+                    logits.data());
+}
+
 }  // namespace
 
 Transformer::Transformer(const Model& model, const Options& options)
@@ -65,41 +82,90 @@ Transformer::Transformer(const Model& model, const Options& options)
       local_inverse_frequencies_(model.config.local_rotary.inverse_frequencies(model.config.head_dim)) {}
 
 std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCache& cache, ForwardObserver* observer) {
+  const Sequence sequence{ids, &cache};
+  Pass pass = begin({&sequence, 1}, LinearInput::SingleRow::fast, false);
+  run_layers(pass, observer);
   const ModelConfig& config = model_.config;
-  const Index count = static_cast<Index>(ids.size());
+  std::vector<float> last(static_cast<std::size_t>(config.hidden_size));
+  normalize(block_of(all_of(pass.hidden), pass.count() - 1, 1, config.hidden_size), model_.final_norm, last);
+  std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
+  LinearInput(execution_, last, 1).multiply(model_.output_head, logits);
+  cap_logits(config, logits);
+  if (first_not_finite(logits) >= 0) {
+    throw Error(
+        fmt::format("the model computed NaN or infinity in the logits after position {}: its weights or its "
+                    "config.json are damaged",
+                    pass.positions.back()));
+  }
+  return logits;
+}
+
+Buffer Transformer::run(std::span<const Sequence> sequences, ForwardObserver* observer) {
+  Pass pass = begin(sequences, LinearInput::SingleRow::as_many, true);
+  run_layers(pass, observer);
+  normalize(all_of(pass.hidden), model_.final_norm, all_of(pass.hidden));
+  return std::move(pass.hidden);
+}
+
+void Transformer::logits(std::span<const float> states, Index count, std::span<float> out) const {
+  LinearInput(execution_, states, count, LinearInput::SingleRow::as_many).multiply(model_.output_head, out);
+  cap_logits(model_.config, out);
+  if (first_not_finite(out) >= 0) {
+    throw Error("the model computed NaN or infinity in its logits: its weights or its config.json are damaged");
+  }
+}
+
+Transformer::Pass Transformer::begin(std::span<const Sequence> sequences, LinearInput::SingleRow single_row,
+                                     bool all_states) const {
+  Pass pass{sequences, single_row, all_states, {}, {}};
+  for (const auto& [ids, cache] : sequences) {
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      pass.positions.push_back(cache->next_position() + static_cast<Index>(i));
+    }
+  }
+  const Index width = model_.config.hidden_size;
+  pass.hidden = Buffer(pass.count() * width);
+  const std::span<float> hidden = all_of(pass.hidden);
+  const Tensor& embedding = model_.embedding;
+  Index token = 0;
+  for (const Sequence& sequence : sequences) {
+    for (const std::int32_t id : sequence.ids) {
+      const Index offset = id * width * static_cast<Index>(size_of(embedding.type));
+      to_float32(embedding.type, embedding.data + offset, block_of(hidden, token++, 1, width));
+    }
+  }
+  if (model_.config.embedding_scale != 1) {
+    for (float& value : hidden) value *= static_cast<float>(model_.config.embedding_scale);
+  }
+  return pass;
+}
+
+void Transformer::run_layers(Pass& pass, ForwardObserver* observer) {
+  const ModelConfig& config = model_.config;
+  const Index count = pass.count();
   const Index width = config.hidden_size;
   const Index query_width = Index{config.num_attention_heads} * config.head_dim;
-  const Index first_position = cache.next_position();
   AttentionShape shape = {
       config.num_attention_heads,
       config.num_key_value_heads,
       config.head_dim,
       {.softmax_scale = config.softmax_scale, .attn_logit_softcapping = config.attn_logit_softcapping}};
-
-  Buffer hidden_rows(count * width);
-  const std::span<float> hidden = all_of(hidden_rows);
-  const Tensor& embedding = model_.embedding;
-  for (Index token = 0; token < count; ++token) {
-    const Index offset = ids[static_cast<std::size_t>(token)] * width * static_cast<Index>(size_of(embedding.type));
-    to_float32(embedding.type, embedding.data + offset, block_of(hidden, token, 1, width));
-  }
-  if (config.embedding_scale != 1) {
-    for (float& value : hidden) value *= static_cast<float>(config.embedding_scale);
-  }
-
+  const std::span<float> hidden = all_of(pass.hidden);
   const bool wants_mass = observer != nullptr && observer->wants_attention_mass();
+  const bool wants_norms = observer != nullptr && observer->wants_residual_norms();
   Buffer query_rows(count * query_width);
   Buffer output_rows(count * query_width);
   const std::span<float> queries = all_of(query_rows);
   const std::span<float> outputs = all_of(output_rows);
-  const Rotation rotation = rotation_of(first_position, count, inverse_frequencies_);
+  const Rotation rotation = rotation_of(pass.positions, inverse_frequencies_);
   Rotation local_rotation;
   std::vector<double> mass;
+  std::vector<float> norms;
   for (int number = 0; number < config.num_layers; ++number) {
     const LayerWeights& layer = model_.layers[static_cast<std::size_t>(number)];
     const bool local = config.sliding_window(number) > 0;
     if (local && local_rotation.cosines.size() == 0) {
-      local_rotation = rotation_of(first_position, count, local_inverse_frequencies_);
+      local_rotation = rotation_of(pass.positions, local_inverse_frequencies_);
     }
     const auto report = [&](Index tokens_of_half, int half) {
       if (observer == nullptr) return;
@@ -109,60 +175,66 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
 
     for (Index first = 0, block = 0; first < count; first += block) {
       block = next_block(count - first);
-      project(layer, block_of(hidden, first, block, width), block, first, local ? local_rotation : rotation, cache,
-              number, block_of(queries, first, block, query_width));
+      project(pass, number, first, block, local ? local_rotation : rotation,
+              block_of(queries, first, block, query_width));
       report(first + block, 0);
     }
 
-    if (wants_mass) mass.assign(static_cast<std::size_t>(config.num_attention_heads * (first_position + count)), 0);
     shape.rule.sliding_window = config.sliding_window(number);
-    attend(execution_, shape, cache, number, queries, count, outputs, mass);
-    check_rows(outputs, "attention output", number, "query", query_width, config.head_dim, first_position);
-    if (observer != nullptr) observer->on_attention({number, first_position, count, queries, outputs, mass}, cache);
+    Index first = 0;
+    for (const auto& [ids, cache] : pass.sequences) {
+      const auto tokens = static_cast<Index>(ids.size());
+      if (wants_mass) {
+        mass.assign(static_cast<std::size_t>(config.num_attention_heads * (cache->next_position() + tokens)), 0);
+      }
+      const std::span<float> attended = block_of(outputs, first, tokens, query_width);
+      attend(execution_, shape, *cache, number, block_of(queries, first, tokens, query_width), tokens, attended, mass);
+      check_rows(attended, "attention output", number, "query", query_width, config.head_dim, cache->next_position());
+      first += tokens;
+    }
+    const Sequence& observed = pass.sequences.front();
+    if (observer != nullptr) {
+      observer->on_attention({number, pass.positions.front(), count, queries, outputs, mass}, *observed.cache);
+    }
 
     // Nothing reads what the last layer makes of any token but the last.
-    const Index first_needed = number + 1 < config.num_layers ? 0 : count - 1;
-    for (Index first = first_needed, block = 0; first < count; first += block) {
-      block = next_block(count - first);
-      feed_forward(layer, block_of(outputs, first, block, query_width), block, block_of(hidden, first, block, width));
-      report(first + block, 1);
-    }
+    const Index first_needed = pass.all_states || number + 1 < config.num_layers ? 0 : count - 1;
+    if (wants_norms) norms.resize(static_cast<std::size_t>(count));
+    const auto finish = [&](Index begin, Index end, bool whole) {
+      for (Index token = begin, block = 0; token < end; token += block) {
+        block = next_block(end - token);
+        const std::span<float> rows = block_of(hidden, token, block, width);
+        add_attention(layer, block_of(outputs, token, block, query_width), block, pass.single_row, rows);
+        if (wants_norms) lengths_of(rows, width, std::span(norms).subspan(static_cast<std::size_t>(token)));
+        if (whole) feed_forward(layer, block, pass.single_row, rows);
+        report(token + block, 1);
+      }
+    };
+    if (wants_norms && first_needed > 0) finish(0, first_needed, false);
+    finish(first_needed, count, true);
+    if (wants_norms) observer->on_residual(number, pass.positions.front(), norms);
   }
-  cache.advance(count);
-
-  std::vector<float> last(static_cast<std::size_t>(width));
-  normalize(block_of(hidden, count - 1, 1, width), model_.final_norm, last);
-  std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
-  LinearInput(execution_, last, 1).multiply(model_.output_head, logits);
-  if (config.final_logit_softcapping > 0) {
-    kernels::soft_cap(static_cast<Index>(logits.size()), static_cast<float>(config.final_logit_softcapping),
-                      logits.data());
-  }
-  if (first_not_finite(logits) >= 0) {
-    throw Error(
-        fmt::format("the model computed NaN or infinity in the logits after position {}: its weights or its "
-                    "config.json are damaged",
-                    first_position + count - 1));
-  }
-  return logits;
+  for (const auto& [ids, cache] : pass.sequences) cache->advance(static_cast<Index>(ids.size()));
 }
 
 // No token is left for a block of its own: single ones are multiplied in another order, and the bits that come out must
 // not depend on how the prompt was divided.
 Index Transformer::next_block(Index left) const { return left <= block_tokens_ + 1 ? left : block_tokens_; }
 
-// `first` counts the tokens of the pass.
-void Transformer::project(const LayerWeights& layer, std::span<const float> hidden, Index count, Index first,
-                          const Rotation& rotation, KvCache& cache, int layer_number, std::span<float> queries) {
+// Of `count` tokens of the pass from `first` on.
+void Transformer::project(const Pass& pass, int layer_number, Index first, Index count, const Rotation& rotation,
+                          std::span<float> queries) {
   const ModelConfig& config = model_.config;
-  const Index position = cache.next_position() + first;
+  const LayerWeights& layer = model_.layers[static_cast<std::size_t>(layer_number)];
+  const Index position = pass.positions[static_cast<std::size_t>(first)];
   const Index dim = config.head_dim;
   const Index query_width = Index{config.num_attention_heads} * dim;
   const Index kv_width = Index{config.num_key_value_heads} * dim;
 
   Buffer normalized(count * config.hidden_size);
-  normalize(hidden, layer.attention_norm, all_of(normalized));
-  const LinearInput input(execution_, all_of(normalized), count);
+  const float* const hidden = pass.hidden.data() + first * config.hidden_size;
+  normalize({hidden, static_cast<std::size_t>(normalized.size())}, layer.attention_norm, all_of(normalized));
+  const LinearInput input(execution_, all_of(normalized), count, pass.single_row);
   Buffer key_rows(count * kv_width);
   Buffer value_rows(count * kv_width);
   const std::span<float> keys = all_of(key_rows);
@@ -180,33 +252,44 @@ void Transformer::project(const LayerWeights& layer, std::span<const float> hidd
   check_rows(keys, "keys", layer_number, "KV", kv_width, dim, position);
   check_rows(values, "values", layer_number, "KV", kv_width, dim, position);
 
-  for (int head = 0; head < config.num_key_value_heads; ++head) {
-    const KvCache::Rows rows = cache.append(layer_number, head, position, count);
-    for (Index token = 0; token < count; ++token) {
-      const Index from = token * kv_width + head * dim;
-      std::copy_n(keys.data() + from, dim, rows.keys + token * dim);
-      std::copy_n(values.data() + from, dim, rows.values + token * dim);
+  // Each sequence's tokens among these go to its own cache.
+  Index begin = 0;
+  for (const auto& [ids, cache] : pass.sequences) {
+    const Index from = std::max(first, begin);
+    const Index end = std::min(first + count, begin + static_cast<Index>(ids.size()));
+    begin += static_cast<Index>(ids.size());
+    if (from >= end) continue;
+    for (int head = 0; head < config.num_key_value_heads; ++head) {
+      const KvCache::Rows rows =
+          cache->append(layer_number, head, pass.positions[static_cast<std::size_t>(from)], end - from);
+      for (Index token = from; token < end; ++token) {
+        const Index at = (token - first) * kv_width + head * dim;
+        std::copy_n(keys.data() + at, dim, rows.keys + (token - from) * dim);
+        std::copy_n(values.data() + at, dim, rows.values + (token - from) * dim);
+      }
     }
   }
 }
 
-void Transformer::feed_forward(const LayerWeights& layer, std::span<const float> attended, Index count,
-                               std::span<float> hidden) {
+void Transformer::add_attention(const LayerWeights& layer, std::span<const float> attended, Index count,
+                                LinearInput::SingleRow single_row, std::span<float> hidden) const {
+  Buffer buffer(static_cast<Index>(hidden.size()));
+  const std::span<float> rows = all_of(buffer);
+  LinearInput(execution_, attended, count, single_row).multiply(layer.output, rows);
+  if (model_.config.norm_after) normalize(rows, layer.output_norm, rows);
+  for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] += rows[i];
+}
+
+void Transformer::feed_forward(const LayerWeights& layer, Index count, LinearInput::SingleRow single_row,
+                               std::span<float> hidden) const {
   const Index intermediate = model_.config.intermediate_size;
   Buffer buffer(static_cast<Index>(hidden.size()));
   const std::span<float> rows = all_of(buffer);
-  const auto add_to_hidden = [&] {
-    for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] += rows[i];
-  };
-  LinearInput(execution_, attended, count).multiply(layer.output, rows);
-  if (model_.config.norm_after) normalize(rows, layer.output_norm, rows);
-  add_to_hidden();
-
   normalize(hidden, layer.mlp_norm, rows);
   Buffer gate(count * intermediate);
   Buffer up(count * intermediate);
   {
-    const LinearInput input(execution_, rows, count);
+    const LinearInput input(execution_, rows, count, single_row);
     input.multiply(layer.gate, all_of(gate));
     input.multiply(layer.up, all_of(up));
   }
@@ -214,9 +297,9 @@ void Transformer::feed_forward(const LayerWeights& layer, std::span<const float>
   execution_.share(count, count * intermediate * 10, [&](Index token, int) {
     multiply_gate(intermediate, gate.data() + token * intermediate, up.data() + token * intermediate);
   });
-  LinearInput(execution_, all_of(gate), count).multiply(layer.down, rows);
+  LinearInput(execution_, all_of(gate), count, single_row).multiply(layer.down, rows);
   if (model_.config.norm_after) normalize(rows, layer.down_norm, rows);
-  add_to_hidden();
+  for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] += rows[i];
 }
 
 // RMSNorm of every row, whose width is the weight's. `out` may be `hidden`.
@@ -234,14 +317,16 @@ void Transformer::normalize(std::span<const float> hidden, std::span<const float
   });
 }
 
-Transformer::Rotation Transformer::rotation_of(Index first_position, Index count,
+Transformer::Rotation Transformer::rotation_of(std::span<const Index> positions,
                                                const std::vector<float>& frequencies) const {
-  const Index half = static_cast<Index>(frequencies.size());
+  const auto count = static_cast<Index>(positions.size());
+  const auto half = static_cast<Index>(frequencies.size());
   Rotation rotation{Buffer(count * half), Buffer(count * half)};
   execution_.share(count, count * half * 40, [&](Index token, int) {
     for (Index i = 0; i < half; ++i) {
       // The angle is rounded to float32, as where the model was trained; at position 100,000 that is 0.004 rad.
-      const float angle = static_cast<float>(first_position + token) * frequencies[static_cast<std::size_t>(i)];
+      const float angle =
+          static_cast<float>(positions[static_cast<std::size_t>(token)]) * frequencies[static_cast<std::size_t>(i)];
       rotation.cosines.data()[token * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
       rotation.sines.data()[token * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
     }

@@ -39,8 +39,23 @@ class ForwardObserver {
   /// are gone for later passes.
   virtual void on_attention(const LayerAttention& attention, KvCache& cache) = 0;
 
+  /// Whether on_residual() is to be called.
+  virtual bool wants_residual_norms() const { return false; }
+
+  /// After each layer's attention was added to the residual stream: the lengths [count] of what it then is for the
+  /// tokens from `first_position` on.
+  virtual void on_residual(int layer, Index first_position, std::span<const float> norms) {
+    static_cast<void>(layer), static_cast<void>(first_position), static_cast<void>(norms);
+  }
+
   /// After each block of tokens of each layer; `fraction` of the pass is done.
   virtual void on_progress(double fraction) { static_cast<void>(fraction); }
+};
+
+/// Tokens that follow those in a cache.
+struct Sequence {
+  std::span<const std::int32_t> ids;  ///< not empty, in the vocabulary, and they fit the cache
+  KvCache* cache = nullptr;
 };
 
 class Transformer {
@@ -61,6 +76,16 @@ class Transformer {
   /// infinite.
   std::vector<float> forward(std::span<const std::int32_t> ids, KvCache& cache, ForwardObserver* observer = nullptr);
 
+  /// Runs several sequences through the model together, so that weights are read once for all of them, and appends
+  /// each to its cache. Returns the last layer's states after the final norm, [tokens, C], one sequence after the
+  /// other, in the same bits whatever else is run together and however the tokens before were divided into passes.
+  /// `observer` is for a single sequence. Throws Error as forward() does.
+  Buffer run(std::span<const Sequence> sequences, ForwardObserver* observer = nullptr);
+
+  /// The logits [count, vocabulary] of what comes after tokens whose states [count, C] run() returned. Throws Error if
+  /// one is NaN or infinite.
+  void logits(std::span<const float> states, Index count, std::span<float> out) const;
+
  private:
   // Cosines and sines of the angles that rotary embedding turns the tokens of a pass by, [count, D/2] each.
   struct Rotation {
@@ -68,11 +93,27 @@ class Transformer {
     Buffer sines;
   };
 
+  // A pass over tokens of some sequences.
+  struct Pass {
+    std::span<const Sequence> sequences;
+    LinearInput::SingleRow single_row;
+    bool all_states;               // of every token and not of the last alone
+    std::vector<Index> positions;  // [tokens]
+    Buffer hidden;                 // [tokens, C]
+
+    Index count() const { return static_cast<Index>(positions.size()); }
+  };
+
+  Pass begin(std::span<const Sequence> sequences, LinearInput::SingleRow single_row, bool all_states) const;
+  void run_layers(Pass& pass, ForwardObserver* observer);
   Index next_block(Index left) const;
-  Rotation rotation_of(Index first_position, Index count, const std::vector<float>& frequencies) const;
-  void project(const LayerWeights& layer, std::span<const float> hidden, Index count, Index first,
-               const Rotation& rotation, KvCache& cache, int layer_number, std::span<float> queries);
-  void feed_forward(const LayerWeights& layer, std::span<const float> attended, Index count, std::span<float> hidden);
+  Rotation rotation_of(std::span<const Index> positions, const std::vector<float>& frequencies) const;
+  void project(const Pass& pass, int layer_number, Index first, Index count, const Rotation& rotation,
+               std::span<float> queries);
+  void add_attention(const LayerWeights& layer, std::span<const float> attended, Index count,
+                     LinearInput::SingleRow single_row, std::span<float> hidden) const;
+  void feed_forward(const LayerWeights& layer, Index count, LinearInput::SingleRow single_row,
+                    std::span<float> hidden) const;
   void normalize(std::span<const float> hidden, std::span<const float> weight, std::span<float> out) const;
   void rotate(std::span<float> heads, Index count, Index width, Index first, const Rotation& rotation) const;
 

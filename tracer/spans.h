@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "trace/trace.h"
-#include "tracer/tokenizer.h"
+#include "tracer/tokenizer/tokenizer.h"
 
 namespace kvreplay::tracer {
 

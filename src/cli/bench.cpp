@@ -18,7 +18,7 @@
 #include "kernels/kernels.h"
 #include "notebooks-export/tables.h"
 #include "replay/roofline.h"
-#include "tracer/synthetic.h"
+#include "tracer/synthetic/synthetic.h"
 
 namespace kvreplay::cli {
 namespace {

@@ -15,7 +15,7 @@
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "cli/progress.h"
-#include "tracer/synthetic.h"
+#include "tracer/synthetic/synthetic.h"
 
 namespace kvreplay::cli {
 

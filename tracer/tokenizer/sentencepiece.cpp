@@ -7,7 +7,7 @@
 
 #include "base/error.h"
 #include "base/file_text.h"
-#include "tracer/tokenizer_backend.h"
+#include "tracer/tokenizer/backend.h"
 
 namespace kvreplay::tracer {
 

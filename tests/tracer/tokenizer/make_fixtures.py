@@ -3,7 +3,7 @@
 tokenizer.model, SentencePiece) make of a few thousand strings:
 
     python3 -m venv venv && venv/bin/pip install tokenizers sentencepiece
-    venv/bin/python tests/tracer/tokenizers/make_fixtures.py
+    venv/bin/python tests/tracer/tokenizer/make_fixtures.py
 
 writes beside itself `strings.json`, a list of strings, and for each kind a folder with `tokenizer.json` or
 `tokenizer.model` and `cases.json`:

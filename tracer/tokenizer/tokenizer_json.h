@@ -6,7 +6,7 @@
 #include <memory>
 #include <string_view>
 
-#include "tracer/tokenizer_backend.h"
+#include "tracer/tokenizer/backend.h"
 
 namespace kvreplay::tracer {
 

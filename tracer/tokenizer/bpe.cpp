@@ -1,4 +1,4 @@
-#include "tracer/bpe.h"
+#include "tracer/tokenizer/bpe.h"
 
 #include <fmt/format.h>
 
@@ -6,7 +6,7 @@
 
 #include "base/error.h"
 #include "base/printable.h"
-#include "tracer/aligned_text.h"
+#include "tracer/tokenizer/aligned_text.h"
 
 namespace kvreplay::tracer {
 

@@ -9,7 +9,7 @@
 #include <string>
 #include <string_view>
 
-#include "tracer/tokenizer.h"
+#include "tracer/tokenizer/tokenizer.h"
 
 namespace kvreplay::tracer {
 

@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-#include "tracer/text_pattern.h"
+#include "tracer/tokenizer/text_pattern.h"
 
 namespace kvreplay::tracer {
 

@@ -1,5 +1,5 @@
 // Synthetic traces are what they promise to be: reproducible, exact, and structured like real attention.
-#include "tracer/synthetic.h"
+#include "tracer/synthetic/synthetic.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

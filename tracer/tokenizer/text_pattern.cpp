@@ -1,5 +1,5 @@
 #define PCRE2_CODE_UNIT_WIDTH 8
-#include "tracer/text_pattern.h"
+#include "tracer/tokenizer/text_pattern.h"
 
 #include <fmt/format.h>
 #include <pcre2.h>
@@ -15,7 +15,7 @@
 
 #include "base/error.h"
 #include "base/printable.h"
-#include "tracer/aligned_text.h"
+#include "tracer/tokenizer/aligned_text.h"
 
 namespace kvreplay::tracer {
 

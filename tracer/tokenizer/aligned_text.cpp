@@ -1,4 +1,4 @@
-#include "tracer/aligned_text.h"
+#include "tracer/tokenizer/aligned_text.h"
 
 #include <fmt/format.h>
 #include <utf8proc.h>

@@ -1,4 +1,4 @@
-#include "tracer/tokenizer_json.h"
+#include "tracer/tokenizer/tokenizer_json.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -16,10 +16,10 @@
 #include "base/error.h"
 #include "base/file_text.h"
 #include "base/printable.h"
-#include "tracer/added_tokens.h"
-#include "tracer/aligned_text.h"
-#include "tracer/bpe.h"
-#include "tracer/text_pattern.h"
+#include "tracer/tokenizer/added_tokens.h"
+#include "tracer/tokenizer/aligned_text.h"
+#include "tracer/tokenizer/bpe.h"
+#include "tracer/tokenizer/text_pattern.h"
 
 namespace kvreplay::tracer {
 

@@ -1,6 +1,6 @@
 // Tokenizers of every kind against what Hugging Face's tokenizers, or SentencePiece, make of the same strings
-// (tokenizers/make_fixtures.py).
-#include "tracer/tokenizer_json.h"
+// (make_fixtures.py).
+#include "tracer/tokenizer/tokenizer_json.h"
 #include "support/places.h"
 
 #include <fmt/format.h>
@@ -14,9 +14,9 @@
 #include "base/error.h"
 #include "base/printable.h"
 #include "support/temporary_folder.h"
-#include "tracer/aligned_text.h"
-#include "tracer/text_pattern.h"
-#include "tracer/tokenizer.h"
+#include "tracer/tokenizer/aligned_text.h"
+#include "tracer/tokenizer/text_pattern.h"
+#include "tracer/tokenizer/tokenizer.h"
 
 namespace kvreplay::tracer {
 namespace {
@@ -28,7 +28,7 @@ using test::TemporaryFolder;
 using test::write_file;
 using testing::HasSubstr;
 
-const std::filesystem::path kFixtures = test::project_folder() / "tests" / "tracer" / "tokenizers";
+const std::filesystem::path kFixtures = test::project_folder() / "tests" / "tracer" / "tokenizer";
 
 std::vector<std::string> strings() {
   return json::parse(read_file(kFixtures / "strings.json")).get<std::vector<std::string>>();

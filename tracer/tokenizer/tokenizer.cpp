@@ -1,4 +1,4 @@
-#include "tracer/tokenizer.h"
+#include "tracer/tokenizer/tokenizer.h"
 
 #include <fmt/format.h>
 
@@ -6,8 +6,8 @@
 
 #include "base/error.h"
 #include "base/printable.h"
-#include "tracer/tokenizer_backend.h"
-#include "tracer/tokenizer_json.h"
+#include "tracer/tokenizer/backend.h"
+#include "tracer/tokenizer/tokenizer_json.h"
 
 namespace kvreplay::tracer {
 

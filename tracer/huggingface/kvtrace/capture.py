@@ -17,6 +17,7 @@ from . import __version__, checks, interface
 from .attention_mass import attention_mass as mass_of
 from .errors import CaptureError, UsageError
 from .plain_attention import plain_attention
+from .residual import ResidualStream, layer_of
 from .rotary import UnturnedKeys, tables_of, turning_table
 from .spans import locate_spans, locate_turns, read_spans, read_turns
 from .text import encode, token_pieces
@@ -113,6 +114,7 @@ class capture:
         self._last_position = None  # of what was checked
         self._prompt_length = self._given_prompt_length  # None while it is not known
         self._layers = [_Layer() for _ in range(self._num_layers)]
+        self._residuals = {}  # by the attention module's identity: a ResidualStream
         self._common = None  # what must be the same in all layers
         self._rotary = tables_of(self._decoder)  # what could turn keys
         self._checked_mask = None
@@ -138,6 +140,8 @@ class capture:
                     layer.hooks.append(module.register_forward_pre_hook(self._on_cache, with_kwargs=True))
                     if self._rotary and layer.unturned is None:
                         layer.unturned = UnturnedKeys.of(module)
+                    if len(_numbered(module)) == 1:  # not the layer around it
+                        self._residuals[id(module)] = ResidualStream(layer_of(self._decoder, module), module, self._recording)
             interface.listen(self._implementation, self._modules, self._on_attention)
             undo.pop_all()
         return self
@@ -163,6 +167,8 @@ class capture:
     def _remove_hooks(self):
         for hook in (*self._hooks, *(hook for layer in self._layers for hook in layer.all_hooks())):
             hook.remove()
+        for residual in self._residuals.values():
+            residual.remove_hooks()
 
     # What the run tells.
 
@@ -288,7 +294,7 @@ class capture:
             self._check_output(number, query, key, value, output, first, window)
         if first == 0:
             self._find_rotary(layer, key[0])
-        layer.window, layer.tokens = window, first + count
+        layer.window, layer.tokens, layer.residual = window, first + count, self._residuals.get(id(module))
         self._device = query.device
 
         job = _Job(self._file, number, layer, self._window)
@@ -371,14 +377,34 @@ class capture:
             layer.projection_hook = None
 
     def _tell_missing_projections(self):
-        missing = {number: layer.no_projection for number, layer in enumerate(self._layers) if not layer.projection_written}
+        self._tell_missing("output projections", {number: layer.no_projection for number, layer in enumerate(self._layers)
+                                                  if not layer.projection_written})
+
+    def _tell_missing(self, what, missing):
+        """`missing`: why, by the layer's number."""
         if not missing:
             return
-        number, reason = next(iter(missing.items()))
         where = ""
         if len(missing) < self._num_layers:
             where = f" in layer{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-        warnings.warn(f"the trace goes without output projections{where}: {reason}", stacklevel=4)
+        warnings.warn(f"the trace goes without {what}{where}: {next(iter(missing.values()))}", stacklevel=5)
+
+    # The residual stream.
+
+    def _write_residuals(self, start):
+        """Of the queries from position `start` on, where it could be read."""
+        missing = {}
+        for number, layer in enumerate(self._layers):
+            residual = layer.residual
+            norms = residual.norms(self._tokens) if residual is not None else None
+            if norms is None:
+                missing[number] = residual.fault if residual is not None else "its attention is not known"
+                continue
+            self._file.write(number, "residual_norm", norms[start:])
+            if residual.output_norm is not None:
+                self._file.write(number, "projection_output_norm", residual.output_norm.weight,
+                                 epsilon=residual.output_norm.epsilon)
+        self._tell_missing("norms of the residual stream", missing)
 
     # What cannot be recorded.
 
@@ -585,6 +611,8 @@ class capture:
         self._transfer.close()
         if self._wants_projection:
             self._tell_missing_projections()
+        start = 0 if self._window is None else max(0, length - self._window)
+        self._write_residuals(start)
 
         tables, turned_by = self._rotary_tables()
         turns_all = turned_by[0] if len(set(turned_by)) == 1 else None
@@ -605,7 +633,7 @@ class capture:
             rotary=tables,
             ids=ids, prompt_length=length, pieces=pieces, spans=spans,
             turn_starts=turn_starts,
-            query_positions=range(0 if self._window is None else max(0, length - self._window), len(ids)),
+            query_positions=range(start, len(ids)),
             source=f"model {name}" + (f", {self._source}" if self._source else "") +
                    f"; {dtype}, attention by {self._implementation}, transformers {transformers.__version__} on {device}",
             provenance={"kvtrace": __version__, "transformers": transformers.__version__, "torch": str(torch.__version__),
@@ -722,6 +750,7 @@ class _Layer:
         self.projection_hook = None
         self.projection_written = False
         self.no_projection = None  # why it is not stored
+        self.residual = None  # a ResidualStream
         self.held = {}  # the last queries and outputs of a prompt whose end has not come, by name: [H, n, D]
         self.mass = None  # [H, tokens], float64
 

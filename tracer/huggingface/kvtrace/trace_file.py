@@ -170,10 +170,10 @@ class TraceFile:
                 self.fail(path, "changes its shape or type during the run")
             rows.append(tensor)
 
-    def write(self, layer, name, tensor):
-        """A layer's tensor that is written at once: output_projection, attention_mass."""
+    def write(self, layer, name, tensor, **attributes):
+        """A layer's tensor that is written at once, such as output_projection or attention_mass."""
         path = f"/layers/{layer}/{name}"
-        self._check_finite(tensor, path, lambda at: f"layer {layer}, row {at[0]}, column {at[1]}")
+        self._check_finite(tensor, path, lambda at: f"layer {layer}, element {', '.join(map(str, at))}")
         kind = _TYPES[tensor.dtype][0]
         with self._writing():
             self._file.require_group(f"layers/{layer}")
@@ -181,6 +181,7 @@ class TraceFile:
             creation.set_obj_track_times(False)
             dataset = h5d.create(self._file.id, path.encode(), kind, h5s.create_simple(tuple(tensor.shape)), creation)
             dataset.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(_bits(tensor)), kind)
+            self._file[path].attrs.update(attributes)
 
     def finish(self, *, model, layers, rotary, ids, prompt_length, pieces, query_positions, spans, turn_starts, source,
                provenance):

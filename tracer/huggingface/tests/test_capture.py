@@ -392,7 +392,7 @@ def test_strings_are_read_as_such(model, ids, output):
 def test_trace_may_go_without_projections(model, ids, output):
     with kvtrace.capture(model, output, output_projection=False):
         model(ids)
-    assert set(Trace(output).layers[0]) == {"keys", "values", "queries", "outputs"}
+    assert set(Trace(output).layers[0]) == {"keys", "values", "queries", "outputs", "residual_norm"}
 
 
 def test_weights_that_are_no_floats_are_left_out_with_a_warning(model, ids, output):

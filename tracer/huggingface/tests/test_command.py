@@ -91,7 +91,7 @@ def test_both_roads_agree(facts, kvreplay, tmp_path):
     with h5py.File(output) as ours, h5py.File(tmp_path / "cpp.h5") as theirs:
         names = []
         theirs.visititems(lambda name, thing: names.append(name) if isinstance(thing, h5py.Dataset) else None)
-        assert len(names) == 6 * 6 + 6
+        assert len(names) == 6 * 6 + 7
         assert ours.attrs["format_version"] == theirs.attrs["format_version"]
         for name in names:
             one, other = ours[name][()], theirs[name][()]

@@ -235,12 +235,6 @@ MeanEstimate bootstrap_mean(std::span<const Series> series, const BootstrapOptio
   return estimate;
 }
 
-MeanEstimate bootstrap_mean(std::span<const std::vector<double>> series, const BootstrapOptions& options) {
-  std::vector<Series> traces;
-  for (const std::vector<double>& values : series) traces.push_back({values, 1, static_cast<int>(traces.size())});
-  return bootstrap_mean(std::span<const Series>(traces), options);
-}
-
 int block_length(std::span<const double> series) {
   const auto size = static_cast<int>(series.size());
   constexpr int kFewest = 4;  // of fewer there is no correlation to be seen

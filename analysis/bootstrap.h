@@ -51,9 +51,6 @@ struct MeanEstimate {
 /// number of threads.
 MeanEstimate bootstrap_mean(std::span<const Series> series, const BootstrapOptions& options);
 
-/// The same where each trace is one series.
-MeanEstimate bootstrap_mean(std::span<const std::vector<double>> series, const BootstrapOptions& options);
-
 /// The block length that the data ask for, at least 1.
 int block_length(std::span<const double> series);
 

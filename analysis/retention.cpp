@@ -237,8 +237,8 @@ HeadPairs head_pairs(const StoredResult& result, const KeptSets& kept, const std
 }  // namespace
 
 std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results) {
-  std::map<std::string, bool> oracles;
-  for (const StoredResult& result : results.results()) oracles[result.policy] = result.oracle;
+  std::set<std::string> with_results;
+  for (const StoredResult& result : results.results()) with_results.insert(result.policy);
   struct Pair {
     LayerMeans jaccard;
     LayerMeans containment;
@@ -263,7 +263,7 @@ std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results) {
     };
     std::vector<std::string>& known = policies[table.capacity_request];
     for (std::size_t a = 0; a < count; ++a) {
-      if (!oracles.contains(table.policies[a])) continue;
+      if (!with_results.contains(table.policies[a])) continue;
       if (std::ranges::find(known, table.policies[a]) == known.end()) known.push_back(table.policies[a]);
       for (std::size_t b = 0; b < count; ++b) {
         Pair& pair = of_pairs[table.capacity_request][{table.policies[a], table.policies[b]}];
@@ -284,7 +284,6 @@ std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results) {
                           .layer = layer,
                           .policy = policy,
                           .other = other,
-                          .other_is_oracle = oracles[other],
                           .jaccard = jaccard.value(),
                           .containment = containment.at(layer).value()});
         }

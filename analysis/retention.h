@@ -18,7 +18,6 @@ struct PolicyOverlap {
   int layer = -1;  ///< −1: all layers
   std::string policy;
   std::string other;
-  bool other_is_oracle = false;
   double jaccard = 0;
   double containment = 0;
 };

@@ -55,14 +55,6 @@ class Handle {
   Id id_ = -1;
 };
 
-/// How a new dataset is laid out. Contiguous unless `chunk` is given.
-struct Storage {
-  Shape chunk;
-  int gzip_level = 0;  ///< 1 to 9; 0 stores as is
-  bool shuffle = false;
-  bool resizable = false;  ///< in chunks, of which HDF5 then holds none in memory: every write goes to the file
-};
-
 /// An open dataset.
 class Dataset {
  public:
@@ -229,17 +221,15 @@ class File {
   /// have them, also a one-dimensional compound dataset with these members. What else there is, is ignored.
   std::vector<LabelledRange> read_labelled_ranges(const std::string& path) const;
 
-  /// Creates a dataset for Dataset::write_raw, and the groups above it.
-  Dataset create_dataset(const std::string& path, DType type, const Shape& shape, const Storage& storage = {});
+  /// Creates a dataset for Dataset::write_raw, and the groups above it. With `chunk` it can be resized and is laid out
+  /// in chunks of that shape, of which HDF5 holds none in memory: every write goes to the file.
+  Dataset create_dataset(const std::string& path, DType type, const Shape& shape, const Shape& chunk = {});
 
   /// Creates a dataset and the groups above it and writes it whole. Strings are stored as UTF-8 of variable length.
-  Dataset write(const std::string& path, std::span<const float> data, const Shape& shape, const Storage& storage = {});
-  Dataset write(const std::string& path, std::span<const std::int32_t> data, const Shape& shape,
-                const Storage& storage = {});
-  Dataset write(const std::string& path, std::span<const std::int64_t> data, const Shape& shape,
-                const Storage& storage = {});
-  Dataset write(const std::string& path, std::span<const std::string> data, const Shape& shape,
-                const Storage& storage = {});
+  Dataset write(const std::string& path, std::span<const float> data, const Shape& shape);
+  Dataset write(const std::string& path, std::span<const std::int32_t> data, const Shape& shape);
+  Dataset write(const std::string& path, std::span<const std::int64_t> data, const Shape& shape);
+  Dataset write(const std::string& path, std::span<const std::string> data, const Shape& shape);
   /// Creates the group that read_labelled_ranges() reads, with int32 and strings.
   void write(const std::string& path, std::span<const LabelledRange> data);
 
@@ -258,9 +248,8 @@ class File {
                        std::optional<Index> count = std::nullopt);
   bool has_user_block() const;
   Dataset adopt(const std::string& path, Handle handle) const;
-  Dataset create_typed(const std::string& path, Id type, const Shape& shape, const Storage& storage);
-  Dataset write_typed(const std::string& path, Id type, const void* data, std::size_t count, const Shape& shape,
-                      const Storage& storage);
+  Dataset create_typed(const std::string& path, Id type, const Shape& shape, const Shape& chunk = {});
+  Dataset write_typed(const std::string& path, Id type, const void* data, std::size_t count, const Shape& shape);
   std::vector<LabelledRange> read_compound_ranges(const std::string& path) const;
 
   std::filesystem::path path_;

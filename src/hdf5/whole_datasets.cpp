@@ -129,7 +129,7 @@ std::vector<LabelledRange> File::read_compound_ranges(const std::string& path) c
   return ranges;
 }
 
-Dataset File::create_typed(const std::string& path, Id type, const Shape& shape, const Storage& storage) {
+Dataset File::create_typed(const std::string& path, Id type, const Shape& shape, const Shape& chunk) {
   create_group(parent_of(path));
   if (exists(path)) fail(path, "exists already");
   const Handle creation(H5Pcreate(H5P_DATASET_CREATE));
@@ -138,13 +138,9 @@ Dataset File::create_typed(const std::string& path, Id type, const Shape& shape,
   // Every element is written, so none needs a first value; of strings HDF5 wants one all the same.
   if (H5Tis_variable_str(type) <= 0) H5Pset_fill_time(creation.id(), H5D_FILL_TIME_NEVER);
   const Handle access(H5Pcreate(H5P_DATASET_ACCESS));
-  if (!storage.chunk.empty() && elements(shape) > 0) {
-    H5Pset_chunk(creation.id(), static_cast<int>(storage.chunk.size()), extents(storage.chunk).data());
-    if (storage.shuffle) H5Pset_shuffle(creation.id());
-    if (storage.gzip_level > 0) H5Pset_deflate(creation.id(), static_cast<unsigned>(storage.gzip_level));
-  }
   const Handle space = space_of(shape);
-  if (storage.resizable) {
+  if (!chunk.empty()) {
+    H5Pset_chunk(creation.id(), static_cast<int>(chunk.size()), extents(chunk).data());
     H5Pset_chunk_cache(access.id(), 0, 0, H5D_CHUNK_CACHE_W0_DEFAULT);
     // Along every axis, though one would do: HDF5 1.10 misnames the chunks where it is one other than the first.
     const std::vector<hsize_t> no_limit(shape.size(), H5S_UNLIMITED);
@@ -155,45 +151,41 @@ Dataset File::create_typed(const std::string& path, Id type, const Shape& shape,
   return adopt(path, std::move(dataset));
 }
 
-Dataset File::create_dataset(const std::string& path, DType type, const Shape& shape, const Storage& storage) {
+Dataset File::create_dataset(const std::string& path, DType type, const Shape& shape, const Shape& chunk) {
   const auto guard = lock();
-  return create_typed(path, type_of(type).id(), shape, storage);
+  return create_typed(path, type_of(type).id(), shape, chunk);
 }
 
-Dataset File::write_typed(const std::string& path, Id type, const void* data, std::size_t count, const Shape& shape,
-                          const Storage& storage) {
+Dataset File::write_typed(const std::string& path, Id type, const void* data, std::size_t count, const Shape& shape) {
   const auto guard = lock();
   if (static_cast<Index>(count) != elements(shape)) {
     fail(path, fmt::format("{} values do not have the shape ({})", count, fmt::join(shape, ", ")));
   }
-  Dataset dataset = create_typed(path, type, shape, storage);
+  Dataset dataset = create_typed(path, type, shape);
   dataset.write_raw(Shape(shape.size(), 0), shape, static_cast<const std::byte*>(data));
   return dataset;
 }
 
-Dataset File::write(const std::string& path, std::span<const float> data, const Shape& shape, const Storage& storage) {
+Dataset File::write(const std::string& path, std::span<const float> data, const Shape& shape) {
   const auto guard = lock();
-  return write_typed(path, H5T_IEEE_F32LE, data.data(), data.size(), shape, storage);
+  return write_typed(path, H5T_IEEE_F32LE, data.data(), data.size(), shape);
 }
 
-Dataset File::write(const std::string& path, std::span<const std::int32_t> data, const Shape& shape,
-                    const Storage& storage) {
+Dataset File::write(const std::string& path, std::span<const std::int32_t> data, const Shape& shape) {
   const auto guard = lock();
-  return write_typed(path, H5T_STD_I32LE, data.data(), data.size(), shape, storage);
+  return write_typed(path, H5T_STD_I32LE, data.data(), data.size(), shape);
 }
 
-Dataset File::write(const std::string& path, std::span<const std::int64_t> data, const Shape& shape,
-                    const Storage& storage) {
+Dataset File::write(const std::string& path, std::span<const std::int64_t> data, const Shape& shape) {
   const auto guard = lock();
-  return write_typed(path, H5T_STD_I64LE, data.data(), data.size(), shape, storage);
+  return write_typed(path, H5T_STD_I64LE, data.data(), data.size(), shape);
 }
 
-Dataset File::write(const std::string& path, std::span<const std::string> data, const Shape& shape,
-                    const Storage& storage) {
+Dataset File::write(const std::string& path, std::span<const std::string> data, const Shape& shape) {
   const auto guard = lock();
   std::vector<const char*> texts;
   for (const std::string& text : data) texts.push_back(text.c_str());
-  return write_typed(path, string_type().id(), static_cast<const void*>(texts.data()), data.size(), shape, storage);
+  return write_typed(path, string_type().id(), static_cast<const void*>(texts.data()), data.size(), shape);
 }
 
 void File::write(const std::string& path, std::span<const LabelledRange> data) {

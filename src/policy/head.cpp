@@ -62,11 +62,6 @@ int CachePositions::count_before(int position) const {
   return static_cast<int>(std::ranges::lower_bound(*any_, position) - any_->begin());
 }
 
-CachePositions CachePositions::last(int count) const {
-  if (!any_) return {first_ + count_ - count, count};
-  return CachePositions(std::vector<int>(any_->end() - count, any_->end()));
-}
-
 bool CachePositions::operator==(const CachePositions& other) const {
   if (count_ != other.count_) return false;
   if (!any_ && !other.any_) return first_ == other.first_ || count_ == 0;

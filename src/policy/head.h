@@ -35,9 +35,6 @@ class CachePositions {
   /// How many of them are below `position`; they are the first.
   int count_before(int position) const;
 
-  /// The last `count`.
-  CachePositions last(int count) const;
-
   bool operator==(const CachePositions& other) const;
 
  private:

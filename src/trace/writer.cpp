@@ -36,9 +36,9 @@ struct TraceWriter::Tensor {
   hdf5::Shape shape;  // where the run may go on, the largest that it may come to
   DType type = DType::float32;
   std::function<std::string(Index offset)> place;  // where an element stands, for messages
-  hdf5::Storage storage;
+  hdf5::Shape chunk;
 
-  bool grows() const { return storage.resizable; }
+  bool grows() const { return !chunk.empty(); }
   Index width() const { return shape.back(); }
   Index rows() const { return hdf5::elements(shape) / width(); }
   Index sequence_rows() const { return rows() / static_cast<Index>(written.size()); }
@@ -253,7 +253,7 @@ struct TraceWriter::State {
                                   by_position ? row : position_of_query(row));
              });
     if (most_later > 0) {
-      tensor->storage = {.chunk = chunk_of(*tensor, known_rows), .resizable = true};
+      tensor->chunk = chunk_of(*tensor, known_rows);
       tensor->written.resize(static_cast<std::size_t>(tensor->heads()));
     }
     return *tensor;
@@ -437,7 +437,7 @@ struct TraceWriter::State {
 
   hdf5::Dataset& open(Tensor& tensor) {
     if (!tensor.dataset) {
-      tensor.dataset = file.create_dataset(tensor.path, tensor.type, tensor.shape, tensor.storage);
+      tensor.dataset = file.create_dataset(tensor.path, tensor.type, tensor.shape, tensor.chunk);
       tensor.digest.reset(XXH64_createState());
       XXH64_reset(tensor.digest.get(), 0);
     }

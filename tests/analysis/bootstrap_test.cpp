@@ -33,8 +33,11 @@ std::vector<double> autoregressive(int size, double correlation, std::uint64_t s
   return series;
 }
 
+// Where each trace is one series.
 MeanEstimate estimate(const std::vector<std::vector<double>>& traces, const BootstrapOptions& options = {}) {
-  return bootstrap_mean(std::span<const std::vector<double>>(traces), options);
+  std::vector<Series> series;
+  for (const std::vector<double>& trace : traces) series.push_back({trace, 1, static_cast<int>(series.size())});
+  return bootstrap_mean(std::span<const Series>(series), options);
 }
 
 TEST(StudentT, TailsAreThoseOfSciPy) {

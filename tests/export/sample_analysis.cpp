@@ -153,7 +153,6 @@ Analysis SampleAnalysis::make() const {
                                        .layer = layer,
                                        .policy = all[p],
                                        .other = all[q],
-                                       .other_is_oracle = all[q] == oracle,
                                        .jaccard = jaccard,
                                        .containment = std::min(1.0, jaccard * 1.2)});
         }

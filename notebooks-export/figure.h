@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "analysis/analysis.h"
-#include "notebooks-export/data_table.h"
+#include "notebooks-export/tables/data_table.h"
 
 namespace kvreplay {
 

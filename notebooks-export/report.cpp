@@ -16,8 +16,8 @@
 #include "base/output_file.h"
 #include "base/printable.h"
 #include "notebooks-export/figure_style.h"
-#include "notebooks-export/page.h"
-#include "notebooks-export/renderer.h"
+#include "notebooks-export/page/page.h"
+#include "notebooks-export/pictures/renderer.h"
 #include "policy/parameter.h"
 
 namespace kvreplay {

@@ -6,8 +6,8 @@
 #include <map>
 #include <set>
 
-#include "notebooks-export/dot_plot.h"
 #include "notebooks-export/figure_style.h"
+#include "notebooks-export/plots/dot_plot.h"
 
 namespace kvreplay {
 namespace {

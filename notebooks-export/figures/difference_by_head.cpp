@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "notebooks-export/figure_style.h"
-#include "notebooks-export/head_maps.h"
+#include "notebooks-export/plots/head_maps.h"
 
 namespace kvreplay {
 namespace {

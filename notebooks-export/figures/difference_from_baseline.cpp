@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "notebooks-export/dot_plot.h"
 #include "notebooks-export/figure_style.h"
+#include "notebooks-export/plots/dot_plot.h"
 
 namespace kvreplay {
 namespace {

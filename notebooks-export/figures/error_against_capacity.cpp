@@ -1,8 +1,8 @@
 // A line per policy: the measure against the positions that were kept.
 #include <fmt/format.h>
 
-#include "notebooks-export/capacity_lines.h"
 #include "notebooks-export/figure_style.h"
+#include "notebooks-export/plots/capacity_lines.h"
 
 namespace kvreplay {
 namespace {

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "notebooks-export/figure_style.h"
-#include "notebooks-export/head_maps.h"
+#include "notebooks-export/plots/head_maps.h"
 
 namespace kvreplay {
 namespace {

@@ -2,7 +2,7 @@
 #include <fmt/format.h>
 
 #include "notebooks-export/figure_style.h"
-#include "notebooks-export/layer_lines.h"
+#include "notebooks-export/plots/layer_lines.h"
 
 namespace kvreplay {
 namespace {

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "notebooks-export/figure_style.h"
-#include "notebooks-export/span_cells.h"
+#include "notebooks-export/plots/span_cells.h"
 
 namespace kvreplay {
 namespace {

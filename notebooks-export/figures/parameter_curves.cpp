@@ -7,8 +7,8 @@
 #include <set>
 #include <tuple>
 
-#include "notebooks-export/dot_plot.h"
 #include "notebooks-export/figure_style.h"
+#include "notebooks-export/plots/dot_plot.h"
 
 namespace kvreplay {
 namespace {

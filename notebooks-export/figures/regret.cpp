@@ -1,8 +1,8 @@
 // How much more error than the oracle: a line per policy.
 #include <fmt/format.h>
 
-#include "notebooks-export/capacity_lines.h"
 #include "notebooks-export/figure_style.h"
+#include "notebooks-export/plots/capacity_lines.h"
 
 namespace kvreplay {
 namespace {

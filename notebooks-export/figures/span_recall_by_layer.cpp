@@ -5,7 +5,7 @@
 #include <set>
 
 #include "notebooks-export/figure_style.h"
-#include "notebooks-export/span_cells.h"
+#include "notebooks-export/plots/span_cells.h"
 
 namespace kvreplay {
 namespace {

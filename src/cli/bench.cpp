@@ -16,7 +16,7 @@
 #include "cli/options.h"
 #include "cli/progress.h"
 #include "kernels/kernels.h"
-#include "notebooks-export/tables.h"
+#include "notebooks-export/tables/tables.h"
 #include "replay/roofline.h"
 #include "tracer/synthetic/synthetic.h"
 

@@ -17,7 +17,7 @@
 #include "base/printable.h"
 #include "cli/commands.h"
 #include "cli/options.h"
-#include "notebooks-export/tables.h"
+#include "notebooks-export/tables/tables.h"
 #include "trace/inspection.h"
 #include "trace/layer_fields.h"
 

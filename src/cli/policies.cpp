@@ -8,7 +8,7 @@
 #include "base/error.h"
 #include "cli/commands.h"
 #include "cli/plugins.h"
-#include "notebooks-export/tables.h"
+#include "notebooks-export/tables/tables.h"
 #include "policy/policy.h"
 #include "policy/spec.h"
 

@@ -17,7 +17,7 @@
 #include "cli/plugins.h"
 #include "cli/progress.h"
 #include "cli/replay_options.h"
-#include "notebooks-export/tables.h"
+#include "notebooks-export/tables/tables.h"
 #include "replay/overlap.h"
 #include "replay/replay.h"
 #include "replay/results_file.h"

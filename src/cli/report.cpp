@@ -13,10 +13,10 @@
 #include "cli/analysis_options.h"
 #include "cli/commands.h"
 #include "cli/options.h"
-#include "notebooks-export/analysis_tables.h"
 #include "notebooks-export/figure.h"
 #include "notebooks-export/report.h"
-#include "notebooks-export/tables.h"
+#include "notebooks-export/tables/analysis_tables.h"
+#include "notebooks-export/tables/tables.h"
 
 namespace kvreplay::cli {
 namespace {

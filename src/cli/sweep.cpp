@@ -37,7 +37,7 @@
 #include "cli/progress.h"
 #include "cli/replay_options.h"
 #include "hdf5/cache.h"
-#include "notebooks-export/tables.h"
+#include "notebooks-export/tables/tables.h"
 #include "policy/expansion.h"
 #include "policy/parameter.h"
 #include "policy/plugin_interface.h"

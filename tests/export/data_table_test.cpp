@@ -1,5 +1,5 @@
 // Tables as files and as data of figures.
-#include "notebooks-export/data_table.h"
+#include "notebooks-export/tables/data_table.h"
 
 #include <gmock/gmock.h>
 

@@ -1,6 +1,6 @@
 // The page of a report: what names from files cannot do to it, and that it needs nothing else. How it works in a
 // browser is checked where one is: scripts/check-report.py.
-#include "notebooks-export/page.h"
+#include "notebooks-export/page/page.h"
 
 #include <fmt/format.h>
 #include <gmock/gmock.h>

@@ -15,7 +15,7 @@
 #include "base/file_text.h"
 #include "export/sample_analysis.h"
 #include "notebooks-export/figure.h"
-#include "notebooks-export/page.h"
+#include "notebooks-export/page/page.h"
 #include "support/temporary_folder.h"
 
 namespace kvreplay {

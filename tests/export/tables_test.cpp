@@ -1,5 +1,5 @@
 // Texts and tables for a terminal.
-#include "notebooks-export/tables.h"
+#include "notebooks-export/tables/tables.h"
 
 #include <gtest/gtest.h>
 

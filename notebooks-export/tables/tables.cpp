@@ -1,4 +1,4 @@
-#include "notebooks-export/tables.h"
+#include "notebooks-export/tables/tables.h"
 
 #include <fmt/format.h>
 
@@ -8,7 +8,7 @@
 #include <string_view>
 #include <utility>
 
-#include "notebooks-export/csv_field.h"
+#include "notebooks-export/tables/csv_field.h"
 
 namespace kvreplay {
 namespace {

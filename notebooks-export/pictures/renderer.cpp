@@ -1,4 +1,4 @@
-#include "notebooks-export/renderer.h"
+#include "notebooks-export/pictures/renderer.h"
 
 #include <fcntl.h>
 #include <fmt/format.h>

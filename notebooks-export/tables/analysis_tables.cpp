@@ -1,4 +1,4 @@
-#include "notebooks-export/analysis_tables.h"
+#include "notebooks-export/tables/analysis_tables.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -13,7 +13,7 @@
 
 #include "analysis/findings.h"
 #include "base/printable.h"
-#include "notebooks-export/tables.h"
+#include "notebooks-export/tables/tables.h"
 
 namespace kvreplay {
 namespace {

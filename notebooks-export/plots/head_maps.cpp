@@ -1,4 +1,4 @@
-#include "notebooks-export/head_maps.h"
+#include "notebooks-export/plots/head_maps.h"
 
 #include <fmt/format.h>
 

@@ -1,4 +1,4 @@
-#include "notebooks-export/csv_field.h"
+#include "notebooks-export/tables/csv_field.h"
 
 namespace kvreplay {
 

@@ -1,4 +1,4 @@
-#include "notebooks-export/span_cells.h"
+#include "notebooks-export/plots/span_cells.h"
 
 #include <fmt/format.h>
 

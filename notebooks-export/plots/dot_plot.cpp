@@ -1,4 +1,4 @@
-#include "notebooks-export/dot_plot.h"
+#include "notebooks-export/plots/dot_plot.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-#include "notebooks-export/capacity_lines.h"
+#include "notebooks-export/plots/capacity_lines.h"
 
 namespace kvreplay {
 

@@ -1,4 +1,4 @@
-#include "notebooks-export/layer_lines.h"
+#include "notebooks-export/plots/layer_lines.h"
 
 #include <algorithm>
 #include <set>

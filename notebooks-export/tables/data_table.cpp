@@ -1,4 +1,4 @@
-#include "notebooks-export/data_table.h"
+#include "notebooks-export/tables/data_table.h"
 
 #include <fmt/format.h>
 
@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "base/printable.h"
-#include "notebooks-export/csv_field.h"
+#include "notebooks-export/tables/csv_field.h"
 
 namespace kvreplay {
 

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "analysis/analysis.h"
-#include "notebooks-export/data_table.h"
+#include "notebooks-export/tables/data_table.h"
 
 namespace kvreplay {
 

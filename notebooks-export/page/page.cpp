@@ -1,4 +1,4 @@
-#include "notebooks-export/page.h"
+#include "notebooks-export/page/page.h"
 
 #include <fmt/format.h>
 
@@ -12,7 +12,7 @@
 #include "base/printable.h"
 #include "notebooks-export/embedded_files.h"
 #include "notebooks-export/figure_style.h"
-#include "notebooks-export/tables.h"
+#include "notebooks-export/tables/tables.h"
 
 namespace kvreplay {
 

@@ -34,9 +34,6 @@ class LayerSource {
   virtual std::span<const LayerSurvey> surveys(std::size_t setting, const Setting& of) const;
 };
 
-/// A layer's kept positions: a set per query head at granularity query, otherwise one per KV head.
-using LayerSets = std::vector<std::vector<int>>;
-
 /// Scores of one KV head after step 3; a part is empty where nothing asks for it.
 struct HeadScores {
   Matrix query;   ///< [group, R]: every query head's own

@@ -227,6 +227,8 @@ Matrix HeadSource::evaluation_queries(int /*member*/) const { return {}; }
 
 Matrix HeadSource::evaluation_keys() const { return {}; }
 
+Matrix HeadSource::evaluation_values() const { return {}; }
+
 int first_held_position(int eviction_position, const AttentionRule& rule) {
   return static_cast<int>(rule.first_visible(eviction_position));
 }

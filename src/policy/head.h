@@ -138,6 +138,8 @@ class HeadSource {
   virtual Matrix evaluation_queries(int member) const;
   /// ... and all keys of the full cache that they can see: [last evaluation position + 1, D].
   virtual Matrix evaluation_keys() const;
+  /// ... and their values.
+  virtual Matrix evaluation_values() const;
 };
 
 /// A head whose cache keeps only some of the rows of another one: what a policy sees that decides once more. The
@@ -164,6 +166,7 @@ class EvictedHead : public HeadSource {
   std::span<const int> evaluation_positions() const override { return whole_.evaluation_positions(); }
   Matrix evaluation_queries(int member) const override { return whole_.evaluation_queries(member); }
   Matrix evaluation_keys() const override { return whole_.evaluation_keys(); }
+  Matrix evaluation_values() const override { return whole_.evaluation_values(); }
 
  private:
   template <class Read>

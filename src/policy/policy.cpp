@@ -73,7 +73,7 @@ const Method& method_for(const SpecPart& part, bool first) {
 }
 
 void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
-  if (policy.exchanges > 0) {
+  if (policy.refinement) {
     throw UsageError(fmt::format("{} keeps exactly the capacity in every set, as it finds best; leave out '+{}'",
                                  policy.canonical, part.name));
   }

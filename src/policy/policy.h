@@ -1,4 +1,5 @@
-// A policy in five steps: score, smooth, share, budget, select. A published method is a named combination of them.
+// A policy in five steps: score, smooth, share, budget, select; of oracles a sixth refines. A published method is a
+// named combination of them.
 #pragma once
 
 #include <algorithm>
@@ -215,6 +216,50 @@ class Selection {
 /// earlier row wins. Throws Error, naming the row, if a ranked score is NaN. `protection` is of the rows.
 std::vector<int> select_top(std::span<const float> scores, Protection protection, int capacity);
 
+/// The positions that each head of a layer keeps: a set per query head at granularity query, otherwise one per KV head.
+using LayerSets = std::vector<std::vector<int>>;
+
+class LayerSource;
+
+/// What refining a layer's kept sets takes depends on these.
+struct RefinementShape {
+  Granularity granularity = Granularity::kv;
+  int num_kv_heads = 1;
+  int group_size = 1;
+  Index head_dim = 0;
+  Index hidden_size = 0;  ///< C, what the output projection gives; 0 where the layer has none
+  int positions = 0;      ///< that the layer holds
+  Index tokens = 0;       ///< positions up to the last evaluation query
+  Index queries = 0;      ///< evaluation queries
+
+  int num_query_heads() const { return num_kv_heads * group_size; }
+};
+
+/// A layer whose kept sets are refined.
+class LayerRefinement {
+ public:
+  virtual ~LayerRefinement() = default;
+
+  /// Sets of the same sizes in place of `sets`, of which those of heads that share one are equal. One call at a time.
+  virtual LayerSets refine(Granularity granularity, LayerSets sets) = 0;
+};
+
+/// Step 6, for oracles: other kept sets with less layer error, once those of all settings of a run are drawn. Of the
+/// sets with the setting's granularity and exactly its capacity those are refined that have the least mean squared
+/// layer error over the evaluation queries, its own or another setting's, and where that of the refined ones is
+/// measured to be no less, they stay: no setting that is comparable is better.
+class Refinement {
+ public:
+  virtual ~Refinement() = default;
+
+  /// Reads what it takes of the layer, whose positions follow each other. Throws Error as HeadSource does.
+  virtual std::unique_ptr<LayerRefinement> begin(const LayerSource& layer) const = 0;
+
+  /// About how many operations the refinement of a layer's sets takes, and the most bytes while it works.
+  virtual double operations(const RefinementShape& shape) const = 0;
+  virtual Index memory(const RefinementShape& shape) const = 0;
+};
+
 /// A complete policy: what a spec stands for. Immutable, and safe to use from several threads.
 struct Policy {
   std::string canonical = {};  ///< the spec with every parameter that differs from its default
@@ -226,7 +271,7 @@ struct Policy {
   std::optional<Granularity> granularity = {};      ///< the method's own, where it has one
   std::optional<Share> share = {};
   bool oracle = false;  ///< looks at evaluation queries, which no policy can know; marked wherever it is shown
-  int exchanges = 0;    ///< oracles: exchanges per kept set that may reduce the layer error afterwards; 0: none
+  std::shared_ptr<const Refinement> refinement = {};  ///< or none: what is selected stays
   ShareRule share_rule = nullptr;       ///< of published code that counts in its own way; or none: share · length
   std::vector<std::string> notes = {};  ///< what a reader of its numbers has to know, a line each
 

@@ -22,7 +22,7 @@ bool Setting::keeps_all(int held) const {
 }
 
 bool Setting::goes_by_ranks(const HeadShape& shape) const {
-  return policy->ranking() && policy->exchanges == 0 && !keeps_all(shape.rows()) &&
+  return policy->ranking() && !policy->refinement && !keeps_all(shape.rows()) &&
          shape.rows() - policy->protection().held_by(shape).count() >= 2;
 }
 

@@ -27,7 +27,7 @@ struct Setting {
   bool keeps_all(int held) const;
 
   /// Whether scores decide what a layer of this shape keeps: not so of patterns, of what keeps everything or only what
-  /// is protected and one more, and of oracles that exchange positions afterwards.
+  /// is protected and one more, and of what is refined afterwards.
   bool goes_by_ranks(const HeadShape& shape) const;
 
   /// Whether a head's kept sets can be drawn without looking at the layer's other heads.

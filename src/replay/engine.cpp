@@ -22,7 +22,7 @@
 #include "replay/layer_projection.h"
 #include "replay/layer_rank_agreement.h"
 #include "replay/measurement.h"
-#include "replay/reconstruction_oracle.h"
+#include "replay/refining.h"
 #include "replay/replayable.h"
 #include "replay/trace_source.h"
 #include "trace/inspection.h"
@@ -226,14 +226,17 @@ ReplayEngine::Sums ReplayEngine::sum_up(const CapturedRun& trace, const TraceRep
     sums.compared += outline.results[i].rank_agreement ? 1 : 0;
     if (!setting.policy->oracle || setting.keeps_all(held)) continue;
     sums.looks_ahead = true;
-    if (setting.policy->exchanges == 0) continue;
-    const ExchangeShape exchange{.granularity = setting.granularity,
-                                 .positions = held,
-                                 .tokens = outline.evaluation_positions.back() + 1,
-                                 .queries = static_cast<Index>(outline.evaluation_positions.size()),
-                                 .output_projection = has_projection};
-    sums.exchanges += exchange_operations(outline.model, exchange, setting.policy->exchanges);
-    sums.exchange_bytes = std::max(sums.exchange_bytes, exchange_memory(outline.model, exchange));
+    if (!setting.policy->refinement) continue;
+    const RefinementShape refined{.granularity = setting.granularity,
+                                  .num_kv_heads = outline.model.num_key_value_heads,
+                                  .group_size = outline.model.group_size(),
+                                  .head_dim = outline.model.head_dim,
+                                  .hidden_size = has_projection ? outline.model.hidden_size : 0,
+                                  .positions = held,
+                                  .tokens = outline.evaluation_positions.back() + 1,
+                                  .queries = static_cast<Index>(outline.evaluation_positions.size())};
+    sums.refining += setting.policy->refinement->operations(refined);
+    sums.refining_bytes = std::max(sums.refining_bytes, setting.policy->refinement->memory(refined));
   }
   const HeadShape shape = shape_of(outline);
   const Index tokens = outline.evaluation_positions.back() + 1;
@@ -346,7 +349,7 @@ Work ReplayEngine::cost(const ReplayUnit& unit) const {
     work.operations += 2 * heads * queries * tokens * head_dim;
     work.operations += sums.compared * rows * prompt * kOperationsPerRank;
   }
-  work.operations += sums.exchanges;
+  work.operations += sums.refining;
 
   // Measures: full attention of the evaluation queries, then per setting what is kept, and the projection of the
   // difference.
@@ -375,7 +378,7 @@ ReplayEngine::Plan ReplayEngine::plan_for(Index limit) const {
 ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index limit) const {
   constexpr Index kCombinations = Index{256} << 20;
   constexpr Index kDifferences = Index{512} << 20;
-  constexpr Index kExchanges = Index{2} << 30;
+  constexpr Index kRefining = Index{2} << 30;
   Plan plan{.heads_at_once = heads_at_once,
             .rounds = rounds,
             .combination_bytes = kCombinations,
@@ -394,13 +397,13 @@ ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index li
     const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries, outline.extent().spans);
     auto layers_at_once = static_cast<Index>(units_at_once(layers, plan));
     Index waiting = 0;  // layers that are done and not handed out
-    if (sums.exchanges > 0) {
-      const Index least = sums.exchange_bytes + 2 * (sums.layer_bytes + setting) + projections +
+    if (sums.refining > 0) {
+      const Index least = sums.refining_bytes + 2 * (sums.layer_bytes + setting) + projections +
                           LayerMeasurement::memory(outline.model) + evaluated;
-      const Index most = limit > 0 ? limit / least : kExchanges / sums.exchange_bytes;
+      const Index most = limit > 0 ? limit / least : kRefining / sums.refining_bytes;
       const Index apart = std::clamp<Index>(most, 1, heads_at_once);
       plan.layers_apart = std::min(plan.layers_apart, static_cast<int>(apart));
-      const bool everywhere = std::ranges::all_of(sums_[r], [](const auto& of) { return of.second.exchanges > 0; });
+      const bool everywhere = std::ranges::all_of(sums_[r], [](const auto& of) { return of.second.refining > 0; });
       layers_at_once = everywhere ? apart : std::max(apart, layers_at_once);
       waiting = apart - 1;
     }
@@ -418,8 +421,8 @@ ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index li
     const Index projected = kProjectionSlice * (width + kernels::kPanel) * static_cast<Index>(sizeof(float));
     take(unit + plan.heads_at_once * std::max({sums.head_bytes + combinations, projected, sums.setting_bytes}));
 
-    // Measures, which exchanges take in between.
-    const Index fixed = unit + (waiting + 1) * sums.exchange_bytes +
+    // Measures, which refining takes in between.
+    const Index fixed = unit + (waiting + 1) * sums.refining_bytes +
                         plan.heads_at_once * std::max(evaluated, projected) +
                         layers_at_once * (setting + LayerMeasurement::memory(outline.model));
     Index at_once = std::clamp<Index>(kDifferences / (layers_at_once * setting), 1, count);
@@ -486,9 +489,9 @@ std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units, const
   return count;
 }
 
-// Takes the units group by group and hands out, in their order, what work(group, plan) makes of each. Exchanges of
-// oracles take much longer than all else in a layer and go through it head by head: layers with them are groups of
-// their own, each on one thread.
+// Takes the units group by group and hands out, in their order, what work(group, plan) makes of each. Refining kept
+// sets takes much longer than all else in a layer and goes through it head by head: layers with it are groups of their
+// own, each on one thread.
 template <class Work, class Done>
 void ReplayEngine::for_each_group(std::span<const ReplayUnit> units, const Work& work, const Done& done) const {
   const Plan plan = plan_for(memory_limit_);
@@ -498,11 +501,11 @@ void ReplayEngine::for_each_group(std::span<const ReplayUnit> units, const Work&
     if (memory_limit_ > 0) trim_memory();
   };
   while (!units.empty()) {
-    const bool exchanging = has_exchanges(units.front());
-    const auto end = std::ranges::find_if(units, [&](const ReplayUnit& u) { return has_exchanges(u) != exchanging; });
+    const bool refining = refines(units.front());
+    const auto end = std::ranges::find_if(units, [&](const ReplayUnit& u) { return refines(u) != refining; });
     std::span<const ReplayUnit> alike = units.first(static_cast<std::size_t>(end - units.begin()));
     units = units.subspan(alike.size());
-    if (exchanging) {
+    if (refining) {
       Plan apart = plan;
       apart.layers_apart = std::min(plan.layers_apart, static_cast<int>(alike.size()));
       apart.heads_at_once = plan.heads_at_once / apart.layers_apart;
@@ -621,8 +624,8 @@ std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const
       std::vector<LayerNumbers> found = agreements[i]->take();
       for (std::size_t s = 0; s < of_layer.size(); ++s) of_layer[s].measures = std::move(found[s]);
     }
-    improve_oracles(trace_of(group[i]), group[i].layer, outline(i).eviction(), settings(i), results.back(),
-                    plan.settings_at_once, plan.heads_at_once);
+    refine_sets(trace_of(group[i]), *layers[i], outline(i).eviction(), settings(i), results.back(),
+                plan.settings_at_once, plan.heads_at_once);
   }
   return results;
 }

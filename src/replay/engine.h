@@ -33,10 +33,10 @@ struct TraceNote {
   std::string note;
 };
 
-/// Replays a request over traces. Heads of a unit, and units, are spread over OpenMP's threads, whole units where
-/// oracles exchange positions; results are the same bits for any number of them, for any order and division of the
-/// units, and whatever other policies are replayed with a policy (but for oracle-reconstruction, which starts from
-/// them).
+/// Replays a request over traces. Heads of a unit, and units, are spread over OpenMP's threads, whole units where kept
+/// sets are refined; results are the same bits for any number of them, for any order and division of the
+/// units, and whatever other policies are replayed with a policy (but for those that are refined, which may start
+/// from them).
 class ReplayEngine {
  public:
   /// Looks at everything that can be wrong before any work. What cannot be replayed is left out, which the notes of an
@@ -101,7 +101,7 @@ class ReplayEngine {
     int rounds = 1;               // of them that the layers of a group make at least
     Index combination_bytes = 0;  // per head that is ranked
     Index settings_at_once = 1;   // that are measured together
-    int layers_apart = 1;         // layers with exchanges at once, by as many threads
+    int layers_apart = 1;         // layers that are refined at once, by as many threads
     Index memory = 0;
     bool fits = true;
   };
@@ -113,8 +113,8 @@ class ReplayEngine {
     double capacities = 0;         // of all settings
     double compared = 0;           // settings with rank agreement
     bool looks_ahead = false;      // oracles: at what the evaluation queries attend to
-    double exchanges = 0;          // operations of oracles that exchange positions, in a layer
-    Index exchange_bytes = 0;      // of them, while they work
+    double refining = 0;           // operations of refinements, in a layer
+    Index refining_bytes = 0;      // of one, while it works
     Index layer_bytes = 0;         // of a layer's results while they are made
     Index head_bytes = 0;          // of a head that is ranked, combinations excepted
     Index setting_bytes = 0;       // of a setting whose heads are put together
@@ -141,7 +141,7 @@ class ReplayEngine {
                      int held);
   const Sums& sums_of(const ReplayUnit& unit) const;
   bool needs_projection(const ReplayUnit& unit) const;
-  bool has_exchanges(const ReplayUnit& unit) const { return sums_of(unit).exchanges > 0; }
+  bool refines(const ReplayUnit& unit) const { return sums_of(unit).refining > 0; }
   std::size_t units_at_once(std::span<const ReplayUnit> units, const Plan& plan) const;
 
   std::vector<const CapturedRun*> traces_;

@@ -7,7 +7,6 @@
 #include <limits>
 #include <map>
 #include <numeric>
-#include <optional>
 #include <span>
 #include <utility>
 
@@ -17,20 +16,9 @@
 #include "base/work.h"
 #include "kernels/kernels.h"
 #include "replay/layer_projection.h"
-#include "replay/reconstruction_oracle.h"
 #include "replay/trace_source.h"
 
 namespace kvreplay {
-namespace {
-
-// The mean squared layer error over the evaluation queries: what oracle-reconstruction minimises.
-double mean_square(const std::vector<float>& layer_error) {
-  double sum = 0;
-  for (const float error : layer_error) sum += static_cast<double>(error) * static_cast<double>(error);
-  return sum / static_cast<double>(layer_error.size());
-}
-
-}  // namespace
 
 LayerMeasurement::LayerMeasurement(const CapturedRun& trace, int layer, const Eviction& eviction,
                                    std::span<const Span> spans, const std::vector<const LayerResidencies*>& settings)
@@ -232,53 +220,6 @@ std::vector<LayerMeasures> measure_layer(const CapturedRun& trace, int layer, co
   parallel_for(
       measurement.slices(), [&](int slice) { measurement.project_slice(slice); }, threads);
   return measurement.take();
-}
-
-void improve_oracles(const CapturedRun& trace, int layer, const Eviction& eviction,
-                     const std::vector<Setting>& settings, std::vector<LayerResult>& results, Index at_once,
-                     int threads) {
-  const int held = head_shape(trace.info(), layer, 0, eviction.position).rows();
-  std::optional<LayerExchanges> exchanges;
-  for (std::size_t oracle = 0; oracle < settings.size(); ++oracle) {
-    const Setting& setting = settings[oracle];
-    if (setting.policy->exchanges == 0 || setting.keeps_all(held)) continue;
-    std::vector<const LayerResidencies*> candidates = {&results[oracle].kept};
-    for (std::size_t i = 0; i < settings.size(); ++i) {
-      const bool comparable =
-          i != oracle && settings[i].granularity == setting.granularity &&
-          std::ranges::all_of(results[i].kept, [&setting, held](const Residency& set) {
-            return set.is_one_eviction() && static_cast<int>(set.kept().size()) == setting.capacity(held);
-          });
-      if (comparable) candidates.push_back(&results[i].kept);
-    }
-    const auto best_of = [&](std::span<const LayerResidencies* const> sets) {
-      if (sets.size() == 1) return sets.front();
-      const LayerResidencies* best = nullptr;
-      double least = 0;
-      while (!sets.empty()) {
-        const auto some = sets.first(std::min(sets.size(), static_cast<std::size_t>(at_once)));
-        sets = sets.subspan(some.size());
-        const std::vector<LayerMeasures> measures =
-            measure_layer(trace, layer, eviction, {}, {some.begin(), some.end()}, threads);
-        for (std::size_t i = 0; i < some.size(); ++i) {
-          const double error = mean_square(measures[i].numbers[Measure::layer_error]);
-          if (best != nullptr && !(error < least)) continue;
-          best = some[i];
-          least = error;
-        }
-      }
-      return best;
-    };
-    const LayerResidencies start = *best_of(candidates);
-    LayerSets sets;
-    for (const Residency& each : start) sets.emplace_back(each.kept().begin(), each.kept().end());
-    if (!exchanges) exchanges.emplace(trace, layer, eviction);
-    const LayerSets exchanged = exchanges->improve(setting.granularity, std::move(sets), setting.policy->exchanges);
-    const LayerResidencies improved(exchanged.begin(), exchanged.end());
-    // Measured like any other sets: where rounding made it worse, the start stays.
-    const std::vector<const LayerResidencies*> both = {&start, &improved};
-    results[oracle].kept = *best_of(both);
-  }
 }
 
 }  // namespace kvreplay

@@ -7,7 +7,6 @@
 #include "base/buffer.h"
 #include "replay/evaluation.h"
 #include "replay/eviction.h"
-#include "replay/resolution.h"
 #include "replay/result.h"
 
 namespace kvreplay {
@@ -76,11 +75,5 @@ class LayerMeasurement {
 std::vector<LayerMeasures> measure_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
                                          std::span<const Span> spans,
                                          const std::vector<const LayerResidencies*>& settings, int threads);
-
-/// Replaces the kept sets of oracles that exchange positions by better ones, starting from the best of the run, of
-/// which `at_once` are measured at a time by `threads` threads.
-void improve_oracles(const CapturedRun& trace, int layer, const Eviction& eviction,
-                     const std::vector<Setting>& settings, std::vector<LayerResult>& results, Index at_once,
-                     int threads);
 
 }  // namespace kvreplay

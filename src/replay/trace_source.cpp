@@ -123,6 +123,10 @@ Matrix TraceHead::evaluation_keys() const {
   return trace_.read(shape_.layer, HeadTensor::keys, shape_.kv_head, 0, evaluation_.positions.back() + 1);
 }
 
+Matrix TraceHead::evaluation_values() const {
+  return trace_.read(shape_.layer, HeadTensor::values, shape_.kv_head, 0, evaluation_.positions.back() + 1);
+}
+
 bool TraceHead::has_output_projection() const { return trace_.has_output_projection(shape_.layer); }
 
 Matrix TraceHead::output_projection(int member) const {

@@ -38,6 +38,7 @@ class TraceHead : public HeadSource {
   std::span<const int> evaluation_positions() const override { return evaluation_.positions; }
   Matrix evaluation_queries(int member) const override;
   Matrix evaluation_keys() const override;
+  Matrix evaluation_values() const override;
 
  private:
   void read(HeadTensor tensor, Buffer& unpacked, Index first, Index count, float* rows) const;

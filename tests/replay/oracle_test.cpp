@@ -6,8 +6,9 @@
 #include <limits>
 #include <numeric>
 
-#include "replay/reconstruction_oracle.h"
+#include "policy/exchanges.h"
 #include "replay/replay.h"
+#include "replay/trace_source.h"
 #include "support/random_trace.h"
 #include "support/sample_trace.h"
 #include "support/temporary_folder.h"
@@ -174,7 +175,7 @@ TEST(OracleReconstruction, ExchangesWhatTheDefinitionDoes) {
     for (const int eviction : {31, 24}) {
       const int first_held = shape.sliding_window > 0 ? eviction - shape.sliding_window + 1 : 0;
       const Definition definition(trace, 1, eviction, 31);
-      LayerExchanges layer(trace, 1, Eviction{eviction, 31});
+      LayerExchanges layer(TraceLayer(trace, 1, Eviction{eviction, 31}));
       for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
         SCOPED_TRACE(fmt::format("{} heads on {}, eviction at {}, granularity {}", shape.num_attention_heads,
                                  shape.num_key_value_heads, eviction, name_of(granularity)));
@@ -209,7 +210,7 @@ TEST(OracleReconstruction, LeavesEveryQuerySomethingToAttendTo) {
   });
   const TraceReader trace(folder / "t.h5");
   const Definition definition(trace, 1, 31, 31);
-  LayerExchanges layer(trace, 1, Eviction{31, 31});
+  LayerExchanges layer(TraceLayer(trace, 1, Eviction{31, 31}));
   for (const Granularity granularity : {Granularity::query, Granularity::kv, Granularity::layer}) {
     const Sets start =
         some_sets(granularity == Granularity::query ? 4 : 2, granularity == Granularity::layer, 6, 0, 31);

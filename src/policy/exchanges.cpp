@@ -1,4 +1,4 @@
-#include "replay/reconstruction_oracle.h"
+#include "policy/exchanges.h"
 
 #include <algorithm>
 #include <array>
@@ -8,8 +8,7 @@
 #include "base/softmax.h"
 #include "base/work.h"
 #include "kernels/kernels.h"
-#include "replay/evaluation.h"
-#include "replay/trace_source.h"
+#include "policy/head.h"
 
 namespace kvreplay {
 namespace {
@@ -29,9 +28,9 @@ constexpr Index kRows = 64;
 constexpr double kLeastLeft = 1e-6;
 
 // Query heads that share a kept set.
-int members_of(const ModelInfo& model, Granularity granularity) {
-  if (granularity == Granularity::query) return 1;
-  return granularity == Granularity::kv ? model.group_size() : model.num_attention_heads;
+int members_of(const RefinementShape& shape) {
+  if (shape.granularity == Granularity::query) return 1;
+  return shape.granularity == Granularity::kv ? shape.group_size : shape.num_query_heads();
 }
 
 // Pairs of them whose changes meet in the layer's output.
@@ -476,19 +475,22 @@ class LayerExchanges::SharedSet {
   std::vector<int> updated_;            // [R]: moves that a row of the table has followed
 };
 
-LayerExchanges::LayerExchanges(const CapturedRun& trace, int layer, const Eviction& eviction)
-    : group_size_(trace.info().model.group_size()),
-      first_held_(eviction.position - head_shape(trace.info(), layer, 0, eviction.position).rows()),
-      values_(static_cast<std::size_t>(trace.info().model.num_key_value_heads)),
-      heads_(static_cast<std::size_t>(trace.info().model.num_attention_heads)) {
-  for (int kv_head = 0; kv_head < trace.info().model.num_key_value_heads; ++kv_head) {
-    read_heads(trace, layer, kv_head, eviction);
+LayerExchanges::LayerExchanges(const LayerSource& layer)
+    : group_size_(layer.shape().group_size),
+      first_held_(layer.shape().next_position - layer.shape().rows()),
+      values_(static_cast<std::size_t>(layer.shape().num_kv_heads)),
+      heads_(static_cast<std::size_t>(layer.shape().num_kv_heads * group_size_)) {
+  Index queries = 0;
+  for (int kv_head = 0; kv_head < layer.shape().num_kv_heads; ++kv_head) {
+    const std::unique_ptr<HeadSource> head = layer.head(kv_head);
+    queries = static_cast<Index>(head->evaluation_positions().size());
+    read_heads(*head);
   }
   MatrixD reference = no_error();
   for (const Head& head : heads_) head.add(head.full, 1, reference);
   // The objective divides by the full output's squared length; a query whose output is 0 cannot be improved.
   importance_ = reference.rowwise().squaredNorm().unaryExpr([](double x) { return x > 0 ? 1 / x : 0; }) /
-                static_cast<double>(evaluation_queries(trace.info(), eviction).count());
+                static_cast<double>(queries);
 }
 
 LayerExchanges::~LayerExchanges() = default;
@@ -500,25 +502,25 @@ LayerExchanges::MatrixD LayerExchanges::no_error() const {
   return MatrixD::Zero(head.full.rows(), columns);
 }
 
-void LayerExchanges::read_heads(const CapturedRun& trace, int layer, int kv_head, const Eviction& eviction) {
-  const HeadShape shape = head_shape(trace.info(), layer, kv_head, eviction.position);
-  const EvaluationQueries queries = evaluation_queries(trace.info(), eviction);
-  const Index tokens = queries.positions.back() + 1;
-  const Index later = tokens - eviction.position;
-  const Index padded = kernels::rounded_up(queries.count(), kLanes);
-  const Matrix keys = trace.read(layer, HeadTensor::keys, kv_head, 0, tokens);
-  const MatrixD all_values = trace.read(layer, HeadTensor::values, kv_head, 0, tokens).cast<double>();
-  MatrixD& values = values_[static_cast<std::size_t>(kv_head)];
+void LayerExchanges::read_heads(const HeadSource& source) {
+  const HeadShape& shape = source.shape();
+  const std::span<const int> positions = source.evaluation_positions();
+  const auto queries = static_cast<Index>(positions.size());
+  const Index tokens = positions.back() + 1;
+  const Index later = tokens - shape.next_position;
+  const Index padded = kernels::rounded_up(queries, kLanes);
+  const Matrix keys = source.evaluation_keys();
+  const MatrixD all_values = source.evaluation_values().cast<double>();
+  MatrixD& values = values_[static_cast<std::size_t>(shape.kv_head)];
   values = all_values.middleRows(first_held_, shape.rows());
   for (int member = 0; member < group_size_; ++member) {
     const int query_head = shape.query_head(member);
-    Matrix logits =
-        trace.read(layer, HeadTensor::queries, query_head, queries.first, queries.count()) * keys.transpose();
+    Matrix logits = source.evaluation_queries(member) * keys.transpose();
     scale_logits(logits, shape.rule);
     MatrixD weights = MatrixD::Zero(padded, tokens);
     Eigen::VectorXd sinks = Eigen::VectorXd::Zero(padded);  // what a sink weighs, which has no value
     for (Index e = 0; e < logits.rows(); ++e) {
-      const Index position = queries.positions[static_cast<std::size_t>(e)];
+      const Index position = positions[static_cast<std::size_t>(e)];
       weights.row(e).head(tokens) = logits.row(e).cast<double>();
       sinks(e) = exponentiate(weights.row(e), shape.rule.first_visible(position), position + 1,
                               static_cast<double>(shape.rule.sink(query_head)));
@@ -528,15 +530,13 @@ void LayerExchanges::read_heads(const CapturedRun& trace, int layer, int kv_head
     head.values = &values;
     Eigen::VectorXd mass = weights.rowwise().sum() + sinks;
     head.later_mass = weights.rightCols(later).rowwise().sum() + sinks;
-    mass.tail(padded - queries.count()).setOnes();
-    head.later_mass.tail(padded - queries.count()).setOnes();
+    mass.tail(padded - queries).setOnes();
+    head.later_mass.tail(padded - queries).setOnes();
     head.full.noalias() = weights * all_values;
     head.full.array().colwise() /= mass.array();
     head.later_sum.noalias() = weights.rightCols(later) * all_values.bottomRows(later);
     head.weights = weights.middleCols(first_held_, shape.rows()).transpose();
-    if (trace.has_output_projection(layer)) {
-      head.projection = trace.read_output_projection(layer, query_head).cast<double>();
-    }
+    if (source.has_output_projection()) head.projection = source.output_projection(member).cast<double>();
   }
 }
 
@@ -551,8 +551,7 @@ const std::vector<LayerExchanges::Sharing>& LayerExchanges::sharing(Granularity 
   return sharing;
 }
 
-std::vector<std::vector<int>> LayerExchanges::improve(Granularity granularity, std::vector<std::vector<int>> sets,
-                                                      int exchanges) {
+LayerSets LayerExchanges::improve(Granularity granularity, LayerSets sets, int exchanges) {
   for (std::vector<int>& set : sets) {
     for (int& position : set) position -= first_held_;
   }
@@ -572,13 +571,13 @@ std::vector<std::vector<int>> LayerExchanges::improve(Granularity granularity, s
   return sets;
 }
 
-double exchange_operations(const ModelInfo& model, const ExchangeShape& shape, int exchanges) {
-  const Index heads = model.num_attention_heads;
-  const Index members = members_of(model, shape.granularity);
+double exchange_operations(const RefinementShape& shape, int exchanges) {
+  const Index heads = shape.num_query_heads();
+  const Index members = members_of(shape);
   const Index sets = heads / members;
-  const Index couples = couples_of(members, shape.output_projection);
-  const auto width = static_cast<double>(model.head_dim);
-  const auto rows = static_cast<double>(shape.output_projection ? model.hidden_size : 0);
+  const Index couples = couples_of(members, shape.hidden_size > 0);
+  const auto width = static_cast<double>(shape.head_dim);
+  const auto rows = static_cast<double>(shape.hidden_size);
   const auto tokens = static_cast<double>(shape.tokens);
   const auto queries = static_cast<double>(shape.queries);
   const auto pairs = static_cast<double>(sets * (members + 2 * couples));
@@ -587,26 +586,26 @@ double exchange_operations(const ModelInfo& model, const ExchangeShape& shape, i
   const double loading = static_cast<double>(heads) * queries * width * (8 * tokens + 8 * rows);
   const double products = pairs * 2 * width * (width * (rows + tokens) + queries * tokens);
   // An exchange looks at what is kept and at what is not, at every position once.
-  const double one = operations_of_looks(shape.positions, model.head_dim, shape.queries, members, couples);
+  const double one = operations_of_looks(shape.positions, shape.head_dim, shape.queries, members, couples);
   const double operations = loading + products + static_cast<double>(sets) * exchanges * one;
   // In float64, by one thread, and not only products.
   constexpr double kSlower = 4;
   return kSlower * operations;
 }
 
-Index exchange_memory(const ModelInfo& model, const ExchangeShape& shape) {
-  const Index heads = model.num_attention_heads;
-  const Index members = members_of(model, shape.granularity);
-  const Index couples = couples_of(members, shape.output_projection);
+Index exchange_memory(const RefinementShape& shape) {
+  const Index heads = shape.num_query_heads();
+  const Index members = members_of(shape);
+  const Index couples = couples_of(members, shape.hidden_size > 0);
   const Index pairs = members + couples;
   const Index partners = couples > 0 ? members : 1;
   const Index rows = shape.positions;
   const Index queries = kernels::rounded_up(shape.queries, kLanes);
-  const Index depth = model.head_dim;
-  const Index columns = shape.output_projection ? model.hidden_size : heads * depth;
-  const Index projection = shape.output_projection ? columns * depth : 0;
+  const Index depth = shape.head_dim;
+  const Index columns = shape.hidden_size > 0 ? shape.hidden_size : heads * depth;
+  const Index projection = shape.hidden_size * depth;
   const Index loaded = heads * (rows * queries + projection + queries * (2 * depth + 2)) +
-                       model.num_key_value_heads * rows * depth + heads / members * (pairs * (rows + depth * depth));
+                       shape.num_kv_heads * rows * depth + heads / members * (pairs * (rows + depth * depth));
   // While heads are read: keys, values and the projection in float32 too, logits and attention of one.
   const Index reading = shape.tokens * (2 * depth + 2 * queries) + projection;
   // The table, what is per query, directions of the last moves, what is gathered of a set, and outputs.

@@ -16,6 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import __version__, checks, interface
 from .attention_mass import attention_mass as mass_of
 from .errors import CaptureError, UsageError
+from .masks import Masks
+from .modules import decoder_config, decoder_of, is_innermost, numbered
 from .plain_attention import plain_attention
 from .residual import ResidualStream, layer_of
 from .rotary import UnturnedKeys, tables_of, turning_table
@@ -36,9 +38,6 @@ _ROUNDING = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 _SEVERAL_CALLS = "it calls attention several times for the same tokens, and a trace holds one attention for each layer"
 _SHARED = "it has no keys and values of its own in the cache; shared ones are not in this format yet"
-
-# Of a mask's elements that are looked at together.
-_MASK_BLOCK = 1 << 24
 
 
 def parse_queries(text):
@@ -90,15 +89,9 @@ class capture:
         if self._encoding and prompt_length is None:
             self._given_prompt_length = len(self._encoding.ids)
 
-        self._config = model.config.get_text_config(decoder=True)
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise CaptureError(f"{self._config.model_type}: only decoder-only models can be captured")
-        decoder = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model
-        # What some models name their decoder is what comes after it.
-        self._decoder = decoder if _numbered(decoder) else model
-        self._modules = _numbered(self._decoder)
-        if not self._modules:
-            raise CaptureError(checks.unseen_fault([0], [()]))
+        self._config = decoder_config(model)
+        self._decoder = decoder_of(model)
+        self._modules = numbered(self._decoder)
         self._implementation = self._config._attn_implementation
         self._num_layers = self._config.num_hidden_layers
 
@@ -117,7 +110,7 @@ class capture:
         self._residuals = {}  # by the attention module's identity: a ResidualStream
         self._common = None  # what must be the same in all layers
         self._rotary = tables_of(self._decoder)  # what could turn keys
-        self._checked_mask = None
+        self._masks = Masks(self._implementation)
         self._suspected = None  # the layer whose attention reads what its cache does not hold, and what that is
         self._entering = None  # what should enter the projection next: layer number, output, its version
         self._device = None
@@ -140,7 +133,7 @@ class capture:
                     layer.hooks.append(module.register_forward_pre_hook(self._on_cache, with_kwargs=True))
                     if self._rotary and layer.unturned is None:
                         layer.unturned = UnturnedKeys.of(module)
-                    if len(_numbered(module)) == 1:  # not the layer around it
+                    if is_innermost(module):
                         self._residuals[id(module)] = ResidualStream(layer_of(self._decoder, module), module, self._recording)
             interface.listen(self._implementation, self._modules, self._on_attention)
             undo.pop_all()
@@ -152,7 +145,7 @@ class capture:
             try:
                 self._remove_hooks()
             finally:
-                interface.stop_listening(self._implementation, self._modules)
+                interface.leave(self._implementation, self._modules)
             if kind is None:
                 self._finish()
                 finished = True
@@ -281,7 +274,7 @@ class capture:
         reason = checks.length_fault(first, count, key.shape[2], window, self._original_length())
         if reason is not None:
             self._refuse(number, self._shared_fault(number, key) or reason)
-        self._check_mask(number, module, mask, options, first, count, key.shape[2], window)
+        self._refuse(number, self._masks.fault(module, mask, options, first, count, key.shape[2], window))
         if count > 1:  # those of tokens that run alone at the end: a GPU would have to be waited for
             self._check_positions()
         if fresh:
@@ -436,8 +429,7 @@ class capture:
         if any(tokens) or self._passes > 0:
             kinds = [set() for _ in self._layers]
             for module in self._modules:
-                # Not the layer around them.
-                if self._has(module.layer_idx) and len(_numbered(module)) == 1:
+                if self._has(module.layer_idx) and is_innermost(module):
                     kinds[module.layer_idx].add(type(module).__name__)
             reason = checks.unseen_fault(tokens, kinds)
             if reason is not None:
@@ -521,31 +513,6 @@ class capture:
         dim = self._common["head_dim"]
         self._check_common(number, softmax_scale=dim**-0.5 if scale is None else float(scale),
                            attn_logit_softcapping=float(softcap))
-
-    def _check_mask(self, number, module, mask, options, first, count, length, window):
-        """Every query of every head must see what causal attention with this window shows it."""
-        is_causal = options.get("is_causal")
-        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if mask is None:
-            self._refuse(number, checks.no_mask_fault(self._implementation, is_causal, count, length, window))
-            return
-        # Most layers are handed the same one.
-        what = (window, first, count, length)
-        if self._checked_mask is not None and self._checked_mask[0]() is mask and self._checked_mask[1] == what:
-            return
-        end = first + count
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            if not bool((mask[0, -length:] != 0).all()):
-                self._refuse(number, "its mask hides positions; run without padding")
-            self._refuse(number, checks.no_mask_fault(self._implementation, is_causal, count, length, window))
-        else:
-            heads, device, part = _mask_rows(mask, count, length)
-            keys = torch.arange(end - length, end, device=device)
-            rows = max(1, _MASK_BLOCK // (length * heads))
-            for start in range(0, count, rows):
-                queries = torch.arange(first + start, first + min(count, start + rows), device=device)[:, None]
-                self._refuse(number, checks.mask_fault(part(start, start + len(queries)), queries, keys, window))
-        self._checked_mask = weakref.ref(mask), what
 
     def _check_output(self, number, query, key, value, output, first, window):
         """The first, the middle and the last query's output is that of their attention to keys and values."""
@@ -647,28 +614,6 @@ def _rope_theta(config):
     if "full_attention" in parameters:
         parameters = parameters["full_attention"] or {}  # None: those layers have no rotary embedding
     return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 0.0)
-
-
-def _numbered(module):
-    """The modules in it that should say which layer they belong to."""
-    return [part for part in module.modules() if hasattr(part, "layer_idx")]
-
-
-def _mask_rows(mask, count, length):
-    """How many heads a mask of `count` queries tells apart, where it is, and a function of two numbers that gives its rows
-    from one up to the other: [heads, n, length]."""
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[2] in (1, count):
-        whole = mask[0, :, :, :length].expand(-1, count, -1)
-        return whole.shape[0], mask.device, lambda start, end: whole[:, start:end]
-    if hasattr(mask, "mask_mod"):  # flex attention's, which PyTorch has since 2.5
-        from torch.nn.attention.flex_attention import create_mask
-
-        heads, device = mask.shape[1], mask.kv_num_blocks.device
-        return heads, device, lambda start, end: create_mask(
-            lambda batch, head, query, key: mask.mask_mod(batch, head, query + start, key), 1, heads, end - start, length,
-            device=device)[0]
-    shape = f" of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else ""
-    raise CaptureError(f"the attention's mask is a {type(mask).__name__}{shape}, of which is not known what it hides")
 
 
 def _version(tensor):

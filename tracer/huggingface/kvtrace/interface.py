@@ -1,4 +1,4 @@
-"""The place where transformers' models call attention, and who listens there."""
+"""The place where transformers' models call attention, and who stands there."""
 
 import sys
 import threading
@@ -8,8 +8,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .errors import CaptureError
 
 _lock = threading.RLock()
-_listeners = {}  # by the attention module's identity: a function called after each of its attention calls
-_users = {}  # by the name of an attention implementation: how many listen to it, and what stood there before
+_in_place = {}  # by the attention module's identity: a function that is called in the place of its attention
+_users = {}  # by the name of an attention implementation: how many stand there, and what stood there before
 
 
 def _eager(module):
@@ -23,25 +23,25 @@ def _eager(module):
 
 
 def _dispatch(name, previous, inherited):
-    """A function in the place of the attention implementation `name` that calls it and tells who listens."""
+    """A function in the place of the attention implementation `name` that calls it, or lets who stands there call it."""
 
     def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
         function = previous if previous is not None else inherited or _eager(module)
-        result = function(module, query, key, value, attention_mask, *args, **kwargs)
-        listener = _listeners.get(id(module))
-        if listener is not None:
-            listener(module, query, key, value, attention_mask, result[0], kwargs)
-        return result
+        in_place = _in_place.get(id(module))
+        if in_place is None:
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+        return in_place(function, module, query, key, value, attention_mask, *args, **kwargs)
 
     attention.__name__ = f"kvtrace_{name}"
     return attention
 
 
-def listen(name, modules, listener):
-    """Has `listener` called after every attention of one of `modules`, whose implementation is `name`."""
+def stand_in(name, modules, function):
+    """Has `function` called in the place of every attention of one of `modules`, whose implementation is `name`: with that
+    implementation, and with what it would have been called with."""
     with _lock:
-        if any(id(module) in _listeners for module in modules):
-            raise CaptureError("the model is being captured already")
+        if any(id(module) in _in_place for module in modules):
+            raise CaptureError("the model is being captured already, or its cache evicted; leave that block first")
         count, previous = _users.get(name, (0, None))
         if count == 0:
             # What was set on this object and not for all; what it stands before is found again by its absence.
@@ -52,14 +52,25 @@ def listen(name, modules, listener):
             ALL_ATTENTION_FUNCTIONS[name] = _dispatch(name, previous, inherited)
         _users[name] = (count + 1, previous)
         for module in modules:
-            _listeners[id(module)] = listener
+            _in_place[id(module)] = function
 
 
-def stop_listening(name, modules):
-    """Undoes listen()."""
+def listen(name, modules, listener):
+    """Has `listener` called after every attention of one of `modules`, whose implementation is `name`."""
+
+    def attention(function, module, query, key, value, attention_mask, *args, **kwargs):
+        result = function(module, query, key, value, attention_mask, *args, **kwargs)
+        listener(module, query, key, value, attention_mask, result[0], kwargs)
+        return result
+
+    stand_in(name, modules, attention)
+
+
+def leave(name, modules):
+    """Undoes stand_in() and listen()."""
     with _lock:
         for module in modules:
-            _listeners.pop(id(module), None)
+            _in_place.pop(id(module), None)
         count, previous = _users.pop(name)
         if count > 1:
             _users[name] = (count - 1, previous)

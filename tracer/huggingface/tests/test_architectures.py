@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvtrace
-from kvtrace.capture import _mask_rows
+from kvtrace.masks import mask_rows
 
 
 def runs(name, **options):
@@ -154,7 +154,7 @@ def test_output_that_is_no_attention_of_what_is_stored_is_refused(output):
 def test_masks_of_flex_attention_are_looked_at():
     mask = create_block_mask(lambda batch, head, query, key: (query >= key) & (query - key < 5), 1, None, 40, 40,
                              device="cpu", BLOCK_SIZE=16)
-    heads, _, part = _mask_rows(mask, 40, 40)
+    heads, _, part = mask_rows(mask, 40, 40)
     behind = torch.arange(40)[:, None] - torch.arange(40)
     assert heads == 1
     assert torch.equal(torch.cat([part(0, 7), part(7, 40)], 1)[0], (behind >= 0) & (behind < 5))

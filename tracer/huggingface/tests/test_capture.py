@@ -150,8 +150,8 @@ def test_interruption_of_the_end_leaves_nothing(model, ids, output, monkeypatch)
             model(ids)
             raise RuntimeError("on purpose")
     monkeypatch.undo()
-    stop = interface.stop_listening
-    monkeypatch.setattr(interface, "stop_listening", lambda *arguments: (stop(*arguments), interrupted()))
+    stop = interface.leave
+    monkeypatch.setattr(interface, "leave", lambda *arguments: (stop(*arguments), interrupted()))
     with pytest.raises(KeyboardInterrupt):
         with kvtrace.capture(model, output):
             model(ids)

@@ -1,0 +1,116 @@
+"""Reads the kept sets that `kvreplay replay --kept` writes."""
+
+import dataclasses
+import os
+
+import h5py
+import numpy as np
+
+from .errors import EvictionError
+
+_NEWEST_VERSION = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptSets:
+    """A group /kept/<i>: what a policy kept at an eviction."""
+
+    place: str  # the file and the group, for messages
+    trace: str
+    policy: str
+    capacity: int | None
+    capacity_request: str
+    share: str
+    evict_at: int
+    heads: str  # query or kv: which heads have a set each
+    sets: tuple  # of every layer, of every head: ascending positions, int32
+
+    def of_layers(self, count):
+        """The sets of each of `count` layers, a list for each."""
+        if len(self.sets) % count:
+            raise EvictionError(f"{self.place}: holds {len(self.sets)} sets, which the model's {count} layers cannot share; "
+                                "the kept sets are of another model")
+        heads = len(self.sets) // count
+        return [self.sets[layer * heads : (layer + 1) * heads] for layer in range(count)]
+
+
+def _text(attributes, name):
+    value = attributes.get(name, "")
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _open(path):
+    try:
+        file = h5py.File(path, "r")
+    except OSError as problem:
+        # HDF5's own text has several lines.
+        reason = f"cannot be read: {os.strerror(problem.errno)}" if problem.errno else "is no HDF5 file, or a damaged one"
+        raise EvictionError(f"{path}: {reason}") from None
+    try:
+        kind = _text(file.attrs, "format")
+        if kind != "kvreplay-kept":
+            raise EvictionError(f"{path}: is no file of kept sets{f', but of {kind}' if kind else ''}; "
+                                "kvreplay replay --kept writes one")
+        if int(file.attrs.get("format_version", 0)) > _NEWEST_VERSION:
+            raise EvictionError(f"{path}: is of version {int(file.attrs['format_version'])} of the format, and this kvtrace "
+                                f"reads versions up to {_NEWEST_VERSION}; update kvtrace")
+        if int(file.attrs.get("complete", 0)) != 1:
+            raise EvictionError(f"{path}: is unfinished: its attribute 'complete' is not 1; replay again")
+        if not isinstance(file.get("kept"), h5py.Group):
+            raise EvictionError(f"{path}: holds no kept sets (a group /kept)")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def kept_indices(path):
+    """The indices of the file's kept sets, ascending."""
+    with _open(path) as file:
+        return sorted(int(name) for name in file["kept"] if name.isdecimal())
+
+
+def read_kept_sets(path, index):
+    """The KeptSets of /kept/<index>. Raises EvictionError, in one line, where they cannot be applied to a run once."""
+    with _open(path) as file:
+        group = file["kept"].get(str(index)) if type(index) is int and index >= 0 else None
+        if not isinstance(group, h5py.Group):
+            raise EvictionError(f"{path}: has no kept sets of index {index}; {_listed(file)}")
+        return _read(f"{path}: /kept/{index}", group)
+
+
+def _listed(file):
+    there = {int(name): group for name, group in file["kept"].items() if name.isdecimal()}
+    shown = [f"{index} ({_text(there[index].attrs, 'policy')} at {_text(there[index].attrs, 'capacity_request')})"
+             for index in sorted(there)]
+    if len(shown) > 8:
+        shown[4:-2] = ["..."]
+    return f"there are {', '.join(shown)}" if shown else "there are none"
+
+
+def _read(place, group):
+    if "until" in group:
+        raise EvictionError(f"{place}: was evicted more than once (until), and a run is evicted once here; replay with a policy "
+                            "that evicts at the end of the prompt alone")
+    heads = _text(group.attrs, "heads")
+    if heads not in ("query", "kv"):
+        raise EvictionError(f"{place}: heads is '{heads}', not query or kv")
+    if "evict_at" not in group.attrs:
+        raise EvictionError(f"{place}: does not say where the eviction was (evict_at)")
+    try:
+        kept, offsets = group["kept"][:], group["offsets"][:].astype(np.int64)
+    except (KeyError, OSError, TypeError, ValueError):
+        raise EvictionError(f"{place}: its kept positions or offsets are missing or damaged") from None
+    evict_at = int(group.attrs["evict_at"])
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(kept) or bool((np.diff(offsets) < 0).any()):
+        raise EvictionError(f"{place}: offsets must ascend from 0 to the number of kept positions, {len(kept)}")
+    sets = tuple(kept[start:end] for start, end in zip(offsets[:-1], offsets[1:]))
+    for number, positions in enumerate(sets):
+        if len(positions) == 0:
+            raise EvictionError(f"{place}: set {number} is empty")
+        if positions[0] < 0 or positions[-1] >= evict_at or bool((np.diff(positions) <= 0).any()):
+            raise EvictionError(f"{place}: set {number} is not ascending positions before the eviction at {evict_at}")
+    capacity = group.attrs.get("capacity")
+    return KeptSets(place, _text(group.attrs, "trace"), _text(group.attrs, "policy"),
+                    None if capacity is None else int(capacity), _text(group.attrs, "capacity_request"),
+                    _text(group.attrs, "share"), evict_at, heads, sets)

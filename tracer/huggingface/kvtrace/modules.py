@@ -1,0 +1,31 @@
+"""Which parts of a model are its decoder and its attention."""
+
+from . import checks
+from .errors import CaptureError
+
+
+def decoder_config(model):
+    """The configuration of the language model in a model."""
+    return model.config.get_text_config(decoder=True)
+
+
+def decoder_of(model):
+    """The part of a decoder-only model that all layers are in; an error where it has none that say which layer they are."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CaptureError(f"{decoder_config(model).model_type}: only decoder-only models can be captured")
+    decoder = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model
+    # What some models name their decoder is what comes after it.
+    decoder = decoder if numbered(decoder) else model
+    if not numbered(decoder):
+        raise CaptureError(checks.unseen_fault([0], [()]))
+    return decoder
+
+
+def numbered(module):
+    """The modules in it that should say which layer they belong to."""
+    return [part for part in module.modules() if hasattr(part, "layer_idx")]
+
+
+def is_innermost(module):
+    """Whether no other module in a numbered one is numbered: it is no layer around them."""
+    return len(numbered(module)) == 1

@@ -1,38 +1,20 @@
 """kvtrace-capture: runs a Hugging Face model once and records what its attention saw into a trace."""
 
-import argparse
 import json
 import os
 import pathlib
-import signal
 import sys
 import time
-import warnings
 
-from . import __version__
+from .console import (Parser, add_model_options, check_model_name, check_model_options, counted, first_line, load_model, run,
+                      say, size_text)
 from .errors import CaptureError, UsageError
-
-_FAILED = 1
-_WRONG_USAGE = 2
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _say(text):
-    print(text, file=sys.stderr)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(message)
 
 
 def _parser():
-    parser = _Parser(
-        prog="kvtrace-capture", description="Run a Hugging Face model once and record what its attention saw into a trace.",
-        epilog="Exit codes: 0 fine, 1 failed, 2 wrong usage.", allow_abbrev=False)
+    parser = Parser("kvtrace-capture", "Run a Hugging Face model once and record what its attention saw into a trace.")
+    add_model_options(parser, "what the model runs in and the trace holds", "what the weights are")
     add = parser.add_argument
-    add("--version", action="version", version=f"kvtrace {__version__}")
-    add("-m", "--model", required=True, metavar="ID_OR_DIR", help="model on the Hugging Face hub, or its folder")
     add("-p", "--prompt-file", "--prompt", dest="prompt", metavar="FILE",
         help="text file to run the model on; - reads standard input")
     add("--tokens", metavar="FILE",
@@ -50,12 +32,6 @@ def _parser():
     add("--turns", metavar="FILE",
         help='JSON list of where turns of the conversation begin: token positions, {"text": ...}, every occurrence in the '
         'prompt, or {"character": ...}, an offset into its text')
-    add("--dtype", default="auto", metavar="TYPE",
-        help="what the model runs in and the trace holds: float32, float16 or bfloat16 (default: what the weights are)")
-    add("--attn-implementation", metavar="NAME",
-        help="sdpa, eager, flash_attention_2, ... (default: what transformers chooses)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; auto spreads the model over all, with accelerate "
-        "(default: cuda where there is one)")
     add("--prefill-chunk", type=int, metavar="N", help="run the prompt in pieces of N tokens (default: in one)")
     add("-o", "--output", default="run.h5", metavar="FILE", help="trace to write, replaced if it exists (default: run.h5)")
     return parser
@@ -112,8 +88,7 @@ def _check(arguments):
         raise UsageError(f"--max-new-tokens {arguments.generate}: must not be negative")
     if arguments.prefill_chunk is not None and arguments.prefill_chunk < 1:
         raise UsageError(f"--prefill-chunk {arguments.prefill_chunk}: must be at least 1")
-    if arguments.dtype not in ("auto", "float32", "float16", "bfloat16"):
-        raise UsageError(f"--dtype {arguments.dtype}: must be float32, float16, bfloat16 or auto")
+    check_model_options(arguments)
     parse_queries(arguments.queries)
     output = pathlib.Path(arguments.output)
     if output.exists():
@@ -125,21 +100,10 @@ def _check(arguments):
             raise UsageError(f"{output}: the trace would overwrite a file of the model; name another file with -o")
 
 
-def _first_line(problem):
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return lines[0] if lines else type(problem).__name__
-
-
-def _check_model(model):
-    # transformers would go and look for it on the hub.
-    if not os.path.isdir(model) and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise CaptureError(f"{model}: is neither a folder nor the name of a model on the hub")
-
-
 def _load_tokenizer(model, needed):
     import transformers
 
-    _check_model(model)
+    check_model_name(model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         # Where its files are missing, some classes make one that knows special tokens alone.
@@ -147,26 +111,10 @@ def _load_tokenizer(model, needed):
             return tokenizer
         reason = "there are no files of one; give token ids with --tokens"
     except Exception as problem:  # of many kinds, with every file that may be missing or wrong
-        reason = _first_line(problem)
+        reason = first_line(problem)
     if needed:
         raise CaptureError(f"{model}: its tokenizer cannot be loaded: {reason}") from None
     return None
-
-
-def _load_model(arguments):
-    import torch
-    import transformers
-
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
-    if device == "auto":
-        options["device_map"] = "auto"
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **options)
-        return (model if device == "auto" else model.to(device)).eval()
-    except Exception as problem:  # of many kinds: network, files, memory, an unknown architecture or implementation
-        raise CaptureError(f"{arguments.model}: the model cannot be loaded: {_first_line(problem)}") from None
 
 
 def _generate(model, ids, arguments):
@@ -199,18 +147,6 @@ def _text_after(tokenizer, ids, generated):
     return whole[len(before):] if whole.startswith(before) else tokenizer.decode(generated)
 
 
-def _size_text(size):
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-
-
-def _counted(number, noun):
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number} {noun if number == 1 else plural}"
-
-
 def _capture(arguments):
     _check(arguments)
     from .spans import read_spans, read_turns
@@ -240,7 +176,7 @@ def _capture(arguments):
         ids = encoding.ids
     locate_spans(spans, encoding, len(ids))
     locate_turns(turns, encoding, len(ids))
-    model = _load_model(arguments)
+    model = load_model(arguments, arguments.dtype)
     config = model.config.get_text_config(decoder=True)
     for position, token_id in enumerate(ids):
         if token_id >= config.vocab_size:
@@ -249,7 +185,7 @@ def _capture(arguments):
     most = len(ids) + max(0, arguments.generate - 1)
     context = getattr(config, "max_position_embeddings", None)
     if context and most > context:
-        _say(f"warning: the run may take {most} positions, but {arguments.model} was made for {context}; what lies "
+        say(f"warning: the run may take {most} positions, but {arguments.model} was made for {context}; what lies "
              "beyond may be unlike it")
 
     with capture(model, arguments.output, queries=arguments.queries, attention_mass=arguments.attention_mass,
@@ -257,63 +193,33 @@ def _capture(arguments):
                  spans=spans, turn_starts=turns, source=f"prompt {name}, greedy decoding"):
         generated, prefill, total = _generate(model, ids, arguments)
 
-    line = f"prefill: {_counted(len(ids), 'token')} in {prefill:.2f} s ({len(ids) / prefill:.1f} tokens/s)"
+    line = f"prefill: {counted(len(ids), 'token')} in {prefill:.2f} s ({len(ids) / prefill:.1f} tokens/s)"
     if len(generated) > 1:
         steps, seconds = len(generated) - 1, total - prefill
-        line += f", decode: {_counted(steps, 'token')} in {seconds:.2f} s ({steps / seconds:.1f} tokens/s)"
-    _say(line)
+        line += f", decode: {counted(steps, 'token')} in {seconds:.2f} s ({steps / seconds:.1f} tokens/s)"
+    say(line)
     queries = len(ids) + max(0, len(generated) - 1)
     if arguments.queries != "all":
         queries -= max(0, len(ids) - int(arguments.queries.partition(":")[2]))
-    print(f"{arguments.output}: {_size_text(os.path.getsize(arguments.output))}, "
-          f"{_counted(config.num_hidden_layers, 'layer')}, {_counted(len(ids), 'prompt token')}, "
-          f"{_counted(queries, 'captured query')}")
+    print(f"{arguments.output}: {size_text(os.path.getsize(arguments.output))}, "
+          f"{counted(config.num_hidden_layers, 'layer')}, {counted(len(ids), 'prompt token')}, "
+          f"{counted(queries, 'captured query')}")
     ends = model.generation_config.eos_token_id
     ended = bool(generated) and generated[-1] in (ends if isinstance(ends, list) else [ends])
     if generated:
         shown = _text_after(tokenizer, ids, generated) if tokenizer is not None else " ".join(map(str, generated))
-        print(f"generated {_counted(len(generated), 'token')}"
+        print(f"generated {counted(len(generated), 'token')}"
               f"{', until the end of the sequence' if ended else ''}: {shown}")
     if len(generated) < 2:
         # The last generated token is not fed back, so one alone brings no query.
         remedy = ("the model ended the sequence at once, so replay it with an earlier --evict-at" if ended
                   else "--max-new-tokens 2 or more adds some")
-        _say(f"note: the trace has no query after the prompt, so eviction at its end cannot be measured; {remedy}")
-
-
-class _Interrupted(BaseException):
-    pass
-
-
-def _interrupt(number, frame):
-    # Whoever asks again must not interrupt the cleaning up.
-    for each in _SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    raise _Interrupted(number)
+        say(f"note: the trace has no query after the prompt, so eviction at its end cannot be measured; {remedy}")
 
 
 def main(arguments=None):
     """Returns the exit code."""
-    # What ends the program must pass through the file's cleaning up.
-    for number in _SIGNALS:
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, _interrupt)
-    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-    try:
-        _capture(_parser().parse_args(arguments))
-    except UsageError as problem:
-        _say(f"kvtrace-capture: {_first_line(problem)}")
-        return _WRONG_USAGE
-    except CaptureError as problem:
-        _say(f"kvtrace-capture: {_first_line(problem)}")
-        return _FAILED
-    except _Interrupted as problem:
-        _say("kvtrace-capture: interrupted")
-        return 128 + problem.args[0]
-    except Exception as problem:  # of the model's own code: out of memory, an unsupported combination
-        _say(f"kvtrace-capture: {type(problem).__name__}: {_first_line(problem)}")
-        return _FAILED
-    return 0
+    return run("kvtrace-capture", lambda: _capture(_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Reads the kept sets that `kvreplay replay --kept` writes."""
+"""Reads the kept sets that `kvreplay replay --kept` writes, and those of other programs that kvreplay's `kept(file=…)` reads."""
 
 import dataclasses
-import os
 
 import h5py
 import numpy as np
 
 from .errors import EvictionError
+from .hdf5_text import open_complete, text
 
 _NEWEST_VERSION = 4
 
@@ -16,9 +16,9 @@ class KeptSets:
     """A group /kept/<i>: what a policy kept at an eviction."""
 
     place: str  # the file and the group, for messages
-    trace: str
+    trace: str  # empty where the file does not say
     policy: str
-    capacity: int | None
+    capacity: int
     capacity_request: str
     share: str
     evict_at: int
@@ -34,34 +34,13 @@ class KeptSets:
         return [self.sets[layer * heads : (layer + 1) * heads] for layer in range(count)]
 
 
-def _text(attributes, name):
-    value = attributes.get(name, "")
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
 def _open(path):
-    try:
-        file = h5py.File(path, "r")
-    except OSError as problem:
-        # HDF5's own text has several lines.
-        reason = f"cannot be read: {os.strerror(problem.errno)}" if problem.errno else "is no HDF5 file, or a damaged one"
-        raise EvictionError(f"{path}: {reason}") from None
-    try:
-        kind = _text(file.attrs, "format")
-        if kind != "kvreplay-kept":
-            raise EvictionError(f"{path}: is no file of kept sets{f', but of {kind}' if kind else ''}; "
-                                "kvreplay replay --kept writes one")
-        if int(file.attrs.get("format_version", 0)) > _NEWEST_VERSION:
-            raise EvictionError(f"{path}: is of version {int(file.attrs['format_version'])} of the format, and this kvtrace "
-                                f"reads versions up to {_NEWEST_VERSION}; update kvtrace")
-        if int(file.attrs.get("complete", 0)) != 1:
-            raise EvictionError(f"{path}: is unfinished: its attribute 'complete' is not 1; replay again")
-        if not isinstance(file.get("kept"), h5py.Group):
-            raise EvictionError(f"{path}: holds no kept sets (a group /kept)")
-    except BaseException:
-        file.close()
-        raise
-    return file
+    file = open_complete(path, "kvreplay-kept", "kept sets", _NEWEST_VERSION, "kvreplay replay --kept writes one",
+                         EvictionError, "kept")
+    if isinstance(file.get("kept"), h5py.Group):
+        return file
+    file.close()
+    raise EvictionError(f"{path}: holds no kept sets (a group /kept)")
 
 
 def kept_indices(path):
@@ -81,7 +60,7 @@ def read_kept_sets(path, index):
 
 def _listed(file):
     there = {int(name): group for name, group in file["kept"].items() if name.isdecimal()}
-    shown = [f"{index} ({_text(there[index].attrs, 'policy')} at {_text(there[index].attrs, 'capacity_request')})"
+    shown = [f"{index} ({text(there[index].attrs, 'policy')} at {text(there[index].attrs, 'capacity_request')})"
              for index in sorted(there)]
     if len(shown) > 8:
         shown[4:-2] = ["..."]
@@ -92,7 +71,7 @@ def _read(place, group):
     if "until" in group:
         raise EvictionError(f"{place}: was evicted more than once (until), and a run is evicted once here; replay with a policy "
                             "that evicts at the end of the prompt alone")
-    heads = _text(group.attrs, "heads")
+    heads = text(group.attrs, "heads")
     if heads not in ("query", "kv"):
         raise EvictionError(f"{place}: heads is '{heads}', not query or kv")
     if "evict_at" not in group.attrs:
@@ -110,7 +89,8 @@ def _read(place, group):
             raise EvictionError(f"{place}: set {number} is empty")
         if positions[0] < 0 or positions[-1] >= evict_at or bool((np.diff(positions) <= 0).any()):
             raise EvictionError(f"{place}: set {number} is not ascending positions before the eviction at {evict_at}")
-    capacity = group.attrs.get("capacity")
-    return KeptSets(place, _text(group.attrs, "trace"), _text(group.attrs, "policy"),
-                    None if capacity is None else int(capacity), _text(group.attrs, "capacity_request"),
-                    _text(group.attrs, "share"), evict_at, heads, sets)
+    # Other programs need not say more than heads and evict_at.
+    capacity = int(group.attrs.get("capacity", max(map(len, sets))))
+    return KeptSets(place, text(group.attrs, "trace"), text(group.attrs, "policy", "kept"), capacity,
+                    text(group.attrs, "capacity_request", str(capacity)), text(group.attrs, "share", "mean"), evict_at, heads,
+                    sets)

@@ -1,7 +1,6 @@
 """kvtrace-capture as a user meets it: exit codes, one line on standard error, complete files or none."""
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -9,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import h5py
 import numpy as np
 import pytest
 import torch
 import transformers
+from commands import one_line_of, run_command
 from conftest import FAMILIES, ROOT, Trace, distance
 
 import kvtrace.command
@@ -26,27 +25,11 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
 
 
 def command(*arguments):
-    """Runs it in this process: a new one would spend seconds on importing."""
-    streams = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    show_warning = warnings.showwarning
-    try:
-        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-            code = kvtrace.command.main([str(argument) for argument in arguments])
-    finally:
-        warnings.showwarning = show_warning
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return subprocess.CompletedProcess(arguments, code, *(stream.getvalue() for stream in streams))
+    return run_command(kvtrace.command.main, *arguments)
 
 
 def one_line(result, code):
-    """Its only line on standard error, after asserting the exit code."""
-    assert result.returncode == code, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("kvtrace-capture: ")
-    return lines[0].removeprefix("kvtrace-capture: ")
+    return one_line_of("kvtrace-capture", result, code)
 
 
 def test_exit_code_is_the_programs():

@@ -1,0 +1,291 @@
+"""What the model loses: against an independent forward pass, and against one pass over all tokens with a mask for every head."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from commands import one_line_of, run_command
+from conftest import FAMILIES, ROOT, load, prompt_of
+from kept_files import make_sets, write_kept
+from test_eviction import MORE, expected_logits, kept_of, shape_of, tokens_of
+
+import kvtrace
+import kvtrace.live_command
+from kvtrace.kept_sets import read_kept_sets
+from kvtrace.live import LiveRun, _most_likely
+from kvtrace.trace_digest import trace_digest
+from kvtrace.traces import read_trace
+
+DATA = ROOT / "tests/data"
+DEMO = ROOT / "traces/demo-model"
+NEEDLE = DATA / "reference-needle.h5"
+REFERENCE = DATA / "reference-needle-live.h5"
+
+
+def live(*arguments):
+    return run_command(kvtrace.live_command.main, *arguments)
+
+
+def one_line(result, code):
+    return one_line_of("kvtrace-live", result, code)
+
+
+@pytest.fixture(scope="module")
+def needle(tmp_path_factory):
+    """The demo model on the kept sets of the reference, which another program wrote."""
+    output = tmp_path_factory.mktemp("needle") / "live.h5"
+    result = live("-m", DEMO, "-t", NEEDLE, "-k", REFERENCE, "--dtype", "float32", "-o", output)
+    assert result.returncode == 0, result.stderr
+    return result, output
+
+
+def test_reference(needle):
+    """tests/data/reference-needle-live.h5: what an independent float32 forward pass gave."""
+    with h5py.File(needle[1]) as ours, h5py.File(REFERENCE) as theirs:
+        assert ours["results"].keys() == theirs["kept"].keys()
+        for index, expected in theirs["kept"].items():
+            result = ours[f"results/{index}"]
+            assert result.attrs["policy"] == expected.attrs["policy"].decode()
+            assert np.allclose(result["kl"][:], expected["kl"][:], rtol=1e-4, atol=1e-6), index
+            assert result["agree"][:].tolist() == expected["agree"][:].tolist()
+            assert np.allclose(result["nll"][:-1], expected["nll"][:], rtol=1e-4, atol=1e-6)
+            full = result["nll"][:-1] - result["nll_increase"][:-1]
+            assert np.allclose(full, expected["nll_full"][:], rtol=1e-4, atol=1e-5)
+            assert np.isnan(result["nll"][-1]) and np.isnan(result["nll_increase"][-1])
+            assert all(result[name].dtype == np.float32 for name in ("kl", "nll", "nll_increase", "agree"))
+
+
+def test_table_begins_with_the_smallest_loss(needle):
+    result, output = needle
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("demo-model: 569 prompt tokens, 15 tokens after them; loss with the full cache 0.0037")
+    assert lines[2].split()[:3] == ["policy", "capacity", "kept"]
+    rows = [re.split(r"  +", line) for line in lines[4:35]]
+    assert [rows[0][0], rows[1][0], rows[1][5]] == ["full", "restkv", "0.0028"]
+    divergences = [float(row[5]) for row in rows]
+    assert divergences == sorted(divergences) and len(rows) == 31
+    assert lines[-1] == f"wrote {output}"
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["equal", "unequal", "query"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3"])  # 8 heads on 1, windows, a soft cap
+def test_numbers_are_those_of_one_pass_with_masks(name, kind, tmp_path):
+    model, tokens = load(name), tokens_of(name)
+    evict_at = tokens.shape[1] - MORE
+    with kvtrace.capture(model, tmp_path / "run.h5", prompt_length=evict_at), torch.no_grad():
+        model(tokens)
+    path, kept = kept_of(name, model, evict_at, kind, tmp_path / "kept.h5")
+    full, rest = (expected_logits(name, tokens, sets, evict_at).double() for sets in (
+        [[np.arange(evict_at)] * len(layer) for layer in kept], kept))
+    log_full, log_rest = torch.log_softmax(full, -1), torch.log_softmax(rest, -1)
+
+    run = LiveRun(model, read_trace(tmp_path / "run.h5"))
+    outcome = run.evicted(read_kept_sets(path, 0))
+    assert list(run.positions) == list(range(evict_at, tokens.shape[1]))
+    expected = (log_full.exp() * (log_full - log_rest)).sum(-1).numpy()
+    assert expected.min() > 1e-4
+    assert np.allclose(outcome.kl, expected, rtol=1e-4, atol=1e-6)
+    assert outcome.agree.tolist() == (full.argmax(-1) == rest.argmax(-1)).double().tolist()
+    following = tokens[0, evict_at + 1 :]
+    losses = -log_rest[range(MORE - 1), following].numpy()
+    assert np.allclose(outcome.nll[:-1], losses, rtol=1e-4, atol=1e-6) and np.isnan(outcome.nll[-1])
+    assert np.allclose(outcome.nll_increase[:-1], losses + log_full[range(MORE - 1), following].numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_all_kept_loses_nothing(tmp_path):
+    model, trace, kept = tiny(tmp_path)
+    layers, _, kv_heads = shape_of(model)
+    length = prompt_of("llama3").shape[1]
+    path = write_kept(tmp_path / "all.h5", ([np.arange(length)] * (layers * kv_heads), {"evict_at": length}))
+    outcome = LiveRun(model, read_trace(trace)).evicted(read_kept_sets(path, 0))
+    assert not outcome.kl.any() and outcome.agree.all() and not outcome.nll_increase[:-1].any()
+
+
+def test_of_equal_logits_the_lowest_id_counts():
+    assert _most_likely(torch.tensor([[1.0, 3, 3, 2], [0, 0, 0, 0]])).tolist() == [1, 0]
+
+
+def tiny(folder):
+    """The model of a family, its trace and kept sets of it: two groups."""
+    model, tokens = load("llama3"), tokens_of("llama3")
+    length = tokens.shape[1] - MORE
+    with kvtrace.capture(model, folder / "run.h5", prompt_length=length), torch.no_grad():
+        model(tokens)
+    layers, _, kv_heads = shape_of(model)
+    groups = [(make_sets(layers, kv_heads, length, unequal=unequal), {"evict_at": length}) for unequal in (False, True)]
+    return model, folder / "run.h5", write_kept(folder / "kept.h5", *groups)
+
+
+@pytest.fixture
+def llama3(tmp_path):
+    _, trace, kept = tiny(tmp_path)
+    return ["-m", FAMILIES / "llama3", "-t", trace, "-k", kept, "-o", tmp_path / "live.h5"]
+
+
+def replaced(arguments, **given):
+    """Arguments with others in the place of some: m, t, k, o."""
+    values = dict(zip([flag[1:] for flag in arguments[::2]], arguments[1::2]))
+    return [part for flag, value in {**values, **given}.items() for part in (f"-{flag}", value)]
+
+
+def test_results_are_those_of_the_format(llama3, tmp_path, kvreplay):
+    assert live(*llama3).returncode == 0
+    checked = subprocess.run([sys.executable, ROOT / "scripts/check-files.py", tmp_path / "live.h5"], capture_output=True,
+                             text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    kept = tmp_path / "kept.h5"
+    # What kvreplay writes of the same kept sets.
+    written = subprocess.run([kvreplay, "replay", tmp_path / "run.h5", "--policy", f"kept(file={kept},index=0)", "--policy",
+                              f"kept(file={kept},index=1)", "--capacity", "9", "-o", tmp_path / "replay.h5"],
+                             capture_output=True, text=True)
+    assert written.returncode == 0, written.stderr
+    with h5py.File(tmp_path / "live.h5") as ours, h5py.File(tmp_path / "replay.h5") as theirs:
+        assert ours.keys() == theirs.keys()
+        assert ours.attrs["complete"] == 1
+        assert ours["evaluation_positions"][:].tolist() == theirs["evaluation_positions"][:].tolist()
+        for index in ("0", "1"):
+            one, other = ours["results"][index], theirs["results"][index]
+            for name, value in other.attrs.items():
+                if name in ("attributes_xxh64", "nothing_to_choose"):
+                    continue  # kvreplay's alone; not known of kept sets
+                if name in ("policy", "capacity", "capacity_request", "trace"):
+                    assert name in one.attrs
+                else:
+                    assert one.attrs[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+            for name in ("evaluation_positions", "held", "kept_per_layer"):
+                assert one[name].dtype == other[name].dtype
+                assert np.allclose(one[name][:], other[name][:]), name
+            assert set(one) == {"evaluation_positions", "held", "kept_per_layer", "kl", "nll", "nll_increase", "agree"}
+            assert one["kl"].shape == one["evaluation_positions"].shape
+
+
+DIGESTS = {"tests/data/reference-needle.h5": "aafa76de49f80f19", "tests/data/trace-version-1.h5": "c710171da9911360",
+           "tests/tracer/families/llama/trace.h5": None, "tests/tracer/families/mistral/trace.h5": None,
+           "tests/fuzz/corpus/trace_reader/fixed-strings.h5": "cc41434828e0f35a",
+           "tests/fuzz/corpus/trace_reader/written-bfloat16.h5": "c710171da9911360"}
+
+
+@pytest.mark.parametrize("path", DIGESTS)
+def test_digests_are_kvreplays(path):
+    with h5py.File(ROOT / path) as file:
+        digest = trace_digest(file)
+    assert DIGESTS[path] in (None, digest)
+    assert re.fullmatch("[0-9a-f]{16}", digest)
+
+
+@pytest.mark.parametrize("path", [path for path in DIGESTS if "fuzz" not in path])
+def test_digests_are_those_of_results(path, kvreplay, tmp_path):
+    result = subprocess.run([kvreplay, "replay", ROOT / path, "--policy", "recent", "--capacity", "5", "-o",
+                             tmp_path / "results.h5"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with h5py.File(ROOT / path) as file, h5py.File(tmp_path / "results.h5") as results:
+        assert trace_digest(file) == results["results/0"].attrs["trace_digest"]
+
+
+def test_kept_sets_of_others_are_left_out_with_a_note(llama3, tmp_path):
+    sets = make_sets(2, 2, 47)
+    with h5py.File(tmp_path / "kept.h5", "r+") as file:
+        file["kept/0"].attrs["trace"] = "elsewhere/other.h5"
+        file["kept/1"].attrs["trace"] = "elsewhere/run.h5"
+    result = live(*llama3)
+    assert result.returncode == 0, result.stderr
+    note = f"{tmp_path / 'kept.h5'}: 1 group of kept sets of other traces left out"
+    assert result.stderr == f"note: {note}\n"
+    with h5py.File(tmp_path / "live.h5") as file:
+        assert list(file["results"]) == ["0"] and file["results/0"].attrs["policy"] == "policy-1"
+        assert file["results/0/notes"].asstr()[:].tolist() == [note]
+    assert len(sets) == 4
+
+
+def test_short_types_are_told(llama3, tmp_path):
+    result = live(*llama3, "--dtype", "bfloat16")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith("note: the model ran in bfloat16, whose rounding moves every logit")
+
+
+def test_failures_are_one_line_and_leave_nothing(llama3, tmp_path):
+    trace, kept = tmp_path / "run.h5", tmp_path / "kept.h5"
+    model, ids = load("llama3"), prompt_of("llama3")
+    with kvtrace.capture(model, tmp_path / "short.h5"), torch.no_grad():
+        model(ids)
+    other = load("llama3")
+    with torch.no_grad():
+        other.model.layers[0].self_attn.k_proj.weight.mul_(1.1)
+    other.save_pretrained(tmp_path / "other")
+    last = load("llama3")
+    with torch.no_grad():
+        last.model.layers[1].self_attn.k_proj.weight.mul_(2)
+    last.save_pretrained(tmp_path / "last")
+    (tmp_path / "text.h5").write_text("text")
+    length = ids.shape[1]
+    layers, _, kv_heads = shape_of(model)
+    write_kept(tmp_path / "early.h5", (make_sets(layers, kv_heads, length - 1), {"evict_at": length - 1}))
+    write_kept(tmp_path / "heads.h5", (make_sets(layers, kv_heads + 1, length), {"evict_at": length}))
+    write_kept(tmp_path / "foreign.h5", (make_sets(layers, kv_heads, length), {"evict_at": length, "trace": "other.h5"}))
+    write_kept(tmp_path / "unfinished.h5", (make_sets(layers, kv_heads, length), {"evict_at": length}), complete=None)
+    with h5py.File(write_kept(tmp_path / "none.h5", (make_sets(1, 1, length), {})), "r+") as file:
+        del file["kept/0"]
+    cut = tmp_path / "cut.h5"
+    cut.write_bytes(trace.read_bytes())
+    with h5py.File(cut, "r+") as file:
+        del file.attrs["complete"]
+    before = sorted(tmp_path.iterdir())
+    for given, message in (
+            ({"t": tmp_path / "missing.h5"}, "missing.h5: cannot be read: No such file"),
+            ({"t": tmp_path / "text.h5"}, "text.h5: is no HDF5 file"),
+            ({"t": kept}, "kept.h5: is no file of a captured run, but of kvreplay-kept"),
+            ({"t": cut}, "cut.h5: is unfinished"),
+            ({"t": tmp_path / "short.h5", "k": tmp_path / "bare.h5"}, "short.h5: has no tokens after the prompt"),
+            ({"k": tmp_path / "text.h5"}, "text.h5: is no HDF5 file"),
+            ({"k": trace}, "run.h5: is no file of kept sets, but of kvtrace"),
+            ({"k": tmp_path / "unfinished.h5"}, "unfinished.h5: is unfinished"),
+            ({"k": tmp_path / "none.h5"}, "none.h5: holds no kept sets"),
+            ({"k": tmp_path / "foreign.h5"}, f"its kept sets are of other.h5, and not of {trace}"),
+            ({"k": tmp_path / "early.h5"}, f"the eviction is at {length - 1}, and the prompt of {trace} has {length} tokens"),
+            ({"k": tmp_path / "heads.h5"}, f"holds {kv_heads + 1} sets for each of {layers} layers"),
+            ({"m": tmp_path / "nowhere"}, "is neither a folder nor"),
+            ({"m": FAMILIES / "llama"}, "the model is not the one that"),
+            ({"m": FAMILIES / "qwen3"}, "the model is not the one that"),
+            ({"m": tmp_path / "other"}, "the keys that it computes in layer 0 are 10% apart from the trace's"),
+            ({"m": tmp_path / "last"}, "the keys that it computes in layer 1 are"),
+            ({"o": tmp_path / "nowhere" / "live.h5"}, "cannot be written: No such file"),
+            ({"o": tmp_path}, "is a folder")):
+        if given.get("k") == tmp_path / "bare.h5":
+            bare = write_kept(tmp_path / "bare.h5", (make_sets(layers, kv_heads, length), {"evict_at": length}))
+            with h5py.File(bare, "r+") as file:
+                del file["kept/0"].attrs["trace"]
+            before = sorted(tmp_path.iterdir())
+        assert message in one_line(live(*replaced(llama3, **given)), 1), message
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_wrong_usage(llama3, tmp_path):
+    for arguments, message in (
+            ([], "--model"), (llama3[:2], "--trace"), ([*llama3, "--generate", "3"], "--generate"),
+            (replaced(llama3, o=""), "name is empty"), ([*llama3, "--dtype", "float64"], "--dtype float64"),
+            (replaced(llama3, o=tmp_path / "run.h5"), "would overwrite what they are made from"),
+            (replaced(llama3, o=tmp_path / "kept.h5"), "would overwrite what they are made from"),
+            (replaced(llama3, o=FAMILIES / "llama3/config.json"), "would overwrite a file of the model")):
+        assert message in one_line(live(*arguments), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.h5", "run.h5"]
+
+
+def test_disk_full_leaves_nothing(llama3, tmp_path):
+    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
+            "from kvtrace.live_command import main; sys.exit(main())")
+    result = subprocess.run([sys.executable, "-c", code, *map(str, llama3)], capture_output=True, text=True)
+    assert one_line(result, 1) == f"{tmp_path / 'live.h5'}: cannot be written: File too large"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.h5", "run.h5"]
+
+
+def test_command_is_installed():
+    """As pyproject.toml names it."""
+    project = (pathlib.Path(kvtrace.__file__).parents[1] / "pyproject.toml").read_text()
+    assert 'kvtrace-live = "kvtrace.live_command:main"' in project

@@ -47,6 +47,9 @@ double mean_of(const Table& table, const std::vector<int>& layers) {
   return count == 0 ? kNone : sum / static_cast<double>(count);
 }
 
+// Of a measure of the whole model; NaN where there is nothing.
+double mean_of(const Table& table) { return distribution_of(table.numbers, true).mean; }
+
 double kept_in(const ReplayResult& result, const std::vector<int>& layers) {
   if (layers.size() * static_cast<std::size_t>(result.kept.sets_per_layer) == result.kept.sets.size()) {
     return result.kept.mean_size();
@@ -140,6 +143,11 @@ std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayRes
     if (table.numbers.empty()) continue;
     row.measure = measure.name;
     row.layer = -1;
+    if (!measure.is_of_layers()) {
+      row.distribution = distribution_of(table.numbers, measure.lower_is_better);
+      rows.push_back(row);
+      continue;
+    }
     std::vector<float> numbers;
     for (const int layer : layers) {
       const std::span<const float> some = of_layer(table, layer);
@@ -218,6 +226,9 @@ void PolicyRanking::add(const TraceReplay& replay, const ReplayResult& result) {
     row.kendall += mean_of(result.measures[Measure::kendall], layers);
     ++sum.with_ranks;
   }
+  row.kl += mean_of(result.measures[Measure::kl]);
+  row.nll_increase += mean_of(result.measures[Measure::nll_increase]);
+  row.agree += mean_of(result.measures[Measure::agree]);
 }
 
 std::vector<PolicyRow> PolicyRanking::rows() const {
@@ -230,7 +241,8 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
     row.budget = row.bytes_per_token / sum.bytes_of_capacity;
     for (double PolicyRow::*number :
          {&PolicyRow::kept, &PolicyRow::kept_share, &PolicyRow::bytes_per_token, &PolicyRow::layer_error,
-          &PolicyRow::head_error, &PolicyRow::attention_recall, &PolicyRow::cosine}) {
+          &PolicyRow::head_error, &PolicyRow::attention_recall, &PolicyRow::cosine, &PolicyRow::kl,
+          &PolicyRow::nll_increase, &PolicyRow::agree}) {
       row.*number /= row.places;
     }
     row.span_recall /= sum.with_spans;  // 0/0 where no trace has spans: NaN, as promised
@@ -242,8 +254,9 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
     return std::ranges::find(capacities, row.capacity_request) - capacities.begin();
   };
   std::ranges::stable_sort(rows, [&](const PolicyRow& a, const PolicyRow& b) {
-    return std::tuple(capacity_rank(a), -a.places, a.same_places, a.layer_error) <
-           std::tuple(capacity_rank(b), -b.places, b.same_places, b.layer_error);
+    const bool live = !std::isnan(a.kl) && !std::isnan(b.kl);
+    return std::tuple(capacity_rank(a), -a.places, a.same_places, live ? a.kl : a.layer_error) <
+           std::tuple(capacity_rank(b), -b.places, b.same_places, live ? b.kl : b.layer_error);
   });
   return rows;
 }

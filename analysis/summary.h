@@ -84,6 +84,9 @@ struct PolicyRow {
   double span_recall = 0;  ///< NaN where no trace has spans
   double spearman = 0;     ///< rank agreement; NaN where it was not measured
   double kendall = 0;
+  double kl = 0;            ///< of live runs, as are the next two; NaN where the model did not run on
+  double nll_increase = 0;  ///< NaN also where no token came after one
+  double agree = 0;
 };
 
 /// All capacities that policies were replayed at, what is kept whole first: in the order of the policy that has most,
@@ -100,7 +103,7 @@ class PolicyRanking {
   void add(const TraceReplay& replay, const ReplayResult& result);
 
   /// What is kept whole first, then by capacity in the order of the results; within, rows of most places first, and of
-  /// the same places the best (smallest mean layer error).
+  /// the same places the best: smallest mean KL divergence of live runs, otherwise smallest mean layer error.
   std::vector<PolicyRow> rows() const;
 
   /// In how many places anything was replayed.

@@ -6,11 +6,10 @@
 #include <functional>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "trace/trace.h"
-#include "tracer/spans.h"
+#include "tracer/prompt.h"
 #include "tracer/transformer.h"
 
 namespace kvreplay::tracer {
@@ -23,22 +22,11 @@ struct CaptureProgress {
   double tokens_per_second = 0;  ///< of prefill or decode; 0 while it cannot be told
 };
 
-struct CaptureOptions {
-  std::filesystem::path model_folder;
-
-  /// The prompt: text for the model's tokenizer, or ids that are taken as they are.
-  std::optional<std::string> prompt_text;
-  std::vector<std::int32_t> prompt_ids;
-  /// The text is a chat that a template has written out, special tokens and all: the tokenizer adds none at its ends.
-  bool prompt_is_templated = false;
-  std::string prompt_name;  ///< where it came from, for the trace's provenance; no path
-
+struct CaptureOptions : PromptOptions {
   int generate = 0;                 ///< tokens to generate greedily, fewer if the sequence ends
   std::optional<int> query_window;  ///< capture only the last so many prompt queries and all after; nothing: all
   DType dtype = DType::float32;     ///< of the tensors in the file
   bool output_projection = true;    ///< whether the file holds the layers' output projections
-  std::vector<SpanRequest> spans;
-  std::vector<TurnRequest> turns;
   std::filesystem::path output;
   Transformer::Options execution;
 
@@ -58,10 +46,6 @@ struct CaptureSummary {
   double prefill_seconds = 0;                 ///< without what writing took
   double decode_seconds = 0;                  ///< the same, of all generated tokens but the first, which prefill gives
 };
-
-/// Reads whitespace-separated decimal token ids. Throws Error, beginning with `name`, at anything else, and if there
-/// are none.
-std::vector<std::int32_t> parse_token_ids(std::string_view text, std::string_view name);
 
 /// Runs the model on the prompt, generates, and writes what each layer produces into the trace as soon as it is there.
 /// Keys and values stay in memory as well, in float32, where a generated token attends to them: where more than one is

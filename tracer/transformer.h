@@ -86,6 +86,9 @@ class Transformer {
   /// one is NaN or infinite.
   void logits(std::span<const float> states, Index count, std::span<float> out) const;
 
+  /// The threads that it runs on.
+  const Execution& execution() const { return execution_; }
+
  private:
   // Cosines and sines of the angles that rotary embedding turns the tokens of a pass by, [count, D/2] each.
   struct Rotation {

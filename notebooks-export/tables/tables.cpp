@@ -190,15 +190,51 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
   const int places = most(&PolicyRow::places);
   const bool unequal = std::ranges::any_of(rows, is_unequal_budget);
   const bool partial = std::ranges::any_of(rows, [places](const PolicyRow& row) { return row.places < places; });
-  const bool spans = std::ranges::any_of(rows, [](const PolicyRow& row) { return !std::isnan(row.span_recall); });
   const bool windowed = std::ranges::any_of(rows, &PolicyRow::windowed);
+  const auto measured = [&rows](double PolicyRow::*number) {
+    return std::ranges::any_of(rows, [number](const PolicyRow& row) { return !std::isnan(row.*number); });
+  };
+  // What the model loses comes first, and of what its layers do only what is compared with that.
+  const bool live = measured(&PolicyRow::kl);
+  struct Column {
+    const char* head;
+    double PolicyRow::*number;
+    fmt::format_string<double> format;
+    double factor = 1;
+    bool shown = true;
+  };
+  const Column columns[] = {
+      {"KL", &PolicyRow::kl, "{:.4f}", 1, live},
+      {"loss +", &PolicyRow::nll_increase, "{:+.4f}", 1, live},
+      {"agree", &PolicyRow::agree, "{:.1f} %", 100, live},
+      {"layer error", &PolicyRow::layer_error, "{:.4f}"},
+      {"head error", &PolicyRow::head_error, "{:.4f}", 1, !live},
+      {"recall", &PolicyRow::attention_recall, "{:.4f}"},
+      {"cosine", &PolicyRow::cosine, "{:.4f}", 1, !live},
+  };
+  const Column last_columns[] = {
+      {"spans kept", &PolicyRow::span_recall, "{:.1f} %", 100},
+      {"Spearman", &PolicyRow::spearman, "{:.3f}"},
+      {"Kendall", &PolicyRow::kendall, "{:.3f}"},
+  };
   std::vector<std::vector<std::string>> cells = {{"policy", "capacity", "kept", windowed ? "of held" : "of prompt",
                                                   fmt::format("{}/token{}", large ? "KiB" : "B", unequal ? " " : ""),
-                                                  "heads", "layer error", "head error", "recall", "cosine"}};
+                                                  "heads"}};
+  const auto is_shown = [&measured](const Column& column) { return column.shown && measured(column.number); };
+  const auto add_numbers = [&](const PolicyRow& row, std::span<const Column> some, std::vector<std::string>& line) {
+    for (const Column& column : some) {
+      if (!is_shown(column)) continue;
+      const double number = row.*column.number;
+      line.push_back(std::isnan(number) ? "-" : fmt::format(column.format, column.factor * number));
+    }
+  };
+  for (const Column& column : columns) {
+    if (is_shown(column)) cells[0].emplace_back(column.head);
+  }
   if (partial) cells[0].emplace_back("on");
-  if (spans) cells[0].emplace_back("spans kept");
-  const bool ranks = std::ranges::any_of(rows, [](const PolicyRow& row) { return !std::isnan(row.spearman); });
-  if (ranks) cells[0].insert(cells[0].end(), {"Spearman", "Kendall"});
+  for (const Column& column : last_columns) {
+    if (is_shown(column)) cells[0].emplace_back(column.head);
+  }
   for (const PolicyRow& row : rows) {
     const std::vector<std::string> spec =
         broken_spec(row.policy + (row.oracle ? " (ORACLE)" : "") + (row.nothing_to_choose ? " †" : ""), kPolicyWidth);
@@ -211,16 +247,10 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
             (is_unequal_budget(row) ? "*"
              : unequal              ? " "
                                     : ""),
-        std::string(name_of(row.granularity)),
-        fmt::format("{:.4f}", row.layer_error),
-        fmt::format("{:.4f}", row.head_error),
-        fmt::format("{:.4f}", row.attention_recall),
-        fmt::format("{:.4f}", row.cosine)};
+        std::string(name_of(row.granularity))};
+    add_numbers(row, columns, line);
     if (partial) line.push_back(fmt::format("{} of {}", row.places, places));
-    if (spans) line.push_back(std::isnan(row.span_recall) ? "-" : fmt::format("{:.1f} %", 100 * row.span_recall));
-    for (const double agreement : {row.spearman, row.kendall}) {
-      if (ranks) line.push_back(std::isnan(agreement) ? "-" : fmt::format("{:.3f}", agreement));
-    }
+    add_numbers(row, last_columns, line);
     cells.push_back(std::move(line));
     for (std::size_t i = 1; i < spec.size(); ++i) cells.push_back({spec[i]});
   }

@@ -83,6 +83,7 @@ int run(int argc, char** argv) {
   kvreplay::cli::add_synth_command(app);
   kvreplay::cli::add_inspect_command(app);
   kvreplay::cli::add_replay_command(app);
+  kvreplay::cli::add_live_command(app);
   kvreplay::cli::add_sweep_command(app);
   kvreplay::cli::add_analyze_command(app);
   kvreplay::cli::add_report_command(app);

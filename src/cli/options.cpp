@@ -149,6 +149,8 @@ bool looks_like_capacities(const std::string& value) { return is_made_of(value, 
 
 bool looks_like_counts(const std::string& value) { return is_made_of(value, "0123456789,"); }
 
+bool looks_like_files(const std::string& value) { return !value.empty() && value.front() != '-'; }
+
 bool looks_like_names(const std::string& value) { return is_made_of(value, "abcdefghijklmnopqrstuvwxyz-_,"); }
 
 std::optional<int> parse_queries(const std::string& text) {

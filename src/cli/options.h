@@ -61,6 +61,9 @@ bool looks_like_policies(const std::string& value);
 bool looks_like_capacities(const std::string& value);
 bool looks_like_counts(const std::string& value);
 
+/// The value is no option.
+bool looks_like_files(const std::string& value);
+
 /// The value looks like names of what the program has, as in error-by-head,regret.
 bool looks_like_names(const std::string& value);
 

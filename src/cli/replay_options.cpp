@@ -94,8 +94,21 @@ std::string shape_of(const ModelInfo& model) {
 }  // namespace
 
 void add_request_options(CLI::App& command, ReplayOptions& options, bool required) {
-  const auto any_position = integer_in(1, std::numeric_limits<int>::max(), "a position to evict at");
   command.add_option("traces", options.traces, "kvtrace files")->type_name("FILE");
+  add_setting_options(command, options, required);
+  command
+      .add_option("--evaluate-from", options.evaluate_from,
+                  "First position that is evaluated, or prompt: the prompt's end (default: the last of --evict-at)")
+      ->check(is_evaluation_start)
+      ->type_name("N|prompt");
+  command.add_flag("--full-layers", options.full_layers,
+                   "Means over the layers alone that hold the whole prompt, without those with a sliding window");
+  command.add_flag("--rank-agreement", options.rank_agreement,
+                   "Also measure how far scores rank positions as oracle-attention does (Spearman, Kendall)");
+}
+
+void add_setting_options(CLI::App& command, ReplayOptions& options, bool required) {
+  const auto any_position = integer_in(1, std::numeric_limits<int>::max(), "a position to evict at");
   CLI::Option* const policies =
       command
           .add_option("-p,--policy", options.policies,
@@ -120,21 +133,12 @@ void add_request_options(CLI::App& command, ReplayOptions& options, bool require
   take_several(*policies, looks_like_policies);
   take_several(*capacities, looks_like_capacities);
   take_several(*evictions, looks_like_counts);
-  command
-      .add_option("--evaluate-from", options.evaluate_from,
-                  "First position that is evaluated, or prompt: the prompt's end (default: the last of --evict-at)")
-      ->check(is_evaluation_start)
-      ->type_name("N|prompt");
   command.add_option("--heads", options.heads, "Who shares a kept set (default: the policy's own, or kv)")
       ->check(one_of({"query", "kv", "layer"}))
       ->type_name("query|kv|layer");
   command.add_option("--share", options.share, "How shared scores are combined (default: the policy's own, or mean)")
       ->check(one_of({"mean", "max", "sum"}))
       ->type_name("mean|max|sum");
-  command.add_flag("--full-layers", options.full_layers,
-                   "Means over the layers alone that hold the whole prompt, without those with a sliding window");
-  command.add_flag("--rank-agreement", options.rank_agreement,
-                   "Also measure how far scores rank positions as oracle-attention does (Spearman, Kendall)");
   command.add_flag("--strict", options.strict,
                    "Refuse what cannot be replayed; without it that is left out with a note");
 }

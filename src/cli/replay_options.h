@@ -40,6 +40,9 @@ struct ReplayOptions {
 /// The options that name traces, policies and capacities; where they are required, CLI11 says so.
 void add_request_options(CLI::App& command, ReplayOptions& options, bool required);
 
+/// Of them those that say what is decided, without what is evaluated and what traces are read.
+void add_setting_options(CLI::App& command, ReplayOptions& options, bool required);
+
 /// The options that name what is written, and the number of threads.
 void add_output_options(CLI::App& command, ReplayOptions& options);
 

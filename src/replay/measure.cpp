@@ -43,6 +43,14 @@ double spearman(const RankCorrelation& agreement) { return agreement.spearman; }
 
 double kendall(const RankCorrelation& agreement) { return agreement.kendall; }
 
+double kl(const ModelOutcome& outcome) { return outcome.divergence; }
+
+double nll(const ModelOutcome& outcome) { return outcome.loss; }
+
+double nll_increase(const ModelOutcome& outcome) { return outcome.loss - outcome.full_loss; }
+
+double agree(const ModelOutcome& outcome) { return outcome.same_most_likely ? 1.0 : 0.0; }
+
 // In the order of the names in Measure; what has none there comes after them.
 auto list_of_measures() {
   auto list = std::to_array<MeasureTraits>({
@@ -78,6 +86,24 @@ auto list_of_measures() {
        .definition = kendall,
        .lower_is_better = false,
        .may_be_missing = true},
+      {.name = "kl", .noun = "KL divergence", .unit = "nats", .definition = kl, .lower_is_better = true},
+      {.name = "nll",
+       .noun = "loss",
+       .unit = "nats",
+       .definition = nll,
+       .lower_is_better = true,
+       .may_be_missing = true},
+      {.name = "nll_increase",
+       .noun = "increase of the loss",
+       .unit = "nats",
+       .definition = nll_increase,
+       .lower_is_better = true,
+       .may_be_missing = true},
+      {.name = "agree",
+       .noun = "agreement of the most likely token",
+       .unit = "share of tokens",
+       .definition = agree,
+       .lower_is_better = false},
   });
   int place = 0;
   for (MeasureTraits& traits : list) traits.measure = Measure{place++};
@@ -112,8 +138,16 @@ std::vector<Index> layer_shape(const MeasureTraits& measure, const MeasureExtent
       return {extent.query_heads, extent.spans};
     case MeasureTraits::Per::head:
       return {extent.query_heads};
+    case MeasureTraits::Per::model_query:
+      return {extent.queries};
   }
   return {};
+}
+
+std::vector<Index> table_shape(const MeasureTraits& measure, Index layers, const MeasureExtent& extent) {
+  std::vector<Index> shape = layer_shape(measure, extent);
+  if (measure.is_of_layers()) shape.insert(shape.begin(), layers);
+  return shape;
 }
 
 std::size_t number_count(const MeasureTraits& measure, const MeasureExtent& extent) {
@@ -124,6 +158,7 @@ std::size_t number_count(const MeasureTraits& measure, const MeasureExtent& exte
 Index numbers_per_layer(const MeasureExtent& extent, bool with_ranks) {
   std::size_t numbers = 0;
   for (const MeasureTraits& measure : measures()) {
+    if (!measure.is_of_layers()) continue;
     if (with_ranks || measure.per != MeasureTraits::Per::head) numbers += number_count(measure, extent);
   }
   return static_cast<Index>(numbers);

@@ -15,7 +15,19 @@
 namespace kvreplay {
 
 /// A measure: its place among measures(). Those that are asked for by name have a name here too.
-enum class Measure : int { layer_error, head_error, attention_recall, cosine, span_recall, spearman, kendall };
+enum class Measure : int {
+  layer_error,
+  head_error,
+  attention_recall,
+  cosine,
+  span_recall,
+  spearman,
+  kendall,
+  kl,
+  nll,
+  nll_increase,
+  agree
+};
 
 /// What an evaluation query of one query head gets from the full cache, and from what is left of it.
 struct HeadOutcome {
@@ -40,6 +52,14 @@ struct SpanOutcome {
   std::span<const int> queries;  ///< [E] positions of the evaluation queries
 };
 
+/// What the model says after an evaluation query, of the full cache and of what is left of it (live runs).
+struct ModelOutcome {
+  double divergence;      ///< KL(full ‖ evicted) of the next token's distribution, in nats
+  double loss;            ///< −ln of the probability of the token that came next, with what is left; NaN: none came
+  double full_loss;       ///< the same with the full cache
+  bool same_most_likely;  ///< whether both find the same token most likely, of equal ones the lowest
+};
+
 /// Calculates a number of a measure.
 template <class Outcome>
 using MeasureFunction = double (*)(const Outcome&);
@@ -47,12 +67,13 @@ using MeasureFunction = double (*)(const Outcome&);
 /// What there is to know about a measure. docs/measures.md defines them, docs/adding-a-measure.md adds one.
 struct MeasureTraits {
   /// What its numbers are per, beside layer and trace.
-  enum class Per { query, head_and_query, head_and_span, head };
+  enum class Per { query, head_and_query, head_and_span, head, model_query };
 
   /// Per query, per head and query, per head and span, or, of policies that rank and where rank agreement is asked for,
-  /// per head.
-  using Definition = std::variant<MeasureFunction<LayerOutcome>, MeasureFunction<HeadOutcome>,
-                                  MeasureFunction<SpanOutcome>, MeasureFunction<RankCorrelation>>;
+  /// per head. Of live runs per query and of no layer, but of the whole model.
+  using Definition =
+      std::variant<MeasureFunction<LayerOutcome>, MeasureFunction<HeadOutcome>, MeasureFunction<SpanOutcome>,
+                   MeasureFunction<RankCorrelation>, MeasureFunction<ModelOutcome>>;
 
   std::string_view name;       ///< in files and options: "layer_error"
   std::string_view noun;       ///< in sentences and on axes: "layer error"
@@ -63,6 +84,8 @@ struct MeasureTraits {
   bool may_be_missing = false;
   Per per = static_cast<Per>(definition.index());
   Measure measure = {};  ///< set by measures()
+
+  bool is_of_layers() const { return per != Per::model_query; }
 };
 
 /// All of them, layer_error first.
@@ -106,10 +129,11 @@ class PerMeasure {
   std::vector<T> of_measures_;
 };
 
-/// The tables of a result: [L, E], [L, H, E], [L, H, S] or [L, H]; empty where it was not measured.
+/// The tables of a result: [L, E], [L, H, E], [L, H, S] or [L, H], of the whole model [E]; empty where it was not
+/// measured.
 using MeasureTables = PerMeasure<Table>;
 
-/// The same of one layer: [E], [H, E], [H, S] or [H].
+/// The same of one layer: [E], [H, E], [H, S] or [H]; of the whole model none.
 using LayerNumbers = PerMeasure<std::vector<float>>;
 
 /// How many heads, evaluation queries and spans a result's numbers are of.
@@ -119,11 +143,14 @@ struct MeasureExtent {
   Index spans = 0;        ///< S
 };
 
-/// The shape of a measure's numbers in one layer.
+/// The shape of a measure's numbers in one layer, or in the whole model.
 std::vector<Index> layer_shape(const MeasureTraits& measure, const MeasureExtent& extent);
 
 /// How many numbers that is.
 std::size_t number_count(const MeasureTraits& measure, const MeasureExtent& extent);
+
+/// The shape of its table in results of `layers` layers.
+std::vector<Index> table_shape(const MeasureTraits& measure, Index layers, const MeasureExtent& extent);
 
 /// How many numbers all measures of one layer are, `with_ranks` those of rank agreement included.
 Index numbers_per_layer(const MeasureExtent& extent, bool with_ranks);

@@ -41,7 +41,7 @@ LayerMeasurement::LayerMeasurement(const CapturedRun& trace, int layer, const Ev
       .query_heads = model.num_attention_heads, .queries = queries, .spans = static_cast<Index>(spans.size())};
   numbers_.resize(distinct_.size());
   for (const MeasureTraits& measure : measures()) {
-    if (measure.per == MeasureTraits::Per::head) continue;
+    if (measure.per == MeasureTraits::Per::head || !measure.is_of_layers()) continue;
     const std::size_t count = number_count(measure, extent);
     for (LayerNumbers& numbers : numbers_) numbers[measure.measure].resize(count);
   }

@@ -20,6 +20,21 @@ std::vector<TraceReplay> replay(const ReplayEngine& engine, const std::function<
   return replays;
 }
 
+std::vector<TraceReplay> decide(const ReplayEngine& engine) {
+  std::vector<TraceReplay> replays = engine.outlines();
+  for (TraceReplay& replay : replays) {
+    for (ReplayResult& result : replay.results) result.replayed = false;
+  }
+  engine.decide(engine.units(), [&replays](const ReplayUnit& unit, std::vector<LayerSets> sets) {
+    std::vector<ReplayResult>& results = replays[static_cast<std::size_t>(unit.replay)].results;
+    for (std::size_t i = 0; i < sets.size(); ++i) {
+      for (std::vector<int>& kept : sets[i]) results[i].kept.sets.emplace_back(std::move(kept));
+    }
+  });
+  for (TraceReplay& replay : replays) settle_capacities(replay);
+  return replays;
+}
+
 std::vector<TraceReplay> replay(std::span<const TraceReader> traces, const ReplayRequest& request,
                                 const std::function<void(double)>& progress) {
   return replay(ReplayEngine(traces, request), progress);

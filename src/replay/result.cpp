@@ -42,7 +42,8 @@ double bytes_per_position(const ModelInfo& model) {
 }  // namespace
 
 bool is_measured(const MeasureTraits& measure, const ReplayResult& result) {
-  return measure.per != MeasureTraits::Per::head || result.rank_agreement;
+  if (!measure.is_of_layers()) return result.live;
+  return result.replayed && (measure.per != MeasureTraits::Per::head || result.rank_agreement);
 }
 
 double bytes_per_token(const TraceReplay& replay, const ReplayResult& result) {
@@ -65,9 +66,8 @@ void allocate_tables(TraceReplay& replay) {
   for (ReplayResult& result : replay.results) {
     for (const MeasureTraits& measure : measures()) {
       if (!is_measured(measure, result)) continue;
-      std::vector<Index> shape = layer_shape(measure, replay.extent());
-      shape.insert(shape.begin(), replay.model.num_layers);
-      result.measures[measure.measure] = Table::of_shape(std::move(shape));
+      result.measures[measure.measure] =
+          Table::of_shape(table_shape(measure, replay.model.num_layers, replay.extent()));
     }
   }
 }

@@ -41,6 +41,8 @@ struct ReplayResult {
   Share share = Share::mean;
   bool oracle = false;          ///< looked at the evaluation queries
   bool rank_agreement = false;  ///< whether scores are compared with the oracle's importance
+  bool live = false;            ///< whether the model itself ran on with what is kept
+  bool replayed = true;         ///< whether what the kept sets do to each layer's output was measured
   /// Whether the capacity is no more than what the policy keeps whatever the scores, so that its choice is not seen.
   bool nothing_to_choose = false;
   KeptSets kept;
@@ -70,7 +72,8 @@ struct TraceReplay {
   }
 };
 
-/// Whether a result has numbers of a measure: rank agreement has to be asked for.
+/// Whether a result has numbers of a measure: rank agreement has to be asked for, and only live runs have those of the
+/// whole model.
 bool is_measured(const MeasureTraits& measure, const ReplayResult& result);
 
 /// Bytes per token of the prompt that a result's kept sets cost: those of keys and values, 2 for each number, of every

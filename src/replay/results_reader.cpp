@@ -163,11 +163,10 @@ StoredResult read_identity(const hdf5::File& file, const std::string& group) {
 }
 
 std::vector<Index> shape_of(const StoredResult& result, const MeasureTraits& measure) {
-  std::vector<Index> shape = layer_shape(measure, {.query_heads = result.num_query_heads,
-                                                   .queries = static_cast<Index>(result.evaluation_positions.size()),
-                                                   .spans = static_cast<Index>(result.spans.size())});
-  shape.insert(shape.begin(), result.num_layers);
-  return shape;
+  return table_shape(measure, result.num_layers,
+                     {.query_heads = result.num_query_heads,
+                      .queries = static_cast<Index>(result.evaluation_positions.size()),
+                      .spans = static_cast<Index>(result.spans.size())});
 }
 
 }  // namespace

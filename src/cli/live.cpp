@@ -1,0 +1,412 @@
+#include <fmt/format.h>
+#include <omp.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <exception>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <set>
+
+#include "analysis/summary.h"
+#include "base/digest.h"
+#include "base/error.h"
+#include "base/file_text.h"
+#include "base/output_file.h"
+#include "base/printable.h"
+#include "cli/commands.h"
+#include "cli/options.h"
+#include "cli/plugins.h"
+#include "cli/progress.h"
+#include "cli/replay_options.h"
+#include "notebooks-export/tables.h"
+#include "replay/replay.h"
+#include "replay/results_file.h"
+#include "trace/reader.h"
+#include "tracer/live/live_run.h"
+#include "tracer/prompt.h"
+
+namespace kvreplay::cli {
+namespace {
+
+struct LiveArguments {
+  std::string model;
+  std::vector<std::string> prompts;
+  bool templated = false;
+  std::string continuation;  // empty: trace, or a number of tokens
+  bool no_offline = false;
+  ReplayOptions replay;
+};
+
+constexpr std::string_view kTraceContinues = "trace";
+constexpr int kTokensUnlessSaid = 64;
+
+// What one run begins with.
+struct Beginning {
+  std::string name;  // of the file
+  TraceInfo info;    // of all tokens that are given
+  std::string digest;
+  std::unique_ptr<TraceReader> trace;  // null: a prompt
+  std::unique_ptr<tracer::Tokenizer> tokenizer;
+};
+
+std::string text_of(const std::string& file) {
+  std::string text = file_text(file);
+  if (const auto at = find_invalid_utf8(text)) {
+    throw Error(fmt::format("{}: byte {} is not UTF-8 text", file, *at));
+  }
+  return text;
+}
+
+tracer::PromptOptions prompt_options(const LiveArguments& arguments) {
+  tracer::PromptOptions options;
+  options.model_folder = arguments.model;
+  options.prompt_is_templated = arguments.templated;
+  return options;
+}
+
+Beginning begin_with_prompt(const LiveArguments& arguments, const tracer::Model& model, const std::string& file) {
+  tracer::PromptOptions options = prompt_options(arguments);
+  options.prompt_text = text_of(file);
+  options.prompt_name = file;
+  tracer::Prompt prompt = tracer::prepare_prompt(options, model.config);
+  Beginning beginning;
+  beginning.name = file;
+  beginning.info = tracer::describe(options, model.config, prompt, static_cast<Index>(prompt.ids.size()));
+  beginning.tokenizer = std::move(prompt.tokenizer);
+  return beginning;
+}
+
+// The first of a model's numbers in which a trace differs, as a sentence; empty where all are the same.
+std::string difference(const ModelInfo& trace, const tracer::ModelConfig& model) {
+  const struct {
+    const char* name;
+    int of_trace;
+    int of_model;
+  } numbers[] = {{"num_layers", trace.num_layers, model.num_layers},
+                 {"num_attention_heads", trace.num_attention_heads, model.num_attention_heads},
+                 {"num_key_value_heads", trace.num_key_value_heads, model.num_key_value_heads},
+                 {"head_dim", trace.head_dim, model.head_dim},
+                 {"hidden_size", trace.hidden_size, model.hidden_size}};
+  for (const auto& number : numbers) {
+    if (number.of_trace == number.of_model) continue;
+    return fmt::format("its {} is {}, and the model's {}", number.name, number.of_trace, number.of_model);
+  }
+  return "";
+}
+
+Error of_another_model(const std::string& trace, const std::string& model, const std::string& why) {
+  return Error(fmt::format("{}: is not a run of the model in {}: {}; name the model that it was captured from", trace,
+                           model, why));
+}
+
+Beginning begin_with_trace(const LiveArguments& arguments, const tracer::Model& model, const std::string& file) {
+  Beginning beginning;
+  beginning.name = file;
+  beginning.trace = std::make_unique<TraceReader>(file);
+  const TraceInfo& info = beginning.trace->info();
+  if (const std::string why = difference(info.model, model.config); !why.empty()) {
+    throw of_another_model(file, arguments.model, why);
+  }
+  const auto beyond = std::ranges::find_if(
+      info.token_ids, [&model](std::int32_t id) { return id < 0 || id >= model.config.vocab_size; });
+  if (beyond != info.token_ids.end()) {
+    throw of_another_model(file, arguments.model,
+                           fmt::format("token id {} is not in its vocabulary of {}", *beyond, model.config.vocab_size));
+  }
+  tracer::PromptOptions options = prompt_options(arguments);
+  options.prompt_ids.assign(info.token_ids.begin(), info.token_ids.begin() + info.prompt_length);
+  options.prompt_name = file;
+  tracer::Prompt prompt = tracer::prepare_prompt(options, model.config);
+  beginning.info = tracer::describe(options, model.config, prompt, static_cast<Index>(prompt.ids.size()));
+  beginning.info.token_ids = info.token_ids;
+  beginning.info.token_pieces = info.token_pieces;
+  beginning.info.spans = info.spans;
+  beginning.info.turn_starts = info.turn_starts;
+  beginning.info.turn_roles = info.turn_roles;
+  beginning.info.answers = info.answers;
+  beginning.digest = beginning.trace->digest();
+  beginning.tokenizer = std::move(prompt.tokenizer);
+  return beginning;
+}
+
+// A trace's keys are the model's own, as far as its type of number goes; those of other weights are nowhere near.
+void check_keys(const TraceReader& trace, const tracer::HeldRun& run, const std::string& model) {
+  constexpr double kFarthest = 0.1;
+  const int position = run.eviction_position() - 1;
+  for (int layer = 0; layer < run.info().model.num_layers; ++layer) {
+    const Matrix ours = run.read(layer, HeadTensor::keys, 0, position, 1);
+    const Matrix theirs = trace.read(layer, HeadTensor::keys, 0, position, 1);
+    const double apart = static_cast<double>((ours - theirs).norm()) / static_cast<double>(ours.norm());
+    if (apart <= kFarthest) continue;
+    throw of_another_model(trace.name(), model,
+                           fmt::format("the key of layer {} at position {} is {:.0f} % apart from the model's", layer,
+                                       position, 100 * apart));
+  }
+}
+
+// What the policies of a request look at before the eviction.
+tracer::HeldParts parts_for(const ReplayRequest& request, int eviction_position, int prompt_length) {
+  tracer::HeldParts parts;
+  for (const Policy& policy : request.policies) {
+    const Requirements needs = policy.requirements();
+    bool all = needs.includes(Need::Kind::all_queries);
+    if (needs.includes(Need::Kind::accumulated_attention)) {
+      // Recorded sums are of the whole prompt.
+      if (eviction_position == prompt_length) {
+        parts.attention_mass = true;
+      } else {
+        all = true;
+      }
+    }
+    parts.prompt_queries =
+        std::max<Index>(parts.prompt_queries, all ? eviction_position : needs.count(Need::Kind::window_queries));
+  }
+  return parts;
+}
+
+// The tokens that a text adds to those before it, which its tokens must not touch.
+std::vector<std::int32_t> ids_of_text(const Beginning& beginning, std::span<const std::int32_t> before,
+                                      const std::string& file) {
+  if (beginning.tokenizer == nullptr) {
+    throw Error(
+        fmt::format("{}: the model's folder has no tokenizer for this text; continue with a number of tokens", file));
+  }
+  const std::string whole = beginning.tokenizer->decode(before) + text_of(file);
+  for (const bool special : {true, false}) {
+    const std::vector<std::int32_t> ids = beginning.tokenizer->encode(whole, special).ids;
+    if (ids.size() > before.size() && std::equal(before.begin(), before.end(), ids.begin())) {
+      return {ids.begin() + static_cast<std::ptrdiff_t>(before.size()), ids.end()};
+    }
+  }
+  throw Error(
+      fmt::format("{}: behind {} the tokenizer splits this text other than the prompt's tokens, so that it is no "
+                  "continuation of them; begin it with a space or a new line",
+                  file, beginning.name));
+}
+
+std::vector<std::int32_t> continuation_of(const LiveArguments& arguments, const Beginning& beginning,
+                                          tracer::LiveRun& run, int eviction_position) {
+  const std::vector<std::int32_t>& all = beginning.info.token_ids;
+  const int given = static_cast<int>(all.size());
+  std::string asked = arguments.continuation;
+  if (asked.empty())
+    asked = given > eviction_position ? std::string(kTraceContinues) : std::to_string(kTokensUnlessSaid);
+  std::vector<std::int32_t> ids(all.begin() + eviction_position,
+                                all.begin() + std::max(eviction_position, beginning.info.prompt_length));
+  if (asked == kTraceContinues) {
+    if (given <= eviction_position) {
+      throw Error(
+          fmt::format("{}: has no token after the eviction at {}; continue with a number of tokens, as in "
+                      "--continue {}",
+                      beginning.name, eviction_position, kTokensUnlessSaid));
+    }
+    return {all.begin() + eviction_position, all.end()};
+  }
+  if (integer_in(1, std::numeric_limits<int>::max(), "a number of tokens")(asked).empty()) {
+    if (!ids.empty()) {
+      throw UsageError("--continue N: the model continues at the prompt's end alone; leave out --evict-at");
+    }
+    return run.continue_greedily(std::stoi(asked));
+  }
+  const std::vector<std::int32_t> more =
+      ids_of_text(beginning, std::span(all).first(static_cast<std::size_t>(beginning.info.prompt_length)), asked);
+  ids.insert(ids.end(), more.begin(), more.end());
+  return ids;
+}
+
+std::string digest_of(const tracer::ModelConfig& model, std::span<const std::int32_t> ids) {
+  Digest digest;
+  digest.add(model.name);
+  for (const std::int32_t id : ids) digest.add(fmt::format("{}", id));
+  return digest.text();
+}
+
+struct Outcome {
+  std::vector<TraceReplay> replays;
+  std::vector<TraceNote> left_out;
+};
+
+std::string_view stage_text(tracer::LiveProgress::Stage stage) {
+  switch (stage) {
+    case tracer::LiveProgress::Stage::prompt:
+      return "prompt";
+    case tracer::LiveProgress::Stage::continuation:
+      return "continuation";
+    case tracer::LiveProgress::Stage::evicted:
+      return "over what is kept";
+    case tracer::LiveProgress::Stage::generation:
+      return "writing";
+  }
+  return "";
+}
+
+Outcome run_one(const LiveArguments& arguments, const ReplayRequest& request, const tracer::Model& model,
+                tracer::Transformer& transformer, Beginning beginning, const tracer::LiveRun::OnProgress& on_progress) {
+  const int prompt_length = beginning.info.prompt_length;
+  const int eviction = request.eviction_positions.empty() ? prompt_length : request.eviction_positions.front();
+  if (eviction > static_cast<int>(beginning.info.token_ids.size())) {
+    throw Error(fmt::format("{}: eviction position {} is beyond its {} tokens", beginning.name, eviction,
+                            beginning.info.token_ids.size()));
+  }
+  TraceInfo info = beginning.info;
+  tracer::HeldRun held(model, info, eviction, beginning.name,
+                       beginning.digest.empty() ? digest_of(model.config, info.token_ids) : beginning.digest,
+                       parts_for(request, eviction, prompt_length));
+  tracer::LiveRun run(model, transformer, held, on_progress);
+  run.read_prompt();
+  if (beginning.trace != nullptr) check_keys(*beginning.trace, held, arguments.model);
+  const std::vector<std::int32_t> ids = continuation_of(arguments, beginning, run, eviction);
+  run.follow(ids, tracer::pieces_of(beginning.tokenizer.get(), ids));
+
+  const ReplayEngine engine({&held}, request);
+  Outcome outcome;
+  outcome.left_out = engine.left_out();
+  if (arguments.no_offline) {
+    outcome.replays = decide(engine);
+  } else {
+    outcome.replays = replay(engine);
+  }
+  for (TraceReplay& replay : outcome.replays) measure_live(run, replay);
+  return outcome;
+}
+
+void write_files(const LiveArguments& arguments, const std::vector<TraceReplay>& replays,
+                 std::vector<std::string>& written) {
+  const ReplayOptions& options = arguments.replay;
+  if (!options.results.empty()) {
+    write_results(options.results, replays, {});
+    written.push_back(options.results);
+  }
+  if (!options.kept.empty()) {
+    write_kept_sets(options.kept, replays);
+    written.push_back(options.kept);
+  }
+  if (options.csv.empty() && options.json.empty()) return;
+  const std::vector<MeasureSummary> summaries = summarize(replays);
+  if (!options.csv.empty()) {
+    OutputFile::write_text(options.csv, summary_csv(summaries));
+    written.push_back(options.csv);
+  }
+  if (!options.json.empty()) {
+    OutputFile::write_text(options.json, summary_json(replays, summaries, {}));
+    written.push_back(options.json);
+  }
+}
+
+std::string live_legend(const std::vector<TraceReplay>& replays, bool offline, double seconds) {
+  return fmt::format(
+      "KL: divergence of the next token's distribution from the full cache's, nats per token; loss +: what the\n"
+      "loss of the true next token grows by; agree: the most likely token is the same;\n{}means over tokens{}. Best "
+      "first at each capacity. {:.1f} s.\n",
+      offline ? "layer error: ‖ô−o‖/‖o‖ after the output projection; recall: attention mass still cached, both over "
+                "layers\nand as if all layers before were whole;\n"
+              : "",
+      replays.size() > 1 ? "; every prompt weighs the same" : "", seconds);
+}
+
+void run_live(const LiveArguments& given) {
+  LiveArguments arguments = given;
+  if (arguments.prompts.empty() && arguments.replay.traces.empty()) {
+    throw UsageError(
+        "live needs what the model reads: --prompt FILE or --trace FILE, as in kvreplay live --model DIR --trace "
+        "run.h5 --policy snapkv --capacity 25%");
+  }
+  if (arguments.templated && arguments.prompts.empty()) {
+    throw UsageError("--templated says how a --prompt is written; a trace's tokens are taken as they are");
+  }
+  std::vector<std::string> notes;
+  const ReplayRequest request = request_from(arguments.replay, notes);
+  if (request.eviction_positions.size() > 1) throw UsageError("--evict-at: a live run evicts once");
+  const std::vector<std::string> traces = distinct_traces(arguments.replay, notes);
+  ReplayOptions outputs = arguments.replay;
+  outputs.traces.insert(outputs.traces.end(), arguments.prompts.begin(), arguments.prompts.end());
+  check_outputs(outputs, request);
+  const int threads = threads_or_all(arguments.replay.threads);
+  omp_set_num_threads(threads);
+
+  const auto started = std::chrono::steady_clock::now();
+  const tracer::Model model(arguments.model);
+  for (const std::string& warning : model.warnings) fmt::print(stderr, "warning: {}\n", warning);
+  tracer::Transformer::Options execution;
+  execution.threads = threads;
+  tracer::Transformer transformer(model, execution);
+  std::vector<TraceReplay> replays;
+  std::vector<TraceNote> left_out;
+  {
+    std::vector<Beginning> beginnings;
+    for (const std::string& prompt : arguments.prompts) {
+      beginnings.push_back(begin_with_prompt(arguments, model, prompt));
+    }
+    for (const std::string& trace : traces) beginnings.push_back(begin_with_trace(arguments, model, trace));
+    Progress line;
+    std::size_t done = 0;
+    for (Beginning& beginning : beginnings) {
+      const std::string name = std::filesystem::path(beginning.name).filename().string();
+      Outcome outcome =
+          run_one(arguments, request, model, transformer, std::move(beginning), [&](const tracer::LiveProgress& at) {
+            // The stages of one prompt, about as long as each other.
+            const double part = (static_cast<double>(at.stage) + at.fraction) / 3;
+            line.show(fmt::format("{}: {}", name, stage_text(at.stage)),
+                      (static_cast<double>(done) + part) / static_cast<double>(beginnings.size()));
+          });
+      std::ranges::move(outcome.replays, std::back_inserter(replays));
+      std::ranges::move(outcome.left_out, std::back_inserter(left_out));
+      ++done;
+    }
+  }
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+
+  std::vector<std::string> written;
+  std::exception_ptr failure;
+  try {
+    write_files(arguments, replays, written);
+  } catch (const std::exception&) {
+    failure = std::current_exception();
+  }
+  fmt::print("{}\n\n{}\n{}", headline(replays), policy_table(rank_policies(replays)),
+             live_legend(replays, !arguments.no_offline, seconds));
+  for (const std::string& file : written) fmt::print("wrote {}\n", file);
+  std::fflush(stdout);
+  print_notes(notes, replays, left_out);
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace
+
+void add_live_command(CLI::App& app) {
+  const auto arguments = std::make_shared<LiveArguments>();
+  CLI::App* command = app.add_subcommand("live", "Run a model on over what policies keep, and measure what it loses");
+  command->add_option("-m,--model", arguments->model, "Folder of a model in Hugging Face format")
+      ->required()
+      ->check(names_a_file)
+      ->type_name("DIR");
+  CLI::Option* const prompts =
+      command->add_option("--prompt", arguments->prompts, "Text files to run the model on, each a prompt")
+          ->check(names_a_file)
+          ->type_name("FILE,...");
+  command->add_flag("--templated", arguments->templated,
+                    "Prompts are chats as the model's template writes them, special tokens included: none is added");
+  CLI::Option* const traces =
+      command->add_option("--trace", arguments->replay.traces, "Traces of the model, whose tokens it reads again")
+          ->check(names_a_file)
+          ->type_name("FILE,...");
+  take_several(*prompts, looks_like_files);
+  take_several(*traces, looks_like_files);
+  add_setting_options(*command, arguments->replay, true);
+  command
+      ->add_option("--continue", arguments->continuation,
+                   "What comes after the prompt, fed token by token: trace (its own tokens), a number of tokens that "
+                   "the model writes itself, or a text file (default: trace, or 64 tokens)")
+      ->check(names_a_file)
+      ->type_name("trace|N|FILE");
+  command->add_flag("--no-offline", arguments->no_offline, "Leave out what a replay measures, layer by layer");
+  add_plugin_option(*command);
+  add_output_options(*command, arguments->replay);
+  command->callback([arguments] { run_live(*arguments); });
+}
+
+}  // namespace kvreplay::cli

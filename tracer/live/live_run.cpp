@@ -1,0 +1,271 @@
+#include "tracer/live/live_run.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <numeric>
+#include <set>
+
+#include "base/error.h"
+
+namespace kvreplay::tracer {
+
+namespace {
+
+// Tokens that go through the model together, of all settings.
+constexpr Index kTokensAtOnce = 1024;
+
+// Logits that are held together.
+constexpr Index kLogitsAtOnce = Index{16} << 20;
+
+// Which of the settings are worth a run: the first of equal ones, and for each setting the place of its own.
+struct Distinct {
+  std::vector<const KeptSets*> settings;
+  std::vector<std::size_t> place;
+};
+
+Distinct distinct(const std::vector<const KeptSets*>& settings) {
+  const auto less = [](const KeptSets* a, const KeptSets* b) {
+    if (a == nullptr || b == nullptr) return a == nullptr && b != nullptr;
+    return a->sets < b->sets;
+  };
+  std::map<const KeptSets*, std::size_t, decltype(less)> known(less);
+  Distinct found;
+  for (const KeptSets* setting : settings) {
+    const auto [entry, is_new] = known.try_emplace(setting, found.settings.size());
+    if (is_new) found.settings.push_back(setting);
+    found.place.push_back(entry->second);
+  }
+  return found;
+}
+
+// The distribution of the next token that logits stand for.
+struct NextToken {
+  double log_sum = 0;  // of the exponentials
+  std::int32_t most_likely = 0;
+
+  explicit NextToken(std::span<const float> logits) : most_likely(tracer::most_likely(logits)) {
+    const auto highest = static_cast<double>(logits[static_cast<std::size_t>(most_likely)]);
+    double sum = 0;
+    for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - highest);
+    log_sum = highest + std::log(sum);
+  }
+};
+
+// `probabilities` are those of `full`; `next` is the token that came, or −1.
+ModelOutcome outcome_of(std::span<const float> full, const NextToken& of_full, std::span<const double> probabilities,
+                        std::span<const float> evicted, std::int32_t next) {
+  const NextToken of_evicted(evicted);
+  // Σ p (ln p − ln q), in which the sums of the exponentials stand apart: equal logits give exactly 0.
+  double difference = 0;
+  for (std::size_t i = 0; i < full.size(); ++i) {
+    difference += probabilities[i] * (static_cast<double>(full[i]) - static_cast<double>(evicted[i]));
+  }
+  constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+  const auto loss = [next](const NextToken& token, std::span<const float> logits) {
+    return next < 0 ? kNone : token.log_sum - static_cast<double>(logits[static_cast<std::size_t>(next)]);
+  };
+  return {.divergence = std::max(0.0, difference - (of_full.log_sum - of_evicted.log_sum)),
+          .loss = loss(of_evicted, evicted),
+          .full_loss = loss(of_full, full),
+          .same_most_likely = of_full.most_likely == of_evicted.most_likely};
+}
+
+std::span<const float> row_of(const std::vector<float>& rows, Index row, Index width) {
+  return std::span(rows).subspan(static_cast<std::size_t>(row * width), static_cast<std::size_t>(width));
+}
+
+bool ends(const ModelConfig& config, std::int32_t id) {
+  return std::ranges::find(config.eos_token_ids, id) != config.eos_token_ids.end();
+}
+
+}  // namespace
+
+LiveRun::LiveRun(const Model& model, Transformer& transformer, HeldRun& run, OnProgress on_progress)
+    : model_(model), transformer_(transformer), run_(run), on_progress_(std::move(on_progress)) {}
+
+void LiveRun::report(LiveProgress::Stage stage, double fraction) const {
+  if (on_progress_) on_progress_({stage, fraction});
+}
+
+void LiveRun::read_prompt() {
+  const std::span ids(run_.info().token_ids.data(), static_cast<std::size_t>(run_.eviction_position()));
+  const Sequence sequence{ids, &run_.before()};
+  report(LiveProgress::Stage::prompt, 0);
+  const Buffer states = transformer_.run({&sequence, 1}, &run_);
+  const Index width = model_.config.hidden_size;
+  prompt_logits_.resize(static_cast<std::size_t>(model_.config.vocab_size));
+  transformer_.logits(states.part(states.size() - width, width), 1, prompt_logits_);
+  report(LiveProgress::Stage::prompt, 1);
+}
+
+KvCache LiveRun::view_of(const KeptSets* setting, Index capacity) const {
+  std::vector<std::vector<int>> kept;
+  int sets_per_layer = model_.config.num_key_value_heads;
+  if (setting == nullptr) {
+    kept = run_.everything();
+  } else {
+    sets_per_layer = setting->sets_per_layer;
+    for (const Residency& set : setting->sets) {
+      if (!set.is_one_eviction()) {
+        throw Error(fmt::format("{}: a live run evicts once, and a kept set tells of several evictions", run_.name()));
+      }
+      kept.emplace_back(set.kept().begin(), set.kept().end());
+    }
+  }
+  return {run_.before(), kept, sets_per_layer, capacity};
+}
+
+std::vector<std::int32_t> LiveRun::continue_greedily(Index count) {
+  if (count < 1) return {};
+  KvCache cache = view_of(nullptr, count);
+  std::vector<std::int32_t> ids = {most_likely(prompt_logits_)};
+  while (static_cast<Index>(ids.size()) < count && !ends(model_.config, ids.back())) {
+    ids.push_back(most_likely(transformer_.forward({&ids.back(), 1}, cache)));
+    report(LiveProgress::Stage::continuation, static_cast<double>(ids.size()) / static_cast<double>(count));
+  }
+  return ids;
+}
+
+void LiveRun::follow(std::span<const std::int32_t> ids, const std::vector<std::string>& pieces) {
+  const Sequence sequence{ids, &run_.follow_with(ids, pieces)};
+  full_states_ = transformer_.run({&sequence, 1}, &run_);
+}
+
+std::vector<std::vector<ModelOutcome>> LiveRun::evict(const std::vector<const KeptSets*>& settings) {
+  const Distinct different = distinct(settings);
+  const Index later = run_.later();
+  const std::span ids = std::span(run_.info().token_ids).last(static_cast<std::size_t>(later));
+  std::vector<std::vector<ModelOutcome>> outcomes(different.settings.size());
+  const auto at_once = static_cast<std::size_t>(std::max<Index>(1, kTokensAtOnce / later));
+  for (std::size_t first = 0; first < outcomes.size(); first += at_once) {
+    report(LiveProgress::Stage::evicted, static_cast<double>(first) / static_cast<double>(outcomes.size()));
+    std::vector<std::size_t> batch(std::min(at_once, outcomes.size() - first));
+    std::iota(batch.begin(), batch.end(), first);
+    std::vector<KvCache> caches;
+    caches.reserve(batch.size());
+    std::vector<Sequence> sequences;
+    for (const std::size_t setting : batch) {
+      caches.push_back(view_of(different.settings[setting], later));
+      sequences.push_back({ids, &caches.back()});
+    }
+    compare(batch, transformer_.run(sequences), outcomes);
+  }
+  report(LiveProgress::Stage::evicted, 1);
+  std::vector<std::vector<ModelOutcome>> all;
+  for (const std::size_t place : different.place) all.push_back(outcomes[place]);
+  return all;
+}
+
+// The logits of some tokens at a time, of the full run and of all settings, so that the output head is read once for
+// them.
+void LiveRun::compare(std::span<const std::size_t> batch, const Buffer& states,
+                      std::vector<std::vector<ModelOutcome>>& outcomes) const {
+  const Index width = model_.config.hidden_size;
+  const Index vocabulary = model_.config.vocab_size;
+  const Index later = run_.later();
+  const auto runs = static_cast<Index>(batch.size()) + 1;
+  const Index at_once = std::clamp<Index>(kLogitsAtOnce / (vocabulary * runs), 1, later);
+  const std::vector<std::int32_t>& ids = run_.info().token_ids;
+  for (const std::size_t setting : batch) outcomes[setting].resize(static_cast<std::size_t>(later));
+  std::vector<float> rows;
+  std::vector<float> logits;
+  for (Index first = 0; first < later; first += at_once) {
+    const Index tokens = std::min(at_once, later - first);
+    rows.resize(static_cast<std::size_t>(runs * tokens * width));
+    for (Index run = 0; run < runs; ++run) {
+      const float* from = run == 0 ? full_states_.data() : states.data() + (run - 1) * later * width;
+      std::copy_n(from + first * width, tokens * width, rows.data() + run * tokens * width);
+    }
+    logits.resize(static_cast<std::size_t>(runs * tokens * vocabulary));
+    transformer_.logits(rows, runs * tokens, logits);
+    transformer_.execution().share(tokens, runs * tokens * vocabulary * 10, [&](Index token, int) {
+      const std::span<const float> full = row_of(logits, token, vocabulary);
+      const NextToken of_full(full);
+      std::vector<double> probabilities(full.size());
+      std::ranges::transform(full, probabilities.begin(), [&of_full](float logit) {
+        return std::exp(static_cast<double>(logit) - of_full.log_sum);
+      });
+      const auto next = static_cast<std::size_t>(run_.eviction_position() + first + token + 1);
+      for (Index run = 1; run < runs; ++run) {
+        outcomes[batch[static_cast<std::size_t>(run - 1)]][static_cast<std::size_t>(first + token)] =
+            outcome_of(full, of_full, probabilities, row_of(logits, run * tokens + token, vocabulary),
+                       next < ids.size() ? ids[next] : -1);
+      }
+    });
+  }
+}
+
+std::vector<GeneratedText> LiveRun::generate(const std::vector<const KeptSets*>& settings, Index count) {
+  const Distinct different = distinct(settings);
+  std::vector<GeneratedText> texts(different.settings.size());
+  std::vector<KvCache> caches;
+  caches.reserve(texts.size());
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    caches.push_back(view_of(different.settings[i], count));
+    texts[i].ids.push_back(most_likely(prompt_logits_));
+    texts[i].ended = ends(model_.config, texts[i].ids.back());
+  }
+  const Index vocabulary = model_.config.vocab_size;
+  const Index at_once = std::max<Index>(1, kLogitsAtOnce / vocabulary);
+  std::vector<float> logits;
+  for (Index length = 1; length < count; ++length) {
+    report(LiveProgress::Stage::generation, static_cast<double>(length) / static_cast<double>(count));
+    std::vector<std::size_t> open;
+    for (std::size_t i = 0; i < texts.size(); ++i) {
+      if (!texts[i].ended) open.push_back(i);
+    }
+    if (open.empty()) break;
+    for (std::size_t first = 0; first < open.size(); first += static_cast<std::size_t>(at_once)) {
+      const auto here =
+          std::span(open).subspan(first, std::min(static_cast<std::size_t>(at_once), open.size() - first));
+      std::vector<Sequence> sequences;
+      for (const std::size_t i : here) sequences.push_back({{&texts[i].ids.back(), 1}, &caches[i]});
+      const Buffer states = transformer_.run(sequences);
+      logits.resize(here.size() * static_cast<std::size_t>(vocabulary));
+      transformer_.logits(states.part(0, states.size()), static_cast<Index>(here.size()), logits);
+      for (std::size_t row = 0; row < here.size(); ++row) {
+        GeneratedText& text = texts[here[row]];
+        text.ids.push_back(most_likely(row_of(logits, static_cast<Index>(row), vocabulary)));
+        text.ended = ends(model_.config, text.ids.back());
+      }
+    }
+  }
+  report(LiveProgress::Stage::generation, 1);
+  std::vector<GeneratedText> all;
+  for (const std::size_t place : different.place) all.push_back(texts[place]);
+  return all;
+}
+
+void measure_live(LiveRun& run, TraceReplay& replay) {
+  std::vector<const KeptSets*> settings;
+  for (const ReplayResult& result : replay.results) settings.push_back(&result.kept);
+  const std::vector<std::vector<ModelOutcome>> outcomes = run.evict(settings);
+  for (std::size_t i = 0; i < settings.size(); ++i) {
+    ReplayResult& result = replay.results[i];
+    result.live = true;
+    for (const auto& [measure, calculate] : formulas<ModelOutcome>()) {
+      Table& table = result.measures[measure];
+      table = Table::of_shape(table_shape(traits_of(measure), replay.model.num_layers, replay.extent()));
+      std::ranges::transform(outcomes[i], table.numbers.begin(), [calculate = calculate](const ModelOutcome& outcome) {
+        return static_cast<float>(calculate(outcome));
+      });
+    }
+  }
+}
+
+double repeated_4grams(std::span<const std::int32_t> ids) {
+  if (ids.size() < 5) return 0;
+  std::set<std::array<std::int32_t, 4>> seen;
+  std::size_t repeated = 0;
+  for (std::size_t i = 0; i + 4 <= ids.size(); ++i) {
+    if (!seen.insert({ids[i], ids[i + 1], ids[i + 2], ids[i + 3]}).second) ++repeated;
+  }
+  return static_cast<double>(repeated) / static_cast<double>(ids.size() - 3);
+}
+
+}  // namespace kvreplay::tracer

@@ -1,0 +1,77 @@
+// What eviction does to the model itself: the prompt is computed once, and the model runs on over what is kept of it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "replay/result.h"
+#include "tracer/live/held_run.h"
+#include "tracer/transformer.h"
+
+namespace kvreplay::tracer {
+
+/// How far a live run is.
+struct LiveProgress {
+  enum class Stage { prompt, continuation, evicted, generation };
+  Stage stage = Stage::prompt;
+  double fraction = 0;  ///< of the stage
+};
+
+/// What a model writes freely.
+struct GeneratedText {
+  std::vector<std::int32_t> ids;
+  bool ended = false;  ///< the last of them ends the sequence
+};
+
+/// Runs a model on a prompt once, and then on over any number of evicted views of its cache.
+class LiveRun {
+ public:
+  using OnProgress = std::function<void(const LiveProgress&)>;
+
+  /// All must outlive it. `run` holds nothing yet. `on_progress` may be empty.
+  LiveRun(const Model& model, Transformer& transformer, HeldRun& run, OnProgress on_progress = {});
+
+  /// The tokens before the eviction, through the whole model. Throws Error as Transformer does.
+  void read_prompt();
+
+  /// What the model would write after them, most likely tokens, up to `count`, and no further than the end of the
+  /// sequence.
+  std::vector<std::int32_t> continue_greedily(Index count);
+
+  /// Runs over `ids` [E] and their texts, or none, with everything still cached: what the others are compared with.
+  void follow(std::span<const std::int32_t> ids, const std::vector<std::string>& pieces);
+
+  /// The same tokens once more over each of `settings`: after the eviction the queries see what it keeps and everything
+  /// since, at the positions of the full run. Equal ones are run once. [settings][E]. The last token's loss is NaN, as
+  /// nothing came after it. The same bits for any number of threads and whatever else is run. Throws Error where a set
+  /// tells of several evictions.
+  std::vector<std::vector<ModelOutcome>> evict(const std::vector<const KeptSets*>& settings);
+
+  /// What the model writes over each of `settings` after the prompt, most likely tokens, up to `count` each. Equal ones
+  /// are run once. Null: everything is kept.
+  std::vector<GeneratedText> generate(const std::vector<const KeptSets*>& settings, Index count);
+
+ private:
+  void report(LiveProgress::Stage stage, double fraction) const;
+  KvCache view_of(const KeptSets* setting, Index capacity) const;
+  void compare(std::span<const std::size_t> batch, const Buffer& states,
+               std::vector<std::vector<ModelOutcome>>& outcomes) const;
+
+  const Model& model_;
+  Transformer& transformer_;
+  HeldRun& run_;
+  OnProgress on_progress_;
+  std::vector<float> prompt_logits_;  // after the last token before the eviction
+  Buffer full_states_;                // [E, C] of the run with everything
+};
+
+/// Adds the measures of the whole model to the results of `replay`, whose kept sets are of `run`.
+void measure_live(LiveRun& run, TraceReplay& replay);
+
+/// The share of a text's four-token sequences that stood in it before; 0 for fewer than five tokens.
+double repeated_4grams(std::span<const std::int32_t> ids);
+
+}  // namespace kvreplay::tracer

@@ -32,6 +32,27 @@ std::span<const float> of_layer(const Table& table, int layer) {
   return std::span(table.numbers).subspan(static_cast<std::size_t>(layer) * size, size);
 }
 
+double root_mean_square(std::span<const float> numbers) {
+  double sum = 0;
+  std::size_t count = 0;
+  for (const float number : numbers) {
+    if (std::isnan(number)) continue;
+    sum += static_cast<double>(number) * static_cast<double>(number);
+    ++count;
+  }
+  return count == 0 ? kNone : std::sqrt(sum / static_cast<double>(count));
+}
+
+// The numbers of some layers.
+std::vector<float> of_layers(const Table& table, const std::vector<int>& layers) {
+  std::vector<float> numbers;
+  for (const int layer : layers) {
+    const std::span<const float> some = of_layer(table, layer);
+    numbers.insert(numbers.end(), some.begin(), some.end());
+  }
+  return numbers;
+}
+
 // NaN where there is nothing.
 double mean_of(const Table& table, const std::vector<int>& layers) {
   double sum = 0;
@@ -77,6 +98,13 @@ Distribution distribution_of(std::vector<float> numbers, bool lower_is_better) {
           .median = quantile(numbers, 0.5),
           .p90 = quantile(numbers, lower_is_better ? 0.9 : 0.1),
           .worst = static_cast<double>(lower_is_better ? numbers.back() : numbers.front())};
+}
+
+Distribution distribution_of(std::vector<float> numbers, const MeasureTraits& measure) {
+  const double root = measure.root_mean_square ? root_mean_square(numbers) : kNone;
+  Distribution distribution = distribution_of(std::move(numbers), measure.lower_is_better);
+  if (measure.root_mean_square) distribution.mean = root;
+  return distribution;
 }
 
 Distribution weighted_distribution(std::vector<WeightedNumber> numbers, bool lower_is_better) {
@@ -144,20 +172,15 @@ std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayRes
     row.measure = measure.name;
     row.layer = -1;
     if (!measure.is_of_layers()) {
-      row.distribution = distribution_of(table.numbers, measure.lower_is_better);
+      row.distribution = distribution_of(table.numbers, measure);
       rows.push_back(row);
       continue;
     }
-    std::vector<float> numbers;
-    for (const int layer : layers) {
-      const std::span<const float> some = of_layer(table, layer);
-      numbers.insert(numbers.end(), some.begin(), some.end());
-    }
-    row.distribution = distribution_of(std::move(numbers), measure.lower_is_better);
+    row.distribution = distribution_of(of_layers(table, layers), measure);
     rows.push_back(row);
     for (row.layer = 0; row.layer < replay.model.num_layers; ++row.layer) {
       const std::span<const float> some = of_layer(table, row.layer);
-      row.distribution = distribution_of({some.begin(), some.end()}, measure.lower_is_better);
+      row.distribution = distribution_of({some.begin(), some.end()}, measure);
       rows.push_back(row);
     }
   }
@@ -214,6 +237,8 @@ void PolicyRanking::add(const TraceReplay& replay, const ReplayResult& result) {
   row.kept_share += held == 0 ? 1 : kept * static_cast<double>(layers.size()) / held;
   row.windowed = row.windowed || held < static_cast<double>(layers.size()) * replay.eviction_position;
   row.layer_error += mean_of(result.measures[Measure::layer_error], layers);
+  const Table& residual_error = result.measures[Measure::residual_error];
+  row.residual_error += residual_error.numbers.empty() ? kNone : root_mean_square(of_layers(residual_error, layers));
   row.head_error += mean_of(result.measures[Measure::head_error], layers);
   row.attention_recall += mean_of(result.measures[Measure::attention_recall], layers);
   row.cosine += mean_of(result.measures[Measure::cosine], layers);
@@ -229,6 +254,13 @@ void PolicyRanking::add(const TraceReplay& replay, const ReplayResult& result) {
   row.kl += mean_of(result.measures[Measure::kl]);
   row.nll_increase += mean_of(result.measures[Measure::nll_increase]);
   row.agree += mean_of(result.measures[Measure::agree]);
+  if (result.generation) {
+    const auto all = static_cast<int>(result.generation->ids.size());
+    row.same_tokens += result.generation->first_difference.value_or(all);
+    row.answered += result.generation->answered ? (*result.generation->answered ? 1.0 : 0.0) : kNone;
+  } else {
+    row.same_tokens = row.answered = kNone;
+  }
 }
 
 std::vector<PolicyRow> PolicyRanking::rows() const {
@@ -241,8 +273,8 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
     row.budget = row.bytes_per_token / sum.bytes_of_capacity;
     for (double PolicyRow::*number :
          {&PolicyRow::kept, &PolicyRow::kept_share, &PolicyRow::bytes_per_token, &PolicyRow::layer_error,
-          &PolicyRow::head_error, &PolicyRow::attention_recall, &PolicyRow::cosine, &PolicyRow::kl,
-          &PolicyRow::nll_increase, &PolicyRow::agree}) {
+          &PolicyRow::residual_error, &PolicyRow::head_error, &PolicyRow::attention_recall, &PolicyRow::cosine,
+          &PolicyRow::kl, &PolicyRow::nll_increase, &PolicyRow::agree, &PolicyRow::same_tokens, &PolicyRow::answered}) {
       row.*number /= row.places;
     }
     row.span_recall /= sum.with_spans;  // 0/0 where no trace has spans: NaN, as promised
@@ -253,10 +285,15 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
   const auto capacity_rank = [&capacities](const PolicyRow& row) {
     return std::ranges::find(capacities, row.capacity_request) - capacities.begin();
   };
+  const auto known = [&rows](double PolicyRow::*number) {
+    return std::ranges::none_of(rows, [number](const PolicyRow& row) { return std::isnan(row.*number); });
+  };
+  const auto loss = known(&PolicyRow::kl)               ? &PolicyRow::kl
+                    : known(&PolicyRow::residual_error) ? &PolicyRow::residual_error
+                                                        : &PolicyRow::layer_error;
   std::ranges::stable_sort(rows, [&](const PolicyRow& a, const PolicyRow& b) {
-    const bool live = !std::isnan(a.kl) && !std::isnan(b.kl);
-    return std::tuple(capacity_rank(a), -a.places, a.same_places, live ? a.kl : a.layer_error) <
-           std::tuple(capacity_rank(b), -b.places, b.same_places, live ? b.kl : b.layer_error);
+    return std::tuple(capacity_rank(a), -a.places, a.same_places, a.*loss) <
+           std::tuple(capacity_rank(b), -b.places, b.same_places, b.*loss);
   });
   return rows;
 }

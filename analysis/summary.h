@@ -13,7 +13,7 @@ namespace kvreplay {
 
 /// The distribution of one measure.
 struct Distribution {
-  double mean = 0;
+  double mean = 0;  ///< or, of a measure that is summarised so, the root of the mean square
   double median = 0;
   double p90 = 0;    ///< the value that 90 % are not worse than
   double worst = 0;  ///< largest error, smallest recall or cosine
@@ -22,6 +22,9 @@ struct Distribution {
 /// Of `numbers`; `lower_is_better` says which end is the worst. Quantiles interpolate linearly. NaN is left out; of
 /// nothing at all everything is NaN.
 Distribution distribution_of(std::vector<float> numbers, bool lower_is_better);
+
+/// The same of numbers of a measure, whose mean may be the root of the mean square.
+Distribution distribution_of(std::vector<float> numbers, const MeasureTraits& measure);
 
 /// A number that counts as many times as its weight says.
 struct WeightedNumber {
@@ -78,6 +81,7 @@ struct PolicyRow {
   double bytes_per_token = 0;  ///< that the kept sets of all layers cost
   double budget = 1;           ///< the same over what the capacity costs in every KV head
   double layer_error = 0;
+  double residual_error = 0;  ///< root of the mean square; NaN where no trace tells the residual stream's length
   double head_error = 0;
   double attention_recall = 0;
   double cosine = 0;
@@ -87,6 +91,8 @@ struct PolicyRow {
   double kl = 0;            ///< of live runs, as are the next two; NaN where the model did not run on
   double nll_increase = 0;  ///< NaN also where no token came after one
   double agree = 0;
+  double same_tokens = 0;  ///< written before the first that is another one than with the full cache; NaN: none written
+  double answered = 0;     ///< share of the places whose text has an answer in it; NaN where no answer is known
 };
 
 /// All capacities that policies were replayed at, what is kept whole first: in the order of the policy that has most,
@@ -103,7 +109,8 @@ class PolicyRanking {
   void add(const TraceReplay& replay, const ReplayResult& result);
 
   /// What is kept whole first, then by capacity in the order of the results; within, rows of most places first, and of
-  /// the same places the best: smallest mean KL divergence of live runs, otherwise smallest mean layer error.
+  /// the same places the best: smallest mean KL divergence of live runs, otherwise smallest residual error where traces
+  /// allow it, otherwise smallest mean layer error.
   std::vector<PolicyRow> rows() const;
 
   /// In how many places anything was replayed.

@@ -221,8 +221,9 @@ void attend_one(const Execution& execution, const AttentionShape& shape, const K
 }  // namespace
 
 void attend(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
-            std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass) {
-  if (count == 1 && mass.empty()) {
+            std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass,
+            bool single_query) {
+  if (count == 1 && mass.empty() && single_query) {
     attend_one(execution, shape, cache, layer, queries, outputs);
   } else {
     attend_many(execution, shape, cache, layer, queries, count, outputs, mass);

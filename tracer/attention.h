@@ -21,9 +21,11 @@ struct AttentionShape {
 /// sliding window away from their positions. The cache holds the new tokens' keys and values already.
 /// `queries` and `outputs` are [count, H·D]. `mass`, unless empty, is [H, N] for the N tokens that went through the
 /// model so far, new ones included: the attention that each key received from the new queries, summed in double. It
-/// needs a cache from which nothing was taken.
+/// needs a cache from which nothing was taken. A single query without mass is attended faster, and in another order of
+/// summation, unless `single_query` is false.
 /// Memory beside the arguments: 64 floats per thread and key that a block of 64 queries sees.
 void attend(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
-            std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass);
+            std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass,
+            bool single_query = true);
 
 }  // namespace kvreplay::tracer

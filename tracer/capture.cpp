@@ -64,6 +64,13 @@ class Recorder final : public ForwardObserver {
     seconds_ += seconds_since(start);
   }
 
+  bool wants_residual_norms() const override { return true; }
+
+  void on_residual(int layer, Index /*first_position*/, std::span<const float> norms) override {
+    const auto skipped = static_cast<std::size_t>(prompt_done_ ? 0 : first_captured_);
+    writer_.write_residual_norms(layer, norms.subspan(skipped));
+  }
+
   void on_progress(double fraction) override {
     if (prompt_done_ || !options_.on_progress) return;
     const double elapsed = seconds_since(start_);
@@ -192,7 +199,7 @@ CaptureSummary capture(const CaptureOptions& options) {
   KvCache cache(config.num_layers, config.num_key_value_heads, config.head_dim, longest);
   Transformer transformer(model, options.execution);
   std::vector<std::int32_t> token_ids = prompt.ids;
-  TraceWriter writer(options.output, describe(options, config, prompt, first_captured), options.dtype, most_later);
+  TraceWriter writer(options.output, describe(options, model, prompt, first_captured), options.dtype, most_later);
   Recorder recorder(options, model, prompt_length, first_captured, writer);
 
   const auto prefill_start = Clock::now();

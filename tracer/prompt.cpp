@@ -83,8 +83,8 @@ std::vector<std::string> pieces_of(const Tokenizer* tokenizer, std::span<const s
   return pieces;
 }
 
-TraceInfo describe(const PromptOptions& options, const ModelConfig& config, const Prompt& prompt,
-                   Index first_captured) {
+TraceInfo describe(const PromptOptions& options, const Model& model, const Prompt& prompt, Index first_captured) {
+  const ModelConfig& config = model.config;
   TraceInfo info;
   info.model.name = config.name;
   info.model.architecture = config.model_type;
@@ -110,6 +110,10 @@ TraceInfo describe(const PromptOptions& options, const ModelConfig& config, cons
   info.spans = prompt.spans;
   info.turn_starts = prompt.turn_starts;
   info.layers = layers_with_windows(info.model, config.sliding_windows);
+  for (int layer = 0; layer < config.num_layers && config.norm_after; ++layer) {
+    info.layers[static_cast<std::size_t>(layer)].projection_output_norm = {
+        .weight = model.layers[static_cast<std::size_t>(layer)].output_norm, .epsilon = config.rms_norm_eps};
+  }
   for (int layer = 0; layer < config.num_layers; ++layer) {
     RotaryTable table{.name = config.sliding_window(layer) > 0 ? "local" : "global",
                       .inverse_frequencies = config.rotary_of(layer).inverse_frequencies(config.head_dim)};

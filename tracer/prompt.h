@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "trace/trace.h"
-#include "tracer/model_config.h"
+#include "tracer/model.h"
 #include "tracer/spans.h"
 #include "tracer/tokenizer/tokenizer.h"
 
@@ -44,7 +44,7 @@ struct Prompt {
 Prompt prepare_prompt(const PromptOptions& options, const ModelConfig& config);
 
 /// The run as far as its prompt, of whose queries those from `first_captured` on are captured.
-TraceInfo describe(const PromptOptions& options, const ModelConfig& config, const Prompt& prompt, Index first_captured);
+TraceInfo describe(const PromptOptions& options, const Model& model, const Prompt& prompt, Index first_captured);
 
 /// The tokens' texts, or none without a tokenizer.
 std::vector<std::string> pieces_of(const Tokenizer* tokenizer, std::span<const std::int32_t> ids);

@@ -83,7 +83,7 @@ Transformer::Transformer(const Model& model, const Options& options)
 
 std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCache& cache, ForwardObserver* observer) {
   const Sequence sequence{ids, &cache};
-  Pass pass = begin({&sequence, 1}, LinearInput::SingleRow::fast, false);
+  Pass pass = begin({&sequence, 1}, LinearInput::SingleRow::fast, false, true);
   run_layers(pass, observer);
   const ModelConfig& config = model_.config;
   std::vector<float> last(static_cast<std::size_t>(config.hidden_size));
@@ -101,8 +101,15 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
 }
 
 Buffer Transformer::run(std::span<const Sequence> sequences, ForwardObserver* observer) {
-  Pass pass = begin(sequences, LinearInput::SingleRow::as_many, true);
+  Pass pass = begin(sequences, LinearInput::SingleRow::as_many, true, false);
   run_layers(pass, observer);
+  normalize(all_of(pass.hidden), model_.final_norm, all_of(pass.hidden));
+  return std::move(pass.hidden);
+}
+
+Buffer Transformer::step(std::span<const Sequence> sequences) {
+  Pass pass = begin(sequences, LinearInput::SingleRow::as_many, true, true);
+  run_layers(pass, nullptr);
   normalize(all_of(pass.hidden), model_.final_norm, all_of(pass.hidden));
   return std::move(pass.hidden);
 }
@@ -116,8 +123,8 @@ void Transformer::logits(std::span<const float> states, Index count, std::span<f
 }
 
 Transformer::Pass Transformer::begin(std::span<const Sequence> sequences, LinearInput::SingleRow single_row,
-                                     bool all_states) const {
-  Pass pass{sequences, single_row, all_states, {}, {}};
+                                     bool all_states, bool single_queries) const {
+  Pass pass{sequences, single_row, all_states, single_queries, {}, {}};
   for (const auto& [ids, cache] : sequences) {
     for (std::size_t i = 0; i < ids.size(); ++i) {
       pass.positions.push_back(cache->next_position() + static_cast<Index>(i));
@@ -188,7 +195,8 @@ void Transformer::run_layers(Pass& pass, ForwardObserver* observer) {
         mass.assign(static_cast<std::size_t>(config.num_attention_heads * (cache->next_position() + tokens)), 0);
       }
       const std::span<float> attended = block_of(outputs, first, tokens, query_width);
-      attend(execution_, shape, *cache, number, block_of(queries, first, tokens, query_width), tokens, attended, mass);
+      attend(execution_, shape, *cache, number, block_of(queries, first, tokens, query_width), tokens, attended, mass,
+             pass.single_queries);
       check_rows(attended, "attention output", number, "query", query_width, config.head_dim, cache->next_position());
       first += tokens;
     }

@@ -82,6 +82,10 @@ class Transformer {
   /// `observer` is for a single sequence. Throws Error as forward() does.
   Buffer run(std::span<const Sequence> sequences, ForwardObserver* observer = nullptr);
 
+  /// The same for sequences of one token each, whose attention is computed faster and in another order: not in the bits
+  /// of a longer pass over the same tokens.
+  Buffer step(std::span<const Sequence> sequences);
+
   /// The logits [count, vocabulary] of what comes after tokens whose states [count, C] run() returned. Throws Error if
   /// one is NaN or infinite.
   void logits(std::span<const float> states, Index count, std::span<float> out) const;
@@ -101,13 +105,15 @@ class Transformer {
     std::span<const Sequence> sequences;
     LinearInput::SingleRow single_row;
     bool all_states;               // of every token and not of the last alone
+    bool single_queries;           // attention of sequences of one token is as_many too unless this is set
     std::vector<Index> positions;  // [tokens]
     Buffer hidden;                 // [tokens, C]
 
     Index count() const { return static_cast<Index>(positions.size()); }
   };
 
-  Pass begin(std::span<const Sequence> sequences, LinearInput::SingleRow single_row, bool all_states) const;
+  Pass begin(std::span<const Sequence> sequences, LinearInput::SingleRow single_row, bool all_states,
+             bool single_queries) const;
   void run_layers(Pass& pass, ForwardObserver* observer);
   Index next_block(Index left) const;
   Rotation rotation_of(std::span<const Index> positions, const std::vector<float>& frequencies) const;

@@ -40,6 +40,31 @@ bool is_unequal_budget(const PolicyRow& row) {
 
 using Json = nlohmann::ordered_json;
 
+Json json_of(const Generation& generation) {
+  Json json = {{"text", generation.text},
+               {"tokens", generation.ids.size()},
+               {"ended", generation.ended},
+               {"first_difference", nullptr},
+               {"repeated_4grams", generation.repeated_4grams},
+               {"answered", nullptr}};
+  if (generation.first_difference) json["first_difference"] = *generation.first_difference;
+  if (generation.answered) json["answered"] = *generation.answered;
+  return json;
+}
+
+// What the model wrote with the full cache and over what each setting keeps; null where it was not asked to.
+Json generations_of(const TraceReplay& replay) {
+  if (!replay.generation) return nullptr;
+  Json all = {{"full", json_of(*replay.generation)}, {"evicted", Json::array()}};
+  for (const ReplayResult& result : replay.results) {
+    if (!result.generation) continue;
+    Json one = {{"policy", result.policy}, {"capacity_request", result.capacity_request}};
+    one.update(json_of(*result.generation));
+    all["evicted"].push_back(std::move(one));
+  }
+  return all;
+}
+
 // What a summary says about the traces.
 Json json_of(const std::vector<TraceReplay>& replays) {
   Json document;
@@ -62,6 +87,9 @@ Json json_of(const std::vector<TraceReplay>& replays) {
                                   {"evaluation_queries", replay.evaluation_positions.size()},
                                   {"spans", spans},
                                   {"notes", replay.notes}});
+    if (Json written = generations_of(replay); !written.is_null()) {
+      document["traces"].back()["generations"] = std::move(written);
+    }
   }
   return document;
 }
@@ -204,13 +232,10 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
     bool shown = true;
   };
   const Column columns[] = {
-      {"KL", &PolicyRow::kl, "{:.4f}", 1, live},
-      {"loss +", &PolicyRow::nll_increase, "{:+.4f}", 1, live},
-      {"agree", &PolicyRow::agree, "{:.1f} %", 100, live},
-      {"layer error", &PolicyRow::layer_error, "{:.4f}"},
-      {"head error", &PolicyRow::head_error, "{:.4f}", 1, !live},
-      {"recall", &PolicyRow::attention_recall, "{:.4f}"},
-      {"cosine", &PolicyRow::cosine, "{:.4f}", 1, !live},
+      {"KL", &PolicyRow::kl, "{:.4f}", 1, live},           {"loss +", &PolicyRow::nll_increase, "{:+.4f}", 1, live},
+      {"agree", &PolicyRow::agree, "{:.1f} %", 100, live}, {"residual error", &PolicyRow::residual_error, "{:.4f}"},
+      {"layer error", &PolicyRow::layer_error, "{:.4f}"},  {"head error", &PolicyRow::head_error, "{:.4f}", 1, !live},
+      {"recall", &PolicyRow::attention_recall, "{:.4f}"},  {"cosine", &PolicyRow::cosine, "{:.4f}", 1, !live},
   };
   const Column last_columns[] = {
       {"spans kept", &PolicyRow::span_recall, "{:.1f} %", 100},

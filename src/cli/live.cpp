@@ -7,6 +7,7 @@
 #include <cmath>
 #include <exception>
 #include <filesystem>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <set>
@@ -37,6 +38,8 @@ struct LiveArguments {
   std::vector<std::string> prompts;
   bool templated = false;
   std::string continuation;  // empty: trace, or a number of tokens
+  int generate = 0;
+  std::vector<std::string> answers;
   bool no_offline = false;
   ReplayOptions replay;
 };
@@ -75,7 +78,7 @@ Beginning begin_with_prompt(const LiveArguments& arguments, const tracer::Model&
   tracer::Prompt prompt = tracer::prepare_prompt(options, model.config);
   Beginning beginning;
   beginning.name = file;
-  beginning.info = tracer::describe(options, model.config, prompt, static_cast<Index>(prompt.ids.size()));
+  beginning.info = tracer::describe(options, model, prompt, static_cast<Index>(prompt.ids.size()));
   beginning.tokenizer = std::move(prompt.tokenizer);
   return beginning;
 }
@@ -121,7 +124,7 @@ Beginning begin_with_trace(const LiveArguments& arguments, const tracer::Model& 
   options.prompt_ids.assign(info.token_ids.begin(), info.token_ids.begin() + info.prompt_length);
   options.prompt_name = file;
   tracer::Prompt prompt = tracer::prepare_prompt(options, model.config);
-  beginning.info = tracer::describe(options, model.config, prompt, static_cast<Index>(prompt.ids.size()));
+  beginning.info = tracer::describe(options, model, prompt, static_cast<Index>(prompt.ids.size()));
   beginning.info.token_ids = info.token_ids;
   beginning.info.token_pieces = info.token_pieces;
   beginning.info.spans = info.spans;
@@ -270,7 +273,13 @@ Outcome run_one(const LiveArguments& arguments, const ReplayRequest& request, co
   } else {
     outcome.replays = replay(engine);
   }
-  for (TraceReplay& replay : outcome.replays) measure_live(run, replay);
+  for (TraceReplay& replay : outcome.replays) {
+    measure_live(run, replay);
+    if (arguments.generate == 0) continue;
+    std::vector<std::string> answers = beginning.info.answers;
+    answers.insert(answers.end(), arguments.answers.begin(), arguments.answers.end());
+    generate_live(run, replay, arguments.generate, beginning.tokenizer.get(), answers);
+  }
   return outcome;
 }
 
@@ -297,12 +306,49 @@ void write_files(const LiveArguments& arguments, const std::vector<TraceReplay>&
   }
 }
 
+// What the model wrote, a line each, cut where a terminal's line ends.
+std::string written_texts(const std::vector<TraceReplay>& replays) {
+  constexpr std::size_t kWidth = 80;
+  std::vector<std::vector<std::string>> cells = {{"prompt", "policy", "capacity", "what the model writes"}};
+  const auto line_of = [](const Generation& generation) {
+    std::string text = printable(generation.text);
+    if (text.size() <= kWidth) return text;
+    std::size_t end = kWidth;
+    while ((static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+    return text.substr(0, end) + "…";
+  };
+  for (const TraceReplay& replay : replays) {
+    if (!replay.generation) continue;
+    const std::string prompt = std::filesystem::path(replay.trace).filename().string();
+    cells.push_back({prompt, "the full cache", "", line_of(*replay.generation)});
+    for (const ReplayResult& result : replay.results) {
+      cells.push_back({"", result.policy, result.capacity_request, line_of(*result.generation)});
+    }
+  }
+  std::string text;
+  std::vector<std::size_t> widths(3, 0);
+  for (const auto& row : cells) {
+    for (std::size_t i = 0; i < widths.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+  }
+  for (const auto& row : cells) {
+    text +=
+        fmt::format("{:<{}}  {:<{}}  {:>{}}  {}\n", row[0], widths[0], row[1], widths[1], row[2], widths[2], row[3]);
+  }
+  return text;
+}
+
 std::string live_legend(const std::vector<TraceReplay>& replays, bool offline, double seconds) {
+  const bool written =
+      std::ranges::any_of(replays, [](const TraceReplay& replay) { return replay.generation.has_value(); });
   return fmt::format(
       "KL: divergence of the next token's distribution from the full cache's, nats per token; loss +: what the\n"
-      "loss of the true next token grows by; agree: the most likely token is the same;\n{}means over tokens{}. Best "
+      "loss of the true next token grows by; agree: the most likely token is the same;\n{}{}means over tokens{}. Best "
       "first at each capacity. {:.1f} s.\n",
-      offline ? "layer error: ‖ô−o‖/‖o‖ after the output projection; recall: attention mass still cached, both over "
+      written ? "same text: tokens written freely before the first other one; answered: an answer is in the text;\n"
+              : "",
+      offline ? "residual error: change of what a layer adds over the residual stream's length, root of the mean "
+                "square;\nlayer error: ‖ô−o‖/‖o‖ after the output projection; recall: attention mass still cached, "
+                "both over "
                 "layers\nand as if all layers before were whole;\n"
               : "",
       replays.size() > 1 ? "; every prompt weighs the same" : "", seconds);
@@ -320,6 +366,9 @@ void run_live(const LiveArguments& given) {
   }
   std::vector<std::string> notes;
   const ReplayRequest request = request_from(arguments.replay, notes);
+  if (arguments.generate > 0 && !request.eviction_positions.empty()) {
+    throw UsageError("--generate: the model writes freely at the prompt's end alone; leave out --evict-at");
+  }
   if (request.eviction_positions.size() > 1) throw UsageError("--evict-at: a live run evicts once");
   const std::vector<std::string> traces = distinct_traces(arguments.replay, notes);
   ReplayOptions outputs = arguments.replay;
@@ -369,6 +418,7 @@ void run_live(const LiveArguments& given) {
   }
   fmt::print("{}\n\n{}\n{}", headline(replays), policy_table(rank_policies(replays)),
              live_legend(replays, !arguments.no_offline, seconds));
+  if (arguments.generate > 0) fmt::print("\n{}", written_texts(replays));
   for (const std::string& file : written) fmt::print("wrote {}\n", file);
   std::fflush(stdout);
   print_notes(notes, replays, left_out);
@@ -403,6 +453,15 @@ void add_live_command(CLI::App& app) {
                    "the model writes itself, or a text file (default: trace, or 64 tokens)")
       ->check(names_a_file)
       ->type_name("trace|N|FILE");
+  command
+      ->add_option("-n,--generate", arguments->generate,
+                   "Then let the model write so many tokens freely over what each policy keeps (default: 0)")
+      ->check(integer_in(0, std::numeric_limits<int>::max(), "a number of tokens"))
+      ->type_name("N");
+  command
+      ->add_option("--answer", arguments->answers,
+                   "A text that counts as an answer when it is in what the model writes, beside those of a trace")
+      ->type_name("TEXT");
   command->add_flag("--no-offline", arguments->no_offline, "Leave out what a replay measures, layer by layer");
   add_plugin_option(*command);
   add_output_options(*command, arguments->replay);

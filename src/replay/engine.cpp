@@ -97,8 +97,18 @@ bool has_output_projection(const CapturedRun& trace) {
   return has;
 }
 
+// Whether one of the layers tells what an error of its output has to be held against.
+bool has_residual_norms(const CapturedRun& trace) {
+  bool has = false;
+  for (int layer = 0; layer < trace.info().model.num_layers; ++layer) {
+    const LayerInfo& of = trace.info().layers[static_cast<std::size_t>(layer)];
+    has |= !of.residual_norm.empty() && trace.has_output_projection(layer);
+  }
+  return has;
+}
+
 // A result of the outline: what the setting is, without numbers.
-ReplayResult outline_of(const ReplaySetting& replayed, const TraceReplay& replay) {
+ReplayResult outline_of(const CapturedRun& trace, const ReplaySetting& replayed, const TraceReplay& replay) {
   const Setting& setting = replayed.setting;
   ReplayResult result;
   result.trace = replay.trace;
@@ -111,6 +121,7 @@ ReplayResult outline_of(const ReplaySetting& replayed, const TraceReplay& replay
   result.share = setting.share;
   result.oracle = setting.policy->oracle;
   result.rank_agreement = replayed.rank_agreement;
+  result.residual_norms = has_residual_norms(trace);
   result.nothing_to_choose = replayed.nothing_to_choose;
   result.kept.granularity = setting.granularity == Granularity::query ? Granularity::query : Granularity::kv;
   result.kept.sets_per_layer = replay.model.num_key_value_heads * setting.sets_per_kv_head(replay.model.group_size());
@@ -199,7 +210,7 @@ ReplayEngine::ReplayEngine(std::vector<const CapturedRun*> runs, ReplayRequest r
       }
       std::vector<Setting> settings;
       for (const ReplaySetting& each : replayed) {
-        outline.results.push_back(outline_of(each, outline));
+        outline.results.push_back(outline_of(trace, each, outline));
         settings.push_back(each.setting);
       }
       std::map<int, Sums>& sums = sums_.emplace_back();

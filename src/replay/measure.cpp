@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <functional>
 #include <numeric>
 #include <string>
@@ -15,12 +16,16 @@
 namespace kvreplay {
 namespace {
 
+// NaN where the reference is not known.
 double relative_error(double difference, double reference) {
+  if (std::isnan(reference)) return reference;
   if (reference > 0) return difference / reference;
   return difference > 0 ? 1.0 : 0.0;
 }
 
 double layer_error(const LayerOutcome& outcome) { return relative_error(outcome.difference, outcome.full); }
+
+double residual_error(const LayerOutcome& outcome) { return relative_error(outcome.change, outcome.residual); }
 
 double head_error(const HeadOutcome& outcome) { return relative_error(outcome.difference.norm(), outcome.full.norm()); }
 
@@ -86,6 +91,13 @@ auto list_of_measures() {
        .definition = kendall,
        .lower_is_better = false,
        .may_be_missing = true},
+      {.name = "residual_error",
+       .noun = "residual error",
+       .unit = "relative to the residual stream",
+       .definition = residual_error,
+       .lower_is_better = true,
+       .may_be_missing = true,
+       .root_mean_square = true},
       {.name = "kl", .noun = "KL divergence", .unit = "nats", .definition = kl, .lower_is_better = true},
       {.name = "nll",
        .noun = "loss",

@@ -23,6 +23,7 @@ enum class Measure : int {
   span_recall,
   spearman,
   kendall,
+  residual_error,
   kl,
   nll,
   nll_increase,
@@ -42,6 +43,8 @@ struct HeadOutcome {
 struct LayerOutcome {
   double full;        ///< ‖Σ_h W_h o_h‖
   double difference;  ///< ‖Σ_h W_h (ô_h − o_h)‖
+  double change;      ///< of what is added to the residual stream: the same, or of what a norm behind makes of the two
+  double residual;    ///< ‖x‖ of the residual stream after that; NaN where the trace does not tell
 };
 
 /// What a query head keeps of a span, of which its layer held at least one position.
@@ -82,6 +85,8 @@ struct MeasureTraits {
   bool lower_is_better;
   /// Whether a number may be NaN, since there was nothing to measure: it counts in no mean.
   bool may_be_missing = false;
+  /// Whether a mean over layers and queries is the root of the mean of the squares.
+  bool root_mean_square = false;
   Per per = static_cast<Per>(definition.index());
   Measure measure = {};  ///< set by measures()
 

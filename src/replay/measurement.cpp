@@ -47,7 +47,7 @@ LayerMeasurement::LayerMeasurement(const CapturedRun& trace, int layer, const Ev
   }
   measure_spans(spans);
   output_errors_.resize(static_cast<std::size_t>(model.num_key_value_heads));
-  squared_lengths_.resize(static_cast<std::size_t>(slices()));
+  sums_.resize(static_cast<std::size_t>(slices()));
 }
 
 const Residency& LayerMeasurement::residency_of(std::size_t kind, int query_head) const {
@@ -122,13 +122,17 @@ void LayerMeasurement::lay_out_panel(int panel) {
                      panels_.data() + first * width);
 }
 
+const RmsNorm& LayerMeasurement::output_norm() const {
+  return trace_.info().layers[static_cast<std::size_t>(layer_)].projection_output_norm;
+}
+
 void LayerMeasurement::project_slice(int slice) {
   const Index width = outputs_.cols();
-  std::vector<double>& squares = squared_lengths_[static_cast<std::size_t>(slice)];
-  squares.assign(static_cast<std::size_t>(outputs_.rows()), 0.0);
+  std::vector<Sums>& sums = sums_[static_cast<std::size_t>(slice)];
+  sums.assign(static_cast<std::size_t>(outputs_.rows()), {});
   if (!trace_.has_output_projection(layer_)) {
     for (Index row = 0; row < outputs_.rows(); ++row) {
-      squares[static_cast<std::size_t>(row)] = outputs_.row(row).cast<double>().squaredNorm();
+      sums[static_cast<std::size_t>(row)].squares = outputs_.row(row).cast<double>().squaredNorm();
     }
     return;
   }
@@ -137,8 +141,11 @@ void LayerMeasurement::project_slice(int slice) {
   const Index rows_at_once = trace_.reads_projection_directly(layer_) ? kernels::kPanel : kProjectionSlice;
   const Index first = slice * kProjectionSlice;
   const Index end = std::min<Index>(first + kProjectionSlice, trace_.info().model.hidden_size);
+  const Index queries = outputs_.rows() / (static_cast<Index>(distinct_.size()) + 1);
+  const std::vector<float>& weights = output_norm().weight;
   Buffer rows(rows_at_once * width);
   Buffer projected(rows_at_once * kernels::kPanel);
+  Buffer full(weights.empty() ? 0 : rows_at_once * queries);  // of the full outputs, which come first
   for (Index row = first; row < end; row += rows_at_once) {
     const Index count = std::min(rows_at_once, end - row);
     trace_.read_projection_rows(layer_, row, count, rows.data());
@@ -152,7 +159,16 @@ void LayerMeasurement::project_slice(int slice) {
       for (Index i = 0; i < count; ++i) {
         for (Index j = 0; j < columns; ++j) {
           const auto x = static_cast<double>(projected.data()[i * kernels::kPanel + j]);
-          squares[static_cast<std::size_t>(output + j)] += x * x;
+          Sums& of = sums[static_cast<std::size_t>(output + j)];
+          of.squares += x * x;
+          if (weights.empty()) continue;
+          float& y = full.data()[i * queries + (output + j) % queries];
+          if (output + j < queries) y = projected.data()[i * kernels::kPanel + j];
+          const auto weight = static_cast<double>(weights[static_cast<std::size_t>(row + i)]);
+          const double product = x * static_cast<double>(y);
+          of.with_full += product;
+          of.weighted_squares += weight * weight * x * x;
+          of.weighted_with_full += weight * weight * product;
         }
       }
     }
@@ -160,21 +176,49 @@ void LayerMeasurement::project_slice(int slice) {
   count_operations(2 * outputs_.size() * (end - first));
 }
 
+// ‖N(y + d) − N(y)‖ for N(y) = w·y/r with r² = mean(y²) + ε, from sums over the channels of y and of d. The difference
+// of the factors 1/r is taken in the form in which nothing cancels.
+double LayerMeasurement::change_behind_norm(const Sums& full, const Sums& difference) const {
+  const auto channels = static_cast<double>(trace_.info().model.hidden_size);
+  const double added = (2 * difference.with_full + difference.squares) / channels;
+  const double before = std::sqrt(full.squares / channels + output_norm().epsilon);
+  const double after = std::sqrt(std::max(0.0, full.squares / channels + added) + output_norm().epsilon);
+  if (!(before > 0) || !(after > 0)) return difference.squares > 0 ? std::sqrt(difference.weighted_squares) : 0;
+  const double factor = -added / (before * after * (before + after));
+  const double square = difference.weighted_squares / (after * after) +
+                        2 * factor / after * difference.weighted_with_full + factor * factor * full.weighted_squares;
+  return std::sqrt(std::max(0.0, square));
+}
+
 std::vector<LayerMeasures> LayerMeasurement::take() {
   const Index queries = outputs_.rows() / (static_cast<Index>(distinct_.size()) + 1);
-  std::vector<double> lengths(static_cast<std::size_t>(outputs_.rows()), 0.0);
-  for (const std::vector<double>& slice : squared_lengths_) {
-    for (std::size_t row = 0; row < lengths.size(); ++row) lengths[row] += slice[row];
+  std::vector<Sums> sums(static_cast<std::size_t>(outputs_.rows()));
+  for (const std::vector<Sums>& slice : sums_) {
+    for (std::size_t row = 0; row < sums.size(); ++row) {
+      sums[row].squares += slice[row].squares;
+      sums[row].with_full += slice[row].with_full;
+      sums[row].weighted_squares += slice[row].weighted_squares;
+      sums[row].weighted_with_full += slice[row].weighted_with_full;
+    }
   }
-  for (double& length : lengths) {
-    length = std::sqrt(length);
-    if (length <= static_cast<double>(std::numeric_limits<float>::max())) continue;
+  for (const Sums& of : sums) {
+    if (std::sqrt(of.squares) <= static_cast<double>(std::numeric_limits<float>::max())) continue;
     throw Error(fmt::format("{}: layer {}: the outputs exceed float32's range", trace_.name(), layer_));
   }
   const auto count = static_cast<std::size_t>(queries);
+  const std::vector<float>& residuals = trace_.info().layers[static_cast<std::size_t>(layer_)].residual_norm;
+  const bool has_residuals = !residuals.empty() && trace_.has_output_projection(layer_);
+  const auto first = static_cast<std::size_t>(evaluation_queries(trace_.info(), eviction_).first);
   for (std::size_t kind = 0; kind < numbers_.size(); ++kind) {
     for (std::size_t query = 0; query < count; ++query) {
-      const LayerOutcome outcome{.full = lengths[query], .difference = lengths[(kind + 1) * count + query]};
+      const Sums& full = sums[query];
+      const Sums& difference = sums[(kind + 1) * count + query];
+      const LayerOutcome outcome{
+          .full = std::sqrt(full.squares),
+          .difference = std::sqrt(difference.squares),
+          .change = output_norm().weight.empty() ? std::sqrt(difference.squares) : change_behind_norm(full, difference),
+          .residual =
+              has_residuals ? static_cast<double>(residuals[first + query]) : std::numeric_limits<double>::quiet_NaN()};
       for (const auto& [measure, calculate] : formulas<LayerOutcome>()) {
         numbers_[kind][measure][query] = static_cast<float>(calculate(outcome));
       }
@@ -201,7 +245,7 @@ Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries
   constexpr Index kVector = 64;  // what a vector takes beside its numbers
   // Outputs twice: as they come, and laid out for the projection; numbers twice where settings share them.
   return queries * (2 * width * static_cast<Index>(sizeof(float)) +
-                    (projection_slices(model) + 1) * static_cast<Index>(sizeof(double))) +
+                    (projection_slices(model) + 1) * static_cast<Index>(sizeof(Sums))) +
          2 * numbers * static_cast<Index>(sizeof(float)) + 2 * static_cast<Index>(measures().size()) * kVector;
 }
 

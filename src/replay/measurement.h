@@ -56,6 +56,16 @@ class LayerMeasurement {
   static Index memory(const ModelInfo& model);
 
  private:
+  // What is summed over the channels of a projected row x: of a difference, or of a full output y.
+  struct Sums {
+    double squares = 0;             // Σ x²
+    double with_full = 0;           // Σ x·y; this and the rest only where a norm with weight w follows
+    double weighted_squares = 0;    // Σ w²x²
+    double weighted_with_full = 0;  // Σ w²x·y
+  };
+
+  const RmsNorm& output_norm() const;
+  double change_behind_norm(const Sums& full, const Sums& difference) const;
   void measure_spans(std::span<const Span> spans);
   const Residency& residency_of(std::size_t kind, int query_head) const;
 
@@ -63,12 +73,12 @@ class LayerMeasurement {
   int layer_;
   Eviction eviction_;
   std::vector<const LayerResidencies*> distinct_;
-  std::vector<std::size_t> kind_;      // [setting]: which of the distinct ones
-  Matrix outputs_;                     // [E, H · D], then the differences of every kind below each other
-  Buffer panels_;                      // the same, transposed: [panel][H · D][kPanel], where there is a projection
-  std::vector<LayerNumbers> numbers_;  // [kind]
-  std::vector<double> output_errors_;  // [KV head]: summed over the group and the queries
-  std::vector<std::vector<double>> squared_lengths_;  // [slice][row of outputs_]
+  std::vector<std::size_t> kind_;        // [setting]: which of the distinct ones
+  Matrix outputs_;                       // [E, H · D], then the differences of every kind below each other
+  Buffer panels_;                        // the same, transposed: [panel][H · D][kPanel], where there is a projection
+  std::vector<LayerNumbers> numbers_;    // [kind]
+  std::vector<double> output_errors_;    // [KV head]: summed over the group and the queries
+  std::vector<std::vector<Sums>> sums_;  // [slice][row of outputs_]
 };
 
 /// All of the above, by so many threads.

@@ -29,9 +29,6 @@ std::optional<std::string> obstacle(const ModelInfo& model, const LayerInfo& lay
   }
   if (layer.output_gate_dim > 0) return "has a gate between its outputs and the projection (output_gate)";
   if (!layer.projection_norm.weight.empty()) return "has a norm before its projection (projection_norm)";
-  if (!layer.projection_output_norm.weight.empty()) {
-    return "has a norm after its projection (projection_output_norm)";
-  }
   return std::nullopt;
 }
 

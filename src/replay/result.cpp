@@ -43,6 +43,7 @@ double bytes_per_position(const ModelInfo& model) {
 
 bool is_measured(const MeasureTraits& measure, const ReplayResult& result) {
   if (!measure.is_of_layers()) return result.live;
+  if (measure.measure == Measure::residual_error && !result.residual_norms) return false;
   return result.replayed && (measure.per != MeasureTraits::Per::head || result.rank_agreement);
 }
 
@@ -77,6 +78,7 @@ void store_layer(TraceReplay& replay, int layer, std::vector<LayerResult> result
     ReplayResult& result = replay.results[i];
     for (const MeasureTraits& measure : measures()) {
       const std::vector<float>& numbers = results[i].measures[measure.measure];
+      if (result.measures[measure.measure].numbers.empty()) continue;
       std::ranges::copy(numbers, result.measures[measure.measure].numbers.begin() +
                                      layer * static_cast<std::ptrdiff_t>(numbers.size()));
     }

@@ -1,6 +1,8 @@
 // What a replay finds: trace → head → policy → kept sets → measures.
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -29,6 +31,16 @@ struct KeptSets {
   double mean_size(int layer) const;
 };
 
+/// What a model writes freely over what is kept.
+struct Generation {
+  std::vector<std::int32_t> ids;
+  std::string text;                          ///< empty where no tokenizer is at hand
+  bool ended = false;                        ///< the last token ends the sequence
+  std::optional<int> first_difference = {};  ///< place of the first token that is another one than with the full cache
+  double repeated_4grams = 0;                ///< share of its four-token sequences that stood in it before
+  std::optional<bool> answered = {};         ///< whether an answer is in it; none where no answer is known
+};
+
 /// One policy at one capacity and eviction position of one trace.
 struct ReplayResult {
   std::string trace;             ///< file name as given
@@ -41,11 +53,13 @@ struct ReplayResult {
   Share share = Share::mean;
   bool oracle = false;          ///< looked at the evaluation queries
   bool rank_agreement = false;  ///< whether scores are compared with the oracle's importance
+  bool residual_norms = false;  ///< whether the trace tells of a layer what its error has to be held against
   bool live = false;            ///< whether the model itself ran on with what is kept
   bool replayed = true;         ///< whether what the kept sets do to each layer's output was measured
   /// Whether the capacity is no more than what the policy keeps whatever the scores, so that its choice is not seen.
   bool nothing_to_choose = false;
   KeptSets kept;
+  std::optional<Generation> generation = {};  ///< of live runs that were asked for it
   MeasureTables measures;  ///< rank agreement empty without `rank_agreement`, NaN in layers without ranks
 };
 
@@ -56,12 +70,13 @@ struct TraceReplay {
   ModelInfo model;
   int prompt_length = 0;
   int eviction_position = 0;
-  int evaluate_from = 0;                  ///< what stands between the eviction and this position stays cached
-  std::vector<int> held;                  ///< [L] the last positions before the eviction that a layer holds
-  std::vector<int> evaluation_positions;  ///< [E] captured queries from evaluate_from on
-  std::vector<Span> spans;                ///< [S] those that begin before the eviction
-  std::vector<ReplayResult> results;      ///< policies in the order given, capacities within
-  std::vector<std::string> notes;         ///< what a reader of the numbers has to know
+  int evaluate_from = 0;                      ///< what stands between the eviction and this position stays cached
+  std::vector<int> held;                      ///< [L] the last positions before the eviction that a layer holds
+  std::vector<int> evaluation_positions;      ///< [E] captured queries from evaluate_from on
+  std::vector<Span> spans;                    ///< [S] those that begin before the eviction
+  std::vector<ReplayResult> results;          ///< policies in the order given, capacities within
+  std::vector<std::string> notes;             ///< what a reader of the numbers has to know
+  std::optional<Generation> generation = {};  ///< with the full cache, of live runs that were asked for it
 
   Eviction eviction() const { return {eviction_position, evaluate_from}; }
 

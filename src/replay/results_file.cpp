@@ -62,6 +62,20 @@ ResultsWriter::ResultsWriter(const std::filesystem::path& path, std::span<const 
   file.create_group("/overlap");
 }
 
+namespace {
+
+void write_generation(hdf5::File& file, const std::string& path, const Generation& generation) {
+  file.create_group(path);
+  file.write_strings(path, {{"text", generation.text}});
+  file.write_int(path, "ended", generation.ended ? 1 : 0);
+  if (generation.first_difference) file.write_int(path, "first_difference", *generation.first_difference);
+  file.write_double(path, "repeated_4grams", generation.repeated_4grams);
+  if (generation.answered) file.write_int(path, "answered", *generation.answered ? 1 : 0);
+  file.write(path + "/ids", generation.ids, {static_cast<Index>(generation.ids.size())});
+}
+
+}  // namespace
+
 void ResultsWriter::add(const TraceReplay& replay, const ReplayResult& result) {
   hdf5::File& file = stream_.file();
   const std::string group = fmt::format("/results/{}", results_++);
@@ -90,6 +104,8 @@ void ResultsWriter::add(const TraceReplay& replay, const ReplayResult& result) {
     const Table& table = result.measures[measure.measure];
     if (!table.numbers.empty()) write_table(file, fmt::format("{}/{}", group, measure.name), table);
   }
+  if (result.generation) write_generation(file, group + "/generation", *result.generation);
+  if (replay.generation) write_generation(file, group + "/full_generation", *replay.generation);
   if (!replay.spans.empty()) write_spans(file, group + "/spans", replay.spans);
   if (!replay.notes.empty()) {
     file.write(group + "/notes", replay.notes, {static_cast<Index>(replay.notes.size())});

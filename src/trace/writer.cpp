@@ -55,6 +55,7 @@ struct TraceWriter::State {
     std::unique_ptr<Tensor> output_projection;
     std::unique_ptr<Tensor> attention_mass;
     std::unique_ptr<Tensor> output_gate;
+    std::vector<float> residual_norms;  // of the captured queries so far
   };
 
   State(const std::filesystem::path& path, TraceInfo trace, DType stored_type, Index most_later_tokens)
@@ -217,6 +218,14 @@ struct TraceWriter::State {
         finish_dataset(file.dataset("/annotations/spans/" + name));
       }
     }
+  }
+
+  void write_residual_norms(int number, const std::vector<float>& norms) {
+    const std::string path = fmt::format("/layers/{}/residual_norm", number);
+    if (static_cast<int>(norms.size()) != info.num_queries()) {
+      fail(path, fmt::format("{} lengths were given for {} queries", norms.size(), info.num_queries()));
+    }
+    write_list(path, norms);
   }
 
   template <class Value>
@@ -561,6 +570,11 @@ void TraceWriter::write_output_gate(int layer, std::span<const float> factors) {
   state_->write_whole(state_->output_gate(layer), factors);
 }
 
+void TraceWriter::write_residual_norms(int layer, std::span<const float> norms) {
+  std::vector<float>& all = state_->layer(layer).residual_norms;
+  all.insert(all.end(), norms.begin(), norms.end());
+}
+
 void TraceWriter::finish(std::span<const std::int32_t> later_ids, std::span<const std::string> later_pieces) {
   state_->add_later(later_ids, later_pieces);
   for (int l = 0; l < state_->info.model.num_layers; ++l) {
@@ -570,6 +584,7 @@ void TraceWriter::finish(std::span<const std::int32_t> later_ids, std::span<cons
       state_->finish_tensor(state_->head_tensor(l, tensor), shape_of(state_->info, l, tensor));
     }
     const State::Layer& layer = state_->layer(l);
+    if (!layer.residual_norms.empty()) state_->write_residual_norms(l, layer.residual_norms);
     if (state_->described(l).output_gate_dim > 0) state_->require_no_gap(state_->output_gate(l));
     if (layer.output_projection != nullptr) state_->require_no_gap(*layer.output_projection);
     if (layer.attention_mass != nullptr) state_->require_no_gap(*layer.attention_mass);

@@ -57,6 +57,10 @@ class TraceWriter {
   /// `factors` is [H, Q, output_gate_dim of the layer]. Not of a run that may go on. Throws Error.
   void write_output_gate(int layer, std::span<const float> factors);
 
+  /// The lengths of the residual stream after a layer's attention was added, of its next captured queries. They are
+  /// held in memory, and there are as many as queries in the end, or none. Throws Error.
+  void write_residual_norms(int layer, std::span<const float> norms);
+
   /// Writes the tokens, marks the file complete and puts it in its place. Of a run that went on, `later_ids`
   /// are the tokens behind those of `info`, and `later_pieces` their texts, where `info` has those of the others.
   /// Throws Error if a required tensor of a layer was not written, if one was not written to its end, or if the disk

@@ -79,6 +79,20 @@ DefinedMeasures by_definition(const RandomTrace& shape, const RandomTrace::Tenso
   for (Index e = 0; e < count; ++e) {
     measures.layer_error.push_back((projection * (evicted - full).row(e).transpose()).norm() /
                                    (projection * full.row(e).transpose()).norm());
+    if (!shape.residual_norms) continue;
+    const TraceInfo described = shape.info();
+    const LayerInfo& of = described.layers[l];
+    const auto added = [&](const Eigen::RowVectorXd& outputs) -> Eigen::VectorXd {
+      const Eigen::VectorXd projected = projection * outputs.transpose();
+      if (of.projection_output_norm.weight.empty()) return projected;
+      const Eigen::VectorXd weight =
+          Eigen::Map<const Eigen::VectorXf>(of.projection_output_norm.weight.data(), projected.size()).cast<double>();
+      const double mean = projected.squaredNorm() / static_cast<double>(projected.size());
+      return (projected / std::sqrt(mean + of.projection_output_norm.epsilon)).cwiseProduct(weight);
+    };
+    const auto residual = of.residual_norm[of.residual_norm.size() - static_cast<std::size_t>(count - e)];
+    measures.residual_error.push_back((added(evicted.row(e)) - added(full.row(e))).norm() /
+                                      static_cast<double>(residual));
   }
   return measures;
 }

@@ -8,9 +8,9 @@
 
 namespace kvreplay::test {
 
-/// [H · E], [E], [H · E] and [H · E].
+/// [H · E], [E], [H · E], [H · E] and, where the shape tells of the residual stream, [E].
 struct DefinedMeasures {
-  std::vector<double> head_error, layer_error, attention_recall, cosine;
+  std::vector<double> head_error, layer_error, attention_recall, cosine, residual_error;
 };
 
 /// The positions that are still cached, ascending, when the query at `position` attends, itself included.

@@ -137,6 +137,9 @@ void expect_defined(const ReplayEngine& engine, const Results& results, const Ra
       expect_near(found.measures[Measure::layer_error], expected.layer_error, "layer error");
       expect_near(found.measures[Measure::attention_recall], expected.attention_recall, "attention recall");
       expect_near(found.measures[Measure::cosine], expected.cosine, "cosine");
+      if (shape.residual_norms) {
+        expect_near(found.measures[Measure::residual_error], expected.residual_error, "residual error");
+      }
     }
   }
 }
@@ -366,6 +369,9 @@ INSTANTIATE_TEST_SUITE_P(
                     Shape{"several_slices_of_the_projection", {.num_layers = 1, .hidden_size = 1100}},
                     Shape{"without_projection", {.output_projection = false}},
                     Shape{"sliding_window", {.sliding_window = 31}}, Shape{"soft_capping", {.softcapping = 4}},
+                    Shape{"residual_stream", {.hidden_size = 1100, .residual_norms = true}},
+                    Shape{"norm_behind_the_projection",
+                          {.hidden_size = 530, .residual_norms = true, .projection_output_norm = true}},
                     Shape{"one_evaluation_query", {.prompt_length = 69}},
                     Shape{"evaluation_queries_65", {.num_layers = 1, .num_tokens = 125}},
                     Shape{"evaluation_queries_130", {.num_layers = 1, .num_tokens = 190, .sliding_window = 70}},

@@ -28,7 +28,16 @@ double of_head(Measure measure, const Eigen::RowVectorXd& full, const Eigen::Row
 
 double of_layer(double full, double difference) {
   return std::get<MeasureFunction<LayerOutcome>>(traits_of(Measure::layer_error).definition)(
-      {.full = full, .difference = difference});
+      {.full = full, .difference = difference, .change = 0, .residual = 1});
+}
+
+double of_residual(double change, double residual) {
+  return std::get<MeasureFunction<LayerOutcome>>(traits_of(Measure::residual_error).definition)(
+      {.full = 1, .difference = 1, .change = change, .residual = residual});
+}
+
+double of_model(Measure measure, const ModelOutcome& outcome) {
+  return std::get<MeasureFunction<ModelOutcome>>(traits_of(measure).definition)(outcome);
 }
 
 // As docs/measures.md has them, zeros included.
@@ -49,6 +58,15 @@ TEST(Measure, FollowsItsDefinition) {
   EXPECT_DOUBLE_EQ(of_layer(4, 1), 0.25);
   EXPECT_EQ(of_layer(0, 0), 0);
   EXPECT_EQ(of_layer(0, 2), 1);
+  EXPECT_DOUBLE_EQ(of_residual(1, 8), 0.125);
+  EXPECT_EQ(of_residual(0, 0), 0);
+  EXPECT_EQ(of_residual(1, 0), 1);
+  EXPECT_TRUE(std::isnan(of_residual(1, std::nan(""))));
+  const ModelOutcome outcome{.divergence = 0.5, .loss = 3, .full_loss = 1, .same_most_likely = true};
+  EXPECT_EQ(of_model(Measure::kl, outcome), 0.5);
+  EXPECT_EQ(of_model(Measure::nll, outcome), 3);
+  EXPECT_EQ(of_model(Measure::nll_increase, outcome), 2);
+  EXPECT_EQ(of_model(Measure::agree, outcome), 1);
 }
 
 TEST(Measure, HasTheShapeOfWhatItIsCalculatedFrom) {
@@ -57,10 +75,14 @@ TEST(Measure, HasTheShapeOfWhatItIsCalculatedFrom) {
   EXPECT_THAT(layer_shape(traits_of(Measure::cosine), extent), ElementsAre(4, 9));
   EXPECT_THAT(layer_shape(traits_of(Measure::span_recall), extent), ElementsAre(4, 2));
   EXPECT_THAT(layer_shape(traits_of(Measure::kendall), extent), ElementsAre(4));
+  EXPECT_THAT(layer_shape(traits_of(Measure::kl), extent), ElementsAre(9));
+  EXPECT_THAT(table_shape(traits_of(Measure::kl), 3, extent), ElementsAre(9));
+  EXPECT_THAT(table_shape(traits_of(Measure::layer_error), 3, extent), ElementsAre(3, 9));
   const Index without_ranks = numbers_per_layer(extent, false);
   std::size_t sum = 0;
   std::size_t ranks = 0;
   for (const MeasureTraits& measure : measures()) {
+    if (!measure.is_of_layers()) continue;
     (measure.per == Per::head ? ranks : sum) += number_count(measure, extent);
   }
   EXPECT_EQ(without_ranks, static_cast<Index>(sum));
@@ -81,11 +103,16 @@ TEST(Measure, IsFoundByItsName) {
                                                 {"cosine", Measure::cosine},
                                                 {"span_recall", Measure::span_recall},
                                                 {"spearman", Measure::spearman},
-                                                {"kendall", Measure::kendall}};
+                                                {"kendall", Measure::kendall},
+                                                {"residual_error", Measure::residual_error},
+                                                {"kl", Measure::kl},
+                                                {"nll", Measure::nll},
+                                                {"nll_increase", Measure::nll_increase},
+                                                {"agree", Measure::agree}};
   for (const auto& [name, measure] : named) EXPECT_EQ(measure_named(name), measure) << name;
   EXPECT_THAT(formulas<LayerOutcome>(), Not(SizeIs(0)));
   EXPECT_EQ(formulas<LayerOutcome>().size() + formulas<HeadOutcome>().size() + formulas<SpanOutcome>().size() +
-                formulas<RankCorrelation>().size(),
+                formulas<RankCorrelation>().size() + formulas<ModelOutcome>().size(),
             measures().size())
       << "every measure is calculated from something";
   EXPECT_THROW(measure_named("layer_eror"), UsageError);

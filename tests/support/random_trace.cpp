@@ -45,6 +45,13 @@ TraceInfo RandomTrace::info() const {
     info.layers[l].rule.attention_chunk_size = chunk;
     info.layers[l].rule.sinks = sinks;
     if (!scales.empty()) info.layers[l].rule.softmax_scale = scales[l];
+    for (std::size_t i = 0; residual_norms && i < info.query_positions.size(); ++i) {
+      info.layers[l].residual_norm.push_back(1 + static_cast<float>((i + 3 * l) % 7));
+    }
+    for (int channel = 0; projection_output_norm && channel < hidden_size; ++channel) {
+      info.layers[l].projection_output_norm.weight.push_back(static_cast<float>(channel % 5) - 1.5f);
+      info.layers[l].projection_output_norm.epsilon = 0.01;
+    }
   }
   return info;
 }

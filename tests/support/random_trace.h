@@ -28,6 +28,8 @@ struct RandomTrace {
   int chunk = 0;                    ///< attention_chunk_size of all layers
   std::vector<float> sinks = {};    ///< of all layers: a logit per query head
   std::vector<double> scales = {};  ///< softmax scale of each layer; empty: D^−½
+  bool residual_norms = false;      ///< of all layers
+  bool projection_output_norm = false;
   DType type = DType::float32;
   bool own_outputs = true;                ///< the attention of the tensors; else some constant
   bool representable_in_float16 = false;  ///< round all tensors to float16 first

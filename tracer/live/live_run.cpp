@@ -11,6 +11,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "tracer/prompt.h"
 
 namespace kvreplay::tracer {
 
@@ -77,6 +78,14 @@ ModelOutcome outcome_of(std::span<const float> full, const NextToken& of_full, s
 
 std::span<const float> row_of(const std::vector<float>& rows, Index row, Index width) {
   return std::span(rows).subspan(static_cast<std::size_t>(row * width), static_cast<std::size_t>(width));
+}
+
+// Of the letters of ASCII, which answers are mostly written in; others stay.
+std::string lower_case(std::string text) {
+  for (char& letter : text) {
+    if (letter >= 'A' && letter <= 'Z') letter = static_cast<char>(letter - 'A' + 'a');
+  }
+  return text;
 }
 
 bool ends(const ModelConfig& config, std::int32_t id) {
@@ -200,9 +209,9 @@ void LiveRun::compare(std::span<const std::size_t> batch, const Buffer& states,
   }
 }
 
-std::vector<GeneratedText> LiveRun::generate(const std::vector<const KeptSets*>& settings, Index count) {
+std::vector<Generation> LiveRun::generate(const std::vector<const KeptSets*>& settings, Index count) {
   const Distinct different = distinct(settings);
-  std::vector<GeneratedText> texts(different.settings.size());
+  std::vector<Generation> texts(different.settings.size());
   std::vector<KvCache> caches;
   caches.reserve(texts.size());
   for (std::size_t i = 0; i < texts.size(); ++i) {
@@ -225,18 +234,18 @@ std::vector<GeneratedText> LiveRun::generate(const std::vector<const KeptSets*>&
           std::span(open).subspan(first, std::min(static_cast<std::size_t>(at_once), open.size() - first));
       std::vector<Sequence> sequences;
       for (const std::size_t i : here) sequences.push_back({{&texts[i].ids.back(), 1}, &caches[i]});
-      const Buffer states = transformer_.run(sequences);
+      const Buffer states = transformer_.step(sequences);
       logits.resize(here.size() * static_cast<std::size_t>(vocabulary));
       transformer_.logits(states.part(0, states.size()), static_cast<Index>(here.size()), logits);
       for (std::size_t row = 0; row < here.size(); ++row) {
-        GeneratedText& text = texts[here[row]];
+        Generation& text = texts[here[row]];
         text.ids.push_back(most_likely(row_of(logits, static_cast<Index>(row), vocabulary)));
         text.ended = ends(model_.config, text.ids.back());
       }
     }
   }
   report(LiveProgress::Stage::generation, 1);
-  std::vector<GeneratedText> all;
+  std::vector<Generation> all;
   for (const std::size_t place : different.place) all.push_back(texts[place]);
   return all;
 }
@@ -255,6 +264,32 @@ void measure_live(LiveRun& run, TraceReplay& replay) {
         return static_cast<float>(calculate(outcome));
       });
     }
+  }
+}
+
+void generate_live(LiveRun& run, TraceReplay& replay, Index count, const Tokenizer* tokenizer,
+                   const std::vector<std::string>& answers) {
+  std::vector<const KeptSets*> settings = {nullptr};
+  for (const ReplayResult& result : replay.results) settings.push_back(&result.kept);
+  std::vector<Generation> texts = run.generate(settings, count);
+  const std::vector<std::int32_t>& ids = run.run().info().token_ids;
+  const auto prompt = std::span(ids).first(static_cast<std::size_t>(run.run().eviction_position()));
+  const std::vector<std::int32_t> full = texts.front().ids;
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    Generation& text = texts[i];
+    const auto [ours, theirs] = std::ranges::mismatch(text.ids, full);
+    if (ours != text.ids.end() || theirs != full.end()) {
+      text.first_difference = static_cast<int>(ours - text.ids.begin());
+    }
+    text.repeated_4grams = repeated_4grams(text.ids);
+    if (tokenizer != nullptr) text.text = text_after(*tokenizer, prompt, text.ids);
+    if (tokenizer != nullptr && !answers.empty()) {
+      const std::string written = lower_case(text.text);
+      text.answered = std::ranges::any_of(answers, [&written](const std::string& answer) {
+        return written.find(lower_case(answer)) != std::string::npos;
+      });
+    }
+    (i == 0 ? replay.generation : replay.results[i - 1].generation) = std::move(text);
   }
 }
 

@@ -9,6 +9,7 @@
 
 #include "replay/result.h"
 #include "tracer/live/held_run.h"
+#include "tracer/tokenizer/tokenizer.h"
 #include "tracer/transformer.h"
 
 namespace kvreplay::tracer {
@@ -18,12 +19,6 @@ struct LiveProgress {
   enum class Stage { prompt, continuation, evicted, generation };
   Stage stage = Stage::prompt;
   double fraction = 0;  ///< of the stage
-};
-
-/// What a model writes freely.
-struct GeneratedText {
-  std::vector<std::int32_t> ids;
-  bool ended = false;  ///< the last of them ends the sequence
 };
 
 /// Runs a model on a prompt once, and then on over any number of evicted views of its cache.
@@ -36,6 +31,8 @@ class LiveRun {
 
   /// The tokens before the eviction, through the whole model. Throws Error as Transformer does.
   void read_prompt();
+
+  const HeldRun& run() const { return run_; }
 
   /// What the model would write after them, most likely tokens, up to `count`, and no further than the end of the
   /// sequence.
@@ -50,9 +47,9 @@ class LiveRun {
   /// tells of several evictions.
   std::vector<std::vector<ModelOutcome>> evict(const std::vector<const KeptSets*>& settings);
 
-  /// What the model writes over each of `settings` after the prompt, most likely tokens, up to `count` each. Equal ones
-  /// are run once. Null: everything is kept.
-  std::vector<GeneratedText> generate(const std::vector<const KeptSets*>& settings, Index count);
+  /// What the model writes over each of `settings` after the prompt, most likely tokens, up to `count` each: without
+  /// text, answer and comparison. Equal ones are run once. Null: everything is kept.
+  std::vector<Generation> generate(const std::vector<const KeptSets*>& settings, Index count);
 
  private:
   void report(LiveProgress::Stage stage, double fraction) const;
@@ -70,6 +67,11 @@ class LiveRun {
 
 /// Adds the measures of the whole model to the results of `replay`, whose kept sets are of `run`.
 void measure_live(LiveRun& run, TraceReplay& replay);
+
+/// Adds what the model writes freely, up to `count` tokens, to `replay` and its results. Texts are by `tokenizer`,
+/// which may be null; one that has one of `answers` in it, whatever the case of its letters, answered.
+void generate_live(LiveRun& run, TraceReplay& replay, Index count, const Tokenizer* tokenizer,
+                   const std::vector<std::string>& answers);
 
 /// The share of a text's four-token sequences that stood in it before; 0 for fewer than five tokens.
 double repeated_4grams(std::span<const std::int32_t> ids);

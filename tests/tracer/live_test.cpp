@@ -1,0 +1,325 @@
+// What eviction does to the model itself: an independent measurement reproduced, and what must hold for every family.
+#include "tracer/live/live_run.h"
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <numeric>
+
+#include "hdf5/hdf5.h"
+#include "replay/engine.h"
+#include "replay/replay.h"
+#include "support/places.h"
+#include "support/temporary_folder.h"
+#include "support/tiny_model.h"
+#include "tracer/prompt.h"
+
+namespace kvreplay::tracer {
+namespace {
+
+using test::TemporaryFolder;
+using test::TinyModel;
+using test::TinyModelOptions;
+
+// A run of a model over ids, evicted behind `prompt` of them.
+struct EvictedRun {
+  EvictedRun(const std::filesystem::path& folder, std::vector<std::int32_t> all, int prompt, int threads = 2,
+             const HeldParts& parts = {.prompt_queries = 1 << 20, .attention_mass = true})
+      : model(folder),
+        transformer(model, {.threads = threads}),
+        held(model, info_of(folder, {all.begin(), all.begin() + prompt}), prompt, "run", "digest", parts),
+        live(model, transformer, held) {
+    live.read_prompt();
+    live.follow(std::span(all).subspan(static_cast<std::size_t>(prompt)), {});
+  }
+
+  TraceInfo info_of(const std::filesystem::path& folder, std::vector<std::int32_t> ids) const {
+    PromptOptions options;
+    options.model_folder = folder;
+    options.prompt_ids = std::move(ids);
+    Prompt read = prepare_prompt(options, model.config);
+    TraceInfo info = describe(options, model, read, static_cast<Index>(read.ids.size()));
+    info.token_pieces.clear();
+    return info;
+  }
+
+  // Each layer's set per KV head, as `keeps` says of a position.
+  template <class Keeps>
+  KeptSets sets(const Keeps& keeps) const {
+    KeptSets kept{.granularity = Granularity::kv, .sets_per_layer = model.config.num_key_value_heads, .sets = {}};
+    const std::vector<std::vector<int>> everything = held.everything();
+    for (std::size_t set = 0; set < everything.size(); ++set) {
+      std::vector<int> positions;
+      for (const int position : everything[set]) {
+        if (keeps(static_cast<int>(set), position)) positions.push_back(position);
+      }
+      kept.sets.emplace_back(std::move(positions));
+    }
+    return kept;
+  }
+
+  Model model;
+  Transformer transformer;
+  HeldRun held;
+  LiveRun live;
+};
+
+std::vector<std::int32_t> some_ids(int count, int vocabulary) {
+  std::vector<std::int32_t> ids;
+  for (int i = 0; i < count; ++i) ids.push_back((i * i * 7 + i * 13 + 5) % vocabulary);
+  return ids;
+}
+
+// Eight query heads on two KV heads.
+void grouped_model(const std::filesystem::path& folder) {
+  TinyModelOptions options;
+  options.heads = 8;
+  options.kv_heads = 2;
+  TinyModel(options).write(folder);
+}
+
+std::filesystem::path demo_model() { return test::project_folder() / "traces" / "demo-model"; }
+
+std::vector<std::int32_t> reference_ids() {
+  const TraceReader trace(test::project_folder() / "tests" / "data" / "reference-needle.h5");
+  return trace.info().token_ids;
+}
+
+constexpr int kReferencePrompt = 569;
+
+// float32 forward passes of an independent program, evicted by the kept sets of 31 settings.
+TEST(LiveRun, FindsWhatAnIndependentMeasurementFound) {
+  const std::filesystem::path reference = test::project_folder() / "tests" / "data" / "reference-needle-live.h5";
+  EvictedRun run(demo_model(), reference_ids(), kReferencePrompt);
+  const auto file = hdf5::File::open(reference);
+  std::vector<KeptSets> kept;
+  for (std::size_t i = 0; i < file.list("/kept").size(); ++i) {
+    const std::vector<std::int32_t> positions = file.read_int32s(fmt::format("/kept/{}/kept", i));
+    const std::vector<std::int64_t> offsets = file.read_int64s(fmt::format("/kept/{}/offsets", i));
+    KeptSets& sets = kept.emplace_back();
+    sets.sets_per_layer = run.model.config.num_key_value_heads;
+    for (std::size_t set = 0; set + 1 < offsets.size(); ++set) {
+      sets.sets.emplace_back(std::vector<int>(positions.begin() + offsets[set], positions.begin() + offsets[set + 1]));
+    }
+  }
+  std::vector<const KeptSets*> settings;
+  for (const KeptSets& each : kept) settings.push_back(&each);
+  ASSERT_GE(settings.size(), 20U);
+  const auto outcomes = run.live.evict(settings);
+  for (std::size_t i = 0; i < settings.size(); ++i) {
+    SCOPED_TRACE(file.read_string(fmt::format("/kept/{}", i), "policy"));
+    const std::vector<float> kl = file.read_floats(fmt::format("/kept/{}/kl", i));
+    const std::vector<float> nll = file.read_floats(fmt::format("/kept/{}/nll", i));
+    const std::vector<float> nll_full = file.read_floats(fmt::format("/kept/{}/nll_full", i));
+    ASSERT_EQ(outcomes[i].size(), kl.size());
+    for (std::size_t token = 0; token < kl.size(); ++token) {
+      EXPECT_NEAR(outcomes[i][token].divergence, kl[token], 1e-6 + 1e-4 * static_cast<double>(kl[token])) << token;
+      if (token == nll.size()) {
+        EXPECT_TRUE(std::isnan(outcomes[i][token].loss));
+        continue;
+      }
+      EXPECT_NEAR(outcomes[i][token].loss, nll[token], 1e-5 + 1e-4 * static_cast<double>(nll[token])) << token;
+      EXPECT_NEAR(outcomes[i][token].full_loss, nll_full[token], 1e-5 + 1e-4 * static_cast<double>(nll_full[token]));
+    }
+  }
+}
+
+// A policy that decides over what the model holds keeps what it keeps of a trace of the same run.
+TEST(LiveRun, DecidesAsOverATrace) {
+  const std::filesystem::path file = test::project_folder() / "tests" / "data" / "reference-needle.h5";
+  const TraceReader trace(file);
+  EvictedRun run(demo_model(), reference_ids(), kReferencePrompt);
+  const ReplayRequest request = make_request(
+      {"snapkv", "restkv", "h2o", "tova", "snapkv+adakv", "keydiff", "cake", "oracle-attention", "streamingllm"},
+      {"64", "25%"});
+  const TraceReplay of_trace = replay(trace, request).front();
+  const ReplayEngine engine({&run.held}, request);
+  const TraceReplay of_run = replay(engine).front();
+  EXPECT_EQ(decide(engine).front().results[3].kept.sets, of_run.results[3].kept.sets);
+  ASSERT_EQ(of_run.results.size(), of_trace.results.size());
+  for (std::size_t i = 0; i < of_run.results.size(); ++i) {
+    const ReplayResult& expected = of_trace.results[i];
+    const ReplayResult& found = of_run.results[i];
+    SCOPED_TRACE(expected.policy + " at " + expected.capacity_request);
+    // The trace is of another program, so that scores that are nearly tied may change places.
+    std::size_t common = 0;
+    std::size_t all = 0;
+    for (std::size_t set = 0; set < expected.kept.sets.size(); ++set) {
+      const auto a = expected.kept.sets[set].kept();
+      const auto b = found.kept.sets[set].kept();
+      all += a.size();
+      common += static_cast<std::size_t>(
+          std::ranges::count_if(a, [&b](int position) { return std::ranges::binary_search(b, position); }));
+    }
+    EXPECT_GE(static_cast<double>(common), 0.999 * static_cast<double>(all));
+    const Table& error = found.measures[Measure::layer_error];
+    for (std::size_t n = 0; n < error.numbers.size(); n += 7) {
+      EXPECT_NEAR(error.numbers[n], expected.measures[Measure::layer_error].numbers[n], 0.02);
+    }
+    EXPECT_FALSE(found.measures[Measure::residual_error].numbers.empty());
+  }
+}
+
+TEST(LiveRun, GivesTheSameBitsForAnyThreadsAndWhateverElseIsRun) {
+  const TemporaryFolder folder;
+  grouped_model(folder.path());
+  const std::vector<std::int32_t> ids = some_ids(150, 97);
+  const auto every = [](int n) { return [n](int set, int position) { return (position + set) % n == 0; }; };
+  const auto outcomes = [&](int threads, std::size_t settings) {
+    EvictedRun run(folder.path(), ids, 131, threads);
+    std::vector<KeptSets> kept = {run.sets(every(3)), run.sets(every(5)), run.sets(every(2))};
+    std::vector<const KeptSets*> asked;
+    for (std::size_t i = 0; i < settings; ++i) asked.push_back(&kept[i]);
+    std::vector<double> numbers;
+    const auto outcomes_of_all = run.live.evict(asked);
+    for (const ModelOutcome& outcome : outcomes_of_all.front()) numbers.push_back(outcome.divergence);
+    return numbers;
+  };
+  const std::vector<double> alone = outcomes(1, 1);
+  EXPECT_GT(alone.front(), 0);
+  EXPECT_EQ(outcomes(1, 3), alone);
+  EXPECT_EQ(outcomes(3, 1), alone);
+  EXPECT_EQ(outcomes(2, 3), alone);
+}
+
+// Sets per query head that are equal within every group say the same as one per KV head.
+TEST(LiveRun, TakesSetsPerQueryHead) {
+  const TemporaryFolder folder;
+  grouped_model(folder.path());
+  EvictedRun run(folder.path(), some_ids(60, 97), 50);
+  const KeptSets per_kv = run.sets([](int set, int position) { return (position + set) % 3 != 0; });
+  KeptSets per_query{.granularity = Granularity::query, .sets_per_layer = 8, .sets = {}};
+  for (const Residency& set : per_kv.sets) per_query.sets.insert(per_query.sets.end(), 4, set);
+  KeptSets other = per_query;
+  other.sets[5] = per_query.sets[0];
+  const auto outcomes = run.live.evict({&per_kv, &per_query, &other});
+  for (std::size_t token = 0; token < outcomes[0].size(); ++token) {
+    EXPECT_EQ(outcomes[0][token].divergence, outcomes[1][token].divergence);
+    EXPECT_NE(outcomes[0][token].divergence, outcomes[2][token].divergence);
+  }
+}
+
+TEST(LiveRun, WritesFreelyWhatTheModelWritesWhereNothingIsEvicted) {
+  EvictedRun run(demo_model(), reference_ids(), kReferencePrompt);
+  const std::vector<std::int32_t> greedy = run.live.continue_greedily(12);
+  const KeptSets little = run.sets([](int, int position) { return position >= kReferencePrompt - 8; });
+  const std::vector<Generation> texts = run.live.generate({nullptr, &little}, 12);
+  EXPECT_EQ(texts[0].ids, greedy);
+  EXPECT_NE(texts[1].ids, greedy);
+  const std::vector<std::int32_t> all = reference_ids();
+  EXPECT_TRUE(std::equal(greedy.begin(), greedy.end(), all.begin() + kReferencePrompt));
+}
+
+// The most attention that one of the later queries pays to each position before the eviction, per set: [sets][N].
+std::vector<std::vector<float>> most_attention(const EvictedRun& run) {
+  const ModelInfo& model = run.held.info().model;
+  const int position = run.held.eviction_position();
+  std::vector<std::vector<float>> most;
+  for (int layer = 0; layer < model.num_layers; ++layer) {
+    for (int head = 0; head < model.num_attention_heads; ++head) {
+      const int kv_head = head / model.group_size();
+      if (head % model.group_size() == 0) most.emplace_back(static_cast<std::size_t>(position), 0.0f);
+      const Matrix keys = run.held.read(layer, HeadTensor::keys, kv_head, 0, run.held.info().num_tokens());
+      const Matrix queries = run.held.read(layer, HeadTensor::queries, head, position, run.held.later());
+      for (Index query = 0; query < queries.rows(); ++query) {
+        Eigen::RowVectorXf weights = queries.row(query) * keys.topRows(position + query + 1).transpose() *
+                                     static_cast<float>(model.softmax_scale);
+        weights = (weights.array() - weights.maxCoeff()).exp();
+        weights /= weights.sum();
+        for (int row = 0; row < position; ++row) {
+          float& so_far = most.back()[static_cast<std::size_t>(row)];
+          so_far = std::max(so_far, weights[row]);
+        }
+      }
+    }
+  }
+  return most;
+}
+
+TEST(LiveRun, LosesNothingWithWhatNoQueryLooksAt) {
+  const TemporaryFolder folder;
+  TinyModel model({});
+  // Large queries look at little.
+  for (std::size_t i = 0; i < std::size_t{48} * 48; ++i) {
+    for (const int layer : {0, 1}) {
+      model.set_weight(fmt::format("model.layers.{}.self_attn.q_proj.weight", layer), i,
+                       static_cast<double>(i * 37 % 19) - 9);
+    }
+  }
+  model.write(folder.path());
+  EvictedRun run(folder.path(), some_ids(160, 97), 150);
+  const std::vector<std::vector<float>> attention = most_attention(run);
+  // As many of the least looked at of each set as amount to a ten-thousandth of a query's attention.
+  std::vector<float> least;
+  std::size_t gone = 0;
+  for (std::vector<float> ascending : attention) {
+    std::ranges::sort(ascending);
+    float sum = 0;
+    std::size_t count = 0;
+    while (sum + ascending[count] < 1e-7f) sum += ascending[count++];
+    least.push_back(ascending[count]);
+    gone += count;
+  }
+  EXPECT_GT(gone, 100U);
+  const KeptSets looked_at = run.sets([&](int set, int position) {
+    const auto of = static_cast<std::size_t>(set);
+    return attention[of][static_cast<std::size_t>(position)] >= least[of];
+  });
+  const auto outcomes = run.live.evict({&looked_at});
+  for (const ModelOutcome& outcome : outcomes.front()) EXPECT_LT(outcome.divergence, 1e-6);
+}
+
+TEST(LiveRun, CountsRepeatedFourTokenSequences) {
+  EXPECT_EQ(repeated_4grams(std::vector<std::int32_t>{1, 2, 3, 4}), 0);
+  EXPECT_EQ(repeated_4grams(std::vector<std::int32_t>{1, 2, 3, 4, 5, 6}), 0);
+  EXPECT_EQ(repeated_4grams(std::vector<std::int32_t>{1, 1, 1, 1, 1, 1}), 2.0 / 3);
+}
+
+class FamilyLive : public testing::TestWithParam<const char*> {
+ protected:
+  std::filesystem::path folder_ = test::project_folder() / "tests" / "tracer" / "families" / GetParam();
+};
+
+// The states behind the eviction in one pass with everything before it, and on views that keep everything.
+TEST_P(FamilyLive, LosesNotABitWhereEverythingIsKept) {
+  const Model model(folder_);
+  const std::vector<std::int32_t> ids = some_ids(200, model.config.vocab_size);
+  for (const int prompt : {3, 64, 131, 199}) {
+    SCOPED_TRACE(prompt);
+    EvictedRun run(folder_, ids, prompt);
+    const KeptSets everything = run.sets([](int, int) { return true; });
+    const KeptSets nothing = run.sets([](int, int) { return false; });
+    const auto outcomes = run.live.evict({&everything, &nothing});
+    double lost = 0;
+    for (std::size_t token = 0; token < outcomes[0].size(); ++token) {
+      EXPECT_EQ(outcomes[0][token].divergence, 0);
+      EXPECT_TRUE(outcomes[0][token].same_most_likely);
+      lost += outcomes[1][token].divergence;
+    }
+    EXPECT_GT(lost, 0);
+
+    const auto sets = run.held.everything();
+    KvCache view(run.held.before(), sets, model.config.num_key_value_heads, 200 - prompt);
+    const Sequence later{std::span(ids).subspan(static_cast<std::size_t>(prompt)), &view};
+    const Buffer states = run.transformer.run({&later, 1});
+    KvCache whole(model.config.num_layers, model.config.num_key_value_heads, model.config.head_dim, 200);
+    const Sequence all{ids, &whole};
+    const Buffer uninterrupted = run.transformer.run({&all, 1});
+    const auto expected = uninterrupted.part(uninterrupted.size() - states.size(), states.size());
+    EXPECT_TRUE(std::ranges::equal(states.part(0, states.size()), expected));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Each, FamilyLive,
+                         testing::Values("gemma", "gemma2", "gemma2-pattern", "gemma3", "gemma3-layer-types", "llama",
+                                         "llama-own-head", "llama3", "mistral", "phi3", "qwen2", "qwen3"),
+                         [](const auto& family) {
+                           std::string name = family.param;
+                           std::ranges::replace(name, '-', '_');
+                           return name;
+                         });
+
+}  // namespace
+}  // namespace kvreplay::tracer

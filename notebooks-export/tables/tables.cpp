@@ -232,10 +232,16 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
     bool shown = true;
   };
   const Column columns[] = {
-      {"KL", &PolicyRow::kl, "{:.4f}", 1, live},           {"loss +", &PolicyRow::nll_increase, "{:+.4f}", 1, live},
-      {"agree", &PolicyRow::agree, "{:.1f} %", 100, live}, {"residual error", &PolicyRow::residual_error, "{:.4f}"},
-      {"layer error", &PolicyRow::layer_error, "{:.4f}"},  {"head error", &PolicyRow::head_error, "{:.4f}", 1, !live},
-      {"recall", &PolicyRow::attention_recall, "{:.4f}"},  {"cosine", &PolicyRow::cosine, "{:.4f}", 1, !live},
+      {"KL", &PolicyRow::kl, "{:.4f}", 1, live},
+      {"loss +", &PolicyRow::nll_increase, "{:+.4f}", 1, live},
+      {"agree", &PolicyRow::agree, "{:.1f} %", 100, live},
+      {"same text", &PolicyRow::same_tokens, "{:.1f}", 1, live},
+      {"answered", &PolicyRow::answered, "{:.0f} %", 100, live},
+      {"residual error", &PolicyRow::residual_error, "{:.4f}"},
+      {"layer error", &PolicyRow::layer_error, "{:.4f}"},
+      {"head error", &PolicyRow::head_error, "{:.4f}", 1, !live},
+      {"recall", &PolicyRow::attention_recall, "{:.4f}"},
+      {"cosine", &PolicyRow::cosine, "{:.4f}", 1, !live},
   };
   const Column last_columns[] = {
       {"spans kept", &PolicyRow::span_recall, "{:.1f} %", 100},

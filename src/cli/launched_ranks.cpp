@@ -3,7 +3,11 @@
 #ifdef KVREPLAY_MPI
 #include <mpi.h>
 #endif
+#include <omp.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -104,6 +108,16 @@ std::unique_ptr<Ranks> launched_ranks() {
       "several processes were started, and this kvreplay is built without MPI; start one, or build with "
       "-DKVREPLAY_MPI=ON (see docs/sweeps.md)");
 #endif
+}
+
+int threads_of(int asked, const Ranks& ranks) {
+  if (asked > 0) return asked;
+  const int usable = omp_get_max_threads();
+  const bool said = std::getenv("OMP_NUM_THREADS") != nullptr;
+  const auto processors = static_cast<int>(::sysconf(_SC_NPROCESSORS_ONLN));
+  // Where the launcher has bound this process to some of the processors, they are its share.
+  if (said || usable < processors) return usable;
+  return std::max(1, usable / ranks.size_on_node());
 }
 
 }  // namespace kvreplay::cli

@@ -1,4 +1,5 @@
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
@@ -10,7 +11,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
-#include <set>
+#include <sstream>
 
 #include "analysis/summary.h"
 #include "base/digest.h"
@@ -19,13 +20,18 @@
 #include "base/output_file.h"
 #include "base/printable.h"
 #include "cli/commands.h"
+#include "cli/interruption.h"
+#include "cli/launched_ranks.h"
 #include "cli/options.h"
 #include "cli/plugins.h"
 #include "cli/progress.h"
 #include "cli/replay_options.h"
-#include "notebooks-export/tables.h"
+#include "cli/together.h"
+#include "notebooks-export/tables/tables.h"
+#include "policy/plugin_interface.h"
 #include "replay/replay.h"
 #include "replay/results_file.h"
+#include "sweep/finished_runs.h"
 #include "trace/reader.h"
 #include "tracer/live/live_run.h"
 #include "tracer/prompt.h"
@@ -41,6 +47,8 @@ struct LiveArguments {
   int generate = 0;
   std::vector<std::string> answers;
   bool no_offline = false;
+  bool resume = false;
+  std::vector<std::string> plugins;
   ReplayOptions replay;
 };
 
@@ -228,11 +236,6 @@ std::string digest_of(const tracer::ModelConfig& model, std::span<const std::int
   return digest.text();
 }
 
-struct Outcome {
-  std::vector<TraceReplay> replays;
-  std::vector<TraceNote> left_out;
-};
-
 std::string_view stage_text(tracer::LiveProgress::Stage stage) {
   switch (stage) {
     case tracer::LiveProgress::Stage::prompt:
@@ -247,8 +250,9 @@ std::string_view stage_text(tracer::LiveProgress::Stage stage) {
   return "";
 }
 
-Outcome run_one(const LiveArguments& arguments, const ReplayRequest& request, const tracer::Model& model,
-                tracer::Transformer& transformer, Beginning beginning, const tracer::LiveRun::OnProgress& on_progress) {
+TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request, const tracer::Model& model,
+                    tracer::Transformer& transformer, Beginning beginning,
+                    const tracer::LiveRun::OnProgress& on_progress) {
   const int prompt_length = beginning.info.prompt_length;
   const int eviction = request.eviction_positions.empty() ? prompt_length : request.eviction_positions.front();
   if (eviction > static_cast<int>(beginning.info.token_ids.size())) {
@@ -265,22 +269,58 @@ Outcome run_one(const LiveArguments& arguments, const ReplayRequest& request, co
   const std::vector<std::int32_t> ids = continuation_of(arguments, beginning, run, eviction);
   run.follow(ids, tracer::pieces_of(beginning.tokenizer.get(), ids));
 
+  // One run that is evicted once.
   const ReplayEngine engine({&held}, request);
-  Outcome outcome;
-  outcome.left_out = engine.left_out();
-  if (arguments.no_offline) {
-    outcome.replays = decide(engine);
-  } else {
-    outcome.replays = replay(engine);
-  }
-  for (TraceReplay& replay : outcome.replays) {
-    measure_live(run, replay);
-    if (arguments.generate == 0) continue;
+  TraceReplay found = (arguments.no_offline ? decide(engine) : replay(engine)).front();
+  measure_live(run, found);
+  if (arguments.generate > 0) {
     std::vector<std::string> answers = beginning.info.answers;
     answers.insert(answers.end(), arguments.answers.begin(), arguments.answers.end());
-    generate_live(run, replay, arguments.generate, beginning.tokenizer.get(), answers);
+    generate_live(run, found, arguments.generate, beginning.tokenizer.get(), answers);
   }
-  return outcome;
+  return found;
+}
+
+// All that the results follow from.
+SweepIdentity identity_of_run(const LiveArguments& arguments, const ReplayRequest& request,
+                              const std::vector<std::string>& traces) {
+  const std::vector<TraceReader> readers(traces.begin(), traces.end());
+  std::vector<std::filesystem::path> files(arguments.plugins.begin(), arguments.plugins.end());
+  for (const std::string& file : policy_files(request)) files.emplace_back(file);
+  for (const std::string& prompt : arguments.prompts) files.emplace_back(prompt);
+  // Weights take as long to read as to run; their sizes and times are looked at.
+  SweepIdentity identity(request, readers, files);
+  identity.live = {fmt::format("--continue {}", arguments.continuation),
+                   fmt::format("--generate {}", arguments.generate),
+                   arguments.no_offline ? "--no-offline" : "with what a replay measures",
+                   arguments.templated ? "--templated" : "as plain text"};
+  for (const std::string& answer : arguments.answers) identity.live.push_back(printable("--answer " + answer));
+  std::vector<std::string> model;
+  for (const auto& entry : std::filesystem::directory_iterator(arguments.model)) {
+    if (!entry.is_regular_file()) continue;
+    const auto written = entry.last_write_time().time_since_epoch().count();
+    model.push_back(fmt::format("model file {}, {} bytes, written at {}", printable(entry.path().filename().string()),
+                                entry.file_size(), static_cast<std::int64_t>(written)));
+  }
+  std::ranges::sort(model);
+  std::ranges::move(model, std::back_inserter(identity.live));
+  return identity;
+}
+
+// Which of the runs each process does: the longest first, each by the process that has least to do.
+std::vector<std::vector<int>> divided(const std::vector<Beginning>& beginnings, std::vector<int> left, int processes) {
+  const auto tokens = [&beginnings](int run) {
+    return beginnings[static_cast<std::size_t>(run)].info.token_ids.size();
+  };
+  std::ranges::stable_sort(left, std::greater<>(), tokens);
+  std::vector<std::vector<int>> parts(static_cast<std::size_t>(processes));
+  std::vector<std::size_t> sums(parts.size(), 0);
+  for (const int run : left) {
+    const auto least = static_cast<std::size_t>(std::ranges::min_element(sums) - sums.begin());
+    parts[least].push_back(run);
+    sums[least] += tokens(run);
+  }
+  return parts;
 }
 
 void write_files(const LiveArguments& arguments, const std::vector<TraceReplay>& replays,
@@ -354,8 +394,8 @@ std::string live_legend(const std::vector<TraceReplay>& replays, bool offline, d
       replays.size() > 1 ? "; every prompt weighs the same" : "", seconds);
 }
 
-void run_live(const LiveArguments& given) {
-  LiveArguments arguments = given;
+// What can be wrong with what was asked for, before anything is read.
+void check_arguments(const LiveArguments& arguments, const ReplayRequest& request) {
   if (arguments.prompts.empty() && arguments.replay.traces.empty()) {
     throw UsageError(
         "live needs what the model reads: --prompt FILE or --trace FILE, as in kvreplay live --model DIR --trace "
@@ -364,65 +404,161 @@ void run_live(const LiveArguments& given) {
   if (arguments.templated && arguments.prompts.empty()) {
     throw UsageError("--templated says how a --prompt is written; a trace's tokens are taken as they are");
   }
-  std::vector<std::string> notes;
-  const ReplayRequest request = request_from(arguments.replay, notes);
   if (arguments.generate > 0 && !request.eviction_positions.empty()) {
     throw UsageError("--generate: the model writes freely at the prompt's end alone; leave out --evict-at");
   }
   if (request.eviction_positions.size() > 1) throw UsageError("--evict-at: a live run evicts once");
-  const std::vector<std::string> traces = distinct_traces(arguments.replay, notes);
-  ReplayOptions outputs = arguments.replay;
-  outputs.traces.insert(outputs.traces.end(), arguments.prompts.begin(), arguments.prompts.end());
-  check_outputs(outputs, request);
-  const int threads = threads_or_all(arguments.replay.threads);
-  omp_set_num_threads(threads);
+  if (arguments.resume && arguments.replay.results.empty()) {
+    throw UsageError("--resume goes on with what stands beside an output; name it with -o");
+  }
+}
 
+// The runs as text, for the other processes.
+std::string text_of(const std::vector<int>& runs) { return fmt::format("{}", fmt::join(runs, " ")); }
+
+std::vector<int> runs_from(const std::string& text) {
+  std::istringstream stream(text);
+  std::vector<int> runs;
+  for (int run = 0; stream >> run;) runs.push_back(run);
+  return runs;
+}
+
+void run_live(const LiveArguments& given) {
+  const std::unique_ptr<Ranks> ranks = launched_ranks();
+  LiveArguments arguments = given;
   const auto started = std::chrono::steady_clock::now();
-  const tracer::Model model(arguments.model);
-  for (const std::string& warning : model.warnings) fmt::print(stderr, "warning: {}\n", warning);
+  std::vector<std::string> notes;
+  ReplayRequest request;
+  std::unique_ptr<const tracer::Model> model;
+  std::vector<Beginning> beginnings;
+  std::optional<FinishedRuns> store;
+  std::vector<std::optional<TraceReplay>> done;
   tracer::Transformer::Options execution;
-  execution.threads = threads;
-  tracer::Transformer transformer(model, execution);
-  std::vector<TraceReplay> replays;
-  std::vector<TraceNote> left_out;
-  {
-    std::vector<Beginning> beginnings;
+  together(*ranks, [&]() {
+    for (const std::string& plugin : arguments.plugins) load_plugin(plugin);
+    request = request_from(arguments.replay, notes);
+    check_arguments(arguments, request);
+    if (ranks->size() > 1 && arguments.replay.results.empty()) {
+      throw UsageError("several processes work together on one output; name it with -o");
+    }
+    const std::vector<std::string> traces = distinct_traces(arguments.replay, notes);
+    if (ranks->is_first()) {
+      ReplayOptions outputs = arguments.replay;
+      outputs.traces.insert(outputs.traces.end(), arguments.prompts.begin(), arguments.prompts.end());
+      check_outputs(outputs, request);
+    }
+    execution.threads = threads_of(arguments.replay.threads, *ranks);
+    omp_set_num_threads(execution.threads);
+    model = std::make_unique<const tracer::Model>(arguments.model);
     for (const std::string& prompt : arguments.prompts) {
-      beginnings.push_back(begin_with_prompt(arguments, model, prompt));
+      beginnings.push_back(begin_with_prompt(arguments, *model, prompt));
     }
-    for (const std::string& trace : traces) beginnings.push_back(begin_with_trace(arguments, model, trace));
-    Progress line;
-    std::size_t done = 0;
-    for (Beginning& beginning : beginnings) {
-      const std::string name = std::filesystem::path(beginning.name).filename().string();
-      Outcome outcome =
-          run_one(arguments, request, model, transformer, std::move(beginning), [&](const tracer::LiveProgress& at) {
-            // The stages of one prompt, about as long as each other.
-            const double part = (static_cast<double>(at.stage) + at.fraction) / 3;
-            line.show(fmt::format("{}: {}", name, stage_text(at.stage)),
-                      (static_cast<double>(done) + part) / static_cast<double>(beginnings.size()));
-          });
-      std::ranges::move(outcome.replays, std::back_inserter(replays));
-      std::ranges::move(outcome.left_out, std::back_inserter(left_out));
-      ++done;
-    }
+    for (const std::string& trace : traces) beginnings.push_back(begin_with_trace(arguments, *model, trace));
+    done.resize(beginnings.size());
+    if (arguments.replay.results.empty()) return;
+    store.emplace(arguments.replay.results, identity_of_run(arguments, request, traces));
+    if (ranks->is_first()) store->open(arguments.resume);
+  });
+  if (ranks->is_first()) {
+    for (const std::string& warning : model->warnings) fmt::print(stderr, "warning: {}\n", warning);
   }
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
 
-  std::vector<std::string> written;
-  std::exception_ptr failure;
-  try {
-    write_files(arguments, replays, written);
-  } catch (const std::exception&) {
-    failure = std::current_exception();
+  const ModelInfo model_info = beginnings.front().info.model;
+  std::vector<int> left;
+  if (ranks->is_first()) {
+    for (int run = 0; run < static_cast<int>(done.size()); ++run) {
+      auto& found = done[static_cast<std::size_t>(run)];
+      if (store) found = store->read(run, model_info, notes);
+      if (!found) left.push_back(run);
+    }
   }
-  fmt::print("{}\n\n{}\n{}", headline(replays), policy_table(rank_policies(replays)),
-             live_legend(replays, !arguments.no_offline, seconds));
-  if (arguments.generate > 0) fmt::print("\n{}", written_texts(replays));
-  for (const std::string& file : written) fmt::print("wrote {}\n", file);
-  std::fflush(stdout);
-  print_notes(notes, replays, left_out);
-  if (failure) std::rethrow_exception(failure);
+  left = runs_from(ranks->from_first(text_of(left)));
+  const std::vector<int> part = divided(beginnings, left, ranks->size())[static_cast<std::size_t>(ranks->rank())];
+
+  const std::size_t finished = done.size() - left.size();
+  const auto tell_interruption = [&](std::size_t more) {
+    if (!ranks->is_first() || !store) {
+      say_when_interrupted("");
+      return;
+    }
+    const std::string folder = store->folder().string();
+    say_when_interrupted(ranks->size() == 1
+                             ? fmt::format("{} of {} are finished and kept in {}; go on with --resume", finished + more,
+                                           counted(done.size(), "prompt"), folder)
+                             : fmt::format("finished prompts are kept in {}; go on with --resume", folder));
+  };
+  const auto with_advice = [&](const auto& action) {
+    try {
+      action();
+    } catch (const Error& error) {
+      if (!store || store->empty()) throw;
+      throw Error(fmt::format("{}; finished prompts are kept in {}, go on with --resume", error.what(),
+                              store->folder().string()));
+    }
+  };
+  const auto work = [&]() {
+    tracer::Transformer transformer(*model, execution);
+    std::optional<Progress> line;
+    if (ranks->is_first()) line.emplace();
+    tell_interruption(0);
+    try {
+      with_advice([&]() {
+        for (std::size_t i = 0; i < part.size() && !ranks->others_stopped(); ++i) {
+          Beginning& beginning = beginnings[static_cast<std::size_t>(part[i])];
+          const std::string name = std::filesystem::path(beginning.name).filename().string();
+          const double stages = arguments.generate > 0 ? 4 : 3;
+          TraceReplay found = run_one(
+              arguments, request, *model, transformer, std::move(beginning), [&](const tracer::LiveProgress& at) {
+                if (!line) return;
+                // The stages of one prompt, about as long as each other.
+                const double share = std::min(1.0, (static_cast<double>(at.stage) + at.fraction) / stages);
+                line->show(fmt::format("{}: {}", name, stage_text(at.stage)),
+                           (static_cast<double>(i) + share) / static_cast<double>(part.size()));
+              });
+          if (store) store->save(part[i], found);
+          if (ranks->size() == 1) done[static_cast<std::size_t>(part[i])] = std::move(found);
+          tell_interruption(i + 1);
+        }
+      });
+    } catch (...) {
+      ranks->announce_stop();
+      throw;
+    }
+  };
+  try {
+    together(*ranks, work);
+  } catch (const Error&) {
+    // A folder without anything in it is of no use to anybody.
+    if (ranks->is_first() && store && store->empty()) store->remove();
+    throw;
+  }
+
+  together(*ranks, [&]() {
+    if (!ranks->is_first()) return;
+    std::vector<TraceReplay> replays;
+    for (std::size_t run = 0; run < done.size(); ++run) {
+      if (!done[run]) done[run] = store->read(static_cast<int>(run), model_info, notes);
+      if (!done[run]) throw Error(fmt::format("{}: lacks a finished prompt", store->folder().string()));
+      replays.push_back(std::move(*done[run]));
+    }
+    std::vector<std::string> written;
+    // The table is shown even where a file cannot be written: it is what the work was for.
+    std::exception_ptr failure;
+    try {
+      with_advice([&]() { write_files(arguments, replays, written); });
+      if (store) store->remove();
+    } catch (const std::exception&) {
+      failure = std::current_exception();
+    }
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+    fmt::print("{}\n\n{}\n{}", headline(replays), policy_table(rank_policies(replays)),
+               live_legend(replays, !arguments.no_offline, seconds));
+    if (arguments.generate > 0) fmt::print("\n{}", written_texts(replays));
+    for (const std::string& file : written) fmt::print("wrote {}\n", file);
+    std::fflush(stdout);
+    print_notes(notes, replays, {});
+    if (failure) std::rethrow_exception(failure);
+  });
 }
 
 }  // namespace
@@ -463,8 +599,9 @@ void add_live_command(CLI::App& app) {
                    "A text that counts as an answer when it is in what the model writes, beside those of a trace")
       ->type_name("TEXT");
   command->add_flag("--no-offline", arguments->no_offline, "Leave out what a replay measures, layer by layer");
-  add_plugin_option(*command);
+  add_plugin_option(*command, arguments->plugins);
   add_output_options(*command, arguments->replay);
+  command->add_flag("--resume", arguments->resume, "Go on with a run that was interrupted");
   command->callback([arguments] { run_live(*arguments); });
 }
 

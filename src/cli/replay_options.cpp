@@ -275,7 +275,9 @@ std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, do
   bool ranks = false;
   std::map<std::pair<std::string, std::string>, std::size_t> places;  // of each policy and capacity
   bool windowed = false;
+  bool residuals = false;
   for (const TraceReplay& replay : replays) {
+    residuals = residuals || std::ranges::any_of(replay.results, &ReplayResult::residual_norms);
     for (const ReplayResult& result : replay.results) ++places[{result.policy, result.capacity_request}];
     traces.insert(replay.trace);
     if (replay.trace == replays.front().trace) evictions_of_one.insert(replay.eviction_position);
@@ -299,13 +301,13 @@ std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, do
         "first;\n";
   }
   return fmt::format(
-      "layer error, head error: ‖ô−o‖/‖o‖ after and before the output projection; recall: attention mass still "
+      "{}layer error, head error: ‖ô−o‖/‖o‖ after and before the output projection; recall: attention mass still "
       "cached;\nB/token (KiB): keys and values of the kept sets per token of the prompt, 2 bytes a number; *: more or "
       "less than\nthe capacity costs in every KV head, so not an equal budget;\n{}{}{}{}{}means over {}layers, heads "
-      "and "
-      "evaluation queries{}.\nBest first at each capacity. Replayed in "
-      "{:.1f} "
-      "s.\n",
+      "and evaluation queries{}.\nBest first at each capacity{}. Replayed in {:.1f} s.\n",
+      residuals ? "residual error: by how much what a layer adds to the residual stream changes, over the stream's "
+                  "length; root of\nthe mean square;\n"
+                : "",
       !windowed ? ""
       : full_layers
           ? "means, kept and its share are of full layers, B/token is of all layers;\n"
@@ -315,7 +317,7 @@ std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, do
       partial,
       spans ? "spans kept: share of the annotated spans' positions that is kept, mean over layers and heads;\n" : "",
       ranks ? "Spearman, Kendall: how far scores rank positions as oracle-attention does;\n" : "",
-      full_layers ? "full " : "", over, seconds);
+      full_layers ? "full " : "", over, residuals ? ", by the residual error" : "", seconds);
 }
 
 void print_notes(const std::vector<std::string>& notes, const std::vector<TraceReplay>& replays,

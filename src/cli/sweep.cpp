@@ -3,14 +3,12 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <omp.h>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <filesystem>
 #include <memory>
@@ -36,6 +34,7 @@
 #include "cli/plugins.h"
 #include "cli/progress.h"
 #include "cli/replay_options.h"
+#include "cli/together.h"
 #include "hdf5/cache.h"
 #include "notebooks-export/tables/tables.h"
 #include "policy/expansion.h"
@@ -110,17 +109,6 @@ std::string configuration_of(CLI::App& command) {
 
 void require(bool given, const std::string& what) {
   if (!given) throw UsageError(fmt::format("{} is required, on the command line or in a --config file", what));
-}
-
-// Threads of this process where nothing is said: its share of the node's processors.
-int threads_of(const SweepOptions& options, const Ranks& ranks) {
-  if (options.replay.threads > 0) return options.replay.threads;
-  const int usable = omp_get_max_threads();
-  const bool said = std::getenv("OMP_NUM_THREADS") != nullptr;
-  const auto processors = static_cast<int>(::sysconf(_SC_NPROCESSORS_ONLN));
-  // Where the launcher has bound this process to some of the processors, they are its share.
-  if (said || usable < processors) return usable;
-  return std::max(1, usable / ranks.size_on_node());
 }
 
 // What the process takes beside the engine and whole results, in bytes, as the system counts it.
@@ -408,25 +396,6 @@ void print_tables(const SweepOptions& options, const Preparation& sweep, const P
   fmt::print("\n{}", legend(sweep.engine->outlines(), options.replay.full_layers, seconds));
 }
 
-// Does something in every process. Where it fails in one, all of them fail, with the message of the lowest.
-template <class Action>
-void together(Ranks& ranks, const Action& action) {
-  std::string failure;
-  try {
-    action();
-  } catch (const UsageError& error) {
-    failure = fmt::format("u{}", error.what());
-  } catch (const std::bad_alloc&) {
-    failure = "eout of memory";
-  } catch (const std::exception& error) {
-    failure = fmt::format("e{}", error.what());
-  }
-  failure = ranks.first_failure(failure);
-  if (failure.empty()) return;
-  if (failure.front() == 'u') throw UsageError(failure.substr(1));
-  throw Error(failure.substr(1));
-}
-
 // The units of a finished or failed part are kept: says how to go on.
 template <class Action>
 void with_advice(const Preparation& sweep, const Action& action) {
@@ -445,7 +414,7 @@ void run_sweep(CLI::App& command, const SweepOptions& options) {
   together(*ranks, [&]() {
     if (!options.config.empty()) read_configuration_file(command, options.config);
     if (options.print_config) return;
-    omp_set_num_threads(threads_of(options, *ranks));
+    omp_set_num_threads(threads_of(options.replay.threads, *ranks));
     prepare(options, sweep);
     // Not before the plug-ins are loaded, and by one process: they would see each other's probes.
     if (ranks->is_first()) check_outputs(options.replay, sweep.request);

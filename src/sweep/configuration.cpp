@@ -206,6 +206,7 @@ std::string SweepIdentity::text() const {
   // Not named unless they were asked for: an earlier sweep's folder says nothing of them.
   if (!evaluate_from.empty()) entries.push_back({"evaluate-from", {evaluate_from}, false, 0});
   if (rank_agreement) entries.push_back({"rank-agreement", {"true"}, false, 0});
+  if (!live.empty()) entries.push_back({"live", live, true, 0});
   for (const auto& [key, identities] : {std::pair<std::string, const std::vector<FileIdentity>&>{"traces", traces},
                                         std::pair<std::string, const std::vector<FileIdentity>&>{"files", files}}) {
     ConfigurationEntry names{key, {}, true, 0};
@@ -243,6 +244,7 @@ SweepIdentity SweepIdentity::from_text(std::string_view text, const std::string&
     identity.evaluate_from = single("evaluate-from");
   }
   identity.rank_agreement = std::ranges::find(entries, "rank-agreement", &ConfigurationEntry::key) != entries.end();
+  if (std::ranges::find(entries, "live", &ConfigurationEntry::key) != entries.end()) identity.live = values("live");
   const auto read_files = [&](const std::string& key, std::vector<FileIdentity>& identities) {
     const auto& names = values(key);
     const auto& sizes = values(key + "-size");
@@ -278,6 +280,7 @@ std::string difference(const SweepIdentity& before, const SweepIdentity& now) {
   add_text("--heads", before.heads, now.heads);
   add_text("--share", before.share, now.share);
   add_text("--rank-agreement", before.rank_agreement ? "given" : "", now.rank_agreement ? "given" : "");
+  add(list_difference("what is asked of a live run", before.live, now.live));
   const auto add_files = [&](std::string_view noun, const std::vector<FileIdentity>& old_files,
                              const std::vector<FileIdentity>& new_files) {
     if (names_of(old_files) != names_of(new_files)) {

@@ -53,6 +53,7 @@ struct SweepIdentity {
   std::string heads;          ///< empty: the policies' own
   std::string share;
   bool rank_agreement = false;
+  std::vector<std::string> live;  ///< of a live run, what else was asked of it, as in "--generate 8"; none of a sweep
   std::vector<FileIdentity> traces;
   std::vector<FileIdentity> files;  ///< plug-ins, and what policies read
 

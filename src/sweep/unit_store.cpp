@@ -25,6 +25,7 @@ namespace {
 constexpr std::string_view kFormat = "kvreplay-unit";
 constexpr std::string_view kUnitPrefix = "unit-";
 constexpr std::string_view kSurveyPrefix = "survey-";
+constexpr std::string_view kRunPrefix = "run-";   // FinishedRuns puts them there
 constexpr std::string_view kTemporary = ".tmp-";  // as OutputFile names them
 
 // The measures that a unit has numbers of. Where only some settings have them, zeros are stored for the others.
@@ -65,8 +66,8 @@ std::vector<std::string> names_in(const std::filesystem::path& folder) {
 }
 
 bool is_ours(const std::string& name) {
-  return name.starts_with(kUnitPrefix) || name.starts_with(kSurveyPrefix) || name == "sweep.toml" ||
-         name.find(kTemporary) != std::string::npos;
+  return name.starts_with(kUnitPrefix) || name.starts_with(kSurveyPrefix) || name.starts_with(kRunPrefix) ||
+         name == "sweep.toml" || name.find(kTemporary) != std::string::npos;
 }
 
 }  // namespace
@@ -254,8 +255,9 @@ void UnitStore::open(bool resume) {
       throw refuse("is not a sweep's folder; remove or rename it, or choose another output");
     }
     if (!resume) {
-      const auto units = std::ranges::count_if(
-          names, [](const std::string& name) { return name.starts_with(kUnitPrefix) && name.ends_with(".h5"); });
+      const auto units = std::ranges::count_if(names, [](const std::string& name) {
+        return (name.starts_with(kUnitPrefix) || name.starts_with(kRunPrefix)) && name.ends_with(".h5");
+      });
       throw refuse(fmt::format(
           "holds {} finished unit{} of an earlier sweep; go on with --resume, or remove the folder to begin "
           "again",

@@ -1,0 +1,238 @@
+// `kvreplay live` as a user types it.
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "cli/command.h"
+#include "hdf5/hdf5.h"
+#include "replay/results_reader.h"
+#include "support/places.h"
+#include "support/tiny_model.h"
+
+namespace kvreplay {
+namespace {
+
+using nlohmann::json;
+using test::Outcome;
+using test::TinyModel;
+using test::TinyModelOptions;
+using testing::AllOf;
+using testing::HasSubstr;
+using testing::Not;
+
+class LiveCommand : public test::Commands {
+ protected:
+  void SetUp() override {
+    write_model("tiny", 1);
+    std::string ids;
+    for (int i = 0; i < 80; ++i) ids += fmt::format("{} ", (i * i * 7 + i * 13 + 5) % 97);
+    test::write_file(folder_ / "ids", ids);
+    ASSERT_EQ(run("capture --model tiny --tokens ids --generate 9 -o run.h5").exit_code, 0);
+  }
+
+  void write_model(const std::string& name, unsigned seed, int layers = 2) const {
+    TinyModelOptions options;
+    options.layers = layers;
+    options.kv_heads = 2;
+    options.seed = seed;
+    TinyModel(options).write(folder_ / name);
+  }
+
+  Outcome run(const std::string& line) const { return Commands::run(test::words(line)); }
+
+  void expect_refused(const std::string& arguments, const std::string& message, int exit_code = 1) const {
+    refuse(test::words("live " + arguments + " -o live.h5"), exit_code, {message});
+  }
+};
+
+TEST_F(LiveCommand, ShowsWhatTheModelLosesAndWhatAReplayMeasures) {
+  const Outcome live =
+      run("live --model tiny --trace run.h5 -p full,snapkv(window=8),h2o,oracle-attention -c 16,50% -o live.h5 "
+          "--kept live-kept.h5 --json live.json --csv live.csv");
+  ASSERT_EQ(live.exit_code, 0) << live.errors;
+  EXPECT_THAT(live.output, AllOf(HasSubstr("KL"), HasSubstr("loss +"), HasSubstr("agree"), HasSubstr("residual error"),
+                                 HasSubstr("oracle-attention"), HasSubstr("(ORACLE)"), HasSubstr("wrote live.h5")));
+
+  const ResultsReader results(folder_ / "live.h5");
+  ASSERT_EQ(run("replay run.h5 -p full,snapkv(window=8),h2o,oracle-attention -c 16,50% -o replay.h5").exit_code, 0);
+  const ResultsReader replay(folder_ / "replay.h5");
+  ASSERT_EQ(results.results().size(), replay.results().size());
+  for (std::size_t i = 0; i < results.results().size(); ++i) {
+    const StoredResult& result = results.results()[i];
+    SCOPED_TRACE(result.policy + " at " + result.capacity_request);
+    EXPECT_EQ(result.trace_digest, replay.results()[i].trace_digest);
+    const Table kl = results.read(i, Measure::kl);
+    ASSERT_EQ(kl.shape, (std::vector<Index>{8}));
+    for (const float number : kl.numbers) {
+      EXPECT_EQ(number > 0, result.policy != "full");
+    }
+    const Table nll = results.read(i, Measure::nll);
+    EXPECT_FALSE(std::isnan(nll.numbers[6]));
+    EXPECT_TRUE(std::isnan(nll.numbers[7])) << "nothing came after the last token";
+    // The same run, by passes that were cut elsewhere.
+    const Table errors = results.read(i, Measure::residual_error);
+    const Table expected = replay.read(i, Measure::residual_error);
+    ASSERT_EQ(errors.shape, expected.shape);
+    for (std::size_t n = 0; n < errors.numbers.size(); ++n) {
+      EXPECT_NEAR(errors.numbers[n], expected.numbers[n], 1e-4 * static_cast<double>(1 + expected.numbers[n]));
+    }
+  }
+  const json document = json::parse(test::read_file(folder_ / "live.json"));
+  int rows = 0;
+  for (const json& row : document["summary"]) {
+    if (row["measure"] != "kl") continue;
+    EXPECT_EQ(row["layer"], "all");
+    ++rows;
+  }
+  EXPECT_EQ(rows, static_cast<int>(results.results().size()));
+
+  // Its kept sets give the same, named as sets.
+  const Outcome again = run("live --model tiny --trace run.h5 -p kept(file=live-kept.h5,index=1) -c 16 -o again.h5");
+  ASSERT_EQ(again.exit_code, 0) << again.errors;
+  EXPECT_EQ(ResultsReader(folder_ / "again.h5").read(0, Measure::kl).numbers, results.read(1, Measure::kl).numbers);
+}
+
+TEST_F(LiveCommand, GivesTheSameBytesForAnyNumberOfThreadsAndWithoutWhatAReplayMeasures) {
+  const std::string common = "live --model tiny --trace run.h5 -p snapkv(window=8),knorm -c 16,25 ";
+  ASSERT_EQ(run(common + "-o one.h5 --threads 1").exit_code, 0);
+  ASSERT_EQ(run(common + "-o three.h5 --threads 3").exit_code, 0);
+  EXPECT_EQ(test::read_file(folder_ / "one.h5"), test::read_file(folder_ / "three.h5"));
+  const Outcome without = run(common + "-o without.h5 --no-offline");
+  ASSERT_EQ(without.exit_code, 0) << without.errors;
+  EXPECT_THAT(without.output, Not(HasSubstr("layer error")));
+  const ResultsReader all(folder_ / "one.h5");
+  const ResultsReader some(folder_ / "without.h5");
+  for (std::size_t i = 0; i < 4; ++i) {
+    EXPECT_EQ(some.read(i, Measure::kl).numbers, all.read(i, Measure::kl).numbers);
+    EXPECT_TRUE(some.read(i, Measure::layer_error).numbers.empty());
+  }
+}
+
+TEST_F(LiveCommand, ContinuesAsAsked) {
+  ASSERT_EQ(run("capture --model tiny --tokens ids -o prompt.h5").exit_code, 0);
+  const std::string common = "live --model tiny -p recent -c 20 -o live.h5 ";
+  ASSERT_EQ(run(common + "--trace prompt.h5 --continue 5").exit_code, 0);
+  EXPECT_EQ(ResultsReader(folder_ / "live.h5").results().front().evaluation_positions,
+            (std::vector<int>{80, 81, 82, 83, 84}));
+  // What the model writes itself is what the trace holds, which was written greedily.
+  ASSERT_EQ(run(common + "--trace run.h5 --continue 8").exit_code, 0);
+  const std::vector<float> own = ResultsReader(folder_ / "live.h5").read(0, Measure::kl).numbers;
+  ASSERT_EQ(run(common + "--trace run.h5").exit_code, 0);
+  EXPECT_EQ(ResultsReader(folder_ / "live.h5").read(0, Measure::kl).numbers, own);
+  // An earlier eviction is followed by the rest of the prompt.
+  ASSERT_EQ(run(common + "--trace run.h5 --evict-at 60").exit_code, 0);
+  EXPECT_EQ(ResultsReader(folder_ / "live.h5").results().front().evaluation_positions.size(), 28U);
+
+  std::filesystem::remove(folder_ / "live.h5");
+  expect_refused(
+      "--model tiny --trace prompt.h5 -p recent -c 20 --continue trace",
+      "prompt.h5: has no token after the eviction at 80; continue with a number of tokens, as in --continue");
+  expect_refused("--model tiny --trace run.h5 -p recent -c 20 --continue ids",
+                 "ids: the model's folder has no tokenizer for this text; continue with a number of tokens");
+}
+
+TEST_F(LiveCommand, LetsTheModelWrite) {
+  const std::string demo = (test::project_folder() / "traces" / "demo-model").string();
+  const std::string prompt = (test::project_folder() / "tests" / "data" / "reference-prompt.txt").string();
+  const Outcome outcome =
+      run(fmt::format("live --model {} --prompt {} -p recent,restkv -c 64 --continue 4 --generate 6 --answer 12345 "
+                      "--json live.json",
+                      demo, prompt));
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+  EXPECT_THAT(outcome.output, AllOf(HasSubstr("same text  answered"), HasSubstr("the full cache")));
+  const json written = json::parse(test::read_file(folder_ / "live.json"))["traces"][0]["generations"];
+  EXPECT_EQ(written["full"]["tokens"], 6);
+  EXPECT_TRUE(written["full"]["first_difference"].is_null());
+  EXPECT_EQ(written["full"]["answered"], false);
+  ASSERT_EQ(written["evicted"].size(), 2U);
+  EXPECT_EQ(written["evicted"][1]["policy"], "restkv");
+  // A word of what it writes.
+  const std::string text = written["full"]["text"];
+  const std::size_t word = text.find_first_not_of(" \n");
+  const std::string answer = text.substr(word, text.find_first_of(" \n", word) - word);
+  const Outcome answered = run(fmt::format(
+      "live --model {} --prompt {} -p full -c 64 --continue 4 --generate 6 --answer {}", demo, prompt, answer));
+  EXPECT_THAT(answered.output, HasSubstr(" 100 % ")) << answered.errors;
+}
+
+TEST_F(LiveCommand, LeavesOutWhatCannotBeDecided) {
+  const Outcome outcome = run("live --model tiny --trace run.h5 -p snapkv(window=32),recent -c 16 -o live.h5");
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.errors, HasSubstr("capacity 16 is below the 32 positions that snapkv"));
+  EXPECT_EQ(ResultsReader(folder_ / "live.h5").results().size(), 1U);
+}
+
+TEST_F(LiveCommand, RefusesATraceOfAnotherModel) {
+  write_model("seeds", 2);
+  write_model("layers", 1, 3);
+  expect_refused("--model seeds --trace run.h5 -p recent -c 20",
+                 "run.h5: is not a run of the model in seeds: the key of");
+  expect_refused("--model layers --trace run.h5 -p recent -c 20",
+                 "run.h5: is not a run of the model in layers: its num_layers is 2, and the model's 3");
+  // Half precision is no other model.
+  ASSERT_EQ(run("capture --model tiny --tokens ids --generate 3 --dtype bfloat16 -o half.h5").exit_code, 0);
+  EXPECT_EQ(run("live --model tiny --trace half.h5 -p recent -c 20").exit_code, 0);
+}
+
+TEST_F(LiveCommand, GoesOnWhereItWasInterrupted) {
+  std::string ids = test::read_file(folder_ / "ids");
+  for (const char* name : {"a", "b", "c"}) {
+    ids = name + ids.substr(1);
+    test::write_file(folder_ / name, "7 " + ids.substr(2));
+    ASSERT_EQ(run(fmt::format("capture --model tiny --tokens {} --generate 5 -o {}.h5", name, name)).exit_code, 0);
+  }
+  const std::string line = "live --model tiny --trace a.h5 b.h5 c.h5 -p recent,knorm -c 16,32 --generate 4 ";
+  ASSERT_EQ(run(line + "-o whole.h5 --kept whole-kept.h5 --csv whole.csv").exit_code, 0);
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "whole.h5.units"));
+
+  test::Invocation stopped{.arguments = test::words(line + "-o live.h5 --kept kept.h5 --csv live.csv")};
+  stopped.interrupt_when = "run-1.h5";
+  const Outcome interrupted = interrupt(stopped, "live.h5");
+  EXPECT_NE(interrupted.exit_code, 0);
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "live.h5"));
+  EXPECT_THAT(interrupted.errors,
+              HasSubstr("of 3 prompts are finished and kept in live.h5.units; go on with --resume"));
+
+  refuse(test::words(line + "-o live.h5 --kept kept.h5 --csv live.csv"), 1, {"go on with --resume"});
+  refuse(
+      test::words("live --model tiny --trace a.h5 b.h5 c.h5 -p recent,knorm -c 16,32 --generate 3 -o live.h5 --resume"),
+      1, {"what is asked of a live run", "--generate"});
+  // What was written is damaged in one place and done again.
+  test::write_file(folder_ / "live.h5.units" / "run-0.h5", "no results");
+  const Outcome resumed = run(line + "-o live.h5 --kept kept.h5 --csv live.csv --resume");
+  ASSERT_EQ(resumed.exit_code, 0) << resumed.errors;
+  EXPECT_THAT(resumed.errors, HasSubstr("it is done again"));
+  for (const auto& [one, other] :
+       {std::pair("live.h5", "whole.h5"), {"kept.h5", "whole-kept.h5"}, {"live.csv", "whole.csv"}}) {
+    EXPECT_EQ(test::read_file(folder_ / one), test::read_file(folder_ / other)) << one;
+  }
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "live.h5.units"));
+}
+
+TEST_F(LiveCommand, LeavesNothingBehindOnAFullDisk) {
+  test::Invocation full{.arguments = test::words("live --model tiny --trace run.h5 -p recent -c 16 -o live.h5")};
+  full.largest_file = 2000;
+  const Outcome outcome = Commands::run(full);
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "live.h5"));
+}
+
+TEST_F(LiveCommand, TellsHowItIsUsed) {
+  expect_refused("--model tiny -p recent -c 20", "live needs what the model reads: --prompt FILE or --trace FILE", 2);
+  expect_refused("--model tiny --trace run.h5 -p recent -c 20 --generate 3 --evict-at 60",
+                 "--generate: the model writes", 2);
+  expect_refused("--model tiny --trace run.h5 -p recent -c 20 --evict-at 60,70", "--evict-at: a live run evicts once",
+                 2);
+  expect_refused("--model tiny --trace run.h5 -p recent -c 20 --evict-at 89", "run.h5: eviction position 89 is beyond",
+                 1);
+  expect_refused("--model tiny --trace run.h5 -p recent -c 20 --templated",
+                 "--templated says how a --prompt is written", 2);
+  refuse(test::words("live --model tiny --trace run.h5 -p recent -c 20 --resume"), 2, {"name it with -o"});
+  expect_refused("--model nowhere --trace run.h5 -p recent -c 20", "nowhere", 1);
+  expect_refused("--model tiny --trace missing.h5 -p recent -c 20", "missing.h5", 1);
+}
+
+}  // namespace
+}  // namespace kvreplay

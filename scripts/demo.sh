@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole way once: captures the demo model on the bundled prompts, replays policies over what was captured, and makes a
-# report of the results. Commands are shown so that they can be pasted where the user is.
+# The whole way once: captures the demo model on the bundled prompts, replays policies over what was captured, makes a
+# report of the results, and lets the model itself run on over what the policies kept. Commands are shown so that they can
+# be pasted where the user is.
 #   scripts/demo.sh KVREPLAY [FOLDER]    KVREPLAY from the project's folder; FOLDER: where the user is, by default there
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -63,10 +64,14 @@ run "$kvreplay" replay "${traces[@]}" --policy full "${policies[@]}" --policy or
 run "$kvreplay" report "$out/results.h5" "$out/settings.h5" "$out/earlier.h5" --kept "$out/kept.h5" \
   --kept "$out/earlier-kept.h5" --trace "${traces[@]}" --force -o "$out/report"
 
+# What the model itself loses: it runs on over what each policy kept of two of the prompts.
+run "$kvreplay" live --model traces/demo-model --trace "$out/facts.h5" "$out/needle.h5" "${policies[@]}" \
+  --capacity 64,128,256 -o "$out/live.h5"
+
 cat <<EOF
 
 In $(typed "$out")/: a trace per prompt (${traces[*]##*/}), the results as results.h5, results.csv and
-results.json, the sets that each policy kept in kept.h5, and the report. What to try next:
+results.json, the sets that each policy kept in kept.h5, what the model loses in live.h5, and the report. What to try next:
   $(command_line "$kvreplay" inspect "${traces[0]}")
   $(command_line "$kvreplay" analyze "$out/results.h5" --by policy,capacity,layer)
   $(command_line "$kvreplay" policies)

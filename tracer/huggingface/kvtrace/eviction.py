@@ -104,7 +104,7 @@ class evicted:
         self._kept = kept if isinstance(kept, KeptSets) else read_kept_sets(kept, index)
         config = decoder_config(model)
         self._decoder = decoder_of(model)
-        self._modules = [module for module in numbered(self._decoder) if is_innermost(module)]
+        self._modules = numbered(self._decoder)
         self._implementation = config._attn_implementation
         self._num_layers = config.num_hidden_layers
         self._sets = self._kept.of_layers(self._num_layers)
@@ -166,7 +166,8 @@ class evicted:
         self._check_layers()
 
     def _check_layers(self):
-        kinds = [{type(module).__name__ for module in self._modules if module.layer_idx == number}
+        kinds = [{type(module).__name__ for module in self._modules
+                  if is_innermost(module) and module.layer_idx == number}
                  for number in range(self._num_layers)]
         reason = checks.unseen_fault([int(number in self._seen) for number in range(self._num_layers)], kinds)
         if reason is not None:
@@ -179,19 +180,21 @@ class evicted:
             self._check_layers()
         self._passes += 1
         cache = _cache_among(arguments, options)
+        layers = getattr(cache, "layers", None) or []
+        if any(isinstance(layer, EvictedLayer) and layer.eviction is not self for layer in layers):
+            raise EvictionError("the cache was evicted in another block; go on in that one, or run the prompt again")
+        # Where the prompt ran before the block, nothing has been looked at yet.
+        cut = [self._evict(cache, number) for number in range(len(layers))]
         mask = options.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool((mask != 0).all()):
+        if any(cut) and isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool((mask != 0).all()):
             raise EvictionError("the attention mask hides positions; run without padding")
-        for number, layer in enumerate(getattr(cache, "layers", None) or []):
-            self._evict(cache, number)  # where the prompt ran before the block
-            if isinstance(layer, EvictedLayer) and layer.eviction is not self:
-                raise EvictionError("the cache was evicted in another block; go on in that one, or run the prompt again")
 
     def _on_cache(self, module, arguments, options):
         cache = _cache_among(arguments, options)
-        if cache is None:
-            raise EvictionError("the model runs without a cache, of which nothing can be evicted; run with use_cache=True")
-        self._caches[id(module)] = weakref.ref(cache)
+        if cache is not None:
+            self._caches[id(module)] = weakref.ref(cache)
+        else:
+            self._caches.pop(id(module), None)
 
     def _attend(self, function, module, query, key, value, mask, *arguments, **options):
         number, count = module.layer_idx, query.shape[2]
@@ -199,6 +202,8 @@ class evicted:
             raise EvictionError(f"an attention of the model does not say which of its {self._num_layers} layers it is")
         reference = self._caches.get(id(module))
         cache = reference() if reference is not None else None
+        if cache is None:
+            raise EvictionError("the model runs without a cache, of which nothing can be evicted; run with use_cache=True")
         layers = getattr(cache, "layers", None) or []
         held = layers[number] if number < len(layers) else None
         if held is None or getattr(held, "keys", None) is None:
@@ -281,12 +286,12 @@ class evicted:
     # The eviction.
 
     def _evict(self, cache, number):
-        """Cuts a layer's cache to what was kept, where its run has come to the eviction."""
+        """Cuts a layer's cache to what was kept, where its run has come to the eviction; whether it has."""
         held = cache.layers[number] if number < len(cache.layers) else None
         if held is None or isinstance(held, EvictedLayer) or getattr(held, "keys", None) is None:
-            return
+            return False
         if held.get_seq_length() < self._kept.evict_at:
-            return
+            return False
         if held.get_seq_length() > self._kept.evict_at:
             raise EvictionError(f"{self._kept.place}: the eviction is at {self._kept.evict_at}, and the cache holds "
                                 f"{held.get_seq_length()} tokens already")
@@ -295,6 +300,7 @@ class evicted:
         with torch.no_grad():
             cache.layers[number] = self._cut(held, number, window)
         self._evicted.add(number)
+        return True
 
     def _cut(self, held, number, window):
         keys, values = held.keys, held.values
@@ -345,4 +351,5 @@ class evicted:
 
 
 def _cache_among(arguments, options):
-    return next((value for value in (*arguments, *options.values()) if isinstance(value, transformers.Cache)), None)
+    cache = next((value for value in (*arguments, *options.values()) if isinstance(value, transformers.Cache)), None)
+    return getattr(cache, "self_attention_cache", cache)

@@ -43,7 +43,7 @@ def kept_of(name, model, evict_at, kind, path):
 @contextlib.contextmanager
 def plainly(kept, evict_at):
     """Eager attention that shows queries from the eviction on only what was kept, and what came since."""
-    def attention(module, query, key, value, mask, scaling, sliding_window=None, softcap=None, **options):
+    def attention(module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, **options):
         group = query.shape[1] // key.shape[1]
         logits = query[0] @ key[0].repeat_interleave(group, 0).transpose(1, 2) * scaling
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -269,6 +269,9 @@ def test_runs_that_cannot_be_evicted_are_refused(model, ids, path):
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     refused(model, path, "without padding", lambda: generate(model, ids, attention_mask=mask))
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    longer = torch.cat([mask, mask[:, -1:]], 1)
+    refused(model, path, "without padding", lambda: model(ids[:, :1], attention_mask=longer, past_key_values=cache))
     refused(model, path, "taken out of an evicted cache again",
             lambda: generate(model, ids, 20, prompt_lookup_num_tokens=4))
 

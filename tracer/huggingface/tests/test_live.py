@@ -98,6 +98,31 @@ def test_numbers_are_those_of_one_pass_with_masks(name, kind, tmp_path):
     assert np.allclose(outcome.nll_increase[:-1], losses + log_full[range(MORE - 1), following].numpy(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "demo-model"])  # 8 heads on 1, windows, a soft cap
+def test_both_roads_agree(name, kvreplay, tmp_path):
+    """kvreplay live decides and runs; here the model runs on what it kept."""
+    folder, trace = (DEMO, NEEDLE) if name == "demo-model" else (FAMILIES / name, FAMILIES / name / "trace.h5")
+    result = subprocess.run(
+        [kvreplay, "live", "--model", folder, "--trace", trace, "--policy", "snapkv", "--policy", "snapkv+adakv", "--policy",
+         "streamingllm", "--policy", "knorm", "--heads", "kv", "--capacity", "50%,70%", "--no-offline", "-o",
+         tmp_path / "cpp.h5", "--kept", tmp_path / "kept.h5"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    result = live("-m", folder, "-t", trace, "-k", tmp_path / "kept.h5", "--dtype", "float32", "-o", tmp_path / "live.h5")
+    assert result.returncode == 0, result.stderr
+    with h5py.File(tmp_path / "live.h5") as ours, h5py.File(tmp_path / "cpp.h5") as theirs:
+        assert len(ours["results"]) == len(theirs["results"]) >= 4
+        for index, expected in theirs["results"].items():
+            result = ours[f"results/{index}"]
+            for attribute in ("policy", "capacity", "capacity_request", "kept", "trace_digest", "heads", "evict_at", "oracle"):
+                assert result.attrs[attribute] == expected.attrs[attribute], attribute
+            assert result["evaluation_positions"][:].tolist() == expected["evaluation_positions"][:].tolist()
+            assert result["held"][:].tolist() == expected["held"][:].tolist()
+            assert np.allclose(result["kl"][:], expected["kl"][:], rtol=1e-4, atol=1e-6), (index, expected.attrs["policy"])
+            assert result["agree"][:].tolist() == expected["agree"][:].tolist()
+            for measure in ("nll", "nll_increase"):
+                assert np.allclose(result[measure][:], expected[measure][:], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_all_kept_loses_nothing(tmp_path):
     model, trace, kept = tiny(tmp_path)
     layers, _, kv_heads = shape_of(model)

@@ -147,6 +147,12 @@ Distribution weighted_distribution(std::vector<WeightedNumber> numbers, bool low
           .worst = static_cast<double>(lower_is_better ? numbers.back().number : numbers.front().number)};
 }
 
+std::vector<int> late_layers(const std::vector<int>& layers, int num_layers) {
+  std::vector<int> late;
+  std::ranges::copy_if(layers, std::back_inserter(late), [num_layers](int layer) { return layer >= num_layers / 3; });
+  return late;
+}
+
 std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayResult& result, bool full_layers) {
   const std::vector<int> layers = layers_of(replay, full_layers);
   std::vector<MeasureSummary> rows;
@@ -178,6 +184,12 @@ std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayRes
     }
     row.distribution = distribution_of(of_layers(table, layers), measure);
     rows.push_back(row);
+    if (measure.root_mean_square) {
+      row.late_layers = true;
+      row.distribution = distribution_of(of_layers(table, late_layers(layers, replay.model.num_layers)), measure);
+      rows.push_back(row);
+      row.late_layers = false;
+    }
     for (row.layer = 0; row.layer < replay.model.num_layers; ++row.layer) {
       const std::span<const float> some = of_layer(table, row.layer);
       row.distribution = distribution_of({some.begin(), some.end()}, measure);
@@ -238,7 +250,9 @@ void PolicyRanking::add(const TraceReplay& replay, const ReplayResult& result) {
   row.windowed = row.windowed || held < static_cast<double>(layers.size()) * replay.eviction_position;
   row.layer_error += mean_of(result.measures[Measure::layer_error], layers);
   const Table& residual_error = result.measures[Measure::residual_error];
-  row.residual_error += residual_error.numbers.empty() ? kNone : root_mean_square(of_layers(residual_error, layers));
+  row.residual_error += residual_error.numbers.empty()
+                            ? kNone
+                            : root_mean_square(of_layers(residual_error, late_layers(layers, replay.model.num_layers)));
   row.head_error += mean_of(result.measures[Measure::head_error], layers);
   row.attention_recall += mean_of(result.measures[Measure::attention_recall], layers);
   row.cosine += mean_of(result.measures[Measure::cosine], layers);

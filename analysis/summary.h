@@ -52,9 +52,15 @@ struct MeasureSummary {
   bool nothing_to_choose = false;  ///< see ReplayResult
   int layer = -1;  ///< −1: all layers, or those that hold the whole prompt where only they were asked for
   bool full_layers = false;
+  bool late_layers = false;  ///< of these only late ones
   std::string measure;
   Distribution distribution;
 };
+
+/// Of some layers of a model of `num_layers` those that its last two thirds hold: from layer ⌊L/3⌋ on. Where errors are
+/// held against the residual stream, those of the first third, where it is short, say little of what the model loses
+/// (docs/live.md).
+std::vector<int> late_layers(const std::vector<int>& layers, int num_layers);
 
 /// Every measure of every result, per layer and over all layers, in the order of the results. Head measures weigh every
 /// head and evaluation query alike; span recall weighs every head and span alike. Of a layer where there was nothing to
@@ -81,7 +87,8 @@ struct PolicyRow {
   double bytes_per_token = 0;  ///< that the kept sets of all layers cost
   double budget = 1;           ///< the same over what the capacity costs in every KV head
   double layer_error = 0;
-  double residual_error = 0;  ///< root of the mean square; NaN where no trace tells the residual stream's length
+  double residual_error =
+      0;  ///< of late layers, root of the mean square; NaN where no trace tells of the residual stream
   double head_error = 0;
   double attention_recall = 0;
   double cosine = 0;

@@ -94,9 +94,18 @@ Json json_of(const std::vector<TraceReplay>& replays) {
   return document;
 }
 
+// Which layers a mean over layers is of.
+std::string layers_text(const MeasureSummary& row) {
+  return fmt::format("{}{}",
+                     row.late_layers   ? "late"
+                     : row.full_layers ? "full"
+                                       : "all",
+                     row.late_layers && row.full_layers ? " full" : "");
+}
+
 Json json_of(const MeasureSummary& row) {
   Json layer = row.layer;
-  if (row.layer < 0) layer = row.full_layers ? "full" : "all";
+  if (row.layer < 0) layer = layers_text(row);
   return {{"trace", row.trace},
           {"policy", row.policy},
           {"oracle", row.oracle},
@@ -324,11 +333,8 @@ std::string summary_csv_rows(const std::vector<MeasureSummary>& rows) {
                         csv_field(row.policy), row.oracle ? 1 : 0, csv_field(row.capacity_request), row.capacity,
                         row.kept, row.bytes_per_token, row.eviction_position, row.evaluate_from,
                         name_of(row.granularity), name_of(row.share), row.nothing_to_choose ? 1 : 0,
-                        row.layer >= 0    ? fmt::format("{}", row.layer)
-                        : row.full_layers ? std::string("full")
-                                          : std::string("all"),
-                        row.measure, row.distribution.mean, row.distribution.median, row.distribution.p90,
-                        row.distribution.worst);
+                        row.layer >= 0 ? fmt::format("{}", row.layer) : layers_text(row), row.measure,
+                        row.distribution.mean, row.distribution.median, row.distribution.p90, row.distribution.worst);
   }
   return text;
 }

@@ -387,9 +387,8 @@ std::string live_legend(const std::vector<TraceReplay>& replays, bool offline, d
       written ? "same text: tokens written freely before the first other one; answered: an answer is in the text;\n"
               : "",
       offline ? "residual error: change of what a layer adds over the residual stream's length, root of the mean "
-                "square;\nlayer error: ‖ô−o‖/‖o‖ after the output projection; recall: attention mass still cached, "
-                "both over "
-                "layers\nand as if all layers before were whole;\n"
+                "square over\nthe last two thirds of the layers; layer error: ‖ô−o‖/‖o‖ after the output projection; "
+                "recall: attention\nmass still cached; all of layers as if those before were whole;\n"
               : "",
       replays.size() > 1 ? "; every prompt weighs the same" : "", seconds);
 }

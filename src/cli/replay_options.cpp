@@ -306,7 +306,7 @@ std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, do
       "less than\nthe capacity costs in every KV head, so not an equal budget;\n{}{}{}{}{}means over {}layers, heads "
       "and evaluation queries{}.\nBest first at each capacity{}. Replayed in {:.1f} s.\n",
       residuals ? "residual error: by how much what a layer adds to the residual stream changes, over the stream's "
-                  "length; root of\nthe mean square;\n"
+                  "length; root of\nthe mean square over the last two thirds of the layers;\n"
                 : "",
       !windowed ? ""
       : full_layers

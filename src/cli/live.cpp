@@ -436,6 +436,7 @@ void run_live(const LiveArguments& given) {
   together(*ranks, [&]() {
     for (const std::string& plugin : arguments.plugins) load_plugin(plugin);
     request = request_from(arguments.replay, notes);
+    request.residual_sum = true;
     check_arguments(arguments, request);
     if (ranks->size() > 1 && arguments.replay.results.empty()) {
       throw UsageError("several processes work together on one output; name it with -o");

@@ -53,7 +53,8 @@ void run_replay(const ReplayOptions& options) {
     throw UsageError("no trace is named: kvreplay replay run.h5 --policy snapkv --capacity 25%");
   }
   std::vector<std::string> notes;
-  const ReplayRequest request = request_from(options, notes);
+  ReplayRequest request = request_from(options, notes);
+  request.residual_sum = true;
   const std::vector<std::string> files = distinct_traces(options, notes);
   check_outputs(options, request);
   omp_set_num_threads(threads_or_all(options.threads));

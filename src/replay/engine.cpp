@@ -107,8 +107,17 @@ bool has_residual_norms(const CapturedRun& trace) {
   return has;
 }
 
+// Whether what all layers change in the residual stream is known, and what its length is in the end.
+bool changes_add_up(const CapturedRun& trace) {
+  for (int layer = 0; layer < trace.info().model.num_layers; ++layer) {
+    if (!trace.has_output_projection(layer)) return false;
+  }
+  return !trace.info().layers.back().residual_norm.empty();
+}
+
 // A result of the outline: what the setting is, without numbers.
-ReplayResult outline_of(const CapturedRun& trace, const ReplaySetting& replayed, const TraceReplay& replay) {
+ReplayResult outline_of(const CapturedRun& trace, const ReplayRequest& request, const ReplaySetting& replayed,
+                        const TraceReplay& replay) {
   const Setting& setting = replayed.setting;
   ReplayResult result;
   result.trace = replay.trace;
@@ -122,6 +131,7 @@ ReplayResult outline_of(const CapturedRun& trace, const ReplaySetting& replayed,
   result.oracle = setting.policy->oracle;
   result.rank_agreement = replayed.rank_agreement;
   result.residual_norms = has_residual_norms(trace);
+  result.residual_sum = request.residual_sum && changes_add_up(trace);
   result.nothing_to_choose = replayed.nothing_to_choose;
   result.kept.granularity = setting.granularity == Granularity::query ? Granularity::query : Granularity::kv;
   result.kept.sets_per_layer = replay.model.num_key_value_heads * setting.sets_per_kv_head(replay.model.group_size());
@@ -153,6 +163,12 @@ std::vector<const CapturedRun*> pointers_to(std::span<const TraceReader> traces)
   std::vector<const CapturedRun*> pointers;
   for (const TraceReader& trace : traces) pointers.push_back(&trace);
   return pointers;
+}
+
+// What a layer's changes of the residual stream hold, in all settings.
+Index memory_of_changes(const TraceReplay& outline) {
+  const auto settings = std::ranges::count_if(outline.results, &ReplayResult::residual_sum);
+  return settings * outline.extent().queries * outline.model.hidden_size * static_cast<Index>(sizeof(float));
 }
 
 }  // namespace
@@ -210,7 +226,7 @@ ReplayEngine::ReplayEngine(std::vector<const CapturedRun*> runs, ReplayRequest r
       }
       std::vector<Setting> settings;
       for (const ReplaySetting& each : replayed) {
-        outline.results.push_back(outline_of(trace, each, outline));
+        outline.results.push_back(outline_of(trace, request_, each, outline));
         settings.push_back(each.setting);
       }
       std::map<int, Sums>& sums = sums_.emplace_back();
@@ -252,7 +268,7 @@ ReplayEngine::Sums ReplayEngine::sum_up(const CapturedRun& trace, const TraceRep
   const HeadShape shape = shape_of(outline);
   const Index tokens = outline.evaluation_positions.back() + 1;
   sums.layer_bytes =
-      LayerDecision::memory_of_layer(shape, settings) + memory_of_numbers(outline) +
+      LayerDecision::memory_of_layer(shape, settings) + memory_of_numbers(outline) + memory_of_changes(outline) +
       static_cast<Index>(settings.size() * (sizeof(LayerResult) + measures().size() * sizeof(std::vector<float>)));
   for (const ReplayResult& result : outline.results) {
     sums.layer_bytes += result.kept.sets_per_layer * static_cast<Index>(sizeof(Residency));
@@ -405,7 +421,8 @@ ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index li
                                          ReplayUnit{static_cast<int>(r), 0});
     const Index projections = sums.asked.projected_distance ? LayerProjection::memory(outline.model) : 0;
     const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1);
-    const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries, outline.extent().spans);
+    const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries, outline.extent().spans,
+                                                               outline.results.front().residual_sum);
     auto layers_at_once = static_cast<Index>(units_at_once(layers, plan));
     Index waiting = 0;  // layers that are done and not handed out
     if (sums.refining > 0) {
@@ -656,7 +673,8 @@ void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& 
       for (std::size_t s = first; s < std::min(results[i].size(), first + step); ++s) {
         sets.push_back(&results[i][s].kept);
       }
-      measurements.emplace_back(trace_of(group[i]), group[i].layer, outline(i).eviction(), outline(i).spans, sets);
+      measurements.emplace_back(trace_of(group[i]), group[i].layer, outline(i).eviction(), outline(i).spans, sets,
+                                outline(i).results.front().residual_sum);
     }
     const auto is_open = [&](std::size_t i) { return results[i].size() > first; };
     for_each_piece(
@@ -674,6 +692,7 @@ void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& 
       for (std::size_t m = 0; m < found.size(); ++m) {
         LayerResult& result = results[i][first + m];
         result.output_error = found[m].output_error;
+        result.change = std::move(found[m].change);
         for (const MeasureTraits& measure : measures()) {
           if (measure.per == MeasureTraits::Per::head) continue;
           result.measures[measure.measure] = std::move(found[m].numbers[measure.measure]);

@@ -60,6 +60,9 @@ class ReplayEngine {
   /// Every layer of every outline, in order.
   std::vector<ReplayUnit> units() const;
 
+  /// The run that an outline is of.
+  const CapturedRun& run_of(int replay) const { return *traces_[trace_of_outline_[static_cast<std::size_t>(replay)]]; }
+
   /// What a unit takes: bytes of the trace that are read, floating-point operations.
   Work cost(const ReplayUnit& unit) const;
 

@@ -27,6 +27,8 @@ double layer_error(const LayerOutcome& outcome) { return relative_error(outcome.
 
 double residual_error(const LayerOutcome& outcome) { return relative_error(outcome.change, outcome.residual); }
 
+double residual_sum(const StreamOutcome& outcome) { return relative_error(outcome.change, outcome.residual); }
+
 double head_error(const HeadOutcome& outcome) { return relative_error(outcome.difference.norm(), outcome.full.norm()); }
 
 // In parts of what all positions have: a sink's attention is in neither, and beside one everything may vanish.
@@ -98,6 +100,11 @@ auto list_of_measures() {
        .lower_is_better = true,
        .may_be_missing = true,
        .root_mean_square = true},
+      {.name = "residual_sum",
+       .noun = "sum of the layers' changes",
+       .unit = "relative to the residual stream",
+       .definition = residual_sum,
+       .lower_is_better = true},
       {.name = "kl", .noun = "KL divergence", .unit = "nats", .definition = kl, .lower_is_better = true},
       {.name = "nll",
        .noun = "loss",

@@ -1,6 +1,7 @@
 // The measures of a result, as everything that calculates, writes or reads them goes through them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <span>
 #include <string_view>
@@ -24,6 +25,7 @@ enum class Measure : int {
   spearman,
   kendall,
   residual_error,
+  residual_sum,
   kl,
   nll,
   nll_increase,
@@ -55,6 +57,12 @@ struct SpanOutcome {
   std::span<const int> queries;  ///< [E] positions of the evaluation queries
 };
 
+/// What becomes of the residual stream if the changes of all layers add up.
+struct StreamOutcome {
+  double change;    ///< ‖Σ_l of what layer l adds, its change‖
+  double residual;  ///< ‖x‖ of the residual stream after the last layer's attention
+};
+
 /// What the model says after an evaluation query, of the full cache and of what is left of it (live runs).
 struct ModelOutcome {
   double divergence;      ///< KL(full ‖ evicted) of the next token's distribution, in nats
@@ -73,10 +81,10 @@ struct MeasureTraits {
   enum class Per { query, head_and_query, head_and_span, head, model_query };
 
   /// Per query, per head and query, per head and span, or, of policies that rank and where rank agreement is asked for,
-  /// per head. Of live runs per query and of no layer, but of the whole model.
+  /// per head. Of the whole residual stream, and of the whole model in live runs, per query and of no layer.
   using Definition =
       std::variant<MeasureFunction<LayerOutcome>, MeasureFunction<HeadOutcome>, MeasureFunction<SpanOutcome>,
-                   MeasureFunction<RankCorrelation>, MeasureFunction<ModelOutcome>>;
+                   MeasureFunction<RankCorrelation>, MeasureFunction<ModelOutcome>, MeasureFunction<StreamOutcome>>;
 
   std::string_view name;       ///< in files and options: "layer_error"
   std::string_view noun;       ///< in sentences and on axes: "layer error"
@@ -87,7 +95,8 @@ struct MeasureTraits {
   bool may_be_missing = false;
   /// Whether a mean over layers and queries is the root of the mean of the squares.
   bool root_mean_square = false;
-  Per per = static_cast<Per>(definition.index());
+  /// Both of the last two definitions are of the whole model.
+  Per per = static_cast<Per>(std::min(definition.index(), static_cast<std::size_t>(Per::model_query)));
   Measure measure = {};  ///< set by measures()
 
   bool is_of_layers() const { return per != Per::model_query; }

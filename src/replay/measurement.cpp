@@ -21,7 +21,8 @@
 namespace kvreplay {
 
 LayerMeasurement::LayerMeasurement(const CapturedRun& trace, int layer, const Eviction& eviction,
-                                   std::span<const Span> spans, const std::vector<const LayerResidencies*>& settings)
+                                   std::span<const Span> spans, const std::vector<const LayerResidencies*>& settings,
+                                   bool keeps_changes)
     : trace_(trace), layer_(layer), eviction_(eviction) {
   const auto less = [](const LayerResidencies* a, const LayerResidencies* b) { return *a < *b; };
   std::map<const LayerResidencies*, std::size_t, decltype(less)> kinds(less);
@@ -36,6 +37,8 @@ LayerMeasurement::LayerMeasurement(const CapturedRun& trace, int layer, const Ev
                   Index{model.num_attention_heads} * model.head_dim);
   if (trace.has_output_projection(layer)) {
     panels_ = Buffer(kernels::rounded_up(outputs_.rows(), kernels::kPanel) * outputs_.cols());
+    keeps_changes_ = keeps_changes;
+    if (keeps_changes_) projected_.resize(outputs_.rows(), model.hidden_size);
   }
   const MeasureExtent extent{
       .query_heads = model.num_attention_heads, .queries = queries, .spans = static_cast<Index>(spans.size())};
@@ -161,6 +164,7 @@ void LayerMeasurement::project_slice(int slice) {
           const auto x = static_cast<double>(projected.data()[i * kernels::kPanel + j]);
           Sums& of = sums[static_cast<std::size_t>(output + j)];
           of.squares += x * x;
+          if (keeps_changes_) projected_(output + j, row + i) = projected.data()[i * kernels::kPanel + j];
           if (weights.empty()) continue;
           float& y = full.data()[i * queries + (output + j) % queries];
           if (output + j < queries) y = projected.data()[i * kernels::kPanel + j];
@@ -188,6 +192,36 @@ double LayerMeasurement::change_behind_norm(const Sums& full, const Sums& differ
   const double square = difference.weighted_squares / (after * after) +
                         2 * factor / after * difference.weighted_with_full + factor * factor * full.weighted_squares;
   return std::sqrt(std::max(0.0, square));
+}
+
+// N(y + d) − N(y) of every query, [E, C]; without a norm, d.
+std::vector<float> LayerMeasurement::change_of(std::size_t kind, const std::vector<Sums>& sums) const {
+  const Index queries = outputs_.rows() / (static_cast<Index>(distinct_.size()) + 1);
+  const Index channels = projected_.cols();
+  const std::vector<float>& weights = output_norm().weight;
+  std::vector<float> change(static_cast<std::size_t>(queries * channels));
+  for (Index query = 0; query < queries; ++query) {
+    const Index row = (static_cast<Index>(kind) + 1) * queries + query;
+    double own = 1;    // factor of d
+    double added = 0;  // factor of y
+    if (!weights.empty()) {
+      const Sums& full = sums[static_cast<std::size_t>(query)];
+      const Sums& difference = sums[static_cast<std::size_t>(row)];
+      const auto count = static_cast<double>(channels);
+      const double before = std::sqrt(full.squares / count + output_norm().epsilon);
+      const double more = (2 * difference.with_full + difference.squares) / count;
+      const double after = std::sqrt(std::max(0.0, full.squares / count + more) + output_norm().epsilon);
+      own = after > 0 ? 1 / after : 1;
+      added = before > 0 && after > 0 ? -more / (before * after * (before + after)) : 0;
+    }
+    for (Index channel = 0; channel < channels; ++channel) {
+      const double weight = weights.empty() ? 1 : static_cast<double>(weights[static_cast<std::size_t>(channel)]);
+      change[static_cast<std::size_t>(query * channels + channel)] =
+          static_cast<float>(weight * (own * static_cast<double>(projected_(row, channel)) +
+                                       added * static_cast<double>(projected_(query, channel))));
+    }
+  }
+  return change;
 }
 
 std::vector<LayerMeasures> LayerMeasurement::take() {
@@ -233,12 +267,13 @@ std::vector<LayerMeasures> LayerMeasurement::take() {
   measures.reserve(kind_.size());
   for (const std::size_t kind : kind_) {
     measures.push_back({.numbers = --left[kind] == 0 ? std::move(numbers_[kind]) : numbers_[kind],
-                        .output_error = static_cast<float>(output_error)});
+                        .output_error = static_cast<float>(output_error),
+                        .change = keeps_changes_ ? change_of(kind, sums) : std::vector<float>()});
   }
   return measures;
 }
 
-Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries, Index spans) {
+Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries, Index spans, bool keeps_changes) {
   const Index width = Index{model.num_attention_heads} * model.head_dim;
   const Index numbers =
       numbers_per_layer({.query_heads = model.num_attention_heads, .queries = queries, .spans = spans}, false);
@@ -246,6 +281,7 @@ Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries
   // Outputs twice: as they come, and laid out for the projection; numbers twice where settings share them.
   return queries * (2 * width * static_cast<Index>(sizeof(float)) +
                     (projection_slices(model) + 1) * static_cast<Index>(sizeof(Sums))) +
+         (keeps_changes ? 2 * queries * model.hidden_size * static_cast<Index>(sizeof(float)) : 0) +
          2 * numbers * static_cast<Index>(sizeof(float)) + 2 * static_cast<Index>(measures().size()) * kVector;
 }
 

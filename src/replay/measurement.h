@@ -13,8 +13,9 @@ namespace kvreplay {
 
 /// What one layer's kept sets do.
 struct LayerMeasures {
-  LayerNumbers numbers;    ///< but for rank agreement, which is not measured here
-  float output_error = 0;  ///< of the full outputs as the trace stores them: see LayerResult
+  LayerNumbers numbers;            ///< but for rank agreement, which is not measured here
+  float output_error = 0;          ///< of the full outputs as the trace stores them: see LayerResult
+  std::vector<float> change = {};  ///< see LayerResult
 };
 
 /// The residencies of a layer's heads, as in KeptSets.
@@ -26,8 +27,9 @@ using LayerResidencies = std::vector<Residency>;
 class LayerMeasurement {
  public:
   /// The trace and the residencies must outlive it. `spans` are those whose recall is measured.
+  /// `keeps_changes`: also give what is added to the residual stream, where the layer has an output projection.
   LayerMeasurement(const CapturedRun& trace, int layer, const Eviction& eviction, std::span<const Span> spans,
-                   const std::vector<const LayerResidencies*>& settings);
+                   const std::vector<const LayerResidencies*>& settings, bool keeps_changes = false);
 
   /// Measures one KV head. Heads may be measured by different threads at once. Throws Error, naming the query, where
   /// attention leaves float32's range.
@@ -50,7 +52,7 @@ class LayerMeasurement {
 
   /// The most bytes that an object of this class takes per setting, and all that measure_head() and project_slice()
   /// take while they run excepted.
-  static Index memory_per_setting(const ModelInfo& model, Index queries, Index spans);
+  static Index memory_per_setting(const ModelInfo& model, Index queries, Index spans, bool keeps_changes = false);
 
   /// What comes to that once: the last panel may be nearly empty. The full cache is measured as one more setting.
   static Index memory(const ModelInfo& model);
@@ -66,6 +68,7 @@ class LayerMeasurement {
 
   const RmsNorm& output_norm() const;
   double change_behind_norm(const Sums& full, const Sums& difference) const;
+  std::vector<float> change_of(std::size_t kind, const std::vector<Sums>& sums) const;
   void measure_spans(std::span<const Span> spans);
   const Residency& residency_of(std::size_t kind, int query_head) const;
 
@@ -73,8 +76,10 @@ class LayerMeasurement {
   int layer_;
   Eviction eviction_;
   std::vector<const LayerResidencies*> distinct_;
-  std::vector<std::size_t> kind_;        // [setting]: which of the distinct ones
-  Matrix outputs_;                       // [E, H · D], then the differences of every kind below each other
+  std::vector<std::size_t> kind_;  // [setting]: which of the distinct ones
+  Matrix outputs_;                 // [E, H · D], then the differences of every kind below each other
+  bool keeps_changes_ = false;
+  Matrix projected_;                     // the same through the projection, [.., C], where changes are kept
   Buffer panels_;                        // the same, transposed: [panel][H · D][kPanel], where there is a projection
   std::vector<LayerNumbers> numbers_;    // [kind]
   std::vector<double> output_errors_;    // [KV head]: summed over the group and the queries

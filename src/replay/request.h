@@ -24,7 +24,10 @@ struct ReplayRequest {
   std::optional<Granularity> granularity;  ///< none: the policy's own, or kv
   std::optional<Share> share;              ///< none: the policy's own, or mean
   bool rank_agreement = false;             ///< compare scores with the oracle's importance
-  bool strict = false;                     ///< refuse what cannot be replayed, instead of leaving it out with a note
+  /// Add up what all layers change in the residual stream, where traces tell its length: takes memory for a vector of
+  /// the hidden size per setting and evaluation query.
+  bool residual_sum = false;
+  bool strict = false;  ///< refuse what cannot be replayed, instead of leaving it out with a note
 };
 
 /// The request of these specs at these capacities, written as on the command line. Throws UsageError.

@@ -42,6 +42,7 @@ double bytes_per_position(const ModelInfo& model) {
 }  // namespace
 
 bool is_measured(const MeasureTraits& measure, const ReplayResult& result) {
+  if (measure.measure == Measure::residual_sum) return result.replayed && result.residual_sum;
   if (!measure.is_of_layers()) return result.live;
   if (measure.measure == Measure::residual_error && !result.residual_norms) return false;
   return result.replayed && (measure.per != MeasureTraits::Per::head || result.rank_agreement);

@@ -54,6 +54,7 @@ struct ReplayResult {
   bool oracle = false;          ///< looked at the evaluation queries
   bool rank_agreement = false;  ///< whether scores are compared with the oracle's importance
   bool residual_norms = false;  ///< whether the trace tells of a layer what its error has to be held against
+  bool residual_sum = false;    ///< whether the changes of all layers are added up
   bool live = false;            ///< whether the model itself ran on with what is kept
   bool replayed = true;         ///< whether what the kept sets do to each layer's output was measured
   /// Whether the capacity is no more than what the policy keeps whatever the scores, so that its choice is not seen.
@@ -106,6 +107,8 @@ struct LayerResult {
   /// ‖stored − exact‖ / ‖exact‖ of the layer's full outputs, mean over query heads and evaluation queries: how far the
   /// trace's outputs are from what its queries, keys and values give. The same for all settings.
   float output_error = 0;
+  /// [E, C] what the layer adds to the residual stream changes by; none unless it was asked for.
+  std::vector<float> change = {};
 };
 
 /// Gives the results of an outline their tables, filled with zeros.

@@ -70,6 +70,7 @@ TraceReplay read_replay(const ModelInfo& model, const std::filesystem::path& res
     const auto measured = [&result](Measure measure) { return !result.measures[measure].numbers.empty(); };
     result.rank_agreement = measured(Measure::spearman);
     result.residual_norms = measured(Measure::residual_error);
+    result.residual_sum = measured(Measure::residual_sum);
     result.live = measured(Measure::kl);
     result.replayed = measured(Measure::layer_error);
     for (const Residency& set : result.kept.sets) {

@@ -91,8 +91,8 @@ DefinedMeasures by_definition(const RandomTrace& shape, const RandomTrace::Tenso
       return (projected / std::sqrt(mean + of.projection_output_norm.epsilon)).cwiseProduct(weight);
     };
     const auto residual = of.residual_norm[of.residual_norm.size() - static_cast<std::size_t>(count - e)];
-    measures.residual_error.push_back((added(evicted.row(e)) - added(full.row(e))).norm() /
-                                      static_cast<double>(residual));
+    measures.change.emplace_back(added(evicted.row(e)) - added(full.row(e)));
+    measures.residual_error.push_back(measures.change.back().norm() / static_cast<double>(residual));
   }
   return measures;
 }

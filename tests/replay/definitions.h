@@ -4,6 +4,7 @@
 #include <functional>
 #include <vector>
 
+#include "base/matrix.h"
 #include "support/random_trace.h"
 
 namespace kvreplay::test {
@@ -11,6 +12,7 @@ namespace kvreplay::test {
 /// [H · E], [E], [H · E], [H · E] and, where the shape tells of the residual stream, [E].
 struct DefinedMeasures {
   std::vector<double> head_error, layer_error, attention_recall, cosine, residual_error;
+  std::vector<Eigen::VectorXd> change = {};  ///< [E]: of what the layer adds to the residual stream
 };
 
 /// The positions that are still cached, ascending, when the query at `position` attends, itself included.

@@ -22,6 +22,7 @@
 #include "hdf5/hdf5.h"
 #include "replay/definitions.h"
 #include "replay/layer_projection.h"
+#include "replay/replay.h"
 #include "support/random_trace.h"
 #include "support/sample_trace.h"
 #include "support/temporary_folder.h"
@@ -377,6 +378,45 @@ INSTANTIATE_TEST_SUITE_P(
                     Shape{"evaluation_queries_130", {.num_layers = 1, .num_tokens = 190, .sliding_window = 70}},
                     Shape{"several_blocks_of_positions", {.num_layers = 1, .prompt_length = 1030, .num_tokens = 1040}}),
     [](const auto& shape) { return std::string(shape.param.name); });
+
+// What the layers change adds up, behind a norm or not.
+TEST(Engine, AddsUpWhatAllLayersChange) {
+  for (const bool norm : {false, true}) {
+    const TemporaryFolder folder;
+    const RandomTrace shape{
+        .num_layers = 3, .hidden_size = 530, .residual_norms = true, .projection_output_norm = norm};
+    shape.write(folder / "t.h5");
+    const TraceReader trace(folder / "t.h5");
+    ReplayRequest request = make_request({"recent", "knorm", "full"}, {"9"});
+    request.residual_sum = true;
+    const TraceReplay replay = kvreplay::replay(std::span(&trace, 1), request).front();
+    const std::vector<float>& lengths = trace.info().layers.back().residual_norm;
+    for (const ReplayResult& result : replay.results) {
+      SCOPED_TRACE(result.policy);
+      std::vector<Eigen::VectorXd> sums(replay.evaluation_positions.size(), Eigen::VectorXd::Zero(530));
+      for (int layer = 0; layer < 3; ++layer) {
+        const auto cached = [&](int head, int position) {
+          const auto kept = result.kept.of_query_head(layer, head, 2).kept();
+          std::vector<int> positions(kept.begin(), kept.end());
+          for (int n = replay.eviction_position; n <= position; ++n) positions.push_back(n);
+          return positions;
+        };
+        const auto defined =
+            test::by_definition(shape, shape.tensors(), layer, replay.eviction().evaluate_from, cached);
+        for (std::size_t query = 0; query < sums.size(); ++query) sums[query] += defined.change[query];
+      }
+      const Table& found = result.measures[Measure::residual_sum];
+      ASSERT_EQ(found.numbers.size(), sums.size());
+      for (std::size_t query = 0; query < sums.size(); ++query) {
+        const double expected = sums[query].norm() / static_cast<double>(lengths[lengths.size() - sums.size() + query]);
+        EXPECT_NEAR(found.numbers[query], expected, 1e-5 * std::max(1.0, expected)) << query;
+      }
+    }
+    // Where a sweep does the layers one by one there is none.
+    const TraceReplay without = kvreplay::replay(trace, make_request({"recent"}, {"9"})).front();
+    EXPECT_TRUE(without.results.front().measures[Measure::residual_sum].numbers.empty());
+  }
+}
 
 TEST(Engine, ManyTracesAreWorkedOnTogether) {
   const TemporaryFolder folder;

@@ -105,6 +105,7 @@ TEST(Measure, IsFoundByItsName) {
                                                 {"spearman", Measure::spearman},
                                                 {"kendall", Measure::kendall},
                                                 {"residual_error", Measure::residual_error},
+                                                {"residual_sum", Measure::residual_sum},
                                                 {"kl", Measure::kl},
                                                 {"nll", Measure::nll},
                                                 {"nll_increase", Measure::nll_increase},
@@ -112,7 +113,7 @@ TEST(Measure, IsFoundByItsName) {
   for (const auto& [name, measure] : named) EXPECT_EQ(measure_named(name), measure) << name;
   EXPECT_THAT(formulas<LayerOutcome>(), Not(SizeIs(0)));
   EXPECT_EQ(formulas<LayerOutcome>().size() + formulas<HeadOutcome>().size() + formulas<SpanOutcome>().size() +
-                formulas<RankCorrelation>().size() + formulas<ModelOutcome>().size(),
+                formulas<RankCorrelation>().size() + formulas<ModelOutcome>().size() + formulas<StreamOutcome>().size(),
             measures().size())
       << "every measure is calculated from something";
   EXPECT_THROW(measure_named("layer_eror"), UsageError);

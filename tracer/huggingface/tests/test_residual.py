@@ -166,10 +166,50 @@ def test_nothing_that_runs_after_is_looked_at(output):
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_kvreplay_finds_it_sound(name, kvreplay, output):
+def test_kvreplay_holds_errors_against_it(name, kvreplay, output, tmp_path):
     model, ids = build(name)
-    captured(model, ids, output)
+    captured(model, ids, output, attention_mass=True)
     result = subprocess.run([kvreplay, "inspect", output], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stdout
     assert "residual_norm" in result.stdout
+    replayed = subprocess.run([kvreplay, "replay", output, "--policy", "recent", "--capacity", "7", "-o",
+                               tmp_path / "results.h5", "--kept", tmp_path / "kept.h5"], capture_output=True, text=True)
+    assert replayed.returncode == 0, replayed.stderr
+    with h5py.File(output) as trace, h5py.File(tmp_path / "results.h5") as file:
+        found, positions = file["results/0/residual_error"][:], file["evaluation_positions"][:]
+        assert found.shape == (len(layers_of(model)), len(positions))
+        for number, errors in enumerate(found):
+            expected = residual_errors(trace, number, positions, ids.shape[1], 7)
+            assert np.allclose(errors, expected, rtol=1e-4, atol=1e-6), number
+
+
+def residual_errors(trace, number, positions, evict_at, capacity):
+    """What the layer adds to the residual stream where the last `capacity` positions before the eviction are left, less what it
+    adds with all, over the stream's norm: of the queries at `positions`."""
+    group, model = trace[f"layers/{number}"], trace["model"].attrs
+    window = int(group.attrs.get("sliding_window", model["sliding_window"]))
+    keys, values = (group[name][:].astype(np.float64) for name in ("keys", "values"))
+    rows = positions - trace["query_positions"][0]
+    queries = group["queries"][:].astype(np.float64)[:, rows]
+    shared = queries.shape[0] // keys.shape[0]
+    logits = queries @ np.repeat(keys, shared, 0).transpose(0, 2, 1) * model["softmax_scale"]
+    cap = model["attn_logit_softcapping"]
+    logits = cap * np.tanh(logits / cap) if cap else logits
+    columns = np.arange(keys.shape[1])
+    seen = columns <= positions[:, None]
+    if window:
+        seen &= columns > positions[:, None] - window
+    weight = group["output_projection"][:].astype(np.float64)
+    norm = group.get("projection_output_norm")
+
+    def added(visible):
+        weights = np.exp(np.where(visible, logits, -np.inf))
+        outputs = weights / weights.sum(-1, keepdims=True) @ np.repeat(values, shared, 0)
+        projected = outputs.transpose(1, 0, 2).reshape(len(positions), -1) @ weight.T
+        if norm is not None:
+            projected *= norm[:] / np.sqrt((projected**2).mean(1, keepdims=True) + norm.attrs["epsilon"])
+        return projected
+
+    difference = added(seen & (columns >= evict_at - capacity)) - added(seen)
+    return np.linalg.norm(difference, axis=1) / group["residual_norm"][:][rows]

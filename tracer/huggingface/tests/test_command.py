@@ -10,7 +10,6 @@ import sys
 import time
 
 import h5py
-import numpy as np
 import pytest
 import torch
 import transformers

@@ -179,18 +179,8 @@ CaptureSummary capture(const CaptureOptions& options) {
   // The last generated token is not fed back.
   const Index most_later = std::max(0, options.generate - 1);
   const Index longest = prompt_length + most_later;
-  if (config.cache_limit > 0 && most_later > 0 && longest > config.cache_limit) {
-    throw Error(fmt::format(
-        "{}: sliding_window {}: the layers of {} have no window, but transformers 5 shortens their cache to it, so "
-        "that "
-        "generated tokens see less than the prompt did, which no trace can say; set it to null, or let prompt and "
-        "generated tokens be no more than {} together",
-        (options.model_folder / "config.json").string(), config.cache_limit, config.model_type, config.cache_limit));
-  }
-  if (config.max_position_embeddings > 0 && longest > config.max_position_embeddings) {
-    warn(options,
-         fmt::format("the run may take {} positions, but {} was made for {}; what lies beyond may be unlike it",
-                     longest, config.name, config.max_position_embeddings));
+  if (const auto warning = length_warning(config, options.model_folder, prompt_length, most_later)) {
+    warn(options, *warning);
   }
   const Index first_captured =
       options.query_window ? std::max<Index>(0, prompt_length - *options.query_window) : Index{0};

@@ -67,6 +67,21 @@ Prompt prepare_prompt(const PromptOptions& options, const ModelConfig& config) {
   return prompt;
 }
 
+std::optional<std::string> length_warning(const ModelConfig& config, const std::filesystem::path& model_folder,
+                                          Index prompt, Index later) {
+  const Index longest = prompt + later;
+  if (config.cache_limit > 0 && later > 0 && longest > config.cache_limit) {
+    throw Error(fmt::format(
+        "{}: sliding_window {}: the layers of {} have no window, but transformers 5 shortens their cache to it, so "
+        "that generated tokens see less than the prompt did, which no trace can say; set it to null, or let prompt and "
+        "generated tokens be no more than {} together",
+        (model_folder / "config.json").string(), config.cache_limit, config.model_type, config.cache_limit));
+  }
+  if (config.max_position_embeddings == 0 || longest <= config.max_position_embeddings) return std::nullopt;
+  return fmt::format("the run may take {} positions, but {} was made for {}; what lies beyond may be unlike it",
+                     longest, config.name, config.max_position_embeddings);
+}
+
 std::string text_after(const Tokenizer& tokenizer, std::span<const std::int32_t> prompt,
                        std::span<const std::int32_t> generated) {
   std::vector<std::int32_t> all(prompt.begin(), prompt.end());

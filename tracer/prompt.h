@@ -46,6 +46,11 @@ Prompt prepare_prompt(const PromptOptions& options, const ModelConfig& config);
 /// The run as far as its prompt, of whose queries those from `first_captured` on are captured.
 TraceInfo describe(const PromptOptions& options, const Model& model, const Prompt& prompt, Index first_captured);
 
+/// Of a run of `prompt` tokens and up to `later` that follow: what is to be told of its length; nothing where it is as
+/// the model was made for. Throws Error where generated tokens would see less than a trace or a live run can say.
+std::optional<std::string> length_warning(const ModelConfig& config, const std::filesystem::path& model_folder,
+                                          Index prompt, Index later);
+
 /// The tokens' texts, or none without a tokenizer.
 std::vector<std::string> pieces_of(const Tokenizer* tokenizer, std::span<const std::int32_t> ids);
 

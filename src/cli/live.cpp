@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <set>
 #include <sstream>
 
 #include "analysis/summary.h"
@@ -54,6 +55,16 @@ struct LiveArguments {
 
 constexpr std::string_view kTraceContinues = "trace";
 constexpr int kTokensUnlessSaid = 64;
+
+// Whether it is meant as a number of tokens.
+bool is_number(const std::string& continuation) {
+  return !continuation.empty() && continuation.find_first_not_of("+-0123456789") == std::string::npos;
+}
+
+// Whether it is the name of a file.
+bool is_file(const std::string& continuation) {
+  return !continuation.empty() && continuation != kTraceContinues && !is_number(continuation);
+}
 
 // What one run begins with.
 struct Beginning {
@@ -179,24 +190,32 @@ tracer::HeldParts parts_for(const ReplayRequest& request, int eviction_position,
   return parts;
 }
 
-// The tokens that a text adds to those before it, which its tokens must not touch.
+// The tokens that a text adds to those before it, none of which it may change.
 std::vector<std::int32_t> ids_of_text(const Beginning& beginning, std::span<const std::int32_t> before,
                                       const std::string& file) {
   if (beginning.tokenizer == nullptr) {
     throw Error(
         fmt::format("{}: the model's folder has no tokenizer for this text; continue with a number of tokens", file));
   }
-  const std::string whole = beginning.tokenizer->decode(before) + text_of(file);
-  for (const bool special : {true, false}) {
-    const std::vector<std::int32_t> ids = beginning.tokenizer->encode(whole, special).ids;
-    if (ids.size() > before.size() && std::equal(before.begin(), before.end(), ids.begin())) {
-      return {ids.begin() + static_cast<std::ptrdiff_t>(before.size()), ids.end()};
+  const std::string text = text_of(file);
+  if (text.empty()) throw Error(fmt::format("{}: is empty; there is nothing to continue with", file));
+  // A special token has no text, so that what stands before one cannot be written down; nothing joins across it.
+  std::size_t own = before.size();
+  while (own > 0 && !beginning.tokenizer->decode(before.subspan(own - 1, 1)).empty()) --own;
+  for (const std::size_t first : {std::size_t{0}, own}) {
+    const auto tail = before.subspan(first);
+    const std::string whole = beginning.tokenizer->decode(tail) + text;
+    for (const bool special : {true, false}) {
+      const std::vector<std::int32_t> ids = beginning.tokenizer->encode(whole, special).ids;
+      if (ids.size() > tail.size() && std::ranges::equal(tail, std::span(ids).first(tail.size()))) {
+        return {ids.begin() + static_cast<std::ptrdiff_t>(tail.size()), ids.end()};
+      }
     }
   }
-  throw Error(
-      fmt::format("{}: behind {} the tokenizer splits this text other than the prompt's tokens, so that it is no "
-                  "continuation of them; begin it with a space or a new line",
-                  file, beginning.name));
+  throw Error(fmt::format(
+      "{}: behind {} the tokenizer joins the beginning of this text to the token before it, so that it is no "
+      "continuation of its tokens; begin it with another space or a new line",
+      file, beginning.name));
 }
 
 std::vector<std::int32_t> continuation_of(const LiveArguments& arguments, const Beginning& beginning,
@@ -217,14 +236,22 @@ std::vector<std::int32_t> continuation_of(const LiveArguments& arguments, const 
     }
     return {all.begin() + eviction_position, all.end()};
   }
-  if (integer_in(1, std::numeric_limits<int>::max(), "a number of tokens")(asked).empty()) {
+  if (is_number(asked)) {
     if (!ids.empty()) {
       throw UsageError("--continue N: the model continues at the prompt's end alone; leave out --evict-at");
     }
-    return run.continue_greedily(std::stoi(asked));
+    std::vector<std::int32_t> own = run.continue_greedily(std::stoi(asked));
+    if (own.empty()) {
+      throw Error(
+          fmt::format("{}: the model ends the sequence at once, so that nothing can be measured; continue with a "
+                      "text, as in --continue FILE",
+                      beginning.name));
+    }
+    return own;
   }
-  const std::vector<std::int32_t> more =
-      ids_of_text(beginning, std::span(all).first(static_cast<std::size_t>(beginning.info.prompt_length)), asked);
+  const std::vector<std::int32_t> more = ids_of_text(
+      beginning,
+      std::span(all).first(static_cast<std::size_t>(std::max(eviction_position, beginning.info.prompt_length))), asked);
   ids.insert(ids.end(), more.begin(), more.end());
   return ids;
 }
@@ -272,10 +299,22 @@ TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request
   // One run that is evicted once.
   const ReplayEngine engine({&held}, request);
   TraceReplay found = (arguments.no_offline ? decide(engine) : replay(engine)).front();
+  const int asked = is_number(arguments.continuation) ? std::stoi(arguments.continuation)
+                    : arguments.continuation.empty() && static_cast<int>(beginning.info.token_ids.size()) == eviction
+                        ? kTokensUnlessSaid
+                        : 0;
+  if (static_cast<int>(ids.size()) < asked) {
+    found.notes.push_back(
+        fmt::format("the model ends the sequence after {} of the {} tokens that were asked for", ids.size(), asked));
+  }
   measure_live(run, found);
   if (arguments.generate > 0) {
     std::vector<std::string> answers = beginning.info.answers;
     answers.insert(answers.end(), arguments.answers.begin(), arguments.answers.end());
+    if (!answers.empty() && beginning.tokenizer == nullptr) {
+      found.notes.push_back(
+          "whether an answer is in what the model writes cannot be told: its folder has no tokenizer");
+    }
     generate_live(run, found, arguments.generate, beginning.tokenizer.get(), answers);
   }
   return found;
@@ -288,6 +327,7 @@ SweepIdentity identity_of_run(const LiveArguments& arguments, const ReplayReques
   std::vector<std::filesystem::path> files(arguments.plugins.begin(), arguments.plugins.end());
   for (const std::string& file : policy_files(request)) files.emplace_back(file);
   for (const std::string& prompt : arguments.prompts) files.emplace_back(prompt);
+  if (is_file(arguments.continuation)) files.emplace_back(arguments.continuation);
   // Weights take as long to read as to run; their sizes and times are looked at.
   SweepIdentity identity(request, readers, files);
   identity.live = {fmt::format("--continue {}", arguments.continuation),
@@ -393,6 +433,34 @@ std::string live_legend(const std::vector<TraceReplay>& replays, bool offline, d
       replays.size() > 1 ? "; every prompt weighs the same" : "", seconds);
 }
 
+// The files, beside traces and those of policies, that outputs must not replace.
+std::vector<std::string> files_read(const LiveArguments& arguments) {
+  std::vector<std::string> files = arguments.prompts;
+  files.insert(files.end(), arguments.plugins.begin(), arguments.plugins.end());
+  if (is_file(arguments.continuation)) files.push_back(arguments.continuation);
+  std::error_code none;  // a folder that is not there is told where the model is read
+  for (const auto& entry : std::filesystem::directory_iterator(arguments.model, none)) {
+    files.push_back(entry.path().string());
+  }
+  return files;
+}
+
+// How long the runs may become.
+void check_lengths(const LiveArguments& arguments, const tracer::ModelConfig& config,
+                   const std::vector<Beginning>& beginnings, std::vector<std::string>& notes) {
+  for (const Beginning& beginning : beginnings) {
+    const auto given = static_cast<Index>(beginning.info.token_ids.size());
+    const Index prompt = beginning.info.prompt_length;
+    Index later = is_number(arguments.continuation) ? std::stoi(arguments.continuation)
+                  : given > prompt                  ? given - prompt
+                                                    : kTokensUnlessSaid;
+    later = std::max(later, Index{arguments.generate});
+    if (const auto warning = tracer::length_warning(config, arguments.model, prompt, later)) {
+      notes.push_back(fmt::format("{}: {}", beginning.name, *warning));
+    }
+  }
+}
+
 // What can be wrong with what was asked for, before anything is read.
 void check_arguments(const LiveArguments& arguments, const ReplayRequest& request) {
   if (arguments.prompts.empty() && arguments.replay.traces.empty()) {
@@ -407,6 +475,17 @@ void check_arguments(const LiveArguments& arguments, const ReplayRequest& reques
     throw UsageError("--generate: the model writes freely at the prompt's end alone; leave out --evict-at");
   }
   if (request.eviction_positions.size() > 1) throw UsageError("--evict-at: a live run evicts once");
+  if (is_number(arguments.continuation)) {
+    const std::string wrong =
+        integer_in(1, std::numeric_limits<int>::max(), "a number of tokens")(arguments.continuation);
+    if (!wrong.empty()) throw UsageError(fmt::format("--continue {}: {}", arguments.continuation, wrong));
+  }
+  if (std::ranges::find(arguments.answers, "") != arguments.answers.end()) {
+    throw UsageError("--answer: an empty text is in every answer");
+  }
+  if (!arguments.answers.empty() && arguments.generate == 0) {
+    throw UsageError("--answer is looked for in what the model writes: ask for that with --generate N");
+  }
   if (arguments.resume && arguments.replay.results.empty()) {
     throw UsageError("--resume goes on with what stands beside an output; name it with -o");
   }
@@ -444,16 +523,23 @@ void run_live(const LiveArguments& given) {
     const std::vector<std::string> traces = distinct_traces(arguments.replay, notes);
     if (ranks->is_first()) {
       ReplayOptions outputs = arguments.replay;
-      outputs.traces.insert(outputs.traces.end(), arguments.prompts.begin(), arguments.prompts.end());
+      const std::vector<std::string> read = files_read(arguments);
+      outputs.traces.insert(outputs.traces.end(), read.begin(), read.end());
       check_outputs(outputs, request);
     }
     execution.threads = threads_of(arguments.replay.threads, *ranks);
     omp_set_num_threads(execution.threads);
     model = std::make_unique<const tracer::Model>(arguments.model);
+    std::set<std::string> seen;
     for (const std::string& prompt : arguments.prompts) {
-      beginnings.push_back(begin_with_prompt(arguments, *model, prompt));
+      if (seen.insert(prompt).second) {
+        beginnings.push_back(begin_with_prompt(arguments, *model, prompt));
+      } else {
+        notes.push_back(fmt::format("{}: is given more than once and run once", prompt));
+      }
     }
     for (const std::string& trace : traces) beginnings.push_back(begin_with_trace(arguments, *model, trace));
+    check_lengths(arguments, model->config, beginnings, notes);
     done.resize(beginnings.size());
     if (arguments.replay.results.empty()) return;
     store.emplace(arguments.replay.results, identity_of_run(arguments, request, traces));

@@ -298,7 +298,7 @@ std::string difference(const SweepIdentity& before, const SweepIdentity& now) {
     }
   };
   add_files("the list of traces", before.traces, now.traces);
-  add_files("the list of files that policies come from", before.files, now.files);
+  add_files("the list of other files that are read", before.files, now.files);
   return fmt::format("{}", fmt::join(parts, "; "));
 }
 

@@ -176,6 +176,37 @@ TEST_F(LiveCommand, RefusesATraceOfAnotherModel) {
   EXPECT_EQ(run("live --model tiny --trace half.h5 -p recent -c 20").exit_code, 0);
 }
 
+TEST_F(LiveCommand, ReplacesNothingThatItReads) {
+  for (const char* output : {"-o tiny/config.json", "--csv tiny/model.safetensors", "-o run.h5", "--kept run.h5"}) {
+    refuse(test::words(fmt::format("live --model tiny --trace run.h5 -p recent -c 20 {}", output)), 2,
+           {"would overwrite what is read"});
+  }
+  test::write_file(folder_ / "more.txt", "more");
+  refuse(test::words("live --model tiny --trace run.h5 -p recent -c 20 --continue more.txt --csv more.txt"), 2,
+         {"more.txt: would overwrite what is read"});
+}
+
+TEST_F(LiveCommand, ContinuesWithATextBehindThePromptsOwnTokens) {
+  const std::string demo = (test::project_folder() / "traces" / "demo-model").string();
+  test::write_file(folder_ / "prompt.txt", "The castle is old. Nobody lives there now, and the road is long.");
+  test::write_file(folder_ / "more.txt", " Remember that the river is wide.");
+  test::write_file(folder_ / "empty.txt", "");
+  const std::string line =
+      fmt::format("live --model {} --prompt prompt.txt -p recent -c 8 -o live.h5 --continue ", demo);
+  ASSERT_EQ(run(line + "more.txt").exit_code, 0);
+  EXPECT_GT(ResultsReader(folder_ / "live.h5").results().front().evaluation_positions.size(), 4U);
+  std::filesystem::remove(folder_ / "live.h5");
+  refuse(test::words(line + "empty.txt"), 1, {"empty.txt: is empty"});
+
+  // Another text is another run.
+  test::write_file(folder_ / "second.txt", "A second prompt that is read after the first one was done.");
+  test::Invocation stopped{.arguments = test::words(line + "more.txt --prompt second.txt")};
+  stopped.interrupt_when = "run-0.h5";
+  interrupt(stopped, "live.h5");
+  test::write_file(folder_ / "more.txt", " Remember that the river is narrow and cold.");
+  refuse(test::words(line + "more.txt --prompt second.txt --resume"), 1, {"more.txt"});
+}
+
 TEST_F(LiveCommand, GoesOnWhereItWasInterrupted) {
   std::string ids = test::read_file(folder_ / "ids");
   for (const char* name : {"a", "b", "c"}) {
@@ -230,6 +261,13 @@ TEST_F(LiveCommand, TellsHowItIsUsed) {
   expect_refused("--model tiny --trace run.h5 -p recent -c 20 --templated",
                  "--templated says how a --prompt is written", 2);
   refuse(test::words("live --model tiny --trace run.h5 -p recent -c 20 --resume"), 2, {"name it with -o"});
+  for (const char* number : {"0", "-1", "99999999999"}) {
+    expect_refused(fmt::format("--model tiny --trace run.h5 -p recent -c 20 --continue {}", number),
+                   "a number of tokens", 2);
+  }
+  expect_refused("--model tiny --trace run.h5 -p recent -c 20 --answer x", "ask for that with --generate N", 2);
+  refuse({"live", "--model", "tiny", "--trace", "run.h5", "-p", "recent", "-c", "20", "-n", "3", "--answer", ""}, 2,
+         {"--answer: an empty text is in every answer"});
   expect_refused("--model nowhere --trace run.h5 -p recent -c 20", "nowhere", 1);
   expect_refused("--model tiny --trace missing.h5 -p recent -c 20", "missing.h5", 1);
 }

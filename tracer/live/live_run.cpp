@@ -137,6 +137,8 @@ std::vector<std::int32_t> LiveRun::continue_greedily(Index count) {
     ids.push_back(most_likely(transformer_.forward({&ids.back(), 1}, cache)));
     report(LiveProgress::Stage::continuation, static_cast<double>(ids.size()) / static_cast<double>(count));
   }
+  // What follows the end is of no sequence.
+  if (ends(model_.config, ids.back())) ids.pop_back();
   return ids;
 }
 

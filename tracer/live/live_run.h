@@ -34,7 +34,7 @@ class LiveRun {
 
   const HeldRun& run() const { return run_; }
 
-  /// What the model would write after them, most likely tokens, up to `count`, and no further than the end of the
+  /// What the model would write after them, most likely tokens, up to `count`, without the one that ends the
   /// sequence.
   std::vector<std::int32_t> continue_greedily(Index count);
 

@@ -128,6 +128,20 @@ class Bench:
         table("Whole replays of 4 layers, measures included", ["positions", "seconds", "times 8,192"],
               [[f"{tokens:,}", f"{s:.2f}", f"{s / seconds[8192]:.2f}"] for tokens, s in seconds.items()])
 
+    def traces(self):
+        traces = [self.synth(f"model-{tokens}.h5", tokens, 8) for tokens in (4096, 4097)]  # of one seed: one projection
+        seconds = {}
+        for count in (1, 2):
+            command = [self.kvreplay, "replay", *traces[:count], "-p", "restkv", "-c", "128", "--threads", "1"]
+            run(*command)
+            seconds[count] = min(run(*command) for _ in range(3))
+        for trace in traces:
+            trace.unlink()
+        second = seconds[2] - seconds[1]
+        table("Two traces of one model, whole replays of 8 layers of 4,096 positions, one thread",
+              ["first trace", "both", "second of first"],
+              [[f"{seconds[1]:.2f} s", f"{seconds[2]:.2f} s", f"{second / seconds[1]:.2f}"]])
+
     def ranks(self, trace):
         sweep = [self.options.mpi, "sweep", trace, "-p", "restkv(alpha={0.1:0.9:0.1})", "-c", "160,1024", "--threads", "1",
                  "-o"]
@@ -170,6 +184,7 @@ def main():
             bench.reference(stages)
         bench.reading(trace)
         bench.lengths()
+        bench.traces()
         layers = bench.synth("layers.h5", 8192, 32)
         bench.threads(layers)
         if options.mpi:

@@ -10,6 +10,8 @@
 #include <memory>
 #include <numeric>
 #include <set>
+#include <tuple>
+#include <utility>
 
 #include "base/buffer.h"
 #include "base/error.h"
@@ -334,8 +336,18 @@ void ReplayEngine::complete_surveys(std::span<const ReplayUnit> units) const {
 
 std::vector<ReplayUnit> ReplayEngine::units() const {
   std::vector<ReplayUnit> units;
-  for (std::size_t r = 0; r < outlines_.size(); ++r) {
-    for (int layer = 0; layer < outlines_[r].model.num_layers; ++layer) units.push_back({static_cast<int>(r), layer});
+  std::vector<bool> listed(outlines_.size(), false);
+  for (std::size_t first = 0; first < outlines_.size(); ++first) {
+    if (listed[first]) continue;
+    std::vector<int> together;
+    for (std::size_t r = first; r < outlines_.size(); ++r) {
+      if (listed[r] || (r != first && !share_projections(first, r))) continue;
+      listed[r] = true;
+      together.push_back(static_cast<int>(r));
+    }
+    for (int layer = 0; layer < outlines_[first].model.num_layers; ++layer) {
+      for (const int replay : together) units.push_back({replay, layer});
+    }
   }
   return units;
 }
@@ -495,6 +507,48 @@ bool ReplayEngine::needs_projection(const ReplayUnit& unit) const {
   return sums_of(unit).asked.projected_distance && trace_of(unit).has_output_projection(unit.layer);
 }
 
+// Whether projections of two outlines could be the same: then it pays to look.
+bool ReplayEngine::may_share_projections(std::size_t replay, std::size_t other) const {
+  const auto shape = [&](std::size_t r) {
+    const ModelInfo& model = outlines_[r].model;
+    return std::tuple(model.num_layers, model.num_attention_heads, model.head_dim, model.hidden_size);
+  };
+  const auto is_asked = [&](std::size_t r) {
+    return std::ranges::any_of(sums_[r], [](const auto& of) { return of.second.asked.projected_distance; });
+  };
+  return shape(replay) == shape(other) && is_asked(replay) && is_asked(other);
+}
+
+// Whether the same is calculated of all their projections.
+bool ReplayEngine::share_projections(std::size_t replay, std::size_t other) const {
+  if (!may_share_projections(replay, other)) return false;
+  for (int layer = 0; layer < outlines_[replay].model.num_layers; ++layer) {
+    const ReplayUnit one{static_cast<int>(replay), layer};
+    const ReplayUnit another{static_cast<int>(other), layer};
+    if (needs_projection(one) != needs_projection(another)) return false;
+    if (needs_projection(one) && projection_key(one) != projection_key(another)) return false;
+  }
+  return true;
+}
+
+// Equal for units that need the same factors.
+std::string ReplayEngine::projection_key(const ReplayUnit& unit) const {
+  const auto replay = static_cast<std::size_t>(unit.replay);
+  const std::size_t trace = trace_of_outline_[replay];
+  const auto could_be_shared = [&](std::size_t other) {
+    return trace_of_outline_[other] != trace && may_share_projections(replay, other);
+  };
+  const auto [found, is_new] = projection_digests_.try_emplace({trace, unit.layer});
+  if (is_new) {
+    // Where no other trace has such a projection nobody has to read it for its digest.
+    bool shared = false;
+    for (std::size_t other = 0; other < outlines_.size() && !shared; ++other) shared = could_be_shared(other);
+    std::string digest = shared ? traces_[trace]->projection_digest(unit.layer) : "";
+    found->second = digest.empty() ? fmt::format("layer {} of trace {}", unit.layer, trace) : std::move(digest);
+  }
+  return found->second;
+}
+
 const CapturedRun& ReplayEngine::trace_of(const ReplayUnit& unit) const {
   return *traces_[trace_of_outline_[static_cast<std::size_t>(unit.replay)]];
 }
@@ -517,13 +571,14 @@ std::size_t ReplayEngine::units_at_once(std::span<const ReplayUnit> units, const
   return count;
 }
 
-// Takes the units group by group and hands out, in their order, what work(group, plan) makes of each. Refining kept
-// sets takes much longer than all else in a layer and goes through it head by head: layers with it are groups of their
-// own, each on one thread.
+// Takes the units group by group and hands out, in their order, what work(group, plan, known) makes of each. Refining
+// kept sets takes much longer than all else in a layer and goes through it head by head: layers with it are groups of
+// their own, each on one thread.
 template <class Work, class Done>
 void ReplayEngine::for_each_group(std::span<const ReplayUnit> units, const Work& work, const Done& done) const {
   const Plan plan = plan_for(memory_limit_);
   complete_surveys(units);
+  Projections known;
   const auto hand_out = [&](std::span<const ReplayUnit> group, auto results) {
     for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(results[i]));
     if (memory_limit_ > 0) trim_memory();
@@ -534,19 +589,24 @@ void ReplayEngine::for_each_group(std::span<const ReplayUnit> units, const Work&
     std::span<const ReplayUnit> alike = units.first(static_cast<std::size_t>(end - units.begin()));
     units = units.subspan(alike.size());
     if (refining) {
+      known.clear();
       Plan apart = plan;
       apart.layers_apart = std::min(plan.layers_apart, static_cast<int>(alike.size()));
       apart.heads_at_once = plan.heads_at_once / apart.layers_apart;
       const auto group = [alike](int i) { return alike.subspan(static_cast<std::size_t>(i), 1); };
       parallel_in_order(
-          static_cast<int>(alike.size()), [&](int i) { return work(group(i), apart); },
+          static_cast<int>(alike.size()),
+          [&](int i) {
+            Projections own;
+            return work(group(i), apart, own);
+          },
           [&](int i, auto results) { hand_out(group(i), std::move(results)); }, apart.layers_apart);
       continue;
     }
     while (!alike.empty()) {
       const std::span<const ReplayUnit> group = alike.first(units_at_once(alike, plan));
       alike = alike.subspan(group.size());
-      hand_out(group, work(group, plan));
+      hand_out(group, work(group, plan, known));
     }
   }
 }
@@ -555,8 +615,8 @@ void ReplayEngine::run(std::span<const ReplayUnit> units,
                        const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const {
   for_each_group(
       units,
-      [this](std::span<const ReplayUnit> group, const Plan& plan) {
-        std::vector<std::vector<LayerResult>> results = decide_group(group, plan);
+      [this](std::span<const ReplayUnit> group, const Plan& plan, Projections& known) {
+        std::vector<std::vector<LayerResult>> results = decide_group(group, plan, known);
         measure_group(group, plan, results);
         return results;
       },
@@ -566,7 +626,10 @@ void ReplayEngine::run(std::span<const ReplayUnit> units,
 void ReplayEngine::decide(std::span<const ReplayUnit> units,
                           const std::function<void(const ReplayUnit&, std::vector<LayerSets>)>& done) const {
   for_each_group(
-      units, [this](std::span<const ReplayUnit> group, const Plan& plan) { return decide_group(group, plan); },
+      units,
+      [this](std::span<const ReplayUnit> group, const Plan& plan, Projections& known) {
+        return decide_group(group, plan, known);
+      },
       [&done](const ReplayUnit& unit, std::vector<LayerResult> results) {
         std::vector<LayerSets> kept(results.size());
         for (std::size_t i = 0; i < results.size(); ++i) {
@@ -577,12 +640,11 @@ void ReplayEngine::decide(std::span<const ReplayUnit> units,
       });
 }
 
-// Calls work(index in the group, piece) for pieces_of(index) pieces of every unit, spread over threads.
+// Calls work(index, piece) for pieces_of(index) pieces of every one of `count`, spread over threads.
 template <class Pieces, class Work>
-void ReplayEngine::for_each_piece(std::span<const ReplayUnit> group, const Plan& plan, const Pieces& pieces_of,
-                                  const Work& work) const {
+void ReplayEngine::for_each_piece(std::size_t count, const Plan& plan, const Pieces& pieces_of, const Work& work) {
   std::vector<std::pair<std::size_t, int>> pieces;
-  for (std::size_t i = 0; i < group.size(); ++i) {
+  for (std::size_t i = 0; i < count; ++i) {
     for (int piece = 0; piece < static_cast<int>(pieces_of(i)); ++piece) pieces.emplace_back(i, piece);
   }
   parallel_for(
@@ -591,26 +653,49 @@ void ReplayEngine::for_each_piece(std::span<const ReplayUnit> group, const Plan&
       plan.heads_at_once);
 }
 
+// The factors that each unit needs: computed, or of the units before. `known` holds these alone afterwards, so that
+// those that nobody needs any more are given up before others take their place.
+std::vector<std::shared_ptr<LayerProjection>> ReplayEngine::projections_of(std::span<const ReplayUnit> group,
+                                                                           const Plan& plan, Projections& known) const {
+  Projections used;
+  std::vector<std::pair<LayerProjection*, const ModelInfo*>> missing;
+  std::vector<std::shared_ptr<LayerProjection>> projections(group.size());
+  for (std::size_t i = 0; i < group.size(); ++i) {
+    if (!needs_projection(group[i])) continue;
+    const std::string key = projection_key(group[i]);
+    const auto [found, is_new] = used.try_emplace(key);
+    if (is_new) {
+      const auto before = known.find(key);
+      if (before != known.end()) {
+        found->second = before->second;
+      } else {
+        found->second = std::make_shared<LayerProjection>(trace_of(group[i]), group[i].layer);
+        missing.emplace_back(found->second.get(), &trace_of(group[i]).info().model);
+      }
+    }
+    projections[i] = found->second;
+  }
+  known = std::move(used);
+  for_each_piece(
+      missing.size(), plan, [&](std::size_t i) { return projection_slices(*missing[i].second); },
+      [&](std::size_t i, int slice) { missing[i].first->read_slice(slice); });
+  for_each_piece(
+      missing.size(), plan, [&](std::size_t i) { return missing[i].second->num_attention_heads; },
+      [&](std::size_t i, int head) { missing[i].first->decompose(head); });
+  for (const auto& [projection, model] : missing) projection->finish();
+  return projections;
+}
+
 // Kept sets and rank agreement; what the kept sets do is left open.
-std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const ReplayUnit> group,
-                                                                 const Plan& plan) const {
+std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const ReplayUnit> group, const Plan& plan,
+                                                                 Projections& known) const {
   const auto outline = [&](std::size_t i) -> const TraceReplay& {
     return outlines_[static_cast<std::size_t>(group[i].replay)];
   };
   const auto settings = [&](std::size_t i) -> const std::vector<Setting>& {
     return settings_[static_cast<std::size_t>(group[i].replay)];
   };
-  std::vector<std::unique_ptr<LayerProjection>> projections(group.size());
-  for (std::size_t i = 0; i < group.size(); ++i) {
-    if (!needs_projection(group[i])) continue;
-    projections[i] = std::make_unique<LayerProjection>(trace_of(group[i]), group[i].layer);
-  }
-  for_each_piece(
-      group, plan, [&](std::size_t i) { return projections[i] ? projection_slices(outline(i).model) : 0; },
-      [&](std::size_t i, int slice) { projections[i]->read_slice(slice); });
-  for_each_piece(
-      group, plan, [&](std::size_t i) { return projections[i] ? outline(i).model.num_attention_heads : 0; },
-      [&](std::size_t i, int head) { projections[i]->decompose(head); });
+  const std::vector<std::shared_ptr<LayerProjection>> projections = projections_of(group, plan, known);
 
   std::vector<std::unique_ptr<TraceLayer>> layers;
   std::vector<std::unique_ptr<LayerRankAgreement>> agreements(group.size());
@@ -630,7 +715,7 @@ std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const
                            agreements[i].get());
   }
   for_each_piece(
-      group, plan, [&](std::size_t i) { return outline(i).model.num_key_value_heads; },
+      group.size(), plan, [&](std::size_t i) { return outline(i).model.num_key_value_heads; },
       [&](std::size_t i, int head) {
         // Read ahead: this head's values while its keys are worked on, and the keys of the next.
         trace_of(group[i]).prefetch(group[i].layer, HeadTensor::values, head);
@@ -640,7 +725,7 @@ std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const
         decisions[i].decide_head(head);
       });
   for_each_piece(
-      group, plan, [&](std::size_t i) { return settings(i).size(); },
+      group.size(), plan, [&](std::size_t i) { return settings(i).size(); },
       [&](std::size_t i, int setting) { decisions[i].decide_together(setting); });
   std::vector<std::vector<LayerResult>> results;
   for (std::size_t i = 0; i < group.size(); ++i) {
@@ -678,13 +763,13 @@ void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& 
     }
     const auto is_open = [&](std::size_t i) { return results[i].size() > first; };
     for_each_piece(
-        group, plan, [&](std::size_t i) { return is_open(i) ? outline(i).model.num_key_value_heads : 0; },
+        group.size(), plan, [&](std::size_t i) { return is_open(i) ? outline(i).model.num_key_value_heads : 0; },
         [&](std::size_t i, int head) { measurements[i].measure_head(head); });
     for_each_piece(
-        group, plan, [&](std::size_t i) { return is_open(i) ? measurements[i].panels() : 0; },
+        group.size(), plan, [&](std::size_t i) { return is_open(i) ? measurements[i].panels() : 0; },
         [&](std::size_t i, int panel) { measurements[i].lay_out_panel(panel); });
     for_each_piece(
-        group, plan, [&](std::size_t i) { return is_open(i) ? measurements[i].slices() : 0; },
+        group.size(), plan, [&](std::size_t i) { return is_open(i) ? measurements[i].slices() : 0; },
         [&](std::size_t i, int slice) { measurements[i].project_slice(slice); });
     for (std::size_t i = 0; i < group.size(); ++i) {
       if (!is_open(i)) continue;

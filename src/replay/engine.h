@@ -4,9 +4,11 @@
 #include <compare>
 #include <functional>
 #include <map>
+#include <memory>
 #include <set>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/work.h"
@@ -18,6 +20,8 @@
 #include "trace/reader.h"
 
 namespace kvreplay {
+
+class LayerProjection;
 
 /// One layer of one trace at one eviction position: what is done, stored and resumed as a whole.
 struct ReplayUnit {
@@ -57,13 +61,14 @@ class ReplayEngine {
   /// What was asked of traces and is in no outline.
   const std::vector<TraceNote>& left_out() const { return left_out_; }
 
-  /// Every layer of every outline, in order.
+  /// Every layer of every outline, in order; of outlines that share what is calculated of their output projections,
+  /// layer by layer of all of them, since units that follow each other share it.
   std::vector<ReplayUnit> units() const;
 
   /// The run that an outline is of.
   const CapturedRun& run_of(int replay) const { return *traces_[trace_of_outline_[static_cast<std::size_t>(replay)]]; }
 
-  /// What a unit takes: bytes of the trace that are read, floating-point operations.
+  /// What a unit takes that shares nothing: bytes of the trace that are read, floating-point operations.
   Work cost(const ReplayUnit& unit) const;
 
   /// Whether budgets divide positions over all layers of an outline, by what they find out about each first.
@@ -129,21 +134,29 @@ class ReplayEngine {
   using AlikeSurveys = std::map<int, std::vector<std::vector<LayerSurvey>>>;
 
   void complete_surveys(std::span<const ReplayUnit> units) const;
+  // Factors of output projections by projection_key(): those of the last group of units, which the next may share.
+  using Projections = std::map<std::string, std::shared_ptr<LayerProjection>>;
+
   Plan plan_for(Index limit) const;
   Plan plan_of(int heads_at_once, int rounds, Index limit) const;
-  std::vector<std::vector<LayerResult>> decide_group(std::span<const ReplayUnit> group, const Plan& plan) const;
+  std::vector<std::vector<LayerResult>> decide_group(std::span<const ReplayUnit> group, const Plan& plan,
+                                                     Projections& known) const;
+  std::vector<std::shared_ptr<LayerProjection>> projections_of(std::span<const ReplayUnit> group, const Plan& plan,
+                                                               Projections& known) const;
   void measure_group(std::span<const ReplayUnit> group, const Plan& plan,
                      std::vector<std::vector<LayerResult>>& results) const;
   template <class Work, class Done>
   void for_each_group(std::span<const ReplayUnit> units, const Work& work, const Done& done) const;
   template <class Pieces, class Work>
-  void for_each_piece(std::span<const ReplayUnit> group, const Plan& plan, const Pieces& pieces_of,
-                      const Work& work) const;
+  static void for_each_piece(std::size_t count, const Plan& plan, const Pieces& pieces_of, const Work& work);
   const CapturedRun& trace_of(const ReplayUnit& unit) const;
   static Sums sum_up(const CapturedRun& trace, const TraceReplay& outline, const std::vector<Setting>& settings,
                      int held);
   const Sums& sums_of(const ReplayUnit& unit) const;
   bool needs_projection(const ReplayUnit& unit) const;
+  bool may_share_projections(std::size_t replay, std::size_t other) const;
+  bool share_projections(std::size_t replay, std::size_t other) const;
+  std::string projection_key(const ReplayUnit& unit) const;
   bool refines(const ReplayUnit& unit) const { return sums_of(unit).refining > 0; }
   std::size_t units_at_once(std::span<const ReplayUnit> units, const Plan& plan) const;
 
@@ -152,10 +165,11 @@ class ReplayEngine {
   std::vector<TraceReplay> outlines_;
   std::vector<TraceNote> left_out_;
   std::vector<std::size_t> trace_of_outline_;
-  std::vector<std::vector<Setting>> settings_;   // per outline
-  std::vector<std::map<int, Sums>> sums_;        // the same: by what a layer holds
-  mutable std::map<int, AlikeSurveys> surveys_;  // of outlines
-  Index memory_limit_ = 0;                       // 0: none was given
+  std::vector<std::vector<Setting>> settings_;                                     // per outline
+  std::vector<std::map<int, Sums>> sums_;                                          // the same: by what a layer holds
+  mutable std::map<int, AlikeSurveys> surveys_;                                    // of outlines
+  mutable std::map<std::pair<std::size_t, int>, std::string> projection_digests_;  // of layers of traces, as asked for
+  Index memory_limit_ = 0;                                                         // 0: none was given
 };
 
 }  // namespace kvreplay

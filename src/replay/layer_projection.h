@@ -26,6 +26,9 @@ class LayerProjection {
   /// once.
   void decompose(int query_head);
 
+  /// Once all heads are computed: gives up what only computing them took.
+  void finish() { grams_.clear(); }
+
   /// projection_factor_of the head's part, to the bit.
   const Matrix& factor(int query_head) const { return factors_[static_cast<std::size_t>(query_head)]; }
 

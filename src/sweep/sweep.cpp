@@ -88,17 +88,36 @@ Index memory_of_storing(const std::vector<TraceReplay>& outlines) {
 
 std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, std::span<const ReplayUnit> units,
                                                   int processes) {
-  std::vector<std::pair<double, ReplayUnit>> weighed;
-  for (const ReplayUnit& unit : units) weighed.emplace_back(weight_of(engine.cost(unit)), unit);
-  std::ranges::stable_sort(weighed, std::greater<>(), &std::pair<double, ReplayUnit>::first);
-  std::vector<std::vector<ReplayUnit>> parts(static_cast<std::size_t>(processes));
-  std::vector<double> loads(parts.size(), 0);
-  for (const auto& [weight, unit] : weighed) {
-    const auto least = static_cast<std::size_t>(std::ranges::min_element(loads) - loads.begin());
-    parts[least].push_back(unit);
-    loads[least] += weight;
+  struct Weighed {
+    double weight = 0;
+    double of_layer = 0;  // the largest weight among the units before and after it that are of the same layer
+    std::size_t place = 0;
+  };
+  std::vector<Weighed> weighed;
+  for (std::size_t first = 0; first < units.size();) {
+    const std::size_t begin = first;
+    double most = 0;
+    for (; first < units.size() && units[first].layer == units[begin].layer; ++first) {
+      weighed.push_back({.weight = weight_of(engine.cost(units[first])), .place = first});
+      most = std::max(most, weighed.back().weight);
+    }
+    for (std::size_t i = begin; i < first; ++i) weighed[i].of_layer = most;
   }
-  return parts;
+  std::ranges::stable_sort(weighed, std::greater<>(), &Weighed::weight);
+  std::vector<std::vector<Weighed>> parts(static_cast<std::size_t>(processes));
+  std::vector<double> loads(parts.size(), 0);
+  for (const Weighed& each : weighed) {
+    const auto least = static_cast<std::size_t>(std::ranges::min_element(loads) - loads.begin());
+    parts[least].push_back(each);
+    loads[least] += each.weight;
+  }
+  std::vector<std::vector<ReplayUnit>> divided;
+  for (std::vector<Weighed>& part : parts) {
+    std::ranges::sort(part, {}, [](const Weighed& each) { return std::pair(-each.of_layer, each.place); });
+    std::vector<ReplayUnit>& of_process = divided.emplace_back();
+    for (const Weighed& each : part) of_process.push_back(units[each.place]);
+  }
+  return divided;
 }
 
 namespace {

@@ -30,7 +30,8 @@ Speed guess_speed();
 Index memory_of_storing(const std::vector<TraceReplay>& outlines);
 
 /// Divides units among processes: the largest first, each to the process that has least to do. Depends on nothing but
-/// the units' cost. Within a process the largest come first.
+/// the units' cost. Within a process the largest come first, but units of one layer that follow each other, and so may
+/// share work, stay together.
 std::vector<std::vector<ReplayUnit>> divide_units(const ReplayEngine& engine, std::span<const ReplayUnit> units,
                                                   int processes);
 

@@ -54,6 +54,10 @@ class CapturedRun {
   /// Error as read() does, and if there is none.
   virtual void read_projection_rows(int layer, Index first_row, Index count, float* out) const = 0;
 
+  /// What tells output projections of layers apart whatever run they are of: equal where all their elements are stored
+  /// alike. Empty where nobody knows. Throws Error as read() does, and if there is none.
+  virtual std::string projection_digest(int /*layer*/) const { return ""; }
+
   virtual bool has_attention_mass(int layer) const = 0;
 
   /// For each prompt position, the attention that it received from all causal prompt queries of a query head: [P].

@@ -1,6 +1,7 @@
 #include "trace/reader.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <array>
@@ -510,6 +511,13 @@ void TraceReader::read_projection_rows(int layer, Index first_row, Index count, 
     return fmt::format("layer {}, head {}, row {}", layer,
                        offset % width / state_->width_of(layer, HeadTensor::outputs), first_row + offset / width);
   });
+}
+
+std::string TraceReader::projection_digest(int layer) const {
+  const hdf5::Dataset& dataset = state_->output_projection(layer);
+  const std::string stored = state_->optional_string(dataset.path(), "xxh64");
+  return fmt::format("{} {} {}", name_of(*dataset.float_type()), fmt::join(dataset.shape(), ","),
+                     stored.empty() ? dataset.compute_xxh64() : stored);
 }
 
 bool TraceReader::has_attention_mass(int layer) const { return state_->layer(layer).attention_mass.has_value(); }

@@ -51,6 +51,8 @@ class TraceReader final : public CapturedRun {
   bool has_output_projection(int layer) const override;
   Matrix read_output_projection(int layer, int head) const override;
   void read_projection_rows(int layer, Index first_row, Index count, float* out) const override;
+  /// The stored digest where there is one; else it is computed, which reads the whole projection.
+  std::string projection_digest(int layer) const override;
   bool has_attention_mass(int layer) const override;
   std::vector<float> read_attention_mass(int layer, int head) const override;
 

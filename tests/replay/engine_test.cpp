@@ -595,6 +595,87 @@ TEST(Engine, ExchangesAreTheSameBitsByAnyThreadsInAnyMemory) {
   }
 }
 
+// Traces of one model have the same output projections; factors are computed for the first of them alone.
+TEST(Engine, TracesWithTheSameProjectionsShareTheirFactors) {
+  const TemporaryFolder folder;
+  const RandomTrace shape{.num_layers = 3, .hidden_size = 600};
+  shape.write(folder / "first.h5");
+  std::filesystem::copy(folder / "first.h5", folder / "second.h5");
+  edit(folder / "second.h5", [](std::int64_t file) {
+    for (const char* layer : {"0", "1", "2"}) poke(file, fmt::format("/layers/{}/keys", layer), {1, 20, 3}, 4.0f);
+  });
+  std::filesystem::copy(folder / "second.h5", folder / "no digests.h5");
+  edit(folder / "no digests.h5", [](std::int64_t file) {
+    for (const char* layer : {"0", "1", "2"}) {
+      ASSERT_GE(H5Adelete_by_name(file, fmt::format("/layers/{}/output_projection", layer).c_str(), "xxh64", 0), 0);
+    }
+  });
+  RandomTrace other = shape;
+  other.seed = 2;
+  other.write(folder / "other.h5");
+
+  const ReplayRequest asked = make_request({"restkv(window=4)", "recent"}, {"9", "20"});
+  const auto operations_of = [](const ReplayEngine& engine, Results& results) {
+    const double before = work_done().operations;
+    results = run(engine);
+    return work_done().operations - before;
+  };
+  const double of_factors = 3.0 * 4 * 600 * 8 * 9;  // of 3 layers of 4 heads
+  for (const std::string second : {"second.h5", "no digests.h5", "other.h5"}) {
+    SCOPED_TRACE(second);
+    std::vector<TraceReader> traces;
+    traces.emplace_back(folder / "first.h5");
+    traces.emplace_back(folder / second);
+    double apart = 0;
+    Results expected;
+    for (int t = 0; t < 2; ++t) {
+      Results alone;
+      apart += operations_of(ReplayEngine(std::span(&traces[static_cast<std::size_t>(t)], 1), asked), alone);
+      for (auto& [unit, results] : alone) expected[{t, unit.second}] = std::move(results);
+    }
+    for (const int count : {1, 3}) {
+      const Threads threads(count);
+      ReplayEngine engine(traces, asked);
+      const bool same = second != "other.h5";
+      EXPECT_EQ(engine.units()[1], (same ? ReplayUnit{1, 0} : ReplayUnit{0, 1}));
+      Results together;
+      EXPECT_EQ(apart - operations_of(engine, together), same ? of_factors : 0.0);
+      expect_same(together, expected);
+      engine.limit_memory(least_memory(engine));
+      EXPECT_EQ(apart - operations_of(engine, together), same ? of_factors : 0.0);
+      expect_same(together, expected);
+      // In whatever order they are asked for.
+      std::vector<ReplayUnit> units = engine.units();
+      std::ranges::reverse(units);
+      expect_same(run(engine, units), expected);
+    }
+  }
+}
+
+TEST(Engine, EvictionsOfOneTraceShareTheFactors) {
+  const TemporaryFolder folder;
+  RandomTrace{.num_layers = 2}.write(folder / "t.h5");
+  const TraceReader trace(folder / "t.h5");
+  ReplayRequest asked = make_request({"restkv(window=4)"}, {"9"});
+  asked.eviction_positions = {40, 60};
+  const ReplayEngine engine(std::span(&trace, 1), asked);
+  EXPECT_EQ(engine.units(), (std::vector<ReplayUnit>{{0, 0}, {1, 0}, {0, 1}, {1, 1}}));
+  const double before = work_done().operations;
+  const Results together = run(engine);
+  const double all = work_done().operations - before;
+  double apart = 0;
+  for (const int replay : {0, 1}) {
+    asked.eviction_positions = {replay == 0 ? 40 : 60};
+    asked.evaluate_from = 60;
+    const double alone = work_done().operations;
+    for (const auto& [unit, results] : run(ReplayEngine(std::span(&trace, 1), asked))) {
+      expect_same(together.at({replay, unit.second}).front(), results.front());
+    }
+    apart += work_done().operations - alone;
+  }
+  EXPECT_EQ(apart - all, 2.0 * 4 * 24 * 8 * 9);
+}
+
 TEST(LayerProjection, HoldsTheFactorsOfItsHeadsToTheBit) {
   for (const RandomTrace& shape :
        {RandomTrace{}, RandomTrace{.head_dim = 7, .hidden_size = 511},

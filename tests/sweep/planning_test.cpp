@@ -62,5 +62,19 @@ TEST(SweepPlanning, AsksAPolicyAsOftenForManyUnitsAsForFew) {
   EXPECT_LE(asked[0], 2 * 10) << "what a trace lacks, and what a head is asked for";
 }
 
+// Evictions of one trace share what is calculated of a layer's output projection.
+TEST(SweepPlanning, LeavesTogetherWhatSharesWork) {
+  const test::TemporaryFolder folder;
+  RandomTrace{.num_layers = 3}.write(folder / "t.h5");
+  const TraceReader trace(folder / "t.h5");
+  ReplayRequest request;
+  request.policies.push_back(make_policy("restkv(window=4)"));
+  request.capacities.push_back(CapacityRequest::parse("9"));
+  request.eviction_positions = {40, 60};
+  const ReplayEngine engine(std::span(&trace, 1), request);
+  ASSERT_GT(engine.cost({1, 0}).operations, engine.cost({0, 0}).operations);
+  EXPECT_EQ(divide_units(engine, engine.units(), 1), (std::vector<std::vector<ReplayUnit>>{engine.units()}));
+}
+
 }  // namespace
 }  // namespace kvreplay

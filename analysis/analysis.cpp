@@ -54,9 +54,7 @@ std::optional<double> chosen_goal(const std::vector<CapacityCurve>& curves, cons
 // with it over what both were replayed on, so an oracle of other traces than the policies serves where no other does.
 std::string best_oracle(const std::vector<ComparisonRow>& rows, const std::vector<SettingKey>& apart,
                         bool lower_is_better) {
-  const auto is_apart = [&apart](const ComparisonRow& row) {
-    return std::ranges::find(apart, SettingKey{row.key.policy, row.key.capacity_request}) != apart.end();
-  };
+  const auto is_apart = [&apart](const ComparisonRow& row) { return contains(apart, row.key.setting()); };
   const auto is_among_policies = [&](const ComparisonRow& row) { return row.oracle && !is_apart(row); };
   const bool any_is_among_policies = std::ranges::any_of(rows, is_among_policies);
   std::map<std::string, std::map<std::string, double>> oracles;  // means by capacity
@@ -92,15 +90,7 @@ std::string best_oracle(const std::vector<ComparisonRow>& rows, const std::vecto
 std::vector<TraceOverview> overview(const AnalysisInput& input, const ResultSet& results) {
   std::vector<TraceOverview> traces;
   std::map<std::string, std::string> digests;
-  std::set<std::pair<std::string, int>> counted;
-  std::vector<const StoredResult*> counted_first;
-  for (const StoredResult& result : results.results()) {
-    counted.emplace(result.trace, result.eviction_position);
-    counted_first.push_back(&result);
-  }
-  for (const StoredResult& result : input.results.results()) counted_first.push_back(&result);
-  for (const StoredResult* one : counted_first) {
-    const StoredResult& result = *one;
+  const auto add = [&](const StoredResult& result, bool counted) {
     auto found = std::ranges::find(traces, result.trace, &TraceOverview::trace);
     if (found == traces.end()) {
       digests[result.trace] = result.trace_digest;
@@ -113,15 +103,17 @@ std::vector<TraceOverview> overview(const AnalysisInput& input, const ResultSet&
       found->prompt_length = result.prompt_length;
       found->evaluation_queries = static_cast<int>(result.evaluation_positions.size());
     }
-    std::vector<int>& positions = counted.contains({result.trace, result.eviction_position})
-                                      ? found->eviction_positions
-                                      : found->other_eviction_positions;
-    if (std::ranges::find(positions, result.eviction_position) == positions.end()) {
-      positions.push_back(result.eviction_position);
+    const auto is_listed = [&](const std::vector<int>& positions) {
+      return std::ranges::find(positions, result.eviction_position) != positions.end();
+    };
+    if (!is_listed(found->eviction_positions) && !is_listed(found->other_eviction_positions)) {
+      (counted ? found->eviction_positions : found->other_eviction_positions).push_back(result.eviction_position);
     }
     // A later eviction sees more of the spans.
     if (result.spans.size() > found->spans.size()) found->spans = result.spans;
-  }
+  };
+  for (const StoredResult& result : results.results()) add(result, true);
+  for (const StoredResult& result : input.results.results()) add(result, false);
   for (const TraceReader& reader : input.traces) {
     const std::string digest = trace_digest(reader);
     for (TraceOverview& trace : traces) {
@@ -167,7 +159,7 @@ std::vector<SettingKey> settings_apart(const ResultSet& results, const std::stri
 void set_apart(std::vector<CapacityCurve>& curves, const std::vector<SettingKey>& apart) {
   for (CapacityCurve& curve : curves) {
     const auto is_apart = [&](const CapacityPoint& point) {
-      return std::ranges::find(apart, SettingKey{curve.policy, point.capacity_request}) != apart.end();
+      return contains(apart, {curve.policy, point.capacity_request});
     };
     if (std::ranges::none_of(curve.points, is_apart)) continue;
     curve.area.reset();
@@ -203,8 +195,7 @@ std::string passed_over_for(const std::string& baseline, const ResultSet& result
   if (settings_of_usual.empty()) return "";
   const std::string nearest = policies_nearest_to_defaults(settings_of_usual).front();
   const auto compared = [&](const SettingKey& key) {
-    return key.policy == nearest && key.capacity_request != kAllPositions &&
-           std::ranges::find(apart, key) == apart.end();
+    return key.policy == nearest && key.capacity_request != kAllPositions && !contains(apart, key);
   };
   return nearest == baseline || std::ranges::any_of(results.settings(), compared) ? "" : nearest;
 }
@@ -358,8 +349,7 @@ std::string default_baseline(const ResultSet& results, Measure measure) {
   std::vector<std::string> policies;
   for (const SettingKey& key : results.settings()) {
     const bool oracle = results.results()[results.of_setting(key).front()].oracle;
-    const bool is_apart = std::ranges::find(apart, key) != apart.end();
-    if (oracle || is_apart || key.capacity_request == kAllPositions) continue;
+    if (oracle || contains(apart, key) || key.capacity_request == kAllPositions) continue;
     if (std::ranges::find(policies, key.policy) == policies.end()) policies.push_back(key.policy);
   }
   if (policies.size() < 2) return "";
@@ -372,9 +362,8 @@ std::string default_baseline(const ResultSet& results, Measure measure) {
   std::vector<std::string> ranked;
   std::string capacity;
   for (const ComparisonRow& row : compare(results, options)) {
-    const SettingKey key{row.key.policy, row.key.capacity_request};
     const bool is_one = std::ranges::find(of_methods, row.key.policy) != of_methods.end();
-    if (!is_one || std::ranges::find(apart, key) != apart.end() || !is_candidate(row)) continue;
+    if (!is_one || contains(apart, row.key.setting()) || !is_candidate(row)) continue;
     if (capacity.empty()) capacity = row.key.capacity_request;
     if (row.key.capacity_request == capacity) ranked.push_back(row.key.policy);
   }

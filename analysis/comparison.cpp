@@ -12,6 +12,7 @@
 #include <set>
 #include <tuple>
 
+#include "analysis/weighing.h"
 #include "base/error.h"
 #include "base/parallel.h"
 #include "policy/parameter.h"
@@ -89,7 +90,7 @@ bool has(const Numbers& numbers, Cell cell) {
   return any;
 }
 
-// Those of a cell, of which every trace weighs the same, in it every eviction position, and there every result.
+// Those of a cell, with their weights.
 struct Weighed {
   std::vector<const Numbers*> members;  // those of a trace stand together, and there those of an eviction position
   std::vector<double> weights;          // of each member's mean; together 1
@@ -103,33 +104,26 @@ Weighed weigh(std::vector<const Numbers*> members) {
   std::ranges::stable_sort(members, {}, [&traces](const Numbers* member) {
     return std::pair(traces.at(member->result->trace), member->result->eviction_position);
   });
-  std::map<std::string, std::map<int, int>> counts;
-  for (const Numbers* member : members) ++counts[member->result->trace][member->result->eviction_position];
-  for (const Numbers* member : members) {
-    const std::map<int, int>& evictions = counts.at(member->result->trace);
-    weighed.weights.push_back(1.0 / (static_cast<double>(counts.size()) * static_cast<double>(evictions.size()) *
-                                     evictions.at(member->result->eviction_position)));
-  }
+  std::vector<EvictionKey> evictions;
+  for (const Numbers* member : members) evictions.push_back({member->result->trace, member->result->eviction_position});
+  weighed.weights = weights_of(evictions);
   weighed.members = std::move(members);
-  weighed.traces = static_cast<int>(counts.size());
+  weighed.traces = static_cast<int>(traces.size());
   return weighed;
 }
 
 // The mean of value(numbers, index) over a cell, for each query (or span) of a member that has numbers there.
 template <class Value>
 std::vector<double> means_of(const Numbers& numbers, Cell cell, const Value& value) {
-  std::vector<double> sums(numbers.width, 0.0);
-  std::vector<double> runs(numbers.width, 0.0);
+  std::vector<Mean> of_each(numbers.width);
   for_each_run(numbers, cell, [&](std::size_t offset) {
     for (std::size_t i = 0; i < numbers.width; ++i) {
-      if (is_missing(numbers, offset + i)) continue;
-      sums[i] += value(numbers, offset + i);
-      ++runs[i];
+      if (!is_missing(numbers, offset + i)) of_each[i].add(value(numbers, offset + i));
     }
   });
   std::vector<double> means;
-  for (std::size_t i = 0; i < numbers.width; ++i) {
-    if (runs[i] > 0) means.push_back(sums[i] / runs[i]);
+  for (const Mean& mean : of_each) {
+    if (mean.count() > 0) means.push_back(mean.value());
   }
   return means;
 }

@@ -38,6 +38,8 @@ struct GroupKey {
   int layer = -1;
   int head = -1;
 
+  SettingKey setting() const { return {policy, capacity_request}; }
+
   bool operator==(const GroupKey&) const = default;
   bool operator<(const GroupKey& other) const {
     const auto all = [](const GroupKey& key) {

@@ -74,8 +74,8 @@ class Findings {
         level_(1 - analysis.options.bootstrap.confidence) {
     std::vector<std::vector<const ComparisonRow*>> of_capacity;  // best first
     for (const ComparisonRow& row : analysis.comparison) {
-      rows_[{row.key.policy, row.key.capacity_request}] = &row;
-      if (!is_candidate(row) || is_apart({row.key.policy, row.key.capacity_request})) continue;
+      rows_[row.key.setting()] = &row;
+      if (!is_candidate(row) || is_apart(row.key.setting())) continue;
       policies_.insert(row.key.policy);
       const std::string& capacity = row.key.capacity_request;
       if (of_capacity.empty() || of_capacity.back().front()->key.capacity_request != capacity)
@@ -88,7 +88,7 @@ class Findings {
   std::vector<SettingKey> best_settings() const {
     std::vector<SettingKey> settings;
     for (const std::vector<const ComparisonRow*>& winners : best_) {
-      for (const ComparisonRow* row : winners) settings.push_back({row->key.policy, row->key.capacity_request});
+      for (const ComparisonRow* row : winners) settings.push_back(row->key.setting());
     }
     return settings;
   }
@@ -357,9 +357,7 @@ class Findings {
     return found != rows_.end() && found->second->oracle;
   }
 
-  bool is_apart(const SettingKey& key) const {
-    return std::ranges::find(analysis_.apart, key) != analysis_.apart.end();
-  }
+  bool is_apart(const SettingKey& key) const { return contains(analysis_.apart, key); }
 
   // "tova and recent, which are alike here"
   static std::string names_of(const std::vector<const ComparisonRow*>& winners) {

@@ -142,6 +142,10 @@ void require_each(const Texts& texts, const Items& items, const char* what, cons
 
 }  // namespace
 
+bool contains(std::span<const SettingKey> settings, const SettingKey& key) {
+  return std::ranges::find(settings, key) != settings.end();
+}
+
 bool is_policy(const std::string& policy, const std::string& text) {
   if (policy == text) return true;
   if (text.find('(') == std::string::npos) return spec_structure(policy).method == text;

@@ -40,6 +40,9 @@ struct SettingKey {
   }
 };
 
+/// Whether a setting is one of these.
+bool contains(std::span<const SettingKey> settings, const SettingKey& key);
+
 /// Results of several files, numbers read on request.
 class ResultSet {
  public:

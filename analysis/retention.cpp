@@ -15,54 +15,37 @@
 #include <utility>
 
 #include "analysis/student_t.h"
+#include "analysis/weighing.h"
 #include "base/error.h"
 #include "replay/overlap.h"
 
 namespace kvreplay {
 namespace {
 
-// A mean over things that weigh the same.
-struct Mean {
-  double sum = 0;
-  int count = 0;
-
-  // NaN, where there was nothing to measure, counts in no mean.
-  void add(double number) {
-    if (std::isnan(number)) return;
-    sum += number;
-    ++count;
-  }
-  double value() const { return count == 0 ? std::numeric_limits<double>::quiet_NaN() : sum / count; }
-};
-
-// Means per layer that has numbers, and over all of them (−1). Every trace weighs the same whatever its number of
-// evictions and layers, and every eviction within it.
+// Means per layer that has numbers, and over all of them (−1).
 class LayerMeans {
  public:
   // What one eviction of a trace gives, one number per layer.
   void add(const std::string& trace, const std::vector<int>& layers, const std::vector<double>& numbers) {
-    std::map<int, Mean>& of_trace = of_traces_[trace];
     Mean all;
     for (std::size_t i = 0; i < layers.size(); ++i) {
-      of_trace[layers[i]].add(numbers[i]);
+      of_layers_[layers[i]].add(trace, numbers[i]);
       all.add(numbers[i]);
     }
-    if (all.count > 0) of_trace[-1].add(all.value());
+    of_layers_[-1].add(trace, all.value());
   }
 
   // By layer, all of them first.
-  std::map<int, Mean> means() const {
-    std::map<int, Mean> means;
-    for (const auto& [trace, layers] : of_traces_) {
-      for (const auto& [layer, mean] : layers) {
-        if (mean.count > 0) means[layer].add(mean.value());
-      }
+  std::map<int, double> means() const {
+    std::map<int, double> means;
+    for (const auto& [layer, of_layer] : of_layers_) {
+      if (const Mean mean = of_layer.mean(); mean.count() > 0) means[layer] = mean.value();
     }
     return means;
   }
 
  private:
-  std::map<std::string, std::map<int, Mean>> of_traces_;
+  std::map<int, MeanOverTraces> of_layers_;
 };
 
 // The means of `count` parts of a table's numbers that follow each other.
@@ -228,8 +211,8 @@ HeadPairs head_pairs(const StoredResult& result, const KeptSets& kept, const std
                                     overlap(residencies[a], residencies[b], result.evaluation_positions).jaccard));
       }
     }
-    if (within.count > 0) found.within.push_back(within.value());
-    if (between.count > 0) found.between.push_back(between.value());
+    if (within.count() > 0) found.within.push_back(within.value());
+    if (between.count() > 0) found.between.push_back(between.value());
   }
   return found;
 }
@@ -278,14 +261,14 @@ std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results) {
       for (const std::string& other : policies[capacity]) {
         const auto found = of_pairs[capacity].find({policy, other});
         if (found == of_pairs[capacity].end()) continue;  // never together
-        const std::map<int, Mean> containment = found->second.containment.means();
+        const std::map<int, double> containment = found->second.containment.means();
         for (const auto& [layer, jaccard] : found->second.jaccard.means()) {
           rows.push_back({.capacity_request = capacity,
                           .layer = layer,
                           .policy = policy,
                           .other = other,
-                          .jaccard = jaccard.value(),
-                          .containment = containment.at(layer).value()});
+                          .jaccard = jaccard,
+                          .containment = containment.at(layer)});
         }
       }
     }
@@ -295,10 +278,18 @@ std::vector<PolicyOverlap> policy_overlaps(const ResultSet& results) {
 
 std::vector<SpanRecall> span_recalls(const ResultSet& results) {
   std::vector<SpanRecall> rows;
-  std::map<std::pair<SettingKey, std::string>, int> evictions;
+  // Spans of a setting in a trace by their evictions.
+  std::map<std::pair<SettingKey, std::string>, std::vector<EvictionKey>> members;
+  std::map<std::pair<SettingKey, EvictionKey>, std::size_t> first_member;
   for (const StoredResult& result : results.results()) {
-    if (!result.spans.empty()) ++evictions[{{result.policy, result.capacity_request}, result.trace}];
+    const SettingKey key{result.policy, result.capacity_request};
+    const EvictionKey eviction{result.trace, result.eviction_position};
+    std::vector<EvictionKey>& of_trace = members[{key, result.trace}];
+    first_member[{key, eviction}] = of_trace.size();
+    of_trace.insert(of_trace.end(), result.spans.size(), eviction);
   }
+  std::map<std::pair<SettingKey, std::string>, std::vector<double>> weights;
+  for (const auto& [key, of_trace] : members) weights[key] = weights_of(of_trace);
   for (std::size_t i = 0; i < results.results().size(); ++i) {
     const StoredResult& result = results.results()[i];
     if (result.spans.empty()) continue;
@@ -317,7 +308,8 @@ std::vector<SpanRecall> span_recalls(const ResultSet& results) {
                      .capacity_request = result.capacity_request,
                      .oracle = result.oracle,
                      .nothing_to_choose = *result.nothing_to_choose};
-      row.weight = 1.0 / (static_cast<double>(spans) * evictions[{{row.policy, row.capacity_request}, row.trace}]);
+      const SettingKey key{row.policy, row.capacity_request};
+      row.weight = weights.at({key, row.trace})[first_member.at({key, {row.trace, row.eviction_position}}) + s];
       LayerMeans means;
       LayerMeans shares;
       std::vector<double> of_layers;
@@ -332,11 +324,11 @@ std::vector<SpanRecall> span_recalls(const ResultSet& results) {
       }
       means.add(result.trace, layers, of_layers);
       shares.add(result.trace, layers, share_of_layers);
-      const std::map<int, Mean> kept_shares = shares.means();
+      const std::map<int, double> kept_shares = shares.means();
       for (const auto& [layer, mean] : means.means()) {
         row.layer = layer;
-        row.recall = mean.value();
-        row.kept_share = kept_shares.at(layer).value();
+        row.recall = mean;
+        row.kept_share = kept_shares.at(layer);
         rows.push_back(row);
       }
     }
@@ -345,14 +337,11 @@ std::vector<SpanRecall> span_recalls(const ResultSet& results) {
 }
 
 std::vector<SpanExcess> span_excesses(std::span<const SpanRecall> recalls, double confidence) {
-  // What a span adds to the means of its setting.
-  struct OfSpan {
-    double weight = 0;
-    double sum = 0;  // of excess, by weight
-  };
   struct OfSetting {
     SpanExcess row;
-    std::map<std::tuple<std::string, int, std::string>, OfSpan> spans;
+    Mean recall;
+    Mean kept_share;
+    std::map<std::tuple<std::string, int, std::string>, Mean> spans;  // the excess of each
   };
   std::vector<OfSetting> settings;
   std::map<SettingKey, std::size_t> place;
@@ -366,33 +355,29 @@ std::vector<SpanExcess> span_excesses(std::span<const SpanRecall> recalls, doubl
     row.capacity_request = recall.capacity_request;
     row.oracle = recall.oracle;
     row.nothing_to_choose = row.nothing_to_choose || recall.nothing_to_choose;
-    row.recall += recall.weight * recall.recall;
-    row.kept_share += recall.weight * recall.kept_share;
-    OfSpan& span = setting.spans[{recall.trace, recall.start, recall.label}];
-    span.weight += recall.weight;
-    span.sum += recall.weight * (recall.recall - recall.kept_share);
+    setting.recall.add(recall.recall, recall.weight);
+    setting.kept_share.add(recall.kept_share, recall.weight);
+    setting.spans[{recall.trace, recall.start, recall.label}].add(recall.recall - recall.kept_share, recall.weight);
   }
   std::vector<SpanExcess> rows;
   std::vector<double> p_values;
   std::vector<std::string> asked_at;
   for (OfSetting& setting : settings) {
     SpanExcess& row = setting.row;
-    double all = 0;
-    for (const auto& [key, span] : setting.spans) all += span.weight;
-    row.recall /= all;
-    row.kept_share /= all;
+    row.recall = setting.recall.value();
+    row.kept_share = setting.kept_share.value();
     row.mean = row.recall - row.kept_share;
     row.spans = static_cast<int>(setting.spans.size());
     double squares = 0;   // of weights
     double variance = 0;  // of the mean, too small by 1 − squares
     bool all_equal = true;
-    const OfSpan& first = setting.spans.begin()->second;
+    const double first = setting.spans.begin()->second.value();
     for (const auto& [key, span] : setting.spans) {
-      const double weight = span.weight / all;
-      const double apart = span.sum / span.weight - row.mean;
+      const double weight = span.weight() / setting.recall.weight();
+      const double apart = span.value() - row.mean;
       squares += weight * weight;
       variance += weight * weight * apart * apart;
-      all_equal = all_equal && span.sum / span.weight == first.sum / first.weight;
+      all_equal = all_equal && span.value() == first;
     }
     if (!all_equal) {
       const double independent = 1 / squares;
@@ -427,14 +412,14 @@ std::vector<RankAgreement> rank_agreements(const ResultSet& results) {
       add(Measure::spearman, spearman);
       add(Measure::kendall, kendall);
     }
-    const std::map<int, Mean> kendalls = kendall.means();
+    const std::map<int, double> kendalls = kendall.means();
     for (const auto& [layer, mean] : spearman.means()) {
       const auto of_kendall = kendalls.find(layer);
       rows.push_back({.policy = key.policy,
                       .capacity_request = key.capacity_request,
                       .layer = layer,
-                      .spearman = mean.value(),
-                      .kendall = of_kendall == kendalls.end() ? 0 : of_kendall->second.value()});
+                      .spearman = mean,
+                      .kendall = of_kendall == kendalls.end() ? 0 : of_kendall->second});
     }
   }
   return rows;
@@ -530,7 +515,7 @@ std::vector<HeadOverlap> head_overlaps(const ResultSet& results, const Retention
                         .capacity_request = key.capacity_request,
                         .layer = layer,
                         .within_group = in_group,
-                        .jaccard = mean.value()});
+                        .jaccard = mean});
       }
     }
   }

@@ -1,12 +1,14 @@
 #include "analysis/summary.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <iterator>
 #include <limits>
 #include <numeric>
 #include <span>
 #include <tuple>
+#include <utility>
 
 #include "replay/measure.h"
 
@@ -14,6 +16,21 @@ namespace kvreplay {
 namespace {
 
 constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+
+// The means of a PolicyRow that are of a measure.
+constexpr std::array<std::pair<Measure, double PolicyRow::*>, 11> kMeasures = {{
+    {Measure::layer_error, &PolicyRow::layer_error},
+    {Measure::residual_error, &PolicyRow::residual_error},
+    {Measure::head_error, &PolicyRow::head_error},
+    {Measure::attention_recall, &PolicyRow::attention_recall},
+    {Measure::cosine, &PolicyRow::cosine},
+    {Measure::span_recall, &PolicyRow::span_recall},
+    {Measure::spearman, &PolicyRow::spearman},
+    {Measure::kendall, &PolicyRow::kendall},
+    {Measure::kl, &PolicyRow::kl},
+    {Measure::nll_increase, &PolicyRow::nll_increase},
+    {Measure::agree, &PolicyRow::agree},
+}};
 
 // The layers that means over layers are of.
 std::vector<int> layers_of(const TraceReplay& replay, bool full_layers) {
@@ -33,14 +50,9 @@ std::span<const float> of_layer(const Table& table, int layer) {
 }
 
 double root_mean_square(std::span<const float> numbers) {
-  double sum = 0;
-  std::size_t count = 0;
-  for (const float number : numbers) {
-    if (std::isnan(number)) continue;
-    sum += static_cast<double>(number) * static_cast<double>(number);
-    ++count;
-  }
-  return count == 0 ? kNone : std::sqrt(sum / static_cast<double>(count));
+  Mean squares;
+  for (const float number : numbers) squares.add(static_cast<double>(number) * static_cast<double>(number));
+  return std::sqrt(squares.value());
 }
 
 // The numbers of some layers.
@@ -55,21 +67,21 @@ std::vector<float> of_layers(const Table& table, const std::vector<int>& layers)
 
 // NaN where there is nothing.
 double mean_of(const Table& table, const std::vector<int>& layers) {
-  double sum = 0;
-  std::size_t count = 0;
-  if (table.numbers.empty()) return kNone;
+  Mean mean;
   for (const int layer : layers) {
-    for (const float number : of_layer(table, layer)) {
-      if (std::isnan(number)) continue;
-      sum += static_cast<double>(number);
-      ++count;
-    }
+    for (const float number : of_layer(table, layer)) mean.add(static_cast<double>(number));
   }
-  return count == 0 ? kNone : sum / static_cast<double>(count);
+  return mean.value();
 }
 
-// Of a measure of the whole model; NaN where there is nothing.
-double mean_of(const Table& table) { return distribution_of(table.numbers, true).mean; }
+// One number for all that a result has of a measure: NaN where that is nothing.
+double number_of(const ReplayResult& result, Measure measure, const std::vector<int>& layers) {
+  const Table& table = result.measures[measure];
+  const MeasureTraits& traits = traits_of(measure);
+  if (!traits.is_of_layers()) return distribution_of(table.numbers, true).mean;
+  if (table.numbers.empty()) return kNone;
+  return traits.root_mean_square ? root_mean_square(of_layers(table, layers)) : mean_of(table, layers);
+}
 
 double kept_in(const ReplayResult& result, const std::vector<int>& layers) {
   if (layers.size() * static_cast<std::size_t>(result.kept.sets_per_layer) == result.kept.sets.size()) {
@@ -238,43 +250,25 @@ void PolicyRanking::add(const TraceReplay& replay, const ReplayResult& result) {
   Sum& sum = sums_[place->second];
   const auto next = static_cast<int>(places_.size());
   sum.places.push_back(places_.try_emplace({result.trace, result.eviction_position}, next).first->second);
-  sum.bytes_of_capacity += bytes_per_token_of_capacity(replay, result);
   PolicyRow& row = sum.row;
   row.nothing_to_choose = row.nothing_to_choose || result.nothing_to_choose;
-  row.bytes_per_token += bytes_per_token(replay, result);
   const double kept = kept_in(result, layers);
   double held = 0;
   for (const int layer : layers) held += replay.held[static_cast<std::size_t>(layer)];
-  row.kept += kept;
-  row.kept_share += held == 0 ? 1 : kept * static_cast<double>(layers.size()) / held;
   row.windowed = row.windowed || held < static_cast<double>(layers.size()) * replay.eviction_position;
-  row.layer_error += mean_of(result.measures[Measure::layer_error], layers);
-  const Table& residual_error = result.measures[Measure::residual_error];
-  row.residual_error += residual_error.numbers.empty()
-                            ? kNone
-                            : root_mean_square(of_layers(residual_error, late_layers(layers, replay.model.num_layers)));
-  row.head_error += mean_of(result.measures[Measure::head_error], layers);
-  row.attention_recall += mean_of(result.measures[Measure::attention_recall], layers);
-  row.cosine += mean_of(result.measures[Measure::cosine], layers);
-  if (const double spans = mean_of(result.measures[Measure::span_recall], layers); !std::isnan(spans)) {
-    row.span_recall += spans;
-    ++sum.with_spans;
+  sum.kept.add(result.trace, kept);
+  sum.kept_share.add(result.trace, held == 0 ? 1 : kept * static_cast<double>(layers.size()) / held);
+  sum.bytes_per_token.add(result.trace, bytes_per_token(replay, result));
+  sum.bytes_of_capacity.add(result.trace, bytes_per_token_of_capacity(replay, result));
+  const std::vector<int> late = late_layers(layers, replay.model.num_layers);
+  for (const auto& [measure, number] : kMeasures) {
+    const bool of_late = measure == Measure::residual_error;
+    sum.measures[measure].add(result.trace, number_of(result, measure, of_late ? late : layers));
   }
-  if (const double spearman = mean_of(result.measures[Measure::spearman], layers); !std::isnan(spearman)) {
-    row.spearman += spearman;
-    row.kendall += mean_of(result.measures[Measure::kendall], layers);
-    ++sum.with_ranks;
-  }
-  row.kl += mean_of(result.measures[Measure::kl]);
-  row.nll_increase += mean_of(result.measures[Measure::nll_increase]);
-  row.agree += mean_of(result.measures[Measure::agree]);
-  if (result.generation) {
-    const auto all = static_cast<int>(result.generation->ids.size());
-    row.same_tokens += result.generation->first_difference.value_or(all);
-    row.answered += result.generation->answered ? (*result.generation->answered ? 1.0 : 0.0) : kNone;
-  } else {
-    row.same_tokens = row.answered = kNone;
-  }
+  if (!result.generation) return;
+  const auto all = static_cast<int>(result.generation->ids.size());
+  sum.same_tokens.add(result.trace, result.generation->first_difference.value_or(all));
+  if (result.generation->answered) sum.answered.add(result.trace, *result.generation->answered ? 1 : 0);
 }
 
 std::vector<PolicyRow> PolicyRanking::rows() const {
@@ -284,16 +278,13 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
     PolicyRow& row = rows.emplace_back(sum.row);
     row.places = static_cast<int>(sum.places.size());
     row.same_places = same_places.try_emplace(sum.places, static_cast<int>(same_places.size())).first->second;
-    row.budget = row.bytes_per_token / sum.bytes_of_capacity;
-    for (double PolicyRow::*number :
-         {&PolicyRow::kept, &PolicyRow::kept_share, &PolicyRow::bytes_per_token, &PolicyRow::layer_error,
-          &PolicyRow::residual_error, &PolicyRow::head_error, &PolicyRow::attention_recall, &PolicyRow::cosine,
-          &PolicyRow::kl, &PolicyRow::nll_increase, &PolicyRow::agree, &PolicyRow::same_tokens, &PolicyRow::answered}) {
-      row.*number /= row.places;
-    }
-    row.span_recall /= sum.with_spans;  // 0/0 where no trace has spans: NaN, as promised
-    row.spearman /= sum.with_ranks;
-    row.kendall /= sum.with_ranks;
+    row.kept = sum.kept.mean().value();
+    row.kept_share = sum.kept_share.mean().value();
+    row.bytes_per_token = sum.bytes_per_token.mean().value();
+    row.budget = row.bytes_per_token / sum.bytes_of_capacity.mean().value();
+    for (const auto& [measure, number] : kMeasures) row.*number = sum.measures.at(measure).mean().value();
+    row.same_tokens = sum.same_tokens.mean().value();
+    row.answered = sum.answered.mean().value();
   }
   const std::vector<std::string> capacities = in_order(capacities_);
   const auto capacity_rank = [&capacities](const PolicyRow& row) {

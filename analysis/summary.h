@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "analysis/weighing.h"
 #include "replay/result.h"
 
 namespace kvreplay {
@@ -72,7 +73,7 @@ std::vector<MeasureSummary> summarize(const std::vector<TraceReplay>& replays, b
 std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayResult& result, bool full_layers = false);
 
 /// A row of the table that a replay prints: a policy at a capacity, averaged over the places (a trace evicted at a
-/// position) where it was replayed, each of them weighing the same.
+/// position) where it was replayed: every trace weighs the same, and in it every eviction position.
 struct PolicyRow {
   std::string policy;
   std::string capacity_request;
@@ -127,9 +128,13 @@ class PolicyRanking {
   struct Sum {
     PolicyRow row;
     std::vector<int> places;
-    double bytes_of_capacity = 0;
-    int with_spans = 0;
-    int with_ranks = 0;
+    MeanOverTraces kept;
+    MeanOverTraces kept_share;
+    MeanOverTraces bytes_per_token;
+    MeanOverTraces bytes_of_capacity;
+    MeanOverTraces same_tokens;
+    MeanOverTraces answered;
+    std::map<Measure, MeanOverTraces> measures;
   };
   bool full_layers_;
   std::vector<Sum> sums_;                                             // in the order of the results

@@ -98,16 +98,14 @@ bool is_floor(const std::string& policy) { return baseline_of(policy) == Method:
 std::vector<std::string> ranked(const Analysis& analysis) {
   std::map<std::string, std::vector<const ComparisonRow*>> of_capacity;
   for (const ComparisonRow& row : analysis.comparison) of_capacity[row.key.capacity_request].push_back(&row);
-  std::map<std::string, std::pair<double, int>> ranks;
+  std::map<std::string, Mean> ranks;
   for (auto& [capacity, rows] : of_capacity) {
     const bool lower = traits_of(analysis.options.measure).lower_is_better;
     std::ranges::stable_sort(rows, [lower](const ComparisonRow* a, const ComparisonRow* b) {
       return lower ? a->distribution.mean < b->distribution.mean : a->distribution.mean > b->distribution.mean;
     });
     for (std::size_t i = 0; i < rows.size(); ++i) {
-      auto& [sum, count] = ranks[rows[i]->key.policy];
-      sum += static_cast<double>(i) / static_cast<double>(rows.size());
-      ++count;
+      ranks[rows[i]->key.policy].add(static_cast<double>(i) / static_cast<double>(rows.size()));
     }
   }
   std::vector<std::string> policies;
@@ -118,7 +116,7 @@ std::vector<std::string> ranked(const Analysis& analysis) {
   }
   const auto rank = [&](const std::string& policy) {
     const auto found = ranks.find(policy);
-    return found == ranks.end() ? 1.0 : found->second.first / found->second.second;
+    return found == ranks.end() ? 1.0 : found->second.value();
   };
   std::ranges::stable_sort(policies, {}, rank);
   return policies;

@@ -19,27 +19,25 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
     const auto [found, is_new] = first.try_emplace(row.trace, row.from);
     if (!is_new) found->second = std::min(found->second, row.from);
   }
-  struct Sum {
-    double jaccard = 0;
-    double returned = 0;
-    int count = 0;
+  struct Means {
+    Mean jaccard;
+    Mean returned;
   };
-  std::map<std::tuple<std::string, std::string, int>, Sum> sums;
+  std::map<std::tuple<std::string, std::string, int>, Means> means;
   for (const Stability& row : analysis.stabilities) {
     if (row.layer >= 0 || row.from != first[row.trace] || !style.shows(row.policy)) continue;
-    Sum& sum = sums[{row.policy, row.capacity_request, row.to}];
-    sum.jaccard += row.jaccard;
-    sum.returned += row.returned;
-    ++sum.count;
+    auto& [jaccard, returned] = means[{row.policy, row.capacity_request, row.to}];
+    jaccard.add(row.jaccard);
+    returned.add(row.returned);
   }
   figure.table = DataTable({"policy", "capacity", "evict_at", "what", "share", "traces"});
   const std::string kept = "overlap with what was kept first";
   const std::string back = "evicted first, wanted later";
-  for (const auto& [key, sum] : sums) {
+  for (const auto& [key, of_key] : means) {
     const auto& [policy, capacity, to] = key;
-    for (const auto& [what, value] : {std::pair{kept, sum.jaccard}, {back, sum.returned}}) {
-      figure.table.add({policy, capacity, static_cast<double>(to), what, rounded(value / sum.count),
-                        static_cast<double>(sum.count)});
+    for (const auto& [what, value] : {std::pair{kept, of_key.jaccard}, {back, of_key.returned}}) {
+      figure.table.add({policy, capacity, static_cast<double>(to), what, rounded(value.value()),
+                        static_cast<double>(value.count())});
     }
   }
   if (figure.table.empty()) return figure;

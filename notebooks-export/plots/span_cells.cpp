@@ -7,6 +7,8 @@
 #include <set>
 #include <tuple>
 
+#include "analysis/weighing.h"
+
 namespace kvreplay {
 namespace {
 
@@ -17,27 +19,23 @@ std::string depth_text(int range) { return fmt::format("{}–{} %", 100 / kDepth
 }  // namespace
 
 std::vector<SpanCell> span_cells(const Analysis& analysis, const FigureStyle& style, bool per_layer) {
-  struct Sum {
-    double recall = 0;
-    double kept_share = 0;
-    double weight = 0;
-    int count = 0;
+  struct Means {
+    Mean recall;
+    Mean kept_share;
   };
-  std::map<std::tuple<std::string, std::string, int, int>, Sum> sums;
+  std::map<std::tuple<std::string, std::string, int, int>, Means> means;
   for (const SpanRecall& row : analysis.span_recalls) {
     if (!style.shows(row.policy) || row.capacity_request == kAllPositions || (row.layer >= 0) != per_layer) continue;
     const int range = std::clamp(static_cast<int>(row.depth * kDepths), 0, kDepths - 1);
-    Sum& sum = sums[{row.policy, row.capacity_request, row.layer, range}];
-    sum.recall += row.weight * row.recall;
-    sum.kept_share += row.weight * row.kept_share;
-    sum.weight += row.weight;
-    ++sum.count;
+    auto& [recall, kept_share] = means[{row.policy, row.capacity_request, row.layer, range}];
+    recall.add(row.recall, row.weight);
+    kept_share.add(row.kept_share, row.weight);
   }
   std::vector<SpanCell> cells;
-  for (const auto& [key, sum] : sums) {
+  for (const auto& [key, of_cell] : means) {
     const auto& [policy, capacity, layer, range] = key;
-    cells.push_back({policy, capacity, layer, depth_text(range), rounded(sum.recall / sum.weight),
-                     rounded(sum.kept_share / sum.weight), sum.count});
+    cells.push_back({policy, capacity, layer, depth_text(range), rounded(of_cell.recall.value()),
+                     rounded(of_cell.kept_share.value()), of_cell.recall.count()});
   }
   return cells;
 }

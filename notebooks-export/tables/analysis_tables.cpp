@@ -95,15 +95,11 @@ bool is_unequal(const ComparisonRow& row) {
   return row.key.capacity_request != kAllPositions && std::abs(row.budget - 1) > kVisible;
 }
 
-bool is_in(std::span<const SettingKey> settings, const GroupKey& key) {
-  return std::ranges::find(settings, SettingKey{key.policy, key.capacity_request}) != settings.end();
-}
-
 // The policy of a row, and what keeps it from being compared with its neighbours.
 std::string marked(const ComparisonRow& row, std::span<const SettingKey> apart) {
   std::string text = marked(row.key.policy, row.oracle);
   if (row.nothing_to_choose) text += fmt::format(" {}", kNothingToChoose);
-  if (is_in(apart, row.key)) text += fmt::format(" {}", kElsewhere);
+  if (contains(apart, row.key.setting())) text += fmt::format(" {}", kElsewhere);
   return text;
 }
 
@@ -112,7 +108,7 @@ class Marked {
  public:
   explicit Marked(const Analysis& analysis) {
     for (const ComparisonRow& row : analysis.comparison) {
-      names_[{row.key.policy, row.key.capacity_request}] = marked(row, analysis.apart);
+      names_[row.key.setting()] = marked(row, analysis.apart);
     }
   }
 
@@ -134,7 +130,7 @@ std::string about_marks(std::span<const ComparisonRow* const> rows, std::span<co
   add(kNothingToChoose, "nothing to choose: all of the capacity is kept whatever the scores",
       [](const ComparisonRow* row) { return row->nothing_to_choose; });
   add(kElsewhere, "of other traces or eviction positions than most at its capacity",
-      [apart](const ComparisonRow* row) { return is_in(apart, row->key); });
+      [apart](const ComparisonRow* row) { return contains(apart, row->key.setting()); });
   add(kUnequal, "stores more or less than its capacity in every KV head",
       [](const ComparisonRow* row) { return is_unequal(*row); });
   return text;
@@ -217,8 +213,7 @@ std::string curve_text(const Analysis& analysis) {
     if (analysis.options.goal) {
       const std::string sets = curve.sets_per_kv_head > 1 ? fmt::format(" in {:.3g} sets", curve.sets_per_kv_head) : "";
       const bool apart = std::ranges::any_of(curve.points, [&](const CapacityPoint& point) {
-        return std::ranges::find(analysis.apart, SettingKey{curve.policy, point.capacity_request}) !=
-               analysis.apart.end();
+        return contains(analysis.apart, {curve.policy, point.capacity_request});
       });
       cells.push_back(apart                  ? "-"
                       : !curve.kept_for_goal ? "not reached"
@@ -306,31 +301,27 @@ std::string overlap_text(const Analysis& analysis) {
       "query heads.");
 }
 
-// Weighted means of values that share a key, in the order of the keys' first values.
+// Means of values that share a key, in the order of the keys' first values.
 template <class Key>
 class Means {
  public:
   void add(const Key& key, double value, double weight = 1) {
     const auto [place, is_new] = place_.try_emplace(key, order_.size());
-    if (is_new) order_.push_back({key, 0, 0});
-    auto& [name, sum, weights] = order_[place->second];
-    sum += weight * value;
-    weights += weight;
+    if (is_new) order_.push_back({key, Mean()});
+    order_[place->second].second.add(value, weight);
   }
   std::vector<std::pair<Key, double>> means() const {
     std::vector<std::pair<Key, double>> found;
-    for (const auto& [key, sum, weights] : order_) found.emplace_back(key, sum / weights);
+    for (const auto& [key, mean] : order_) found.emplace_back(key, mean.value());
     return found;
   }
   double mean(const Key& key) const {
     const auto place = place_.find(key);
-    if (place == place_.end()) return std::nan("");
-    const auto& [name, sum, weights] = order_[place->second];
-    return sum / weights;
+    return place == place_.end() ? Mean().value() : order_[place->second].second.value();
   }
 
  private:
-  std::vector<std::tuple<Key, double, double>> order_;
+  std::vector<std::pair<Key, Mean>> order_;
   std::map<Key, std::size_t> place_;
 };
 

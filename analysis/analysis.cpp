@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <set>
@@ -268,7 +269,7 @@ void note_lacking(const ResultSet& results, Measure measure, std::vector<std::st
         per == MeasureTraits::Per::head || per == MeasureTraits::Per::head_and_span) {
       return;
     }
-    if (!results.read(i, measure).numbers.empty()) continue;
+    if (results.has(i, measure)) continue;
     if (first == nullptr) first = &results.results()[i];
     ++lacking;
   }
@@ -344,6 +345,34 @@ void add_importance(const AnalysisInput& input, Analysis& analysis) {
 
 }  // namespace
 
+Measure default_measure(const ResultSet& results, bool of_layers, std::vector<std::string>& notes) {
+  // What keeps everything loses nothing, and says nothing.
+  std::vector<std::size_t> telling;
+  for (std::size_t i = 0; i < results.results().size(); ++i) {
+    if (results.results()[i].capacity_request != kAllPositions) telling.push_back(i);
+  }
+  const auto having = [&](Measure measure) {
+    return std::ranges::count_if(telling, [&](std::size_t i) { return results.has(i, measure); });
+  };
+  const auto all = std::ssize(telling);
+  const auto live = having(Measure::kl);
+  if (of_layers || live == 0) return Measure::layer_error;
+  const std::string_view noun = traits_of(Measure::kl).noun;
+  if (live == all) {
+    notes.push_back(
+        fmt::format("the model itself ran on over what is kept: findings and rankings go by its {}; --measure {} goes "
+                    "by what its layers lose",
+                    noun, traits_of(Measure::layer_error).name));
+    return Measure::kl;
+  }
+  const bool layers = having(Measure::layer_error) > 0;
+  notes.push_back(fmt::format(
+      "{} of {} results have a {}{}", live, all, noun,
+      layers ? fmt::format(": what all have is compared; --measure {} compares these", traits_of(Measure::kl).name)
+             : ", and nothing else that is compared"));
+  return layers ? Measure::layer_error : Measure::kl;
+}
+
 std::string default_baseline(const ResultSet& results, Measure measure) {
   const std::vector<SettingKey> apart = settings_apart(results, "");
   std::vector<std::string> policies;
@@ -402,6 +431,22 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   if (options.goal) find_goal(analysis.curves, options.measure, *options.goal);
   set_apart(analysis.curves, analysis.apart);
   analysis.step_effects = step_effects(results, options.measure, options.bootstrap);
+  const auto is_measured = [&](Measure measure) {
+    return std::ranges::any_of(results.settings(), [&](const SettingKey& key) {
+      return results.has(results.of_setting(key).front(), measure);
+    });
+  };
+  if (traits_of(options.measure).is_of_layers()) {
+    analysis.layer_measure = options.measure;
+  } else if (is_measured(analysis.layer_measure)) {
+    ComparisonOptions beside = comparison;
+    beside.measure = analysis.layer_measure;
+    beside.baseline = "";
+    analysis.beside = compare(results, beside);
+    std::ranges::copy_if(step_effects(results, analysis.layer_measure, options.bootstrap),
+                         std::back_inserter(analysis.step_effects),
+                         [](const StepEffect& effect) { return effect.layer >= 0; });
+  }
   analysis.parameter_points = parameter_points(analysis.comparison);
   analysis.oracle = best_oracle(analysis.comparison, analysis.apart, lower_is_better);
   if (!analysis.oracle.empty()) {
@@ -422,14 +467,12 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   if (!options.details) return analysis;
 
   comparison.grouping.layer = true;
-  analysis.by_layer = compare(results, comparison);
+  comparison.measure = analysis.layer_measure;
+  if (is_measured(comparison.measure)) analysis.by_layer = compare(results, comparison);
   comparison.grouping.head = true;
   comparison.measure = Measure::head_error;
   comparison.bootstrap.resamples = 0;
-  const bool has_heads = std::ranges::any_of(results.settings(), [&results](const SettingKey& key) {
-    return !results.read(results.of_setting(key).front(), Measure::head_error).numbers.empty();
-  });
-  if (has_heads) analysis.by_head = compare(results, comparison);
+  if (is_measured(comparison.measure)) analysis.by_head = compare(results, comparison);
   if (!input.kept.empty()) analysis.rasters = kept_rasters(input.results, input.kept, options.raster_bins, true);
   add_importance(input, analysis);
   return analysis;

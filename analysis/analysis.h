@@ -41,16 +41,19 @@ struct TraceOverview {
 
 struct Analysis {
   AnalysisOptions options;  ///< with what was decided where nothing was asked for; the baseline may stay empty
+  /// What is told apart by layers: the measure, or where that is of the whole model, the layer error.
+  Measure layer_measure = Measure::layer_error;
   std::vector<TraceOverview> traces;
   std::vector<SettingKey> settings;
   /// Those at whose capacity most others are of other traces or eviction positions: their means stand beside the
   /// others' and cannot be compared with them, and no finding ranks them.
   std::vector<SettingKey> apart;
   std::vector<ComparisonRow> comparison;  ///< by policy and capacity
-  std::vector<ComparisonRow> by_layer;    ///< by policy, capacity and layer
+  std::vector<ComparisonRow> beside;      ///< the same of `layer_measure`, where that is another: without a baseline
+  std::vector<ComparisonRow> by_layer;    ///< `layer_measure` by policy, capacity and layer
   std::vector<ComparisonRow> by_head;     ///< head error by policy, capacity, layer and head; intervals in closed form
   std::vector<CapacityCurve> curves;
-  std::vector<StepEffect> step_effects;
+  std::vector<StepEffect> step_effects;  ///< those of single layers are of `layer_measure`
   std::vector<ParameterPoint> parameter_points;
   std::vector<PolicyOverlap> overlaps;
   std::vector<SpanRecall> span_recalls;
@@ -71,6 +74,10 @@ struct AnalysisInput {
   RetentionSet kept;
   std::vector<TraceReader> traces;  ///< those of the results that were found, for token text and importance
 };
+
+/// The measure where none is asked for: the KL divergence where the model ran on over all that is kept, else the layer
+/// error; with `of_layers` nothing of the whole model. `notes` receives what one may wonder about.
+Measure default_measure(const ResultSet& results, bool of_layers, std::vector<std::string>& notes);
 
 /// The baseline where none is asked for, oracles and what keeps everything apart: of each method the setting nearest to
 /// its defaults; of these that of the usual baseline, else the one with the middle mean at the first capacity. Empty

@@ -31,15 +31,19 @@ constexpr std::array<std::pair<std::string_view, bool Grouping::*>, 6> kKeys = {
 
 // Whether numbers of neighbouring queries stand beside each other.
 bool is_per_query(const MeasureTraits& measure) {
-  return measure.per == MeasureTraits::Per::query || measure.per == MeasureTraits::Per::head_and_query;
+  return measure.per == MeasureTraits::Per::query || measure.per == MeasureTraits::Per::head_and_query ||
+         measure.per == MeasureTraits::Per::model_query;
 }
 
-// A result with its numbers [layers, heads, per row], and those of what it is compared with.
+// A result with its numbers [layers, heads, width], and those of what it is compared with. Numbers of the whole model
+// are of no layer: [1, 1, width].
 struct Numbers {
   const StoredResult* result = nullptr;
-  std::vector<int> layers;
+  std::vector<int> layers;            // that are chosen
+  std::vector<int> of_layers = {-1};  // that the numbers tell apart
   std::size_t heads = 1;
   std::size_t width = 1;  // queries or spans
+  bool squared = false;   // what means are taken of, whose roots are told
   Table table;
   const Table* reference = nullptr;
 };
@@ -49,11 +53,16 @@ Numbers numbers_of(const ResultSet& results, std::size_t index, Measure measure)
   numbers.result = &results.results()[index];
   numbers.layers = results.layers_of(*numbers.result);
   numbers.table = results.read(index, measure);
-  if (traits_of(measure).per != MeasureTraits::Per::query) {
-    numbers.heads = static_cast<std::size_t>(numbers.result->num_query_heads);
+  const MeasureTraits& traits = traits_of(measure);
+  numbers.squared = traits.root_mean_square;
+  if (traits.is_of_layers()) {
+    numbers.of_layers = numbers.layers;
+    if (traits.per != MeasureTraits::Per::query) {
+      numbers.heads = static_cast<std::size_t>(numbers.result->num_query_heads);
+    }
   }
   if (!numbers.table.numbers.empty()) {
-    numbers.width = numbers.table.numbers.size() / (numbers.layers.size() * numbers.heads);
+    numbers.width = numbers.table.numbers.size() / (numbers.of_layers.size() * numbers.heads);
   }
   return numbers;
 }
@@ -67,8 +76,8 @@ struct Cell {
 // Calls action(offset) for each run of `width` numbers of the cell.
 template <class Action>
 void for_each_run(const Numbers& numbers, Cell cell, const Action& action) {
-  for (std::size_t l = 0; l < numbers.layers.size(); ++l) {
-    if (cell.layer >= 0 && numbers.layers[l] != cell.layer) continue;
+  for (std::size_t l = 0; l < numbers.of_layers.size(); ++l) {
+    if (cell.layer >= 0 && numbers.of_layers[l] != cell.layer) continue;
     for (std::size_t h = 0; h < numbers.heads; ++h) {
       if (cell.head >= 0 && static_cast<int>(h) != cell.head) continue;
       action((l * numbers.heads + h) * numbers.width);
@@ -198,10 +207,40 @@ std::vector<Series> series_of(const Weighed& weighed, Cell cell, bool per_query,
   return series;
 }
 
-double number(const Numbers& numbers, std::size_t at) { return static_cast<double>(numbers.table.numbers[at]); }
+double number_of(const Table& table, std::size_t at, bool squared) {
+  const auto value = static_cast<double>(table.numbers[at]);
+  return squared ? value * value : value;
+}
+
+double number(const Numbers& numbers, std::size_t at) { return number_of(numbers.table, at, numbers.squared); }
 
 double reference_number(const Numbers& numbers, std::size_t at) {
-  return static_cast<double>(numbers.reference->numbers[at]);
+  return number_of(*numbers.reference, at, numbers.squared);
+}
+
+// The estimate of a mean of squares as that of its root.
+MeanEstimate rooted(MeanEstimate estimate) {
+  const auto root = [](double number) { return std::isnan(number) ? number : std::sqrt(std::max(number, 0.0)); };
+  estimate.mean = root(estimate.mean);
+  estimate.interval = {root(estimate.interval.low), root(estimate.interval.high)};
+  return estimate;
+}
+
+// The mean of numbers, or the root of the mean of their squares.
+MeanEstimate mean_in(const Weighed& weighed, Cell cell, const MeasureTraits& measure,
+                     const BootstrapOptions& bootstrap) {
+  MeanEstimate estimate = bootstrap_mean(series_of(weighed, cell, is_per_query(measure), number), bootstrap);
+  return measure.root_mean_square ? rooted(std::move(estimate)) : estimate;
+}
+
+// Of a difference of mean squares, that of their roots: a² − b² is (a − b)(a + b).
+void take_roots(PairedDifference& difference) {
+  const double reference = std::sqrt(difference.reference);
+  const double sum = std::sqrt(std::max(difference.reference + difference.mean, 0.0)) + reference;
+  const double scale = sum > 0 ? 1 / sum : 0;
+  difference.reference = reference;
+  difference.mean *= scale;
+  difference.interval = {difference.interval.low * scale, difference.interval.high * scale};
 }
 
 double difference(const Numbers& numbers, std::size_t at) {
@@ -238,6 +277,7 @@ PairedDifference difference_of(const Weighed& pairs, Cell cell, const MeasureTra
     result.wins += pairs.weights[i] * wins / count;
     result.reference += pairs.weights[i] * sum / count;
   }
+  if (measure.root_mean_square) take_roots(result);
   constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
   result.relative = result.reference != 0 ? result.mean / result.reference : kNone;
   // Where both keep the same there is nothing to compare, and nothing that others are to be corrected for.
@@ -348,7 +388,7 @@ std::vector<Cell> cells_of(const std::vector<Numbers>& members, const Grouping& 
   std::set<int> layers;
   std::size_t heads = 0;
   for (const Numbers& member : members) {
-    layers.insert(member.layers.begin(), member.layers.end());
+    layers.insert(member.of_layers.begin(), member.of_layers.end());
     heads = std::max(heads, member.heads);
   }
   if (!grouping.layer) layers = {-1};
@@ -393,8 +433,7 @@ std::vector<ComparisonRow> rows_of(const ResultSet& results, const Group& group,
     row.oracle = options.grouping.policy && weighed.members.front()->result->oracle;
     static_cast<Keeping&>(row) = kept_by(weighed);
     row.distribution = distribution_in(weighed, cell, measure.lower_is_better);
-    const MeanEstimate estimate =
-        bootstrap_mean(series_of(weighed, cell, is_per_query(measure), number), options.bootstrap);
+    const MeanEstimate estimate = mean_in(weighed, cell, measure, options.bootstrap);
     row.distribution.mean = estimate.mean;
     row.interval = estimate.interval;
     if (!pairs.empty()) row.difference = difference_of(weigh(std::move(pairs)), cell, measure, options.bootstrap);
@@ -517,8 +556,43 @@ ResultSet over_the_same_others(const ResultSet& results, const Grouping& groupin
   return same;
 }
 
+namespace {
+
+// What it would take that results have a measure, to go on with after what is said of it.
+std::string why_lacking(const ResultSet& results, const MeasureTraits& measure) {
+  const auto any_has = [&results](Measure other) {
+    for (std::size_t i = 0; i < results.results().size(); ++i) {
+      if (results.has(i, other)) return true;
+    }
+    return false;
+  };
+  switch (measure.per) {
+    case MeasureTraits::Per::head_and_span:
+      return ": their traces have no spans";
+    case MeasureTraits::Per::head:
+      return ": replay with --rank-agreement policies that rank by scores";
+    case MeasureTraits::Per::model_query:
+      return ": run the model on over what is kept, with kvreplay live";
+    case MeasureTraits::Per::query:
+    case MeasureTraits::Per::head_and_query:
+      if (any_has(Measure::layer_error)) {
+        return measure.measure == Measure::residual_error ? ": their traces have no residual_norm; capture them again"
+                                                          : "";
+      }
+      return any_has(Measure::kl) ? ": only the model's own loss was measured, which --measure kl compares" : "";
+  }
+  return "";
+}
+
+}  // namespace
+
 std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOptions& options) {
   const MeasureTraits& measure = traits_of(options.measure);
+  if ((options.grouping.layer || options.grouping.head) && !measure.is_of_layers()) {
+    throw UsageError(fmt::format("{} is of the whole model, and has no {}: choose another measure, such as {}",
+                                 measure.noun, options.grouping.head ? "heads" : "layers",
+                                 traits_of(options.grouping.head ? Measure::head_error : Measure::layer_error).name));
+  }
   if (options.grouping.head && measure.per == MeasureTraits::Per::query) {
     throw UsageError(
         fmt::format("{} has no heads: it is of the sum over all heads of a layer; choose another measure, "
@@ -538,11 +612,8 @@ std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOpt
   std::vector<ComparisonRow> rows;
   for (std::vector<ComparisonRow>& some : of_group) std::ranges::move(some, std::back_inserter(rows));
   if (rows.empty()) {
-    throw Error(fmt::format("no result has a {}{}", measure.noun,
-                            measure.per == MeasureTraits::Per::head_and_span ? ": their traces have no spans"
-                            : measure.per == MeasureTraits::Per::head
-                                ? ": replay with --rank-agreement policies that rank by scores"
-                                : ""));
+    const bool vowel = std::string_view("aeiou").find(measure.noun.front()) != std::string_view::npos;
+    throw Error(fmt::format("no result has a{} {}{}", vowel ? "n" : "", measure.noun, why_lacking(results, measure)));
   }
   const std::vector<std::string> capacities = results.capacities();
   const auto sorted_before = [&](const ComparisonRow& a, const ComparisonRow& b) {
@@ -583,7 +654,7 @@ std::optional<Aggregate> aggregate(const ResultSet& results, std::span<const std
   for (const Numbers& member : members) all.push_back(&member);
   const Weighed weighed = weigh(std::move(all));
   Aggregate found;
-  found.estimate = bootstrap_mean(series_of(weighed, {}, is_per_query(traits_of(measure)), number), bootstrap);
+  found.estimate = mean_in(weighed, {}, traits_of(measure), bootstrap);
   static_cast<Keeping&>(found) = kept_by(weighed);
   return found;
 }
@@ -599,7 +670,7 @@ std::vector<std::pair<int, PairedDifference>> paired_differences(const ResultSet
     references[i] = results.read(pairs[i].second, measure);
     if (numbers.table.numbers.empty() || references[i].numbers.empty()) continue;
     numbers.reference = &references[i];
-    layers.insert(numbers.layers.begin(), numbers.layers.end());
+    layers.insert(numbers.of_layers.begin(), numbers.of_layers.end());
     members.push_back(std::move(numbers));
   }
   std::vector<std::pair<int, PairedDifference>> differences;

@@ -100,8 +100,8 @@ ResultSet over_the_same_others(const ResultSet& results, const Grouping& groupin
 
 /// A row per group: capacities in the order of the results, then traces, eviction positions, layers and heads, and best
 /// mean first within. A baseline that keeps everything is compared with at every capacity. Throws UsageError, naming
-/// those there are, where the baseline is not among the policies, and where the measure does not tell heads apart that
-/// are asked for; Error where no result has the measure.
+/// those there are, where the baseline is not among the policies, and where the measure does not tell layers or heads
+/// apart that are asked for; Error where no result has the measure.
 std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOptions& options);
 
 /// Results taken together, as in a row of a comparison.

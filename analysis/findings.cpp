@@ -28,6 +28,7 @@ std::string signed_text(double number) { return fmt::format("{:+.3g}", as_in_tab
 
 std::string signed_percent_text(double share) {
   const double percent = 100 * share;
+  if (std::abs(percent) >= 1000) return fmt::format("{:+.0f} %", percent);
   return fmt::format("{:+.3g} %", std::abs(percent) < 1 ? percent : tenths(percent));
 }
 

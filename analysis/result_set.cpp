@@ -80,8 +80,9 @@ bool has_nothing_to_choose(const StoredResult& result) {
   }
 }
 
-// Why two results of one trace and eviction position cannot be compared; empty where they can.
-std::string mismatch(const StoredResult& a, const StoredResult& b) {
+// Why two results of one trace and eviction position cannot be compared; empty where they can. Spans count where both
+// tell of them.
+std::string mismatch(const StoredResult& a, const StoredResult& b, bool tell_spans) {
   if (std::tie(a.num_layers, a.num_query_heads, a.num_kv_heads) !=
       std::tie(b.num_layers, b.num_query_heads, b.num_kv_heads)) {
     return "another number of layers or heads";
@@ -90,7 +91,7 @@ std::string mismatch(const StoredResult& a, const StoredResult& b) {
   if (a.held != b.held) {
     return "other positions that layers with a sliding window held: one is of an older version; replay it again";
   }
-  if (!same_spans(a.spans, b.spans)) return "other spans";
+  if (tell_spans && !same_spans(a.spans, b.spans)) return "other spans";
   return "";
 }
 
@@ -191,7 +192,7 @@ void ResultSet::add(std::size_t reader, std::size_t index, Known& known) {
   StoredResult result = readers_[reader]->results()[index];
   if (!result.nothing_to_choose) result.nothing_to_choose = has_nothing_to_choose(result);
   const auto both = [&](std::size_t other) {
-    const std::string& a = readers_[place_[other].first]->path().string();
+    const std::string& a = readers_[places_[other].front().first]->path().string();
     const std::string& b = readers_[reader]->path().string();
     return a == b ? a : fmt::format("{} and {}", a, b);
   };
@@ -212,7 +213,16 @@ void ResultSet::add(std::size_t reader, std::size_t index, Known& known) {
 
   const std::pair<std::string, int> where{result.trace, result.eviction_position};
   const std::size_t other = known.evictions.try_emplace(where, results_.size()).first->second;
-  if (const std::string why = other < results_.size() ? mismatch(results_[other], result) : ""; !why.empty()) {
+  // What measured no layer, but only what the model loses, may leave spans out.
+  const auto tells_spans = [&](const StoredResult& of, const Place& place) {
+    return !of.spans.empty() || readers_[place.first]->has(place.second, Measure::layer_error);
+  };
+  const auto why_not = [&]() {
+    if (other == results_.size()) return std::string();
+    const bool both_tell = tells_spans(results_[other], places_[other].front()) && tells_spans(result, {reader, index});
+    return mismatch(results_[other], result, both_tell);
+  };
+  if (const std::string why = why_not(); !why.empty()) {
     throw Error(fmt::format("{}: results of {} evicted at {} have {}, so they cannot be compared", both(other),
                             printable(result.trace), result.eviction_position, why));
   }
@@ -235,28 +245,30 @@ void ResultSet::add(std::size_t reader, std::size_t index, Known& known) {
     count_once(twin->second, {reader, index});
     return;
   }
-  place_.emplace_back(reader, index);
+  places_.push_back({{reader, index}});
   results_.push_back(std::move(result));
 }
 
-// Of a result that is there already, the numbers must be the same; what has more measures stays.
+// Of a result that is there already, the numbers must be the same; measures that it lacks are read from the other
+// place.
 void ResultSet::count_once(std::size_t result, Place place) {
-  Place& earlier = place_[result];
   bool has_more = false;
   for (const MeasureTraits& measure : measures()) {
-    const Table a = readers_[earlier.first]->read(earlier.second, measure.measure);
+    const Table a = read_all_layers(result, measure.measure);
     const Table b = readers_[place.first]->read(place.second, measure.measure);
     has_more = has_more || (a.numbers.empty() && !b.numbers.empty());
     const auto same_number = [](float x, float y) { return x == y || (std::isnan(x) && std::isnan(y)); };
     if (a.numbers.empty() || b.numbers.empty() || std::ranges::equal(a.numbers, b.numbers, same_number)) continue;
     const StoredResult& same = results_[result];
-    throw Error(fmt::format(
-        "{} and {}: {} at capacity {} of {} evicted at {} is in both, with another {}; analyze one "
-        "of them at a time",
-        readers_[earlier.first]->path().string(), readers_[place.first]->path().string(), printable(same.policy),
-        printable(same.capacity_request), printable(same.trace), same.eviction_position, measure.noun));
+    throw Error(
+        fmt::format("{} and {}: {} at capacity {} of {} evicted at {} is in both, with another {}; analyze one "
+                    "of them at a time",
+                    readers_[places_[result].front().first]->path().string(), readers_[place.first]->path().string(),
+                    printable(same.policy), printable(same.capacity_request), printable(same.trace),
+                    same.eviction_position, measure.noun));
   }
-  if (has_more) earlier = place;
+  if (has_more) places_[result].push_back(place);
+  if (results_[result].spans.empty()) results_[result].spans = readers_[place.first]->results()[place.second].spans;
   ++repetitions_;
 }
 
@@ -311,11 +323,11 @@ void ResultSet::choose(const ResultFilter& filter) {
            !layers_of(result).empty();
   };
   std::vector<StoredResult> results;
-  std::vector<Place> places;
+  std::vector<std::vector<Place>> places;
   for (std::size_t i = 0; i < results_.size(); ++i) {
     if (!is_chosen(results_[i])) continue;
     results.push_back(results_[i]);
-    places.push_back(place_[i]);
+    places.push_back(places_[i]);
   }
   if (results.empty() && filter.full_layers) {
     throw UsageError(
@@ -329,7 +341,7 @@ void ResultSet::choose(const ResultFilter& filter) {
                     listed(policies()), listed(capacities()), listed(traces), listed(evictions)));
   }
   results_ = std::move(results);
-  place_ = std::move(places);
+  places_ = std::move(places);
   index_settings();
 }
 
@@ -353,7 +365,7 @@ ResultSet ResultSet::only(const std::function<bool(const StoredResult&)>& wanted
 std::vector<StoredResult> ResultSet::comparable(std::span<const StoredResult> results) {
   ResultSet set;
   set.results_.assign(results.begin(), results.end());
-  set.place_.resize(results.size());
+  set.places_.resize(results.size());
   set.index_settings();
   set.leave_out_other_evaluations(false);
   set.leave_out_partial_evictions();
@@ -379,14 +391,14 @@ ResultSet ResultSet::comparable_at_each_eviction() const {
 
 void ResultSet::keep(const std::function<bool(std::size_t)>& wanted) {
   std::vector<StoredResult> results;
-  std::vector<Place> places;
+  std::vector<std::vector<Place>> places;
   for (std::size_t i = 0; i < results_.size(); ++i) {
     if (!wanted(i)) continue;
     results.push_back(std::move(results_[i]));
-    places.push_back(place_[i]);
+    places.push_back(std::move(places_[i]));
   }
   results_ = std::move(results);
-  place_ = std::move(places);
+  places_ = std::move(places);
   index_settings();
 }
 
@@ -512,10 +524,23 @@ void ResultSet::note_results() {
   }
 }
 
+bool ResultSet::has(std::size_t result, Measure measure) const {
+  return std::ranges::any_of(places_.at(result),
+                             [&](const Place& place) { return readers_[place.first]->has(place.second, measure); });
+}
+
+Table ResultSet::read_all_layers(std::size_t result, Measure measure) const {
+  for (const auto& [reader, index] : places_.at(result)) {
+    Table table = readers_[reader]->read(index, measure);
+    if (!table.numbers.empty()) return table;
+  }
+  return {};
+}
+
 Table ResultSet::read(std::size_t result, Measure measure) const {
-  const auto [reader, index] = place_.at(result);
-  Table table = readers_[reader]->read(index, measure);
-  if ((layers_.empty() && !full_layers_) || table.numbers.empty()) return table;
+  Table table = read_all_layers(result, measure);
+  const bool of_all = (layers_.empty() && !full_layers_) || !traits_of(measure).is_of_layers();
+  if (of_all || table.numbers.empty()) return table;
   const std::size_t per_layer = table.numbers.size() / static_cast<std::size_t>(table.shape.front());
   const std::vector<int> layers = layers_of(results_[result]);
   Table chosen;

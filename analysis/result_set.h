@@ -49,9 +49,9 @@ class ResultSet {
   /// Throws Error where they cannot be compared: a file that is not a complete results file of this version; two
   /// captures under one trace name; results of one trace and eviction position with other spans or shapes; a setting at
   /// different `heads` or `share`; a policy, capacity, trace, eviction position and evaluation twice with different
-  /// numbers (equal ones are counted once, which notes() tells). One capture under two names goes by the first of them,
-  /// which is told too. Throws UsageError, naming what there is, where `filter` leaves nothing or names what is not
-  /// there.
+  /// numbers (equal ones are counted once, with the measures of all, which notes() tells). One capture under two names
+  /// goes by the first of them, which is told too. Throws UsageError, naming what there is, where `filter` leaves
+  /// nothing or names what is not there.
   static ResultSet open(std::span<const std::filesystem::path> files, const ResultFilter& filter = {});
 
   /// Those of them that `wanted` is true of, with the same notes.
@@ -74,9 +74,12 @@ class ResultSet {
   /// files that do not, as its spec has it.
   const std::vector<StoredResult>& results() const { return results_; }
 
-  /// Numbers of one of them, of the layers chosen: the first extent is that of layers_of(). Empty where the measure was
-  /// not taken.
+  /// Numbers of one of them, of the layers chosen: the first extent is that of layers_of(). Of a measure of the whole
+  /// model all of them, [E]. Empty where the measure was not taken.
   Table read(std::size_t result, Measure measure) const;
+
+  /// Whether a measure was taken.
+  bool has(std::size_t result, Measure measure) const;
 
   /// Every policy and capacity, in the order of their first result.
   const std::vector<SettingKey>& settings() const { return settings_; }
@@ -126,6 +129,7 @@ class ResultSet {
 
   void add(std::size_t reader, std::size_t index, Known& known);
   void count_once(std::size_t result, Place place);
+  Table read_all_layers(std::size_t result, Measure measure) const;
   void choose(const ResultFilter& filter);
   void note_results();
 
@@ -139,7 +143,7 @@ class ResultSet {
 
   std::vector<std::shared_ptr<const ResultsReader>> readers_;
   std::vector<StoredResult> results_;
-  std::vector<Place> place_;  // of each result
+  std::vector<std::vector<Place>> places_;  // of each result: where a measure stands first, it is read
   std::vector<SettingKey> settings_;
   std::map<SettingKey, std::vector<std::size_t>> of_setting_;
   std::map<std::string, std::string> called_;  // traces by the names that files have for them

@@ -642,6 +642,15 @@ std::string about_means(const Analysis& analysis, std::string_view over) {
                      analysis.traces.size() > 1 ? "; every trace and eviction position weighs the same" : "");
 }
 
+std::string_view averaged_over(Measure measure) {
+  return traits_of(measure).is_of_layers() ? "layers, heads and evaluation queries" : "evaluation queries";
+}
+
+std::string_view paired_on(Measure measure) {
+  return traits_of(measure).is_of_layers() ? "trace, eviction position, layer, head and query"
+                                           : "trace, eviction position and query";
+}
+
 // Not Vega-Lite's own steps, which go together with a fitted width only under protest.
 void rows_of(Json& spec, const std::string& column, std::size_t count, double step) {
   spec["height"] = step * static_cast<double>(count);

@@ -170,6 +170,10 @@ std::string capacities_left_out(const std::vector<std::string>& all, const std::
 std::string about_intervals(const Analysis& analysis);
 std::string about_means(const Analysis& analysis, std::string_view over);
 
+/// What the means of a measure are over, and what its differences are paired on.
+std::string_view averaged_over(Measure measure);
+std::string_view paired_on(Measure measure);
+
 /// As high as the rows that a figure has for the texts of a column, `step` points each. The page counts those that its
 /// filters leave.
 void rows_of(Json& spec, const std::string& column, std::size_t count, double step);

@@ -69,11 +69,9 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
   figure.question = fmt::format("What does each step of {} contribute?", reference);
   figure.caption = fmt::format(
       "Change in {} where one thing about {} is changed and everything else stays: {} of 0, the change does harm. "
-      "Paired "
-      "on trace, eviction position, layer, head and query. {} Filled: sure after correction for the number of changes "
-      "(Holm).{}{}",
+      "Paired on {}. {} Filled: sure after correction for the number of changes (Holm).{}{}",
       measure, reference, traits_of(analysis.options.measure).lower_is_better ? "right" : "left",
-      about_intervals(analysis), left_out, capacities_left_out(having, shown));
+      paired_on(analysis.options.measure), about_intervals(analysis), left_out, capacities_left_out(having, shown));
   figure.spec = style.spec(figure.question, figure.caption);
   draw_dots(figure, style,
             {.subject = "change",

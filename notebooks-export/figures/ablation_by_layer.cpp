@@ -14,7 +14,7 @@ namespace {
 constexpr std::size_t kMostChanges = 16;
 
 Figure draw(const Analysis& analysis, const FigureStyle& style) {
-  const std::string measure(traits_of(analysis.options.measure).noun);
+  const std::string measure(traits_of(analysis.layer_measure).noun);
   Figure figure;
   figure.name = "ablation-by-layer";
   figure.question = "In which layers does each step matter?";
@@ -101,11 +101,12 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
   return figure;
 }
 
-const FigureRegistration registration({.name = "ablation-by-layer",
-                                       .question = "In which layers does each step matter?",
-                                       .needs = "settings of one method that differ in one thing, over several layers",
-                                       .order = 90,
-                                       .draw = draw});
+const FigureRegistration registration(
+    {.name = "ablation-by-layer",
+     .question = "In which layers does each step matter?",
+     .needs = "settings of one method that differ in one thing, replayed over several layers",
+     .order = 90,
+     .draw = draw});
 
 }  // namespace
 }  // namespace kvreplay

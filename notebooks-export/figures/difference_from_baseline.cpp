@@ -37,10 +37,11 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
   }
   if (figure.table.empty()) return figure;
   figure.caption = fmt::format(
-      "Difference in {} from {}, paired on trace, eviction position, layer, head and query; {} is better. {} Filled: "
-      "sure at {} after correction for the number of comparisons (Holm).{}{}",
-      measure, baseline, traits_of(analysis.options.measure).lower_is_better ? "left" : "right",
-      about_intervals(analysis), level, capacities_left_out(style.capacities(), capacities), style.shown_text());
+      "Difference in {} from {}, paired on {}; {} is better. {} Filled: sure at {} after correction for the number of "
+      "comparisons (Holm).{}{}",
+      measure, baseline, paired_on(analysis.options.measure),
+      traits_of(analysis.options.measure).lower_is_better ? "left" : "right", about_intervals(analysis), level,
+      capacities_left_out(style.capacities(), capacities), style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   draw_dots(figure, style,
             {.subject = "policy",

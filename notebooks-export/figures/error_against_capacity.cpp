@@ -25,7 +25,7 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
   if (figure.table.empty()) return figure;
   figure.caption =
       fmt::format("The {} against the positions that a head keeps. {}{} {}{}", measure,
-                  about_means(analysis, "layers, heads and evaluation queries"),
+                  about_means(analysis, averaged_over(analysis.options.measure)),
                   partial ? " Traces and eviction positions that lack one of a policy's capacities are left out." : "",
                   about_intervals(analysis), style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);

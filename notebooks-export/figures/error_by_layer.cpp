@@ -8,11 +8,11 @@ namespace kvreplay {
 namespace {
 
 Figure draw(const Analysis& analysis, const FigureStyle& style) {
-  const std::string measure(traits_of(analysis.options.measure).noun);
+  const std::string measure(traits_of(analysis.layer_measure).noun);
   Figure figure;
   figure.name = "error-by-layer";
   figure.question = fmt::format("In which layers is the {} {}?", measure,
-                                traits_of(analysis.options.measure).lower_is_better ? "made" : "lost");
+                                traits_of(analysis.layer_measure).lower_is_better ? "made" : "lost");
   figure.table = DataTable({"policy", "capacity", "layer", "mean", "low", "high"});
   for (const ComparisonRow& row : analysis.by_layer) {
     if (!style.shows(row.key.policy) || row.key.capacity_request == kAllPositions) continue;
@@ -25,13 +25,13 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
   figure.caption = fmt::format("The {} of each layer at a capacity of {}. {}{}", measure, capacity_text(capacity),
                                about_means(analysis, "heads and evaluation queries"), style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
-  draw_layer_lines(figure, style, "mean", axis_title(analysis.options.measure));
+  draw_layer_lines(figure, style, "mean", axis_title(analysis.layer_measure));
   return figure;
 }
 
 const FigureRegistration registration({.name = "error-by-layer",
                                        .question = "In which layers is the error made?",
-                                       .needs = "results of two layers or more",
+                                       .needs = "what a replay measures, in two layers or more",
                                        .order = 30,
                                        .draw = draw});
 

@@ -169,7 +169,7 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
                                   uncounted, uncounted == 1 ? "is" : "are")
                     : "",
       bars ? fmt::format(" {}", about_intervals(analysis)) : "",
-      about_means(analysis, "layers, heads and evaluation queries"), left_out, capacities_left_out(varied, capacities),
+      about_means(analysis, averaged_over(analysis.options.measure)), left_out, capacities_left_out(varied, capacities),
       thinned ? fmt::format(" Of the thin lines, {} per capacity are drawn.", kMostLines) : "",
       panels.size() > 1 ? " The panels share the vertical scale." : "");
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);

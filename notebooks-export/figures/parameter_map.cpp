@@ -80,7 +80,7 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
   figure.question = fmt::format("Which {} and {} suit {}?", across, up, mapped);
   figure.caption = fmt::format("The {} for each {} and {} at a capacity of {}; the outlined one is the best.{} {}",
                                measure, across, up, capacity_text(capacity), about_others(grids.at(capacity), capacity),
-                               about_means(analysis, "layers, heads and evaluation queries"));
+                               about_means(analysis, averaged_over(analysis.options.measure)));
   Json& spec = figure.spec = style.spec(figure.question, figure.caption);
   spec.update(Json::parse(R"json({
     "autosize": {"type": "fit-x", "contains": "padding"},

@@ -25,7 +25,7 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
       "Regret: {} of a policy less that of {}, which looks at the queries that come after the eviction; 0 is as good "
       "as "
       "the oracle. {} {}{}",
-      measure, analysis.oracle, about_means(analysis, "layers, heads and evaluation queries"),
+      measure, analysis.oracle, about_means(analysis, averaged_over(analysis.options.measure)),
       about_intervals(analysis), style.shown_text());
   figure.spec = style.spec(figure.question, figure.caption);
   draw_capacity_lines(figure, style, "regret", fmt::format("{} less the oracle's", measure));

@@ -148,28 +148,23 @@ bool keeps_as_asked(const ComparisonRow& row, const FigureStyle& style) {
   return !(asked > 0) || std::abs(row.kept / asked - 1) <= kSame;
 }
 
-// Means by policy and capacity, the best of each capacity marked.
-std::string means_table(const Analysis& analysis, const FigureStyle& style) {
-  const std::vector<SettingKey> best = best_settings(analysis);
-  std::map<std::pair<std::string, std::string>, const ComparisonRow*> rows;
-  for (const ComparisonRow& row : analysis.comparison) {
-    if (!style.shows(row.key.policy)) continue;
-    rows[{row.key.policy, row.key.capacity_request}] = &row;
+using RowsBySetting = std::map<SettingKey, const ComparisonRow*>;
+
+RowsBySetting shown_rows(const std::vector<ComparisonRow>& comparison, const FigureStyle& style) {
+  RowsBySetting rows;
+  for (const ComparisonRow& row : comparison) {
+    if (style.shows(row.key.policy)) rows[{row.key.policy, row.key.capacity_request}] = &row;
   }
-  // Outside of what scrolls, so that it is whole where the table is wider than the window.
+  return rows;
+}
+
+// The table of a caption that has the id `name`: a row per policy, a column per capacity.
+std::string table_by_capacity(const FigureStyle& style, const RowsBySetting& rows, const std::vector<SettingKey>& best,
+                              std::string_view name, std::string_view label) {
   std::string text = fmt::format(
-      "<p class=\"caption\" id=\"means\">Mean {} at each capacity; the best policy in bold, but for oracles, what "
-      "stores more than most and what had nothing to choose.{}{}{}</p>\n<div "
-      "class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Means\"><table class=\"means\" "
-      "aria-labelledby=\"means\"><thead><tr><th scope=\"col\">policy</th>",
-      html(traits_of(analysis.options.measure).noun),
-      !analysis.apart.empty() || std::ranges::any_of(analysis.curves, &CapacityCurve::partial)
-          ? " Not all are of the same traces and eviction positions: see the notes."
-          : "",
-      std::ranges::all_of(rows, [&](const auto& entry) { return keeps_as_asked(*entry.second, style); })
-          ? ""
-          : " In brackets: the positions that a head keeps, where they are not those asked for.",
-      html(style.shown_text()));
+      "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"{}\"><table class=\"means\" "
+      "aria-labelledby=\"{}\"><thead><tr><th scope=\"col\">policy</th>",
+      label, name);
   for (const std::string& capacity : style.capacities()) {
     text += fmt::format("<th scope=\"col\">{}</th>", html(capacity_text(capacity)));
   }
@@ -191,6 +186,30 @@ std::string means_table(const Analysis& analysis, const FigureStyle& style) {
     text += "</tr>\n";
   }
   return text + "</tbody></table></div>";
+}
+
+// Means by policy and capacity, the best of each capacity marked.
+std::string means_table(const Analysis& analysis, const FigureStyle& style) {
+  const RowsBySetting rows = shown_rows(analysis.comparison, style);
+  // Outside of what scrolls, so that it is whole where the table is wider than the window.
+  std::string text = fmt::format(
+      "<p class=\"caption\" id=\"means\">Mean {} at each capacity; the best policy in bold, but for oracles, what "
+      "stores more than most and what had nothing to choose.{}{}{}</p>\n",
+      html(traits_of(analysis.options.measure).noun),
+      !analysis.apart.empty() || std::ranges::any_of(analysis.curves, &CapacityCurve::partial)
+          ? " Not all are of the same traces and eviction positions: see the notes."
+          : "",
+      std::ranges::all_of(rows, [&](const auto& entry) { return keeps_as_asked(*entry.second, style); })
+          ? ""
+          : " In brackets: the positions that a head keeps, where they are not those asked for.",
+      html(style.shown_text()));
+  text += table_by_capacity(style, rows, best_settings(analysis), "means", "Means");
+  if (analysis.beside.empty()) return text;
+  text += fmt::format(
+      "\n<p class=\"caption\" id=\"means-beside\">Beside it, the mean {}, which a replay measures layer by "
+      "layer.</p>\n",
+      html(traits_of(analysis.layer_measure).noun));
+  return text + table_by_capacity(style, shown_rows(analysis.beside, style), {}, "means-beside", "Means beside it");
 }
 
 std::string traces_table(const Analysis& analysis) {

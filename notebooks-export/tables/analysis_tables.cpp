@@ -670,7 +670,8 @@ std::vector<std::string> key_cells(const ComparisonRow& row, const Grouping& gro
 
 // What was kept, what it costs, and the measure.
 std::string means_text(const std::vector<const ComparisonRow*>& shown, const Grouping& grouping,
-                       const AnalysisOptions& options, std::span<const SettingKey> apart, std::size_t left_out) {
+                       const AnalysisOptions& options, std::span<const SettingKey> apart, const MeansBeside& beside,
+                       std::size_t left_out) {
   // What is kept is told of whole results.
   const bool kept = grouping.policy && !grouping.layer && !grouping.head;
   const bool bytes =
@@ -685,6 +686,7 @@ std::string means_text(const std::vector<const ComparisonRow*>& shown, const Gro
   if (bytes) head.emplace_back(large ? "KiB/token" : "B/token");
   // The measure is told in the title.
   for (const char* name : {"mean", "median", "p90", "worst"}) head.emplace_back(name);
+  if (!beside.means.empty()) head.push_back(beside.head);
   TextTable table(std::move(head), kMostCompared);
   for (const ComparisonRow* row : shown) {
     const std::vector<std::string> keys = key_cells(*row, grouping, apart);
@@ -700,6 +702,10 @@ std::string means_text(const std::vector<const ComparisonRow*>& shown, const Gro
     cells.push_back(short_plain(row->distribution.median));
     cells.push_back(short_plain(row->distribution.p90));
     cells.push_back(short_plain(row->distribution.worst));
+    if (!beside.means.empty()) {
+      const auto found = beside.means.find({row->key.policy, row->key.capacity_request});
+      cells.push_back(found == beside.means.end() ? "-" : plain(found->second));
+    }
     table.add(keys.front(), cells);
   }
   std::string title = fmt::format("{} by {}", capitalized(traits_of(options.measure).noun), keys_of(grouping));
@@ -740,13 +746,14 @@ std::string differences_text(const std::vector<const ComparisonRow*>& shown, con
 }  // namespace
 
 std::string comparison_text(const std::vector<ComparisonRow>& rows, const Grouping& grouping,
-                            const AnalysisOptions& options, std::span<const SettingKey> apart) {
+                            const AnalysisOptions& options, std::span<const SettingKey> apart,
+                            const MeansBeside& beside) {
   const bool compared = std::ranges::any_of(rows, [](const ComparisonRow& row) { return row.difference.has_value(); });
   const std::vector<const ComparisonRow*> shown = worth_showing(rows, compared ? options.baseline : "");
   const auto differs = [](const ComparisonRow& row) { return row.difference.has_value(); };
   const auto shown_that_differ = std::ranges::count_if(shown, [&](const ComparisonRow* row) { return differs(*row); });
   const auto all_that_differ = std::ranges::count_if(rows, differs);
-  return means_text(shown, grouping, options, apart, rows.size() - shown.size()) +
+  return means_text(shown, grouping, options, apart, beside, rows.size() - shown.size()) +
          differences_text(shown, grouping, options, apart,
                           static_cast<std::size_t>(all_that_differ - shown_that_differ));
 }
@@ -760,7 +767,11 @@ std::string analysis_text(const Analysis& analysis) {
     text += lines;
   }
   if (!text.empty()) text += '\n';
-  text += comparison_text(analysis.comparison, Grouping{}, analysis.options, analysis.apart);
+  MeansBeside beside{.head = std::string(traits_of(analysis.layer_measure).noun)};
+  for (const ComparisonRow& row : analysis.beside) {
+    beside.means[{row.key.policy, row.key.capacity_request}] = row.distribution.mean;
+  }
+  text += comparison_text(analysis.comparison, Grouping{}, analysis.options, analysis.apart, beside);
   for (const auto& section : {curve_text, steps_text, regret_text, overlap_text, heads_text, stability_text,
                               span_excess_text, span_label_text, span_depth_text, rank_text}) {
     text += section(analysis);
@@ -777,6 +788,9 @@ DataTable comparison_numbers(const std::vector<ComparisonRow>& rows, const Analy
 DataTable analysis_numbers(const Analysis& analysis) {
   Numbers numbers;
   add_comparison(analysis.comparison, analysis.options, numbers);
+  AnalysisOptions of_layers = analysis.options;
+  of_layers.measure = analysis.layer_measure;
+  add_comparison(analysis.beside, of_layers, numbers);
   const std::string measure(traits_of(analysis.options.measure).name);
   for (const CapacityCurve& curve : analysis.curves) {
     const Numbers::Key key{"capacity", curve.policy, "", measure};
@@ -787,6 +801,9 @@ DataTable analysis_numbers(const Analysis& analysis) {
   }
   for (const StepEffect& effect : analysis.step_effects) {
     Numbers::Key key{"step", effect.changed, effect.reference, fmt::format("{}: {}", effect.step, effect.change)};
+    if (effect.layer >= 0 && !analysis.beside.empty()) {
+      key.detail += fmt::format(", {}", traits_of(analysis.layer_measure).name);
+    }
     key.capacity_request = effect.capacity_request;
     key.layer = effect.layer;
     numbers.add(key, effect.difference);

@@ -100,7 +100,9 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
           "Policy to compare with (default: snapkv, else in the middle; of its settings the nearest to the defaults)")
       ->type_name("SPEC");
   CLI::Option* const measure =
-      command.add_option("--measure", options.measure, "What to compare (default: layer_error); see docs/measures.md")
+      command
+          .add_option("--measure", options.measure,
+                      "What to compare (default: kl where the model ran on, else layer_error); see docs/measures.md")
           ->type_name("NAME");
   std::vector<std::string> measure_names;
   for (const MeasureTraits& traits : measures()) measure_names.emplace_back(traits.name);
@@ -130,17 +132,36 @@ void add_result_options(CLI::App& command, ResultOptions& options) {
   add_threads_option(command, options.threads);
 }
 
-AnalysisOptions analysis_options(const ResultOptions& options) {
+void check_measure(const ResultOptions& options) {
+  if (!options.measure.empty()) static_cast<void>(measure_named(options.measure));
+}
+
+AnalysisOptions analysis_options(const ResultOptions& options, const ResultSet& results, bool of_layers,
+                                 std::vector<std::string>& notes) {
   AnalysisOptions analysis;
-  analysis.measure = measure_named(options.measure);
+  analysis.measure = options.measure.empty()
+                         ? default_measure(results, of_layers || !options.filter.layers.empty(), notes)
+                         : measure_named(options.measure);
+  const bool layers_chosen = !options.filter.layers.empty() || options.filter.full_layers;
+  if (layers_chosen && !traits_of(analysis.measure).is_of_layers()) {
+    notes.push_back(fmt::format("the {} is of the whole model, whatever layers {} chooses",
+                                traits_of(analysis.measure).noun,
+                                options.filter.layers.empty() ? "--full-layers" : "--layer"));
+  }
   analysis.baseline = options.baseline;
   if (options.goal > 0) analysis.goal = options.goal;
-  if (options.resamples >= 0) analysis.bootstrap.resamples = options.resamples;
-  analysis.bootstrap.seed = options.seed;
-  analysis.bootstrap.confidence = options.confidence;
-  analysis.bootstrap.block = options.block;
-  analysis.bootstrap.resampling = options.resample == "traces" ? Resampling::traces : Resampling::queries;
+  analysis.bootstrap = bootstrap_options(options);
   return analysis;
+}
+
+BootstrapOptions bootstrap_options(const ResultOptions& options) {
+  BootstrapOptions bootstrap;
+  if (options.resamples >= 0) bootstrap.resamples = options.resamples;
+  bootstrap.seed = options.seed;
+  bootstrap.confidence = options.confidence;
+  bootstrap.block = options.block;
+  bootstrap.resampling = options.resample == "traces" ? Resampling::traces : Resampling::queries;
+  return bootstrap;
 }
 
 ResultSet open_results(const ResultOptions& options) {

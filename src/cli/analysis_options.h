@@ -20,8 +20,8 @@ struct ResultOptions {
   std::vector<std::string> kept;
   ResultFilter filter;
   std::string baseline;
-  std::string measure = "layer_error";
-  double goal = 0;  ///< 0: none is given
+  std::string measure;  ///< empty: none is named
+  double goal = 0;      ///< 0: none is given
   double confidence = 0.95;
   int resamples = -1;  ///< −1: none is given
   std::uint64_t seed = 0;
@@ -33,8 +33,15 @@ struct ResultOptions {
 /// The options that name results and what is computed of them.
 void add_result_options(CLI::App& command, ResultOptions& options);
 
-/// What they stand for. Throws UsageError.
-AnalysisOptions analysis_options(const ResultOptions& options);
+/// Throws UsageError where a measure is named that there is not.
+void check_measure(const ResultOptions& options);
+
+/// What they stand for. Where no measure is named, that of the results goes by; with `of_layers` one that layers have.
+/// `notes` receives what one may wonder about.
+AnalysisOptions analysis_options(const ResultOptions& options, const ResultSet& results, bool of_layers,
+                                 std::vector<std::string>& notes);
+
+BootstrapOptions bootstrap_options(const ResultOptions& options);
 
 /// The results and kept sets. Throws as ResultSet, RetentionSet and TraceReader do.
 ResultSet open_results(const ResultOptions& options);

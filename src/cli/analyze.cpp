@@ -84,13 +84,14 @@ void note_evaluations(const ResultSet& results, const Grouping& grouping, std::v
 }
 
 Answer compared_by(const AnalyzeOptions& options, const ResultSet& all) {
-  AnalysisOptions analysis = analysis_options(options.results);
   ComparisonOptions comparison;
-  comparison.measure = analysis.measure;
   comparison.grouping = grouping_of(options);
   ResultSet results = comparison.grouping.eviction_position ? all.comparable_at_each_eviction() : all.comparable();
   require_evictions(options, comparison.grouping, results);
   std::vector<std::string> notes;
+  const bool of_layers = comparison.grouping.layer || comparison.grouping.head;
+  AnalysisOptions analysis = analysis_options(options.results, results, of_layers, notes);
+  comparison.measure = analysis.measure;
   const bool pooled = !comparison.grouping.policy;
   if (pooled) {
     // A mean over policies is about those that may be used.
@@ -128,16 +129,17 @@ Answer compared_by(const AnalyzeOptions& options, const ResultSet& all) {
 
 Answer analyzed(const AnalyzeOptions& options, ResultSet results) {
   RetentionSet kept = open_kept(options.results, results);
-  AnalysisOptions analysis_of = analysis_options(options.results);
+  std::vector<std::string> notes;
+  AnalysisOptions analysis_of = analysis_options(options.results, results.comparable(), false, notes);
   analysis_of.details = false;
   const AnalysisInput input{std::move(results), std::move(kept), {}};
   const Analysis analysis = analyze(input, analysis_of);
-  return {analysis_text(analysis), analysis_numbers(analysis), analysis.notes};
+  notes.insert(notes.end(), analysis.notes.begin(), analysis.notes.end());
+  return {analysis_text(analysis), analysis_numbers(analysis), std::move(notes)};
 }
 
 std::string legend(const AnalyzeOptions& options) {
-  const AnalysisOptions analysis = analysis_options(options.results);
-  const BootstrapOptions& bootstrap = analysis.bootstrap;
+  const BootstrapOptions bootstrap = bootstrap_options(options.results);
   std::string by = bootstrap.resampling == Resampling::traces
                        ? "bootstrap intervals over traces and blocks of their queries"
                        : "bootstrap intervals over blocks of queries";
@@ -149,7 +151,7 @@ std::string legend(const AnalyzeOptions& options) {
 }
 
 void run_analyze(const AnalyzeOptions& options) {
-  static_cast<void>(measure_named(options.results.measure));
+  check_measure(options.results);
   if (!options.by.empty()) static_cast<void>(grouping_of(options));
   omp_set_num_threads(threads_or_all(options.results.threads));
   ResultSet results = open_results(options.results);

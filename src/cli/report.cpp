@@ -50,7 +50,7 @@ void print_item(const std::string& text) {
 
 void run_report(const ReportCommandOptions& options) {
   if (options.folder.empty()) throw UsageError("name the folder to write: --output report");
-  static_cast<void>(measure_named(options.results.measure));
+  check_measure(options.results);
   const ReportOptions report = report_options(options);
   omp_set_num_threads(threads_or_all(options.results.threads));
   ResultSet results = open_results(options.results);
@@ -61,8 +61,9 @@ void run_report(const ReportCommandOptions& options) {
   RetentionSet kept = open_kept(options.results, results);
   std::vector<std::string> notes;
   std::vector<TraceReader> traces = open_traces(options.results, results, notes);
+  const AnalysisOptions analysis_of = analysis_options(options.results, results.comparable(), false, notes);
   const AnalysisInput input{std::move(results), std::move(kept), std::move(traces)};
-  const Analysis analysis = analyze(input, analysis_options(options.results));
+  const Analysis analysis = analyze(input, analysis_of);
   notes.insert(notes.end(), analysis.notes.begin(), analysis.notes.end());
   const ReportOutcome outcome = write_report(options.folder, analysis, report);
 

@@ -162,6 +162,10 @@ StoredResult read_identity(const hdf5::File& file, const std::string& group) {
   return result;
 }
 
+std::string path_of(std::size_t result, const MeasureTraits& measure) {
+  return fmt::format("/results/{}/{}", result, measure.name);
+}
+
 std::vector<Index> shape_of(const StoredResult& result, const MeasureTraits& measure) {
   return table_shape(measure, result.num_layers,
                      {.query_heads = result.num_query_heads,
@@ -218,9 +222,13 @@ ResultsReader::ResultsReader(const std::filesystem::path& path)
   }
 }
 
+bool ResultsReader::has(std::size_t result, Measure measure) const {
+  return file_.exists(path_of(result, traits_of(measure)));
+}
+
 Table ResultsReader::read(std::size_t result, Measure measure) const {
   const MeasureTraits& traits = traits_of(measure);
-  const std::string path = fmt::format("/results/{}/{}", result, traits.name);
+  const std::string path = path_of(result, traits);
   if (!file_.exists(path)) return {};
   return read_table(file_, path, shape_of(results_.at(result), traits), traits.may_be_missing);
 }

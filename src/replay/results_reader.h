@@ -63,6 +63,9 @@ class ResultsReader {
   /// The numbers of a measure as measures() describes them; empty where it was not measured.
   Table read(std::size_t result, Measure measure) const;
 
+  /// Whether it was measured.
+  bool has(std::size_t result, Measure measure) const;
+
   /// Overlap between policies, without their numbers.
   const std::vector<OverlapTable>& overlaps() const { return overlaps_; }
 

@@ -343,6 +343,110 @@ TEST_F(Comparison, WhatCannotBeAskedForIsRefused) {
   EXPECT_THAT(test::message_of<UsageError>([]() { Grouping::parse(""); }), HasSubstr("evict-at"));
 }
 
+// One number per query, however many layers and heads the model has.
+class LossComparison : public Comparison {
+ protected:
+  ResultSet made(const ResultFilter& filter = {}) const {
+    TraceReplay a = MadeReplay{.layers = 5, .queries = 8}.replay();
+    test::add_loss(add_result(a, "snapkv", 16, constant(0.5)), [](int query) { return query; });
+    test::add_loss(add_result(a, "tova", 16, constant(0.4)), [](int query) { return query < 4 ? 2 : 10; });
+    TraceReplay b = MadeReplay{.trace = "b.h5", .layers = 2, .eviction_position = 200, .queries = 40}.replay();
+    test::add_loss(add_result(b, "snapkv", 16, constant(0.5)), [](int) { return 1.5; });
+    test::add_loss(add_result(b, "tova", 16, constant(0.4)), [](int) { return 1.0; });
+    return set_of({a, b}, filter);
+  }
+};
+
+TEST_F(LossComparison, CountsEveryQueryOnce) {
+  const std::vector<ComparisonRow> rows = compare(made(), {.measure = Measure::kl, .baseline = "snapkv"});
+  ASSERT_THAT(policies_of(rows), ElementsAre("snapkv", "tova"));
+  EXPECT_NEAR(rows[0].distribution.mean, (3.5 + 1.5) / 2, kExact);
+  EXPECT_NEAR(rows[0].distribution.worst, 7, kExact);
+  EXPECT_NEAR(rows[1].distribution.mean, (6.0 + 1.0) / 2, kExact);
+  ASSERT_TRUE(rows[1].difference);
+  EXPECT_NEAR(rows[1].difference->mean, 1, kExact);
+  EXPECT_EQ(rows[1].difference->pairs, 8 + 40);
+  // Better at query 3 of the first trace, equal at 2, and better at all of the second.
+  EXPECT_NEAR(rows[1].difference->wins, (1.5 / 8 + 1) / 2, kExact);
+  EXPECT_NEAR(rows[1].kept, 16, kExact) << "as of any measure";
+}
+
+TEST_F(LossComparison, ItsIntervalIsThatOfTheSameNumbersInASingleLayer) {
+  TraceReplay a = MadeReplay{.layers = 1, .queries = 30}.replay();
+  const auto wave = [](int query) { return 1 + std::sin(0.7 * query); };
+  test::add_loss(add_result(a, "snapkv", 16, [&](int, int, int query) { return wave(query); }), wave);
+  const ResultSet set = set_of({a});
+  const std::vector<ComparisonRow> loss = compare(set, {.measure = Measure::kl});
+  const std::vector<ComparisonRow> errors = compare(set, {});
+  EXPECT_EQ(loss[0].interval.low, errors[0].interval.low);
+  EXPECT_EQ(loss[0].interval.high, errors[0].interval.high);
+}
+
+TEST_F(LossComparison, ChosenLayersDoNotChangeIt) {
+  const ResultSet set = made({.layers = {1}});
+  EXPECT_THAT(set.read(0, Measure::layer_error).numbers, SizeIs(8));
+  EXPECT_NEAR(compare(set, {.measure = Measure::kl})[0].distribution.mean, 2.5, kExact);
+}
+
+TEST_F(LossComparison, HasNoLayersToTellApart) {
+  const ResultSet set = made();
+  const auto usage = [&](const char* by) {
+    return test::message_of<UsageError>(
+        [&]() { compare(set, {.measure = Measure::kl, .grouping = Grouping::parse(by)}); });
+  };
+  EXPECT_EQ(usage("policy,layer"),
+            "KL divergence is of the whole model, and has no layers: choose another measure, such as layer_error");
+  EXPECT_EQ(usage("policy,head"),
+            "KL divergence is of the whole model, and has no heads: choose another measure, such as head_error");
+  const std::vector<ResultPair> pairs = {{1, 0}};
+  const auto differences = paired_differences(set, pairs, Measure::kl, {});
+  ASSERT_THAT(differences, SizeIs(1)) << "over all layers, and of none";
+  EXPECT_EQ(differences[0].first, -1);
+  EXPECT_NEAR(differences[0].second.mean, 2.5, kExact);
+}
+
+TEST_F(LossComparison, WhatWasNotMeasuredIsNamed) {
+  TraceReplay a = MadeReplay{}.replay();
+  add_result(a, "snapkv", 16, constant(0.5));
+  const ResultSet offline = set_of({a});
+  EXPECT_THAT(test::message_of<Error>([&]() { compare(offline, {.measure = Measure::kl}); }),
+              HasSubstr("no result has a KL divergence: run the model on over what is kept, with kvreplay live"));
+  EXPECT_THAT(test::message_of<Error>([&]() { compare(offline, {.measure = Measure::nll_increase}); }),
+              HasSubstr("no result has an increase of the loss: run the model"));
+  EXPECT_THAT(test::message_of<Error>([&]() { compare(offline, {.measure = Measure::residual_error}); }),
+              HasSubstr("no result has a residual error: their traces have no residual_norm"));
+  test::add_loss(a.results.back(), [](int) { return 1; });
+  test::remove_layers(a.results.back());
+  const ResultSet live = set_of({a});
+  EXPECT_NEAR(compare(live, {.measure = Measure::kl})[0].distribution.mean, 1, kExact);
+  EXPECT_THAT(test::message_of<Error>([&]() { compare(live, {}); }),
+              HasSubstr("no result has a layer error: only the model's own loss was measured, which --measure kl"));
+}
+
+TEST_F(Comparison, ResidualErrorsAreRootsOfMeanSquares) {
+  TraceReplay a = MadeReplay{.queries = 4}.replay();
+  for (const auto& [policy, numbers] :
+       {std::pair{"snapkv", std::vector<float>{3, 4, 3, 4, 0, 0, 0, 0}}, {"tova", {1, 7, 1, 7, 0, 0, 0, 0}}}) {
+    add_result(a, policy, 16, constant(0.5)).measures[Measure::residual_error] = {{2, 4}, numbers};
+  }
+  const ResultSet set = set_of({a});
+  const std::vector<ComparisonRow> rows = compare(set, {.measure = Measure::residual_error, .baseline = "snapkv"});
+  ASSERT_THAT(policies_of(rows), ElementsAre("snapkv", "tova"));
+  EXPECT_NEAR(rows[0].distribution.mean, 2.5, kExact);
+  EXPECT_NEAR(rows[1].distribution.mean, std::sqrt(12.5), kExact);
+  EXPECT_NEAR(rows[1].distribution.worst, 7, kExact);
+  EXPECT_NEAR(rows[1].difference->mean, std::sqrt(12.5) - 2.5, kExact);
+  EXPECT_NEAR(rows[1].difference->reference, 2.5, kExact);
+  EXPECT_NEAR(rows[1].difference->relative, std::sqrt(12.5) / 2.5 - 1, kExact);
+  EXPECT_EQ(rows[1].difference->wins, (4 * 0.5 + 2) / 8) << "query by query";
+  EXPECT_LT(rows[1].interval.low, rows[1].distribution.mean);
+  EXPECT_GT(rows[1].interval.high, rows[1].distribution.mean);
+  const auto by_layer = compare(set, {.measure = Measure::residual_error, .grouping = Grouping::parse("policy,layer")});
+  EXPECT_NEAR(by_layer[0].distribution.mean, std::sqrt(12.5), kExact);
+  const std::vector<std::size_t> first = {0};
+  EXPECT_NEAR(aggregate(set, first, Measure::residual_error, {})->estimate.mean, 2.5, kExact);
+}
+
 TEST_F(Comparison, PairedDifferencesAreOverAllLayersAndPerLayer) {
   TraceReplay a = MadeReplay{}.replay();
   add_result(a, "snapkv", 16, constant(0.5));

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 
 #include <cmath>
+#include <tuple>
 
 #include "analysis/made_results.h"
 #include "analysis/spec_structure.h"
@@ -62,6 +63,99 @@ TEST_F(FindingsTest, SayWhatIsBestAndWhatItGains) {
                                            HasSubstr("snapkv 32"), HasSubstr("1 of 3 policies does not reach it")),
                                      HasSubstr("What could still be gained is largest at capacity 16")));
   EXPECT_EQ(findings(analysis, 1).size(), 1u);
+}
+
+// Three policies whose layers lose other amounts than the model: snapkv least of the former, restkv of the latter.
+TraceReplay live_run() {
+  TraceReplay a = MadeReplay{.queries = 30}.replay();
+  const auto add = [&](const std::string& policy, int capacity, double error, double loss) {
+    test::add_loss(add_result(
+                       a, policy, capacity, [=](int layer, int, int) { return error + 0.01 * layer; },
+                       [=](int, int, int) { return error; }),
+                   [=](int query) { return loss + 0.01 * std::sin(2.4 * query); });
+  };
+  add_result(a, "full", 0, [](int, int, int) { return 0; });
+  for (const int capacity : {16, 32}) {
+    add("snapkv", capacity, 6.4 / capacity, 32.0 / capacity);
+    add("restkv", capacity, 8.0 / capacity, 1.0 / capacity);
+    add("recent", capacity, 9.6 / capacity, 64.0 / capacity);
+  }
+  return a;
+}
+
+TEST_F(FindingsTest, BeginWithWhatTheModelLosesWhereItRanOn) {
+  const TraceReplay a = live_run();
+  test::write_made(folder_ / "x.h5", {a});
+  const std::vector<std::filesystem::path> files = {folder_ / "x.h5"};
+  std::vector<std::string> notes;
+  AnalysisOptions options;
+  options.measure = default_measure(ResultSet::open(files), false, notes);
+  EXPECT_EQ(options.measure, Measure::kl) << "though full has none";
+  EXPECT_THAT(notes, ElementsAre(AllOf(HasSubstr("go by its KL divergence"), HasSubstr("--measure layer_error"))));
+  const Analysis analysis = analysis_of({a}, options);
+  EXPECT_THAT(findings(analysis, 1), ElementsAre(StartsWith("restkv has the smallest KL divergence at both capacities: "
+                                                            "0.0626 at 16 and 0.0313 at 32")));
+  // The layer error stays beside it: over all, and of each layer.
+  EXPECT_EQ(analysis.layer_measure, Measure::layer_error);
+  ASSERT_EQ(analysis.beside.size(), 7u);
+  EXPECT_EQ(analysis.beside[1].key.policy, "snapkv");
+  EXPECT_NEAR(analysis.beside[1].distribution.mean, 0.405, 1e-6);
+  EXPECT_FALSE(analysis.beside[1].difference);
+  EXPECT_THAT(analysis.by_layer, testing::SizeIs(14));
+  EXPECT_THAT(analysis.by_head, testing::SizeIs(6 * 2 * 4));
+}
+
+TEST_F(FindingsTest, GoByTheLayersWhereLayersAreAskedForOrNotAllRanOn) {
+  TraceReplay a = live_run();
+  const auto measure = [&](bool of_layers, std::vector<std::string>& notes) {
+    test::write_made(folder_ / "y.h5", {a});
+    const std::vector<std::filesystem::path> files = {folder_ / "y.h5"};
+    return default_measure(ResultSet::open(files), of_layers, notes);
+  };
+  std::vector<std::string> notes;
+  EXPECT_EQ(measure(true, notes), Measure::layer_error);
+  EXPECT_THAT(notes, IsEmpty());
+  a.results.back().measures[Measure::kl] = {};
+  EXPECT_EQ(measure(false, notes), Measure::layer_error);
+  EXPECT_THAT(notes, ElementsAre(AllOf(HasSubstr("5 of 6 results have a KL divergence"), HasSubstr("--measure kl"))));
+  for (ReplayResult& result : a.results) test::remove_layers(result);
+  notes.clear();
+  EXPECT_EQ(measure(false, notes), Measure::kl) << "there is nothing else";
+  for (ReplayResult& result : a.results) result.measures[Measure::kl] = {};
+  notes.clear();
+  EXPECT_EQ(measure(false, notes), Measure::layer_error);
+  EXPECT_THAT(notes, IsEmpty());
+}
+
+TEST_F(FindingsTest, ResultsOfTheModelAloneAreAnalysed) {
+  TraceReplay a = live_run();
+  for (ReplayResult& result : a.results) test::remove_layers(result);
+  AnalysisOptions options;
+  options.measure = Measure::kl;
+  const Analysis analysis = analysis_of({a}, options);
+  EXPECT_THAT(analysis.comparison, testing::SizeIs(6));
+  EXPECT_THAT(analysis.beside, IsEmpty());
+  EXPECT_THAT(analysis.by_layer, IsEmpty());
+  EXPECT_THAT(analysis.by_head, IsEmpty());
+  EXPECT_THAT(analysis.step_effects, IsEmpty());
+  EXPECT_THAT(findings(analysis, 1), ElementsAre(StartsWith("restkv has the smallest KL divergence")));
+}
+
+TEST_F(FindingsTest, SingleChangesOfLayersAreOfTheLayerError) {
+  TraceReplay a = MadeReplay{.queries = 12}.replay();
+  for (const auto& [policy, error, loss] : {std::tuple{"snapkv", 0.2, 1.0}, {"snapkv(window=16)", 0.3, 3.0}}) {
+    test::add_loss(add_result(a, policy, 40, [e = error](int layer, int, int) { return e * (1 + layer); }),
+                   [l = loss](int query) { return l + 0.1 * std::sin(query); });
+  }
+  AnalysisOptions options;
+  options.measure = Measure::kl;
+  const Analysis analysis = analysis_of({a}, options);
+  ASSERT_THAT(analysis.step_effects, testing::SizeIs(3));
+  EXPECT_EQ(analysis.step_effects[0].layer, -1);
+  EXPECT_NEAR(std::abs(analysis.step_effects[0].difference.mean), 2, 1e-6);
+  EXPECT_EQ(analysis.step_effects[1].layer, 0);
+  EXPECT_NEAR(std::abs(analysis.step_effects[1].difference.mean), 0.1, 1e-6);
+  EXPECT_NEAR(std::abs(analysis.step_effects[2].difference.mean), 0.2, 1e-6);
 }
 
 TEST_F(FindingsTest, TheGoalIsSoughtAmongPoliciesWithSeveralCapacities) {

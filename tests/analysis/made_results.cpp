@@ -59,6 +59,21 @@ ReplayResult& add_result(TraceReplay& replay, const std::string& policy, int cap
   return result;
 }
 
+void add_loss(ReplayResult& result, const std::function<double(int query)>& divergence) {
+  Table& table = result.measures[Measure::kl];
+  const Index queries = result.measures[Measure::layer_error].shape.at(1);
+  table.shape = {queries};
+  for (int query = 0; query < queries; ++query) table.numbers.push_back(static_cast<float>(divergence(query)));
+  result.live = true;
+}
+
+void remove_layers(ReplayResult& result) {
+  for (const MeasureTraits& measure : measures()) {
+    if (measure.is_of_layers()) result.measures[measure.measure] = {};
+  }
+  result.replayed = false;
+}
+
 void write_made(const std::filesystem::path& path, const std::vector<TraceReplay>& replays) {
   write_results(path, replays, {});
 }

@@ -34,6 +34,12 @@ using MadeNumbers = std::function<double(int layer, int head, int query)>;
 ReplayResult& add_result(TraceReplay& replay, const std::string& policy, int capacity, const MadeNumbers& layer_error,
                          const MadeNumbers& head_error = {});
 
+/// Adds to a result what the model loses with it: KL divergences by query.
+void add_loss(ReplayResult& result, const std::function<double(int query)>& divergence);
+
+/// Takes away all that a replay measures, as a live run that only looks at the model's loss does.
+void remove_layers(ReplayResult& result);
+
 /// Writes results of such replays.
 void write_made(const std::filesystem::path& path, const std::vector<TraceReplay>& replays);
 

@@ -56,6 +56,31 @@ class ResultSetTest : public testing::Test {
   test::TemporaryFolder folder_;
 };
 
+TEST_F(ResultSetTest, WhatTwoFilesMeasuredOfAResultIsReadTogether) {
+  // One of a replay, one of a live run that measured the model's loss alone and says nothing of spans.
+  TraceReplay offline = MadeReplay{.spans = {{10, 20, "fact"}}}.replay();
+  add_result(offline, "snapkv", 16, by_layer);
+  TraceReplay live = offline;
+  test::add_loss(live.results[0], [](int query) { return 3 * query; });
+  test::remove_layers(live.results[0]);
+  live.spans.clear();
+  const auto a = write("offline.h5", {offline});
+  const auto b = write("live.h5", {live});
+  for (const ResultSet& set : {open({a, b}), open({b, a})}) {
+    ASSERT_THAT(set.results(), SizeIs(1));
+    EXPECT_TRUE(set.has(0, Measure::layer_error));
+    EXPECT_TRUE(set.has(0, Measure::kl));
+    EXPECT_FALSE(set.has(0, Measure::cosine));
+    EXPECT_THAT(set.read(0, Measure::layer_error).numbers, SizeIs(16));
+    EXPECT_EQ(set.read(0, Measure::kl).numbers[7], 21);
+    EXPECT_THAT(set.results()[0].spans, SizeIs(1));
+    EXPECT_THAT(set.notes(), ElementsAre(HasSubstr("counted once")));
+  }
+  // The same once more with another loss.
+  live.results[0].measures[Measure::kl].numbers.assign(8, 1.0F);
+  EXPECT_THAT(error({a, b, write("other.h5", {live})}), HasSubstr("is in both, with another KL divergence"));
+}
+
 TEST_F(ResultSetTest, HoldsTheResultsOfAllFilesInTheirOrder) {
   TraceReplay a = MadeReplay{}.replay();
   add_result(a, "snapkv", 16, by_layer);

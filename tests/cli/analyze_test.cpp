@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "cli/command.h"
+#include "replay/results_reader.h"
 #include "support/random_trace.h"
 #include "support/sample_trace.h"
 
@@ -161,6 +162,33 @@ TEST_F(Analyze, WhatHadNothingToChooseIsMarked) {
   EXPECT_THAT(outcome.output, AllOf(HasSubstr("snapkv(window=16) †"), HasSubstr("\n† nothing to choose:")));
   EXPECT_THAT(outcome.errors, HasSubstr("snapkv(window=16) at 16 had nothing to choose"));
   EXPECT_THAT(outcome.output, Not(AllOf(HasSubstr("window: 8 → 16"), HasSubstr("observation window        16"))));
+}
+
+TEST_F(Analyze, BeginsWithTheModelsOwnLossWhereItRanOn) {
+  std::filesystem::copy_file(folder_ / "r.h5", folder_ / "live.h5");
+  const ResultsReader results(folder_ / "r.h5");
+  test::edit(folder_ / "live.h5", [&](std::int64_t file) {
+    for (std::size_t i = 0; i < results.results().size(); ++i) {
+      const std::size_t queries = results.results()[i].evaluation_positions.size();
+      const std::vector<float> losses(queries, results.results()[i].policy == "recent" ? 0.001F : 0.1F + 0.01F * i);
+      test::replace_floats(file, fmt::format("/results/{}/kl", i), {static_cast<Index>(queries)}, losses);
+    }
+  });
+  const Outcome outcome = analyze("live.h5 --csv live.csv");
+  EXPECT_THAT(outcome.errors, HasSubstr("findings and rankings go by its KL divergence"));
+  EXPECT_THAT(outcome.output,
+              AllOf(HasSubstr("KL divergence by policy, capacity, best first."), HasSubstr("worst  layer error"),
+                    HasSubstr("recent has the smallest KL divergence")));
+  EXPECT_THAT(test::read_file(folder_ / "live.csv"),
+              AllOf(HasSubstr("comparison,recent,,kl,16,"), HasSubstr("comparison,recent,,layer_error,16,")));
+  for (const char* layers : {"--layer 1", "--measure layer_error", "--by policy,layer"}) {
+    EXPECT_THAT(analyze(fmt::format("live.h5 {}", layers)).output, HasSubstr("Layer error by policy"));
+  }
+  EXPECT_THAT(analyze("live.h5 --layer 1 --measure kl").errors,
+              HasSubstr("the KL divergence is of the whole model, whatever layers --layer chooses"));
+  refuse_words("live.h5 --measure kl --by policy,layer", 2, {"KL divergence is of the whole model", "layer_error"});
+  refuse_words("live.h5 --measure kl --by policy,head", 2, {"KL divergence is of the whole model", "head_error"});
+  refuse_words("r.h5 --measure kl", 1, {"no result has a KL divergence", "kvreplay live"});
 }
 
 TEST_F(Analyze, SectionsAreOnlyOfWhatTheFilesHave) {

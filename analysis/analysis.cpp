@@ -456,6 +456,7 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
     comparison.baseline = options.baseline;
   }
   analysis.options = options;
+  analysis.loss_predictions = loss_predictions(results, options.bootstrap);
   analysis.overlaps = policy_overlaps(results);
   analysis.span_recalls = span_recalls(results);
   analysis.span_excesses = span_excesses(analysis.span_recalls, options.bootstrap.confidence);

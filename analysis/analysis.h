@@ -8,6 +8,7 @@
 #include "analysis/capacity_curve.h"
 #include "analysis/comparison.h"
 #include "analysis/importance.h"
+#include "analysis/prediction.h"
 #include "analysis/result_set.h"
 #include "analysis/retention.h"
 #include "analysis/step_effects.h"
@@ -61,6 +62,7 @@ struct Analysis {
   std::vector<RankAgreement> rank_agreements;
   std::vector<ComparisonRow> regret;  ///< against the best oracle, by policy and capacity: those with a difference
   std::string oracle;                 ///< which one; empty: none was replayed
+  LossPredictions loss_predictions;   ///< whether offline measures tell what the model loses
   std::vector<HeadOverlap> head_overlaps;
   std::vector<Stability> stabilities;
   std::vector<KeptRaster> rasters;

@@ -260,6 +260,40 @@ class Findings {
                        most->capacity_request, interval_text(most->difference.interval), p_text(most->difference));
   }
 
+  // Whether the layer error tells what the model loses, and what does so best.
+  std::string prediction() const {
+    const std::vector<Prediction>& all = analysis_.loss_predictions.predictions;
+    const auto found = std::ranges::find(all, Predictor{}, &Prediction::predictor);
+    if (found == all.end()) return "";
+    const Prediction& layer_error = *found;
+    if (std::isnan(layer_error.mean)) {
+      if (std::isnan(layer_error.all)) return "";
+      return fmt::format(
+          "Over all settings the {} follows the model's loss with Spearman {:.2f}; at the same prompt and capacity "
+          "there are too few policies to say ({} are needed).",
+          layer_error.predictor.noun(), layer_error.all, kFewestPredicted);
+    }
+    const auto with = [](const Prediction& each) {
+      const std::string interval =
+          std::isnan(each.interval.low) ? "" : fmt::format(" [{:.2f}, {:.2f}]", each.interval.low, each.interval.high);
+      return fmt::format("{:.2f}{}", each.mean, interval);
+    };
+    const auto at_worst = [](const Prediction& each) {
+      return each.groups < 2 ? "" : fmt::format(" ({:.2f} at worst)", each.smallest);
+    };
+    const Prediction& best = all.front();
+    const auto others = std::ranges::count_if(all, [](const Prediction& each) { return !std::isnan(each.mean); }) - 1;
+    return fmt::format(
+        "The {} predicts the model's loss here with Spearman {} at the same prompt and capacity{}{}.{}",
+        layer_error.predictor.noun(), with(layer_error), at_worst(layer_error),
+        others < 1 ? ""
+        : best.mean > layer_error.mean
+            ? fmt::format("; {}the {} does {}, with {}{}", others == 1 ? "" : fmt::format("of {} others ", others),
+                          best.predictor.noun(), others == 1 ? "better" : "best", with(best), at_worst(best))
+            : "; nothing else that was measured does better",
+        layer_error.prompts < 2 ? " How sure that is, a single prompt does not say." : "");
+  }
+
   std::string regret() const {
     const ComparisonRow* most = nullptr;
     for (const ComparisonRow& row : analysis_.regret) {
@@ -387,8 +421,8 @@ std::vector<SettingKey> best_settings(const Analysis& analysis) { return Finding
 std::vector<std::string> findings(const Analysis& analysis, std::size_t most) {
   const Findings found(analysis);
   std::vector<std::string> sentences;
-  for (std::string sentence :
-       {found.best(), found.against_baseline(), found.goal(), found.step(), found.regret(), found.spans()}) {
+  for (std::string sentence : {found.best(), found.against_baseline(), found.prediction(), found.goal(), found.step(),
+                               found.regret(), found.spans()}) {
     if (!sentence.empty() && sentences.size() < most) sentences.push_back(std::move(sentence));
   }
   return sentences;

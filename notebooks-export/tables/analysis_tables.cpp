@@ -248,6 +248,32 @@ std::string steps_text(const Analysis& analysis) {
                   traits_of(analysis.options.measure).noun, fmt::join(references, ", ")));
 }
 
+std::string prediction_text(const Analysis& analysis) {
+  const std::vector<Prediction>& predictions = analysis.loss_predictions.predictions;
+  const auto correlation = [](double number) { return std::isnan(number) ? "-" : fmt::format("{:+.2f}", number); };
+  TextTable table({"measure", "all settings", fmt::format("same prompt and capacity [{}]", sure(analysis.options)),
+                   "smallest", "groups"});
+  bool any_groups = false;
+  bool single = false;
+  for (const Prediction& each : predictions) {
+    if (std::isnan(each.all)) continue;
+    any_groups = any_groups || each.groups > 0;
+    single = single || each.prompts == 1;
+    const std::string interval =
+        std::isnan(each.interval.low) ? "" : fmt::format(" [{:+.2f}, {:+.2f}]", each.interval.low, each.interval.high);
+    table.add(each.predictor.noun(), {correlation(each.all), correlation(each.mean) + interval,
+                                      correlation(each.smallest), std::to_string(each.groups)});
+  }
+  if (table.empty()) return "";
+  return table.text(fmt::format(
+      "Do offline measures predict what the model loses? Spearman's correlation with the {}, 1 being the same order: "
+      "over all settings, and among the policies of the same prompt and capacity ({}).{}",
+      traits_of(Measure::kl).noun,
+      any_groups ? fmt::format("groups of {} or more; mean and smallest", kFewestPredicted)
+                 : fmt::format("which takes {}", kFewestPredicted),
+      single ? " A single prompt has no interval." : ""));
+}
+
 std::string regret_text(const Analysis& analysis) {
   TextTable table({"policy", "capacity", fmt::format("difference [{}]", sure(analysis.options)), "of the oracle's"});
   for (const ComparisonRow& row : analysis.regret) {
@@ -759,7 +785,7 @@ std::string comparison_text(const std::vector<ComparisonRow>& rows, const Groupi
 }
 
 std::string analysis_text(const Analysis& analysis) {
-  constexpr std::size_t kFindings = 6;
+  constexpr std::size_t kFindings = 7;
   std::string text;
   for (const std::string& finding : findings(analysis, kFindings)) {
     std::string lines = wrapped(printable(finding), 2, kTextWidth);
@@ -772,8 +798,8 @@ std::string analysis_text(const Analysis& analysis) {
     beside.means[{row.key.policy, row.key.capacity_request}] = row.distribution.mean;
   }
   text += comparison_text(analysis.comparison, Grouping{}, analysis.options, analysis.apart, beside);
-  for (const auto& section : {curve_text, steps_text, regret_text, overlap_text, heads_text, stability_text,
-                              span_excess_text, span_label_text, span_depth_text, rank_text}) {
+  for (const auto& section : {prediction_text, curve_text, steps_text, regret_text, overlap_text, heads_text,
+                              stability_text, span_excess_text, span_label_text, span_depth_text, rank_text}) {
     text += section(analysis);
   }
   return text;
@@ -792,6 +818,18 @@ DataTable analysis_numbers(const Analysis& analysis) {
   of_layers.measure = analysis.layer_measure;
   add_comparison(analysis.beside, of_layers, numbers);
   const std::string measure(traits_of(analysis.options.measure).name);
+  for (const Prediction& prediction : analysis.loss_predictions.predictions) {
+    Numbers::Key key{"prediction", "", std::string(traits_of(Measure::kl).name), prediction.predictor.name()};
+    numbers.add(key, "Spearman", prediction.all);
+    numbers.add(key, "Spearman at the same prompt and capacity", prediction.mean, prediction.interval);
+    numbers.add(key, "smallest Spearman", prediction.smallest);
+    numbers.add(key, "groups", prediction.groups);
+    numbers.add(key, "prompts", prediction.prompts);
+    for (const auto& [capacity, mean] : prediction.of_capacity) {
+      key.capacity_request = capacity;
+      numbers.add(key, "Spearman at the same prompt and capacity", mean);
+    }
+  }
   for (const CapacityCurve& curve : analysis.curves) {
     const Numbers::Key key{"capacity", curve.policy, "", measure};
     if (curve.area) numbers.add(key, "mean over log2 kept", *curve.area);

@@ -176,11 +176,12 @@ TEST_F(Analyze, BeginsWithTheModelsOwnLossWhereItRanOn) {
   });
   const Outcome outcome = analyze("live.h5 --csv live.csv");
   EXPECT_THAT(outcome.errors, HasSubstr("findings and rankings go by its KL divergence"));
-  EXPECT_THAT(outcome.output,
-              AllOf(HasSubstr("KL divergence by policy, capacity, best first."), HasSubstr("worst  layer error"),
-                    HasSubstr("recent has the smallest KL divergence")));
+  EXPECT_THAT(outcome.output, AllOf(HasSubstr("KL divergence by policy, capacity, best first."),
+                                    HasSubstr("worst  layer error"), HasSubstr("recent has the smallest KL divergence"),
+                                    HasSubstr("Do offline measures predict what the model loses?")));
   EXPECT_THAT(test::read_file(folder_ / "live.csv"),
-              AllOf(HasSubstr("comparison,recent,,kl,16,"), HasSubstr("comparison,recent,,layer_error,16,")));
+              AllOf(HasSubstr("comparison,recent,,kl,16,"), HasSubstr("comparison,recent,,layer_error,16,"),
+                    HasSubstr("prediction,,kl,layer_error,,")));
   for (const char* layers : {"--layer 1", "--measure layer_error", "--by policy,layer"}) {
     EXPECT_THAT(analyze(fmt::format("live.h5 {}", layers)).output, HasSubstr("Layer error by policy"));
   }

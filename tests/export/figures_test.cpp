@@ -38,6 +38,7 @@ const std::vector<std::pair<std::string, Analysis>>& samples() {
     nothing_else.kept_sets = false;
     nothing_else.token_pieces = false;
     nothing_else.spans = false;
+    nothing_else.live = false;
     nothing_else.alphas = {};
     nothing_else.betas = {};
     SampleAnalysis odd;
@@ -576,6 +577,36 @@ TEST(FigureSetTest, CurvesAreThoseOfTheAnalysis) {
     EXPECT_EQ(row.number("high"), found.mapped().interval.high);
     EXPECT_EQ(row.number("kept"), found.mapped().kept);
   }
+}
+
+TEST(FigureSetTest, PointsOfTheLossAreThoseOfTheAnalysis) {
+  Analysis analysis = SampleAnalysis{}.make();
+  LossPredictions& loss = analysis.loss_predictions;
+  loss.settings.front().loss = 0;
+  const auto kinds = figure_kinds();
+  const FigureKind* kind = *std::ranges::find(kinds, "loss-prediction", &FigureKind::name);
+  const Figure figure = kind->draw(analysis, FigureStyle(analysis));
+  EXPECT_THAT(distinct(figure.table, "measure"), testing::ElementsAre("squared layer error", "layer error"))
+      << "the best, and the layer error beside it";
+  ASSERT_EQ(figure.table.rows().size(), 2 * loss.settings.size());
+  for (std::size_t i = 0; i < figure.table.rows().size(); ++i) {
+    const Row row(figure.table, i);
+    const PredictedLoss& setting = loss.settings[i % loss.settings.size()];
+    EXPECT_EQ(row.text("policy"), setting.policy);
+    EXPECT_EQ(row.text("trace"), setting.trace);
+    EXPECT_EQ(row.number("kl"), setting.loss);
+    EXPECT_EQ(row.number("offline"), setting.offline[i < loss.settings.size() ? 1 : 0]);
+  }
+  const Json& panels = figure.spec["concat"];
+  ASSERT_EQ(panels.size(), 2 * SampleAnalysis{}.capacities.size());
+  EXPECT_EQ(panels[0]["title"]["text"],
+            fmt::format("64: Spearman {:.2f}", loss.predictions.front().of_capacity.at("64")));
+  EXPECT_EQ(panels[0]["encoding"]["y"]["scale"]["type"], "log");
+  EXPECT_THAT(figure.caption, HasSubstr("Not drawn is 1 point without a loss."));
+  // Where the layer error is the best, the next one stands beside it.
+  std::ranges::swap(loss.predictions[0].predictor, loss.predictions[1].predictor);
+  EXPECT_THAT(distinct(drawn(analysis, "loss-prediction"), "measure"),
+              testing::ElementsAre("layer error", "squared layer error"));
 }
 
 TEST(FigureSetTest, AblationIsThatOfTheAnalysis) {

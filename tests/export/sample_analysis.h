@@ -23,6 +23,7 @@ struct SampleAnalysis {
   bool kept_sets = true;
   bool token_pieces = true;
   bool spans = true;
+  bool live = true;  ///< whether the model ran on
 
   Analysis make() const;
 };

@@ -572,12 +572,14 @@ std::string why_lacking(const ResultSet& results, const MeasureTraits& measure) 
     case MeasureTraits::Per::head:
       return ": replay with --rank-agreement policies that rank by scores";
     case MeasureTraits::Per::model_query:
-      return ": run the model on over what is kept, with kvreplay live";
+      if (measure.measure != Measure::residual_sum) return ": run the model on over what is kept, with kvreplay live";
+      [[fallthrough]];
     case MeasureTraits::Per::query:
     case MeasureTraits::Per::head_and_query:
       if (any_has(Measure::layer_error)) {
-        return measure.measure == Measure::residual_error ? ": their traces have no residual_norm; capture them again"
-                                                          : "";
+        const bool of_residual_stream =
+            measure.measure == Measure::residual_error || measure.measure == Measure::residual_sum;
+        return of_residual_stream ? ": their traces have no residual_norm; capture them again" : "";
       }
       return any_has(Measure::kl) ? ": only the model's own loss was measured, which --measure kl compares" : "";
   }

@@ -284,7 +284,7 @@ class Findings {
     const Prediction& best = all.front();
     const auto others = std::ranges::count_if(all, [](const Prediction& each) { return !std::isnan(each.mean); }) - 1;
     return fmt::format(
-        "The {} predicts the model's loss here with Spearman {} at the same prompt and capacity{}{}.{}",
+        "The {} predicts the loss here with Spearman {} at the same prompt and capacity{}{}.{}",
         layer_error.predictor.noun(), with(layer_error), at_worst(layer_error),
         others < 1 ? ""
         : best.mean > layer_error.mean

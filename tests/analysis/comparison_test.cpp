@@ -425,10 +425,13 @@ TEST_F(LossComparison, WhatWasNotMeasuredIsNamed) {
 
 TEST_F(Comparison, ResidualErrorsAreRootsOfMeanSquares) {
   TraceReplay a = MadeReplay{.queries = 4}.replay();
-  for (const auto& [policy, numbers] :
-       {std::pair{"snapkv", std::vector<float>{3, 4, 3, 4, 0, 0, 0, 0}}, {"tova", {1, 7, 1, 7, 0, 0, 0, 0}}}) {
-    add_result(a, policy, 16, constant(0.5)).measures[Measure::residual_error] = {{2, 4}, numbers};
-  }
+  const auto add = [&](const char* policy, const std::vector<float>& numbers) {
+    Table& table = add_result(a, policy, 16, constant(0.5)).measures[Measure::residual_error];
+    table.shape = {2, 4};
+    table.numbers = numbers;
+  };
+  add("snapkv", {4, 3, 3, 4, 0, 0, 0, 0});
+  add("tova", {1, 1, 7, 7, 0, 0, 0, 0});
   const ResultSet set = set_of({a});
   const std::vector<ComparisonRow> rows = compare(set, {.measure = Measure::residual_error, .baseline = "snapkv"});
   ASSERT_THAT(policies_of(rows), ElementsAre("snapkv", "tova"));

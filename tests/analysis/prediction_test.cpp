@@ -221,7 +221,7 @@ TEST_F(LossPrediction, IsAFindingWithTheBestMeasure) {
     options.measure = Measure::kl;
     return findings(analyze({set_of(replays), {}, {}}, options), 10);
   };
-  EXPECT_THAT(said(), Contains("The layer error predicts the model's loss here with Spearman 0.80 [0.80, 0.80] at the "
+  EXPECT_THAT(said(), Contains("The layer error predicts the loss here with Spearman 0.80 [0.80, 0.80] at the "
                                "same prompt and capacity (0.80 at worst); the squared layer error does better, "
                                "with 1.00 [1.00, 1.00] (1.00 at worst)."));
   replays.pop_back();

@@ -170,7 +170,8 @@ TEST_F(Analyze, BeginsWithTheModelsOwnLossWhereItRanOn) {
   test::edit(folder_ / "live.h5", [&](std::int64_t file) {
     for (std::size_t i = 0; i < results.results().size(); ++i) {
       const std::size_t queries = results.results()[i].evaluation_positions.size();
-      const std::vector<float> losses(queries, results.results()[i].policy == "recent" ? 0.001F : 0.1F + 0.01F * i);
+      const std::vector<float> losses(
+          queries, results.results()[i].policy == "recent" ? 0.001F : 0.1F + 0.01F * static_cast<float>(i));
       test::replace_floats(file, fmt::format("/results/{}/kl", i), {static_cast<Index>(queries)}, losses);
     }
   });

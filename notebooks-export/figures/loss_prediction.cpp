@@ -5,8 +5,8 @@
 #include <cmath>
 #include <limits>
 
-#include "notebooks-export/plots/dot_plot.h"
 #include "notebooks-export/figure_style.h"
+#include "notebooks-export/plots/dot_plot.h"
 
 namespace kvreplay {
 namespace {

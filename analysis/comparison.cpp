@@ -230,7 +230,7 @@ MeanEstimate rooted(MeanEstimate estimate) {
 MeanEstimate mean_in(const Weighed& weighed, Cell cell, const MeasureTraits& measure,
                      const BootstrapOptions& bootstrap) {
   MeanEstimate estimate = bootstrap_mean(series_of(weighed, cell, is_per_query(measure), number), bootstrap);
-  return measure.root_mean_square ? rooted(std::move(estimate)) : estimate;
+  return measure.root_mean_square ? rooted(estimate) : estimate;
 }
 
 // Of a difference of mean squares, that of their roots: a² − b² is (a − b)(a + b).

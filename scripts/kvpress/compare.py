@@ -51,7 +51,8 @@ with tempfile.TemporaryDirectory() as folder:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     ours = time.perf_counter() - start
 
-tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(arguments.model) / "tokenizer.json"))
+# The prompt is a chat as the template writes it, and the pipeline puts the tokenizer's BOS before it.
+tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(arguments.model) / "tokenizer.json"), bos_token="")
 model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
 pipe = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer, device="cpu")
 length = len(tokenizer(text)["input_ids"])

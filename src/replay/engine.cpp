@@ -118,8 +118,7 @@ bool changes_add_up(const CapturedRun& trace) {
 }
 
 // A result of the outline: what the setting is, without numbers.
-ReplayResult outline_of(const CapturedRun& trace, const ReplayRequest& request, const ReplaySetting& replayed,
-                        const TraceReplay& replay) {
+ReplayResult outline_of(const ReplaySetting& replayed, const TraceReplay& replay) {
   const Setting& setting = replayed.setting;
   ReplayResult result;
   result.trace = replay.trace;
@@ -132,8 +131,6 @@ ReplayResult outline_of(const CapturedRun& trace, const ReplayRequest& request, 
   result.share = setting.share;
   result.oracle = setting.policy->oracle;
   result.rank_agreement = replayed.rank_agreement;
-  result.residual_norms = has_residual_norms(trace);
-  result.residual_sum = request.residual_sum && changes_add_up(trace);
   result.nothing_to_choose = replayed.nothing_to_choose;
   result.kept.granularity = setting.granularity == Granularity::query ? Granularity::query : Granularity::kv;
   result.kept.sets_per_layer = replay.model.num_key_value_heads * setting.sets_per_kv_head(replay.model.group_size());
@@ -216,6 +213,8 @@ ReplayEngine::ReplayEngine(std::vector<const CapturedRun*> runs, ReplayRequest r
       continue;
     }
     const std::string digest = trace.digest();
+    const bool residual_norms = has_residual_norms(trace);
+    const bool residual_sum = request_.residual_sum && changes_add_up(trace);
     const std::size_t first = outlines_.size();
     for (const int eviction : evictions) {
       TraceReplay outline = prepare(trace, {eviction, start});
@@ -228,7 +227,9 @@ ReplayEngine::ReplayEngine(std::vector<const CapturedRun*> runs, ReplayRequest r
       }
       std::vector<Setting> settings;
       for (const ReplaySetting& each : replayed) {
-        outline.results.push_back(outline_of(trace, request_, each, outline));
+        ReplayResult& result = outline.results.emplace_back(outline_of(each, outline));
+        result.residual_norms = residual_norms;
+        result.residual_sum = residual_sum;
         settings.push_back(each.setting);
       }
       std::map<int, Sums>& sums = sums_.emplace_back();

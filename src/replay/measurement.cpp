@@ -180,15 +180,21 @@ void LayerMeasurement::project_slice(int slice) {
   count_operations(2 * outputs_.size() * (end - first));
 }
 
-// ‖N(y + d) − N(y)‖ for N(y) = w·y/r with r² = mean(y²) + ε, from sums over the channels of y and of d. The difference
-// of the factors 1/r is taken in the form in which nothing cancels.
-double LayerMeasurement::change_behind_norm(const Sums& full, const Sums& difference) const {
+// N(y) = w·y/r with r² = mean(y²) + ε. The difference of the factors 1/r is taken in the form in which nothing cancels;
+// where one of them has no end, or there is no norm, nothing is rescaled.
+LayerMeasurement::Rescaling LayerMeasurement::rescaling_of(const Sums& full, const Sums& difference) const {
+  if (output_norm().weight.empty()) return {};
   const auto channels = static_cast<double>(trace_.info().model.hidden_size);
   const double added = (2 * difference.with_full + difference.squares) / channels;
   const double before = std::sqrt(full.squares / channels + output_norm().epsilon);
   const double after = std::sqrt(std::max(0.0, full.squares / channels + added) + output_norm().epsilon);
-  if (!(before > 0) || !(after > 0)) return difference.squares > 0 ? std::sqrt(difference.weighted_squares) : 0;
-  const double factor = -added / (before * after * (before + after));
+  if (!(before > 0) || !(after > 0)) return {};
+  return {.after = after, .factor = -added / (before * after * (before + after))};
+}
+
+// ‖N(y + d) − N(y)‖ from sums over the channels of y and of d.
+double LayerMeasurement::change_behind_norm(const Sums& full, const Sums& difference) const {
+  const auto [after, factor] = rescaling_of(full, difference);
   const double square = difference.weighted_squares / (after * after) +
                         2 * factor / after * difference.weighted_with_full + factor * factor * full.weighted_squares;
   return std::sqrt(std::max(0.0, square));
@@ -202,23 +208,14 @@ std::vector<float> LayerMeasurement::change_of(std::size_t kind, const std::vect
   std::vector<float> change(static_cast<std::size_t>(queries * channels));
   for (Index query = 0; query < queries; ++query) {
     const Index row = (static_cast<Index>(kind) + 1) * queries + query;
-    double own = 1;    // factor of d
-    double added = 0;  // factor of y
-    if (!weights.empty()) {
-      const Sums& full = sums[static_cast<std::size_t>(query)];
-      const Sums& difference = sums[static_cast<std::size_t>(row)];
-      const auto count = static_cast<double>(channels);
-      const double before = std::sqrt(full.squares / count + output_norm().epsilon);
-      const double more = (2 * difference.with_full + difference.squares) / count;
-      const double after = std::sqrt(std::max(0.0, full.squares / count + more) + output_norm().epsilon);
-      own = after > 0 ? 1 / after : 1;
-      added = before > 0 && after > 0 ? -more / (before * after * (before + after)) : 0;
-    }
+    const auto [after, factor] =
+        rescaling_of(sums[static_cast<std::size_t>(query)], sums[static_cast<std::size_t>(row)]);
+    const double own = 1 / after;
     for (Index channel = 0; channel < channels; ++channel) {
       const double weight = weights.empty() ? 1 : static_cast<double>(weights[static_cast<std::size_t>(channel)]);
       change[static_cast<std::size_t>(query * channels + channel)] =
           static_cast<float>(weight * (own * static_cast<double>(projected_(row, channel)) +
-                                       added * static_cast<double>(projected_(query, channel))));
+                                       factor * static_cast<double>(projected_(query, channel))));
     }
   }
   return change;
@@ -260,15 +257,18 @@ std::vector<LayerMeasures> LayerMeasurement::take() {
   }
   const double output_error = std::accumulate(output_errors_.begin(), output_errors_.end(), 0.0) /
                               (static_cast<double>(trace_.info().model.num_attention_heads * queries));
+  std::vector<std::vector<float>> changes(numbers_.size());
+  for (std::size_t kind = 0; keeps_changes_ && kind < changes.size(); ++kind) changes[kind] = change_of(kind, sums);
   // The last setting of a kind takes what the others copy.
   std::vector<std::size_t> left(numbers_.size(), 0);
   for (const std::size_t kind : kind_) ++left[kind];
   std::vector<LayerMeasures> measures;
   measures.reserve(kind_.size());
   for (const std::size_t kind : kind_) {
-    measures.push_back({.numbers = --left[kind] == 0 ? std::move(numbers_[kind]) : numbers_[kind],
+    const bool last = --left[kind] == 0;
+    measures.push_back({.numbers = last ? std::move(numbers_[kind]) : numbers_[kind],
                         .output_error = static_cast<float>(output_error),
-                        .change = keeps_changes_ ? change_of(kind, sums) : std::vector<float>()});
+                        .change = last ? std::move(changes[kind]) : changes[kind]});
   }
   return measures;
 }

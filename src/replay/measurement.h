@@ -66,7 +66,15 @@ class LayerMeasurement {
     double weighted_with_full = 0;  // Σ w²x·y
   };
 
+  // What the norm behind the projection makes of y + d: w·((y + d)/after), which is w·y/before + w·(d/after +
+  // factor·y).
+  struct Rescaling {
+    double after = 1;
+    double factor = 0;  // 1/after − 1/before
+  };
+
   const RmsNorm& output_norm() const;
+  Rescaling rescaling_of(const Sums& full, const Sums& difference) const;
   double change_behind_norm(const Sums& full, const Sums& difference) const;
   std::vector<float> change_of(std::size_t kind, const std::vector<Sums>& sums) const;
   void measure_spans(std::span<const Span> spans);

@@ -101,15 +101,16 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
 }
 
 Buffer Transformer::run(std::span<const Sequence> sequences, ForwardObserver* observer) {
-  Pass pass = begin(sequences, LinearInput::SingleRow::as_many, true, false);
-  run_layers(pass, observer);
-  normalize(all_of(pass.hidden), model_.final_norm, all_of(pass.hidden));
-  return std::move(pass.hidden);
+  return states_of(begin(sequences, LinearInput::SingleRow::as_many, true, false), observer);
 }
 
 Buffer Transformer::step(std::span<const Sequence> sequences) {
-  Pass pass = begin(sequences, LinearInput::SingleRow::as_many, true, true);
-  run_layers(pass, nullptr);
+  return states_of(begin(sequences, LinearInput::SingleRow::as_many, true, true), nullptr);
+}
+
+// Of every token, after the final norm.
+Buffer Transformer::states_of(Pass pass, ForwardObserver* observer) {
+  run_layers(pass, observer);
   normalize(all_of(pass.hidden), model_.final_norm, all_of(pass.hidden));
   return std::move(pass.hidden);
 }

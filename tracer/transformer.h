@@ -105,7 +105,7 @@ class Transformer {
     std::span<const Sequence> sequences;
     LinearInput::SingleRow single_row;
     bool all_states;               // of every token and not of the last alone
-    bool single_queries;           // attention of sequences of one token is as_many too unless this is set
+    bool single_queries;           // whether a sequence of one token attends faster, in an order of its own
     std::vector<Index> positions;  // [tokens]
     Buffer hidden;                 // [tokens, C]
 
@@ -115,6 +115,7 @@ class Transformer {
   Pass begin(std::span<const Sequence> sequences, LinearInput::SingleRow single_row, bool all_states,
              bool single_queries) const;
   void run_layers(Pass& pass, ForwardObserver* observer);
+  Buffer states_of(Pass pass, ForwardObserver* observer);
   Index next_block(Index left) const;
   Rotation rotation_of(std::span<const Index> positions, const std::vector<float>& frequencies) const;
   void project(const Pass& pass, int layer_number, Index first, Index count, const Rotation& rotation,

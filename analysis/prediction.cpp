@@ -12,6 +12,7 @@
 #include <variant>
 
 #include "analysis/summary.h"
+#include "analysis/weighing.h"
 #include "replay/rank_agreement.h"
 
 namespace kvreplay {
@@ -19,21 +20,19 @@ namespace {
 
 constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 
-// NaN, where there was nothing to measure, counts in no mean.
 double mean_of(std::span<const float> numbers, bool squared) {
-  double sum = 0;
-  std::size_t count = 0;
+  Mean mean;
   for (const float number : numbers) {
-    if (std::isnan(number)) continue;
     const auto value = static_cast<double>(number);
-    sum += squared ? value * value : value;
-    ++count;
+    mean.add(squared ? value * value : value);
   }
-  return count == 0 ? kNone : sum / static_cast<double>(count);
+  return mean.value();
 }
 
 double mean_of(const std::vector<double>& numbers) {
-  return std::accumulate(numbers.begin(), numbers.end(), 0.0) / static_cast<double>(numbers.size());
+  Mean mean;
+  for (const double number : numbers) mean.add(number);
+  return mean.value();
 }
 
 // Places of numbers as they ascend, from 0; equal ones share the first.

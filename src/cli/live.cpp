@@ -18,7 +18,6 @@
 #include "base/digest.h"
 #include "base/error.h"
 #include "base/file_text.h"
-#include "base/output_file.h"
 #include "base/printable.h"
 #include "cli/commands.h"
 #include "cli/interruption.h"
@@ -31,7 +30,6 @@
 #include "notebooks-export/tables/tables.h"
 #include "policy/plugin_interface.h"
 #include "replay/replay.h"
-#include "replay/results_file.h"
 #include "sweep/finished_runs.h"
 #include "trace/reader.h"
 #include "tracer/live/live_run.h"
@@ -64,6 +62,13 @@ bool is_number(const std::string& continuation) {
 // Whether it is the name of a file.
 bool is_file(const std::string& continuation) {
   return !continuation.empty() && continuation != kTraceContinues && !is_number(continuation);
+}
+
+// How many tokens the model is asked to write itself, of a run that gives `given` and is evicted at a position; 0 where
+// what comes then is given.
+int tokens_to_write(const std::string& continuation, std::size_t given, int eviction_position) {
+  if (is_number(continuation)) return std::stoi(continuation);
+  return continuation.empty() && given <= static_cast<std::size_t>(eviction_position) ? kTokensUnlessSaid : 0;
 }
 
 // What one run begins with.
@@ -222,12 +227,11 @@ std::vector<std::int32_t> continuation_of(const LiveArguments& arguments, const 
                                           tracer::LiveRun& run, int eviction_position) {
   const std::vector<std::int32_t>& all = beginning.info.token_ids;
   const int given = static_cast<int>(all.size());
-  std::string asked = arguments.continuation;
-  if (asked.empty())
-    asked = given > eviction_position ? std::string(kTraceContinues) : std::to_string(kTokensUnlessSaid);
+  const std::string& asked = arguments.continuation;
+  const int to_write = tokens_to_write(asked, all.size(), eviction_position);
   std::vector<std::int32_t> ids(all.begin() + eviction_position,
                                 all.begin() + std::max(eviction_position, beginning.info.prompt_length));
-  if (asked == kTraceContinues) {
+  if (to_write == 0 && !is_file(asked)) {
     if (given <= eviction_position) {
       throw Error(
           fmt::format("{}: has no token after the eviction at {}; continue with a number of tokens, as in "
@@ -236,11 +240,11 @@ std::vector<std::int32_t> continuation_of(const LiveArguments& arguments, const 
     }
     return {all.begin() + eviction_position, all.end()};
   }
-  if (is_number(asked)) {
+  if (to_write > 0) {
     if (!ids.empty()) {
       throw UsageError("--continue N: the model continues at the prompt's end alone; leave out --evict-at");
     }
-    std::vector<std::int32_t> own = run.continue_greedily(std::stoi(asked));
+    std::vector<std::int32_t> own = run.continue_greedily(to_write);
     if (own.empty()) {
       throw Error(
           fmt::format("{}: the model ends the sequence at once, so that nothing can be measured; continue with a "
@@ -299,10 +303,7 @@ TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request
   // One run that is evicted once.
   const ReplayEngine engine({&held}, request);
   TraceReplay found = (arguments.no_offline ? decide(engine) : replay(engine)).front();
-  const int asked = is_number(arguments.continuation) ? std::stoi(arguments.continuation)
-                    : arguments.continuation.empty() && static_cast<int>(beginning.info.token_ids.size()) == eviction
-                        ? kTokensUnlessSaid
-                        : 0;
+  const int asked = tokens_to_write(arguments.continuation, beginning.info.token_ids.size(), eviction);
   if (static_cast<int>(ids.size()) < asked) {
     found.notes.push_back(
         fmt::format("the model ends the sequence after {} of the {} tokens that were asked for", ids.size(), asked));
@@ -361,29 +362,6 @@ std::vector<std::vector<int>> divided(const std::vector<Beginning>& beginnings, 
     sums[least] += tokens(run);
   }
   return parts;
-}
-
-void write_files(const LiveArguments& arguments, const std::vector<TraceReplay>& replays,
-                 std::vector<std::string>& written) {
-  const ReplayOptions& options = arguments.replay;
-  if (!options.results.empty()) {
-    write_results(options.results, replays, {});
-    written.push_back(options.results);
-  }
-  if (!options.kept.empty()) {
-    write_kept_sets(options.kept, replays);
-    written.push_back(options.kept);
-  }
-  if (options.csv.empty() && options.json.empty()) return;
-  const std::vector<MeasureSummary> summaries = summarize(replays);
-  if (!options.csv.empty()) {
-    OutputFile::write_text(options.csv, summary_csv(summaries));
-    written.push_back(options.csv);
-  }
-  if (!options.json.empty()) {
-    OutputFile::write_text(options.json, summary_json(replays, summaries, {}));
-    written.push_back(options.json);
-  }
 }
 
 // What the model wrote, a line each, cut where a terminal's line ends.
@@ -631,7 +609,7 @@ void run_live(const LiveArguments& given) {
     // The table is shown even where a file cannot be written: it is what the work was for.
     std::exception_ptr failure;
     try {
-      with_advice([&]() { write_files(arguments, replays, written); });
+      with_advice([&]() { write_files(arguments.replay, replays, {}, written); });
       if (store) store->remove();
     } catch (const std::exception&) {
       failure = std::current_exception();

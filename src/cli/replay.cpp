@@ -11,7 +11,6 @@
 
 #include "analysis/summary.h"
 #include "base/error.h"
-#include "base/output_file.h"
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "cli/plugins.h"
@@ -20,33 +19,9 @@
 #include "notebooks-export/tables/tables.h"
 #include "replay/overlap.h"
 #include "replay/replay.h"
-#include "replay/results_file.h"
 
 namespace kvreplay::cli {
 namespace {
-
-// Writes what was asked for; `written` tells how far it came.
-void write_files(const ReplayOptions& options, const std::vector<TraceReplay>& replays,
-                 const std::vector<OverlapTable>& overlap_tables, std::vector<std::string>& written) {
-  if (!options.results.empty()) {
-    write_results(options.results, replays, overlap_tables);
-    written.push_back(options.results);
-  }
-  if (!options.kept.empty()) {
-    write_kept_sets(options.kept, replays);
-    written.push_back(options.kept);
-  }
-  if (options.csv.empty() && options.json.empty()) return;
-  const std::vector<MeasureSummary> summaries = summarize(replays, options.full_layers);
-  if (!options.csv.empty()) {
-    OutputFile::write_text(options.csv, summary_csv(summaries));
-    written.push_back(options.csv);
-  }
-  if (!options.json.empty()) {
-    OutputFile::write_text(options.json, summary_json(replays, summaries, overlap_tables));
-    written.push_back(options.json);
-  }
-}
 
 void run_replay(const ReplayOptions& options) {
   if (options.traces.empty()) {

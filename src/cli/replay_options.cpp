@@ -11,12 +11,15 @@
 #include <system_error>
 #include <utility>
 
+#include "analysis/summary.h"
 #include "base/error.h"
 #include "base/output_file.h"
 #include "base/printable.h"
 #include "cli/options.h"
+#include "notebooks-export/tables/tables.h"
 #include "policy/expansion.h"
 #include "policy/spec.h"
+#include "replay/results_file.h"
 #include "replay/trace_source.h"
 
 namespace kvreplay::cli {
@@ -240,6 +243,28 @@ void check_outputs(const ReplayOptions& options, const ReplayRequest& request) {
     }
     // Tells now, not after the work, that a place cannot be written to.
     const OutputFile probe(output);
+  }
+}
+
+void write_files(const ReplayOptions& options, const std::vector<TraceReplay>& replays,
+                 const std::vector<OverlapTable>& overlap_tables, std::vector<std::string>& written) {
+  if (!options.results.empty()) {
+    write_results(options.results, replays, overlap_tables);
+    written.push_back(options.results);
+  }
+  if (!options.kept.empty()) {
+    write_kept_sets(options.kept, replays);
+    written.push_back(options.kept);
+  }
+  if (options.csv.empty() && options.json.empty()) return;
+  const std::vector<MeasureSummary> summaries = summarize(replays, options.full_layers);
+  if (!options.csv.empty()) {
+    OutputFile::write_text(options.csv, summary_csv(summaries));
+    written.push_back(options.csv);
+  }
+  if (!options.json.empty()) {
+    OutputFile::write_text(options.json, summary_json(replays, summaries, overlap_tables));
+    written.push_back(options.json);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "replay/engine.h"
+#include "replay/overlap.h"
 #include "replay/replay.h"
 
 namespace CLI {
@@ -61,6 +62,10 @@ std::set<std::string> policy_files(const ReplayRequest& request);
 /// Throws UsageError where an output would replace what is read, or another output, and Error where one cannot be
 /// written to: now, not after the work.
 void check_outputs(const ReplayOptions& options, const ReplayRequest& request);
+
+/// Writes the outputs that were asked for; `written` tells how far it came where it throws Error.
+void write_files(const ReplayOptions& options, const std::vector<TraceReplay>& replays,
+                 const std::vector<OverlapTable>& overlap_tables, std::vector<std::string>& written);
 
 /// What was replayed: a line, and where models differ another one for each.
 std::string headline(const std::vector<TraceReplay>& replays);

@@ -27,20 +27,34 @@ RotaryTable RotaryTable::plain(double theta, int head_dim) {
   return table;
 }
 
-void unrotate(const RotaryTable& table, std::span<const int> positions, Eigen::Ref<Matrix> rows) {
+namespace {
+
+// By the angles of `positions`, or back by them where `back`.
+void turn(const RotaryTable& table, std::span<const int> positions, Eigen::Ref<Matrix> rows, bool back) {
+  const double scale = back ? 1 / table.attention_scaling : table.attention_scaling;
   for (std::size_t pair = 0; pair < table.inverse_frequencies.size(); ++pair) {
     const auto [a, b] = dimensions_of(table, pair);
     for (std::size_t n = 0; n < positions.size(); ++n) {
       const auto row = static_cast<Index>(n);
       const double angle = angle_of(table, pair, positions[n]);
-      const double cosine = std::cos(angle) / table.attention_scaling;
-      const double sine = std::sin(angle) / table.attention_scaling;
+      const double cosine = std::cos(angle) * scale;
+      const double sine = (back ? std::sin(angle) : -std::sin(angle)) * scale;
       const auto x = static_cast<double>(rows(row, a));
       const auto y = static_cast<double>(rows(row, b));
       rows(row, a) = static_cast<float>(x * cosine + y * sine);
       rows(row, b) = static_cast<float>(y * cosine - x * sine);
     }
   }
+}
+
+}  // namespace
+
+void unrotate(const RotaryTable& table, std::span<const int> positions, Eigen::Ref<Matrix> rows) {
+  turn(table, positions, rows, true);
+}
+
+void rotate(const RotaryTable& table, std::span<const int> positions, Eigen::Ref<Matrix> rows) {
+  turn(table, positions, rows, false);
 }
 
 Eigen::MatrixXd mean_rotation(const RotaryTable& table, int first, int count, int head_dim) {

@@ -35,6 +35,9 @@ struct RotaryTable {
 /// scaling is undone too. Angles are float32 products, as models compute them; all else is double.
 void unrotate(const RotaryTable& table, std::span<const int> positions, Eigen::Ref<Matrix> rows);
 
+/// Turns `rows` [n, D] as the model does, row i at positions[i], in place: the inverse of unrotate().
+void rotate(const RotaryTable& table, std::span<const int> positions, Eigen::Ref<Matrix> rows);
+
 /// The mean of what positions first … first + count − 1 do to a vector of D dimensions, as a matrix [D, D]. It is no
 /// rotation: cosines and sines are averaged.
 Eigen::MatrixXd mean_rotation(const RotaryTable& table, int first, int count, int head_dim);

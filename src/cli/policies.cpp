@@ -25,6 +25,8 @@ std::string step_of(const Method& method) {
       return "selection";
     case Method::Step::protection:
       return "protection";
+    case Method::Step::schedule:
+      return "schedule";
   }
   return "";
 }

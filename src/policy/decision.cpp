@@ -111,14 +111,15 @@ void LayerDecision::decide_head(int kv_head) {
   const Head head(*source, combination_bytes_);
   if (observer_ != nullptr) observer_->begin_head(head);
   HeadScores scores;
-  Matrix raw(shape_.group_size, held_);
+  Matrix raw(shape_.group_size, head.rows());
   std::size_t prepared = 0;  // settings whose combinations were prepared
   for (std::size_t i = 0; i < settings_.size(); ++i) {
     const Setting& setting = settings_[i];
     const Policy& policy = *setting.policy;
+    if (policy.schedule) continue;
     try {
       if (setting.keeps_all(held_)) {
-        keep_all(i, kv_head);
+        keep_all(i, head.shape());
         continue;
       }
       if (policy.pattern()) {
@@ -139,7 +140,7 @@ void LayerDecision::decide_head(int kv_head) {
         observer_->head_scored(i, head, scores, same_scores);
       }
       if (setting.is_local()) {
-        choose_locally(i, kv_head, scores);
+        choose_locally(i, head.shape(), scores);
       } else {
         HeadScores& waiting = deferred_.at(i)[static_cast<std::size_t>(kv_head)];
         waiting.shared = scores.shared;
@@ -190,7 +191,7 @@ void LayerDecision::smooth_and_share(const Setting& setting, const Head& head, c
   if (setting.granularity != Granularity::query || compare_all) {
     combine(scores.query, setting.share, scores.shared);
     ranking.refine(head, members, capacity, row_of(scores.shared, 0));
-    check_numbers(scores.shared, ranking);
+    check_numbers(scores.shared, ranking, head.shape());
   } else {
     scores.shared.resize(0, 0);
   }
@@ -198,28 +199,28 @@ void LayerDecision::smooth_and_share(const Setting& setting, const Head& head, c
     for (const int& member : members) {
       ranking.refine(head, {&member, 1}, capacity, row_of(scores.query, member));
     }
-    check_numbers(scores.query, ranking);
+    check_numbers(scores.query, ranking, head.shape());
   }
 }
 
-void LayerDecision::check_numbers(const Matrix& scores, const Ranking& ranking) const {
-  const Protection protection = ranking.protection().held_by(shape_);
+void LayerDecision::check_numbers(const Matrix& scores, const Ranking& ranking, const HeadShape& shape) const {
+  const Protection protection = ranking.protection().held_by(shape);
   for (Index row = 0; row < scores.rows(); ++row) {
     const auto ranked =
         row_of(scores, row)
-            .subspan(static_cast<std::size_t>(protection.sinks), static_cast<std::size_t>(held_ - protection.count()));
+            .subspan(static_cast<std::size_t>(protection.sinks), static_cast<std::size_t>(shape.rows() - protection.count()));
     if (!kernels::has_nan(ranked)) continue;
     const auto found = std::ranges::find_if(ranked, [](float score) { return std::isnan(score); });
     throw Error(fmt::format("the score of position {} is not a number",
-                            shape_.positions[protection.sinks + static_cast<int>(found - ranked.begin())]));
+                            shape.positions[protection.sinks + static_cast<int>(found - ranked.begin())]));
   }
 }
 
-void LayerDecision::keep_all(std::size_t setting, int kv_head) {
+void LayerDecision::keep_all(std::size_t setting, const HeadShape& shape) {
   std::vector<int> all;
-  for (int row = 0; row < held_; ++row) all.push_back(shape_.positions[row]);
-  const int sets = settings_[setting].sets_per_kv_head(shape_.group_size);
-  for (int i = 0; i < sets; ++i) kept_[setting][static_cast<std::size_t>(kv_head * sets + i)] = all;
+  for (int row = 0; row < shape.rows(); ++row) all.push_back(shape.positions[row]);
+  const int sets = settings_[setting].sets_per_kv_head(shape.group_size);
+  for (int i = 0; i < sets; ++i) kept_[setting][static_cast<std::size_t>(shape.kv_head * sets + i)] = all;
 }
 
 void LayerDecision::keep_pattern(std::size_t setting, const HeadShape& shape) {
@@ -231,19 +232,19 @@ void LayerDecision::keep_pattern(std::size_t setting, const HeadShape& shape) {
   for (int i = 0; i < sets; ++i) {
     const int set = shape.kv_head * sets + i;
     kept_[setting][static_cast<std::size_t>(set)] =
-        positions_of(s.policy->draw(shape, i, capacity_for(capacities, set)), may_be_empty);
+        positions_of(s.policy->draw(shape, i, capacity_for(capacities, set)), shape, may_be_empty);
   }
 }
 
 // Steps 4 and 5 for the kept sets of one KV head.
-void LayerDecision::choose_locally(std::size_t setting, int kv_head, const HeadScores& scores) {
+void LayerDecision::choose_locally(std::size_t setting, const HeadShape& shape, const HeadScores& scores) {
   const Setting& s = settings_[setting];
   const Matrix& rows = s.granularity == Granularity::query ? scores.query : scores.shared;
   const int sets = static_cast<int>(rows.rows());
   const std::vector<int> capacities = allocate(setting, {});
   for (int i = 0; i < sets; ++i) {
-    const int set = kv_head * sets + i;
-    kept_[setting][static_cast<std::size_t>(set)] = choose(s, row_of(rows, i), capacity_for(capacities, set));
+    const int set = shape.kv_head * sets + i;
+    kept_[setting][static_cast<std::size_t>(set)] = choose(s, shape, row_of(rows, i), capacity_for(capacities, set));
   }
 }
 
@@ -251,7 +252,7 @@ void LayerDecision::choose_locally(std::size_t setting, int kv_head, const HeadS
 void LayerDecision::decide_together(int index) {
   const auto setting = static_cast<std::size_t>(index);
   const Setting& s = settings_[setting];
-  if (!waits(s, held_)) return;
+  if (s.policy->schedule || !waits(s, held_)) return;
   const std::vector<HeadScores>& parts = deferred_.at(setting);
   try {
     if (s.granularity == Granularity::layer) {
@@ -260,7 +261,7 @@ void LayerDecision::decide_together(int index) {
       Matrix scores;
       combine(rows, s.share, scores);
       if (observer_ != nullptr && s.goes_by_ranks(shape_)) observer_->layer_scored(setting, row_of(scores, 0));
-      std::ranges::fill(kept_[setting], choose(s, row_of(scores, 0), allocate(setting, parts)[0]));
+      std::ranges::fill(kept_[setting], choose(s, shape_, row_of(scores, 0), allocate(setting, parts)[0]));
       return;
     }
     const std::vector<int> capacities = allocate(setting, parts);
@@ -270,7 +271,7 @@ void LayerDecision::decide_together(int index) {
       const std::span<const float> scores = s.granularity == Granularity::query
                                                 ? row_of(part.query, static_cast<Index>(set) % sets)
                                                 : row_of(part.shared, 0);
-      kept_[setting][set] = choose(s, scores, capacities[set]);
+      kept_[setting][set] = choose(s, shape_, scores, capacities[set]);
     }
   } catch (const Error& error) {
     throw in_context(s, -1, error);
@@ -292,22 +293,23 @@ std::vector<int> LayerDecision::allocate(std::size_t setting, const std::vector<
   return policy.budget->allocate(request);
 }
 
-std::vector<int> LayerDecision::choose(const Setting& setting, std::span<const float> scores, int capacity) const {
+std::vector<int> LayerDecision::choose(const Setting& setting, const HeadShape& shape, std::span<const float> scores,
+                                       int capacity) const {
   const Policy& policy = *setting.policy;
-  const Protection protection = policy.protection().held_by(shape_);
+  const Protection protection = policy.protection().held_by(shape);
   return positions_of(policy.selection ? policy.selection->select(scores, protection, capacity)
                                        : select_top(scores, protection, capacity),
-                      held_ == 0);
+                      shape, shape.rows() == 0);
 }
 
 // What stands in kept rows. A method, maybe a plug-in's, that keeps what is not there must not get as far as the
 // measures.
-std::vector<int> LayerDecision::positions_of(std::vector<int> rows, bool may_be_empty) const {
-  const bool inside = rows.empty() ? may_be_empty : rows.front() >= 0 && rows.back() < held_;
+std::vector<int> LayerDecision::positions_of(std::vector<int> rows, const HeadShape& shape, bool may_be_empty) {
+  const bool inside = rows.empty() ? may_be_empty : rows.front() >= 0 && rows.back() < shape.rows();
   if (!inside || !std::ranges::is_sorted(rows, std::less_equal<>())) {
-    throw Error(fmt::format("a kept set is not ascending rows from 0 to {}", held_ - 1));
+    throw Error(fmt::format("a kept set is not ascending rows from 0 to {}", shape.rows() - 1));
   }
-  for (int& row : rows) row = shape_.positions[row];
+  for (int& row : rows) row = shape.positions[row];
   return rows;
 }
 

@@ -1,5 +1,6 @@
-// Which positions the heads of a layer keep: scores, sharing, budget, selection. It knows no trace: in replay one
-// stands behind the layer, in a live run the model's cache can.
+// Which positions the heads of a layer keep at one eviction: scores, sharing, budget, selection. It knows no trace: in
+// replay one stands behind the layer, in a live run the model's cache can. Settings with a schedule are left to
+// LayerDecoding.
 #pragma once
 
 #include <map>
@@ -110,13 +111,14 @@ class LayerDecision {
  private:
   std::size_t prepare(const Head& head, std::size_t first) const;
   void smooth_and_share(const Setting& setting, const Head& head, const Matrix& raw, HeadScores& scores) const;
-  void check_numbers(const Matrix& scores, const Ranking& ranking) const;
-  void keep_all(std::size_t setting, int kv_head);
+  void check_numbers(const Matrix& scores, const Ranking& ranking, const HeadShape& shape) const;
+  void keep_all(std::size_t setting, const HeadShape& shape);
   void keep_pattern(std::size_t setting, const HeadShape& shape);
-  void choose_locally(std::size_t setting, int kv_head, const HeadScores& scores);
+  void choose_locally(std::size_t setting, const HeadShape& shape, const HeadScores& scores);
   std::vector<int> allocate(std::size_t setting, const std::vector<HeadScores>& scores) const;
-  std::vector<int> choose(const Setting& setting, std::span<const float> scores, int capacity) const;
-  std::vector<int> positions_of(std::vector<int> rows, bool may_be_empty) const;
+  std::vector<int> choose(const Setting& setting, const HeadShape& shape, std::span<const float> scores,
+                          int capacity) const;
+  static std::vector<int> positions_of(std::vector<int> rows, const HeadShape& shape, bool may_be_empty);
   Error in_context(const Setting& setting, int kv_head, const Error& error) const;
 
   const LayerSource& layer_;

@@ -55,11 +55,24 @@ std::pair<Index, Index> visible_entries(const CachePositions& entries, int posit
 
 CachePositions::CachePositions(std::vector<int> positions)
     : count_(static_cast<int>(positions.size())),
-      any_(std::make_shared<const std::vector<int>>(std::move(positions))) {}
+      any_(std::make_shared<const std::vector<int>>(std::move(positions))),
+      ascend_(std::ranges::is_sorted(*any_)) {}
+
+int CachePositions::leading_before(int position) const {
+  if (!any_) return std::clamp(position - first_, 0, count_);
+  if (ascend_) return static_cast<int>(std::ranges::lower_bound(*any_, position) - any_->begin());
+  return static_cast<int>(std::ranges::find_if(*any_, [position](int p) { return p >= position; }) - any_->begin());
+}
 
 int CachePositions::count_before(int position) const {
-  if (!any_) return std::clamp(position - first_, 0, count_);
-  return static_cast<int>(std::ranges::lower_bound(*any_, position) - any_->begin());
+  const int count = leading_before(position);
+  if (!ascend()) {
+    const auto after = std::ranges::subrange(any_->begin() + count, any_->end());
+    if (std::ranges::any_of(after, [position](int p) { return p < position; })) {
+      throw Error(fmt::format("rows that stand by score are not all before those from position {} on", position));
+    }
+  }
+  return count;
 }
 
 bool CachePositions::operator==(const CachePositions& other) const {
@@ -275,7 +288,7 @@ Head::Head(const HeadSource& source, Index kept_bytes, const RankingMemory* memo
     : source_(source),
       shape_(source.shape()),
       kept_bytes_(kept_bytes),
-      memory_(memory),
+      memory_(memory != nullptr ? memory : source.memory()),
       has_output_projection_(source.has_output_projection()),
       entries_(source.entries().size()),
       first_row_(entries_ - shape_.rows()),

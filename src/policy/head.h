@@ -18,7 +18,8 @@
 
 namespace kvreplay {
 
-/// The ascending positions of a cache's entries: neighbours, as long as nothing was evicted, or any. Cheap to copy.
+/// The positions of a cache's entries, in its order: neighbours, as long as nothing was evicted; any that ascend; or, in
+/// codes that leave survivors by score, in another order, the newest last. Cheap to copy.
 class CachePositions {
  public:
   CachePositions() = default;
@@ -26,14 +27,19 @@ class CachePositions {
   /// `count` neighbours from `first` on.
   CachePositions(int first, int count) : first_(first), count_(count) {}
 
-  /// Any that ascend.
+  /// Any, none of them twice.
   explicit CachePositions(std::vector<int> positions);
 
   int size() const { return count_; }
   int operator[](int entry) const { return any_ ? (*any_)[static_cast<std::size_t>(entry)] : first_ + entry; }
 
-  /// How many of them are below `position`; they are the first.
+  /// How many of them are below `position`; they are the first. Throws Error where others stand among these.
   int count_before(int position) const;
+
+  /// How many of the first entries are below `position`: where entries ascend, the same.
+  int leading_before(int position) const;
+
+  bool ascend() const { return !any_ || ascend_; }
 
   bool operator==(const CachePositions& other) const;
 
@@ -41,6 +47,7 @@ class CachePositions {
   int first_ = 0;
   int count_ = 0;
   std::shared_ptr<const std::vector<int>> any_;  // null: neighbours
+  bool ascend_ = true;
 };
 
 /// Where a head stands and how it attends.
@@ -63,7 +70,7 @@ struct HeadShape {
   int rows() const { return positions.size(); }
 
   /// How many of the first `count` positions of all are still held. They are the first rows.
-  int held_of_first(int count) const { return positions.count_before(count); }
+  int held_of_first(int count) const { return positions.leading_before(count); }
 
   /// The model's number of the group's query head `member`.
   int query_head(int member) const { return kv_head * group_size + member; }
@@ -73,11 +80,13 @@ struct HeadShape {
 /// that the next query sees. A sliding window of w lets it see itself and the w − 1 positions before it.
 int first_held_position(int eviction_position, const AttentionRule& rule);
 
+class Head;
+
 /// One token of the decode phase: its key and value have joined the cache, and its queries have attended.
 struct CacheStep {
   int position = 0;  ///< of the token, whose row is the last
-  const Matrix* attention =
-      nullptr;  ///< [group, R] what the query of each query head paid to the rows, its own included
+  /// [group, R] what the query of each query head paid to the rows, its own included; null where nobody asked for it.
+  const Matrix* attention = nullptr;
 };
 
 /// What a ranking remembers of one KV head while tokens join its cache and rows leave it: state of its own, of which a
@@ -85,6 +94,13 @@ struct CacheStep {
 class RankingMemory {
  public:
   virtual ~RankingMemory() = default;
+
+  /// The prompt has come, all at once: what its queries did is to be remembered of the rows of `head`. Throws Error
+  /// where the head lacks what that takes.
+  virtual void begin(const Head& /*head*/) {}
+
+  /// Whether observe() looks at what the queries pay.
+  virtual bool observes_attention() const { return true; }
 
   /// A token has come.
   virtual void observe(const CacheStep& step) = 0;
@@ -140,6 +156,9 @@ class HeadSource {
   virtual Matrix evaluation_keys() const;
   /// ... and their values.
   virtual Matrix evaluation_values() const;
+
+  /// What the ranking that will be asked remembers of this head; null where there is nothing to remember.
+  virtual const RankingMemory* memory() const { return nullptr; }
 };
 
 /// A head whose cache keeps only some of the rows of another one: what a policy sees that decides once more. The

@@ -92,6 +92,12 @@ Parameter Parameter::of(Step belongs_to) const {
   return parameter;
 }
 
+Parameter Parameter::or_unnamed() const {
+  Parameter parameter = *this;
+  parameter.unnamed = true;
+  return parameter;
+}
+
 std::string_view name_of(Parameter::Step step) {
   switch (step) {
     case Parameter::Step::score:
@@ -110,6 +116,8 @@ std::string_view name_of(Parameter::Step step) {
       return "selection";
     case Parameter::Step::protection:
       return "protection";
+    case Parameter::Step::schedule:
+      return "schedule";
     case Parameter::Step::none:
     case Parameter::Step::other:
       return "";
@@ -180,7 +188,13 @@ Arguments::Arguments(const SpecPart& part, const std::vector<Parameter>& paramet
     names.push_back(parameter.name);
     values_[parameter.name] = parameter.default_value;
   }
-  for (const auto& [key, value] : part.arguments) {
+  for (const auto& [written, value] : part.arguments) {
+    if (written.empty() && (parameters.empty() || !parameters.front().unnamed)) {
+      throw UsageError(fmt::format("{}: '{}' is no parameter=value; {}", part.name, value,
+                                   names.empty() ? "it has no parameters"
+                                                 : fmt::format("its parameters are: {}", fmt::join(names, ", "))));
+    }
+    const std::string& key = written.empty() ? names.front() : written;
     const auto found = std::find(names.begin(), names.end(), key);
     if (found == names.end()) {
       throw UsageError(names.empty() ? fmt::format("{} has no parameters, but '{}' is given", part.name, key)

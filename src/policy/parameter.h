@@ -26,6 +26,7 @@ struct Parameter {
     budget,      ///< how many positions layers and heads get
     selection,   ///< which positions a set holds
     protection,  ///< which positions are kept whatever their score
+    schedule,    ///< when it is evicted
     other,       ///< none of them, such as a seed
   };
 
@@ -37,6 +38,7 @@ struct Parameter {
   double maximum = std::numeric_limits<double>::infinity();
   bool odd = false;  ///< integers only: even values are refused
   std::vector<std::string> choices;
+  bool unnamed = false;  ///< the first of a method's: may be given without its name
   std::string description;  ///< one line, with the unit
 
   static Parameter integer(std::string name, int default_value, int minimum, std::string description);
@@ -50,6 +52,9 @@ struct Parameter {
 
   /// The same parameter as one of this step.
   Parameter of(Step belongs_to) const;
+
+  /// The same parameter, to be given without its name as well.
+  Parameter or_unnamed() const;
 
   /// The canonical text of a value: 0.30 becomes 0.3. Throws UsageError where the value is not one of this parameter;
   /// `method` names whose parameter it is.

@@ -61,14 +61,14 @@ const Method& method_for(const SpecPart& part, bool first) {
   if (find_method(first ? as_step : part.name) != nullptr) {
     throw UsageError(
         first ? fmt::format("'{0}' is a step of a policy; write it after one, as in snapkv+{0}", part.name)
-              : fmt::format("'{}' is a policy; after '+' stands a budget, a selection or a protection", part.name));
+              : fmt::format("'{}' is a policy; after '+' stands a budget, a selection, a protection or a schedule", part.name));
   }
   std::vector<std::string> names;
   for (const auto& [name, candidate] : registry()) {
     if ((candidate.step == Method::Step::policy) == first) names.push_back(candidate.name);
   }
   throw UsageError(fmt::format("unknown {} '{}'.{} Known: {}; one of your own comes with --plugin",
-                               first ? "policy" : "budget, selection or protection", part.name,
+                               first ? "policy" : "step", part.name,
                                suggestion(part.name, names), fmt::join(names, ", ")));
 }
 
@@ -102,7 +102,24 @@ void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
     }
     policy.protect = step.protect;
   }
+  if (step.schedule) policy.schedule = step.schedule;  // in place of a published code's own
+  if (step.pin.prompt) policy.pin = step.pin;
+  if (step.order) policy.order = step.order;
+  if (step.row_positions) policy.row_positions = step.row_positions;
   std::ranges::move(step.notes, std::back_inserter(policy.notes));
+}
+
+// What goes with a schedule alone.
+void check_schedule(const Policy& policy) {
+  if (policy.refinement && policy.schedule) {
+    throw UsageError(fmt::format("{} looks for the best sets of one eviction, which a schedule has no end of",
+                                 policy.canonical));
+  }
+  if (policy.schedule || policy.row_positions == RowPositions::reindexed) return;
+  const std::string_view alone = policy.pin.prompt ? "pin" : policy.order ? "order" : "";
+  if (alone.empty()) return;
+  throw UsageError(fmt::format("'{}': '+{}' is about evictions after the prompt, and there is none; add '+every'",
+                               policy.canonical, alone));
 }
 
 }  // namespace
@@ -189,7 +206,9 @@ const std::shared_ptr<const Pattern>& Policy::pattern() const { return held_in<P
 
 Protection Policy::protection() const {
   const Protection own = ranking() ? ranking()->protection() : pattern()->protection();
-  return {.sinks = std::max(own.sinks, protect.sinks), .window = std::max(own.window, protect.window)};
+  return {.sinks = std::max(own.sinks, protect.sinks),
+          .window = std::max(own.window, protect.window),
+          .prompt = pin.prompt};
 }
 
 Requirements Policy::requirements() const {
@@ -221,8 +240,8 @@ std::vector<int> Policy::draw(const HeadShape& shape, int member, int capacity) 
 }
 
 Protection Protection::held_by(const HeadShape& shape) const {
-  const int first = shape.held_of_first(sinks);
-  const int last = shape.rows() - shape.positions.count_before(shape.next_position - window);
+  const int first = shape.held_of_first(prompt ? std::max(sinks, shape.prompt_length) : sinks);
+  const int last = window == 0 ? 0 : shape.rows() - shape.positions.leading_before(shape.next_position - window);
   return {.sinks = first, .window = std::min(last, shape.rows() - first)};
 }
 
@@ -264,9 +283,18 @@ Policy make_policy(std::string_view spec) {
       policy = std::move(step);
       policy.canonical = arguments.canonical();
     } else {
+      const auto is_again = [&](const SpecPart& part) { return part.name == parts[i].name; };
+      if (method.step == Method::Step::schedule &&
+          std::any_of(parts.begin() + 1, parts.begin() + static_cast<std::ptrdiff_t>(i), is_again)) {
+        throw UsageError(fmt::format("'{}' is given twice; a policy has one", parts[i].name));
+      }
       add_step(policy, parts[i], std::move(step));
       policy.canonical += fmt::format("+{}", arguments.canonical());
     }
+  }
+  check_schedule(policy);
+  if (policy.row_positions == RowPositions::reindexed && !policy.schedule) {
+    policy.schedule = Schedule{.interval = Schedule::kOnce};
   }
   return policy;
 }

@@ -16,14 +16,16 @@
 #include "policy/head.h"
 #include "policy/need.h"
 #include "policy/parameter.h"
+#include "policy/schedule.h"
 
 namespace kvreplay {
 
 /// Positions that are kept whatever their score. They count towards the capacity: one below them cannot be replayed,
 /// and one that is no more leaves nothing to choose.
 struct Protection {
-  int sinks = 0;   ///< the first positions of all
-  int window = 0;  ///< the last positions before the eviction: the observation window
+  int sinks = 0;        ///< the first positions of all
+  int window = 0;       ///< the last positions before the eviction: the observation window
+  bool prompt = false;  ///< all of the prompt as well
 
   int count() const { return sinks + window; }
 
@@ -270,6 +272,10 @@ struct Policy {
   std::shared_ptr<const Selection> selection = {};  ///< or none: select_top
   std::optional<Granularity> granularity = {};      ///< the method's own, where it has one
   std::optional<Share> share = {};
+  std::optional<Schedule> schedule = {};           ///< or none: evicts once, at the eviction position
+  Pin pin = {};                                    ///< this and the next two go with a schedule
+  std::optional<RowOrder> order = {};              ///< or none: by position
+  std::optional<RowPositions> row_positions = {};  ///< or none: original
   bool oracle = false;  ///< looks at evaluation queries, which no policy can know; marked wherever it is shown
   std::shared_ptr<const Refinement> refinement = {};  ///< or none: what is selected stays
   ShareRule share_rule = nullptr;       ///< of published code that counts in its own way; or none: share · length
@@ -279,7 +285,7 @@ struct Policy {
   const std::shared_ptr<const Ranking>& ranking() const;
   const std::shared_ptr<const Pattern>& pattern() const;
 
-  /// Positions that are kept whatever is scored.
+  /// Positions that are kept whatever is scored: what the rule, the spec and the pin protect.
   Protection protection() const;
 
   /// What the ranking and the budget need.
@@ -300,7 +306,7 @@ using Composition = Policy;
 
 /// A method as the registry knows it.
 struct Method {
-  enum class Step { policy, budget, selection, protection };
+  enum class Step { policy, budget, selection, protection, schedule };
 
   /// What others are measured by, whether anybody asks for it or not.
   enum class Baseline {

@@ -19,6 +19,21 @@ std::string with_attention_path(const std::string& summary) {
          "differ there keep other positions.";
 }
 
+Schedule decoding_schedule(int interval) {
+  return {.interval = interval, .prompt = Schedule::Prompt::wait, .starts_over = true};
+}
+
+Parameter interval_parameter() {
+  return Parameter::integer("interval", 512, 1, "tokens between evictions: compression_interval")
+      .of(Parameter::Step::schedule);
+}
+
+std::string decoding(const std::string& summary) {
+  return "DecodingPress: the prompt stays whole for the first interval, and survivors stand in the order of their "
+         "scores. " +
+         summary;
+}
+
 }  // namespace kvpress
 
 namespace kvcache_factory {

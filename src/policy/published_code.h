@@ -4,6 +4,7 @@
 #include <string>
 
 #include "policy/parameter.h"
+#include "policy/schedule.h"
 
 namespace kvreplay {
 
@@ -19,6 +20,14 @@ double positions_of_share(double share, int length);
 
 /// A summary's last sentence where scores come from attention.
 std::string with_attention_path(const std::string& summary);
+
+/// DecodingPress: evicts every `interval` tokens after the prompt, which stays whole for the first interval. Where the
+/// target is not exceeded then, another interval begins.
+Schedule decoding_schedule(int interval);
+Parameter interval_parameter();
+
+/// A summary's first words where a press evicts while decoding, and what all of them have in common.
+std::string decoding(const std::string& summary);
 
 }  // namespace kvpress
 

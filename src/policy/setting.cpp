@@ -5,15 +5,20 @@
 
 namespace kvreplay {
 
-int Setting::capacity(int held) const { return std::min(asked.resolve(held, policy->share_rule), held); }
+int Setting::capacity(int held) const {
+  const int count = asked.resolve(held, policy->share_rule);
+  return policy->schedule ? count : std::min(count, held);
+}
 
 int Setting::most_positions(int held) const {
+  if (policy->schedule) return held;
   if (!policy->budget) return capacity(held);
   if (policy->budget->surveys() || policy->budget->own_capacity()) return held;
   return std::min(2 * capacity(held), held);
 }
 
 bool Setting::keeps_all(int held) const {
+  if (policy->schedule) return false;
   if (held == 0) return true;
   if (policy->budget && policy->budget->own_capacity()) return false;
   if (!policy->pattern()) return capacity(held) >= held;
@@ -22,7 +27,7 @@ bool Setting::keeps_all(int held) const {
 }
 
 bool Setting::goes_by_ranks(const HeadShape& shape) const {
-  return policy->ranking() && !policy->refinement && !keeps_all(shape.rows()) &&
+  return policy->ranking() && !policy->refinement && !policy->schedule && !keeps_all(shape.rows()) &&
          shape.rows() - policy->protection().held_by(shape).count() >= 2;
 }
 
@@ -58,7 +63,7 @@ RankingRequirements::RankingRequirements(std::span<const Setting> settings, int 
   };
   for (const Setting& setting : settings) {
     begin.push_back(asked.size());
-    if (setting.policy == previous || setting.keeps_all(held)) continue;
+    if (setting.policy == previous || setting.policy->schedule || setting.keeps_all(held)) continue;
     previous = setting.policy;
     Requirements own = setting.policy->requirements();
     for (const Need& need : own.needs) add_need(need.kind);

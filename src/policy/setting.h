@@ -17,13 +17,15 @@ struct Setting {
   Granularity granularity = Granularity::kv;
   Share share = Share::mean;
 
-  /// Positions per kept set that are granted in a layer that holds `held` of them: at most all.
+  /// Positions per kept set that are granted in a layer that holds `held` of them: at most all, unless tokens that come
+  /// are evicted as well.
   int capacity(int held) const;
 
   /// The most positions that a kept set of such a layer can hold: a budget may give some more than the mean.
   int most_positions(int held) const;
 
-  /// Whether every position is kept in a layer that holds `held` of them, so that nothing needs to be ranked.
+  /// Whether every position is kept in a layer that holds `held` of them, so that nothing needs to be ranked. Never so
+  /// under a schedule.
   bool keeps_all(int held) const;
 
   /// Whether scores decide what a layer of this shape keeps: not so of patterns, of what keeps everything or only what
@@ -43,7 +45,7 @@ struct Setting {
 /// What the rankings of settings will ask of every head, gathered once: grids hold thousands of settings, and work is
 /// planned unit by unit.
 struct RankingRequirements {
-  /// In a layer that holds `held` positions. `settings` are Settings or derived from it.
+  /// In a layer that holds `held` positions, of settings that evict once. `settings` are Settings or derived from it.
   RankingRequirements(std::span<const Setting> settings, int held);
 
   /// The combinations that the setting `index` is the first of its policy to ask for, as indices among `combinations`.

@@ -28,8 +28,16 @@ class SpecParser {
     if (!accept('(')) return part;
     if (accept(')')) return part;
     do {
+      const std::size_t start = at_;
       std::string key = name("a parameter's name");
-      if (!accept('=')) fail(fmt::format("'=' after '{}'", key));
+      const bool named = accept('=');
+      if (!named && (!part.arguments.empty() || !(next_is(',') || next_is(')')))) {
+        fail(fmt::format("'=' after '{}'", key));
+      }
+      if (!named) {
+        at_ = start;
+        key.clear();
+      }
       std::string text = value();
       for (const auto& [earlier, ignored] : part.arguments) {
         if (earlier == key) {
@@ -87,6 +95,11 @@ class SpecParser {
     if (at_ >= text_.size() || text_[at_] != c) return false;
     ++at_;
     return true;
+  }
+
+  bool next_is(char c) {
+    skip_spaces();
+    return at_ < text_.size() && text_[at_] == c;
   }
 
   bool at_end() {

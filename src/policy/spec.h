@@ -1,4 +1,5 @@
-// The grammar of policy specs: name(key=value, …)+name(…), as in restkv(alpha=0.5)+adakv(floor=0.2).
+// The grammar of policy specs: name(key=value, …)+name(…), as in restkv(alpha=0.5)+adakv(floor=0.2). What a step is
+// mostly about needs no key: +every(64).
 #pragma once
 
 #include <string>
@@ -11,7 +12,8 @@ namespace kvreplay {
 /// One part of a spec as it was written: a name and its arguments, not yet checked against any method.
 struct SpecPart {
   std::string name;
-  std::vector<std::pair<std::string, std::string>> arguments;  ///< in the order written, values unquoted
+  /// In the order written, values unquoted; the first may have no name: "".
+  std::vector<std::pair<std::string, std::string>> arguments;
 };
 
 /// Splits a spec into its parts. Spaces do not matter; a value may be a spec of its own, or quoted with "…" where it

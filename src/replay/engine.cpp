@@ -20,6 +20,7 @@
 #include "base/parallel_in_order.h"
 #include "base/printable.h"
 #include "kernels/kernels.h"
+#include "replay/decoding.h"
 #include "replay/evaluation.h"
 #include "replay/layer_projection.h"
 #include "replay/layer_rank_agreement.h"
@@ -741,7 +742,75 @@ std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const
     refine_sets(trace_of(group[i]), *layers[i], outline(i).eviction(), settings(i), results.back(),
                 plan.settings_at_once, plan.heads_at_once);
   }
+  decode_group(group, plan, projections, results);
   return results;
+}
+
+// The settings with a schedule: those whose heads do not depend on each other head by head, the others layer by layer.
+void ReplayEngine::decode_group(std::span<const ReplayUnit> group, const Plan& plan,
+                                const std::vector<std::shared_ptr<LayerProjection>>& projections,
+                                std::vector<std::vector<LayerResult>>& results) const {
+  struct Piece {
+    std::size_t unit;
+    std::vector<int> kv_heads;
+    std::vector<std::size_t> indices;  // of the settings
+    std::vector<Setting> settings;
+  };
+  std::vector<Piece> pieces;
+  for (std::size_t i = 0; i < group.size(); ++i) {
+    const std::vector<Setting>& settings = settings_[static_cast<std::size_t>(group[i].replay)];
+    const int kv_heads = outlines_[static_cast<std::size_t>(group[i].replay)].model.num_key_value_heads;
+    Piece together{.unit = i, .kv_heads = {}, .indices = {}, .settings = {}};
+    Piece apart = together;
+    for (std::size_t s = 0; s < settings.size(); ++s) {
+      if (!settings[s].policy->schedule) continue;
+      Piece& piece = LayerDecoding::is_local(settings[s]) ? apart : together;
+      piece.indices.push_back(s);
+      piece.settings.push_back(settings[s]);
+    }
+    for (int head = 0; head < kv_heads; ++head) {
+      together.kv_heads.push_back(head);
+      if (apart.indices.empty()) continue;
+      apart.kv_heads = {head};
+      pieces.push_back(apart);
+    }
+    if (!together.indices.empty()) pieces.push_back(std::move(together));
+  }
+  for (const Piece& piece : pieces) {
+    const ReplayUnit& unit = group[piece.unit];
+    const TraceReplay& outline = outlines_[static_cast<std::size_t>(unit.replay)];
+    for (std::size_t i = 0; i < piece.settings.size(); ++i) {
+      if (piece.settings[i].policy->row_positions != RowPositions::reindexed) continue;
+      results[piece.unit][piece.indices[i]].outputs.resize(
+          trace_of(unit).info().num_tokens() - outline.eviction_position,
+          Index{outline.model.num_attention_heads} * outline.model.head_dim);
+    }
+  }
+  parallel_for(
+      static_cast<int>(pieces.size()),
+      [&](int p) {
+        const Piece& piece = pieces[static_cast<std::size_t>(p)];
+        const ReplayUnit& unit = group[piece.unit];
+        const TraceReplay& outline = outlines_[static_cast<std::size_t>(unit.replay)];
+        std::vector<DecodedSetting> decoded =
+            decode_layer(trace_of(unit), unit.layer, outline.eviction(), piece.settings, piece.kv_heads,
+                         projections[piece.unit].get(), plan.combination_bytes);
+        for (std::size_t i = 0; i < decoded.size(); ++i) {
+          LayerResult& result = results[piece.unit][piece.indices[i]];
+          const Index sets = static_cast<Index>(decoded[i].sets.size()) / outline.model.num_key_value_heads;
+          const Index width = Index{outline.model.group_size()} * outline.model.head_dim;
+          for (const int head : piece.kv_heads) {
+            for (Index set = head * sets; set < (head + 1) * sets; ++set) {
+              const CacheHistory& history = decoded[i].sets[static_cast<std::size_t>(set)];
+              result.kept[static_cast<std::size_t>(set)] =
+                  Residency(history.positions, history.until, outline.eviction_position);
+            }
+            if (decoded[i].outputs.size() == 0) continue;
+            result.outputs.middleCols(head * width, width) = decoded[i].outputs.middleCols(head * width, width);
+          }
+        }
+      },
+      plan.heads_at_once);
 }
 
 void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& plan,
@@ -756,11 +825,13 @@ void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& 
     std::vector<LayerMeasurement> measurements;
     for (std::size_t i = 0; i < group.size(); ++i) {
       std::vector<const LayerResidencies*> sets;
+      std::vector<const Matrix*> outputs;
       for (std::size_t s = first; s < std::min(results[i].size(), first + step); ++s) {
         sets.push_back(&results[i][s].kept);
+        outputs.push_back(results[i][s].outputs.size() > 0 ? &results[i][s].outputs : nullptr);
       }
       measurements.emplace_back(trace_of(group[i]), group[i].layer, outline(i).eviction(), outline(i).spans, sets,
-                                outline(i).results.front().residual_sum);
+                                outline(i).results.front().residual_sum, outputs);
     }
     const auto is_open = [&](std::size_t i) { return results[i].size() > first; };
     for_each_piece(
@@ -779,6 +850,7 @@ void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& 
         LayerResult& result = results[i][first + m];
         result.output_error = found[m].output_error;
         result.change = std::move(found[m].change);
+        result.outputs.resize(0, 0);
         for (const MeasureTraits& measure : measures()) {
           if (measure.per == MeasureTraits::Per::head) continue;
           result.measures[measure.measure] = std::move(found[m].numbers[measure.measure]);

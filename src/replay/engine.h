@@ -143,6 +143,9 @@ class ReplayEngine {
                                                      Projections& known) const;
   std::vector<std::shared_ptr<LayerProjection>> projections_of(std::span<const ReplayUnit> group, const Plan& plan,
                                                                Projections& known) const;
+  void decode_group(std::span<const ReplayUnit> group, const Plan& plan,
+                    const std::vector<std::shared_ptr<LayerProjection>>& projections,
+                    std::vector<std::vector<LayerResult>>& results) const;
   void measure_group(std::span<const ReplayUnit> group, const Plan& plan,
                      std::vector<std::vector<LayerResult>>& results) const;
   template <class Work, class Done>

@@ -248,7 +248,8 @@ Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, 
   return sum / (weights.sum() + sink);
 }
 
-void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> residencies, Eigen::Ref<Matrix> outputs,
+void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> residencies,
+                             std::span<const Matrix* const> given, Eigen::Ref<Matrix> outputs,
                              std::span<Eigen::Ref<Matrix>> differences, std::span<LayerNumbers> numbers) const {
   const Index depth = shape_.head_dim;
   const auto group = static_cast<int>(residencies.size());
@@ -263,7 +264,7 @@ void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> resi
     std::map<const Residency*, std::size_t, decltype(less)> distinct(less);
     std::vector<std::size_t>& first = first_like.emplace_back();
     for (std::size_t set = 0; set < sets.size(); ++set) {
-      first.push_back(distinct.try_emplace(sets[set], set).first->second);
+      first.push_back(given[set] != nullptr ? set : distinct.try_emplace(sets[set], set).first->second);
     }
   }
 
@@ -316,8 +317,14 @@ void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> resi
           for (Index q = 0; q < attention.count; ++q) {
             const auto column = static_cast<std::size_t>(q);
             const double mass = kept.mass[column] + rest->mass[column];
+            const int position = attention.positions[column];
             const Eigen::RowVectorXd evicted =
-                mass > kFaint ? Eigen::RowVectorXd((kept.values.row(q).head(depth) + rest->values.row(q).head(depth)) /
+                given[set] != nullptr
+                    ? Eigen::RowVectorXd(given[set]
+                                             ->row(position - shape_.next_position)
+                                             .segment(Index{shape_.query_head(member)} * depth, depth)
+                                             .cast<double>())
+                : mass > kFaint ? Eigen::RowVectorXd((kept.values.row(q).head(depth) + rest->values.row(q).head(depth)) /
                                                    (mass + attention.sink(m, q)))
                               : attend_directly(shape_.query_head(member), attention.first + q, residency, values);
             const Eigen::RowVectorXd difference = evicted - exact.row(q);

@@ -22,14 +22,20 @@ namespace kvreplay {
 
 LayerMeasurement::LayerMeasurement(const CapturedRun& trace, int layer, const Eviction& eviction,
                                    std::span<const Span> spans, const std::vector<const LayerResidencies*>& settings,
-                                   bool keeps_changes)
+                                   bool keeps_changes, const std::vector<const Matrix*>& outputs)
     : trace_(trace), layer_(layer), eviction_(eviction) {
   const auto less = [](const LayerResidencies* a, const LayerResidencies* b) { return *a < *b; };
   std::map<const LayerResidencies*, std::size_t, decltype(less)> kinds(less);
-  for (const LayerResidencies* sets : settings) {
-    const auto [kind, is_new] = kinds.try_emplace(sets, distinct_.size());
-    if (is_new) distinct_.push_back(sets);
-    kind_.push_back(kind->second);
+  for (std::size_t s = 0; s < settings.size(); ++s) {
+    const Matrix* const given = outputs.empty() ? nullptr : outputs[s];
+    if (given != nullptr) {
+      kind_.push_back(distinct_.size());
+    } else {
+      kind_.push_back(kinds.try_emplace(settings[s], distinct_.size()).first->second);
+    }
+    if (kind_.back() < distinct_.size()) continue;
+    distinct_.push_back(settings[s]);
+    evicted_.push_back(given);
   }
   const ModelInfo& model = trace.info().model;
   const auto queries = static_cast<Index>(evaluation_queries(trace.info(), eviction).count());
@@ -95,7 +101,7 @@ void LayerMeasurement::measure_head(int kv_head) {
     }
     differences.emplace_back(columns.middleRows((static_cast<Index>(kind) + 1) * queries, queries));
   }
-  evaluation.measure(residencies, columns.topRows(queries), differences, numbers_);
+  evaluation.measure(residencies, evicted_, columns.topRows(queries), differences, numbers_);
   const Index first = evaluation_queries(trace_.info(), eviction_).first;
   double& output_errors = output_errors_[static_cast<std::size_t>(kv_head)];
   for (int member = 0; member < group; ++member) {

@@ -28,8 +28,11 @@ class LayerMeasurement {
  public:
   /// The trace and the residencies must outlive it. `spans` are those whose recall is measured.
   /// `keeps_changes`: also give what is added to the residual stream, where the layer has an output projection.
+  /// `outputs`: of every setting the evicted outputs, as in LayerResult, where residencies do not tell them, or null;
+  /// empty: of none.
   LayerMeasurement(const CapturedRun& trace, int layer, const Eviction& eviction, std::span<const Span> spans,
-                   const std::vector<const LayerResidencies*>& settings, bool keeps_changes = false);
+                   const std::vector<const LayerResidencies*>& settings, bool keeps_changes = false,
+                   const std::vector<const Matrix*>& outputs = {});
 
   /// Measures one KV head. Heads may be measured by different threads at once. Throws Error, naming the query, where
   /// attention leaves float32's range.
@@ -84,6 +87,7 @@ class LayerMeasurement {
   int layer_;
   Eviction eviction_;
   std::vector<const LayerResidencies*> distinct_;
+  std::vector<const Matrix*> evicted_;  // [kind]: evicted outputs that are given, or null
   std::vector<std::size_t> kind_;  // [setting]: which of the distinct ones
   Matrix outputs_;                 // [E, H · D], then the differences of every kind below each other
   bool keeps_changes_ = false;

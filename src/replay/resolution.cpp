@@ -9,6 +9,8 @@
 #include <utility>
 
 #include "base/error.h"
+#include "policy/decoding.h"
+#include "replay/decoding.h"
 #include "replay/trace_source.h"
 
 namespace kvreplay {
@@ -74,6 +76,8 @@ void note_windows(const std::vector<AlikeLayers>& alike, const ReplayRequest& re
         kept_whole.empty() ? "" : fmt::format(", and at {} nothing is evicted there", fmt::join(kept_whole, ", "))));
   }
 }
+
+std::string count_or_none(int count) { return count == 0 ? "none" : fmt::to_string(count); }
 
 Holdings holdings_of(const CapturedRun& trace, int eviction_position) {
   const TraceInfo& info = trace.info();
@@ -175,6 +179,87 @@ std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Set
   return std::nullopt;
 }
 
+// Why a policy cannot evict while the trace's tokens come, at any capacity; nothing if it can.
+std::optional<Obstacle> schedule_obstacle(const CapturedRun& trace, const Setting& setting, const Holdings& holdings) {
+  const TraceInfo& info = trace.info();
+  const Policy& policy = *setting.policy;
+  const Schedule& schedule = *policy.schedule;
+  const int steps = info.num_tokens() - holdings.next_position;
+  const auto refused = [&](std::string why, std::string cure) {
+    return Obstacle{.reason = fmt::format("{} {}", policy.canonical, why),
+                    .cure = std::move(cure),
+                    .shared = fmt::format("each of them {}", why)};
+  };
+  if (schedule.interval != Schedule::kOnce && schedule.interval > steps) {
+    return refused(fmt::format("evicts every {} steps, and {} come{} after position {}", schedule.interval,
+                               count_or_none(steps), steps == 1 ? "s" : "", holdings.next_position),
+                   "choose a shorter interval, capture a longer run, or leave out +every");
+  }
+  if (policy.budget && policy.budget->looks_at_heads()) {
+    return refused("divides positions by what is in the heads, which have unequal caches once it did so",
+                   "use a budget that goes by layers alone, or leave out the schedule");
+  }
+  if (policy.oracle) {
+    return refused("looks ahead of one eviction", "leave out the schedule");
+  }
+  for (const Need& need : policy.requirements().needs) {
+    if (need.kind == Need::Kind::later_prompt) {
+      return refused("goes by what the prompt still says, which no later eviction has", "leave out the schedule");
+    }
+    if (need.kind == Need::Kind::all_queries && !policy.ranking()->memory({})) {
+      return refused("goes by all queries, of which a cache under a schedule remembers the last ones",
+                     "leave out the schedule");
+    }
+  }
+  if (policy.row_positions == RowPositions::reindexed && !holdings.rotary) {
+    return refused("turns keys to their places in the cache, and the trace does not say how positions turned them",
+                   "capture again with this version");
+  }
+  if (!LayerDecoding::looks_at_queries(setting)) return std::nullopt;
+  const int at_hand = queries_from(info.query_positions, holdings.next_position);
+  if (at_hand >= steps) return std::nullopt;
+  return refused(fmt::format("looks at the query of every step, and the trace lacks that at position {}",
+                             holdings.next_position + at_hand),
+                 "capture with --queries all, or window:N, which holds every query after the prompt");
+}
+
+// Why a capacity is too small for a policy with a schedule.
+std::optional<Obstacle> schedule_capacity_obstacle(const EvictedLayers& layers, const Setting& setting) {
+  const Policy& policy = *setting.policy;
+  for (const AlikeLayers& some : layers.alike) {
+    const Protection protection = policy.protection().held_by(some.shape);
+    const int pinned = policy.pin.prompt && !policy.pin.counted ? some.shape.rows() : 0;
+    const int capacity = setting.capacity(some.shape.rows()) + pinned;
+    const int room = policy.schedule->coming();
+    int least = policy.pattern() ? policy.minimum_capacity(some.shape) : std::max(1, protection.count());
+    if (policy.pin.prompt) least = std::max(least, protection.sinks + policy.protection().window + 1);
+    least += room;
+    if (capacity >= least) continue;
+    return Obstacle{
+        .reason = fmt::format("capacity {} is below the {} positions that {} needs: {}", setting.asked.text,
+                              least - pinned, policy.canonical,
+                              room > 0                  ? "what it protects and room for the tokens that come"
+                              : policy.pin.prompt       ? "the prompt, what it protects and one that is generated"
+                                                        : "what it protects"),
+        .cure = "ask for a larger capacity",
+        .shared = "the capacity is below what they protect and what comes between evictions",
+        .amount = least - pinned};
+  }
+  if (!policy.budget) return std::nullopt;
+  for (const HeadShape& shape : layers.shapes) {
+    try {
+      Policy once = policy;
+      once.schedule.reset();
+      Setting as_once = setting;
+      as_once.policy = &once;
+      policy.budget->check(as_once.budget_request(shape));
+    } catch (const Error& error) {
+      return Obstacle{.reason = error.what()};
+    }
+  }
+  return std::nullopt;
+}
+
 // What a policy tells of its sets.
 void add_notes_of(const Policy& policy, const EvictedLayers& layers, std::vector<std::string>& notes) {
   const auto add = [&notes](std::string note) {
@@ -252,6 +337,22 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
                  .granularity = granularity,
                  .share = request.share.value_or(policy.share.value_or(Share::mean))};
       if (own) setting.asked.count = std::max(*own, policy.minimum_capacity());
+      if (policy.schedule) {
+        const auto obstacle = schedule_obstacle(trace, setting, holdings);
+        const auto too_small = schedule_capacity_obstacle(layers, setting);
+        if (obstacle || missing) {
+          left_out.add(policy.canonical, "", obstacle ? *obstacle : *missing);
+          break;
+        }
+        if (too_small) {
+          left_out.add(policy.canonical, asked.text, *too_small);
+          continue;
+        }
+        add_notes_of(policy, layers, notes);
+        replayed = true;
+        settings.push_back(std::move(replayed_setting));
+        continue;
+      }
       const bool evicts = std::ranges::any_of(
           layers.alike, [&setting](const AlikeLayers& some) { return !setting.keeps_all(some.shape.rows()); });
       if (evicts) {
@@ -295,9 +396,10 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
     notes.push_back(fmt::format("{}: {}; lengths are taken before it there", without_projection.text(),
                                 holdings.missing_projection));
   }
+  const bool once = std::ranges::any_of(request.policies, [](const Policy& policy) { return !policy.schedule; });
   for (const CapacityRequest& asked : request.capacities) {
     const int capacity = asked.resolve(eviction_position);
-    if (capacity < eviction_position) continue;
+    if (capacity < eviction_position || !once) continue;
     notes.push_back(fmt::format("capacity {} {} the {} position{} before the eviction: everything is kept", asked.text,
                                 capacity > eviction_position ? "exceeds" : "is all", eviction_position,
                                 eviction_position == 1 ? "" : "s"));

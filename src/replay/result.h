@@ -109,6 +109,9 @@ struct LayerResult {
   float output_error = 0;
   /// [E, C] what the layer adds to the residual stream changes by; none unless it was asked for.
   std::vector<float> change = {};
+  /// [steps, H · D] the evicted outputs from the eviction position on, where `kept` does not tell them: of caches whose
+  /// rows take other positions. Not stored.
+  Matrix outputs = {};
 };
 
 /// Gives the results of an outline their tables, filled with zeros.

@@ -39,6 +39,13 @@ class AttentionSums : public RankingMemory {
  public:
   explicit AttentionSums(int group_size) : sums_(static_cast<std::size_t>(group_size)) {}
 
+  void begin(const Head& head) override {
+    for (std::size_t member = 0; member < sums_.size(); ++member) {
+      const std::vector<float>& prompt = head.accumulated_attention(static_cast<int>(member));
+      sums_[member].assign(prompt.begin(), prompt.end());
+    }
+  }
+
   void observe(const CacheStep& step) override {
     for (std::size_t member = 0; member < sums_.size(); ++member) {
       std::vector<double>& sums = sums_[member];
@@ -119,6 +126,48 @@ const MethodRegistration h2o([] {
             return Composition{
                 .rule = std::make_shared<H2O>(a.integer("window"), a.text("mask") == "causal", a.flag("normalize"))};
           },
+  };
+});
+
+// The authors' code has three classes that keep different sets: this one, which drops rows, the same with rows that
+// take their places as positions, and one that masks.
+Composition real_drop(const Arguments& a, std::optional<RowPositions> positions) {
+  return {.rule = std::make_shared<H2O>(a.integer("recent"), true, false),
+          .granularity = Granularity::query,
+          .schedule = Schedule{},
+          .row_positions = positions};
+}
+
+Parameter recent_parameter() {
+  return Parameter::integer("recent", 32, 0, "last positions that are kept: recent_size").of(Parameter::Step::window);
+}
+
+constexpr const char* kAuthorsRevision = "commit ac75c2a";
+
+const MethodRegistration authors_code([] {
+  return Method{
+      .name = "h2o@h2o",
+      .summary =
+          "Drops rows after every token: sums of attention, a token's own to itself included, go with the rows; one "
+          "set per query head. A query sees one position more than the capacity. The code runs without grouped "
+          "queries alone.",
+      .source = "github.com/FMInference/H2O, utils_real_drop/modify_llama.py",
+      .parameters = {recent_parameter()},
+      .compose = [](const Arguments& a) { return real_drop(a, std::nullopt); },
+      .variant_of = "h2o",
+      .revision = kAuthorsRevision,
+  };
+});
+
+const MethodRegistration authors_rolled_code([] {
+  return Method{
+      .name = "h2o@h2o-rolled",
+      .summary = "h2o@h2o with keys and queries turned to their places in the cache, which changes the sums.",
+      .source = "github.com/FMInference/H2O, utils_real_drop/modify_llama.py, the streaming class",
+      .parameters = {recent_parameter()},
+      .compose = [](const Arguments& a) { return real_drop(a, RowPositions::reindexed); },
+      .variant_of = "h2o",
+      .revision = kAuthorsRevision,
   };
 });
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "policy/policy.h"
+#include "policy/published_code.h"
 
 namespace kvreplay {
 namespace {
@@ -36,6 +37,23 @@ const MethodRegistration keydiff([] {
       .source = "arXiv 2504.15364, section 3",
       .parameters = {},
       .compose = [](const Arguments&) { return Composition{.rule = std::make_shared<KeyDiff>()}; },
+  };
+});
+
+const MethodRegistration kvpress_decoding_code([] {
+  return Method{
+      .name = "keydiff@kvpress-decoding",
+      .summary = kvpress::decoding("The average key is that of the present cache; the newest token may go."),
+      .source = "github.com/NVIDIA/kvpress, decoding_press.py over keydiff_press.py",
+      .parameters = {kvpress::interval_parameter()},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.rule = std::make_shared<KeyDiff>(),
+                               .schedule = kvpress::decoding_schedule(a.integer("interval")),
+                               .order = RowOrder::protected_first};
+          },
+      .variant_of = "keydiff",
+      .revision = kvpress::kRevision,
   };
 });
 

@@ -3,6 +3,7 @@
 // Score of position n: −‖k_n‖ (paper, section 3). Nothing is protected. The authors leave some layers alone by default;
 // the codes that compare with it do not, and nor do we.
 #include "policy/policy.h"
+#include "policy/published_code.h"
 
 namespace kvreplay {
 namespace {
@@ -21,6 +22,23 @@ const MethodRegistration knorm([] {
       .source = "arXiv 2406.11430, section 3",
       .parameters = {},
       .compose = [](const Arguments&) { return Composition{.rule = std::make_shared<KeyNorm>()}; },
+  };
+});
+
+const MethodRegistration kvpress_decoding_code([] {
+  return Method{
+      .name = "knorm@kvpress-decoding",
+      .summary = kvpress::decoding("Nothing is protected: the newest token may go."),
+      .source = "github.com/NVIDIA/kvpress, decoding_press.py over knorm_press.py",
+      .parameters = {kvpress::interval_parameter()},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.rule = std::make_shared<KeyNorm>(),
+                               .schedule = kvpress::decoding_schedule(a.integer("interval")),
+                               .order = RowOrder::protected_first};
+          },
+      .variant_of = "knorm",
+      .revision = kvpress::kRevision,
   };
 });
 

@@ -75,6 +75,34 @@ const MethodRegistration kvcache_factory_code([] {
   };
 });
 
+const MethodRegistration authors_code([] {
+  return Method{
+      .name = "streamingllm@streaming-llm",
+      .summary =
+          "Evicts after every token, so that a query sees one position more than the capacity; or makes room for "
+          "`coming` tokens before they come, as its chat example does for every turn. Keys and queries are turned to "
+          "their places in the cache.",
+      .source = "github.com/mit-han-lab/streaming-llm, streaming_llm/kv_cache.py, pos_shift/modify_llama.py",
+      .parameters =
+          {Parameter::integer("sinks", 4, 0, "first positions that are always kept: start_size")
+               .of(Parameter::Step::protection),
+           Parameter::integer("coming", 0, 0, "tokens that evict_for_space() makes room for; 0: evicts after every one")
+               .of(Parameter::Step::schedule)},
+      .compose =
+          [](const Arguments& a) {
+            Schedule schedule;
+            if (a.integer("coming") > 0) {
+              schedule = {.interval = a.integer("coming"), .attend = Schedule::Attend::before};
+            }
+            return Composition{.rule = std::make_shared<StreamingLLM>(a.integer("sinks")),
+                               .schedule = schedule,
+                               .row_positions = RowPositions::reindexed};
+          },
+      .variant_of = "streamingllm",
+      .revision = "commit 2e50426",
+  };
+});
+
 const MethodRegistration kvpress_code([] {
   return Method{
       .name = "streamingllm@kvpress",

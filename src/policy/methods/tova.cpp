@@ -40,6 +40,45 @@ const MethodRegistration tova([] {
   };
 });
 
+const MethodRegistration authors_code([] {
+  return Method{
+      .name = "tova@tova",
+      .summary =
+          "Evicts after the prompt and after every token. The newest token is a candidate like any other and is often "
+          "dropped at once.",
+      .source = "github.com/schwartz-lab-NLP/TOVA, src/tova_cache.py",
+      .parameters = {},
+      .compose =
+          [](const Arguments&) {
+            return Composition{.rule = std::make_shared<Tova>(false),
+                               .granularity = Granularity::layer,
+                               .share = Share::mean,
+                               .schedule = Schedule{}};
+          },
+      .variant_of = "tova",
+      .revision = "commit 9c7d09b",
+  };
+});
+
+const MethodRegistration kvpress_decoding_code([] {
+  return Method{
+      .name = "tova@kvpress-decoding",
+      .summary = kvpress::decoding("Mean attention of the newest token, which is always kept."),
+      .source = "github.com/NVIDIA/kvpress, decoding_press.py over tova_press.py",
+      .parameters = {kvpress::interval_parameter()},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.rule = std::make_shared<Tova>(true),
+                               .granularity = Granularity::layer,
+                               .share = Share::mean,
+                               .schedule = kvpress::decoding_schedule(a.integer("interval")),
+                               .order = RowOrder::protected_first};
+          },
+      .variant_of = "tova",
+      .revision = kvpress::kRevision,
+  };
+});
+
 const MethodRegistration kvpress_code([] {
   return Method{
       .name = "tova@kvpress",

@@ -1,0 +1,653 @@
+#include "policy/decoding.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <utility>
+
+#include "base/buffer.h"
+#include "base/softmax.h"
+#include "base/work.h"
+#include "kernels/kernels.h"
+
+namespace kvreplay {
+namespace {
+
+using kernels::kPanel;
+
+// The scores of the setting that is decided, by which an order goes.
+class ScoresKept : public ScoreObserver {
+ public:
+  void begin_head(const Head& /*head*/) override {}
+  void end_head(const Head& /*head*/) override {}
+  void head_scored(std::size_t /*setting*/, const Head& head, const HeadScores& scores, bool /*as_before*/) override {
+    const std::span<const float> shared = row_of(scores.shared, 0);
+    of_head_[head.shape().kv_head].assign(shared.begin(), shared.end());
+  }
+  void layer_scored(std::size_t /*setting*/, std::span<const float> scores) override {
+    of_layer_.assign(scores.begin(), scores.end());
+  }
+
+  // Empty where nothing was ranked.
+  const std::vector<float>& of(int head) { return of_layer_.empty() ? of_head_[head] : of_layer_; }
+
+ private:
+  std::map<int, std::vector<float>> of_head_;
+  std::vector<float> of_layer_;
+};
+
+// Some query heads of a prompt's KV head, as a head of their own.
+class PromptLane : public HeadSource {
+ public:
+  PromptLane(const HeadSource& whole, HeadShape shape, int first_member, const RankingMemory* memory)
+      : whole_(whole), shape_(std::move(shape)), first_(first_member), memory_(memory) {}
+
+  const HeadShape& shape() const override { return shape_; }
+  const CachePositions& entries() const override { return whole_.entries(); }
+  void read_keys(Index first, Index count, float* rows) const override { whole_.read_keys(first, count, rows); }
+  void read_values(Index first, Index count, float* rows) const override { whole_.read_values(first, count, rows); }
+  std::span<const int> query_positions() const override { return whole_.query_positions(); }
+  Matrix queries(int member, Index first, Index count) const override {
+    return whole_.queries(first_ + member, first, count);
+  }
+  bool has_output_projection() const override { return whole_.has_output_projection(); }
+  Matrix output_projection(int member) const override { return whole_.output_projection(first_ + member); }
+  Matrix projection_factor(int member) const override { return whole_.projection_factor(first_ + member); }
+  std::optional<std::vector<float>> attention_mass(int member) const override {
+    return whole_.attention_mass(first_ + member);
+  }
+  std::span<const int> later_positions() const override { return whole_.later_positions(); }
+  Matrix later_queries(int member) const override { return whole_.later_queries(first_ + member); }
+  Matrix later_keys() const override { return whole_.later_keys(); }
+  std::span<const int> evaluation_positions() const override { return whole_.evaluation_positions(); }
+  Matrix evaluation_queries(int member) const override { return whole_.evaluation_queries(first_ + member); }
+  Matrix evaluation_keys() const override { return whole_.evaluation_keys(); }
+  Matrix evaluation_values() const override { return whole_.evaluation_values(); }
+  const RankingMemory* memory() const override { return memory_; }
+
+ private:
+  const HeadSource& whole_;
+  HeadShape shape_;
+  int first_;
+  const RankingMemory* memory_;
+};
+
+// Rows in the order in which they are to stand, of `kept`, ascending rows.
+std::vector<int> ordered(std::vector<int> kept, RowOrder order, const std::vector<float>& scores,
+                         Protection protection) {
+  if (order == RowOrder::position || scores.empty()) return kept;
+  const int rows = static_cast<int>(scores.size());
+  const auto ranked = std::ranges::find_if(kept, [&](int row) { return row >= protection.sinks; });
+  const auto last = std::find_if(ranked, kept.end(), [&](int row) { return row >= rows - protection.window; });
+  std::stable_sort(ranked, last, [&scores](int a, int b) {
+    return scores[static_cast<std::size_t>(a)] > scores[static_cast<std::size_t>(b)];
+  });
+  if (order == RowOrder::protected_first) std::rotate(ranked, last, kept.end());
+  return kept;
+}
+
+}  // namespace
+
+// The keys and values that caches of one KV head hold, once for all of them, and the last queries. A slot is used again
+// once no cache holds what was in it.
+class LayerDecoding::Rows {
+ public:
+  Rows(Index head_dim, int group_size, int window) : depth_(head_dim), group_(group_size), window_(window) {}
+
+  int add(const float* key, const float* value) {
+    if (free_.empty()) {
+      blocks_.emplace_back(3 * kPanel * depth_);
+      for (int i = kPanel - 1; i >= 0; --i) free_.push_back(static_cast<int>(holders_.size()) + i);
+      holders_.resize(holders_.size() + kPanel, 0);
+    }
+    const int slot = free_.back();
+    free_.pop_back();
+    std::copy_n(key, depth_, row(slot, 0));
+    std::copy_n(value, depth_, row(slot, 1));
+    float* const panel = blocks_[static_cast<std::size_t>(slot / kPanel)].data() + 2 * kPanel * depth_;
+    for (Index d = 0; d < depth_; ++d) panel[d * kPanel + slot % kPanel] = key[d];
+    return slot;
+  }
+
+  void hold(int slot) { ++holders_[static_cast<std::size_t>(slot)]; }
+  void release(int slot) {
+    if (--holders_[static_cast<std::size_t>(slot)] == 0) free_.push_back(slot);
+  }
+
+  const float* key(int slot) const { return row(slot, 0); }
+  const float* value(int slot) const { return row(slot, 1); }
+  Index depth() const { return depth_; }
+
+  // A step's queries [group, D]; null: none were captured.
+  void take_queries(int position, const float* queries) {
+    has_products_ = false;
+    if (queries == nullptr) {
+      query_positions_.clear();
+      queries_.clear();
+      return;
+    }
+    query_positions_.push_back(position);
+    queries_.emplace_back(queries, queries + group_ * depth_);
+    if (static_cast<int>(queries_.size()) > std::max(window_, 1)) {
+      query_positions_.erase(query_positions_.begin());
+      queries_.erase(queries_.begin());
+    }
+  }
+  std::span<const int> query_positions() const { return query_positions_; }
+  const float* query(Index index, int member) const {
+    return queries_[static_cast<std::size_t>(index)].data() + member * depth_;
+  }
+  const float* newest_query(int member) const { return queries_.back().data() + member * depth_; }
+
+  // The newest query of a query head times the key in a slot, of all of them at once when first asked for.
+  float product(int member, int slot) {
+    if (!has_products_) multiply();
+    return products_[static_cast<std::size_t>(slot / kPanel)].data()[member * kPanel + slot % kPanel];
+  }
+
+ private:
+  float* row(int slot, int part) {
+    return blocks_[static_cast<std::size_t>(slot / kPanel)].data() + (part * kPanel + slot % kPanel) * depth_;
+  }
+  const float* row(int slot, int part) const {
+    return blocks_[static_cast<std::size_t>(slot / kPanel)].data() + (part * kPanel + slot % kPanel) * depth_;
+  }
+
+  void multiply() {
+    while (products_.size() < blocks_.size()) products_.emplace_back(group_ * kPanel);
+    for (std::size_t block = 0; block < blocks_.size(); ++block) {
+      kernels::multiply(group_, kPanel, depth_, newest_query(0), depth_, 1, blocks_[block].data() + 2 * kPanel * depth_,
+                        kPanel, products_[block].data(), kPanel);
+    }
+    count_operations(2 * static_cast<Index>(blocks_.size()) * kPanel * group_ * depth_);
+    has_products_ = true;
+  }
+
+  Index depth_;
+  Index group_;
+  int window_;
+  std::vector<Buffer> blocks_;  // of kPanel slots: keys and values by rows, and keys as a panel
+  std::vector<int> holders_;    // [slot]
+  std::vector<int> free_;
+  std::vector<int> query_positions_;
+  std::vector<std::vector<float>> queries_;  // [query][group · D]
+  std::vector<Buffer> products_;             // [block][group][kPanel]
+  bool has_products_ = false;
+};
+
+// Query heads that keep the same set, and what is cached for them.
+struct LayerDecoding::Lane {
+  int kv_head = 0;
+  int first_member = 0;
+  HeadShape shape;  // as a head of its own
+  std::vector<int> positions;
+  std::vector<int> slots;
+  std::unique_ptr<RankingMemory> memory;
+  std::vector<std::pair<int, int>> gone;  // position, the last query that saw it
+  Matrix attention;                       // [members, R] of the newest query
+};
+
+// The caches of one setting.
+struct LayerDecoding::Caches {
+  Policy policy;  // that of the setting, without its schedule
+  Schedule schedule;
+  Setting own;  // of one eviction: what is left after it
+  std::optional<RankingRequirements> requirements;
+  int capacity = 0;
+  int sets_per_head = 1;
+  std::vector<Lane> lanes;
+  bool attends = false;  // somebody looks at what every step's query pays
+  bool reindexed = false;
+  std::vector<int> evictions;
+  int last = 0;
+  std::vector<std::vector<float>> outputs;  // [step][H · D]
+};
+
+// A lane's cache as policies see it.
+class LayerDecoding::LiveHead : public HeadSource {
+ public:
+  LiveHead(const Lane& lane, const Rows& rows, const HeadSource& prompt, const RotaryTable* reindexed)
+      : lane_(lane), rows_(rows), prompt_(prompt), reindexed_(reindexed) {}
+
+  const HeadShape& shape() const override { return lane_.shape; }
+  const CachePositions& entries() const override { return lane_.shape.positions; }
+  void read_keys(Index first, Index count, float* rows) const override {
+    for (Index i = 0; i < count; ++i) std::copy_n(rows_.key(slot(first + i)), rows_.depth(), rows + i * rows_.depth());
+    if (reindexed_ == nullptr) return;
+    Matrix turned = MatrixView(rows, count, rows_.depth());
+    std::vector<int> positions(static_cast<std::size_t>(count));
+    for (Index i = 0; i < count; ++i) {
+      positions[static_cast<std::size_t>(i)] = lane_.positions[static_cast<std::size_t>(first + i)];
+    }
+    unrotate(*reindexed_, positions, turned);
+    std::iota(positions.begin(), positions.end(), static_cast<int>(first));
+    rotate(*reindexed_, positions, turned);
+    std::copy_n(turned.data(), turned.size(), rows);
+  }
+  void read_values(Index first, Index count, float* rows) const override {
+    for (Index i = 0; i < count; ++i)
+      std::copy_n(rows_.value(slot(first + i)), rows_.depth(), rows + i * rows_.depth());
+  }
+  std::span<const int> query_positions() const override { return rows_.query_positions(); }
+  Matrix queries(int member, Index first, Index count) const override {
+    Matrix rows(count, rows_.depth());
+    for (Index i = 0; i < count; ++i) {
+      std::copy_n(rows_.query(first + i, lane_.first_member + member), rows_.depth(), rows.data() + i * rows_.depth());
+    }
+    if (reindexed_ == nullptr) return rows;
+    // The newest query is at the newest row, the one before it at the row before.
+    const std::span<const int> all = rows_.query_positions().subspan(static_cast<std::size_t>(first),
+                                                                     static_cast<std::size_t>(count));
+    std::vector<int> positions(all.begin(), all.end());
+    unrotate(*reindexed_, positions, rows);
+    for (int& position : positions) position = std::max(0, lane_.shape.rows() - (lane_.shape.next_position - position));
+    rotate(*reindexed_, positions, rows);
+    return rows;
+  }
+  bool has_output_projection() const override { return prompt_.has_output_projection(); }
+  Matrix output_projection(int member) const override {
+    return prompt_.output_projection(lane_.first_member + member);
+  }
+  Matrix projection_factor(int member) const override {
+    return prompt_.projection_factor(lane_.first_member + member);
+  }
+  std::optional<std::vector<float>> attention_mass(int /*member*/) const override { return std::nullopt; }
+  const RankingMemory* memory() const override { return lane_.memory.get(); }
+
+ private:
+  int slot(Index row) const { return lane_.slots[static_cast<std::size_t>(row)]; }
+
+  const Lane& lane_;
+  const Rows& rows_;
+  const HeadSource& prompt_;
+  const RotaryTable* reindexed_;
+};
+
+// The caches of a setting as a layer, at the prompt's end or later.
+class LayerDecoding::LiveLayer : public LayerSource {
+ public:
+  LiveLayer(const LayerDecoding& decoding, const Caches& caches, bool of_prompt)
+      : decoding_(decoding), caches_(caches), of_prompt_(of_prompt) {
+    const auto rows = [](const Lane& lane) { return lane.shape.rows(); };
+    shape_ = std::ranges::max_element(caches.lanes, {}, rows)->shape;
+    shape_.kv_head = 0;
+  }
+
+  const HeadShape& shape() const override { return shape_; }
+  std::unique_ptr<HeadSource> head(int index) const override {
+    const auto found = std::ranges::find_if(caches_.lanes, [index](const Lane& l) { return l.shape.kv_head == index; });
+    const HeadSource& prompt = *decoding_.heads_.at(found->kv_head);
+    if (of_prompt_) {
+      return std::make_unique<PromptLane>(prompt, found->shape, found->first_member, found->memory.get());
+    }
+    return std::make_unique<LiveHead>(*found, *decoding_.rows_.at(found->kv_head), prompt,
+                                      caches_.reindexed ? found->shape.rotary.get() : nullptr);
+  }
+  std::string name() const override { return decoding_.prompt_.name(); }
+
+ private:
+  const LayerDecoding& decoding_;
+  const Caches& caches_;
+  bool of_prompt_;
+  HeadShape shape_;
+};
+
+int LayerDecoding::window_of(std::span<const Setting> settings) {
+  int window = 0;
+  for (const Setting& setting : settings) {
+    const Requirements needs = setting.policy->requirements();
+    window = std::max(window, needs.count(Need::Kind::window_queries));
+    for (const WindowCombination& combination : needs.combinations) {
+      window = std::max(window, static_cast<int>(combination.weights.size()));
+    }
+  }
+  return window;
+}
+
+bool LayerDecoding::looks_at_queries(const Setting& setting) {
+  const Policy& policy = *setting.policy;
+  if (policy.row_positions == RowPositions::reindexed) return true;
+  if (window_of({&setting, 1}) > 0) return true;
+  if (!policy.ranking()) return false;
+  const auto memory = policy.ranking()->memory({});
+  return memory != nullptr && memory->observes_attention();
+}
+
+bool LayerDecoding::is_local(const Setting& setting) { return setting.is_local(); }
+
+LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting> settings, std::vector<int> kv_heads,
+                             Index combination_bytes)
+    : prompt_(prompt),
+      kv_heads_(std::move(kv_heads)),
+      combination_bytes_(combination_bytes),
+      shape_(prompt.shape()),
+      position_(shape_.next_position - 1),
+      window_(window_of(settings)) {
+  for (const int kv_head : kv_heads_) {
+    heads_[kv_head] = prompt.head(kv_head);
+    rows_[kv_head] = std::make_unique<Rows>(shape_.head_dim, shape_.group_size, window_);
+  }
+  for (const Setting& setting : settings) {
+    auto caches = std::make_unique<Caches>();
+    caches->policy = *setting.policy;
+    caches->schedule = *setting.policy->schedule;
+    caches->policy.schedule.reset();
+    caches->reindexed = setting.policy->row_positions == RowPositions::reindexed;
+    const int held = shape_.rows();
+    caches->capacity = setting.asked.resolve(held, setting.policy->share_rule) +
+                       (caches->policy.pin.prompt && !caches->policy.pin.counted ? held : 0);
+    caches->own = setting;
+    caches->own.policy = &caches->policy;
+    const bool apart = setting.granularity == Granularity::query;
+    if (apart) caches->own.granularity = Granularity::kv;
+    caches->own.asked = {.text = setting.asked.text, .count = 1};
+    caches->requirements.emplace(std::span<const Setting>(&caches->own, 1), std::numeric_limits<int>::max());
+    caches->sets_per_head = apart ? shape_.group_size : 1;
+    for (const int kv_head : kv_heads_) {
+      for (int set = 0; set < caches->sets_per_head; ++set) {
+        Lane& lane = caches->lanes.emplace_back();
+        lane.kv_head = kv_head;
+        lane.first_member = set;
+        lane.shape = heads_[kv_head]->shape();
+        if (apart) {
+          lane.shape.kv_head = lane.shape.query_head(set);
+          lane.shape.num_kv_heads *= lane.shape.group_size;
+          lane.shape.group_size = 1;
+        }
+        for (int row = 0; row < lane.shape.rows(); ++row) lane.positions.push_back(lane.shape.positions[row]);
+      }
+    }
+    caches_.push_back(std::move(caches));
+  }
+  for (const auto& caches : caches_) begin(*caches);
+
+  // What any of them holds of the prompt.
+  for (const int kv_head : kv_heads_) {
+    std::map<int, int> slots;
+    for (const auto& caches : caches_) {
+      for (const Lane& lane : caches->lanes) {
+        if (lane.kv_head != kv_head) continue;
+        for (const int position : lane.positions) slots[position] = -1;
+      }
+    }
+    const HeadSource& head = *heads_[kv_head];
+    const Index depth = shape_.head_dim;
+    constexpr Index kAtOnce = 256;
+    Buffer keys(kAtOnce * depth);
+    Buffer values(kAtOnce * depth);
+    for (auto first = slots.begin(); first != slots.end();) {
+      auto end = first;
+      Index count = 0;
+      while (end != slots.end() && count < kAtOnce && end->first == first->first + count) {
+        ++end;
+        ++count;
+      }
+      const Index entry = head.entries().count_before(first->first);
+      head.read_keys(entry, count, keys.data());
+      head.read_values(entry, count, values.data());
+      for (Index i = 0; first != end; ++first, ++i) {
+        first->second = rows_[kv_head]->add(keys.data() + i * depth, values.data() + i * depth);
+      }
+    }
+    for (const auto& caches : caches_) {
+      for (Lane& lane : caches->lanes) {
+        if (lane.kv_head != kv_head) continue;
+        for (const int position : lane.positions) {
+          lane.slots.push_back(slots[position]);
+          rows_[kv_head]->hold(lane.slots.back());
+        }
+      }
+    }
+    // The prompt's last queries stay at hand, as far as there are.
+    const std::span<const int> at_hand = head.query_positions();
+    const int some = std::min(window_, contiguous_window(at_hand, shape_.next_position));
+    const Index first = static_cast<Index>(at_hand.size()) - some;
+    std::vector<Matrix> queries;
+    for (int member = 0; member < shape_.group_size; ++member) queries.push_back(head.queries(member, first, some));
+    std::vector<float> of_group(static_cast<std::size_t>(shape_.group_size * depth));
+    for (Index i = 0; i < some; ++i) {
+      for (int member = 0; member < shape_.group_size; ++member) {
+        std::copy_n(queries[static_cast<std::size_t>(member)].data() + i * depth, depth,
+                    of_group.data() + member * depth);
+      }
+      rows_[kv_head]->take_queries(at_hand[static_cast<std::size_t>(first + i)], of_group.data());
+    }
+  }
+  for (const auto& caches : caches_) {
+    if (!caches->schedule.cuts_prompt_apart || !caches->schedule.is_full(rows_of(*caches), capacity_of(*caches))) {
+      continue;
+    }
+    evict(*caches, LiveLayer(*this, *caches, false), position_);
+  }
+}
+
+LayerDecoding::~LayerDecoding() = default;
+
+// The memories of the prompt, and its eviction.
+void LayerDecoding::begin(Caches& caches) {
+  caches.last = position_;
+  const auto& ranking = caches.policy.ranking();
+  for (Lane& lane : caches.lanes) {
+    if (!ranking) continue;
+    lane.memory = ranking->memory(lane.shape);
+    if (!lane.memory) continue;
+    caches.attends = caches.attends || lane.memory->observes_attention();
+    const PromptLane source(*heads_.at(lane.kv_head), lane.shape, lane.first_member, nullptr);
+    lane.memory->begin(Head(source, combination_bytes_));
+  }
+  caches.attends = caches.attends || caches.reindexed;
+  const Schedule& schedule = caches.schedule;
+  const int capacity = capacity_of(caches);
+  Schedule at_end = schedule;
+  if (schedule.cuts_prompt_apart) at_end.attend = Schedule::Attend::after;
+  if (schedule.prompt == Schedule::Prompt::wait || !at_end.is_full(rows_of(caches), capacity)) return;
+  std::swap(caches.schedule, at_end);
+  evict(caches, LiveLayer(*this, caches, true), position_);
+  std::swap(caches.schedule, at_end);
+}
+
+int LayerDecoding::rows_of(const Caches& caches) const {
+  int most = 0;
+  for (const Lane& lane : caches.lanes) most = std::max(most, static_cast<int>(lane.positions.size()));
+  return most;
+}
+
+// What the layer's caches may hold: by a budget over layers, the layer's own share.
+int LayerDecoding::capacity_of(const Caches& caches) const {
+  const auto& budget = caches.policy.budget;
+  if (!budget || budget->looks_at_heads()) return caches.capacity;
+  Setting asked = caches.own;
+  asked.asked.count = caches.capacity;
+  HeadShape shape = caches.lanes.front().shape;
+  shape.kv_head = 0;
+  return std::ranges::max(budget->allocate(asked.budget_request(shape)));
+}
+
+void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int position) {
+  Setting setting = caches.own;
+  setting.asked.count = std::max(1, caches.capacity - caches.schedule.coming());
+  const int rows = rows_of(caches);
+  // A cache at its capacity keeps everything, and its scores are asked for as if one had to go.
+  const bool only_order = caches.schedule.when_full && setting.asked.count >= rows;
+  if (only_order) setting.asked.count = std::max(1, rows - 1);
+  ScoresKept scores;
+  LayerDecision decision(layer, {&setting, 1}, *caches.requirements, combination_bytes_, &scores);
+  for (const Lane& lane : caches.lanes) decision.decide_head(lane.shape.kv_head);
+  decision.decide_together(0);
+  LayerSets kept = std::move(decision.take()[0]);
+  for (Lane& lane : caches.lanes) {
+    const std::vector<int>& positions = kept[static_cast<std::size_t>(lane.shape.kv_head)];
+    std::vector<int> left;
+    std::size_t next = 0;
+    for (std::size_t row = 0; row < lane.positions.size(); ++row) {
+      if (only_order || (next < positions.size() && positions[next] == lane.positions[row])) {
+        left.push_back(static_cast<int>(row));
+        ++next;
+      } else {
+        lane.gone.emplace_back(lane.positions[row], position);
+        if (!lane.slots.empty()) rows_.at(lane.kv_head)->release(lane.slots[row]);
+      }
+    }
+    left = ordered(std::move(left), caches.policy.order.value_or(RowOrder::position), scores.of(lane.shape.kv_head),
+                   caches.policy.protection().held_by(lane.shape));
+    const auto gather = [&left](std::vector<int>& of) {
+      if (of.empty()) return;
+      std::vector<int> gathered;
+      gathered.reserve(left.size() + 1);
+      for (const int row : left) gathered.push_back(of[static_cast<std::size_t>(row)]);
+      of = std::move(gathered);
+    };
+    gather(lane.positions);
+    gather(lane.slots);
+    if (lane.memory) lane.memory->keep(left);
+  }
+  caches.evictions.push_back(position);
+  caches.last = position;
+}
+
+void LayerDecoding::step(const TokenRows& token) {
+  position_ = token.position;
+  const Index depth = shape_.head_dim;
+  std::map<int, int> slots;
+  for (const int kv_head : kv_heads_) {
+    Rows& rows = *rows_.at(kv_head);
+    slots[kv_head] = rows.add(token.keys + kv_head * depth, token.values + kv_head * depth);
+    rows.take_queries(token.position,
+                      token.queries == nullptr ? nullptr : token.queries + Index{kv_head} * shape_.group_size * depth);
+  }
+  const auto first_visible = static_cast<int>(shape_.rule.first_visible(token.position + 1));
+  for (const auto& caches : caches_) {
+    for (Lane& lane : caches->lanes) {
+      lane.positions.push_back(token.position);
+      lane.slots.push_back(slots.at(lane.kv_head));
+      rows_.at(lane.kv_head)->hold(lane.slots.back());
+    }
+    attend(*caches, token);
+    for (Lane& lane : caches->lanes) {
+      // What a window leaves behind.
+      if (std::ranges::any_of(lane.positions, [first_visible](int p) { return p < first_visible; })) {
+        std::vector<int> left;
+        std::vector<int> positions;
+        std::vector<int> held;
+        for (std::size_t row = 0; row < lane.positions.size(); ++row) {
+          if (lane.positions[row] < first_visible) {
+            lane.gone.emplace_back(lane.positions[row], CacheHistory::kNever);  // as far as the policy goes
+            rows_.at(lane.kv_head)->release(lane.slots[row]);
+            continue;
+          }
+          left.push_back(static_cast<int>(row));
+          positions.push_back(lane.positions[row]);
+          held.push_back(lane.slots[row]);
+        }
+        lane.positions = std::move(positions);
+        lane.slots = std::move(held);
+        if (lane.memory) lane.memory->keep(left);
+      }
+    }
+    const int rows = rows_of(*caches);
+    if (!caches->schedule.is_due(token.position, caches->last, rows)) continue;
+    if (caches->schedule.is_full(rows, capacity_of(*caches))) {
+      for (Lane& lane : caches->lanes) {
+        lane.shape.next_position = token.position + 1;
+        lane.shape.positions = CachePositions(lane.positions);
+      }
+      evict(*caches, LiveLayer(*this, *caches, false), token.position);
+    } else if (caches->schedule.starts_over) {
+      caches->last = token.position;
+    }
+  }
+  // What no cache took up: there is always one, and a slot that nobody holds any more was given back.
+}
+
+// What the newest query pays to the rows of every cache, where somebody looks at it.
+void LayerDecoding::attend(Caches& caches, const TokenRows& token) {
+  if (caches.attends) {
+    const Index depth = shape_.head_dim;
+    if (caches.reindexed) {
+      caches.outputs.emplace_back(static_cast<std::size_t>(Index{shape_.num_kv_heads} * shape_.group_size * depth));
+    }
+    for (Lane& lane : caches.lanes) {
+      Rows& rows = *rows_.at(lane.kv_head);
+      const auto count = static_cast<Index>(lane.slots.size());
+      const int members = lane.shape.group_size;
+      lane.attention.resize(members, count);
+      if (caches.reindexed) {
+        lane.shape.next_position = token.position + 1;
+        lane.shape.positions = CachePositions(lane.positions);
+        const LiveHead live(lane, rows, *heads_.at(lane.kv_head), lane.shape.rotary.get());
+        Matrix keys(count, depth);
+        live.read_keys(0, count, keys.data());
+        const auto newest = static_cast<Index>(rows.query_positions().size()) - 1;
+        for (int member = 0; member < members; ++member) {
+          lane.attention.row(member).noalias() = live.queries(member, newest, 1) * keys.transpose();
+        }
+      } else {
+        for (int member = 0; member < members; ++member) {
+          for (Index row = 0; row < count; ++row) {
+            lane.attention(member, row) =
+                rows.product(lane.first_member + member, lane.slots[static_cast<std::size_t>(row)]);
+          }
+        }
+      }
+      scale_logits(lane.attention, lane.shape.rule);
+      for (int member = 0; member < members; ++member) {
+        softmax(lane.attention.row(member), 0, count, lane.shape.rule.sink(lane.shape.query_head(member)));
+      }
+      count_exponentials(members * count);
+      if (caches.reindexed) {
+        for (int member = 0; member < members; ++member) {
+          Eigen::Map<Eigen::RowVectorXf> output(
+              caches.outputs.back().data() + (lane.kv_head * shape_.group_size + lane.first_member + member) * depth,
+              depth);
+          Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(depth);
+          for (Index row = 0; row < count; ++row) {
+            sum += static_cast<double>(lane.attention(member, row)) *
+                   Eigen::Map<const Eigen::RowVectorXf>(rows.value(lane.slots[static_cast<std::size_t>(row)]), depth)
+                       .cast<double>();
+          }
+          output = sum.cast<float>();
+        }
+      }
+    }
+  }
+  for (Lane& lane : caches.lanes) {
+    if (lane.memory) {
+      lane.memory->observe({.position = token.position, .attention = caches.attends ? &lane.attention : nullptr});
+    }
+  }
+}
+
+std::vector<DecodedSetting> LayerDecoding::take() {
+  std::vector<DecodedSetting> all;
+  for (const auto& caches : caches_) {
+    DecodedSetting& setting = all.emplace_back();
+    const auto sets = static_cast<std::size_t>(shape_.num_kv_heads * caches->sets_per_head);
+    setting.sets.resize(sets);
+    setting.rows.resize(sets);
+    setting.evictions = caches->evictions;
+    for (Lane& lane : caches->lanes) {
+      const auto index = static_cast<std::size_t>(lane.shape.kv_head);
+      std::vector<std::pair<int, int>> history = std::move(lane.gone);
+      std::erase_if(history, [this](const auto& gone) { return gone.second < shape_.next_position; });
+      for (const int position : lane.positions) history.emplace_back(position, CacheHistory::kNever);
+      std::ranges::sort(history);
+      for (const auto& [position, until] : history) {
+        setting.sets[index].positions.push_back(position);
+        setting.sets[index].until.push_back(until);
+      }
+      setting.rows[index] = lane.positions;
+    }
+    if (!caches->outputs.empty()) {
+      setting.outputs.resize(static_cast<Index>(caches->outputs.size()),
+                             static_cast<Index>(caches->outputs.front().size()));
+      for (std::size_t i = 0; i < caches->outputs.size(); ++i) {
+        std::ranges::copy(caches->outputs[i], setting.outputs.data() + static_cast<Index>(i) * setting.outputs.cols());
+      }
+    }
+  }
+  return all;
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,98 @@
+// Deciding while tokens come: the caches of one layer under the schedules of its settings, step by step.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "policy/decision.h"
+#include "policy/head.h"
+#include "policy/setting.h"
+
+namespace kvreplay {
+
+/// How long the positions of one cache were in it: all that was evicted, and all that stood there in the end.
+struct CacheHistory {
+  /// The last query of what is never evicted.
+  static constexpr int kNever = std::numeric_limits<int>::max();
+
+  std::vector<int> positions;  ///< ascending
+  std::vector<int> until;      ///< of each, the last query that saw it
+};
+
+/// What one setting did in one layer.
+struct DecodedSetting {
+  std::vector<CacheHistory> sets;    ///< [H] at granularity query, otherwise [K]
+  std::vector<int> evictions;        ///< positions after which there was one, ascending
+  std::vector<std::vector<int>> rows;  ///< [set]: positions in the order in which the cache holds them now
+  /// Outputs of the queries since the prompt, where what they attend to is not told by positions alone: [steps, H · D],
+  /// of the heads that were decoded; otherwise empty.
+  Matrix outputs;
+};
+
+/// A token of the decode phase as a layer computes it.
+struct TokenRows {
+  int position = 0;
+  const float* keys = nullptr;     ///< [K, D]
+  const float* values = nullptr;   ///< [K, D]
+  const float* queries = nullptr;  ///< [H, D]; null where they were not captured
+};
+
+/// The caches of some KV heads of a layer, of every setting that has a schedule. Settings share what they hold alike:
+/// keys and values are there once, and products of queries and keys are taken once. It knows no trace: in replay one
+/// stands behind the prompt and the tokens, in a live run the model.
+///
+/// A step's token joins every cache, then its queries attend to what is there, and then policies evict, where their
+/// schedules say so. Attention is softmax in float32 over the rows of a cache, in its order.
+class LayerDecoding {
+ public:
+  /// `prompt` delivers the layer's heads at the prompt's end, and must outlive it; so must the settings, all of which
+  /// have a schedule. `kv_heads` are those that are decoded: all of them where a setting's heads depend on each other.
+  /// `combination_bytes`: see LayerDecision. Evicts the prompt where it is due. Throws Error as LayerDecision does.
+  LayerDecoding(const LayerSource& prompt, std::span<const Setting> settings, std::vector<int> kv_heads,
+                Index combination_bytes);
+  ~LayerDecoding();
+  LayerDecoding(const LayerDecoding&) = delete;
+  LayerDecoding& operator=(const LayerDecoding&) = delete;
+
+  /// The next token. Throws Error as LayerDecision does.
+  void step(const TokenRows& token);
+
+  /// What every setting did up to now: sets of the heads that were decoded are filled, all others empty.
+  std::vector<DecodedSetting> take();
+
+  /// How many queries before a step have to be at hand, for the settings of a layer.
+  static int window_of(std::span<const Setting> settings);
+
+  /// Whether a setting looks at queries at all once the prompt is over.
+  static bool looks_at_queries(const Setting& setting);
+
+  /// Whether a setting's heads can be decoded apart.
+  static bool is_local(const Setting& setting);
+
+ private:
+  class Rows;
+  class LiveHead;
+  class LiveLayer;
+  struct Lane;
+  struct Caches;
+
+  void begin(Caches& caches);
+  void evict(Caches& caches, const LayerSource& layer, int position);
+  void attend(Caches& caches, const TokenRows& token);
+  int rows_of(const Caches& caches) const;
+  int capacity_of(const Caches& caches) const;
+
+  const LayerSource& prompt_;
+  std::vector<int> kv_heads_;
+  Index combination_bytes_;
+  HeadShape shape_;  // of the prompt's first head
+  int position_;     // of the last token that came
+  int window_;       // queries that stay at hand
+  std::map<int, std::unique_ptr<Rows>> rows_;         // [KV head]
+  std::map<int, std::unique_ptr<HeadSource>> heads_;  // [KV head]: the prompt's
+  std::vector<std::unique_ptr<Caches>> caches_;       // [setting]
+};
+
+}  // namespace kvreplay

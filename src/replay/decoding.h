@@ -1,0 +1,24 @@
+// Caches under schedules, over the tokens of a trace.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "policy/decoding.h"
+#include "replay/eviction.h"
+#include "replay/layer_projection.h"
+#include "trace/captured_run.h"
+
+namespace kvreplay {
+
+/// What settings with a schedule do in some KV heads of a layer, from the eviction position to the trace's last token:
+/// all heads where LayerDecoding::is_local() is not true of every setting. Reads keys, values and queries block by
+/// block. Throws Error as LayerDecoding does.
+std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
+                                         std::span<const Setting> settings, const std::vector<int>& kv_heads,
+                                         const LayerProjection* projection, Index combination_bytes);
+
+/// How many queries in a row are at hand, counted from `position` on.
+int queries_from(std::span<const int> query_positions, int position);
+
+}  // namespace kvreplay

@@ -1,0 +1,143 @@
+#include "decode/golden.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "hdf5/hdf5.h"
+#include "support/places.h"
+#include "trace/reader.h"
+
+namespace kvreplay::test {
+namespace {
+
+// The runs' arguments carry the names of the original codes; here they are said in our terms.
+class RunTranslation {
+ public:
+  RunTranslation(const hdf5::File& file, std::string group) : file_(file), group_(std::move(group)) {}
+
+  std::string spec() const {
+    const std::string method = text("method");
+    if (method == "h2o_real_drop") {
+      return fmt::format("h2o@h2o{}(recent={})", flag("rolled") ? "-rolled" : "", number("recent_size"));
+    }
+    if (method == "tova") return "tova@tova";
+    if (method == "streamingllm") {
+      return fmt::format("streamingllm@streaming-llm(sinks={},coming={})", number("start_size"),
+                         text("mode") == "before" ? number("chunk") : 0);
+    }
+    if (method == "rkv") return rkv();
+    if (method == "kvpress") return kvpress();
+    return "";
+  }
+
+  int capacity() const {
+    for (const char* name : {"budget", "target_size", "cache_size", "kv_budget", "token_budget", "max_cache_length"}) {
+      if (has(name)) return number(name);
+    }
+    if (has("max_capacity")) return number("max_capacity") + 1;
+    if (has("hh_size")) return number("hh_size") + number("recent_size");
+    if (has("start_size")) return number("start_size") + number("recent_size");
+    return 1;
+  }
+
+  std::string text(const std::string& name) const { return file_.read_string(group_, name); }
+  bool has(const std::string& name) const { return file_.has_attribute(group_, name); }
+
+ private:
+  std::string rkv() const {
+    const std::string order = has("resorted") ? ",order=position" : "";
+    const std::string method = has("rkv_method") ? text("rkv_method") : "";
+    if (method == "streamingllm") {
+      return fmt::format("streamingllm@r-kv(sinks={},interval={})", number("first_tokens"), number("divide_length"));
+    }
+    if (method == "snapkv") {
+      return fmt::format("snapkv@r-kv(window={},interval={}{})", number("window_size"), number("divide_length"), order);
+    }
+    return fmt::format("rkv(window={},kernel={},lambda={},spared={},interval={}{})", number("window_size"),
+                       number("kernel_size"), real("mix_lambda"),
+                       text("retain_direction") == "first" ? "first" : "newest", number("divide_length"), order);
+  }
+
+  std::string kvpress() const {
+    const std::string base = text("base");
+    if (base == "snapkv") {
+      return fmt::format("snapkv@kvpress-decoding(window={},kernel={},attention={},interval={})", number("window_size"),
+                         number("kernel_size"), text("attentions"), number("compression_interval")) +
+             (has("resorted") ? "+order(position)" : "");
+    }
+    return fmt::format("{}@kvpress-decoding(interval={})", base, number("compression_interval"));
+  }
+
+  int number(const std::string& name) const { return static_cast<int>(file_.read_int(group_, name)); }
+  double real(const std::string& name) const { return file_.read_double(group_, name); }
+  bool flag(const std::string& name) const { return has(name) && file_.read_int(group_, name) != 0; }
+
+  const hdf5::File& file_;
+  std::string group_;
+};
+
+}  // namespace
+
+std::vector<std::filesystem::path> golden_decode_files() {
+  const char* elsewhere = std::getenv("KVREPLAY_GOLDEN_DECODE_DIR");
+  std::vector<std::filesystem::path> files;
+  for (const auto& entry : std::filesystem::directory_iterator(elsewhere ? std::filesystem::path(elsewhere)
+                                                                         : project_folder() / "tests/golden-decode")) {
+    if (entry.path().extension() == ".h5") files.push_back(entry.path());
+  }
+  std::ranges::sort(files);
+  return files;
+}
+
+std::vector<GoldenRun> golden_runs(const std::filesystem::path& path) {
+  const TraceReader trace(path);
+  const ModelInfo& model = trace.info().model;
+  const hdf5::File file = hdf5::File::open(path);
+  std::vector<GoldenRun> runs;
+  for (const std::string& id : file.list("/golden-decode")) {
+    const std::string group = "/golden-decode/" + id;
+    const RunTranslation translation(file, group);
+    GoldenRun run;
+    run.file = path;
+    run.id = id;
+    run.spec = translation.spec();
+    run.capacity = translation.capacity();
+    const std::string heads = translation.text("heads");
+    run.granularity = heads == "query" ? Granularity::query : heads == "kv" ? Granularity::kv : Granularity::layer;
+    run.sets_per_layer = heads == "query" ? model.num_attention_heads : heads == "kv" ? model.num_key_value_heads : 1;
+    run.tie_dependent = translation.has("tie_dependent");
+    run.masked_at_once = translation.text("attends") == "after eviction";
+    const auto ints = [&](const std::string& name) {
+      const std::vector<std::int64_t> read = file.read_int64s(group + "/" + name);
+      return std::vector<int>(read.begin(), read.end());
+    };
+    run.steps = ints("steps");
+    const std::vector<int> offsets = ints("offsets");
+    const auto sets = [&](const std::string& name) {
+      const std::vector<int> all = ints(name);
+      std::vector<std::vector<int>> split;
+      for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
+        split.emplace_back(all.begin() + offsets[i], all.begin() + offsets[i + 1]);
+      }
+      return split;
+    };
+    run.kept = sets("kept");
+    if (file.exists(group + "/kept_in_cache_order")) run.in_order = sets("kept_in_cache_order");
+    std::string as_published;
+    for (const char* suffix : {"_reindexed", "_live"}) {
+      if (file.exists(fmt::format("{}/head_error{}", group, suffix))) as_published = suffix;
+    }
+    run.head_error = file.read_floats(group + "/head_error" + as_published);
+    run.layer_error = file.read_floats(group + "/layer_error" + as_published);
+    run.attention_recall = file.read_floats(group + "/attention_recall");
+    run.cache_size = ints("cache_size");
+    runs.push_back(std::move(run));
+  }
+  return runs;
+}
+
+}  // namespace kvreplay::test

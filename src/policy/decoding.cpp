@@ -280,7 +280,9 @@ class LayerDecoding::LiveLayer : public LayerSource {
     const auto found = std::ranges::find_if(caches_.lanes, [index](const Lane& l) { return l.shape.kv_head == index; });
     const HeadSource& prompt = *decoding_.heads_.at(found->kv_head);
     if (of_prompt_) {
-      return std::make_unique<PromptLane>(prompt, found->shape, found->first_member, found->memory.get());
+      // A prompt that is cut apart is cut as by one eviction.
+      return std::make_unique<PromptLane>(prompt, found->shape, found->first_member,
+                                          decoding_.cuts_apart_ ? nullptr : found->memory.get());
     }
     return std::make_unique<LiveHead>(*found, *decoding_.rows_.at(found->kv_head), prompt,
                                       caches_.reindexed ? found->shape.rotary.get() : nullptr);
@@ -443,6 +445,7 @@ void LayerDecoding::begin(Caches& caches) {
   Schedule at_end = schedule;
   if (schedule.cuts_prompt_apart) at_end.attend = Schedule::Attend::after;
   if (schedule.prompt == Schedule::Prompt::wait || !at_end.is_full(rows_of(caches), capacity)) return;
+  cuts_apart_ = schedule.cuts_prompt_apart;
   std::swap(caches.schedule, at_end);
   evict(caches, LiveLayer(*this, caches, true), position_);
   std::swap(caches.schedule, at_end);

@@ -90,6 +90,7 @@ class LayerDecoding {
   HeadShape shape_;  // of the prompt's first head
   int position_;     // of the last token that came
   int window_;       // queries that stay at hand
+  bool cuts_apart_ = false;  // while a prompt is evicted: as by one eviction, without what is remembered of it
   std::map<int, std::unique_ptr<Rows>> rows_;         // [KV head]
   std::map<int, std::unique_ptr<HeadSource>> heads_;  // [KV head]: the prompt's
   std::vector<std::unique_ptr<Caches>> caches_;       // [setting]

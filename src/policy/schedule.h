@@ -39,7 +39,9 @@ struct Schedule {
   bool starts_over = false;  ///< of Phase::since_last: an interval that ends below the capacity is followed by another
   bool when_full = false;    ///< evicts at the capacity already: nothing goes, but its order may change
   double burst = 1;          ///< evicts from so many times the capacity on
-  bool cuts_prompt_apart = false;  ///< of Attend::before: the prompt is cut to the capacity before room is made
+  /// Of Attend::before: the prompt is cut to the capacity before room is made, as by one eviction: the ranking has no
+  /// memory then.
+  bool cuts_prompt_apart = false;
 
   /// Tokens that room is made for.
   int coming() const { return attend == Attend::before && interval != kOnce ? interval : 0; }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <map>
 #include <stdexcept>
 
 #include "hdf5/hdf5.h"
@@ -31,6 +32,27 @@ class RunTranslation {
     }
     if (method == "rkv") return rkv();
     if (method == "kvpress") return kvpress();
+    if (method == "coldcompress") {
+      const std::string history = has("history_window_size") ? text_of("history_window_size") : "1";
+      return text("cache_strategy") == "l2"
+                 ? fmt::format("knorm@cold-compress(global={},recent={})", number("global_tokens"),
+                               number("recent_window"))
+                 : fmt::format("cold-compress(global={},recent={},history={})", number("global_tokens"),
+                               number("recent_window"), history);
+    }
+    if (method == "morphkv") {
+      return fmt::format("morphkv(window={},fusion={},burst={})", number("window_size"),
+                         text("morph_type") == "max_fused" ? "max" : "sum", real("evict_after"));
+    }
+    if (method == "vase") {
+      static const std::map<std::string, std::string> modes = {{"attn", "attention"},
+                                                               {"attn_rkv", "attention-redundancy"},
+                                                               {"range_attn", "range-attention"},
+                                                               {"evict_large_range", "narrow-range"}};
+      return fmt::format("vase(mode={},recent={},large={},lambda={},smooth={})", modes.at(text("eviction_mode")),
+                         number("residual_length"), has("n_large") ? number("n_large") : 200,
+                         has("rkv_lambda") ? real("rkv_lambda") : 0.5, flag("smooth"));
+    }
     return "";
   }
 
@@ -72,6 +94,7 @@ class RunTranslation {
     return fmt::format("{}@kvpress-decoding(interval={})", base, number("compression_interval"));
   }
 
+  std::string text_of(const std::string& name) const { return fmt::format("{}", number(name)); }
   int number(const std::string& name) const { return static_cast<int>(file_.read_int(group_, name)); }
   double real(const std::string& name) const { return file_.read_double(group_, name); }
   bool flag(const std::string& name) const { return has(name) && file_.read_int(group_, name) != 0; }

@@ -5,7 +5,9 @@
 // 1). Paper and code pool with an average or a maximum; beyond the edges the average counts zeros, as avg_pool1d does.
 // The window itself is always kept.
 #include <algorithm>
+#include <numeric>
 
+#include "base/error.h"
 #include "policy/policy.h"
 #include "policy/published_code.h"
 #include "policy/smoothing.h"
@@ -120,6 +122,83 @@ const MethodRegistration kvcache_factory_code([] {
           },
       .variant_of = "snapkv",
       .revision = kvcache_factory::kRevision,
+  };
+});
+
+// What kvpress' DecodingPress makes of it. On the eager path one row of attention is at hand, the newest token's,
+// whatever the window. Under sdpa the window's queries are computed anew, and all of them are turned to the newest
+// token's position; the causal mask within the window goes by rows.
+class SnapKVWhileDecoding : public Ranking {
+ public:
+  SnapKVWhileDecoding(int window, int kernel, bool eager) : window_(window), kernel_(kernel), eager_(eager) {}
+
+  Protection protection() const override { return {.window = window_}; }
+  Requirements requirements() const override {
+    if (eager_) return {.needs = {Need::window(1)}};
+    return {.needs = {Need::window(window_), {Need::Kind::rotary}}};
+  }
+
+  void score(const Head& head, int member, std::span<float> scores) const override {
+    if (eager_) {
+      std::ranges::copy(head.attention(member, 0), scores.begin());
+      return;
+    }
+    const int newest = head.shape().next_position - 1;
+    Matrix queries = head.queries(member, window_);
+    std::vector<int> positions(static_cast<std::size_t>(window_));
+    std::iota(positions.begin(), positions.end(), newest - window_ + 1);
+    unrotate(*head.shape().rotary, positions, queries);
+    std::ranges::fill(positions, newest);
+    rotate(*head.shape().rotary, positions, queries);
+    std::vector<double> sums(scores.size(), 0.0);
+    head.attend(
+        member, queries, head.keys(),
+        [&](Index query) { return std::pair(Index{0}, head.rows() - window_ + query + 1); },
+        [&](Index /*query*/, std::span<const float> weights) {
+          for (std::size_t n = 0; n < sums.size(); ++n) sums[n] += static_cast<double>(weights[n]);
+        });
+    for (std::size_t n = 0; n < sums.size(); ++n) scores[n] = static_cast<float>(sums[n] / window_);
+  }
+
+  void smooth(const Head& head, int /*member*/, int /*capacity*/, std::span<float> scores) const override {
+    pool(Spatial::average, kernel_, scores.first(static_cast<std::size_t>(head.rows() - window_)));
+  }
+
+ private:
+  int window_;
+  int kernel_;
+  bool eager_;
+};
+
+const MethodRegistration kvpress_decoding_code([] {
+  return Method{
+      .name = "snapkv@kvpress-decoding",
+      .summary = kvpress::decoding(
+          "attention=sdpa turns all of the window's queries to the newest token's position, attention=eager has the "
+          "newest token's attention alone; the two choose differently. Pools over neighbours in score."),
+      .source = "github.com/NVIDIA/kvpress, decoding_press.py over snapkv_press.py",
+      .parameters = {Parameter::integer("window", 64, 1, "observation window: last queries, always kept")
+                         .of(Parameter::Step::window),
+                     Parameter::odd_integer("kernel", 5, 1, "positions that are pooled").of(Parameter::Step::space),
+                     Parameter::choice("attention", {"sdpa", "eager"}, "the model's attention implementation")
+                         .of(Parameter::Step::score),
+                     kvpress::interval_parameter()},
+      .compose =
+          [](const Arguments& a) {
+            if (a.integer("interval") <= a.integer("window")) {
+              throw UsageError(
+                  "snapkv@kvpress-decoding: its code fails where the interval is no longer than the window; ask for a "
+                  "longer interval or a smaller window");
+            }
+            return Composition{.rule = std::make_shared<SnapKVWhileDecoding>(
+                                   a.integer("window"), a.integer("kernel"), a.text("attention") == "eager"),
+                               .granularity = Granularity::kv,
+                               .share = Share::mean,
+                               .schedule = kvpress::decoding_schedule(a.integer("interval")),
+                               .order = RowOrder::protected_first};
+          },
+      .variant_of = "snapkv",
+      .revision = kvpress::kRevision,
   };
 });
 

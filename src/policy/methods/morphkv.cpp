@@ -1,0 +1,169 @@
+// MorphKV (arXiv 2503.00979): what the last tokens attend to is kept, anew at every step.
+//
+// Score of a row before the window: softmax over these rows of the logits of each of the last `window` queries, summed
+// over the queries (fusion=sum) or their maximum (fusion=max); logits of a group's query heads are added up before the
+// softmax (the authors' code). The last `window` rows are always kept. It evicts before the token that comes attends,
+// and that token's query has no say: the capacity counts it, the code's max_capacity does not. With burst > 1 the cache
+// grows to so many times the capacity first.
+//
+// Where a group has several query heads the code keeps, of each query head's logits, the columns that this head alone
+// would choose, and of the cache the rows that the group chooses. From the second eviction on logits and rows are of
+// different tokens, and go on being added place by place; so they are here. The code also masks each query head by its
+// own choice; here all of a group see the cache.
+#include <algorithm>
+#include <cmath>
+#include <deque>
+#include <limits>
+#include <numeric>
+
+#include "base/softmax.h"
+#include "policy/policy.h"
+
+namespace kvreplay {
+namespace {
+
+enum class Fusion { sum, max };
+
+// Of logits [queries, R], what their first `past` columns are worth.
+std::vector<float> fused(const Matrix& logits, Index past, Fusion fusion) {
+  std::vector<float> scores(static_cast<std::size_t>(past), 0.0f);
+  for (Index query = 0; query < logits.rows(); ++query) {
+    Matrix weights = logits.row(query).head(past);
+    softmax(weights.row(0), 0, past);
+    for (Index n = 0; n < past; ++n) {
+      float& score = scores[static_cast<std::size_t>(n)];
+      score = fusion == Fusion::sum ? score + weights(0, n) : std::max(score, weights(0, n));
+    }
+  }
+  return scores;
+}
+
+// Logits of the last queries per row of the cache, of every query head of the group. Their differences are all that
+// counts, and those of attention's logarithms are the same.
+class LastLogits : public RankingMemory {
+ public:
+  LastLogits(int group_size, int window, Fusion fusion)
+      : window_(window), fusion_(fusion), members_(static_cast<std::size_t>(group_size)) {}
+
+  void begin(const Head& head) override {
+    for (std::size_t member = 0; member < members_.size(); ++member) {
+      for (int age = window_ - 1; age >= 0; --age) {
+        add(members_[member], head.attention(static_cast<int>(member), age));
+      }
+    }
+  }
+
+  void observe(const CacheStep& step) override {
+    for (std::size_t member = 0; member < members_.size(); ++member) {
+      const float* row = step.attention->data() + static_cast<Index>(member) * step.attention->cols();
+      add(members_[member], {row, static_cast<std::size_t>(step.attention->cols())});
+    }
+  }
+
+  void keep(std::span<const int> rows) override {
+    for (std::deque<std::vector<float>>& queries : members_) {
+      std::vector<int> own(rows.begin(), rows.end());
+      if (members_.size() > 1) {
+        // What this query head would keep by itself.
+        const Matrix logits = as_matrix({&queries, 1});
+        const std::vector<float> scores = fused(logits, logits.cols() - window_, fusion_);
+        own = select_top(scores, {}, static_cast<int>(rows.size()) - window_);
+        for (int row = static_cast<int>(scores.size()); row < static_cast<int>(logits.cols()); ++row) own.push_back(row);
+      }
+      for (std::vector<float>& query : queries) {
+        query.resize(longest(queries), 0.0f);
+        std::vector<float> left;
+        for (const int row : own) left.push_back(query[static_cast<std::size_t>(row)]);
+        query = std::move(left);
+      }
+    }
+  }
+
+  // Added up over the group: [window, R].
+  Matrix of_group() const { return as_matrix(members_); }
+
+ private:
+  static std::size_t longest(const std::deque<std::vector<float>>& queries) {
+    std::size_t most = 0;
+    for (const std::vector<float>& query : queries) most = std::max(most, query.size());
+    return most;
+  }
+
+  void add(std::deque<std::vector<float>>& queries, std::span<const float> attention) const {
+    std::vector<float>& query = queries.emplace_back();
+    for (const float weight : attention) {
+      query.push_back(std::log(std::max(weight, std::numeric_limits<float>::min())));
+    }
+    if (static_cast<int>(queries.size()) > window_) queries.pop_front();
+  }
+
+  // Rows that came after a query are never looked at in its logits.
+  static Matrix as_matrix(std::span<const std::deque<std::vector<float>>> members) {
+    const std::deque<std::vector<float>>& first = members.front();
+    Matrix sum = Matrix::Zero(static_cast<Index>(first.size()), static_cast<Index>(longest(first)));
+    for (const std::deque<std::vector<float>>& queries : members) {
+      for (std::size_t query = 0; query < queries.size(); ++query) {
+        for (std::size_t n = 0; n < queries[query].size(); ++n) {
+          sum(static_cast<Index>(query), static_cast<Index>(n)) += queries[query][n];
+        }
+      }
+    }
+    return sum;
+  }
+
+  int window_;
+  Fusion fusion_;
+  std::vector<std::deque<std::vector<float>>> members_;  // [member][query], oldest first: a logit per row
+};
+
+class MorphKV : public Ranking {
+ public:
+  MorphKV(int window, Fusion fusion) : window_(window), fusion_(fusion) {}
+
+  Protection protection() const override { return {.window = window_}; }
+  Requirements requirements() const override { return {.needs = {Need::window(window_)}}; }
+  std::unique_ptr<RankingMemory> memory(const HeadShape& shape) const override {
+    return std::make_unique<LastLogits>(shape.group_size, window_, fusion_);
+  }
+
+  void score(const Head& head, int /*member*/, std::span<float> scores) const override {
+    const std::vector<float>& group = head.once(std::pair(window_, fusion_), [&] {
+      const auto* const memory = dynamic_cast<const LastLogits*>(head.memory());
+      if (memory != nullptr) return fused(memory->of_group(), head.rows() - window_, fusion_);
+      LastLogits prompt(head.shape().group_size, window_, fusion_);
+      prompt.begin(head);
+      return fused(prompt.of_group(), head.rows() - window_, fusion_);
+    });
+    std::ranges::copy(group, scores.begin());
+  }
+
+ private:
+  int window_;
+  Fusion fusion_;
+};
+
+const MethodRegistration morphkv([] {
+  return Method{
+      .name = "morphkv",
+      .summary = "Keeps what the last queries attend to, chosen anew before every token; as the authors' code does.",
+      .source = "arXiv 2503.00979, section 3; github.com/ghadiaravi13/MorphKV, morphkv/morph_cache.py, commit 8903d2a",
+      .parameters = {Parameter::integer("window", 32, 1, "last queries that are asked, and rows that are always kept")
+                         .of(Parameter::Step::window),
+                     Parameter::choice("fusion", {"sum", "max"}, "how the queries' attention becomes one")
+                         .of(Parameter::Step::time),
+                     Parameter::real("burst", 1, 1, 100, "grows to so many times the capacity: evict_after")
+                         .of(Parameter::Step::schedule)},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{
+                .rule = std::make_shared<MorphKV>(a.integer("window"),
+                                                  a.text("fusion") == "max" ? Fusion::max : Fusion::sum),
+                .granularity = Granularity::kv,
+                .share = Share::max,
+                .schedule = Schedule{.attend = Schedule::Attend::before, .burst = a.real("burst")}};
+          },
+  };
+});
+
+}  // namespace
+}  // namespace kvreplay

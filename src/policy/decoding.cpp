@@ -238,8 +238,8 @@ class LayerDecoding::LiveHead : public HeadSource {
     }
     if (reindexed_ == nullptr) return rows;
     // The newest query is at the newest row, the one before it at the row before.
-    const std::span<const int> all = rows_.query_positions().subspan(static_cast<std::size_t>(first),
-                                                                     static_cast<std::size_t>(count));
+    const std::span<const int> all =
+        rows_.query_positions().subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
     std::vector<int> positions(all.begin(), all.end());
     unrotate(*reindexed_, positions, rows);
     for (int& position : positions) position = std::max(0, lane_.shape.rows() - (lane_.shape.next_position - position));
@@ -247,12 +247,8 @@ class LayerDecoding::LiveHead : public HeadSource {
     return rows;
   }
   bool has_output_projection() const override { return prompt_.has_output_projection(); }
-  Matrix output_projection(int member) const override {
-    return prompt_.output_projection(lane_.first_member + member);
-  }
-  Matrix projection_factor(int member) const override {
-    return prompt_.projection_factor(lane_.first_member + member);
-  }
+  Matrix output_projection(int member) const override { return prompt_.output_projection(lane_.first_member + member); }
+  Matrix projection_factor(int member) const override { return prompt_.projection_factor(lane_.first_member + member); }
   std::optional<std::vector<float>> attention_mass(int /*member*/) const override { return std::nullopt; }
   const RankingMemory* memory() const override { return lane_.memory.get(); }
 
@@ -468,7 +464,9 @@ int LayerDecoding::capacity_of(const Caches& caches) const {
   return std::ranges::max(budget->allocate(asked.budget_request(shape)));
 }
 
-void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int position) {
+// `last_query`: the last one that saw what goes. `observes`: what the newest query paid is told between the decision
+// and what comes of it.
+void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int last_query, bool observes) {
   Setting setting = caches.own;
   setting.asked.count = std::max(1, caches.capacity - caches.schedule.coming());
   const int rows = rows_of(caches);
@@ -480,6 +478,7 @@ void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int position
   for (const Lane& lane : caches.lanes) decision.decide_head(lane.shape.kv_head);
   decision.decide_together(0);
   LayerSets kept = std::move(decision.take()[0]);
+  if (observes) observe(caches);
   for (Lane& lane : caches.lanes) {
     const std::vector<int>& positions = kept[static_cast<std::size_t>(lane.shape.kv_head)];
     std::vector<int> left;
@@ -489,7 +488,7 @@ void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int position
         left.push_back(static_cast<int>(row));
         ++next;
       } else {
-        lane.gone.emplace_back(lane.positions[row], position);
+        lane.gone.emplace_back(lane.positions[row], last_query);
         if (!lane.slots.empty()) rows_.at(lane.kv_head)->release(lane.slots[row]);
       }
     }
@@ -504,10 +503,11 @@ void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int position
     };
     gather(lane.positions);
     gather(lane.slots);
+    lane.shape.positions = CachePositions(lane.positions);
     if (lane.memory) lane.memory->keep(left);
   }
-  caches.evictions.push_back(position);
-  caches.last = position;
+  caches.evictions.push_back(position_);
+  caches.last = position_;
 }
 
 void LayerDecoding::step(const TokenRows& token) {
@@ -520,104 +520,118 @@ void LayerDecoding::step(const TokenRows& token) {
     rows.take_queries(token.position,
                       token.queries == nullptr ? nullptr : token.queries + Index{kv_head} * shape_.group_size * depth);
   }
-  const auto first_visible = static_cast<int>(shape_.rule.first_visible(token.position + 1));
   for (const auto& caches : caches_) {
     for (Lane& lane : caches->lanes) {
       lane.positions.push_back(token.position);
       lane.slots.push_back(slots.at(lane.kv_head));
       rows_.at(lane.kv_head)->hold(lane.slots.back());
     }
-    attend(*caches, token);
-    for (Lane& lane : caches->lanes) {
-      // What a window leaves behind.
-      if (std::ranges::any_of(lane.positions, [first_visible](int p) { return p < first_visible; })) {
-        std::vector<int> left;
-        std::vector<int> positions;
-        std::vector<int> held;
-        for (std::size_t row = 0; row < lane.positions.size(); ++row) {
-          if (lane.positions[row] < first_visible) {
-            lane.gone.emplace_back(lane.positions[row], CacheHistory::kNever);  // as far as the policy goes
-            rows_.at(lane.kv_head)->release(lane.slots[row]);
-            continue;
-          }
-          left.push_back(static_cast<int>(row));
-          positions.push_back(lane.positions[row]);
-          held.push_back(lane.slots[row]);
-        }
-        lane.positions = std::move(positions);
-        lane.slots = std::move(held);
-        if (lane.memory) lane.memory->keep(left);
-      }
+    attend(*caches);
+    const Schedule& schedule = caches->schedule;
+    if (!schedule.joins_first) {
+      observe(*caches);
+      leave_behind(*caches);
     }
     const int rows = rows_of(*caches);
-    if (!caches->schedule.is_due(token.position, caches->last, rows)) continue;
-    if (caches->schedule.is_full(rows, capacity_of(*caches))) {
+    const bool due = schedule.is_due(token.position, caches->last, rows);
+    const bool evicts = due && schedule.is_full(rows, capacity_of(*caches));
+    if (evicts) {
       for (Lane& lane : caches->lanes) {
         lane.shape.next_position = token.position + 1;
         lane.shape.positions = CachePositions(lane.positions);
       }
-      evict(*caches, LiveLayer(*this, *caches, false), token.position);
-    } else if (caches->schedule.starts_over) {
+      evict(*caches, LiveLayer(*this, *caches, false), token.position - (schedule.joins_first ? 1 : 0),
+            schedule.joins_first);
+    } else if (due && schedule.starts_over) {
       caches->last = token.position;
     }
+    if (!schedule.joins_first) continue;
+    if (!evicts) observe(*caches);
+    leave_behind(*caches);
   }
-  // What no cache took up: there is always one, and a slot that nobody holds any more was given back.
+}
+
+// What a window leaves behind is gone, as far as the policy goes for ever.
+void LayerDecoding::leave_behind(Caches& caches) {
+  const auto first_visible = static_cast<int>(shape_.rule.first_visible(position_ + 1));
+  const auto is_behind = [first_visible](int position) { return position < first_visible; };
+  for (Lane& lane : caches.lanes) {
+    if (std::ranges::none_of(lane.positions, is_behind)) continue;
+    std::vector<int> left;
+    std::vector<int> positions;
+    std::vector<int> held;
+    for (std::size_t row = 0; row < lane.positions.size(); ++row) {
+      if (is_behind(lane.positions[row])) {
+        lane.gone.emplace_back(lane.positions[row], CacheHistory::kNever);
+        rows_.at(lane.kv_head)->release(lane.slots[row]);
+        continue;
+      }
+      left.push_back(static_cast<int>(row));
+      positions.push_back(lane.positions[row]);
+      held.push_back(lane.slots[row]);
+    }
+    lane.positions = std::move(positions);
+    lane.slots = std::move(held);
+    if (lane.memory) lane.memory->keep(left);
+  }
+}
+
+void LayerDecoding::observe(Caches& caches) const {
+  for (Lane& lane : caches.lanes) {
+    if (lane.memory) {
+      lane.memory->observe({.position = position_, .attention = caches.attends ? &lane.attention : nullptr});
+    }
+  }
 }
 
 // What the newest query pays to the rows of every cache, where somebody looks at it.
-void LayerDecoding::attend(Caches& caches, const TokenRows& token) {
-  if (caches.attends) {
-    const Index depth = shape_.head_dim;
-    if (caches.reindexed) {
-      caches.outputs.emplace_back(static_cast<std::size_t>(Index{shape_.num_kv_heads} * shape_.group_size * depth));
-    }
-    for (Lane& lane : caches.lanes) {
-      Rows& rows = *rows_.at(lane.kv_head);
-      const auto count = static_cast<Index>(lane.slots.size());
-      const int members = lane.shape.group_size;
-      lane.attention.resize(members, count);
-      if (caches.reindexed) {
-        lane.shape.next_position = token.position + 1;
-        lane.shape.positions = CachePositions(lane.positions);
-        const LiveHead live(lane, rows, *heads_.at(lane.kv_head), lane.shape.rotary.get());
-        Matrix keys(count, depth);
-        live.read_keys(0, count, keys.data());
-        const auto newest = static_cast<Index>(rows.query_positions().size()) - 1;
-        for (int member = 0; member < members; ++member) {
-          lane.attention.row(member).noalias() = live.queries(member, newest, 1) * keys.transpose();
-        }
-      } else {
-        for (int member = 0; member < members; ++member) {
-          for (Index row = 0; row < count; ++row) {
-            lane.attention(member, row) =
-                rows.product(lane.first_member + member, lane.slots[static_cast<std::size_t>(row)]);
-          }
-        }
-      }
-      scale_logits(lane.attention, lane.shape.rule);
-      for (int member = 0; member < members; ++member) {
-        softmax(lane.attention.row(member), 0, count, lane.shape.rule.sink(lane.shape.query_head(member)));
-      }
-      count_exponentials(members * count);
-      if (caches.reindexed) {
-        for (int member = 0; member < members; ++member) {
-          Eigen::Map<Eigen::RowVectorXf> output(
-              caches.outputs.back().data() + (lane.kv_head * shape_.group_size + lane.first_member + member) * depth,
-              depth);
-          Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(depth);
-          for (Index row = 0; row < count; ++row) {
-            sum += static_cast<double>(lane.attention(member, row)) *
-                   Eigen::Map<const Eigen::RowVectorXf>(rows.value(lane.slots[static_cast<std::size_t>(row)]), depth)
-                       .cast<double>();
-          }
-          output = sum.cast<float>();
-        }
-      }
-    }
+void LayerDecoding::attend(Caches& caches) {
+  if (!caches.attends) return;
+  const Index depth = shape_.head_dim;
+  if (caches.reindexed) {
+    caches.outputs.emplace_back(static_cast<std::size_t>(Index{shape_.num_kv_heads} * shape_.group_size * depth));
   }
   for (Lane& lane : caches.lanes) {
-    if (lane.memory) {
-      lane.memory->observe({.position = token.position, .attention = caches.attends ? &lane.attention : nullptr});
+    Rows& rows = *rows_.at(lane.kv_head);
+    const auto count = static_cast<Index>(lane.slots.size());
+    const int members = lane.shape.group_size;
+    lane.attention.resize(members, count);
+    if (caches.reindexed) {
+      lane.shape.next_position = position_ + 1;
+      lane.shape.positions = CachePositions(lane.positions);
+      const LiveHead live(lane, rows, *heads_.at(lane.kv_head), lane.shape.rotary.get());
+      Matrix keys(count, depth);
+      live.read_keys(0, count, keys.data());
+      const auto newest = static_cast<Index>(rows.query_positions().size()) - 1;
+      for (int member = 0; member < members; ++member) {
+        lane.attention.row(member).noalias() = live.queries(member, newest, 1) * keys.transpose();
+      }
+    } else {
+      for (int member = 0; member < members; ++member) {
+        for (Index row = 0; row < count; ++row) {
+          lane.attention(member, row) =
+              rows.product(lane.first_member + member, lane.slots[static_cast<std::size_t>(row)]);
+        }
+      }
+    }
+    scale_logits(lane.attention, lane.shape.rule);
+    for (int member = 0; member < members; ++member) {
+      softmax(lane.attention.row(member), 0, count, lane.shape.rule.sink(lane.shape.query_head(member)));
+    }
+    count_exponentials(members * count);
+    if (caches.reindexed) {
+      for (int member = 0; member < members; ++member) {
+        Eigen::Map<Eigen::RowVectorXf> output(
+            caches.outputs.back().data() + (lane.kv_head * shape_.group_size + lane.first_member + member) * depth,
+            depth);
+        Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(depth);
+        for (Index row = 0; row < count; ++row) {
+          sum += static_cast<double>(lane.attention(member, row)) *
+                 Eigen::Map<const Eigen::RowVectorXf>(rows.value(lane.slots[static_cast<std::size_t>(row)]), depth)
+                     .cast<double>();
+        }
+        output = sum.cast<float>();
+      }
     }
   }
 }

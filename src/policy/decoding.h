@@ -23,8 +23,8 @@ struct CacheHistory {
 
 /// What one setting did in one layer.
 struct DecodedSetting {
-  std::vector<CacheHistory> sets;    ///< [H] at granularity query, otherwise [K]
-  std::vector<int> evictions;        ///< positions after which there was one, ascending
+  std::vector<CacheHistory> sets;      ///< [H] at granularity query, otherwise [K]
+  std::vector<int> evictions;          ///< positions after which there was one, ascending
   std::vector<std::vector<int>> rows;  ///< [set]: positions in the order in which the cache holds them now
   /// Outputs of the queries since the prompt, where what they attend to is not told by positions alone: [steps, H · D],
   /// of the heads that were decoded; otherwise empty.
@@ -79,17 +79,19 @@ class LayerDecoding {
   struct Caches;
 
   void begin(Caches& caches);
-  void evict(Caches& caches, const LayerSource& layer, int position);
-  void attend(Caches& caches, const TokenRows& token);
+  void evict(Caches& caches, const LayerSource& layer, int last_query, bool observes = false);
+  void attend(Caches& caches);
+  void observe(Caches& caches) const;
+  void leave_behind(Caches& caches);
   int rows_of(const Caches& caches) const;
   int capacity_of(const Caches& caches) const;
 
   const LayerSource& prompt_;
   std::vector<int> kv_heads_;
   Index combination_bytes_;
-  HeadShape shape_;  // of the prompt's first head
-  int position_;     // of the last token that came
-  int window_;       // queries that stay at hand
+  HeadShape shape_;          // of the prompt's first head
+  int position_;             // of the last token that came
+  int window_;               // queries that stay at hand
   bool cuts_apart_ = false;  // while a prompt is evicted: as by one eviction, without what is remembered of it
   std::map<int, std::unique_ptr<Rows>> rows_;         // [KV head]
   std::map<int, std::unique_ptr<HeadSource>> heads_;  // [KV head]: the prompt's

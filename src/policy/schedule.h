@@ -39,12 +39,14 @@ struct Schedule {
   bool starts_over = false;  ///< of Phase::since_last: an interval that ends below the capacity is followed by another
   bool when_full = false;    ///< evicts at the capacity already: nothing goes, but its order may change
   double burst = 1;          ///< evicts from so many times the capacity on
+  /// Of Attend::before, room for one token: it joins first and is counted, then room is made, then its query attends.
+  bool joins_first = false;
   /// Of Attend::before: the prompt is cut to the capacity before room is made, as by one eviction: the ranking has no
   /// memory then.
   bool cuts_prompt_apart = false;
 
   /// Tokens that room is made for.
-  int coming() const { return attend == Attend::before && interval != kOnce ? interval : 0; }
+  int coming() const { return attend == Attend::before && interval != kOnce && !joins_first ? interval : 0; }
 
   /// Whether so many rows are enough to evict some, where the capacity is `capacity`.
   bool is_full(int rows, int capacity) const;

@@ -34,11 +34,10 @@ class RunTranslation {
     if (method == "kvpress") return kvpress();
     if (method == "coldcompress") {
       const std::string history = has("history_window_size") ? text_of("history_window_size") : "1";
-      return text("cache_strategy") == "l2"
-                 ? fmt::format("knorm@cold-compress(global={},recent={})", number("global_tokens"),
-                               number("recent_window"))
-                 : fmt::format("cold-compress(global={},recent={},history={})", number("global_tokens"),
-                               number("recent_window"), history);
+      return text("cache_strategy") == "l2" ? fmt::format("knorm@cold-compress(global={},recent={})",
+                                                          number("global_tokens"), number("recent_window"))
+                                            : fmt::format("cold-compress(global={},recent={},history={})",
+                                                          number("global_tokens"), number("recent_window"), history);
     }
     if (method == "morphkv") {
       return fmt::format("morphkv(window={},fusion={},burst={})", number("window_size"),

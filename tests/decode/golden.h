@@ -16,10 +16,10 @@ struct GoldenRun {
   std::string spec;  ///< what the run is in our terms; empty where the method is not here
   int capacity = 0;
   Granularity granularity = Granularity::kv;
-  int sets_per_layer = 1;      ///< that are stored: H, K or 1
-  bool tie_dependent = false;  ///< equal scores occur, and their order has consequences
-  bool masked_at_once = false;  ///< the query of a step is masked by the step's own eviction
-  std::vector<int> steps;      ///< [events]: positions after which there was an eviction
+  int sets_per_layer = 1;                  ///< that are stored: H, K or 1
+  bool tie_dependent = false;              ///< equal scores occur, and their order has consequences
+  bool masked_at_once = false;             ///< the query of a step is masked by the step's own eviction
+  std::vector<int> steps;                  ///< [events]: positions after which there was an eviction
   std::vector<std::vector<int>> kept;      ///< [event · L · sets]
   std::vector<std::vector<int>> in_order;  ///< the same as the cache holds them; empty: ascending
   std::vector<float> head_error;           ///< [L, H, E], as the published code has positions

@@ -21,42 +21,29 @@ constexpr int kPromptWindow = 16;
 constexpr int kPromptKernel = 5;
 constexpr float kProtected = 1.0f;
 
+// Positions that count as 1 while tokens come.
+bool is_recent_or_global(const Head& head, int row, int global, int recent) {
+  const int position = head.positions()[row];
+  return position < global || position >= head.shape().next_position - recent;
+}
+
 // What cuts a prompt.
-class PromptCut : public Ranking {
- public:
-  explicit PromptCut(int global) : global_(global) {}
-
-  Requirements requirements() const override { return {.needs = {Need::window(kPromptWindow)}}; }
-
- protected:
-  int global() const { return global_; }
-
-  void score_prompt(const Head& head, int member, std::span<float> scores) const {
-    std::vector<double> mean(scores.size(), 0.0);
-    for (int age = 0; age < kPromptWindow; ++age) {
-      const std::span<const float> attention = head.attention(member, age);
-      for (std::size_t n = 0; n < mean.size(); ++n) mean[n] += static_cast<double>(attention[n]) / kPromptWindow;
-    }
-    const int rows = head.rows();
-    for (int n = 0; n < rows; ++n) {
-      const int first = std::max(0, n - kPromptKernel / 2);
-      const int end = std::min(rows, n + kPromptKernel / 2 + 1);
-      double sum = 0;
-      for (int m = first; m < end; ++m) sum += mean[static_cast<std::size_t>(m)];
-      const bool stays = n < head.shape().held_of_first(global_) || n >= rows - kPromptWindow;
-      scores[static_cast<std::size_t>(n)] = stays ? 2 * kProtected : static_cast<float>(sum / (end - first));
-    }
+void score_prompt(const Head& head, int member, int global, std::span<float> scores) {
+  std::vector<double> mean(scores.size(), 0.0);
+  for (int age = 0; age < kPromptWindow; ++age) {
+    const std::span<const float> attention = head.attention(member, age);
+    for (std::size_t n = 0; n < mean.size(); ++n) mean[n] += static_cast<double>(attention[n]) / kPromptWindow;
   }
-
-  // Positions that count as 1 while tokens come.
-  bool is_recent_or_global(const Head& head, int row, int recent) const {
-    const int position = head.positions()[row];
-    return position < global_ || position >= head.shape().next_position - recent;
+  const int rows = head.rows();
+  for (int n = 0; n < rows; ++n) {
+    const int first = std::max(0, n - kPromptKernel / 2);
+    const int end = std::min(rows, n + kPromptKernel / 2 + 1);
+    double sum = 0;
+    for (int m = first; m < end; ++m) sum += mean[static_cast<std::size_t>(m)];
+    const bool stays = n < head.shape().held_of_first(global) || n >= rows - kPromptWindow;
+    scores[static_cast<std::size_t>(n)] = stays ? 2 * kProtected : static_cast<float>(sum / (end - first));
   }
-
- private:
-  int global_;
-};
+}
 
 // Mean attention of the group per row, over all steps or the last of them.
 class MeanAttention : public RankingMemory {
@@ -116,9 +103,9 @@ class MeanAttention : public RankingMemory {
   std::vector<int> counts_;               // observations
 };
 
-class HeavyHitter : public PromptCut {
+class HeavyHitter : public Ranking {
  public:
-  HeavyHitter(int global, int recent, int history) : PromptCut(global), recent_(recent), history_(history) {}
+  HeavyHitter(int global, int recent, int history) : global_(global), recent_(recent), history_(history) {}
 
   Requirements requirements() const override {
     return {.needs = {Need::window(kPromptWindow), {Need::Kind::accumulated_attention}}};
@@ -130,43 +117,33 @@ class HeavyHitter : public PromptCut {
 
   void score(const Head& head, int member, std::span<float> scores) const override {
     const auto* const memory = dynamic_cast<const MeanAttention*>(head.memory());
-    if (memory == nullptr) return score_prompt(head, member, scores);
+    if (memory == nullptr) return score_prompt(head, member, global_, scores);
     for (std::size_t n = 0; n < scores.size(); ++n) {
-      const bool stays = is_recent_or_global(head, static_cast<int>(n), recent_);
+      const bool stays = is_recent_or_global(head, static_cast<int>(n), global_, recent_);
       scores[n] = stays ? kProtected : memory->of(n);
     }
   }
 
  private:
+  int global_;
   int recent_;
   int history_;
 };
 
-// Tells a cut of the prompt from all that comes after it.
-class NothingRemembered : public RankingMemory {
+// A prompt is cut by the same rule.
+class LongestKey : public Ranking {
  public:
-  bool observes_attention() const override { return false; }
-  void observe(const CacheStep& /*step*/) override {}
-  void keep(std::span<const int> /*rows*/) override {}
-};
+  LongestKey(int global, int recent) : global_(global), recent_(recent) {}
 
-class LongestKey : public PromptCut {
- public:
-  LongestKey(int global, int recent) : PromptCut(global), recent_(recent) {}
-
-  std::unique_ptr<RankingMemory> memory(const HeadShape& /*shape*/) const override {
-    return std::make_unique<NothingRemembered>();
-  }
-
-  void score(const Head& head, int member, std::span<float> scores) const override {
-    if (head.memory() == nullptr) return score_prompt(head, member, scores);
+  void score(const Head& head, int /*member*/, std::span<float> scores) const override {
     for (std::size_t n = 0; n < scores.size(); ++n) {
-      const bool stays = is_recent_or_global(head, static_cast<int>(n), recent_);
+      const bool stays = is_recent_or_global(head, static_cast<int>(n), global_, recent_);
       scores[n] = stays ? kProtected : -head.keys().row(static_cast<Index>(n)).norm();
     }
   }
 
  private:
+  int global_;
   int recent_;
 };
 

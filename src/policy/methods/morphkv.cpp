@@ -2,9 +2,9 @@
 //
 // Score of a row before the window: softmax over these rows of the logits of each of the last `window` queries, summed
 // over the queries (fusion=sum) or their maximum (fusion=max); logits of a group's query heads are added up before the
-// softmax (the authors' code). The last `window` rows are always kept. It evicts before the token that comes attends,
-// and that token's query has no say: the capacity counts it, the code's max_capacity does not. With burst > 1 the cache
-// grows to so many times the capacity first.
+// softmax (the authors' code). The last `window` rows are always kept. A token joins the cache, rows make room for it,
+// then its query attends, which has no say: the capacity counts the token, the code's max_capacity does not. With
+// burst > 1 the cache grows to so many times the capacity first. The prompt is not evicted at its end.
 //
 // Where a group has several query heads the code keeps, of each query head's logits, the columns that this head alone
 // would choose, and of the cache the rows that the group chooses. From the second eviction on logits and rows are of
@@ -66,12 +66,15 @@ class LastLogits : public RankingMemory {
       if (members_.size() > 1) {
         // What this query head would keep by itself.
         const Matrix logits = as_matrix({&queries, 1});
-        const std::vector<float> scores = fused(logits, logits.cols() - window_, fusion_);
-        own = select_top(scores, {}, static_cast<int>(rows.size()) - window_);
-        for (int row = static_cast<int>(scores.size()); row < static_cast<int>(logits.cols()); ++row) own.push_back(row);
+        const std::vector<float> scores =
+            fused(logits.topRows(logits.rows() - 1), logits.cols() - window_ - 1, fusion_);
+        own = select_top(scores, {}, static_cast<int>(rows.size()) - window_ - 1);
+        for (int row = static_cast<int>(scores.size()); row < static_cast<int>(logits.cols()); ++row)
+          own.push_back(row);
       }
+      const std::size_t rows_before = longest(queries);
       for (std::vector<float>& query : queries) {
-        query.resize(longest(queries), 0.0f);
+        query.resize(rows_before, 0.0f);
         std::vector<float> left;
         for (const int row : own) left.push_back(query[static_cast<std::size_t>(row)]);
         query = std::move(left);
@@ -94,7 +97,6 @@ class LastLogits : public RankingMemory {
     for (const float weight : attention) {
       query.push_back(std::log(std::max(weight, std::numeric_limits<float>::min())));
     }
-    if (static_cast<int>(queries.size()) > window_) queries.pop_front();
   }
 
   // Rows that came after a query are never looked at in its logits.
@@ -120,7 +122,8 @@ class MorphKV : public Ranking {
  public:
   MorphKV(int window, Fusion fusion) : window_(window), fusion_(fusion) {}
 
-  Protection protection() const override { return {.window = window_}; }
+  // The newest row, of the token whose query has no say, beside the window.
+  Protection protection() const override { return {.window = window_ + 1}; }
   Requirements requirements() const override { return {.needs = {Need::window(window_)}}; }
   std::unique_ptr<RankingMemory> memory(const HeadShape& shape) const override {
     return std::make_unique<LastLogits>(shape.group_size, window_, fusion_);
@@ -128,11 +131,12 @@ class MorphKV : public Ranking {
 
   void score(const Head& head, int /*member*/, std::span<float> scores) const override {
     const std::vector<float>& group = head.once(std::pair(window_, fusion_), [&] {
+      const Index past = head.rows() - protection().window;
       const auto* const memory = dynamic_cast<const LastLogits*>(head.memory());
-      if (memory != nullptr) return fused(memory->of_group(), head.rows() - window_, fusion_);
+      if (memory != nullptr) return fused(memory->of_group(), past, fusion_);
       LastLogits prompt(head.shape().group_size, window_, fusion_);
       prompt.begin(head);
-      return fused(prompt.of_group(), head.rows() - window_, fusion_);
+      return fused(prompt.of_group(), past, fusion_);
     });
     std::ranges::copy(group, scores.begin());
   }
@@ -155,12 +159,14 @@ const MethodRegistration morphkv([] {
                          .of(Parameter::Step::schedule)},
       .compose =
           [](const Arguments& a) {
-            return Composition{
-                .rule = std::make_shared<MorphKV>(a.integer("window"),
-                                                  a.text("fusion") == "max" ? Fusion::max : Fusion::sum),
-                .granularity = Granularity::kv,
-                .share = Share::max,
-                .schedule = Schedule{.attend = Schedule::Attend::before, .burst = a.real("burst")}};
+            return Composition{.rule = std::make_shared<MorphKV>(a.integer("window"),
+                                                                 a.text("fusion") == "max" ? Fusion::max : Fusion::sum),
+                               .granularity = Granularity::kv,
+                               .share = Share::max,
+                               .schedule = Schedule{.attend = Schedule::Attend::before,
+                                                    .prompt = Schedule::Prompt::wait,
+                                                    .burst = a.real("burst"),
+                                                    .joins_first = true}};
           },
   };
 });

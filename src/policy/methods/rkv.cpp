@@ -118,9 +118,7 @@ Parameter order_parameter() {
       .of(Parameter::Step::schedule);
 }
 
-RowOrder order_of(const Arguments& a) {
-  return a.text("order") == "position" ? RowOrder::position : RowOrder::score;
-}
+RowOrder order_of(const Arguments& a) { return a.text("order") == "position" ? RowOrder::position : RowOrder::score; }
 
 const MethodRegistration rkv([] {
   return Method{
@@ -182,9 +180,9 @@ const MethodRegistration streamingllm_of_repository([] {
       .name = "streamingllm@r-kv",
       .summary = "R-KV's baseline: the first positions and the most recent ones, by its clock, where they stand.",
       .source = "github.com/Zefan-Cai/R-KV, streamingllm.py",
-      .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept")
-                         .of(Parameter::Step::protection),
-                     interval_parameter()},
+      .parameters =
+          {Parameter::integer("sinks", 4, 0, "first positions that are always kept").of(Parameter::Step::protection),
+           interval_parameter()},
       .compose =
           [](const Arguments& a) {
             Composition policy = make_policy("streamingllm(sinks={sinks})", a);

@@ -190,8 +190,8 @@ const MethodRegistration kvpress_decoding_code([] {
                   "snapkv@kvpress-decoding: its code fails where the interval is no longer than the window; ask for a "
                   "longer interval or a smaller window");
             }
-            return Composition{.rule = std::make_shared<SnapKVWhileDecoding>(
-                                   a.integer("window"), a.integer("kernel"), a.text("attention") == "eager"),
+            return Composition{.rule = std::make_shared<SnapKVWhileDecoding>(a.integer("window"), a.integer("kernel"),
+                                                                             a.text("attention") == "eager"),
                                .granularity = Granularity::kv,
                                .share = Share::mean,
                                .schedule = kvpress::decoding_schedule(a.integer("interval")),

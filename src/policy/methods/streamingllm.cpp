@@ -83,11 +83,11 @@ const MethodRegistration authors_code([] {
           "`coming` tokens before they come, as its chat example does for every turn. Keys and queries are turned to "
           "their places in the cache.",
       .source = "github.com/mit-han-lab/streaming-llm, streaming_llm/kv_cache.py, pos_shift/modify_llama.py",
-      .parameters =
-          {Parameter::integer("sinks", 4, 0, "first positions that are always kept: start_size")
-               .of(Parameter::Step::protection),
-           Parameter::integer("coming", 0, 0, "tokens that evict_for_space() makes room for; 0: evicts after every one")
-               .of(Parameter::Step::schedule)},
+      .parameters = {Parameter::integer("sinks", 4, 0, "first positions that are always kept: start_size")
+                         .of(Parameter::Step::protection),
+                     Parameter::integer("coming", 0, 0,
+                                        "tokens that evict_for_space() makes room for; 0: evicts after every one")
+                         .of(Parameter::Step::schedule)},
       .compose =
           [](const Arguments& a) {
             Schedule schedule;

@@ -8,8 +8,8 @@
 //       drawn without replacement in proportion to attention, from a seed;
 //   range-attention: the same, the rest by attention;
 //   attention: by attention alone;
-//   attention-redundancy: λ · attention − (1 − λ) · softmax of the mean cosine of keys, R-KV's idea without its
-//       threshold;
+//   attention-redundancy: λ · attention − (1 − λ) · softmax of the mean cosine of the candidates' keys, R-KV's idea
+//       without its threshold;
 //   narrow-range: the narrowest ranges.
 // It evicts when the cache holds more than the capacity and a multiple of `recent` rows; the prompt waits for that.
 #include <algorithm>
@@ -93,7 +93,7 @@ class VaSE : public Ranking {
   }
 
   void subtract_redundancy(const Head& head, std::span<float> candidates) const {
-    Matrix directions = head.keys();
+    Matrix directions = head.keys().topRows(static_cast<Index>(candidates.size()));
     for (Index n = 0; n < directions.rows(); ++n) directions.row(n) /= directions.row(n).norm() + 1e-8f;
     Matrix alike = directions * directions.transpose();
     alike.diagonal().setZero();
@@ -127,33 +127,33 @@ const MethodRegistration vase([] {
           "Keeps values of a wide range and, of the rest, what is drawn in proportion to attention; one seed is one "
           "draw. Evicts at multiples of so many rows.",
       .source = "arXiv 2606.03928; github.com/terarachang/VaSE, modified/transformers/cache_utils.py, commit bfa2692",
-      .parameters =
-          {Parameter::choice(
-               "mode", {"sample", "range-attention", "attention", "attention-redundancy", "narrow-range"},
-               "how rows are chosen")
-               .of(Parameter::Step::score),
-           Parameter::integer("recent", 64, 1, "last rows that are kept, and rows between evictions: residual_length")
-               .of(Parameter::Step::window),
-           Parameter::integer("large", 200, 0, "rows that are kept for their value's range: n_large")
-               .of(Parameter::Step::selection),
-           Parameter::real("lambda", 0.5, 0, 1, "mode=attention-redundancy: weight of attention: rkv_lambda")
-               .of(Parameter::Step::score),
-           Parameter::flag("smooth", false, "average attention over 5 neighbours").of(Parameter::Step::space),
-           Parameter::integer("seed", 0, 0, "mode=sample: of the draw").of(Parameter::Step::other)},
+      .parameters = {Parameter::choice(
+                         "mode", {"sample", "range-attention", "attention", "attention-redundancy", "narrow-range"},
+                         "how rows are chosen")
+                         .of(Parameter::Step::score),
+                     Parameter::integer("recent", 64, 1,
+                                        "last rows that are kept, and rows between evictions: residual_length")
+                         .of(Parameter::Step::window),
+                     Parameter::integer("large", 200, 0, "rows that are kept for their value's range: n_large")
+                         .of(Parameter::Step::selection),
+                     Parameter::real("lambda", 0.5, 0, 1, "mode=attention-redundancy: weight of attention: rkv_lambda")
+                         .of(Parameter::Step::score),
+                     Parameter::flag("smooth", false, "average attention over 5 neighbours").of(Parameter::Step::space),
+                     Parameter::integer("seed", 0, 0, "mode=sample: of the draw").of(Parameter::Step::other)},
       .compose =
           [](const Arguments& a) {
             static const std::vector<std::string> modes = {"sample", "range-attention", "attention",
                                                            "attention-redundancy", "narrow-range"};
             const auto mode = static_cast<Mode>(std::ranges::find(modes, a.text("mode")) - modes.begin());
-            return Composition{.rule = std::make_shared<VaSE>(Rule{mode, a.integer("recent"), a.integer("large"),
-                                                                   a.real("lambda"), a.flag("smooth"),
-                                                                   a.integer("seed")}),
-                               .granularity = Granularity::kv,
-                               .share = Share::mean,
-                               .schedule = Schedule{.interval = a.integer("recent"),
-                                                    .phase = Schedule::Phase::rows,
-                                                    .prompt = Schedule::Prompt::wait},
-                               .order = RowOrder::score};
+            return Composition{
+                .rule = std::make_shared<VaSE>(Rule{mode, a.integer("recent"), a.integer("large"), a.real("lambda"),
+                                                    a.flag("smooth"), a.integer("seed")}),
+                .granularity = Granularity::kv,
+                .share = Share::mean,
+                .schedule = Schedule{.interval = a.integer("recent"),
+                                     .phase = Schedule::Phase::rows,
+                                     .prompt = Schedule::Prompt::wait},
+                .order = RowOrder::score};
           },
   };
 });

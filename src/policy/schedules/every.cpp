@@ -32,12 +32,12 @@ const MethodRegistration every([] {
       .compose =
           [](const Arguments& a) {
             Composition step;
-            step.schedule =
-                Schedule{.interval = a.integer("interval"),
-                         .slack = a.integer("slack"),
-                         .phase = a.text("phase") == "position" ? Schedule::Phase::position : Schedule::Phase::since_last,
-                         .attend = a.text("attend") == "before" ? Schedule::Attend::before : Schedule::Attend::after,
-                         .prompt = a.text("prompt") == "wait" ? Schedule::Prompt::wait : Schedule::Prompt::cut};
+            step.schedule = Schedule{
+                .interval = a.integer("interval"),
+                .slack = a.integer("slack"),
+                .phase = a.text("phase") == "position" ? Schedule::Phase::position : Schedule::Phase::since_last,
+                .attend = a.text("attend") == "before" ? Schedule::Attend::before : Schedule::Attend::after,
+                .prompt = a.text("prompt") == "wait" ? Schedule::Prompt::wait : Schedule::Prompt::cut};
             if (step.schedule->slack > 0 && step.schedule->attend == Schedule::Attend::before) {
               throw UsageError("every: attend=before never lets a cache grow above its capacity; leave out slack");
             }

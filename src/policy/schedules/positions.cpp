@@ -19,8 +19,8 @@ const MethodRegistration positions([] {
                          .or_unnamed()},
       .compose =
           [](const Arguments& a) {
-            return Composition{.row_positions = a.text("are") == "reindexed" ? RowPositions::reindexed
-                                                                             : RowPositions::original};
+            return Composition{.row_positions =
+                                   a.text("are") == "reindexed" ? RowPositions::reindexed : RowPositions::original};
           },
   };
 });

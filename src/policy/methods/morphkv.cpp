@@ -66,8 +66,7 @@ class LastLogits : public RankingMemory {
       if (members_.size() > 1) {
         // What this query head would keep by itself.
         const Matrix logits = as_matrix({&queries, 1});
-        const std::vector<float> scores =
-            fused(logits.topRows(logits.rows() - 1), logits.cols() - window_ - 1, fusion_);
+        const std::vector<float> scores = fused(logits.topRows(window_), logits.cols() - window_ - 1, fusion_);
         own = select_top(scores, {}, static_cast<int>(rows.size()) - window_ - 1);
         for (int row = static_cast<int>(scores.size()); row < static_cast<int>(logits.cols()); ++row)
           own.push_back(row);
@@ -83,7 +82,7 @@ class LastLogits : public RankingMemory {
   }
 
   // Added up over the group: [window, R].
-  Matrix of_group() const { return as_matrix(members_); }
+  Matrix of_group() const { return as_matrix(members_).bottomRows(window_); }
 
  private:
   static std::size_t longest(const std::deque<std::vector<float>>& queries) {
@@ -92,7 +91,10 @@ class LastLogits : public RankingMemory {
     return most;
   }
 
+  // The window's queries and, until another comes, the one that left it: what a query head would keep by itself is
+  // found when the newest has come already.
   void add(std::deque<std::vector<float>>& queries, std::span<const float> attention) const {
+    if (static_cast<int>(queries.size()) > window_) queries.pop_front();
     std::vector<float>& query = queries.emplace_back();
     for (const float weight : attention) {
       query.push_back(std::log(std::max(weight, std::numeric_limits<float>::min())));

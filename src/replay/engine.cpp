@@ -27,6 +27,7 @@
 #include "replay/refining.h"
 #include "replay/replayable.h"
 #include "replay/trace_source.h"
+#include "trace/identity.h"
 #include "trace/inspection.h"
 
 namespace kvreplay {
@@ -219,8 +220,10 @@ ReplayEngine::ReplayEngine(std::vector<const CapturedRun*> runs, ReplayRequest r
     for (const int eviction : evictions) {
       TraceReplay outline = prepare(trace, {eviction, start});
       outline.trace_digest = digest;
+      outline.tokens_digest = tokens_digest(std::span(info.token_ids).first(static_cast<std::size_t>(eviction)));
       LeftOut left_out;
-      const std::vector<ReplaySetting> replayed = settings_for(trace, request_, eviction, outline.notes, left_out);
+      const std::vector<ReplaySetting> replayed = settings_for(
+          trace, request_, eviction, {outline.trace_digest, outline.tokens_digest}, outline.notes, left_out);
       if (!left_out.first().empty() && (replayed.empty() || request_.strict)) {
         leave_out(left_out.first(), left_out.notes());
         continue;

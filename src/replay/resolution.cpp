@@ -120,7 +120,7 @@ std::optional<Obstacle> sharing_obstacle(const Policy& policy, Granularity granu
 }
 
 // Why a capacity is too small, and whether the pattern and the budget can be drawn at all.
-std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Setting& setting) {
+std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Setting& setting, const RunIdentity& run) {
   const Policy& policy = *setting.policy;
   const auto least_in = [&policy](const HeadShape& shape) {
     return shape.rows() == shape.next_position ? policy.minimum_capacity()
@@ -172,17 +172,24 @@ std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Set
       return Obstacle{.reason = error.what()};
     }
   }
+  try {
+    if (policy.pattern()) policy.pattern()->check_run(run);
+  } catch (const Error& error) {
+    return Obstacle{.reason = error.what()};
+  }
   return std::nullopt;
 }
 
 // What a policy tells of its sets.
-void add_notes_of(const Policy& policy, const EvictedLayers& layers, std::vector<std::string>& notes) {
+void add_notes_of(const Policy& policy, const EvictedLayers& layers, const RunIdentity& run,
+                  std::vector<std::string>& notes) {
   const auto add = [&notes](std::string note) {
     if (!note.empty() && std::ranges::find(notes, note) == notes.end()) notes.push_back(std::move(note));
   };
   for (const std::string& note : policy.notes) add(note);
   if (!policy.pattern()) return;
   for (const HeadShape& shape : layers.shapes) add(policy.pattern()->note(shape));
+  add(policy.pattern()->note_on_run(run));
 }
 
 // Tells where published code makes another count of a share.
@@ -224,7 +231,7 @@ bool leaves_nothing_to_choose(const EvictedLayers& layers, const Setting& settin
 }  // namespace
 
 std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRequest& request, int eviction_position,
-                                        std::vector<std::string>& notes, LeftOut& left_out) {
+                                        const RunIdentity& run, std::vector<std::string>& notes, LeftOut& left_out) {
   const Holdings holdings = holdings_of(trace, eviction_position);
   const EvictedLayers layers(trace.info(), eviction_position);
   std::vector<ReplaySetting> settings;
@@ -255,7 +262,7 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
       const bool evicts = std::ranges::any_of(
           layers.alike, [&setting](const AlikeLayers& some) { return !setting.keeps_all(some.shape.rows()); });
       if (evicts) {
-        if (const auto obstacle = capacity_obstacle(layers, setting)) {
+        if (const auto obstacle = capacity_obstacle(layers, setting, run)) {
           left_out.add(policy.canonical, once ? "" : asked.text, *obstacle);
           if (once) break;
           continue;
@@ -264,7 +271,7 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
           is_missing = true;
           continue;
         }
-        add_notes_of(policy, layers, notes);
+        add_notes_of(policy, layers, run, notes);
         note_count(layers, setting, notes);
         replayed_setting.nothing_to_choose = leaves_nothing_to_choose(layers, setting);
         if (replayed_setting.nothing_to_choose) nothing_to_choose.add(policy.canonical, once ? "" : asked.text);

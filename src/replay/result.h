@@ -67,7 +67,8 @@ struct ReplayResult {
 /// All results of one trace at one eviction position: comparable with each other, number by number.
 struct TraceReplay {
   std::string trace;
-  std::string trace_digest;  ///< what tells captures apart whatever their files are called
+  std::string trace_digest;   ///< what tells captures apart whatever their files are called
+  std::string tokens_digest;  ///< of the tokens before the eviction
   ModelInfo model;
   int prompt_length = 0;
   int eviction_position = 0;

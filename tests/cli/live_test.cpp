@@ -176,6 +176,24 @@ TEST_F(LiveCommand, RefusesATraceOfAnotherModel) {
   EXPECT_EQ(run("live --model tiny --trace half.h5 -p recent -c 20").exit_code, 0);
 }
 
+TEST_F(LiveCommand, TakesKeptSetsOfTheSameTokensAlone) {
+  const std::string demo = (test::project_folder() / "traces" / "demo-model").string();
+  test::write_file(folder_ / "prompt.txt", "The castle is old. Nobody lives there now, and the road is long.");
+  test::write_file(folder_ / "other.txt", "The castle is new. Nobody lives there now, and the road is long.");
+  const std::string line = fmt::format("live --model {} -c 8 --continue 4 --no-offline ", demo);
+  succeed(test::words(line + "--prompt prompt.txt -p knorm --kept kept.h5"));
+  EXPECT_EQ(succeed(test::words(line + "--prompt prompt.txt -p kept(file=kept.h5)")).errors, "");
+  refuse(test::words(line + "--prompt other.txt -p kept(file=kept.h5)"), 1,
+         {"other.txt: kept.h5: /kept/0: is of prompt.txt, which has other tokens before the eviction"});
+
+  // A capture of the prompt is another run of it.
+  succeed(test::words(fmt::format("capture --model {} --prompt prompt.txt --generate 4 -o prompt.h5", demo)));
+  const std::string note = "kept.h5: its kept sets are of another run of the same tokens, prompt.txt";
+  for (const std::string& command : {std::string("replay prompt.h5 -c 8"), line + "--trace prompt.h5"}) {
+    EXPECT_THAT(succeed(test::words(command + " -p kept(file=kept.h5)")).errors, HasSubstr(note));
+  }
+}
+
 TEST_F(LiveCommand, ReplacesNothingThatItReads) {
   for (const char* output : {"-o tiny/config.json", "--csv tiny/model.safetensors", "-o run.h5", "--kept run.h5"}) {
     refuse(test::words(fmt::format("live --model tiny --trace run.h5 -p recent -c 20 {}", output)), 2,

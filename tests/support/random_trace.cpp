@@ -33,7 +33,7 @@ TraceInfo RandomTrace::info() const {
                 .sliding_window = sliding_window,
                 .attn_logit_softcapping = softcapping};
   info.token_ids.resize(static_cast<std::size_t>(num_tokens));
-  std::iota(info.token_ids.begin(), info.token_ids.end(), 0);
+  std::iota(info.token_ids.begin(), info.token_ids.end(), first_token);
   info.prompt_length = prompt_length;
   const int first = captured_prompt_queries < 0 ? 0 : prompt_length - captured_prompt_queries;
   for (int position = first; position < num_tokens; ++position) info.query_positions.push_back(position);

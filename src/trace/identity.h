@@ -9,8 +9,9 @@
 
 namespace kvreplay {
 
-/// A digest of all that a trace says beside its tensors, and of the digests that these bring. Copies of a file have the
-/// same; so have files that differ only in tensors without a digest, which nothing but reading them could tell.
+/// A digest of all that a trace says beside its tensors (but for what its model can be told by), and of the digests
+/// that these bring. Copies of a file have the same; so have files that differ only in tensors without a digest, which
+/// nothing but reading them could tell.
 std::string trace_digest(const TraceReader& trace);
 
 /// A digest of token ids, of whatever run: XXH64 of them as int32, little-endian.

@@ -171,9 +171,30 @@ TEST_F(LiveCommand, RefusesATraceOfAnotherModel) {
                  "run.h5: is not a run of the model in seeds: the key of");
   expect_refused("--model layers --trace run.h5 -p recent -c 20",
                  "run.h5: is not a run of the model in layers: its num_layers is 2, and the model's 3");
+  // What keys do not tell.
+  TinyModelOptions options;
+  options.kv_heads = 2;
+  options.intermediate = 80;
+  TinyModel(options).write(folder_ / "wider");
+  expect_refused("--model wider --trace run.h5 -p recent -c 20",
+                 "run.h5: is not a run of the model in wider: its weights have other names or shapes");
+  options.intermediate = TinyModelOptions{}.intermediate;
+  TinyModel headless(options);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(options.hidden); ++i) {
+    headless.set_weight("model.norm.weight", i, i % 2 == 0 ? -1 : 1);
+  }
+  headless.write(folder_ / "norm");
+  expect_refused("--model norm --trace run.h5 -p recent -c 20",
+                 "run.h5: is not a run of the model in norm: the logit of token");
   // Half precision is no other model.
   ASSERT_EQ(run("capture --model tiny --tokens ids --generate 3 --dtype bfloat16 -o half.h5").exit_code, 0);
   EXPECT_EQ(run("live --model tiny --trace half.h5 -p recent -c 20").exit_code, 0);
+  // An earlier version's trace tells less of its model.
+  const auto live = [&](const std::filesystem::path& trace) {
+    return run(fmt::format("live --model {} --trace {} -p recent -c 64 --no-offline",
+                           (test::project_folder() / "traces/demo-model").string(), trace.string()));
+  };
+  EXPECT_EQ(live(test::test_data() / "reference-needle.h5").exit_code, 0);
 }
 
 TEST_F(LiveCommand, TakesKeptSetsOfTheSameTokensAlone) {

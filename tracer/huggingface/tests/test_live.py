@@ -274,6 +274,14 @@ def test_failures_are_one_line_and_leave_nothing(llama3, tmp_path):
     with torch.no_grad():
         last.model.layers[1].self_attn.k_proj.weight.mul_(2)
     last.save_pretrained(tmp_path / "last")
+    head = load("llama3")
+    with torch.no_grad():
+        head.model.norm.weight.mul_(-1)
+    head.save_pretrained(tmp_path / "head")
+    wider = tmp_path / "wider.h5"
+    wider.write_bytes(trace.read_bytes())
+    with h5py.File(wider, "r+") as file:
+        file["model"].attrs["weight_shapes_digest"] = "0" * 16
     (tmp_path / "text.h5").write_text("text")
     length = ids.shape[1]
     layers, _, kv_heads = shape_of(model)
@@ -307,10 +315,12 @@ def test_failures_are_one_line_and_leave_nothing(llama3, tmp_path):
             ({"m": FAMILIES / "qwen3"}, "the model is not the one that"),
             ({"m": tmp_path / "other"}, "the keys that it computes in layer 0 are 10% apart from the trace's"),
             ({"m": tmp_path / "last"}, "the keys that it computes in layer 1 are"),
+            ({"m": tmp_path / "head"}, "the logit of token "),
+            ({"t": wider, "k": tmp_path / "any.h5"}, "its weights have other names or shapes"),
             ({"o": tmp_path / "nowhere" / "live.h5"}, "cannot be written: No such file"),
             ({"o": tmp_path}, "is a folder")):
-        if given.get("k") == tmp_path / "bare.h5":
-            bare = write_kept(tmp_path / "bare.h5", (make_sets(layers, kv_heads, length), {"evict_at": length}))
+        if "k" in given and not given["k"].exists():
+            bare = write_kept(given["k"], (make_sets(layers, kv_heads, length), {"evict_at": length}))
             with h5py.File(bare, "r+") as file:
                 del file["kept/0"].attrs["trace"]
             before = sorted(tmp_path.iterdir())

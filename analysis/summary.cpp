@@ -85,10 +85,10 @@ double number_of(const ReplayResult& result, Measure measure, const std::vector<
 
 double kept_in(const ReplayResult& result, const std::vector<int>& layers) {
   if (layers.size() * static_cast<std::size_t>(result.kept.sets_per_layer) == result.kept.sets.size()) {
-    return result.kept.mean_size();
+    return mean_kept(result);
   }
   double sum = 0;
-  for (const int layer : layers) sum += result.kept.mean_size(layer);
+  for (const int layer : layers) sum += mean_kept(result, layer);
   return sum / static_cast<double>(layers.size());
 }
 

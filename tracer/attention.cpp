@@ -25,15 +25,17 @@ constexpr Index kPiecesPerHead = 4;
 
 // A thread's working memory.
 struct Workspace {
-  Buffer queries;   // [D, kQueryBlock], scaled
+  Buffer queries;   // [D, kQueryBlock], scaled and packed
   Buffer logits;    // [keys, kQueryBlock]
   Buffer outputs;   // [D, kQueryBlock]
+  Buffer turned;    // outputs as panels of elements
   Buffer gathered;  // [kKeyBlock, D]: rows of the cache that do not lie together
 
   void make_room(Index dim, Index keys) {
     if (logits.size() > 0) return;
     queries = Buffer(dim * kQueryBlock);
     outputs = Buffer(dim * kQueryBlock);
+    turned = Buffer(kernels::rounded_up(dim, kernels::kPanel) * kQueryBlock);
     logits = Buffer(keys * kQueryBlock);
     gathered = Buffer(kKeyBlock * dim + KvCache::kReadAhead);
   }
@@ -73,11 +75,10 @@ struct HeadView {
 void attend_block(const HeadView& head, Index first, Index rows, Workspace& work, double* mass) {
   const Index dim = head.head_dim;
   const auto scale = static_cast<float>(head.rule.softmax_scale);
-  for (Index d = 0; d < dim; ++d) {
-    float* column = work.queries.data() + d * kQueryBlock;
-    for (Index q = 0; q < rows; ++q) column[q] = head.queries[(first + q) * head.query_width + d] * scale;
-    for (Index q = rows; q < kQueryBlock; ++q) column[q] = 0;
-  }
+  const float* const queries = head.queries + first * head.query_width;
+  kernels::pack(DType::float32, reinterpret_cast<const std::byte*>(queries), head.query_width, rows, dim,
+                work.queries.data());
+  for (float& element : work.queries.part(0, dim * kQueryBlock)) element *= scale;
   // From the block of keys on that holds the first which one of the queries sees.
   const Index begin = head.block_begin(head.first_seen(first));
   const Index own = head.earlier + first;  // the first query's key
@@ -91,8 +92,8 @@ void attend_block(const HeadView& head, Index first, Index rows, Workspace& work
     stop = std::min(head.block_end(start), end);
     float* const logits = work.logits.data() + (start - begin) * kQueryBlock;
     const float* const keys = head.cache.keys(head.layer, head.set, start, stop - start, work.gathered.data());
-    kernels::multiply(stop - start, kQueryBlock, dim, keys, dim, 1, work.queries.data(), kQueryBlock, logits,
-                      kQueryBlock);
+    kernels::multiply_packed(stop - start, kQueryBlock, dim, keys, dim, work.queries.data(), logits, kQueryBlock,
+                             false);
     if (cap > 0) kernels::soft_cap((stop - start) * kQueryBlock, cap, logits);
     for (Index j = std::max(start, own + 1); j < stop; ++j) {
       std::fill_n(logits + (j - start) * kQueryBlock, j - own, -std::numeric_limits<float>::infinity());
@@ -119,9 +120,13 @@ void attend_block(const HeadView& head, Index first, Index rows, Workspace& work
   float factors[kQueryBlock] = {};
   for (Index q = 0; q < rows; ++q) factors[q] = static_cast<float>(1.0 / sums[q]);
   if (mass != nullptr) kernels::add_mass(end - begin, kQueryBlock, work.logits.data(), factors, mass + begin);
+  kernels::to_panels(work.outputs.data(), kQueryBlock, dim, kQueryBlock, work.turned.data());
   for (Index q = 0; q < rows; ++q) {
-    float* out = head.outputs + (first + q) * head.query_width;
-    for (Index d = 0; d < dim; ++d) out[d] = work.outputs.data()[d * kQueryBlock + q] * factors[q];
+    float* const out = head.outputs + (first + q) * head.query_width;
+    for (Index d = 0; d < dim; d += kernels::kPanel) {
+      const float* const from = work.turned.data() + d * kQueryBlock + q * kernels::kPanel;
+      for (Index i = 0; i < std::min(kernels::kPanel, dim - d); ++i) out[d + i] = from[i] * factors[q];
+    }
   }
 }
 

@@ -195,6 +195,8 @@ CaptureSummary capture(const CaptureOptions& options) {
   const auto prefill_start = Clock::now();
   std::vector<float> logits = transformer.forward(prompt.ids, cache, &recorder);
   recorder.end_prompt();
+  const std::int32_t next = most_likely(logits);
+  writer.write_next_token({next, static_cast<double>(logits[static_cast<std::size_t>(next)])});
   summary.prefill_seconds = seconds_since(prefill_start) - recorder.seconds();
 
   const auto decode_start = Clock::now();

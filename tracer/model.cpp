@@ -1,28 +1,56 @@
 #include "tracer/model.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <string>
 #include <string_view>
+#include <utility>
+
+#include "base/digest.h"
 
 namespace kvreplay::tracer {
 
 namespace {
 
-std::vector<float> read_vector(const SafeTensors& files, const std::string& name, Index size) {
-  const Tensor tensor = files.get(name, {size});
+// The weights of the decoder, whose names begin with a root, and what they are called and shaped like.
+class DecoderWeights {
+ public:
+  DecoderWeights(const SafeTensors& files, std::string root) : files_(files), root_(std::move(root)) {}
+
+  Tensor get(const std::string& name, std::initializer_list<Index> shape) {
+    shapes_.push_back(fmt::format("{} {}", name, fmt::join(shape, ",")));
+    return files_.get(root_ + name, shape);
+  }
+
+  std::string shapes_digest() const {
+    std::vector<std::string> sorted = shapes_;
+    std::ranges::sort(sorted);
+    Digest digest;
+    for (const std::string& shape : sorted) digest.add(shape);
+    return digest.text();
+  }
+
+ private:
+  const SafeTensors& files_;
+  std::string root_;
+  std::vector<std::string> shapes_;
+};
+
+std::vector<float> read_vector(DecoderWeights& weights, const std::string& name, Index size) {
+  const Tensor tensor = weights.get(name, {size});
   std::vector<float> values(static_cast<std::size_t>(size));
   to_float32(tensor.type, tensor.data, values);
   return values;
 }
 
-LinearWeights find_linear(const SafeTensors& files, const std::string& name, Index out, Index in, bool has_bias) {
+LinearWeights find_linear(DecoderWeights& weights, const std::string& name, Index out, Index in, bool has_bias) {
   LinearWeights linear;
-  linear.weight = files.get(name + ".weight", {out, in});
-  if (has_bias) linear.bias = read_vector(files, name + ".bias", out);
+  linear.weight = weights.get(name + ".weight", {out, in});
+  if (has_bias) linear.bias = read_vector(weights, name + ".bias", out);
   return linear;
 }
 
@@ -72,18 +100,19 @@ Model::Model(const std::filesystem::path& folder)
   constexpr std::string_view kEmbedding = "embed_tokens.weight";
   std::string root = place_of(files, {"model.embed_tokens.weight", "language_model.model.embed_tokens.weight",
                                       "model.language_model.embed_tokens.weight"});
-  embedding = files.get(root, {config.vocab_size, hidden});
   root.resize(root.size() - kEmbedding.size());
+  DecoderWeights decoder(files, root);
+  embedding = decoder.get(std::string(kEmbedding), {config.vocab_size, hidden});
 
   const auto norm = [&](const std::string& name, Index size) {
-    std::vector<float> weight = read_vector(files, name + ".weight", size);
+    std::vector<float> weight = read_vector(decoder, name + ".weight", size);
     for (float& value : weight) value += static_cast<float>(config.norm_offset);
     return weight;
   };
   for (int layer = 0; layer < config.num_layers; ++layer) {
-    const std::string prefix = fmt::format("{}layers.{}.", root, layer);
+    const std::string prefix = fmt::format("layers.{}.", layer);
     const auto linear = [&](const char* name, Index out, Index in, bool has_bias) {
-      return find_linear(files, prefix + name, out, in, has_bias);
+      return find_linear(decoder, prefix + name, out, in, has_bias);
     };
     LayerWeights weights;
     weights.attention_norm = norm(prefix + "input_layernorm", hidden);
@@ -121,7 +150,8 @@ Model::Model(const std::filesystem::path& folder)
     weights.down = linear("mlp.down_proj", hidden, intermediate, config.mlp_bias);
     layers.push_back(std::move(weights));
   }
-  final_norm = norm(root + "norm", hidden);
+  final_norm = norm("norm", hidden);
+  weight_shapes_digest = decoder.shapes_digest();
   const std::string head = place_of(files, {"lm_head.weight", "language_model.lm_head.weight"});
   output_head.weight = embedding;
   if (config.tie_word_embeddings && !files.contains(head)) return;

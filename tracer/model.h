@@ -42,8 +42,11 @@ struct Model {
   SafeTensors files;
   Tensor embedding;  ///< [vocabulary, C]
   std::vector<LayerWeights> layers;
-  std::vector<float> final_norm;      ///< [C]
-  LinearWeights output_head;          ///< [vocabulary, C]
+  std::vector<float> final_norm;  ///< [C]
+  LinearWeights output_head;      ///< [vocabulary, C]
+  /// Of the names, from the decoder on, and shapes of all weights above but the output head's: what tells models apart
+  /// that a trace's own shapes do not. docs/trace-format.md says of what.
+  std::string weight_shapes_digest;
   std::vector<std::string> warnings;  ///< those of the configuration, and what the weights contradict in it
 };
 

@@ -108,6 +108,7 @@ TraceInfo describe(const PromptOptions& options, const Model& model, const Promp
   info.model.num_key_value_heads = config.num_key_value_heads;
   info.model.head_dim = config.head_dim;
   info.model.hidden_size = config.hidden_size;
+  info.model.weight_shapes_digest = model.weight_shapes_digest;
   info.model.rope_theta = config.rotary.theta;
   info.model.softmax_scale = config.softmax_scale;
   info.model.attn_logit_softcapping = config.attn_logit_softcapping;

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <numeric>
 #include <string_view>
 
 #include "base/error.h"
@@ -15,7 +17,8 @@ namespace {
 
 std::span<float> all_of(Buffer& rows) { return rows.part(0, rows.size()); }
 
-std::span<float> block_of(std::span<float> rows, Index first, Index count, Index width) {
+template <class Element>
+std::span<Element> block_of(std::span<Element> rows, Index first, Index count, Index width) {
   return rows.subspan(static_cast<std::size_t>(first * width), static_cast<std::size_t>(count * width));
 }
 
@@ -55,13 +58,25 @@ void check_rows(std::span<const float> rows, std::string_view what, int layer, s
                    rows[static_cast<std::size_t>(at)]);
 }
 
+// Several sums side by side, since each addition waits for the one before; their number is fixed, and so is the order.
+double sum_of_squares(std::span<const float> values) {
+  constexpr std::size_t kSums = 8;
+  double sums[kSums] = {};
+  std::size_t i = 0;
+  for (; i + kSums <= values.size(); i += kSums) {
+    for (std::size_t lane = 0; lane < kSums; ++lane) {
+      const auto value = static_cast<double>(values[i + lane]);
+      sums[lane] += value * value;
+    }
+  }
+  for (; i < values.size(); ++i) sums[i % kSums] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+  return std::accumulate(std::begin(sums), std::end(sums), 0.0);
+}
+
 // The length of every row, [rows].
 void lengths_of(std::span<const float> rows, Index width, std::span<float> lengths) {
   for (Index row = 0; row < static_cast<Index>(rows.size()) / width; ++row) {
-    double squares = 0;
-    for (const float value : rows.subspan(static_cast<std::size_t>(row * width), static_cast<std::size_t>(width))) {
-      squares += static_cast<double>(value) * static_cast<double>(value);
-    }
+    const double squares = sum_of_squares(block_of(rows, row, 1, width));
     lengths[static_cast<std::size_t>(row)] = static_cast<float>(std::sqrt(squares));
   }
 }
@@ -318,9 +333,7 @@ void Transformer::normalize(std::span<const float> hidden, std::span<const float
   execution_.share(count, count * width, [&](Index token, int) {
     const float* row = hidden.data() + token * width;
     float* normalized = out.data() + token * width;
-    double squares = 0;
-    for (Index i = 0; i < width; ++i) squares += static_cast<double>(row[i]) * static_cast<double>(row[i]);
-    const double mean = squares / static_cast<double>(width);
+    const double mean = sum_of_squares({row, static_cast<std::size_t>(width)}) / static_cast<double>(width);
     const auto factor = static_cast<float>(1 / std::sqrt(mean + model_.config.rms_norm_eps));
     for (Index i = 0; i < width; ++i) normalized[i] = row[i] * factor * weight[static_cast<std::size_t>(i)];
   });

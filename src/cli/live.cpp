@@ -138,6 +138,10 @@ Beginning begin_with_trace(const LiveArguments& arguments, const tracer::Model& 
   if (const std::string why = difference(info.model, model.config); !why.empty()) {
     throw of_another_model(file, arguments.model, why);
   }
+  const std::string& shapes = info.model.weight_shapes_digest;
+  if (!shapes.empty() && shapes != model.weight_shapes_digest) {
+    throw of_another_model(file, arguments.model, "its weights have other names or shapes");
+  }
   const auto beyond = std::ranges::find_if(
       info.token_ids, [&model](std::int32_t id) { return id < 0 || id >= model.config.vocab_size; });
   if (beyond != info.token_ids.end()) {
@@ -173,6 +177,31 @@ void check_keys(const TraceReader& trace, const tracer::HeldRun& run, const std:
                            fmt::format("the key of layer {} at position {} is {:.0f} % apart from the model's", layer,
                                        position, 100 * apart));
   }
+}
+
+// Keys say nothing of the last layer's other weights and of what stands behind it.
+void check_next_token(const TraceReader& trace, const tracer::LiveRun& run, const std::string& model) {
+  const std::optional<NextToken>& theirs = trace.info().next_token;
+  if (!theirs || run.run().eviction_position() != trace.info().prompt_length) return;
+  const std::span<const float> logits = run.prompt_logits();
+  const auto refuse = [&](const std::string& why) { return of_another_model(trace.name(), model, why); };
+  if (theirs->id < 0 || theirs->id >= static_cast<int>(logits.size())) {
+    throw refuse(fmt::format("token id {} is not in its vocabulary of {}", theirs->id, logits.size()));
+  }
+  // Of the spread of all logits. What half precision moves is below a tenth.
+  constexpr double kFarthest = 0.25;
+  double sum = 0;
+  double squares = 0;
+  for (const float logit : logits) {
+    sum += static_cast<double>(logit);
+    squares += static_cast<double>(logit) * static_cast<double>(logit);
+  }
+  const auto count = static_cast<double>(logits.size());
+  const double spread = std::sqrt(std::max(0.0, squares / count - (sum / count) * (sum / count)));
+  const auto ours = static_cast<double>(logits[static_cast<std::size_t>(theirs->id)]);
+  if (std::abs(ours - theirs->logit) <= kFarthest * spread) return;
+  throw refuse(fmt::format("the logit of token {} after the prompt is {:.4g}, and the model's {:.4g}", theirs->id,
+                           theirs->logit, ours));
 }
 
 // What the policies of a request look at before the eviction.
@@ -296,7 +325,10 @@ TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request
                        parts_for(request, eviction, prompt_length));
   tracer::LiveRun run(model, transformer, held, on_progress);
   run.read_prompt();
-  if (beginning.trace != nullptr) check_keys(*beginning.trace, held, arguments.model);
+  if (beginning.trace != nullptr) {
+    check_keys(*beginning.trace, held, arguments.model);
+    check_next_token(*beginning.trace, run, arguments.model);
+  }
   const std::vector<std::int32_t> ids = continuation_of(arguments, beginning, run, eviction);
   run.follow(ids, tracer::pieces_of(beginning.tokenizer.get(), ids));
 
@@ -494,6 +526,7 @@ void run_live(const LiveArguments& given) {
     for (const std::string& plugin : arguments.plugins) load_plugin(plugin);
     request = request_from(arguments.replay, notes);
     request.residual_sum = true;
+    request.evicts_once = true;
     check_arguments(arguments, request);
     if (ranks->size() > 1 && arguments.replay.results.empty()) {
       throw UsageError("several processes work together on one output; name it with -o");

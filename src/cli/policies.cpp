@@ -71,7 +71,7 @@ void print_page() {
   fmt::print(R"(# Policies
 
 Every method with its parameters and their defaults, as `kvreplay policies` lists them (`--markdown` prints this page). A spec
-names a policy and the parameters that differ: `restkv(alpha=0.5)`. After a `+` stands a budget, a selection or a protection:
+names a policy and the parameters that differ: `restkv(alpha=0.5)`. After a `+` stands a budget, a selection, a protection or a [schedule](decode.md):
 `restkv+adakv(floor=0.5)`, `snapkv(kernel=7)+pyramid+chunks+protect(first=4)`. The file of each method, in `src/policy/`, says
 where paper and authors' code differ and which is followed. Oracles: [oracles](oracles.md).
 

@@ -356,7 +356,7 @@ std::vector<std::string> write_outputs(const SweepOptions& options, const Prepar
   for_each_result(outlines, *sweep.store, sweep.at_once, [&](const TraceReplay& replay, const ReplayResult& result) {
     results.add(replay, result);
     ranking.add(replay, result);
-    if (kept) kept->add(result);
+    if (kept) kept->add(replay, result);
     if (!csv && !json) return;
     const std::vector<MeasureSummary> rows = summarize(replay, result, files.full_layers);
     if (csv) csv->add(summary_csv_rows(rows));

@@ -137,32 +137,47 @@ HWY_INLINE Vector tangent(Floats d, Vector x) {
   return hn::IfThenElse(hn::Lt(hn::Abs(x), hn::Set(d, 0.625f)), near, far);
 }
 
-void raise_maxima(Index count, Index columns, const float* logits, float* maxima) {
+// Columns that are gone through together: whole lines of the cache, of which every row lies in another place.
+template <int vectors>
+HWY_INLINE void raise_maxima_of(Index count, Index columns, const float* logits, float* maxima) {
   const Floats d;
-  for (Index q = 0; q < columns; q += kStep) {
-    auto highest = hn::LoadU(d, maxima + q);
-    for (Index j = 0; j < count; ++j) {
-      const auto candidate = hn::LoadU(d, logits + j * columns + q);
-      highest = hn::IfThenElse(hn::Gt(candidate, highest), candidate, highest);
+  Vector highest[vectors];
+  for (int v = 0; v < vectors; ++v) highest[v] = hn::LoadU(d, maxima + v * kStep);
+  for (Index j = 0; j < count; ++j) {
+    for (int v = 0; v < vectors; ++v) {
+      const auto candidate = hn::LoadU(d, logits + j * columns + v * kStep);
+      highest[v] = hn::IfThenElse(hn::Gt(candidate, highest[v]), candidate, highest[v]);
     }
-    hn::StoreU(highest, d, maxima + q);
   }
+  for (int v = 0; v < vectors; ++v) hn::StoreU(highest[v], d, maxima + v * kStep);
+}
+
+void raise_maxima(Index count, Index columns, const float* logits, float* maxima) {
+  constexpr int kVectors = static_cast<int>(kLanes / kStep);
+  for (Index q = 0; q < columns; q += kLanes) raise_maxima_of<kVectors>(count, columns, logits + q, maxima + q);
 }
 
 void exponentiate_and_sum(Index count, Index columns, const float* maxima, float* logits, double* sums) {
   const Floats d;
-  for (Index q = 0; q < columns; q += kStep) {
-    const auto highest = hn::LoadU(d, maxima + q);
-    auto totals = hn::Zero(d);
+  constexpr int kVectors = static_cast<int>(kLanes / kStep);
+  for (Index q = 0; q < columns; q += kLanes) {
+    Vector totals[kVectors];
+    Vector highest[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      totals[v] = hn::Zero(d);
+      highest[v] = hn::LoadU(d, maxima + q + v * kStep);
+    }
     for (Index j = 0; j < count; ++j) {
       float* const place = logits + j * columns + q;
-      const auto weights = exponential(d, hn::Sub(hn::LoadU(d, place), highest));
-      hn::StoreU(weights, d, place);
-      totals = hn::Add(totals, weights);
+      for (int v = 0; v < kVectors; ++v) {
+        const auto weights = exponential(d, hn::Sub(hn::LoadU(d, place + v * kStep), highest[v]));
+        hn::StoreU(weights, d, place + v * kStep);
+        totals[v] = hn::Add(totals[v], weights);
+      }
     }
-    HWY_ALIGN float lanes[kVectorLanes];
-    hn::Store(totals, d, lanes);
-    for (Index lane = 0; lane < kStep; ++lane) sums[q + lane] += static_cast<double>(lanes[lane]);
+    HWY_ALIGN float lanes[kLanes];
+    for (int v = 0; v < kVectors; ++v) hn::Store(totals[v], d, lanes + v * kStep);
+    for (Index lane = 0; lane < kLanes; ++lane) sums[q + lane] += static_cast<double>(lanes[lane]);
   }
 }
 

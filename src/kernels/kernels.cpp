@@ -6,6 +6,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "base/buffer.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/kernels.cpp"
 #include "kernels/targets.h"
@@ -26,16 +28,23 @@ namespace HWY_NAMESPACE {
 constexpr int kRows = 6;
 constexpr int kVectors = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM ? 4 : 2;
 
-// Columns that a product takes at a time, and how deep a block of them stays in the innermost cache: half of its
-// smallest size, all of it where vectors are wide.
+// Columns that a product takes at a time, and how deep: a block of them is read again for every strip of rows, from the
+// innermost cache or, as vectors are wide, from the second.
 constexpr Index kColumnsAtOnce = static_cast<Index>(kVectorLanes) * kVectors;
-constexpr Index kDepth = HWY_TARGET <= HWY_AVX3 ? 128 : 4096 / kColumnsAtOnce;
+constexpr Index kDepth = 512;
+
+// The same where rows of the left operand lie side by side: every step then takes a line of the cache, which serves the
+// next rows as well if it is still there.
+constexpr Index kDepthAcross = HWY_TARGET <= HWY_AVX3 ? 128 : 256;
 
 // Rows of the left operand that stay in the second-level cache while the columns pass.
 constexpr Index kBlockRows = 20 * kRows;
 
 // From so many rows on, columns that lie apart are brought together first: they would share few places of the cache.
-constexpr Index kRowsWorthCopying = 8 * kRows;
+constexpr Index kRowsWorthPacking = 8 * kRows;
+
+// Columns that are brought together at a time, for the second-level cache.
+constexpr Index kColumnsPacked = 256;
 
 // One row has too few results in flight to keep the multipliers busy, unless more columns come along.
 constexpr int kVectorsOfOneRow = 8;
@@ -131,26 +140,15 @@ HWY_INLINE void multiply_strips(Index rows, Terms terms, Sums sums) {
 template <int vectors>
 HWY_INLINE void multiply_columns(Index rows, const Terms& terms, const Sums& sums) {
   constexpr Index n = static_cast<Index>(kVectorLanes);
-  HWY_ALIGN float copy[kDepth * vectors * kVectorLanes];
   HWY_ALIGN float partial[kBlockRows * vectors * kVectorLanes];
-  const bool copies = rows >= kRowsWorthCopying && terms.b_row != vectors * n;
-  const Index pieces = std::max<Index>((terms.depth + kDepth - 1) / kDepth, 1);
+  const Index most = terms.a_step == 1 ? kDepth : kDepthAcross;
+  const Index pieces = std::max<Index>((terms.depth + most - 1) / most, 1);
   Index done = 0;
   for (Index piece = 0; piece < pieces; ++piece) {
     Terms part = terms;
     part.depth = terms.depth / pieces + (piece < terms.depth % pieces ? 1 : 0);
     part.a += done * terms.a_step;
     part.b += done * terms.b_row;
-    if (copies) {
-      const Floats d;
-      for (Index k = 0; k < part.depth; ++k) {
-        for (int j = 0; j < vectors; ++j) {
-          hn::Store(hn::LoadU(d, part.b + k * part.b_row + j * n), d, copy + (k * vectors + j) * n);
-        }
-      }
-      part.b = copy;
-      part.b_row = vectors * n;
-    }
     Sums here = sums;
     if (piece > 0) {
       here.start = partial;
@@ -167,12 +165,13 @@ HWY_INLINE void multiply_columns(Index rows, const Terms& terms, const Sums& sum
 }
 
 // As multiply_columns, for all the columns from `first` on that come in this many vectors; returns where they end.
+// Columns `first` on begin at first · b_step of the right operand.
 template <class Work>
-HWY_INLINE Index for_columns(Index first, Index columns, Index width, const Terms& terms, const Sums& sums,
-                             const Work& work) {
+HWY_INLINE Index for_columns(Index first, Index columns, Index width, const Terms& terms, Index b_step,
+                             const Sums& sums, const Work& work) {
   for (; first + width <= columns; first += width) {
     Terms part = terms;
-    part.b += first;
+    part.b += first * b_step;
     Sums here = sums;
     if (sums.start != nullptr) here.start += first;
     here.out += first;
@@ -181,31 +180,91 @@ HWY_INLINE Index for_columns(Index first, Index columns, Index width, const Term
   return first;
 }
 
-void multiply_rows(Index rows, Index columns, const Terms& terms, const Sums& sums) {
+// `b_step` is the depth where columns lie in groups of kColumnsAtOnce, one group after the other.
+void multiply_rows(Index rows, Index columns, const Terms& terms, Index b_step, const Sums& sums) {
   constexpr Index n = static_cast<Index>(kVectorLanes);
   Index done = 0;
-  if (rows == 1) {
-    done = for_columns(done, columns, kVectorsOfOneRow * n, terms, sums,
+  if (rows == 1 && b_step == 1) {
+    done = for_columns(done, columns, kVectorsOfOneRow * n, terms, b_step, sums,
                        [](const Terms& part, const Sums& here)
                            HWY_ATTR { multiply_tile<1, kVectorsOfOneRow>(part, here); });
   }
-  done = for_columns(done, columns, kColumnsAtOnce, terms, sums, [rows](const Terms& part, const Sums& here) HWY_ATTR {
-    multiply_columns<kVectors>(rows, part, here);
-  });
-  done = for_columns(done, columns, 2 * n, terms, sums,
+  done = for_columns(done, columns, kColumnsAtOnce, terms, b_step, sums,
+                     [rows](const Terms& part, const Sums& here)
+                         HWY_ATTR { multiply_columns<kVectors>(rows, part, here); });
+  if (done == columns) return;
+  // What is left of the last group lies in its rows.
+  Terms rest = terms;
+  rest.b += done * (b_step - 1);
+  done = for_columns(done, columns, 2 * n, rest, 1, sums,
                      [rows](const Terms& part, const Sums& here) HWY_ATTR { multiply_columns<2>(rows, part, here); });
-  for_columns(done, columns, n, terms, sums,
+  for_columns(done, columns, n, rest, 1, sums,
               [rows](const Terms& part, const Sums& here) HWY_ATTR { multiply_columns<1>(rows, part, here); });
 }
 
-void multiply_all(Index rows, Index columns, Terms terms, Sums sums) {
+void multiply_blocks(Index rows, Index columns, Terms terms, Index b_step, Sums sums) {
   const Index blocks = (rows + kBlockRows - 1) / kBlockRows;
   for (Index block = 0; block < blocks; ++block) {
     const Index here = rows / blocks + (block < rows % blocks ? 1 : 0);
-    multiply_rows(here, columns, terms, sums);
+    multiply_rows(here, columns, terms, b_step, sums);
     terms.a += here * terms.a_row;
     if (sums.start != nullptr) sums.start += here * sums.start_row;
     sums.out += here * sums.out_row;
+  }
+}
+
+// Columns of a right operand whose rows lie apart, in groups of kColumnsAtOnce.
+void pack_columns(const float* b, Index b_row, Index columns, Index depth, float* packed) {
+  const Floats d;
+  constexpr Index n = static_cast<Index>(kVectorLanes);
+  for (Index k = 0; k < depth; ++k) {
+    for (Index first = 0; first < columns; first += kColumnsAtOnce) {
+      float* const to = packed + first * depth + k * kColumnsAtOnce;
+      const Index here = std::min(kColumnsAtOnce, columns - first);
+      for (Index j = 0; j < here; j += n) hn::Store(hn::LoadU(d, b + k * b_row + first + j), d, to + j);
+    }
+  }
+}
+
+// Chunks of the right operand are brought together, and all rows multiplied with them.
+void multiply_chunks(Index rows, Index columns, const Terms& terms, const Sums& sums) {
+  const Index width = std::min(kColumnsPacked, columns);
+  Buffer packed(rounded_up(width, kColumnsAtOnce) * std::min(kDepth, terms.depth));
+  // Sums that are added when they are complete wait elsewhere until then.
+  Buffer partial(sums.add && terms.depth > kDepth ? rows * width : 0);
+  for (Index first = 0; first < columns; first += width) {
+    const Index here = std::min(width, columns - first);
+    for (Index done = 0; done < terms.depth; done += kDepth) {
+      Terms part = terms;
+      part.depth = std::min(kDepth, terms.depth - done);
+      part.a += done * terms.a_step;
+      pack_columns(terms.b + done * terms.b_row + first, terms.b_row, here, part.depth, packed.data());
+      part.b = packed.data();
+      part.b_row = kColumnsAtOnce;
+      Sums chunk = sums;
+      chunk.out += first;
+      if (sums.start != nullptr) chunk.start += first;
+      float* const waiting = sums.add ? partial.data() : chunk.out;
+      const Index waiting_row = sums.add ? width : sums.out_row;
+      if (done > 0) {
+        chunk.start = waiting;
+        chunk.start_row = waiting_row;
+      }
+      if (done + part.depth < terms.depth) {
+        chunk.out = waiting;
+        chunk.out_row = waiting_row;
+        chunk.add = false;
+      }
+      multiply_blocks(rows, here, part, part.depth, chunk);
+    }
+  }
+}
+
+void multiply_all(Index rows, Index columns, const Terms& terms, const Sums& sums) {
+  if (rows >= kRowsWorthPacking && terms.depth > 0 && terms.b_row != kColumnsAtOnce) {
+    multiply_chunks(rows, columns, terms, sums);
+  } else {
+    multiply_blocks(rows, columns, terms, 1, sums);
   }
 }
 
@@ -219,25 +278,85 @@ void add_product(Index rows, Index columns, Index depth, const float* a, Index a
   multiply_all(rows, columns, {depth, a, a_row, a_step, b, b_row}, {nullptr, 0, c, c_row, true});
 }
 
-void to_panels(const float* rows, Index row, Index count, Index depth, float* panels) {
+// Up to `width` rows of `depth` elements, side by side.
+template <Index width>
+HWY_INLINE void to_panel(const float* rows, Index row, Index count, Index depth, float* panel) {
   constexpr Index n = static_cast<Index>(kVectorLanes);
-  for (Index first = 0; first < count; first += kPanel) {
-    const Index here = std::min(kPanel, count - first);
-    const float* from = rows + first * row;
-    float* panel = panels + first * depth;
-    // All positions of some elements, so that every line of the panel is written at once.
-    const Index whole = here / n * n;
-    Index k = 0;
-    for (; k + n <= depth; k += n) {
-      for (Index position = 0; position < whole; position += n) {
-        transpose_square(from + position * row + k, row, panel + k * kPanel + position, kPanel);
+  // All positions of some elements, so that every line of the panel is written at once.
+  const Index whole = count / n * n;
+  Index k = 0;
+  for (; k + n <= depth; k += n) {
+    if (k % kLanes == 0) {
+      for (Index position = 0; position < whole; ++position) hwy::Prefetch(rows + position * row + k + kLanes);
+    }
+    for (Index position = 0; position < whole; position += n) {
+      transpose_square(rows + position * row + k, row, panel + k * width + position, width);
+    }
+  }
+  for (; k < depth; ++k) {
+    for (Index i = 0; i < whole; ++i) panel[k * width + i] = rows[i * row + k];
+  }
+  for (k = 0; k < depth && whole < width; ++k) {
+    for (Index i = whole; i < width; ++i) panel[k * width + i] = i < count ? rows[i * row + k] : 0.0f;
+  }
+}
+
+template <Index width>
+HWY_INLINE void to_panels_of(const float* rows, Index row, Index count, Index depth, float* panels) {
+  for (Index first = 0; first < count; first += width) {
+    to_panel<width>(rows + first * row, row, std::min(width, count - first), depth, panels + first * depth);
+  }
+}
+
+template <Index width>
+HWY_INLINE void to_panels_of(DType type, const std::byte* rows, Index row, Index count, Index depth, float* panels) {
+  if (type == DType::float32 && reinterpret_cast<std::uintptr_t>(rows) % alignof(float) == 0) {
+    to_panels_of<width>(reinterpret_cast<const float*>(rows), row, count, depth, panels);
+    return;
+  }
+  // A slice of the rows that the innermost cache holds is widened, then turned.
+  constexpr Index kSlice = 128;
+  float slice[width * kSlice];
+  const auto element = static_cast<Index>(size_of(type));
+  for (Index first = 0; first < count; first += width) {
+    const Index here = std::min(width, count - first);
+    for (Index k = 0; k < depth; k += kSlice) {
+      const Index elements = std::min(kSlice, depth - k);
+      for (Index i = 0; i < here; ++i) {
+        to_float32(type, rows + ((first + i) * row + k) * element,
+                   std::span(slice + i * elements, static_cast<std::size_t>(elements)));
       }
+      to_panel<width>(slice, elements, here, elements, panels + first * depth + k * width);
     }
-    for (; k < depth; ++k) {
-      for (Index i = 0; i < whole; ++i) panel[k * kPanel + i] = from[i * row + k];
-    }
-    for (k = 0; k < depth && whole < kPanel; ++k) {
-      for (Index i = whole; i < kPanel; ++i) panel[k * kPanel + i] = i < here ? from[i * row + k] : 0.0f;
+  }
+}
+
+void to_panels(DType type, const std::byte* rows, Index row, Index count, Index depth, float* panels) {
+  to_panels_of<kPanel>(type, rows, row, count, depth, panels);
+}
+
+void pack(DType type, const std::byte* rows, Index row, Index count, Index depth, float* packed) {
+  to_panels_of<kColumnsAtOnce>(type, rows, row, count, depth, packed);
+  std::fill(packed + rounded_up(count, kColumnsAtOnce) * depth, packed + rounded_up(count, kPanel) * depth, 0.0f);
+}
+
+void multiply_packed(Index rows, Index columns, Index depth, const float* a, Index a_row, const float* packed, float* c,
+                     Index c_row, bool add) {
+  const Index whole = columns / kLanes * kLanes;
+  const Terms terms{depth, a, a_row, 1, packed, kColumnsAtOnce};
+  multiply_blocks(rows, whole, terms, depth, {nullptr, 0, c, c_row, add});
+  if (whole == columns) return;
+  // A whole vector would reach into the next row of the result.
+  HWY_ALIGN float last[kBlockRows * kLanes];
+  Terms rest = terms;
+  rest.b += whole / kColumnsAtOnce * kColumnsAtOnce * depth + whole % kColumnsAtOnce;
+  for (Index first = 0; first < rows; first += kBlockRows) {
+    const Index here = std::min(kBlockRows, rows - first);
+    rest.a = a + first * a_row;
+    multiply_rows(here, kLanes, rest, kLanes % kColumnsAtOnce == 0 ? depth : 1, {nullptr, 0, last, kLanes, false});
+    for (Index i = 0; i < here; ++i) {
+      float* const to = c + (first + i) * c_row + whole;
+      for (Index j = 0; j < columns - whole; ++j) to[j] = add ? to[j] + last[i * kLanes + j] : last[i * kLanes + j];
     }
   }
 }
@@ -623,6 +742,8 @@ namespace kvreplay::kernels {
 HWY_EXPORT(multiply);
 HWY_EXPORT(add_product);
 HWY_EXPORT(to_panels);
+HWY_EXPORT(pack);
+HWY_EXPORT(multiply_packed);
 HWY_EXPORT(exponentiate);
 HWY_EXPORT(finish_logits);
 HWY_EXPORT(exponentiate_columns);
@@ -647,29 +768,20 @@ void add_product(Index rows, Index columns, Index depth, const float* a, Index a
 }
 
 void to_panels(const float* rows, Index row, Index count, Index depth, float* panels) {
-  HWY_DYNAMIC_DISPATCH(to_panels)(rows, row, count, depth, panels);
+  to_panels(DType::float32, reinterpret_cast<const std::byte*>(rows), row, count, depth, panels);
 }
 
 void to_panels(DType type, const std::byte* rows, Index row, Index count, Index depth, float* panels) {
-  if (type == DType::float32 && reinterpret_cast<std::uintptr_t>(rows) % alignof(float) == 0) {
-    to_panels(reinterpret_cast<const float*>(rows), row, count, depth, panels);
-    return;
-  }
-  // A slice of the rows that the innermost cache holds is widened, then turned.
-  constexpr Index kSlice = 128;
-  float slice[kPanel * kSlice];
-  const auto element = static_cast<Index>(size_of(type));
-  for (Index first = 0; first < count; first += kPanel) {
-    const Index here = std::min(kPanel, count - first);
-    for (Index k = 0; k < depth; k += kSlice) {
-      const Index width = std::min(kSlice, depth - k);
-      for (Index i = 0; i < here; ++i) {
-        to_float32(type, rows + ((first + i) * row + k) * element,
-                   std::span(slice + i * width, static_cast<std::size_t>(width)));
-      }
-      to_panels(slice, width, here, width, panels + first * depth + k * kPanel);
-    }
-  }
+  HWY_DYNAMIC_DISPATCH(to_panels)(type, rows, row, count, depth, panels);
+}
+
+void pack(DType type, const std::byte* rows, Index row, Index count, Index depth, float* packed) {
+  HWY_DYNAMIC_DISPATCH(pack)(type, rows, row, count, depth, packed);
+}
+
+void multiply_packed(Index rows, Index columns, Index depth, const float* a, Index a_row, const float* packed, float* c,
+                     Index c_row, bool add) {
+  HWY_DYNAMIC_DISPATCH(multiply_packed)(rows, columns, depth, a, a_row, packed, c, c_row, add);
 }
 
 BlockSoftmax exponentiate(const AttentionBlock& block, float scale, float softcapping) {

@@ -40,6 +40,16 @@ void to_panels(const float* rows, Index row, Index count, Index depth, float* pa
 /// The same of rows of any type, widened to float32; `row` is counted in elements.
 void to_panels(DType type, const std::byte* rows, Index row, Index count, Index depth, float* panels);
 
+/// Lays `count` rows of any type, `row` elements apart, out as the columns of a right operand of multiply_packed(), in
+/// float32: kPanel rows take kPanel · `depth` floats, and so do fewer at the end. How they lie within depends on the
+/// instruction set.
+void pack(DType type, const std::byte* rows, Index row, Index count, Index depth, float* packed);
+
+/// c[i, j] = Σ_k a[i·a_row + k] · b[j, k] for the first `columns` rows of a packed b, summed as by multiply(); with
+/// `add` that sum is added to what is in c. `columns` may be any number.
+void multiply_packed(Index rows, Index columns, Index depth, const float* a, Index a_row, const float* packed, float* c,
+                     Index c_row, bool add);
+
 /// Moves `count` rows of `depth` floats that follow each other apart, so that a row begins every `width` floats, with
 /// zeros between them.
 void pad_rows(float* rows, Index count, Index depth, Index width);

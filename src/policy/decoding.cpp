@@ -517,6 +517,7 @@ void LayerDecoding::step(const TokenRows& token) {
   for (const int kv_head : kv_heads_) {
     Rows& rows = *rows_.at(kv_head);
     slots[kv_head] = rows.add(token.keys + kv_head * depth, token.values + kv_head * depth);
+    rows.hold(slots[kv_head]);  // a cache may lose it before another one takes it up
     rows.take_queries(token.position,
                       token.queries == nullptr ? nullptr : token.queries + Index{kv_head} * shape_.group_size * depth);
   }
@@ -549,6 +550,7 @@ void LayerDecoding::step(const TokenRows& token) {
     if (!evicts) observe(*caches);
     leave_behind(*caches);
   }
+  for (const auto& [kv_head, slot] : slots) rows_.at(kv_head)->release(slot);
 }
 
 // What a window leaves behind is gone, as far as the policy goes for ever.

@@ -16,6 +16,7 @@
 #include "policy/head.h"
 #include "policy/need.h"
 #include "policy/parameter.h"
+#include "policy/run_identity.h"
 #include "policy/schedule.h"
 
 namespace kvreplay {
@@ -116,6 +117,11 @@ class Pattern {
   /// What a reader of the numbers has to know of the sets of a layer whose heads have this shape; mostly nothing. What
   /// is the same for several layers is told once.
   virtual std::string note(const HeadShape& /*shape*/) const { return ""; }
+
+  /// The same of the run as a whole, for patterns that were made for one: throws Error where this is another, ...
+  virtual void check_run(const RunIdentity& /*run*/) const {}
+  /// ... and what a reader of the numbers has to know of it.
+  virtual std::string note_on_run(const RunIdentity& /*run*/) const { return ""; }
 
   /// What the capacity asked for means to the pattern.
   enum class CapacityRule {

@@ -6,6 +6,19 @@
 #include "replay/trace_source.h"
 
 namespace kvreplay {
+namespace {
+
+constexpr Index kTokens = 128;  // read together
+
+}  // namespace
+
+Index decoding_memory(const HeadShape& shape, Index tokens, Index heads) {
+  // Keys by rows and as panels, values, and products with the queries of a group; blocks that are read.
+  const Index cached = heads * (tokens + kTokens) * (3 * Index{shape.head_dim} + shape.group_size);
+  const Index read =
+      kTokens * shape.head_dim * (2 + shape.group_size) * shape.num_kv_heads + 4 * kTokens * shape.head_dim;
+  return (cached + read) * static_cast<Index>(sizeof(float));
+}
 
 int queries_from(std::span<const int> query_positions, int position) {
   const auto first = std::ranges::lower_bound(query_positions, position) - query_positions.begin();
@@ -20,7 +33,6 @@ int queries_from(std::span<const int> query_positions, int position) {
 std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
                                          std::span<const Setting> settings, const std::vector<int>& kv_heads,
                                          const LayerProjection* projection, Index combination_bytes) {
-  constexpr Index kTokens = 128;  // read together
   const TraceInfo& info = trace.info();
   const TraceLayer prompt(trace, layer, eviction, projection);
   const HeadShape& shape = prompt.shape();
@@ -40,7 +52,8 @@ std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, co
     const Index count = std::min<Index>(kTokens, info.num_tokens() - first);
     const auto spread = [&](HeadTensor tensor, Index begin, Index some, Index head, Buffer& to, Index width) {
       trace.read_rows(layer, tensor, static_cast<int>(head), begin, some, rows.data());
-      for (Index i = 0; i < some; ++i) std::copy_n(rows.data() + i * depth, depth, to.data() + i * width + head * depth);
+      for (Index i = 0; i < some; ++i)
+        std::copy_n(rows.data() + i * depth, depth, to.data() + i * width + head * depth);
     };
     const Index known = std::clamp<Index>(eviction.position + at_hand - first, 0, count);
     for (const int kv_head : kv_heads) {

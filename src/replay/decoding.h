@@ -18,6 +18,9 @@ std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, co
                                          std::span<const Setting> settings, const std::vector<int>& kv_heads,
                                          const LayerProjection* projection, Index combination_bytes);
 
+/// The most bytes that this takes for `heads` KV heads of a trace of `tokens` tokens, beside combinations and heads.
+Index decoding_memory(const HeadShape& shape, Index tokens, Index heads);
+
 /// How many queries in a row are at hand, counted from `position` on.
 int queries_from(std::span<const int> query_positions, int position);
 

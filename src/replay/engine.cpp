@@ -28,6 +28,7 @@
 #include "replay/refining.h"
 #include "replay/replayable.h"
 #include "replay/trace_source.h"
+#include "trace/identity.h"
 #include "trace/inspection.h"
 
 namespace kvreplay {
@@ -131,6 +132,7 @@ ReplayResult outline_of(const ReplaySetting& replayed, const TraceReplay& replay
   result.granularity = setting.granularity;
   result.share = setting.share;
   result.oracle = setting.policy->oracle;
+  result.scheduled = setting.policy->schedule.has_value();
   result.rank_agreement = replayed.rank_agreement;
   result.nothing_to_choose = replayed.nothing_to_choose;
   result.kept.granularity = setting.granularity == Granularity::query ? Granularity::query : Granularity::kv;
@@ -220,8 +222,10 @@ ReplayEngine::ReplayEngine(std::vector<const CapturedRun*> runs, ReplayRequest r
     for (const int eviction : evictions) {
       TraceReplay outline = prepare(trace, {eviction, start});
       outline.trace_digest = digest;
+      outline.tokens_digest = tokens_digest(std::span(info.token_ids).first(static_cast<std::size_t>(eviction)));
       LeftOut left_out;
-      const std::vector<ReplaySetting> replayed = settings_for(trace, request_, eviction, outline.notes, left_out);
+      const std::vector<ReplaySetting> replayed = settings_for(
+          trace, request_, eviction, {outline.trace_digest, outline.tokens_digest}, outline.notes, left_out);
       if (!left_out.first().empty() && (replayed.empty() || request_.strict)) {
         leave_out(left_out.first(), left_out.notes());
         continue;
@@ -284,6 +288,15 @@ ReplayEngine::Sums ReplayEngine::sum_up(const CapturedRun& trace, const TraceRep
     sums.layer_bytes += LayerRankAgreement::memory_of_layer(shape, settings);
     sums.head_bytes += LayerRankAgreement::memory_of_head(shape, tokens);
     if (sums.setting_bytes > 0) sums.setting_bytes += LayerRankAgreement::memory_of_setting(shape);
+  }
+  const Index all_tokens = trace.info().num_tokens();
+  for (const Setting& setting : settings) {
+    if (!setting.policy->schedule) continue;
+    const Index heads = LayerDecoding::is_local(setting) ? 1 : outline.model.num_key_value_heads;
+    sums.decoding_bytes = std::max(sums.decoding_bytes, decoding_memory(shape, all_tokens, heads) + sums.head_bytes);
+    if (setting.policy->row_positions != RowPositions::reindexed) continue;
+    sums.layer_bytes += (all_tokens - outline.eviction_position) * outline.model.num_attention_heads *
+                        outline.model.head_dim * static_cast<Index>(sizeof(float));
   }
   sums.least_combinations = LayerDecision::least_combination_bytes(shape, sums.asked);
   sums.all_combinations = LayerDecision::all_combination_bytes(shape, sums.asked);
@@ -462,6 +475,7 @@ ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index li
     plan.combination_bytes = std::min(plan.combination_bytes, combinations);
     const Index projected = kProjectionSlice * (width + kernels::kPanel) * static_cast<Index>(sizeof(float));
     take(unit + plan.heads_at_once * std::max({sums.head_bytes + combinations, projected, sums.setting_bytes}));
+    if (sums.decoding_bytes > 0) take(unit + plan.heads_at_once * (sums.decoding_bytes + combinations));
 
     // Measures, which refining takes in between.
     const Index fixed = unit + (waiting + 1) * sums.refining_bytes +

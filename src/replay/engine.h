@@ -126,6 +126,7 @@ class ReplayEngine {
     Index layer_bytes = 0;         // of a layer's results while they are made
     Index head_bytes = 0;          // of a head that is ranked, combinations excepted
     Index setting_bytes = 0;       // of a setting whose heads are put together
+    Index decoding_bytes = 0;      // of what is decoded at a time, a head or a layer
     Index least_combinations = 0;  // bytes
     Index all_combinations = 0;    // bytes
   };

@@ -319,21 +319,24 @@ void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> resi
             const double mass = kept.mass[column] + rest->mass[column];
             const int position = attention.positions[column];
             const Eigen::RowVectorXd evicted =
-                given[set] != nullptr
-                    ? Eigen::RowVectorXd(given[set]
-                                             ->row(position - shape_.next_position)
-                                             .segment(Index{shape_.query_head(member)} * depth, depth)
-                                             .cast<double>())
-                : mass > kFaint ? Eigen::RowVectorXd((kept.values.row(q).head(depth) + rest->values.row(q).head(depth)) /
-                                                   (mass + attention.sink(m, q)))
-                              : attend_directly(shape_.query_head(member), attention.first + q, residency, values);
+                given[set] != nullptr ? Eigen::RowVectorXd(given[set]
+                                                               ->row(position - shape_.next_position)
+                                                               .segment(Index{shape_.query_head(member)} * depth, depth)
+                                                               .cast<double>())
+                : mass > kFaint
+                    ? Eigen::RowVectorXd((kept.values.row(q).head(depth) + rest->values.row(q).head(depth)) /
+                                         (mass + attention.sink(m, q)))
+                    : attend_directly(shape_.query_head(member), attention.first + q, residency, values);
             const Eigen::RowVectorXd difference = evicted - exact.row(q);
             differences[set].row(attention.first + q).segment(member * depth, depth) = difference.cast<float>();
-            const HeadOutcome outcome{.full = exact.row(q),
-                                      .evicted = evicted,
-                                      .difference = difference,
-                                      .full_mass = whole.mass[column],
-                                      .cached_mass = mass};
+            const HeadOutcome outcome{
+                .full = exact.row(q),
+                .evicted = evicted,
+                .difference = difference,
+                .full_mass = whole.mass[column],
+                .cached_mass = mass,
+                .cached = residency.count_at(position, shape_.next_position,
+                                             static_cast<int>(shape_.rule.first_visible(position)))};
             for (const auto& [measure, calculate] : measures) {
               numbers[set][measure][place_of(member, attention.first + q)] = static_cast<float>(calculate(outcome));
             }

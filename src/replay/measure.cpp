@@ -50,6 +50,8 @@ double spearman(const RankCorrelation& agreement) { return agreement.spearman; }
 
 double kendall(const RankCorrelation& agreement) { return agreement.kendall; }
 
+double cache_size(const HeadOutcome& outcome) { return outcome.cached; }
+
 double kl(const ModelOutcome& outcome) { return outcome.divergence; }
 
 double nll(const ModelOutcome& outcome) { return outcome.loss; }
@@ -104,6 +106,11 @@ auto list_of_measures() {
        .noun = "sum of the layers' changes",
        .unit = "relative to the residual stream",
        .definition = residual_sum,
+       .lower_is_better = true},
+      {.name = "cache_size",
+       .noun = "cached positions",
+       .unit = "positions",
+       .definition = cache_size,
        .lower_is_better = true},
       {.name = "kl", .noun = "KL divergence", .unit = "nats", .definition = kl, .lower_is_better = true},
       {.name = "nll",

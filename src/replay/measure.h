@@ -26,6 +26,7 @@ enum class Measure : int {
   kendall,
   residual_error,
   residual_sum,
+  cache_size,
   kl,
   nll,
   nll_increase,
@@ -39,6 +40,7 @@ struct HeadOutcome {
   Eigen::Ref<const Eigen::RowVectorXd> difference;  ///< [D] ô − o
   double full_mass;                                 ///< sum of the exponentials over the full cache
   double cached_mass;                               ///< the same, against the same maximum, over what is still cached
+  int cached = 0;                                   ///< positions that the query sees of what is still cached
 };
 
 /// What an evaluation query gets from all heads of a layer, through the output projection (docs/measures.md).

@@ -88,8 +88,8 @@ class LayerMeasurement {
   Eviction eviction_;
   std::vector<const LayerResidencies*> distinct_;
   std::vector<const Matrix*> evicted_;  // [kind]: evicted outputs that are given, or null
-  std::vector<std::size_t> kind_;  // [setting]: which of the distinct ones
-  Matrix outputs_;                 // [E, H · D], then the differences of every kind below each other
+  std::vector<std::size_t> kind_;       // [setting]: which of the distinct ones
+  Matrix outputs_;                      // [E, H · D], then the differences of every kind below each other
   bool keeps_changes_ = false;
   Matrix projected_;                     // the same through the projection, [.., C], where changes are kept
   Buffer panels_;                        // the same, transposed: [panel][H · D][kPanel], where there is a projection

@@ -69,6 +69,7 @@ std::vector<TraceReplay> replay(const ReplayEngine& engine, const std::function<
     changes[r].measure(engine.run_of(static_cast<int>(r)), replays[r]);
     note_outputs(replays[r], output_errors[r]);
     settle_capacities(replays[r]);
+    note_frozen_caches(replays[r]);
   }
   return replays;
 }

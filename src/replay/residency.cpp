@@ -46,6 +46,15 @@ std::vector<int> Residency::cached_at(int position, int eviction_position, int f
   return cached;
 }
 
+int Residency::count_at(int position, int eviction_position, int first_visible) const {
+  const auto visible = static_cast<std::size_t>(std::ranges::lower_bound(kept(), first_visible) - kept().begin());
+  int count = static_cast<int>(num_kept_ - visible) + position + 1 - std::max(eviction_position, first_visible);
+  for (std::size_t i = visible; i < until_.size() && positions_[i] <= position; ++i) {
+    count -= positions_[i] >= first_visible && until_[i] < position ? 1 : 0;
+  }
+  return count;
+}
+
 double Residency::mean_kept(int first, int end, std::span<const int> queries) const {
   const auto begin = static_cast<std::size_t>(std::ranges::lower_bound(kept(), first) - kept().begin());
   const auto stop = static_cast<std::size_t>(std::ranges::lower_bound(kept(), end) - kept().begin());

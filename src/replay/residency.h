@@ -44,6 +44,9 @@ class Residency {
   /// `first_visible`.
   std::vector<int> cached_at(int position, int eviction_position, int first_visible = 0) const;
 
+  /// How many that is.
+  int count_at(int position, int eviction_position, int first_visible = 0) const;
+
   /// How many positions of first … end − 1 in the kept set the queries see, mean over them. `queries` ascend, and none
   /// is before the eviction.
   double mean_kept(int first, int end, std::span<const int> queries) const;

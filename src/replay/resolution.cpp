@@ -124,7 +124,7 @@ std::optional<Obstacle> sharing_obstacle(const Policy& policy, Granularity granu
 }
 
 // Why a capacity is too small, and whether the pattern and the budget can be drawn at all.
-std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Setting& setting) {
+std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Setting& setting, const RunIdentity& run) {
   const Policy& policy = *setting.policy;
   const auto least_in = [&policy](const HeadShape& shape) {
     return shape.rows() == shape.next_position ? policy.minimum_capacity()
@@ -175,6 +175,11 @@ std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Set
     } catch (const Error& error) {
       return Obstacle{.reason = error.what()};
     }
+  }
+  try {
+    if (policy.pattern()) policy.pattern()->check_run(run);
+  } catch (const Error& error) {
+    return Obstacle{.reason = error.what()};
   }
   return std::nullopt;
 }
@@ -235,15 +240,14 @@ std::optional<Obstacle> schedule_capacity_obstacle(const EvictedLayers& layers, 
     if (policy.pin.prompt) least = std::max(least, protection.sinks + policy.protection().window + 1);
     least += room;
     if (capacity >= least) continue;
-    return Obstacle{
-        .reason = fmt::format("capacity {} is below the {} positions that {} needs: {}", setting.asked.text,
-                              least - pinned, policy.canonical,
-                              room > 0                  ? "what it protects and room for the tokens that come"
-                              : policy.pin.prompt       ? "the prompt, what it protects and one that is generated"
-                                                        : "what it protects"),
-        .cure = "ask for a larger capacity",
-        .shared = "the capacity is below what they protect and what comes between evictions",
-        .amount = least - pinned};
+    return Obstacle{.reason = fmt::format("capacity {} is below the {} positions that {} needs: {}", setting.asked.text,
+                                          least - pinned, policy.canonical,
+                                          room > 0            ? "what it protects and room for the tokens that come"
+                                          : policy.pin.prompt ? "the prompt, what it protects and one that is generated"
+                                                              : "what it protects"),
+                    .cure = "ask for a larger capacity",
+                    .shared = "the capacity is below what they protect and what comes between evictions",
+                    .amount = least - pinned};
   }
   if (!policy.budget) return std::nullopt;
   for (const HeadShape& shape : layers.shapes) {
@@ -261,13 +265,15 @@ std::optional<Obstacle> schedule_capacity_obstacle(const EvictedLayers& layers, 
 }
 
 // What a policy tells of its sets.
-void add_notes_of(const Policy& policy, const EvictedLayers& layers, std::vector<std::string>& notes) {
+void add_notes_of(const Policy& policy, const EvictedLayers& layers, const RunIdentity& run,
+                  std::vector<std::string>& notes) {
   const auto add = [&notes](std::string note) {
     if (!note.empty() && std::ranges::find(notes, note) == notes.end()) notes.push_back(std::move(note));
   };
   for (const std::string& note : policy.notes) add(note);
   if (!policy.pattern()) return;
   for (const HeadShape& shape : layers.shapes) add(policy.pattern()->note(shape));
+  add(policy.pattern()->note_on_run(run));
 }
 
 // Tells where published code makes another count of a share.
@@ -309,7 +315,7 @@ bool leaves_nothing_to_choose(const EvictedLayers& layers, const Setting& settin
 }  // namespace
 
 std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRequest& request, int eviction_position,
-                                        std::vector<std::string>& notes, LeftOut& left_out) {
+                                        const RunIdentity& run, std::vector<std::string>& notes, LeftOut& left_out) {
   const Holdings holdings = holdings_of(trace, eviction_position);
   const EvictedLayers layers(trace.info(), eviction_position);
   std::vector<ReplaySetting> settings;
@@ -338,6 +344,14 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
                  .share = request.share.value_or(policy.share.value_or(Share::mean))};
       if (own) setting.asked.count = std::max(*own, policy.minimum_capacity());
       if (policy.schedule) {
+        if (request.evicts_once) {
+          left_out.add(
+              policy.canonical, "",
+              {.reason = fmt::format("{} evicts while tokens come, and a live run evicts once", policy.canonical),
+               .cure = "replay it, or leave out the schedule",
+               .shared = "they evict while tokens come, and a live run evicts once"});
+          break;
+        }
         const auto obstacle = schedule_obstacle(trace, setting, holdings);
         const auto too_small = schedule_capacity_obstacle(layers, setting);
         if (obstacle || missing) {
@@ -348,7 +362,7 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
           left_out.add(policy.canonical, asked.text, *too_small);
           continue;
         }
-        add_notes_of(policy, layers, notes);
+        add_notes_of(policy, layers, run, notes);
         replayed = true;
         settings.push_back(std::move(replayed_setting));
         continue;
@@ -356,7 +370,7 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
       const bool evicts = std::ranges::any_of(
           layers.alike, [&setting](const AlikeLayers& some) { return !setting.keeps_all(some.shape.rows()); });
       if (evicts) {
-        if (const auto obstacle = capacity_obstacle(layers, setting)) {
+        if (const auto obstacle = capacity_obstacle(layers, setting, run)) {
           left_out.add(policy.canonical, once ? "" : asked.text, *obstacle);
           if (once) break;
           continue;
@@ -365,7 +379,7 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
           is_missing = true;
           continue;
         }
-        add_notes_of(policy, layers, notes);
+        add_notes_of(policy, layers, run, notes);
         note_count(layers, setting, notes);
         replayed_setting.nothing_to_choose = leaves_nothing_to_choose(layers, setting);
         if (replayed_setting.nothing_to_choose) nothing_to_choose.add(policy.canonical, once ? "" : asked.text);

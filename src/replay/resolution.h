@@ -18,11 +18,12 @@ struct ReplaySetting {
   bool nothing_to_choose = false;  ///< see ReplayResult
 };
 
-/// Every policy at every capacity for an eviction at `eviction_position`, policies in the order given, capacities
-/// within. The request must outlive them. What cannot be replayed is `left_out`: where a capacity is below what a
-/// policy protects, a pattern or a budget cannot be drawn, heads cannot share as asked, or a policy needs what the
-/// trace does not hold. `notes` receives what a reader of the numbers has to know, what is left out included.
+/// Every policy at every capacity for an eviction at `eviction_position`, which `run` tells from those of others,
+/// policies in the order given, capacities within. The request must outlive them. What cannot be replayed is
+/// `left_out`: where a capacity is below what a policy protects, a pattern or a budget cannot be drawn, heads cannot
+/// share as asked, or a policy needs what the trace does not hold or was made for another run. `notes` receives what a
+/// reader of the numbers has to know, what is left out included.
 std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRequest& request, int eviction_position,
-                                        std::vector<std::string>& notes, LeftOut& left_out);
+                                        const RunIdentity& run, std::vector<std::string>& notes, LeftOut& left_out);
 
 }  // namespace kvreplay

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <utility>
 
+#include "replay/left_out.h"
 #include "trace/inspection.h"
 
 namespace kvreplay {
@@ -41,7 +42,29 @@ double bytes_per_position(const ModelInfo& model) {
 
 }  // namespace
 
+namespace {
+
+double mean_cache_size(const ReplayResult& result, std::span<const float> numbers) {
+  if (numbers.empty()) return result.kept.mean_size();
+  return std::accumulate(numbers.begin(), numbers.end(), 0.0) / static_cast<double>(numbers.size());
+}
+
+}  // namespace
+
+double mean_kept(const ReplayResult& result) {
+  return mean_cache_size(result, result.measures[Measure::cache_size].numbers);
+}
+
+double mean_kept(const ReplayResult& result, int layer) {
+  const Table& table = result.measures[Measure::cache_size];
+  if (table.numbers.empty()) return result.kept.mean_size(layer);
+  const std::size_t of_layer = table.numbers.size() / static_cast<std::size_t>(table.shape.front());
+  return mean_cache_size(result,
+                         std::span(table.numbers).subspan(static_cast<std::size_t>(layer) * of_layer, of_layer));
+}
+
 bool is_measured(const MeasureTraits& measure, const ReplayResult& result) {
+  if (measure.measure == Measure::cache_size) return result.replayed && result.scheduled;
   if (measure.measure == Measure::residual_sum) return result.replayed && result.residual_sum;
   if (!measure.is_of_layers()) return result.live;
   if (measure.measure == Measure::residual_error && !result.residual_norms) return false;
@@ -51,6 +74,7 @@ bool is_measured(const MeasureTraits& measure, const ReplayResult& result) {
 double bytes_per_token(const TraceReplay& replay, const ReplayResult& result) {
   double positions = 0;
   for (const Residency& set : result.kept.sets) positions += static_cast<double>(set.kept().size());
+  if (result.scheduled) positions = mean_kept(result) * static_cast<double>(result.kept.sets.size());
   return positions * bytes_per_position(replay.model) / replay.eviction_position;
 }
 
@@ -100,6 +124,26 @@ void settle_capacities(TraceReplay& replay) {
     result.capacity = static_cast<int>(std::lround(kept));
     result.capacity_request = fmt::format("{}", result.capacity);
   }
+}
+
+void note_frozen_caches(TraceReplay& replay) {
+  SettingNames frozen;
+  for (const ReplayResult& result : replay.results) {
+    const int held = replay.held.empty() ? 0 : std::ranges::max(replay.held);
+    const auto has_frozen = [held](const Residency& set) {
+      const auto of_prompt = set.until().first(std::min(set.until().size(), set.kept().size()));
+      return !set.is_one_eviction() && std::ssize(of_prompt) < held &&
+             std::ranges::all_of(of_prompt, [](int until) { return until == Residency::kNever; });
+    };
+    if (result.scheduled && std::ranges::all_of(result.kept.sets, has_frozen)) {
+      frozen.add(result.policy, result.capacity_request);
+    }
+  }
+  if (frozen.count() == 0) return;
+  replay.notes.push_back(
+      fmt::format("frozen on the prompt: {}: no position of the prompt ever went, and only what was generated did; "
+                  "protect recent positions, as +protect(last=32) does",
+                  frozen.text()));
 }
 
 }  // namespace kvreplay

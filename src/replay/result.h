@@ -55,6 +55,7 @@ struct ReplayResult {
   bool rank_agreement = false;  ///< whether scores are compared with the oracle's importance
   bool residual_norms = false;  ///< whether the trace tells of a layer what its error has to be held against
   bool residual_sum = false;    ///< whether the changes of all layers are added up
+  bool scheduled = false;       ///< whether it evicts while tokens come, and not once
   bool live = false;            ///< whether the model itself ran on with what is kept
   bool replayed = true;         ///< whether what the kept sets do to each layer's output was measured
   /// Whether the capacity is no more than what the policy keeps whatever the scores, so that its choice is not seen.
@@ -67,7 +68,8 @@ struct ReplayResult {
 /// All results of one trace at one eviction position: comparable with each other, number by number.
 struct TraceReplay {
   std::string trace;
-  std::string trace_digest;  ///< what tells captures apart whatever their files are called
+  std::string trace_digest;   ///< what tells captures apart whatever their files are called
+  std::string tokens_digest;  ///< of the tokens before the eviction
   ModelInfo model;
   int prompt_length = 0;
   int eviction_position = 0;
@@ -87,6 +89,13 @@ struct TraceReplay {
             .spans = static_cast<Index>(spans.size())};
   }
 };
+
+/// Positions that a kept set holds, mean over sets: after one eviction those that are left of what stood before it;
+/// under a schedule all that evaluation queries see, mean over them as well.
+double mean_kept(const ReplayResult& result);
+
+/// The same of one layer.
+double mean_kept(const ReplayResult& result, int layer);
 
 /// Whether a result has numbers of a measure: rank agreement has to be asked for, and only live runs have those of the
 /// whole model.
@@ -125,5 +134,9 @@ void note_outputs(TraceReplay& replay, std::span<const double> errors);
 
 /// Once all layers are stored: tells what patterns with a capacity of their own used.
 void settle_capacities(TraceReplay& replay);
+
+/// Tells, in the notes of `replay`, of policies that froze on the prompt: under a schedule they evict again and again,
+/// and in no head a position of the prompt that outlived its end.
+void note_frozen_caches(TraceReplay& replay);
 
 }  // namespace kvreplay

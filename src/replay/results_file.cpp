@@ -89,7 +89,7 @@ void ResultsWriter::add(const TraceReplay& replay, const ReplayResult& result) {
   file.write_int(group, "prompt_length", replay.prompt_length);
   file.write_int(group, "oracle", result.oracle ? 1 : 0);
   file.write_int(group, "nothing_to_choose", result.nothing_to_choose ? 1 : 0);
-  file.write_double(group, "kept", result.kept.mean_size());
+  file.write_double(group, "kept", mean_kept(result));
   file.write_double(group, "bytes_per_token", bytes_per_token(replay, result));
   std::vector<float> kept;
   for (int layer = 0; layer < replay.model.num_layers; ++layer) {
@@ -123,10 +123,13 @@ void ResultsWriter::add(const OverlapTable& table) {
   write_table(file, group + "/containment", table.containment);
 }
 
-void KeptSetsWriter::add(const ReplayResult& result) {
+void KeptSetsWriter::add(const TraceReplay& replay, const ReplayResult& result) {
   hdf5::File& file = stream_.file();
   const std::string group = fmt::format("/kept/{}", results_++);
-  write_identity(file, group, result, {hdf5::NamedString{"heads", std::string(name_of(result.kept.granularity))}});
+  write_identity(file, group, result,
+                 {{"heads", std::string(name_of(result.kept.granularity))},
+                  {"trace_digest", replay.trace_digest},
+                  {"tokens_digest", replay.tokens_digest}});
   const FlatResidencies flat(result.kept.sets);
   const std::vector<std::int32_t>& kept = flat.positions;
   const std::vector<std::int64_t>& offsets = flat.offsets;
@@ -151,7 +154,7 @@ void write_results(const std::filesystem::path& path, const std::vector<TraceRep
 void write_kept_sets(const std::filesystem::path& path, const std::vector<TraceReplay>& replays) {
   KeptSetsWriter writer(path);
   for (const TraceReplay& replay : replays) {
-    for (const ReplayResult& result : replay.results) writer.add(result);
+    for (const ReplayResult& result : replay.results) writer.add(replay, result);
   }
   writer.finish();
 }

@@ -64,8 +64,8 @@ class KeptSetsWriter {
  public:
   explicit KeptSetsWriter(const std::filesystem::path& path) : stream_(path, "kvreplay-kept") {}
 
-  /// Throws Error.
-  void add(const ReplayResult& result);
+  /// Adds those of one of the results of `replay`. Throws Error.
+  void add(const TraceReplay& replay, const ReplayResult& result);
 
   /// Puts the file in its place. Throws Error.
   void finish() { stream_.finish(version_); }

@@ -254,6 +254,7 @@ KeptSetsReader::KeptSetsReader(const std::filesystem::path& path)
     file_.check_strings(group);
     StoredKeptSets& kept = kept_.emplace_back();
     kept.trace = read_name(file_, group, "trace");
+    if (file_.has_attribute(group, "tokens_digest")) kept.tokens_digest = file_.read_string(group, "tokens_digest");
     kept.policy = read_name(file_, group, "policy");
     kept.capacity_request = read_name(file_, group, "capacity_request");
     kept.eviction_position = read_count(file_, group, "evict_at");

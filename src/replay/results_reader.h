@@ -81,6 +81,7 @@ class ResultsReader {
 /// Whose kept sets they are.
 struct StoredKeptSets {
   std::string trace;
+  std::string tokens_digest;  ///< of the tokens before the eviction; empty: the file is older and does not say
   std::string policy;
   std::string capacity_request;
   int eviction_position = 0;

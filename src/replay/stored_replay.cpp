@@ -41,6 +41,7 @@ TraceReplay read_replay(const ModelInfo& model, const std::filesystem::path& res
   TraceReplay replay;
   replay.trace = first.trace;
   replay.trace_digest = first.trace_digest;
+  replay.tokens_digest = sets.kept().front().tokens_digest;
   replay.model = model;
   replay.prompt_length = first.prompt_length;
   replay.eviction_position = first.eviction_position;

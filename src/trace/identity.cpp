@@ -56,6 +56,12 @@ std::string trace_digest(const TraceReader& trace) {
   return digest.text();
 }
 
+std::string tokens_digest(std::span<const std::int32_t> ids) {
+  Digest digest;
+  digest.add_bytes(reinterpret_cast<const char*>(ids.data()), ids.size_bytes());
+  return digest.text();
+}
+
 std::string TraceReader::digest() const { return trace_digest(*this); }
 
 bool has_tensor_digests(const TraceReader& trace) {

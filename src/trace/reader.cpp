@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -140,6 +141,7 @@ struct TraceReader::State {
     model.head_dim = read_count("/model", "head_dim");
     model.hidden_size = read_count("/model", "hidden_size");
     model.softmax_scale = file.read_double("/model", "softmax_scale");
+    model.weight_shapes_digest = optional_string("/model", "weight_shapes_digest");
     if (file.has_attribute("/model", "rope_theta")) model.rope_theta = file.read_double("/model", "rope_theta");
     if (file.has_attribute("/model", "sliding_window")) model.sliding_window = read_count("/model", "sliding_window");
     if (file.has_attribute("/model", "attn_logit_softcapping")) {
@@ -180,6 +182,10 @@ struct TraceReader::State {
     info.prompt_length = read_count(on_dataset ? "/tokens/ids" : "/tokens", "prompt_length");
     if (on_dataset && on_group && read_count("/tokens", "prompt_length") != info.prompt_length) {
       fail("/tokens", "attribute 'prompt_length' differs from that of /tokens/ids");
+    }
+    if (file.has_attribute("/tokens", "next_id")) {
+      info.next_token = {.id = read_count("/tokens", "next_id"), .logit = file.read_double("/tokens", "next_logit")};
+      if (!std::isfinite(info.next_token->logit)) fail("/tokens", "attribute 'next_logit' is not a number");
     }
     if (file.exists("/tokens/pieces")) {
       const hdf5::Dataset pieces = open_list("/tokens/pieces");

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -62,6 +63,7 @@ struct ModelInfo {
   double softmax_scale = 0;           ///< what q·k is multiplied by before the softmax
   int sliding_window = 0;             ///< keys that a query sees, its own included; 0: all before it
   double attn_logit_softcapping = 0;  ///< c in c·tanh(logit/c); 0: none
+  std::string weight_shapes_digest;   ///< of the names and shapes of the decoder's weights; empty: not known
 
   /// Query heads that read one KV head.
   int group_size() const { return num_attention_heads / num_key_value_heads; }
@@ -81,6 +83,12 @@ struct Span {
   std::string group = {};  ///< spans of one group only help together; empty: it stands alone
 };
 
+/// The most likely token after the prompt, and its logit: what the run's model can be told by.
+struct NextToken {
+  std::int32_t id = 0;
+  double logit = 0;
+};
+
 /// Everything of a trace but its tensors.
 struct TraceInfo {
   ModelInfo model;
@@ -89,6 +97,7 @@ struct TraceInfo {
   std::string source;
   std::vector<std::int32_t> token_ids;        ///< [T]
   int prompt_length = 0;                      ///< P, at most T
+  std::optional<NextToken> next_token = {};   ///< none: not known
   std::vector<std::string> token_pieces;      ///< [T], or empty where the trace has none
   std::vector<std::int32_t> turn_starts;      ///< first position of each conversation turn
   std::vector<std::string> turn_roles;        ///< who speaks in each turn, or empty where nobody is named

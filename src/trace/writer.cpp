@@ -105,6 +105,7 @@ struct TraceWriter::State {
     }
     std::vector<hdf5::NamedString> texts = {{"name", model.name}, {"architecture", model.architecture}};
     if (!common.rotary.empty()) texts.push_back({"rotary", common.rotary});
+    if (!model.weight_shapes_digest.empty()) texts.push_back({"weight_shapes_digest", model.weight_shapes_digest});
     file.write_strings("/model", texts);
     file.write_int("/model", "num_layers", model.num_layers);
     file.write_int("/model", "num_attention_heads", model.num_attention_heads);
@@ -197,6 +198,10 @@ struct TraceWriter::State {
     // The format's table has it on the dataset; readers exist that look for it on the group.
     file.write_int("/tokens/ids", "prompt_length", info.prompt_length);
     file.write_int("/tokens", "prompt_length", info.prompt_length);
+    if (info.next_token) {
+      file.write_int("/tokens", "next_id", info.next_token->id);
+      file.write_double("/tokens", "next_logit", info.next_token->logit);
+    }
     if (!info.token_pieces.empty()) {
       write_list("/tokens/pieces", info.token_pieces);
     }
@@ -574,6 +579,8 @@ void TraceWriter::write_residual_norms(int layer, std::span<const float> norms) 
   std::vector<float>& all = state_->layer(layer).residual_norms;
   all.insert(all.end(), norms.begin(), norms.end());
 }
+
+void TraceWriter::write_next_token(const NextToken& next) { state_->info.next_token = next; }
 
 void TraceWriter::finish(std::span<const std::int32_t> later_ids, std::span<const std::string> later_pieces) {
   state_->add_later(later_ids, later_pieces);

@@ -61,6 +61,9 @@ class TraceWriter {
   /// held in memory, and there are as many as queries in the end, or none. Throws Error.
   void write_residual_norms(int layer, std::span<const float> norms);
 
+  /// What the model finds most likely after the prompt.
+  void write_next_token(const NextToken& next);
+
   /// Writes the tokens, marks the file complete and puts it in its place. Of a run that went on, `later_ids`
   /// are the tokens behind those of `info`, and `later_pieces` their texts, where `info` has those of the others.
   /// Throws Error if a required tensor of a layer was not written, if one was not written to its end, or if the disk

@@ -215,6 +215,39 @@ TEST_F(BadTrace, KeptSetsThatDoNotFit) {
   refuse(test::words("replay run.h5 --policy kept(file=kept.h5,index=5) --capacity 40"), 1, {"/kept/5 does not exist"});
 }
 
+TEST_F(BadTrace, KeptSetsOfAnotherTrace) {
+  RandomTrace{.first_token = 100}.write(folder_ / "other.h5");
+  // Two traces in one file of kept sets, by either command.
+  for (const std::string command : {"replay", "sweep"}) {
+    succeed(test::words(command + " run.h5 other.h5 --policy recent --capacity 40 -o results.h5 --kept kept.h5"));
+    const std::string reason = "which has other tokens before the eviction; name kept sets of this trace";
+    refuse(test::words("replay other.h5 --policy kept(file=kept.h5) --capacity 40"), 1,
+           {"kept.h5: /kept/0: is of run.h5, " + reason});
+    refuse(test::words("replay run.h5 --policy kept(file=kept.h5,index=1) --capacity 40"), 1,
+           {"kept.h5: /kept/1: is of other.h5, " + reason});
+    EXPECT_EQ(succeed(test::words("replay other.h5 --policy kept(file=kept.h5,index=1) --capacity 40")).errors, "");
+  }
+  // What can be measured is.
+  const test::Outcome some = succeed(test::words("replay other.h5 --policy kept(file=kept.h5) recent --capacity 40"));
+  EXPECT_THAT(some.errors, HasSubstr("kept.h5: /kept/0: is of run.h5, which has other tokens"));
+
+  std::filesystem::copy_file(folder_ / "run.h5", folder_ / "copy.h5");
+  EXPECT_EQ(succeed(test::words("replay copy.h5 --policy kept(file=kept.h5) --capacity 40")).errors, "");
+  RandomTrace{.seed = 2}.write(folder_ / "again.h5");
+  EXPECT_THAT(succeed(test::words("replay again.h5 --policy kept(file=kept.h5) --capacity 40")).errors,
+              HasSubstr("kept.h5: its kept sets are of another run of the same tokens, run.h5"));
+}
+
+TEST_F(BadTrace, KeptSetsThatDoNotSayOfWhichTrace) {
+  const std::string data = test::test_data().string();
+  const std::string file = data + "/reference-needle-live.h5";
+  const test::Outcome outcome = succeed(test::words(fmt::format(
+      "replay {}/reference-needle.h5 --policy kept(file={}) kept(file={},index=1) --capacity 40", data, file, file)));
+  const std::string note = file + ": does not say which tokens its kept sets are of (tokens_digest), so whether";
+  EXPECT_THAT(outcome.errors, HasSubstr(note));
+  EXPECT_EQ(outcome.errors.find(note), outcome.errors.rfind(note)) << "once for all of the file's sets";
+}
+
 class BadModel : public test::Commands {
  protected:
   BadModel() {

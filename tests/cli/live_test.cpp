@@ -171,9 +171,48 @@ TEST_F(LiveCommand, RefusesATraceOfAnotherModel) {
                  "run.h5: is not a run of the model in seeds: the key of");
   expect_refused("--model layers --trace run.h5 -p recent -c 20",
                  "run.h5: is not a run of the model in layers: its num_layers is 2, and the model's 3");
+  // What keys do not tell.
+  TinyModelOptions options;
+  options.kv_heads = 2;
+  options.intermediate = 80;
+  TinyModel(options).write(folder_ / "wider");
+  expect_refused("--model wider --trace run.h5 -p recent -c 20",
+                 "run.h5: is not a run of the model in wider: its weights have other names or shapes");
+  options.intermediate = TinyModelOptions{}.intermediate;
+  TinyModel headless(options);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(options.hidden); ++i) {
+    headless.set_weight("model.norm.weight", i, i % 2 == 0 ? -1 : 1);
+  }
+  headless.write(folder_ / "norm");
+  expect_refused("--model norm --trace run.h5 -p recent -c 20",
+                 "run.h5: is not a run of the model in norm: the logit of token");
   // Half precision is no other model.
   ASSERT_EQ(run("capture --model tiny --tokens ids --generate 3 --dtype bfloat16 -o half.h5").exit_code, 0);
   EXPECT_EQ(run("live --model tiny --trace half.h5 -p recent -c 20").exit_code, 0);
+  // An earlier version's trace tells less of its model.
+  const auto live = [&](const std::filesystem::path& trace) {
+    return run(fmt::format("live --model {} --trace {} -p recent -c 64 --no-offline",
+                           (test::project_folder() / "traces/demo-model").string(), trace.string()));
+  };
+  EXPECT_EQ(live(test::test_data() / "reference-needle.h5").exit_code, 0);
+}
+
+TEST_F(LiveCommand, TakesKeptSetsOfTheSameTokensAlone) {
+  const std::string demo = (test::project_folder() / "traces" / "demo-model").string();
+  test::write_file(folder_ / "prompt.txt", "The castle is old. Nobody lives there now, and the road is long.");
+  test::write_file(folder_ / "other.txt", "The castle is new. Nobody lives there now, and the road is long.");
+  const std::string line = fmt::format("live --model {} -c 8 --continue 4 --no-offline ", demo);
+  succeed(test::words(line + "--prompt prompt.txt -p knorm --kept kept.h5"));
+  EXPECT_EQ(succeed(test::words(line + "--prompt prompt.txt -p kept(file=kept.h5)")).errors, "");
+  refuse(test::words(line + "--prompt other.txt -p kept(file=kept.h5)"), 1,
+         {"other.txt: kept.h5: /kept/0: is of prompt.txt, which has other tokens before the eviction"});
+
+  // A capture of the prompt is another run of it.
+  succeed(test::words(fmt::format("capture --model {} --prompt prompt.txt --generate 4 -o prompt.h5", demo)));
+  const std::string note = "kept.h5: its kept sets are of another run of the same tokens, prompt.txt";
+  for (const std::string& command : {std::string("replay prompt.h5 -c 8"), line + "--trace prompt.h5"}) {
+    EXPECT_THAT(succeed(test::words(command + " -p kept(file=kept.h5)")).errors, HasSubstr(note));
+  }
 }
 
 TEST_F(LiveCommand, ReplacesNothingThatItReads) {

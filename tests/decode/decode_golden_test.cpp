@@ -70,7 +70,14 @@ TEST_P(DecodeGolden, KeepsWhatTheAuthorsCodeKeeps) {
     compare(measure_named("head_error"), run.head_error, heads);
     compare(measure_named("layer_error"), run.layer_error, 1);
     // These are of what was left after the eviction before.
-    if (!run.masked_at_once) compare(measure_named("attention_recall"), run.attention_recall, heads);
+    if (run.masked_at_once) return;
+    compare(measure_named("attention_recall"), run.attention_recall, heads);
+    const std::vector<float>& found = result.measures[Measure::cache_size];
+    ASSERT_EQ(found.size(), heads * queries);
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      const std::size_t set = i / queries * sets / heads;
+      ASSERT_EQ(found[i], run.cache_size[(layer * sets + set) * queries + i % queries]) << "cache size, row " << i;
+    }
   });
 }
 

@@ -110,9 +110,9 @@ TEST(Multiply, FollowsItsDefinitionForAnyShape) {
 TEST(Multiply, FollowsItsDefinitionBeyondWhatItTakesAtATime) {
   EveryProcessor().for_each([] {
     // Rows and depths around the pieces that stay in the caches, and right operands that lie apart.
-    for (const Index depth : {127, 128, 129, 257, 600}) {
-      for (const Index rows : {47, 48, 49, 119, 120, 121, 250}) {
-        for (const Index columns : {16, 64, 112}) {
+    for (const Index depth : {127, 128, 513, 1100}) {
+      for (const Index rows : {47, 48, 120, 121, 250}) {
+        for (const Index columns : {16, 112, 304}) {
           SCOPED_TRACE(testing::Message() << rows << " × " << columns << " × " << depth);
           const Index b_row = columns + (rows % 2 == 0 ? 0 : 16);
           const Product product{normal(rows * depth, 1), depth, 1, normal(depth * b_row, 2), b_row};
@@ -127,8 +127,8 @@ TEST(Multiply, FollowsItsDefinitionBeyondWhatItTakesAtATime) {
 TEST(AddProduct, AddsASumThatWasMadeOnItsOwn) {
   EveryProcessor().for_each([] {
     for (const Index rows : {1, 2, 6, 13, 48, 130}) {
-      for (const Index columns : {16, 48, 64, 144}) {
-        for (const Index depth : {1, 64, 300}) {
+      for (const Index columns : {16, 48, 64, 144, 304}) {
+        for (const Index depth : {1, 64, 300, 1100}) {
           SCOPED_TRACE(testing::Message() << rows << " × " << columns << " × " << depth);
           const std::vector<float> a = normal(rows * depth, 1);
           const std::vector<float> b = normal(depth * columns, 2);
@@ -190,6 +190,64 @@ TEST(Multiply, ADepthInPiecesIsTheSameBitsAsInOne) {
     }
     EXPECT_EQ(bits_of(pieces), bits_of(whole));
   });
+}
+
+TEST(MultiplyPacked, IsTheSameBitsAsTheProductWithTheMatrixTurned) {
+  EveryProcessor().for_each([] {
+    for (const Index columns : {1, 15, 16, 17, 33, 63, 64, 65, 80, 130, 300}) {
+      for (const Index depth : {1, 8, 100, 513}) {
+        const Index width = rounded_up(columns, kLanes);
+        const Index row = depth + 3;
+        const std::vector<float> transposed = normal(columns * row, 8);
+        std::vector<float> right(at(depth * width));
+        for (Index k = 0; k < depth; ++k) {
+          for (Index j = 0; j < columns; ++j) right[at(k * width + j)] = transposed[at(j * row + k)];
+        }
+        std::vector<float> packed(at(rounded_up(columns, kPanel) * depth), std::numeric_limits<float>::quiet_NaN());
+        pack(DType::float32, reinterpret_cast<const std::byte*>(transposed.data()), row, columns, depth, packed.data());
+        for (const Index rows : {1, 2, 7, 61, 130}) {
+          SCOPED_TRACE(testing::Message() << rows << " × " << columns << " × " << depth);
+          const std::vector<float> left = normal(rows * (depth + 1), 9);
+          std::vector<float> product(at(rows * width));
+          multiply(rows, width, depth, left.data(), depth + 1, 1, right.data(), width, product.data(), width);
+          const Index c_row = columns + 2;
+          std::vector<float> c(at(rows * c_row), -77.0f);
+          std::vector<float> expected = c;
+          for (const bool add : {false, true}) {
+            for (Index i = 0; i < rows; ++i) {
+              for (Index j = 0; j < columns; ++j) {
+                float& sum = expected[at(i * c_row + j)];
+                sum = add ? sum + product[at(i * width + j)] : product[at(i * width + j)];
+              }
+            }
+            multiply_packed(rows, columns, depth, left.data(), depth + 1, packed.data(), c.data(), c_row, add);
+            ASSERT_EQ(bits_of(c), bits_of(expected)) << (add ? "added" : "");
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST(Pack, TakesHalvesAndFloatsFromAnyPlace) {
+  std::vector<std::uint16_t> halves(70 * 140);
+  for (std::size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<std::uint16_t>(i * 3);
+  for (const DType type : {DType::float16, DType::bfloat16}) {
+    EveryProcessor().for_each([&] {
+      const auto* const data = reinterpret_cast<const std::byte*>(halves.data());
+      std::vector<float> values(halves.size());
+      to_float32(type, data, values);
+      std::vector<std::byte> moved(values.size() * sizeof(float) + 1);
+      std::memcpy(moved.data() + 1, values.data(), values.size() * sizeof(float));
+      std::vector<float> expected(2 * kPanel * 140);
+      std::vector<float> packed(expected.size());
+      pack(DType::float32, reinterpret_cast<const std::byte*>(values.data()), 140, 70, 140, expected.data());
+      pack(type, data, 140, 70, 140, packed.data());
+      EXPECT_EQ(bits_of(packed), bits_of(expected)) << name_of(type);
+      pack(DType::float32, moved.data() + 1, 140, 70, 140, packed.data());
+      EXPECT_EQ(bits_of(packed), bits_of(expected)) << "float32 at an odd place";
+    });
+  }
 }
 
 TEST(ToPanels, TurnsRowsAndFillsTheRestWithZeros) {

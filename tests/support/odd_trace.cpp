@@ -65,7 +65,8 @@ OddTrace::OddTrace() {
                 .rope_theta = 10000,
                 .softmax_scale = 0.35,
                 .sliding_window = 0,
-                .attn_logit_softcapping = 0};
+                .attn_logit_softcapping = 0,
+                .weight_shapes_digest = "0123456789abcdef"};
   info.created_by = "a test";
   info.created_at = "2026-01-02T03:04:05Z";
   info.source = "odd_trace.cpp";

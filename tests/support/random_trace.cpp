@@ -31,9 +31,10 @@ TraceInfo RandomTrace::info() const {
                 .rope_theta = 10000,
                 .softmax_scale = 1 / std::sqrt(head_dim),
                 .sliding_window = sliding_window,
-                .attn_logit_softcapping = softcapping};
+                .attn_logit_softcapping = softcapping,
+                .weight_shapes_digest = "0123456789abcdef"};
   info.token_ids.resize(static_cast<std::size_t>(num_tokens));
-  std::iota(info.token_ids.begin(), info.token_ids.end(), 0);
+  std::iota(info.token_ids.begin(), info.token_ids.end(), first_token);
   info.prompt_length = prompt_length;
   const int first = captured_prompt_queries < 0 ? 0 : prompt_length - captured_prompt_queries;
   for (int position = first; position < num_tokens; ++position) info.query_positions.push_back(position);

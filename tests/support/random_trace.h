@@ -19,6 +19,7 @@ struct RandomTrace {
   int hidden_size = 24;
   int prompt_length = 60;
   int num_tokens = 70;
+  int first_token = 0;               ///< the id of the first token; each has one more than that before it
   int captured_prompt_queries = -1;  ///< the last ones; −1: all
   bool output_projection = true;
   bool attention_mass = true;

@@ -45,11 +45,11 @@ Distinct distinct(const std::vector<const KeptSets*>& settings) {
 }
 
 // The distribution of the next token that logits stand for.
-struct NextToken {
+struct Prediction {
   double log_sum = 0;  // of the exponentials
   std::int32_t most_likely = 0;
 
-  explicit NextToken(std::span<const float> logits) : most_likely(tracer::most_likely(logits)) {
+  explicit Prediction(std::span<const float> logits) : most_likely(tracer::most_likely(logits)) {
     const auto highest = static_cast<double>(logits[static_cast<std::size_t>(most_likely)]);
     double sum = 0;
     for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - highest);
@@ -58,16 +58,16 @@ struct NextToken {
 };
 
 // `probabilities` are those of `full`; `next` is the token that came, or −1.
-ModelOutcome outcome_of(std::span<const float> full, const NextToken& of_full, std::span<const double> probabilities,
+ModelOutcome outcome_of(std::span<const float> full, const Prediction& of_full, std::span<const double> probabilities,
                         std::span<const float> evicted, std::int32_t next) {
-  const NextToken of_evicted(evicted);
+  const Prediction of_evicted(evicted);
   // Σ p (ln p − ln q), in which the sums of the exponentials stand apart: equal logits give exactly 0.
   double difference = 0;
   for (std::size_t i = 0; i < full.size(); ++i) {
     difference += probabilities[i] * (static_cast<double>(full[i]) - static_cast<double>(evicted[i]));
   }
   constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
-  const auto loss = [next](const NextToken& token, std::span<const float> logits) {
+  const auto loss = [next](const Prediction& token, std::span<const float> logits) {
     return next < 0 ? kNone : token.log_sum - static_cast<double>(logits[static_cast<std::size_t>(next)]);
   };
   return {.divergence = std::max(0.0, difference - (of_full.log_sum - of_evicted.log_sum)),
@@ -196,7 +196,7 @@ void LiveRun::compare(std::span<const std::size_t> batch, const Buffer& states,
     transformer_.logits(rows, runs * tokens, logits);
     transformer_.execution().share(tokens, runs * tokens * vocabulary * 10, [&](Index token, int) {
       const std::span<const float> full = row_of(logits, token, vocabulary);
-      const NextToken of_full(full);
+      const Prediction of_full(full);
       std::vector<double> probabilities(full.size());
       std::ranges::transform(full, probabilities.begin(), [&of_full](float logit) {
         return std::exp(static_cast<double>(logit) - of_full.log_sum);

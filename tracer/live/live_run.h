@@ -34,6 +34,9 @@ class LiveRun {
 
   const HeldRun& run() const { return run_; }
 
+  /// [vocabulary] after the last token before the eviction, once it was read.
+  std::span<const float> prompt_logits() const { return prompt_logits_; }
+
   /// What the model would write after them, most likely tokens, up to `count`, without the one that ends the
   /// sequence.
   std::vector<std::int32_t> continue_greedily(Index count);

@@ -4,12 +4,13 @@
 // and datasets `kept` and `offsets`; set s (layer-major, then head) is kept[offsets[s]:offsets[s+1]], ascending
 // positions. The capacity asked for does not matter; sets may differ in size. Of positions that a layer's sliding
 // window has dropped before the eviction nothing can be kept: those that a set lists, as files of earlier versions and
-// of other systems may, are left out.
+// of other systems may, are left out. Sets are of the tokens that their digests tell, where they tell any.
 #include <fmt/format.h>
 
 #include <algorithm>
 
 #include "base/error.h"
+#include "base/printable.h"
 #include "hdf5/hdf5.h"
 #include "policy/policy.h"
 
@@ -18,7 +19,7 @@ namespace {
 
 class KeptFromFile : public Pattern {
  public:
-  KeptFromFile(const std::string& path, int index) : place_(fmt::format("{}: /kept/{}", path, index)) {
+  KeptFromFile(const std::string& path, int index) : path_(path), place_(fmt::format("{}: /kept/{}", path, index)) {
     const hdf5::File file = hdf5::File::open(path);
     const std::string group = fmt::format("/kept/{}", index);
     if (!file.exists("/kept")) throw Error(fmt::format("{}: holds no kept sets (a group /kept)", path));
@@ -29,6 +30,11 @@ class KeptFromFile : public Pattern {
     if (heads != "query" && heads != "kv")
       throw Error(fmt::format("{}: heads is '{}', not query or kv", place_, heads));
     per_query_head_ = heads == "query";
+    const auto text = [&](const char* name) {
+      return file.has_attribute(group, name) ? file.read_string(group, name) : std::string();
+    };
+    trace_ = printable(text("trace"));
+    run_ = {.trace_digest = text("trace_digest"), .tokens_digest = text("tokens_digest")};
     if (file.has_attribute(group, "evict_at")) evict_at_ = static_cast<int>(file.read_int(group, "evict_at"));
     if (file.exists(group + "/until")) {
       throw Error(
@@ -69,6 +75,27 @@ class KeptFromFile : public Pattern {
     return "";
   }
 
+  void check_run(const RunIdentity& run) const override {
+    if (tells_no_run() || run_.trace_digest == run.trace_digest || run_.tokens_digest == run.tokens_digest) return;
+    throw Error(
+        fmt::format("{}: is of {}, {}; name kept sets of this trace, as --kept writes them, or others of the file with "
+                    "index",
+                    place_, trace_.empty() ? "a trace" : trace_,
+                    run_.tokens_digest.empty() ? "which is another" : "which has other tokens before the eviction"));
+  }
+
+  std::string note_on_run(const RunIdentity& run) const override {
+    if (tells_no_run()) {
+      return fmt::format(
+          "{}: does not say which tokens its kept sets are of (tokens_digest), so whether they are this trace's could "
+          "not be checked",
+          path_);
+    }
+    if (run_.trace_digest.empty() || run_.trace_digest == run.trace_digest) return "";
+    return fmt::format("{}: its kept sets are of another run of the same tokens{}", path_,
+                       trace_.empty() ? "" : ", " + trace_);
+  }
+
   std::vector<int> keep(const HeadShape& shape, int member, int /*capacity*/) const override {
     const int heads = heads_of(shape);
     const int head = per_query_head_ ? shape.query_head(member) : shape.kv_head;
@@ -90,6 +117,8 @@ class KeptFromFile : public Pattern {
  private:
   int heads_of(const HeadShape& shape) const { return shape.num_kv_heads * (per_query_head_ ? shape.group_size : 1); }
 
+  bool tells_no_run() const { return run_.trace_digest.empty() && run_.tokens_digest.empty(); }
+
   void check_offsets() const {
     if (offsets_.size() < 2 || offsets_.front() != 0 || offsets_.back() != static_cast<std::int64_t>(kept_.size())) {
       throw Error(
@@ -108,7 +137,10 @@ class KeptFromFile : public Pattern {
     }
   }
 
+  std::string path_;
   std::string place_;
+  std::string trace_;
+  RunIdentity run_;  // texts that the file does not tell are empty
   bool per_query_head_ = false;
   std::optional<int> evict_at_;
   std::vector<std::int32_t> kept_;

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <numeric>
 
-#include "base/error.h"
 #include "policy/policy.h"
 #include "policy/published_code.h"
 #include "policy/smoothing.h"
@@ -185,17 +184,18 @@ const MethodRegistration kvpress_decoding_code([] {
                      kvpress::interval_parameter()},
       .compose =
           [](const Arguments& a) {
+            std::vector<std::string> notes;
             if (a.integer("interval") <= a.integer("window")) {
-              throw UsageError(
-                  "snapkv@kvpress-decoding: its code fails where the interval is no longer than the window; ask for a "
-                  "longer interval or a smaller window");
+              notes.push_back(
+                  "snapkv@kvpress-decoding: kvpress itself fails where the interval is no longer than the window");
             }
             return Composition{.rule = std::make_shared<SnapKVWhileDecoding>(a.integer("window"), a.integer("kernel"),
                                                                              a.text("attention") == "eager"),
                                .granularity = Granularity::kv,
                                .share = Share::mean,
                                .schedule = kvpress::decoding_schedule(a.integer("interval")),
-                               .order = RowOrder::protected_first};
+                               .order = RowOrder::protected_first,
+                               .notes = std::move(notes)};
           },
       .variant_of = "snapkv",
       .revision = kvpress::kRevision,

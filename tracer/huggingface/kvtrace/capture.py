@@ -17,7 +17,7 @@ from . import __version__, checks, interface
 from .attention_mass import attention_mass as mass_of
 from .errors import CaptureError, UsageError
 from .masks import Masks
-from .modules import decoder_config, decoder_of, is_innermost, numbered
+from .modules import decoder_config, decoder_of, is_innermost, numbered, weight_shapes_digest
 from .plain_attention import plain_attention
 from .residual import ResidualStream, layer_of
 from .rotary import UnturnedKeys, tables_of, turning_table
@@ -106,6 +106,7 @@ class capture:
         self._checked_positions = 0  # of those tensors
         self._last_position = None  # of what was checked
         self._prompt_length = self._given_prompt_length  # None while it is not known
+        self._next_token = None  # the most likely id after the prompt, as far as it is known, and its logit
         self._layers = [_Layer() for _ in range(self._num_layers)]
         self._residuals = {}  # by the attention module's identity: a ResidualStream
         self._common = None  # what must be the same in all layers
@@ -124,6 +125,7 @@ class capture:
             undo.callback(self._remove_hooks)
             self._hooks.append(self._model.get_input_embeddings().register_forward_hook(self._on_tokens))
             self._hooks.append(self._decoder.register_forward_pre_hook(self._on_pass, with_kwargs=True))
+            self._hooks.append(self._model.register_forward_hook(self._on_logits))
             for module in self._decoder.modules():
                 if "Rotary" in type(module).__name__:
                     self._hooks.append(module.register_forward_pre_hook(self._on_rotary, with_kwargs=True))
@@ -173,6 +175,10 @@ class capture:
         with self._recording():
             self._passes += 1
             self._record_positions(options.get("position_ids"))
+
+    def _on_logits(self, module, arguments, result):
+        with self._recording(), torch.no_grad():
+            self._record_logits(getattr(result, "logits", None))
 
     def _on_rotary(self, module, arguments, options):
         with self._recording():
@@ -228,6 +234,16 @@ class capture:
             self._end_prompt(self._tokens)
         self._ids.append(ids[0].detach().clone())
         self._tokens += count
+
+    def _record_logits(self, logits):
+        """Of the last tokens that ran [1, n, V]. As long as the prompt's end is not known, any may be its last."""
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
+            return
+        last = (self._prompt_length or self._tokens) - 1
+        row = last - (self._tokens - logits.shape[1])
+        if 0 <= row < logits.shape[1]:
+            logit, token = logits[0, row].float().max(-1)
+            self._next_token = int(token), float(logit)
 
     def _record_positions(self, positions):
         """The first that a pass tells: of each token [1, n] or, where images have several axes, [axes, 1, n]."""
@@ -581,6 +597,7 @@ class capture:
         start = 0 if self._window is None else max(0, length - self._window)
         self._write_residuals(start)
 
+        shapes = weight_shapes_digest(self._decoder)
         tables, turned_by = self._rotary_tables()
         turns_all = turned_by[0] if len(set(turned_by)) == 1 else None
         windows = [layer.window for layer in self._layers]
@@ -593,12 +610,13 @@ class capture:
         self._file.finish(
             model={"name": name, "architecture": self._config.model_type, "num_layers": self._num_layers,
                    "hidden_size": self._config.hidden_size, "rope_theta": _rope_theta(self._config),
-                   "sliding_window": window, **({"rotary": turns_all} if turns_all else {}), **self._common},
+                   "sliding_window": window, **({"rotary": turns_all} if turns_all else {}),
+                   **({"weight_shapes_digest": shapes} if shapes else {}), **self._common},
             layers=[{**({"sliding_window": layer.window} if layer.window != window else {}),
                      **({"rotary": name} if name and not turns_all else {})}
                     for layer, name in zip(self._layers, turned_by)],
             rotary=tables,
-            ids=ids, prompt_length=length, pieces=pieces, spans=spans,
+            ids=ids, prompt_length=length, next_token=self._next_token, pieces=pieces, spans=spans,
             turn_starts=turn_starts,
             query_positions=range(start, len(ids)),
             source=f"model {name}" + (f", {self._source}" if self._source else "") +

@@ -1,6 +1,7 @@
 """Lets a Hugging Face model run on with what a policy kept of its cache."""
 
 import contextlib
+import warnings
 import weakref
 
 import torch
@@ -12,6 +13,7 @@ from .errors import EvictionError
 from .kept_sets import KeptSets, read_kept_sets
 from .masks import Masks
 from .modules import decoder_config, decoder_of, is_innermost, numbered
+from .trace_digest import tokens_digest
 
 # A row that a head does not see.
 _HIDDEN = -1
@@ -94,6 +96,9 @@ class evicted:
     most, and a mask hides what the others do not see; where every query head has a set of its own, as many as its group's
     sets have together.
 
+    The tokens before the eviction have to be those that the file's kept sets are of (tokens_digest). Where the file does not
+    say, or the block does not see them run, a warning tells that this could not be checked.
+
     Works with attention by eager, sdpa and flash attention, one sequence at a time, without padding, and with transformers'
     default cache. The model's code and weights stay as they are, and everything is as before when the block ends. Caches that
     were cut in the block stay so, and can be gone on with in a block of the same object alone. Raises EvictionError, in one
@@ -101,7 +106,8 @@ class evicted:
     """
 
     def __init__(self, model, kept, index=0):
-        self._kept = kept if isinstance(kept, KeptSets) else read_kept_sets(kept, index)
+        self._checks_tokens = not isinstance(kept, KeptSets)  # who read them knows of which run they are
+        self._kept = read_kept_sets(kept, index) if self._checks_tokens else kept
         config = decoder_config(model)
         self._decoder = decoder_of(model)
         self._modules = numbered(self._decoder)
@@ -112,6 +118,10 @@ class evicted:
         if not self._is_flash and self._implementation not in ("eager", "sdpa"):
             raise EvictionError(f"attention by {self._implementation} cannot be evicted; load the model with "
                                 "attn_implementation 'sdpa', 'eager' or 'flash_attention_2'")
+        if self._checks_tokens and not self._kept.tokens_digest:
+            warnings.warn(f"{self._kept.place}: does not say which tokens it is of (tokens_digest), so whether they are the "
+                          "prompt's is not checked", stacklevel=2)
+            self._checks_tokens = False
         self._active = False
 
     @property
@@ -126,6 +136,7 @@ class evicted:
         self._evicted = set()  # layers
         self._seen = set()  # layers whose attention was called
         self._ran = 0  # tokens of the longest run
+        self._ids = []  # of the tokens before the eviction that ran in the block
         self._passes = 0
         self._hooks = []
         with contextlib.ExitStack() as undo:
@@ -183,11 +194,32 @@ class evicted:
         layers = getattr(cache, "layers", None) or []
         if any(isinstance(layer, EvictedLayer) and layer.eviction is not self for layer in layers):
             raise EvictionError("the cache was evicted in another block; go on in that one, or run the prompt again")
+        if self._checks_tokens:
+            self._check_tokens(cache, arguments, options)
         # Where the prompt ran before the block, nothing has been looked at yet.
         cut = [self._evict(cache, number) for number in range(len(layers))]
         mask = options.get("attention_mask")
         if any(cut) and isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool((mask != 0).all()):
             raise EvictionError("the attention mask hides positions; run without padding")
+
+    def _check_tokens(self, cache, arguments, options):
+        """Whether those before the eviction are the kept sets', once all of them are there."""
+        before = cache.get_seq_length() if cache is not None else 0
+        at = self._kept.evict_at
+        if before > at:
+            return
+        given = options.get("input_ids", arguments[0] if arguments else None)
+        if before == 0:
+            self._ids = []
+        if isinstance(given, torch.Tensor) and before == len(self._ids) < at:
+            self._ids += given[0].tolist()
+        if len(self._ids) == at:
+            if tokens_digest(self._ids) != self._kept.tokens_digest:
+                raise EvictionError(f"{self._kept.place}: is of {self._kept.trace or 'a trace'}, which has other tokens before "
+                                    "the eviction; give the kept sets of this prompt, or their index")
+        elif before == at:
+            warnings.warn(f"{self._kept.place}: the tokens before the eviction did not run in the block, so whether they are "
+                          "those that it is of is not checked", stacklevel=2)
 
     def _on_cache(self, module, arguments, options):
         cache = _cache_among(arguments, options)

@@ -16,7 +16,9 @@ class KeptSets:
     """A group /kept/<i>: what a policy kept at an eviction."""
 
     place: str  # the file and the group, for messages
-    trace: str  # empty where the file does not say
+    trace: str  # empty where the file does not say, like both digests
+    trace_digest: str
+    tokens_digest: str  # of the tokens before the eviction
     policy: str
     capacity: int
     capacity_request: str
@@ -24,6 +26,11 @@ class KeptSets:
     evict_at: int
     heads: str  # query or kv: which heads have a set each
     sets: tuple  # of every layer, of every head: ascending positions, int32
+
+    @property
+    def tells_no_run(self):
+        """Whether the file says nothing that tells its run from others."""
+        return not self.trace_digest and not self.tokens_digest
 
     def of_layers(self, count):
         """The sets of each of `count` layers, a list for each."""
@@ -91,6 +98,6 @@ def _read(place, group):
             raise EvictionError(f"{place}: set {number} is not ascending positions before the eviction at {evict_at}")
     # Other programs need not say more than heads and evict_at.
     capacity = int(group.attrs.get("capacity", max(map(len, sets))))
-    return KeptSets(place, text(group.attrs, "trace"), text(group.attrs, "policy", "kept"), capacity,
-                    text(group.attrs, "capacity_request", str(capacity)), text(group.attrs, "share", "mean"), evict_at, heads,
-                    sets)
+    return KeptSets(place, text(group.attrs, "trace"), text(group.attrs, "trace_digest"), text(group.attrs, "tokens_digest"),
+                    text(group.attrs, "policy", "kept"), capacity, text(group.attrs, "capacity_request", str(capacity)),
+                    text(group.attrs, "share", "mean"), evict_at, heads, sets)

@@ -13,11 +13,14 @@ import torch
 
 from .errors import Error
 from .eviction import evicted
-from .modules import decoder_config
+from .modules import decoder_config, decoder_of, weight_shapes_digest
 
 # How far, in parts of their norm, keys that the model computes may be from the trace's: in its first layer, and in all,
 # where what was computed before adds up. By whether one of both is in 16 bits.
 _APART = {False: (1e-3, 5e-2), True: (6e-2, 0.3)}
+
+# The same of the logit after the prompt, in parts of the spread of all logits.
+_LOGIT_APART = 0.25
 
 # Of logits in float64 that are looked at together.
 _BLOCK_BYTES = 64 << 20
@@ -54,6 +57,7 @@ class LiveRun:
             result = model(self._ids[:, : trace.prompt_length], use_cache=True, **only_last)
         self._cache = getattr(result, self._cache_name, None) or result.past_key_values
         self._check_keys()
+        self._check_next_token(result.logits[0, -1].float())
         self._full = self._logits()
         self.full_nll = self._losses(self._full)
 
@@ -106,6 +110,21 @@ class LiveRun:
                                    ("query heads", config.num_attention_heads, trace.num_query_heads)):
             if ours != theirs:
                 self._refuse(f"it has {ours} {what}, and the trace {theirs}")
+
+        digest = weight_shapes_digest(decoder_of(self._model))
+        if trace.weight_shapes_digest and digest is not None and digest != trace.weight_shapes_digest:
+            self._refuse("its weights have other names or shapes")
+
+    def _check_next_token(self, logits):
+        """Keys say nothing of the last layer's other weights and of what stands behind it."""
+        if self._trace.next_token is None:
+            return
+        token, theirs = self._trace.next_token
+        if not 0 <= token < len(logits):
+            self._refuse(f"token id {token} is not in its vocabulary of {len(logits)}")
+        ours = float(logits[token])
+        if not abs(ours - theirs) <= _LOGIT_APART * float(logits.std()):
+            self._refuse(f"the logit of token {token} after the prompt is {theirs:.4g}, and its own {ours:.4g}")
 
     def _check_keys(self):
         trace = self._trace

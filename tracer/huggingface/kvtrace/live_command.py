@@ -41,29 +41,44 @@ def _check(arguments):
 def _read_kept(path, trace):
     """The kept sets of the trace's prompt, and notes on what was left out."""
     from .kept_sets import kept_indices, read_kept_sets
+    from .trace_digest import tokens_digest
 
     name = pathlib.Path(trace.path).name
-    found, notes, others, refused = [], [], [], []
+    found, notes, others, refused, same_tokens, untold = [], [], [], [], set(), False
     for index in kept_indices(path):
         try:
             kept = read_kept_sets(path, index)
         except EvictionError as problem:
             refused.append(problem)
             continue
-        if kept.trace and pathlib.Path(kept.trace).name != name:
-            others.append(kept.trace)
+        if kept.tells_no_run:
+            is_other = kept.trace and pathlib.Path(kept.trace).name != name
+        else:
+            is_other = kept.trace_digest != trace.digest and kept.tokens_digest != tokens_digest(trace.ids[: kept.evict_at])
+        if is_other:
+            others.append(kept.trace or "another trace")
             continue
         if kept.evict_at != trace.prompt_length:
             refused.append(EvictionError(f"{kept.place}: the eviction is at {kept.evict_at}, and the prompt of {trace.path} has "
                                          f"{trace.prompt_length} tokens"))
             continue
+        if kept.tells_no_run:
+            untold = True
+        elif kept.trace_digest not in ("", trace.digest):
+            same_tokens.add(kept.trace or "another trace")
         found.append(kept)
     if not found and others:
-        raise Error(f"{path}: its kept sets are of {', '.join(sorted(set(others)))}, and not of {trace.path}")
+        raise Error(f"{path}: its kept sets are of {', '.join(sorted(set(others)))}, and not of {trace.path}; name kept sets of "
+                    "this trace, as --kept writes them")
     if not found:
         raise refused[0] if refused else Error(f"{path}: holds no kept sets")
     if others:
         notes.append(f"{path}: {counted(len(others), 'group')} of kept sets of other traces left out")
+    if untold:
+        notes.append(f"{path}: does not say which tokens its kept sets are of (tokens_digest), so whether they are those of "
+                     f"{trace.path} could not be checked")
+    if same_tokens:
+        notes.append(f"{path}: its kept sets are of another run of the same tokens, {', '.join(sorted(same_tokens))}")
     notes += [f"left out: {problem}" for problem in refused]
     return found, notes
 

@@ -1,5 +1,7 @@
 """Which parts of a model are its decoder and its attention."""
 
+import xxhash
+
 from . import checks
 from .errors import CaptureError
 
@@ -19,6 +21,18 @@ def decoder_of(model):
     if not numbered(decoder):
         raise CaptureError(checks.unseen_fault([0], [()]))
     return decoder
+
+
+def weight_shapes_digest(decoder):
+    """Of the names and shapes of its weights, as tracer/model.cpp computes it (docs/trace-format.md); None where some are
+    quantized, and so shaped otherwise than the model's."""
+    weights = list(decoder.named_parameters())
+    if not all(weight.is_floating_point() for _, weight in weights):
+        return None
+    digest = xxhash.xxh64(seed=0)
+    for line in sorted(f"{name} {','.join(map(str, weight.shape))}" for name, weight in weights):
+        digest.update(line.encode() + b"\0")
+    return digest.hexdigest()
 
 
 def numbered(module):

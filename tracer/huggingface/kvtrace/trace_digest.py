@@ -66,6 +66,11 @@ def trace_digest(file):
     return digest.hexdigest()
 
 
+def tokens_digest(ids):
+    """Of token ids, of whatever run, as src/trace/identity.cpp computes it."""
+    return xxhash.xxh64(np.asarray(ids, "<i4").tobytes(), seed=0).hexdigest()
+
+
 class _Layer:
     """What a layer's group says, as text; of one that is missing, which does not attend, what the model says."""
 

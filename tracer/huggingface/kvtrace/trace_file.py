@@ -183,12 +183,12 @@ class TraceFile:
             dataset.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(_bits(tensor)), kind)
             self._file[path].attrs.update(attributes)
 
-    def finish(self, *, model, layers, rotary, ids, prompt_length, pieces, query_positions, spans, turn_starts, source,
-               provenance):
+    def finish(self, *, model, layers, rotary, ids, prompt_length, next_token, pieces, query_positions, spans, turn_starts,
+               source, provenance):
         """Writes everything but the tensors, marks the file complete and puts it in its place.
 
-        `model`: the attributes of /model; `layers`: those of each layer's group; `rotary`: tables; `spans`: (start, end, label); `turn_starts`:
-        positions.
+        `model`: the attributes of /model; `layers`: those of each layer's group; `rotary`: tables; `next_token`: the most likely
+        id after the prompt and its logit, or None; `spans`: (start, end, label); `turn_starts`: positions.
         """
         from . import __version__
 
@@ -216,6 +216,8 @@ class TraceFile:
             file["tokens/ids"] = np.asarray(ids, "<i4")
             file["tokens"].attrs["prompt_length"] = np.int64(prompt_length)
             file["tokens/ids"].attrs["prompt_length"] = np.int64(prompt_length)
+            if next_token is not None:
+                file["tokens"].attrs["next_id"], file["tokens"].attrs["next_logit"] = np.int64(next_token[0]), next_token[1]
             if pieces is not None:
                 file.create_dataset("tokens/pieces", data=pieces, dtype=h5py.string_dtype())
             if turn_starts:

@@ -28,6 +28,8 @@ class Trace:
     held: list  # [L] positions that each layer holds at the end of the prompt
     checked: list  # [r] positions of which keys are at hand
     keys: list  # [L] of each layer [K, r, D], float32
+    weight_shapes_digest: str  # of the model's weights; empty: not known, like the next
+    next_token: tuple  # the most likely id after the prompt, and its logit; or None
     dtype: str  # that keys are stored in: float32, float16 or bfloat16
 
     def fail(self, reason):
@@ -48,6 +50,9 @@ def _read(path, file):
     tokens, model = file["tokens"], file["model"].attrs
     ids = tokens["ids"][:].tolist()
     length = int((tokens["ids"] if "prompt_length" in tokens["ids"].attrs else tokens).attrs["prompt_length"])
+    next_token = None
+    if "next_id" in tokens.attrs:
+        next_token = int(tokens.attrs["next_id"]), float(tokens.attrs["next_logit"])
     checked = sorted({0, length // 2, length - 1})
     held, keys = [], []
     for number in range(int(model["num_layers"])):
@@ -61,4 +66,5 @@ def _read(path, file):
     return Trace(path=path, digest=trace_digest(file), model=text(model, "name"), ids=ids, prompt_length=length,
                  num_layers=int(model["num_layers"]), num_query_heads=int(model["num_attention_heads"]),
                  num_kv_heads=int(model["num_key_value_heads"]), head_dim=int(model["head_dim"]), held=held, checked=checked,
-                 keys=keys, dtype=float_type(file["layers/0/keys"]))
+                 keys=keys, weight_shapes_digest=text(model, "weight_shapes_digest"), next_token=next_token,
+                 dtype=float_type(file["layers/0/keys"]))

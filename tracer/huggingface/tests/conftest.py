@@ -39,7 +39,9 @@ class Trace:
         with h5py.File(path) as file:
             self.attributes = dict(file.attrs)
             self.model = dict(file["model"].attrs)
-            self.provenance = dict(file["provenance"].attrs)
+            self.provenance = dict(file["provenance"].attrs) if "provenance" in file else None  # kvtrace's alone
+            tokens = file["tokens"].attrs
+            self.next_token = (tokens["next_id"], tokens["next_logit"]) if "next_id" in tokens else None
             self.ids = file["tokens/ids"][:]
             self.prompt_length = int(file["tokens/ids"].attrs["prompt_length"])
             self.positions = file["query_positions"][:]

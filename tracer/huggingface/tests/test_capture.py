@@ -337,6 +337,8 @@ def test_prompt_may_end_inside_of_what_runs_at_once(model, ids, tmp_path):
     assert trace.prompt_length == 30
     assert trace.positions.tolist() == list(range(25, ids.shape[1]))
     assert trace.layers[0]["attention_mass"].shape == (8, 30)
+    with torch.no_grad():
+        assert trace.next_token == (int(model(ids).logits[0, 29].argmax()), float(model(ids).logits[0, 29].max()))
     # Every prompt query pays 1 in all.
     assert np.allclose(trace.layers[0]["attention_mass"].sum(1), 30)
 

@@ -1,12 +1,14 @@
 """A model that runs on with what was kept of its cache, against one pass over all tokens with a mask for every head."""
 
 import contextlib
+import warnings
 
 import h5py
 import numpy as np
 import pytest
 import torch
 import transformers
+import xxhash
 from conftest import FAMILIES, generate, load, prompt_of
 from kept_files import make_sets, write_kept
 from test_families import CAPPED, WINDOWS, _plain_flash
@@ -15,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import check_architectures as architectures
 import kvtrace
 from kvtrace.eviction import EvictedLayer
+from kvtrace.trace_digest import tokens_digest
 
 NAMES = ["llama3", "mistral", "gemma2", "gemma3", "qwen3", "phi3"]
 MORE = 5  # tokens after the prompt
@@ -181,6 +184,40 @@ def test_prompt_may_have_run_before(tmp_path):
         with kvtrace.evicted(model, path):
             logits = model(tokens[:, evict_at:], past_key_values=cache, use_cache=True).logits[0]
     assert apart(logits, expected_logits("llama3", tokens, kept, evict_at)) < 2e-6
+
+
+def test_kept_sets_of_other_tokens_are_refused(tmp_path):
+    model, tokens = load("llama3", "sdpa"), tokens_of("llama3")
+    evict_at = tokens.shape[1] - MORE
+    layers, _, kv_heads = shape_of(model)
+    digest = tokens_digest(tokens[0, :evict_at].tolist())
+    assert digest == xxhash.xxh64(tokens[0, :evict_at].numpy().astype("<i4").tobytes()).hexdigest()
+    path = write_kept(tmp_path / "kept.h5",
+                      (make_sets(layers, kv_heads, evict_at), {"evict_at": evict_at, "tokens_digest": digest}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with kvtrace.evicted(model, path):
+            run_on(model, tokens, evict_at, 1)
+            generate(model, tokens[:, :evict_at], 3, prefill_chunk_size=evict_at // 3)
+    other = tokens.clone()
+    other[0, 2] += 1
+    message = "is of run.h5, which has other tokens before the eviction; give"
+    refused(model, path, message, lambda: run_on(model, other, evict_at, 1))
+    refused(model, path, message, lambda: generate(model, other[:, :evict_at], 3, prefill_chunk_size=evict_at // 3))
+
+
+def test_what_cannot_be_checked_is_told(tmp_path):
+    model, tokens = load("llama3", "sdpa"), tokens_of("llama3")
+    evict_at = tokens.shape[1] - MORE
+    path, _ = kept_of("llama3", model, evict_at, "equal", tmp_path / "kept.h5")
+    with pytest.warns(UserWarning, match="/kept/0: does not say which tokens it is of"):
+        kvtrace.evicted(model, path)
+    with h5py.File(path, "r+") as file:
+        file["kept/0"].attrs["tokens_digest"] = "0" * 16
+    with torch.no_grad():
+        cache = model(tokens[:, :evict_at], use_cache=True).past_key_values
+        with kvtrace.evicted(model, path), pytest.warns(UserWarning, match="did not run in the block"):
+            model(tokens[:, evict_at:], past_key_values=cache, use_cache=True)
 
 
 def hooks(model):

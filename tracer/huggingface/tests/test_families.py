@@ -1,6 +1,7 @@
 """What a trace of every family holds is what the model computed."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -186,6 +187,21 @@ def test_committed_fixtures_are_what_the_script_makes():
     script = ROOT / "tracer/huggingface/make_model_fixtures.py"
     result = subprocess.run([sys.executable, script, "--check", FAMILIES], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_roads_tell_the_model_by_the_same(name, kvreplay, output, tmp_path):
+    model, ids = load(name), prompt_of(name)
+    with kvtrace.capture(model, output, prompt_length=ids.shape[1]):
+        generate(model, ids, prefill_chunk_size=7)
+    result = subprocess.run([kvreplay, "capture", "--model", FAMILIES / name, "--tokens", FAMILIES / name / "prompt.ids", "-o",
+                             tmp_path / "other.h5"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    ours, theirs = Trace(output), Trace(tmp_path / "other.h5")
+    assert re.fullmatch("[0-9a-f]{16}", ours.model["weight_shapes_digest"])
+    assert ours.model["weight_shapes_digest"] == theirs.model["weight_shapes_digest"]
+    assert ours.next_token[0] == theirs.next_token[0]
+    assert ours.next_token[1] == pytest.approx(theirs.next_token[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,7 @@ import kvtrace
 import kvtrace.live_command
 from kvtrace.kept_sets import read_kept_sets
 from kvtrace.live import LiveRun, _most_likely
-from kvtrace.trace_digest import trace_digest
+from kvtrace.trace_digest import tokens_digest, trace_digest
 from kvtrace.traces import read_trace
 
 DATA = ROOT / "tests/data"
@@ -70,7 +70,8 @@ def test_table_begins_with_the_smallest_loss(needle):
     divergences = [float(row[5]) for row in rows]
     assert divergences == sorted(divergences) and len(rows) == 31
     assert lines[-1] == f"wrote {output}"
-    assert result.stderr == ""
+    assert result.stderr == (f"note: {REFERENCE}: does not say which tokens its kept sets are of (tokens_digest), so whether they "
+                             f"are those of {NEEDLE} could not be checked\n")
 
 
 @pytest.mark.parametrize("kind", ["equal", "unequal", "query"])
@@ -143,7 +144,8 @@ def tiny(folder):
     with kvtrace.capture(model, folder / "run.h5", prompt_length=length), torch.no_grad():
         model(tokens)
     layers, _, kv_heads = shape_of(model)
-    groups = [(make_sets(layers, kv_heads, length, unequal=unequal), {"evict_at": length}) for unequal in (False, True)]
+    told = {"evict_at": length, "tokens_digest": tokens_digest(tokens[0, :length].tolist())}
+    groups = [(make_sets(layers, kv_heads, length, unequal=unequal), told) for unequal in (False, True)]
     return model, folder / "run.h5", write_kept(folder / "kept.h5", *groups)
 
 
@@ -214,16 +216,43 @@ def test_digests_are_those_of_results(path, kvreplay, tmp_path):
 
 
 def test_kept_sets_of_others_are_left_out_with_a_note(llama3, tmp_path):
+    """By their names, where there are no digests."""
     with h5py.File(tmp_path / "kept.h5", "r+") as file:
-        file["kept/0"].attrs["trace"] = "elsewhere/other.h5"
-        file["kept/1"].attrs["trace"] = "elsewhere/run.h5"
+        for index, name in (("0", "other.h5"), ("1", "run.h5")):
+            del file[f"kept/{index}"].attrs["tokens_digest"]
+            file[f"kept/{index}"].attrs["trace"] = f"elsewhere/{name}"
     result = live(*llama3)
     assert result.returncode == 0, result.stderr
-    note = f"{tmp_path / 'kept.h5'}: 1 group of kept sets of other traces left out"
-    assert result.stderr == f"note: {note}\n"
+    notes = [f"{tmp_path / 'kept.h5'}: 1 group of kept sets of other traces left out",
+             f"{tmp_path / 'kept.h5'}: does not say which tokens its kept sets are of (tokens_digest), so whether they are those "
+             f"of {tmp_path / 'run.h5'} could not be checked"]
+    assert result.stderr == "".join(f"note: {note}\n" for note in notes)
     with h5py.File(tmp_path / "live.h5") as file:
         assert list(file["results"]) == ["0"] and file["results/0"].attrs["policy"] == "policy-1"
-        assert file["results/0/notes"].asstr()[:].tolist() == [note]
+        assert file["results/0/notes"].asstr()[:].tolist() == notes
+
+
+def test_digests_tell_of_which_trace_kept_sets_are(llama3, tmp_path, kvreplay):
+    """Whatever the files are called."""
+    run, kept = tmp_path / "run.h5", tmp_path / "written.h5"
+    copy, again, other = (tmp_path / name for name in ("copy.h5", "again.h5", "other.h5"))
+    copy.write_bytes(run.read_bytes())
+    model, tokens = load("llama3"), tokens_of("llama3")
+    for path, ids in ((again, tokens), (other, tokens.flip(1))):
+        with kvtrace.capture(model, path, prompt_length=tokens.shape[1] - MORE, source="once more"), torch.no_grad():
+            model(ids)
+    written = subprocess.run([kvreplay, "replay", run, other, "--policy", "recent", "--capacity", "9", "--kept", kept],
+                             capture_output=True, text=True)
+    assert written.returncode == 0, written.stderr
+    left_out = f"note: {kept}: 1 group of kept sets of other traces left out\n"
+    for trace, notes in ((copy, left_out),
+                         (again, left_out + f"note: {kept}: its kept sets are of another run of the same tokens, {run}\n")):
+        result = live(*replaced(llama3, t=trace, k=kept))
+        assert (result.returncode, result.stderr) == (0, notes)
+    with h5py.File(kept, "r+") as file:
+        del file["kept/1"]
+    other.rename(run)
+    assert one_line(live(*replaced(llama3, k=kept)), 1).startswith(f"{kept}: its kept sets are of {run}, and not of {run}; name")
 
 
 def test_short_types_are_told(llama3, tmp_path):
@@ -245,11 +274,20 @@ def test_failures_are_one_line_and_leave_nothing(llama3, tmp_path):
     with torch.no_grad():
         last.model.layers[1].self_attn.k_proj.weight.mul_(2)
     last.save_pretrained(tmp_path / "last")
+    head = load("llama3")
+    with torch.no_grad():
+        head.model.norm.weight.mul_(-1)
+    head.save_pretrained(tmp_path / "head")
+    wider = tmp_path / "wider.h5"
+    wider.write_bytes(trace.read_bytes())
+    with h5py.File(wider, "r+") as file:
+        file["model"].attrs["weight_shapes_digest"] = "0" * 16
     (tmp_path / "text.h5").write_text("text")
     length = ids.shape[1]
     layers, _, kv_heads = shape_of(model)
     write_kept(tmp_path / "early.h5", (make_sets(layers, kv_heads, length - 1), {"evict_at": length - 1}))
-    write_kept(tmp_path / "heads.h5", (make_sets(layers, kv_heads + 1, length), {"evict_at": length}))
+    told = {"evict_at": length, "tokens_digest": tokens_digest(ids[0].tolist())}
+    write_kept(tmp_path / "heads.h5", (make_sets(layers, kv_heads + 1, length), told))
     write_kept(tmp_path / "foreign.h5", (make_sets(layers, kv_heads, length), {"evict_at": length, "trace": "other.h5"}))
     write_kept(tmp_path / "unfinished.h5", (make_sets(layers, kv_heads, length), {"evict_at": length}), complete=None)
     with h5py.File(write_kept(tmp_path / "none.h5", (make_sets(1, 1, length), {})), "r+") as file:
@@ -277,10 +315,12 @@ def test_failures_are_one_line_and_leave_nothing(llama3, tmp_path):
             ({"m": FAMILIES / "qwen3"}, "the model is not the one that"),
             ({"m": tmp_path / "other"}, "the keys that it computes in layer 0 are 10% apart from the trace's"),
             ({"m": tmp_path / "last"}, "the keys that it computes in layer 1 are"),
+            ({"m": tmp_path / "head"}, "the logit of token "),
+            ({"t": wider, "k": tmp_path / "any.h5"}, "its weights have other names or shapes"),
             ({"o": tmp_path / "nowhere" / "live.h5"}, "cannot be written: No such file"),
             ({"o": tmp_path}, "is a folder")):
-        if given.get("k") == tmp_path / "bare.h5":
-            bare = write_kept(tmp_path / "bare.h5", (make_sets(layers, kv_heads, length), {"evict_at": length}))
+        if "k" in given and not given["k"].exists():
+            bare = write_kept(given["k"], (make_sets(layers, kv_heads, length), {"evict_at": length}))
             with h5py.File(bare, "r+") as file:
                 del file["kept/0"].attrs["trace"]
             before = sorted(tmp_path.iterdir())

@@ -130,64 +130,94 @@ void attend_block(const HeadView& head, Index first, Index rows, Workspace& work
   }
 }
 
-void attend_many(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
-                 std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass) {
+// What is done on one thread.
+struct Piece {
+  std::size_t sequence = 0;
+  Index first_token = 0;  // of the sequence among all
+  Index head = 0;         // a query head, or a set of the cache
+  Index part = 0;         // of the query head's blocks of queries
+};
+
+void attend_many(const Execution& execution, const AttentionShape& shape, std::span<const NewTokens> sequences,
+                 int layer, std::span<const float> queries, std::span<float> outputs, std::span<double> mass) {
   const Index dim = shape.head_dim;
   const Index query_width = shape.num_attention_heads * dim;
-
-  Index longest = 0;
-  for (int set = 0; set < cache.sets_per_layer(); ++set) longest = std::max(longest, cache.length(layer, set));
-
   const Index reach = std::max(shape.rule.sliding_window, shape.rule.attention_chunk_size);
-  const Index seen = reach > 0 ? std::min(longest, reach + kQueryBlock + kKeyBlock) : longest;
-  const Index blocks = (count + kQueryBlock - 1) / kQueryBlock;
-  const Index pieces = shape.num_attention_heads * kPiecesPerHead;
+  std::vector<Piece> pieces;
+  Index work_size = 0;
+  Index most_seen = 0;
+  Index first_token = 0;
+  for (std::size_t s = 0; s < sequences.size(); ++s) {
+    const auto& [cache, count] = sequences[s];
+    Index seen = 0;
+    for (int set = 0; set < cache->sets_per_layer(); ++set) seen = std::max(seen, cache->length(layer, set));
+    if (reach > 0) seen = std::min(seen, reach + kQueryBlock + kKeyBlock);
+    most_seen = std::max(most_seen, seen);
+    work_size += count * seen * query_width;
+    const Index parts = std::min(kPiecesPerHead, (count + kQueryBlock - 1) / kQueryBlock);
+    for (Index head = 0; head < shape.num_attention_heads; ++head) {
+      for (Index part = 0; part < parts; ++part) pieces.push_back({s, first_token, head, part});
+    }
+    first_token += count;
+  }
   const Index mass_width = mass.empty() ? 0 : static_cast<Index>(mass.size()) / shape.num_attention_heads;
-  std::vector<double> partial_mass(static_cast<std::size_t>(pieces * mass_width));
+  std::vector<double> partial_mass(pieces.size() * static_cast<std::size_t>(mass_width));
   std::vector<Workspace> workspaces(static_cast<std::size_t>(execution.threads()));
-  execution.share(pieces, count * seen * query_width, [&](Index piece, int worker) {
+  execution.share(static_cast<Index>(pieces.size()), work_size, [&](Index number, int worker) {
+    const Piece& piece = pieces[static_cast<std::size_t>(number)];
+    const auto& [cache, count] = sequences[piece.sequence];
     Workspace& work = workspaces[static_cast<std::size_t>(worker)];
-    work.make_room(dim, seen);
-    const Index query_head = piece / kPiecesPerHead;
-    const int set = static_cast<int>(query_head * cache.sets_per_layer() / shape.num_attention_heads);
-    const HeadView head{.cache = cache,
+    work.make_room(dim, most_seen);
+    const int set = static_cast<int>(piece.head * cache->sets_per_layer() / shape.num_attention_heads);
+    const Index first_value = piece.first_token * query_width + piece.head * dim;
+    const HeadView head{.cache = *cache,
                         .layer = layer,
                         .set = set,
                         .rule = shape.rule,
                         .head_dim = dim,
                         .query_width = query_width,
-                        .earlier = cache.length(layer, set) - count,
-                        .rows_before = cache.rows_before(layer, set, kKeyBlock),
-                        .queries = queries.data() + query_head * dim,
-                        .outputs = outputs.data() + query_head * dim,
-                        .positions = cache.positions(layer, set)};
-    double* piece_mass = mass.empty() ? nullptr : partial_mass.data() + piece * mass_width;
-    for (Index block = piece % kPiecesPerHead; block < blocks; block += kPiecesPerHead) {
-      const Index first = block * kQueryBlock;
+                        .earlier = cache->length(layer, set) - count,
+                        .rows_before = cache->rows_before(layer, set, kKeyBlock),
+                        .queries = queries.data() + first_value,
+                        .outputs = outputs.data() + first_value,
+                        .positions = cache->positions(layer, set)};
+    double* piece_mass = mass.empty() ? nullptr : partial_mass.data() + number * mass_width;
+    for (Index first = piece.part * kQueryBlock; first < count; first += kPiecesPerHead * kQueryBlock) {
       attend_block(head, first, std::min(kQueryBlock, count - first), work, piece_mass);
     }
   });
-  for (Index piece = 0; piece < pieces && !mass.empty(); ++piece) {
-    for (Index j = 0; j < mass_width; ++j) {
-      mass[static_cast<std::size_t>(piece / kPiecesPerHead * mass_width + j)] +=
-          partial_mass[static_cast<std::size_t>(piece * mass_width + j)];
-    }
+  if (mass.empty()) return;
+  for (std::size_t number = 0; number < pieces.size(); ++number) {
+    const auto sums = mass.subspan(static_cast<std::size_t>(pieces[number].head * mass_width));
+    const double* const piece_mass = partial_mass.data() + static_cast<Index>(number) * mass_width;
+    for (Index j = 0; j < mass_width; ++j) sums[static_cast<std::size_t>(j)] += piece_mass[j];
   }
 }
 
-// A single token: bound by reading the cache, so the query heads that share rows follow each other over the same ones.
-void attend_one(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
-                std::span<const float> queries, std::span<float> outputs) {
+// Single tokens: bound by reading the cache, so the query heads that share rows follow each other over the same ones.
+void attend_single(const Execution& execution, const AttentionShape& shape, std::span<const NewTokens> sequences,
+                   int layer, std::span<const float> queries, std::span<float> outputs) {
   const Index dim = shape.head_dim;
-  const Index group = shape.num_attention_heads / cache.sets_per_layer();
-  const Index work_size = 2 * cache.length(layer, 0) * dim * shape.num_attention_heads;
-  execution.share(cache.sets_per_layer(), work_size, [&](Index piece, int) {
-    const int set = static_cast<int>(piece);
+  const Index query_width = shape.num_attention_heads * dim;
+  std::vector<Piece> pieces;
+  Index work_size = 0;
+  for (std::size_t s = 0; s < sequences.size(); ++s) {
+    const KvCache& cache = *sequences[s].cache;
+    work_size += 2 * cache.length(layer, 0) * query_width;
+    for (int set = 0; set < cache.sets_per_layer(); ++set) {
+      pieces.push_back({.sequence = s, .first_token = static_cast<Index>(s), .head = set});
+    }
+  }
+  execution.share(static_cast<Index>(pieces.size()), work_size, [&](Index number, int) {
+    const Piece& piece = pieces[static_cast<std::size_t>(number)];
+    const KvCache& cache = *sequences[piece.sequence].cache;
+    const auto set = static_cast<int>(piece.head);
+    const Index group = shape.num_attention_heads / cache.sets_per_layer();
     const auto positions = cache.positions(layer, set);
     const Index first_position = shape.rule.first_visible(positions.back());
     const Index begin = std::lower_bound(positions.begin(), positions.end(), first_position) - positions.begin();
     const Index keys = cache.length(layer, set) - begin;
-    const Index first_head = set * group;
+    const Index first_value = piece.first_token * query_width + set * group * dim;
     std::vector<float> gathered(static_cast<std::size_t>(kKeyBlock * dim + KvCache::kReadAhead));
     std::vector<float> weights(static_cast<std::size_t>(group * keys));
     std::vector<float> query(static_cast<std::size_t>(dim));
@@ -195,7 +225,7 @@ void attend_one(const Execution& execution, const AttentionShape& shape, const K
       const Index count = std::min(kKeyBlock, keys - start);
       const float* const rows = cache.keys(layer, set, begin + start, count, gathered.data());
       for (Index member = 0; member < group; ++member) {
-        const float* from = queries.data() + (first_head + member) * dim;
+        const float* from = queries.data() + first_value + member * dim;
         for (Index d = 0; d < dim; ++d) {
           query[static_cast<std::size_t>(d)] = from[d] * static_cast<float>(shape.rule.softmax_scale);
         }
@@ -218,20 +248,20 @@ void attend_one(const Execution& execution, const AttentionShape& shape, const K
       }
     }
     for (Index member = 0; member < group; ++member) {
-      std::copy_n(sums.data() + member * width, dim, outputs.data() + (first_head + member) * dim);
+      std::copy_n(sums.data() + member * width, dim, outputs.data() + first_value + member * dim);
     }
   });
 }
 
 }  // namespace
 
-void attend(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
-            std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass,
-            bool single_query) {
-  if (count == 1 && mass.empty() && single_query) {
-    attend_one(execution, shape, cache, layer, queries, outputs);
+void attend(const Execution& execution, const AttentionShape& shape, std::span<const NewTokens> sequences, int layer,
+            std::span<const float> queries, std::span<float> outputs, std::span<double> mass, bool single_queries) {
+  const bool all_single = std::ranges::all_of(sequences, [](const NewTokens& tokens) { return tokens.count == 1; });
+  if (all_single && mass.empty() && single_queries) {
+    attend_single(execution, shape, sequences, layer, queries, outputs);
   } else {
-    attend_many(execution, shape, cache, layer, queries, count, outputs, mass);
+    attend_many(execution, shape, sequences, layer, queries, outputs, mass);
   }
 }
 

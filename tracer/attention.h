@@ -17,15 +17,22 @@ struct AttentionShape {
   AttentionRule rule;  ///< without sinks
 };
 
-/// Attends the last `count` tokens of a layer's cache to everything up to themselves, or to what of it is less than a
-/// sliding window away from their positions. The cache holds the new tokens' keys and values already.
-/// `queries` and `outputs` are [count, H·D]. `mass`, unless empty, is [H, N] for the N tokens that went through the
-/// model so far, new ones included: the attention that each key received from the new queries, summed in double. It
-/// needs a cache from which nothing was taken. A single query without mass is attended faster, and in another order of
-/// summation, unless `single_query` is false.
+/// The last tokens of a sequence, whose keys and values its cache holds already.
+struct NewTokens {
+  const KvCache* cache = nullptr;
+  Index count = 0;
+};
+
+/// Attends the new tokens of sequences, each to everything in a layer of its cache up to itself, or to what of it is
+/// less than a sliding window away from its position. All sequences together are divided over threads.
+/// `queries` and `outputs` are [new tokens, H·D], one sequence after the other. `mass`, unless empty, is of a single
+/// sequence, [H, N] for the N tokens that went through the model so far, new ones included: the attention that each key
+/// received from the new queries, summed in double. It needs a cache from which nothing was taken. Where every sequence
+/// has a single new token, and there is no mass, they are attended faster, and in another order of summation, unless
+/// `single_queries` is false. Otherwise the order is the same whatever other sequences there are.
 /// Memory beside the arguments: 64 floats per thread and key that a block of 64 queries sees.
-void attend(const Execution& execution, const AttentionShape& shape, const KvCache& cache, int layer,
-            std::span<const float> queries, Index count, std::span<float> outputs, std::span<double> mass,
-            bool single_query = true);
+void attend(const Execution& execution, const AttentionShape& shape, std::span<const NewTokens> sequences, int layer,
+            std::span<const float> queries, std::span<float> outputs, std::span<double> mass,
+            bool single_queries = true);
 
 }  // namespace kvreplay::tracer

@@ -32,6 +32,9 @@ constexpr Index kPiecesPerThread = 8;
 // Output rows of one piece of work where a single token is multiplied.
 constexpr Index kVectorRows = 32;
 
+// How many multiplications take as long as reading one weight from memory.
+constexpr Index kReading = 8;
+
 void add_bias(const std::vector<float>& bias, Index first, Index count, float* out) {
   if (bias.empty()) return;
   for (Index i = 0; i < count; ++i) out[i] += bias[static_cast<std::size_t>(first + i)];
@@ -46,25 +49,34 @@ LinearInput::LinearInput(const Execution& execution, std::span<const float> rows
       width_(static_cast<Index>(rows.size()) / count),
       single_row_(single_row) {}
 
-void LinearInput::multiply(const LinearWeights& linear, std::span<float> out) const {
+void LinearInput::multiply(std::initializer_list<Product> products) const {
   if (count_ == 1 && single_row_ == SingleRow::fast) {
-    multiply_vector(linear, out);
+    multiply_vector(products);
   } else {
-    multiply_matrix(linear, out);
+    for (const Product& product : products) multiply_matrix(product.linear, product.out);
   }
 }
 
-void LinearInput::multiply_vector(const LinearWeights& linear, std::span<float> out) const {
-  const Tensor& weight = linear.weight;
-  const Index out_rows = weight.rows();
-  const Index row_bytes = width_ * static_cast<Index>(size_of(weight.type));
-  const Index pieces = (out_rows + kVectorRows - 1) / kVectorRows;
-  execution_.share(pieces, out_rows * width_, [&](Index piece, int) {
+void LinearInput::multiply_vector(std::span<const Product> products) const {
+  const auto pieces_of = [](const Product& product) {
+    return (product.linear.weight.rows() + kVectorRows - 1) / kVectorRows;
+  };
+  Index pieces = 0;
+  Index out_rows = 0;
+  for (const Product& product : products) {
+    pieces += pieces_of(product);
+    out_rows += product.linear.weight.rows();
+  }
+  execution_.share(pieces, kReading * out_rows * width_, [&](Index piece, int) {
+    const Product* product = products.data();
+    for (; piece >= pieces_of(*product); ++product) piece -= pieces_of(*product);
+    const Tensor& weight = product->linear.weight;
     const Index first = piece * kVectorRows;
-    const Index rows = std::min(kVectorRows, out_rows - first);
-    kernels::multiply_vector(weight.type, weight.data + first * row_bytes, rows, width_, rows_.data(),
-                             out.data() + first);
-    add_bias(linear.bias, first, rows, out.data() + first);
+    const Index rows = std::min(kVectorRows, weight.rows() - first);
+    const Index row_bytes = width_ * static_cast<Index>(size_of(weight.type));
+    float* const out = product->out.data() + first;
+    kernels::multiply_vector(weight.type, weight.data + first * row_bytes, rows, width_, rows_.data(), out);
+    add_bias(product->linear.bias, first, rows, out);
   });
 }
 
@@ -92,7 +104,7 @@ void LinearInput::multiply_matrix(const LinearWeights& linear, std::span<float> 
           work(begin, std::min(kDepth, stop - begin), packed.data() + (begin - start) * panels * kPanel);
         }
       };
-      execution_.share(panels, panels * kPanel * (stop - start), [&](Index panel, int) {
+      execution_.share(panels, kReading * panels * kPanel * (stop - start), [&](Index panel, int) {
         const Index first_row = (first_panel + panel) * kPanel;
         for_depths([&](Index begin, Index depth, float* to) {
           kernels::pack(weight.type, weight.data + (first_row * width_ + begin) * element, width_, rows_of(panel, 1),

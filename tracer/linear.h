@@ -1,6 +1,7 @@
 // Linear layers over weights of any dtype, divided over threads.
 #pragma once
 
+#include <initializer_list>
 #include <span>
 
 #include "tracer/execution.h"
@@ -21,11 +22,18 @@ class LinearInput {
   LinearInput(const Execution& execution, std::span<const float> rows, Index count,
               SingleRow single_row = SingleRow::fast);
 
-  /// out[count, weights.rows()] = rows·Wᵀ + b, summed in float32.
-  void multiply(const LinearWeights& linear, std::span<float> out) const;
+  /// A layer and what becomes of the input: out[count, weights.rows()] = rows·Wᵀ + b, summed in float32.
+  struct Product {
+    const LinearWeights& linear;
+    std::span<float> out;
+  };
+
+  /// Several layers, divided over threads together.
+  void multiply(std::initializer_list<Product> products) const;
+  void multiply(const LinearWeights& linear, std::span<float> out) const { multiply({{linear, out}}); }
 
  private:
-  void multiply_vector(const LinearWeights& linear, std::span<float> out) const;
+  void multiply_vector(std::span<const Product> products) const;
   void multiply_matrix(const LinearWeights& linear, std::span<float> out) const;
 
   const Execution& execution_;

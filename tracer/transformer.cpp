@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <iterator>
 #include <numeric>
@@ -22,11 +23,21 @@ std::span<Element> block_of(std::span<Element> rows, Index first, Index count, I
   return rows.subspan(static_cast<std::size_t>(first * width), static_cast<std::size_t>(count * width));
 }
 
-// The first value that is NaN or infinite, or -1.
+// The first value that is NaN or infinite. Precondition: there is one.
 Index first_not_finite(std::span<const float> values) {
-  if (all_finite(values)) return -1;
   const auto found = std::find_if(values.begin(), values.end(), [](float value) { return !std::isfinite(value); });
   return found - values.begin();
+}
+
+// Values that are looked at or added up on one thread.
+constexpr std::size_t kPart = std::size_t{1} << 15;
+
+Index parts_of(std::size_t values) { return static_cast<Index>((values + kPart - 1) / kPart); }
+
+template <class Value>
+std::span<Value> part_of(std::span<Value> values, Index part) {
+  const std::size_t first = static_cast<std::size_t>(part) * kPart;
+  return values.subspan(first, std::min(kPart, values.size() - first));
 }
 
 Error not_finite(std::string_view what, int layer, std::string_view head_kind, Index head, Index position,
@@ -49,15 +60,6 @@ auto gate_kernel(Activation activation) {
   return &kernels::gelu_multiply;
 }
 
-// `rows` is [count, heads * dim].
-void check_rows(std::span<const float> rows, std::string_view what, int layer, std::string_view head_kind, Index width,
-                Index dim, Index first_position) {
-  const Index at = first_not_finite(rows);
-  if (at < 0) return;
-  throw not_finite(what, layer, head_kind, at % width / dim, first_position + at / width,
-                   rows[static_cast<std::size_t>(at)]);
-}
-
 // Several sums side by side, since each addition waits for the one before; their number is fixed, and so is the order.
 double sum_of_squares(std::span<const float> values) {
   constexpr std::size_t kSums = 8;
@@ -71,14 +73,6 @@ double sum_of_squares(std::span<const float> values) {
   }
   for (; i < values.size(); ++i) sums[i % kSums] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
   return std::accumulate(std::begin(sums), std::end(sums), 0.0);
-}
-
-// The length of every row, [rows].
-void lengths_of(std::span<const float> rows, Index width, std::span<float> lengths) {
-  for (Index row = 0; row < static_cast<Index>(rows.size()) / width; ++row) {
-    const double squares = sum_of_squares(block_of(rows, row, 1, width));
-    lengths[static_cast<std::size_t>(row)] = static_cast<float>(std::sqrt(squares));
-  }
 }
 
 void cap_logits(const ModelConfig& config, std::span<float> logits) {
@@ -106,7 +100,7 @@ std::vector<float> Transformer::forward(std::span<const std::int32_t> ids, KvCac
   std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
   LinearInput(execution_, last, 1).multiply(model_.output_head, logits);
   cap_logits(config, logits);
-  if (first_not_finite(logits) >= 0) {
+  if (!are_finite(logits)) {
     throw Error(
         fmt::format("the model computed NaN or infinity in the logits after position {}: its weights or its "
                     "config.json are damaged",
@@ -133,15 +127,16 @@ Buffer Transformer::states_of(Pass pass, ForwardObserver* observer) {
 void Transformer::logits(std::span<const float> states, Index count, std::span<float> out) const {
   LinearInput(execution_, states, count, LinearInput::SingleRow::as_many).multiply(model_.output_head, out);
   cap_logits(model_.config, out);
-  if (first_not_finite(out) >= 0) {
+  if (!are_finite(out)) {
     throw Error("the model computed NaN or infinity in its logits: its weights or its config.json are damaged");
   }
 }
 
 Transformer::Pass Transformer::begin(std::span<const Sequence> sequences, LinearInput::SingleRow single_row,
                                      bool all_states, bool single_queries) const {
-  Pass pass{sequences, single_row, all_states, single_queries, {}, {}};
+  Pass pass{sequences, single_row, all_states, single_queries, {}, {}, {}};
   for (const auto& [ids, cache] : sequences) {
+    pass.starts.push_back(pass.count());
     for (std::size_t i = 0; i < ids.size(); ++i) {
       pass.positions.push_back(cache->next_position() + static_cast<Index>(i));
     }
@@ -182,6 +177,8 @@ void Transformer::run_layers(Pass& pass, ForwardObserver* observer) {
   const std::span<float> outputs = all_of(output_rows);
   const Rotation rotation = rotation_of(pass.positions, inverse_frequencies_);
   Rotation local_rotation;
+  std::vector<NewTokens> new_tokens;
+  for (const auto& [ids, cache] : pass.sequences) new_tokens.push_back({cache, static_cast<Index>(ids.size())});
   std::vector<double> mass;
   std::vector<float> norms;
   for (int number = 0; number < config.num_layers; ++number) {
@@ -204,19 +201,12 @@ void Transformer::run_layers(Pass& pass, ForwardObserver* observer) {
     }
 
     shape.rule.sliding_window = config.sliding_window(number);
-    Index first = 0;
-    for (const auto& [ids, cache] : pass.sequences) {
-      const auto tokens = static_cast<Index>(ids.size());
-      if (wants_mass) {
-        mass.assign(static_cast<std::size_t>(config.num_attention_heads * (cache->next_position() + tokens)), 0);
-      }
-      const std::span<float> attended = block_of(outputs, first, tokens, query_width);
-      attend(execution_, shape, *cache, number, block_of(queries, first, tokens, query_width), tokens, attended, mass,
-             pass.single_queries);
-      check_rows(attended, "attention output", number, "query", query_width, config.head_dim, cache->next_position());
-      first += tokens;
-    }
     const Sequence& observed = pass.sequences.front();
+    if (wants_mass) {
+      mass.assign(static_cast<std::size_t>(config.num_attention_heads * (observed.cache->next_position() + count)), 0);
+    }
+    attend(execution_, shape, new_tokens, number, queries, outputs, mass, pass.single_queries);
+    check_rows(outputs, "attention output", number, "query", query_width, pass.positions);
     if (observer != nullptr) {
       observer->on_attention({number, pass.positions.front(), count, queries, outputs, mass}, *observed.cache);
     }
@@ -229,7 +219,12 @@ void Transformer::run_layers(Pass& pass, ForwardObserver* observer) {
         block = next_block(end - token);
         const std::span<float> rows = block_of(hidden, token, block, width);
         add_attention(layer, block_of(outputs, token, block, query_width), block, pass.single_row, rows);
-        if (wants_norms) lengths_of(rows, width, std::span(norms).subspan(static_cast<std::size_t>(token)));
+        if (wants_norms) {
+          execution_.share(block, block * width * 4, [&](Index row, int) {
+            norms[static_cast<std::size_t>(token + row)] =
+                static_cast<float>(std::sqrt(sum_of_squares(block_of(rows, row, 1, width))));
+          });
+        }
         if (whole) feed_forward(layer, block, pass.single_row, rows);
         report(token + block, 1);
       }
@@ -250,7 +245,7 @@ void Transformer::project(const Pass& pass, int layer_number, Index first, Index
                           std::span<float> queries) {
   const ModelConfig& config = model_.config;
   const LayerWeights& layer = model_.layers[static_cast<std::size_t>(layer_number)];
-  const Index position = pass.positions[static_cast<std::size_t>(first)];
+  const std::span positions = std::span(pass.positions).subspan(static_cast<std::size_t>(first));
   const Index dim = config.head_dim;
   const Index query_width = Index{config.num_attention_heads} * dim;
   const Index kv_width = Index{config.num_key_value_heads} * dim;
@@ -263,26 +258,25 @@ void Transformer::project(const Pass& pass, int layer_number, Index first, Index
   Buffer value_rows(count * kv_width);
   const std::span<float> keys = all_of(key_rows);
   const std::span<float> values = all_of(value_rows);
-  input.multiply(layer.query, queries);
-  input.multiply(layer.key, keys);
-  input.multiply(layer.value, values);
+  input.multiply({{layer.query, queries}, {layer.key, keys}, {layer.value, values}});
   if (config.query_key_norm) {
     normalize(queries, layer.query_norm, queries);
     normalize(keys, layer.key_norm, keys);
   }
   rotate(queries, count, query_width, first, rotation);
   rotate(keys, count, kv_width, first, rotation);
-  check_rows(queries, "queries", layer_number, "query", query_width, dim, position);
-  check_rows(keys, "keys", layer_number, "KV", kv_width, dim, position);
-  check_rows(values, "values", layer_number, "KV", kv_width, dim, position);
+  check_rows(queries, "queries", layer_number, "query", query_width, positions);
+  check_rows(keys, "keys", layer_number, "KV", kv_width, positions);
+  check_rows(values, "values", layer_number, "KV", kv_width, positions);
 
   // Each sequence's tokens among these go to its own cache.
-  Index begin = 0;
-  for (const auto& [ids, cache] : pass.sequences) {
+  const auto sequences = static_cast<Index>(pass.sequences.size());
+  execution_.share(sequences, count * kv_width * 8, [&](Index sequence, int) {
+    const auto& [ids, cache] = pass.sequences[static_cast<std::size_t>(sequence)];
+    const Index begin = pass.starts[static_cast<std::size_t>(sequence)];
     const Index from = std::max(first, begin);
     const Index end = std::min(first + count, begin + static_cast<Index>(ids.size()));
-    begin += static_cast<Index>(ids.size());
-    if (from >= end) continue;
+    if (from >= end) return;
     for (int head = 0; head < config.num_key_value_heads; ++head) {
       const KvCache::Rows rows =
           cache->append(layer_number, head, pass.positions[static_cast<std::size_t>(from)], end - from);
@@ -292,7 +286,7 @@ void Transformer::project(const Pass& pass, int layer_number, Index first, Index
         std::copy_n(values.data() + at, dim, rows.values + (token - from) * dim);
       }
     }
-  }
+  });
 }
 
 void Transformer::add_attention(const LayerWeights& layer, std::span<const float> attended, Index count,
@@ -301,7 +295,7 @@ void Transformer::add_attention(const LayerWeights& layer, std::span<const float
   const std::span<float> rows = all_of(buffer);
   LinearInput(execution_, attended, count, single_row).multiply(layer.output, rows);
   if (model_.config.norm_after) normalize(rows, layer.output_norm, rows);
-  for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] += rows[i];
+  add(rows, hidden);
 }
 
 void Transformer::feed_forward(const LayerWeights& layer, Index count, LinearInput::SingleRow single_row,
@@ -314,8 +308,7 @@ void Transformer::feed_forward(const LayerWeights& layer, Index count, LinearInp
   Buffer up(count * intermediate);
   {
     const LinearInput input(execution_, rows, count, single_row);
-    input.multiply(layer.gate, all_of(gate));
-    input.multiply(layer.up, all_of(up));
+    input.multiply({{layer.gate, all_of(gate)}, {layer.up, all_of(up)}});
   }
   const auto multiply_gate = gate_kernel(model_.config.activation);
   execution_.share(count, count * intermediate * 10, [&](Index token, int) {
@@ -323,7 +316,7 @@ void Transformer::feed_forward(const LayerWeights& layer, Index count, LinearInp
   });
   LinearInput(execution_, all_of(gate), count, single_row).multiply(layer.down, rows);
   if (model_.config.norm_after) normalize(rows, layer.down_norm, rows);
-  for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] += rows[i];
+  add(rows, hidden);
 }
 
 // RMSNorm of every row, whose width is the weight's. `out` may be `hidden`.
@@ -337,6 +330,31 @@ void Transformer::normalize(std::span<const float> hidden, std::span<const float
     const auto factor = static_cast<float>(1 / std::sqrt(mean + model_.config.rms_norm_eps));
     for (Index i = 0; i < width; ++i) normalized[i] = row[i] * factor * weight[static_cast<std::size_t>(i)];
   });
+}
+
+void Transformer::add(std::span<const float> rows, std::span<float> hidden) const {
+  execution_.share(parts_of(hidden.size()), static_cast<Index>(hidden.size()), [&](Index part, int) {
+    const std::span<const float> from = part_of(rows, part);
+    const std::span<float> to = part_of(hidden, part);
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] += from[i];
+  });
+}
+
+bool Transformer::are_finite(std::span<const float> values) const {
+  std::atomic<bool> finite = true;
+  execution_.share(parts_of(values.size()), static_cast<Index>(values.size()), [&](Index part, int) {
+    if (!all_finite(part_of(values, part))) finite = false;
+  });
+  return finite;
+}
+
+// `rows` is [tokens, width], of heads of the model's width; `positions` begin with those of the tokens.
+void Transformer::check_rows(std::span<const float> rows, std::string_view what, int layer, std::string_view head_kind,
+                             Index width, std::span<const Index> positions) const {
+  if (are_finite(rows)) return;
+  const Index at = first_not_finite(rows);
+  throw not_finite(what, layer, head_kind, at % width / model_.config.head_dim,
+                   positions[static_cast<std::size_t>(at / width)], rows[static_cast<std::size_t>(at)]);
 }
 
 Transformer::Rotation Transformer::rotation_of(std::span<const Index> positions,

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <functional>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "base/buffer.h"
@@ -106,6 +107,7 @@ class Transformer {
     LinearInput::SingleRow single_row;
     bool all_states;               // of every token and not of the last alone
     bool single_queries;           // whether a sequence of one token attends faster, in an order of its own
+    std::vector<Index> starts;     // [sequences] the number of each one's first token among all
     std::vector<Index> positions;  // [tokens]
     Buffer hidden;                 // [tokens, C]
 
@@ -125,6 +127,10 @@ class Transformer {
   void feed_forward(const LayerWeights& layer, Index count, LinearInput::SingleRow single_row,
                     std::span<float> hidden) const;
   void normalize(std::span<const float> hidden, std::span<const float> weight, std::span<float> out) const;
+  void add(std::span<const float> rows, std::span<float> hidden) const;
+  bool are_finite(std::span<const float> values) const;
+  void check_rows(std::span<const float> rows, std::string_view what, int layer, std::string_view head_kind,
+                  Index width, std::span<const Index> positions) const;
   void rotate(std::span<float> heads, Index count, Index width, Index first, const Rotation& rotation) const;
 
   const Model& model_;

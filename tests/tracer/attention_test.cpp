@@ -109,17 +109,46 @@ void check(const Case& test) {
   const auto queries = random_values(test.count * shape.num_attention_heads * shape.head_dim, 30);
   const Outcome expected = plain(test, cache, queries);
   const Execution execution(2);
+  const NewTokens new_tokens{&cache, test.count};
   test::EveryProcessor().for_each([&] {
     std::vector<float> outputs(queries.size());
-    attend(execution, shape, cache, 0, queries, test.count, outputs, {});
+    attend(execution, shape, {&new_tokens, 1}, 0, queries, outputs, {});
     for (std::size_t i = 0; i < outputs.size(); ++i) ASSERT_NEAR(outputs[i], expected.outputs[i], 5e-6) << i;
     if (!test.kept.empty()) return;
     std::vector<double> mass(static_cast<std::size_t>(shape.num_attention_heads * tokens));
-    attend(execution, shape, cache, 0, queries, test.count, outputs, mass);
+    attend(execution, shape, {&new_tokens, 1}, 0, queries, outputs, mass);
     for (std::size_t i = 0; i < mass.size(); ++i) {
       ASSERT_NEAR(mass[i], expected.mass[i], 1e-5 * (1 + expected.mass[i])) << i;
     }
   });
+}
+
+TEST(Attention, IsTheSameWhateverOtherSequencesThereAre) {
+  const AttentionShape shape{4, 2, 12, {0.4, 0, 0}};
+  const Index width = shape.num_attention_heads * shape.head_dim;
+  for (const auto& counts : {std::vector<Index>{70, 300, 5}, {1, 1, 1}}) {
+    std::vector<KvCache> caches;
+    caches.reserve(counts.size());
+    std::vector<NewTokens> sequences;
+    Index tokens = 0;
+    for (const Index count : counts) {
+      caches.push_back(filled_cache({shape, 40 + 30 * tokens, count, {}}));
+      sequences.push_back({&caches.back(), count});
+      tokens += count;
+    }
+    const std::vector<float> queries = random_values(tokens * width, 30);
+    std::vector<float> together(queries.size());
+    attend(Execution(3), shape, sequences, 0, queries, together, {});
+    std::vector<float> alone(queries.size());
+    std::size_t first = 0;
+    for (const NewTokens& sequence : sequences) {
+      const auto values = static_cast<std::size_t>(sequence.count * width);
+      attend(Execution(1), shape, {&sequence, 1}, 0, std::span(queries).subspan(first, values),
+             std::span(alone).subspan(first, values), {});
+      first += values;
+    }
+    EXPECT_EQ(together, alone);
+  }
 }
 
 TEST(Attention, SeesTheLastKeysOfEveryWindow) {

@@ -49,6 +49,7 @@ struct Prediction {
   double log_sum = 0;  // of the exponentials
   std::int32_t most_likely = 0;
 
+  Prediction() = default;
   explicit Prediction(std::span<const float> logits) : most_likely(tracer::most_likely(logits)) {
     const auto highest = static_cast<double>(logits[static_cast<std::size_t>(most_likely)]);
     double sum = 0;
@@ -182,6 +183,7 @@ void LiveRun::compare(std::span<const std::size_t> batch, const Buffer& states,
   const auto runs = static_cast<Index>(batch.size()) + 1;
   const Index at_once = std::clamp<Index>(kLogitsAtOnce / (vocabulary * runs), 1, later);
   const std::vector<std::int32_t>& ids = run_.info().token_ids;
+  const Execution& execution = transformer_.execution();
   for (const std::size_t setting : batch) outcomes[setting].resize(static_cast<std::size_t>(later));
   std::vector<float> rows;
   std::vector<float> logits;
@@ -194,19 +196,27 @@ void LiveRun::compare(std::span<const std::size_t> batch, const Buffer& states,
     }
     logits.resize(static_cast<std::size_t>(runs * tokens * vocabulary));
     transformer_.logits(rows, runs * tokens, logits);
-    transformer_.execution().share(tokens, runs * tokens * vocabulary * 10, [&](Index token, int) {
+    const Index numbers = runs * tokens * vocabulary * 10;
+    std::vector<Prediction> of_full(static_cast<std::size_t>(tokens));
+    std::vector<std::vector<double>> probabilities(static_cast<std::size_t>(tokens));
+    execution.share(tokens, numbers / runs, [&](Index token, int) {
       const std::span<const float> full = row_of(logits, token, vocabulary);
-      const Prediction of_full(full);
-      std::vector<double> probabilities(full.size());
-      std::ranges::transform(full, probabilities.begin(), [&of_full](float logit) {
-        return std::exp(static_cast<double>(logit) - of_full.log_sum);
+      Prediction& prediction = of_full[static_cast<std::size_t>(token)];
+      prediction = Prediction(full);
+      std::vector<double>& shares = probabilities[static_cast<std::size_t>(token)];
+      shares.resize(full.size());
+      std::ranges::transform(full, shares.begin(), [&prediction](float logit) {
+        return std::exp(static_cast<double>(logit) - prediction.log_sum);
       });
+    });
+    execution.share((runs - 1) * tokens, numbers, [&](Index piece, int) {
+      const Index token = piece % tokens;
+      const Index run = piece / tokens + 1;
       const auto next = static_cast<std::size_t>(run_.eviction_position() + first + token + 1);
-      for (Index run = 1; run < runs; ++run) {
-        outcomes[batch[static_cast<std::size_t>(run - 1)]][static_cast<std::size_t>(first + token)] =
-            outcome_of(full, of_full, probabilities, row_of(logits, run * tokens + token, vocabulary),
-                       next < ids.size() ? ids[next] : -1);
-      }
+      outcomes[batch[static_cast<std::size_t>(run - 1)]][static_cast<std::size_t>(first + token)] =
+          outcome_of(row_of(logits, token, vocabulary), of_full[static_cast<std::size_t>(token)],
+                     probabilities[static_cast<std::size_t>(token)], row_of(logits, run * tokens + token, vocabulary),
+                     next < ids.size() ? ids[next] : -1);
     });
   }
 }

@@ -414,9 +414,7 @@ LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting>
     }
   }
   for (const auto& caches : caches_) {
-    if (!caches->schedule.cuts_prompt_apart || !caches->schedule.is_full(rows_of(*caches), capacity_of(*caches))) {
-      continue;
-    }
+    if (!caches->schedule.cuts_prompt_apart || !is_full(*caches)) continue;
     evict(*caches, LiveLayer(*this, *caches, false), position_);
   }
 }
@@ -437,14 +435,18 @@ void LayerDecoding::begin(Caches& caches) {
   }
   caches.attends = caches.attends || caches.reindexed;
   const Schedule& schedule = caches.schedule;
-  const int capacity = capacity_of(caches);
+  if (schedule.prompt == Schedule::Prompt::wait) return;
   Schedule at_end = schedule;
   if (schedule.cuts_prompt_apart) at_end.attend = Schedule::Attend::after;
-  if (schedule.prompt == Schedule::Prompt::wait || !at_end.is_full(rows_of(caches), capacity)) return;
   cuts_apart_ = schedule.cuts_prompt_apart;
   std::swap(caches.schedule, at_end);
-  evict(caches, LiveLayer(*this, caches, true), position_);
+  if (is_full(caches)) evict(caches, LiveLayer(*this, caches, true), position_);
   std::swap(caches.schedule, at_end);
+}
+
+bool LayerDecoding::is_full(const Caches& caches) const {
+  const int rows = rows_of(caches) - (caches.schedule.counts_prompt ? 0 : shape_.rows());
+  return caches.schedule.is_full(rows, capacity_of(caches));
 }
 
 int LayerDecoding::rows_of(const Caches& caches) const {
@@ -532,9 +534,8 @@ void LayerDecoding::step(const TokenRows& token) {
       observe(*caches);
       leave_behind(*caches);
     }
-    const int rows = rows_of(*caches);
-    const bool due = schedule.is_due(token.position, caches->last, rows);
-    const bool evicts = due && schedule.is_full(rows, capacity_of(*caches));
+    const bool due = schedule.is_due(token.position, caches->last, rows_of(*caches));
+    const bool evicts = due && is_full(*caches);
     if (evicts) {
       for (Lane& lane : caches->lanes) {
         lane.shape.next_position = token.position + 1;

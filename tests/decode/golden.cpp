@@ -53,6 +53,10 @@ class RunTranslation {
                          has("rkv_lambda") ? real("rkv_lambda") : 0.5, flag("smooth"));
     }
     if (method == "triattention") return triattention();
+    if (method == "lacache") {
+      return fmt::format("lacache@lacache(sinks={},span={},overlap={})", number("start_size"), number("span"),
+                         number("overlap"));
+    }
     return "";
   }
 

@@ -122,6 +122,16 @@ void check_schedule(const Policy& policy) {
                     "shift them; leave out the protection",
                     policy.canonical));
   }
+  if (policy.across_layers) {
+    const std::string_view unfit = policy.budget                                     ? "a budget"
+                                   : policy.row_positions == RowPositions::reindexed ? "reindexed positions"
+                                                                                     : "";
+    if (!unfit.empty()) {
+      throw UsageError(
+          fmt::format("'{}' keeps the same positions in all layers, which does not go together with {}; leave it out",
+                      policy.canonical, unfit));
+    }
+  }
   if (policy.schedule || policy.row_positions == RowPositions::reindexed) return;
   const std::string_view alone = policy.pin.prompt ? "pin" : policy.order ? "order" : "";
   if (alone.empty()) return;

@@ -283,6 +283,9 @@ struct Policy {
   Pin pin = {};                                    ///< this and the next two go with a schedule
   std::optional<RowOrder> order = {};              ///< or none: by position
   std::optional<RowPositions> row_positions = {};  ///< or none: original
+  /// All layers keep the same positions, of each KV head or at granularity layer of all: their scores are put together
+  /// as those of heads that share a set are. Goes with a schedule.
+  bool across_layers = false;
   bool oracle = false;  ///< looks at evaluation queries, which no policy can know; marked wherever it is shown
   std::shared_ptr<const Refinement> refinement = {};  ///< or none: what is selected stays
   ShareRule share_rule = nullptr;       ///< of published code that counts in its own way; or none: share · length

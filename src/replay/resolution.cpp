@@ -105,6 +105,13 @@ Holdings holdings_of(const CapturedRun& trace, int eviction_position) {
 
 // Why a policy cannot be replayed at any capacity that evicts something, because of how heads share; nothing if it can.
 std::optional<Obstacle> sharing_obstacle(const Policy& policy, Granularity granularity) {
+  if (policy.across_layers && granularity == Granularity::query) {
+    return Obstacle{.reason = fmt::format("{} keeps the same in all layers, of a KV head or of all, which granularity "
+                                          "query cannot show",
+                                          policy.canonical),
+                    .cure = "ask for --heads kv or layer",
+                    .shared = "they keep the same in all layers, which granularity query cannot show"};
+  }
   if (policy.pattern() && granularity > policy.pattern()->coarsest_granularity()) {
     return Obstacle{
         .reason = fmt::format("{} keeps a set per {} head, which granularity {} cannot show", policy.canonical,
@@ -223,6 +230,19 @@ std::optional<Obstacle> schedule_obstacle(const CapturedRun& trace, const Settin
                  "capture with --queries all, or window:N, which holds every query after the prompt");
 }
 
+// Why layers cannot keep the same positions, where a policy wants them to.
+std::optional<Obstacle> layers_obstacle(const EvictedLayers& layers, const Policy& policy) {
+  const auto sees_as_the_first = [&layers](const HeadShape& shape) {
+    return shape.rule.sliding_window == layers.shapes.front().rule.sliding_window &&
+           shape.rule.attention_chunk_size == layers.shapes.front().rule.attention_chunk_size;
+  };
+  if (!policy.across_layers || std::ranges::all_of(layers.shapes, sees_as_the_first)) return std::nullopt;
+  constexpr std::string_view kWhy = "the same in all layers, and these do not see as far back as each other";
+  return Obstacle{.reason = fmt::format("{} keeps {}", policy.canonical, kWhy),
+                  .cure = "replay a policy that goes layer by layer",
+                  .shared = fmt::format("they keep {}", kWhy)};
+}
+
 // Why a capacity is too small for a policy with a schedule.
 std::optional<Obstacle> schedule_capacity_obstacle(const EvictedLayers& layers, const Setting& setting) {
   const Policy& policy = *setting.policy;
@@ -235,15 +255,14 @@ std::optional<Obstacle> schedule_capacity_obstacle(const EvictedLayers& layers, 
     if (policy.pin.prompt) least = std::max(least, protection.sinks + policy.protection().window + 1);
     least += room;
     if (capacity >= least) continue;
-    return Obstacle{
-        .reason = fmt::format("capacity {} is below the {} positions that {} needs: {}", setting.asked.text,
-                              least - pinned, policy.canonical,
-                              room > 0                  ? "what it protects and room for the tokens that come"
-                              : policy.pin.prompt       ? "the prompt, what it protects and one that is generated"
-                                                        : "what it protects"),
-        .cure = "ask for a larger capacity",
-        .shared = "the capacity is below what they protect and what comes between evictions",
-        .amount = least - pinned};
+    return Obstacle{.reason = fmt::format("capacity {} is below the {} positions that {} needs: {}", setting.asked.text,
+                                          least - pinned, policy.canonical,
+                                          room > 0            ? "what it protects and room for the tokens that come"
+                                          : policy.pin.prompt ? "the prompt, what it protects and one that is generated"
+                                                              : "what it protects"),
+                    .cure = "ask for a larger capacity",
+                    .shared = "the capacity is below what they protect and what comes between evictions",
+                    .amount = least - pinned};
   }
   if (!policy.budget) return std::nullopt;
   for (const HeadShape& shape : layers.shapes) {
@@ -338,7 +357,8 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
                  .share = request.share.value_or(policy.share.value_or(Share::mean))};
       if (own) setting.asked.count = std::max(*own, policy.minimum_capacity());
       if (policy.schedule) {
-        const auto obstacle = schedule_obstacle(trace, setting, holdings);
+        const auto apart = layers_obstacle(layers, policy);
+        const auto obstacle = apart ? apart : schedule_obstacle(trace, setting, holdings);
         const auto too_small = schedule_capacity_obstacle(layers, setting);
         if (obstacle || missing) {
           left_out.add(policy.canonical, "", obstacle ? *obstacle : *missing);

@@ -231,7 +231,8 @@ const MethodRegistration triattention([] {
                                                             .pins_prompt = a.text("prompt") == "stays"}),
                 .granularity = mode == Mode::global ? Granularity::layer : Granularity::kv,
                 .share = is_mean ? Share::mean : Share::max,
-                .schedule = schedule};
+                .schedule = schedule,
+                .across_layers = mode != Mode::layer_head};
           },
   };
 });

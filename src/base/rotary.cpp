@@ -1,23 +1,21 @@
 #include "base/rotary.h"
 
 #include <cmath>
-#include <utility>
 
 namespace kvreplay {
 namespace {
-
-// The two dimensions of a pair.
-std::pair<Index, Index> dimensions_of(const RotaryTable& table, std::size_t pair) {
-  const auto i = static_cast<Index>(pair);
-  if (table.layout == RotaryTable::Layout::interleaved) return {2 * i, 2 * i + 1};
-  return {i, i + static_cast<Index>(table.inverse_frequencies.size())};
-}
 
 double angle_of(const RotaryTable& table, std::size_t pair, int position) {
   return static_cast<double>(table.inverse_frequencies[pair] * static_cast<float>(position));
 }
 
 }  // namespace
+
+std::pair<Index, Index> RotaryTable::dimensions_of(std::size_t pair) const {
+  const auto i = static_cast<Index>(pair);
+  if (layout == Layout::interleaved) return {2 * i, 2 * i + 1};
+  return {i, i + static_cast<Index>(inverse_frequencies.size())};
+}
 
 RotaryTable RotaryTable::plain(double theta, int head_dim) {
   RotaryTable table;
@@ -33,7 +31,7 @@ namespace {
 void turn(const RotaryTable& table, std::span<const int> positions, Eigen::Ref<Matrix> rows, bool back) {
   const double scale = back ? 1 / table.attention_scaling : table.attention_scaling;
   for (std::size_t pair = 0; pair < table.inverse_frequencies.size(); ++pair) {
-    const auto [a, b] = dimensions_of(table, pair);
+    const auto [a, b] = table.dimensions_of(pair);
     for (std::size_t n = 0; n < positions.size(); ++n) {
       const auto row = static_cast<Index>(n);
       const double angle = angle_of(table, pair, positions[n]);
@@ -60,7 +58,7 @@ void rotate(const RotaryTable& table, std::span<const int> positions, Eigen::Ref
 Eigen::MatrixXd mean_rotation(const RotaryTable& table, int first, int count, int head_dim) {
   Eigen::MatrixXd rotation = Eigen::MatrixXd::Identity(head_dim, head_dim);
   for (std::size_t pair = 0; pair < table.inverse_frequencies.size(); ++pair) {
-    const auto [a, b] = dimensions_of(table, pair);
+    const auto [a, b] = table.dimensions_of(pair);
     double cosine = 0;
     double sine = 0;
     for (int position = first; position < first + count; ++position) {

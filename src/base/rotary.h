@@ -3,6 +3,7 @@
 
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/matrix.h"
@@ -24,6 +25,9 @@ struct RotaryTable {
   Layout layout = Layout::half;
 
   int rotated_dims() const { return 2 * static_cast<int>(inverse_frequencies.size()); }  ///< R
+
+  /// The two dimensions of pair i.
+  std::pair<Index, Index> dimensions_of(std::size_t pair) const;
 
   bool operator==(const RotaryTable&) const = default;
 

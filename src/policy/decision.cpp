@@ -123,7 +123,7 @@ void LayerDecision::decide_head(int kv_head) {
         continue;
       }
       if (policy.pattern()) {
-        keep_pattern(i, head.shape());
+        keep_pattern(i, *source);
         continue;
       }
       if (i >= prepared) prepared = prepare(head, i);
@@ -206,9 +206,9 @@ void LayerDecision::smooth_and_share(const Setting& setting, const Head& head, c
 void LayerDecision::check_numbers(const Matrix& scores, const Ranking& ranking, const HeadShape& shape) const {
   const Protection protection = ranking.protection().held_by(shape);
   for (Index row = 0; row < scores.rows(); ++row) {
-    const auto ranked =
-        row_of(scores, row)
-            .subspan(static_cast<std::size_t>(protection.sinks), static_cast<std::size_t>(shape.rows() - protection.count()));
+    const auto ranked = row_of(scores, row)
+                            .subspan(static_cast<std::size_t>(protection.sinks),
+                                     static_cast<std::size_t>(shape.rows() - protection.count()));
     if (!kernels::has_nan(ranked)) continue;
     const auto found = std::ranges::find_if(ranked, [](float score) { return std::isnan(score); });
     throw Error(fmt::format("the score of position {} is not a number",
@@ -223,7 +223,8 @@ void LayerDecision::keep_all(std::size_t setting, const HeadShape& shape) {
   for (int i = 0; i < sets; ++i) kept_[setting][static_cast<std::size_t>(shape.kv_head * sets + i)] = all;
 }
 
-void LayerDecision::keep_pattern(std::size_t setting, const HeadShape& shape) {
+void LayerDecision::keep_pattern(std::size_t setting, const HeadSource& head) {
+  const HeadShape& shape = head.shape();
   const Setting& s = settings_[setting];
   const int sets = s.sets_per_kv_head(shape_.group_size);
   const std::vector<int> capacities = allocate(setting, {});
@@ -231,8 +232,8 @@ void LayerDecision::keep_pattern(std::size_t setting, const HeadShape& shape) {
   const bool may_be_empty = s.policy->pattern()->capacity_rule() == Pattern::CapacityRule::own;
   for (int i = 0; i < sets; ++i) {
     const int set = shape.kv_head * sets + i;
-    kept_[setting][static_cast<std::size_t>(set)] =
-        positions_of(s.policy->draw(shape, i, capacity_for(capacities, set)), shape, may_be_empty);
+    kept_[setting][static_cast<std::size_t>(set)] = positions_of(
+        s.policy->draw(shape, i, capacity_for(capacities, set), head.pattern_memory()), shape, may_be_empty);
   }
 }
 

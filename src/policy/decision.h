@@ -113,7 +113,7 @@ class LayerDecision {
   void smooth_and_share(const Setting& setting, const Head& head, const Matrix& raw, HeadScores& scores) const;
   void check_numbers(const Matrix& scores, const Ranking& ranking, const HeadShape& shape) const;
   void keep_all(std::size_t setting, const HeadShape& shape);
-  void keep_pattern(std::size_t setting, const HeadShape& shape);
+  void keep_pattern(std::size_t setting, const HeadSource& head);
   void choose_locally(std::size_t setting, const HeadShape& shape, const HeadScores& scores);
   std::vector<int> allocate(std::size_t setting, const std::vector<HeadScores>& scores) const;
   std::vector<int> choose(const Setting& setting, const HeadShape& shape, std::span<const float> scores,

@@ -41,8 +41,13 @@ class ScoresKept : public ScoreObserver {
 // Some query heads of a prompt's KV head, as a head of their own.
 class PromptLane : public HeadSource {
  public:
-  PromptLane(const HeadSource& whole, HeadShape shape, int first_member, const RankingMemory* memory)
-      : whole_(whole), shape_(std::move(shape)), first_(first_member), memory_(memory) {}
+  PromptLane(const HeadSource& whole, HeadShape shape, int first_member, const RankingMemory* memory,
+             PatternMemory* pattern_memory)
+      : whole_(whole),
+        shape_(std::move(shape)),
+        first_(first_member),
+        memory_(memory),
+        pattern_memory_(pattern_memory) {}
 
   const HeadShape& shape() const override { return shape_; }
   const CachePositions& entries() const override { return whole_.entries(); }
@@ -66,12 +71,14 @@ class PromptLane : public HeadSource {
   Matrix evaluation_keys() const override { return whole_.evaluation_keys(); }
   Matrix evaluation_values() const override { return whole_.evaluation_values(); }
   const RankingMemory* memory() const override { return memory_; }
+  PatternMemory* pattern_memory() const override { return pattern_memory_; }
 
  private:
   const HeadSource& whole_;
   HeadShape shape_;
   int first_;
   const RankingMemory* memory_;
+  PatternMemory* pattern_memory_;
 };
 
 // Rows in the order in which they are to stand, of `kept`, ascending rows.
@@ -185,6 +192,7 @@ struct LayerDecoding::Lane {
   std::vector<int> positions;
   std::vector<int> slots;
   std::unique_ptr<RankingMemory> memory;
+  std::unique_ptr<PatternMemory> pattern_memory;
   std::vector<std::pair<int, int>> gone;  // position, the last query that saw it
   Matrix attention;                       // [members, R] of the newest query
 };
@@ -251,6 +259,7 @@ class LayerDecoding::LiveHead : public HeadSource {
   Matrix projection_factor(int member) const override { return prompt_.projection_factor(lane_.first_member + member); }
   std::optional<std::vector<float>> attention_mass(int /*member*/) const override { return std::nullopt; }
   const RankingMemory* memory() const override { return lane_.memory.get(); }
+  PatternMemory* pattern_memory() const override { return lane_.pattern_memory.get(); }
 
  private:
   int slot(Index row) const { return lane_.slots[static_cast<std::size_t>(row)]; }
@@ -278,7 +287,8 @@ class LayerDecoding::LiveLayer : public LayerSource {
     if (of_prompt_) {
       // A prompt that is cut apart is cut as by one eviction.
       return std::make_unique<PromptLane>(prompt, found->shape, found->first_member,
-                                          decoding_.cuts_apart_ ? nullptr : found->memory.get());
+                                          decoding_.cuts_apart_ ? nullptr : found->memory.get(),
+                                          decoding_.cuts_apart_ ? nullptr : found->pattern_memory.get());
     }
     return std::make_unique<LiveHead>(*found, *decoding_.rows_.at(found->kv_head), prompt,
                                       caches_.reindexed ? found->shape.rotary.get() : nullptr);
@@ -414,9 +424,7 @@ LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting>
     }
   }
   for (const auto& caches : caches_) {
-    if (!caches->schedule.cuts_prompt_apart || !caches->schedule.is_full(rows_of(*caches), capacity_of(*caches))) {
-      continue;
-    }
+    if (!caches->schedule.cuts_prompt_apart || !is_full(*caches)) continue;
     evict(*caches, LiveLayer(*this, *caches, false), position_);
   }
 }
@@ -428,23 +436,30 @@ void LayerDecoding::begin(Caches& caches) {
   caches.last = position_;
   const auto& ranking = caches.policy.ranking();
   for (Lane& lane : caches.lanes) {
-    if (!ranking) continue;
+    if (!ranking) {
+      lane.pattern_memory = caches.policy.pattern()->memory(lane.shape);
+      continue;
+    }
     lane.memory = ranking->memory(lane.shape);
     if (!lane.memory) continue;
     caches.attends = caches.attends || lane.memory->observes_attention();
-    const PromptLane source(*heads_.at(lane.kv_head), lane.shape, lane.first_member, nullptr);
+    const PromptLane source(*heads_.at(lane.kv_head), lane.shape, lane.first_member, nullptr, nullptr);
     lane.memory->begin(Head(source, combination_bytes_));
   }
   caches.attends = caches.attends || caches.reindexed;
   const Schedule& schedule = caches.schedule;
-  const int capacity = capacity_of(caches);
+  if (schedule.prompt == Schedule::Prompt::wait) return;
   Schedule at_end = schedule;
   if (schedule.cuts_prompt_apart) at_end.attend = Schedule::Attend::after;
-  if (schedule.prompt == Schedule::Prompt::wait || !at_end.is_full(rows_of(caches), capacity)) return;
   cuts_apart_ = schedule.cuts_prompt_apart;
   std::swap(caches.schedule, at_end);
-  evict(caches, LiveLayer(*this, caches, true), position_);
+  if (is_full(caches)) evict(caches, LiveLayer(*this, caches, true), position_);
   std::swap(caches.schedule, at_end);
+}
+
+bool LayerDecoding::is_full(const Caches& caches) const {
+  const int rows = rows_of(caches) - (caches.schedule.counts_prompt ? 0 : shape_.rows());
+  return caches.schedule.is_full(rows, capacity_of(caches));
 }
 
 int LayerDecoding::rows_of(const Caches& caches) const {
@@ -478,6 +493,7 @@ void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int last_que
   for (const Lane& lane : caches.lanes) decision.decide_head(lane.shape.kv_head);
   decision.decide_together(0);
   LayerSets kept = std::move(decision.take()[0]);
+  bool changes = only_order;
   if (observes) observe(caches);
   for (Lane& lane : caches.lanes) {
     const std::vector<int>& positions = kept[static_cast<std::size_t>(lane.shape.kv_head)];
@@ -488,6 +504,7 @@ void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int last_que
         left.push_back(static_cast<int>(row));
         ++next;
       } else {
+        changes = true;
         lane.gone.emplace_back(lane.positions[row], last_query);
         if (!lane.slots.empty()) rows_.at(lane.kv_head)->release(lane.slots[row]);
       }
@@ -506,7 +523,8 @@ void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int last_que
     lane.shape.positions = CachePositions(lane.positions);
     if (lane.memory) lane.memory->keep(left);
   }
-  caches.evictions.push_back(position_);
+  // A pattern may find room for all of them.
+  if (changes) caches.evictions.push_back(position_);
   caches.last = position_;
 }
 
@@ -533,9 +551,8 @@ void LayerDecoding::step(const TokenRows& token) {
       observe(*caches);
       leave_behind(*caches);
     }
-    const int rows = rows_of(*caches);
-    const bool due = schedule.is_due(token.position, caches->last, rows);
-    const bool evicts = due && schedule.is_full(rows, capacity_of(*caches));
+    const bool due = schedule.is_due(token.position, caches->last, rows_of(*caches));
+    const bool evicts = due && is_full(*caches);
     if (evicts) {
       for (Lane& lane : caches->lanes) {
         lane.shape.next_position = token.position + 1;

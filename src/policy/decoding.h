@@ -84,6 +84,7 @@ class LayerDecoding {
   void observe(Caches& caches) const;
   void leave_behind(Caches& caches);
   int rows_of(const Caches& caches) const;
+  bool is_full(const Caches& caches) const;
   int capacity_of(const Caches& caches) const;
 
   const LayerSource& prompt_;

@@ -18,8 +18,8 @@
 
 namespace kvreplay {
 
-/// The positions of a cache's entries, in its order: neighbours, as long as nothing was evicted; any that ascend; or, in
-/// codes that leave survivors by score, in another order, the newest last. Cheap to copy.
+/// The positions of a cache's entries, in its order: neighbours, as long as nothing was evicted; any that ascend; or,
+/// in codes that leave survivors by score, in another order, the newest last. Cheap to copy.
 class CachePositions {
  public:
   CachePositions() = default;
@@ -109,6 +109,12 @@ class RankingMemory {
   virtual void keep(std::span<const int> rows) = 0;
 };
 
+/// The same of a pattern that draws anew what it drew before: state of its own, of which a pattern itself has none.
+class PatternMemory {
+ public:
+  virtual ~PatternMemory() = default;
+};
+
 /// Delivers the tensors of one head. A trace stands behind it in replay, a running model can in its place, and the head
 /// may have been evicted before. `member` is a query head of the group, 0 to group_size − 1. Functions may throw Error.
 class HeadSource {
@@ -159,6 +165,9 @@ class HeadSource {
 
   /// What the ranking that will be asked remembers of this head; null where there is nothing to remember.
   virtual const RankingMemory* memory() const { return nullptr; }
+
+  /// What the pattern that will be drawn remembers of this head, and changes as it is drawn; or null.
+  virtual PatternMemory* pattern_memory() const { return nullptr; }
 };
 
 /// A head whose cache keeps only some of the rows of another one: what a policy sees that decides once more. The

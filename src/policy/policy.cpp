@@ -61,15 +61,16 @@ const Method& method_for(const SpecPart& part, bool first) {
   if (find_method(first ? as_step : part.name) != nullptr) {
     throw UsageError(
         first ? fmt::format("'{0}' is a step of a policy; write it after one, as in snapkv+{0}", part.name)
-              : fmt::format("'{}' is a policy; after '+' stands a budget, a selection, a protection or a schedule", part.name));
+              : fmt::format("'{}' is a policy; after '+' stands a budget, a selection, a protection or a schedule",
+                            part.name));
   }
   std::vector<std::string> names;
   for (const auto& [name, candidate] : registry()) {
     if ((candidate.step == Method::Step::policy) == first) names.push_back(candidate.name);
   }
   throw UsageError(fmt::format("unknown {} '{}'.{} Known: {}; one of your own comes with --plugin",
-                               first ? "policy" : "step", part.name,
-                               suggestion(part.name, names), fmt::join(names, ", ")));
+                               first ? "policy" : "step", part.name, suggestion(part.name, names),
+                               fmt::join(names, ", ")));
 }
 
 void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
@@ -112,8 +113,24 @@ void add_step(Policy& policy, const SpecPart& part, Composition&& step) {
 // What goes with a schedule alone.
 void check_schedule(const Policy& policy) {
   if (policy.refinement && policy.schedule) {
-    throw UsageError(fmt::format("{} looks for the best sets of one eviction, which a schedule has no end of",
-                                 policy.canonical));
+    throw UsageError(
+        fmt::format("{} looks for the best sets of one eviction, which a schedule has no end of", policy.canonical));
+  }
+  if (policy.pattern() && policy.schedule && policy.protect.count() > 0 && policy.pattern()->memory({})) {
+    throw UsageError(
+        fmt::format("'{}' goes on from the rows that it left before, and what is protected beside it would "
+                    "shift them; leave out the protection",
+                    policy.canonical));
+  }
+  if (policy.across_layers) {
+    const std::string_view unfit = policy.budget                                     ? "a budget"
+                                   : policy.row_positions == RowPositions::reindexed ? "reindexed positions"
+                                                                                     : "";
+    if (!unfit.empty()) {
+      throw UsageError(
+          fmt::format("'{}' keeps the same positions in all layers, which does not go together with {}; leave it out",
+                      policy.canonical, unfit));
+    }
   }
   if (policy.schedule || policy.row_positions == RowPositions::reindexed) return;
   const std::string_view alone = policy.pin.prompt ? "pin" : policy.order ? "order" : "";
@@ -186,6 +203,11 @@ int sets_per_layer(const BudgetRequest& request) {
   return 1;
 }
 
+std::vector<int> Pattern::keep_again(const HeadShape& shape, int member, int capacity,
+                                     PatternMemory& /*memory*/) const {
+  return keep(shape, member, capacity);
+}
+
 int Pattern::minimum_capacity(const HeadShape& shape) const { return std::max(1, protection().held_by(shape).count()); }
 
 namespace {
@@ -225,7 +247,8 @@ int Policy::minimum_capacity(const HeadShape& shape) const {
   return std::max(1, protection().held_by(shape).count());
 }
 
-std::vector<int> Policy::draw(const HeadShape& shape, int member, int capacity) const {
+std::vector<int> Policy::draw(const HeadShape& shape, int member, int capacity, PatternMemory* memory) const {
+  if (memory != nullptr) return pattern()->keep_again(shape, member, capacity, *memory);
   const Protection beside = protect.held_by(shape);
   if (beside.count() == 0) return pattern()->keep(shape, member, capacity);
   // As much of the pattern as there is room for.

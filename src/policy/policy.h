@@ -138,6 +138,13 @@ class Pattern {
   /// The kept rows, ascending, of a head of this shape. `member` is the query head of the group whose set is asked for
   /// at granularity query, and 0 where the group shares one.
   virtual std::vector<int> keep(const HeadShape& shape, int member, int capacity) const = 0;
+
+  /// A new memory of a head that is about to be filled token by token, for patterns that go by what they drew before.
+  /// Null, as for most, where the head's shape is all that counts.
+  virtual std::unique_ptr<PatternMemory> memory(const HeadShape& /*shape*/) const { return nullptr; }
+
+  /// The same as keep() where there is a memory, which remembers it then. `memory` is one of this pattern's.
+  virtual std::vector<int> keep_again(const HeadShape& shape, int member, int capacity, PatternMemory& memory) const;
 };
 
 /// Step 3: how the scores of heads that share a kept set become one.
@@ -282,6 +289,9 @@ struct Policy {
   Pin pin = {};                                    ///< this and the next two go with a schedule
   std::optional<RowOrder> order = {};              ///< or none: by position
   std::optional<RowPositions> row_positions = {};  ///< or none: original
+  /// All layers keep the same positions, of each KV head or at granularity layer of all: their scores are put together
+  /// as those of heads that share a set are. Goes with a schedule.
+  bool across_layers = false;
   bool oracle = false;  ///< looks at evaluation queries, which no policy can know; marked wherever it is shown
   std::shared_ptr<const Refinement> refinement = {};  ///< or none: what is selected stays
   ShareRule share_rule = nullptr;       ///< of published code that counts in its own way; or none: share · length
@@ -304,7 +314,8 @@ struct Policy {
 
   /// The rows that a pattern keeps of a head of this shape: what is protected beside it takes its places in the
   /// capacity first. For patterns alone.
-  std::vector<int> draw(const HeadShape& shape, int member, int capacity) const;
+  /// `memory` is what the pattern remembers of it, or null.
+  std::vector<int> draw(const HeadShape& shape, int member, int capacity, PatternMemory* memory = nullptr) const;
 };
 
 /// What a method contributes to a policy; each sets the members that it defines.

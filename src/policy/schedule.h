@@ -35,10 +35,11 @@ struct Schedule {
   Phase phase = Phase::since_last;
   Attend attend = Attend::after;
   Prompt prompt = Prompt::cut;
-  int remainder = 0;         ///< of Phase::position
-  bool starts_over = false;  ///< of Phase::since_last: an interval that ends below the capacity is followed by another
-  bool when_full = false;    ///< evicts at the capacity already: nothing goes, but its order may change
-  double burst = 1;          ///< evicts from so many times the capacity on
+  int remainder = 0;          ///< of Phase::position
+  bool starts_over = false;   ///< of Phase::since_last: an interval that ends below the capacity is followed by another
+  bool when_full = false;     ///< evicts at the capacity already: nothing goes, but its order may change
+  bool counts_prompt = true;  ///< among the rows that fill the cache; or those since alone do
+  double burst = 1;           ///< evicts from so many times the capacity on
   /// Of Attend::before, room for one token: it joins first and is counted, then room is made, then its query attends.
   bool joins_first = false;
   /// Of Attend::before: the prompt is cut to the capacity before room is made, as by one eviction: the ranking has no

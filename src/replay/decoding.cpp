@@ -1,6 +1,10 @@
 #include "replay/decoding.h"
 
 #include <algorithm>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <utility>
 
 #include "base/buffer.h"
 #include "replay/trace_source.h"
@@ -30,11 +34,59 @@ int queries_from(std::span<const int> query_positions, int position) {
   return count;
 }
 
-std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
-                                         std::span<const Setting> settings, const std::vector<int>& kv_heads,
-                                         const LayerProjection* projection, Index combination_bytes) {
+namespace {
+
+// A KV head of the trace.
+struct Place {
+  int layer;
+  int kv_head;
+};
+
+// Heads of several layers as those of one. Theirs are all shapes but for the head's number and how many there are.
+class LayersTogether : public LayerSource {
+ public:
+  LayersTogether(const CapturedRun& trace, const Eviction& eviction, const std::vector<Place>& places)
+      : trace_(trace), eviction_(eviction), places_(places), shape_(shape_of(0)) {}
+
+  const HeadShape& shape() const override { return shape_; }
+  std::unique_ptr<HeadSource> head(int index) const override {
+    const Place& place = places_[static_cast<std::size_t>(index)];
+    return std::make_unique<OneOfSeveral>(trace_, place, eviction_, shape_of(index));
+  }
+  std::string name() const override { return trace_.name(); }
+
+ private:
+  class OneOfSeveral : public TraceHead {
+   public:
+    OneOfSeveral(const CapturedRun& trace, const Place& place, const Eviction& eviction, HeadShape shape)
+        : TraceHead(trace, place.layer, place.kv_head, eviction), shape_(std::move(shape)) {}
+
+    const HeadShape& shape() const override { return shape_; }
+
+   private:
+    HeadShape shape_;
+  };
+
+  HeadShape shape_of(int index) const {
+    const Place& place = places_[static_cast<std::size_t>(index)];
+    HeadShape shape = head_shape(trace_.info(), place.layer, place.kv_head, eviction_.position);
+    shape.kv_head = index;
+    shape.num_kv_heads = static_cast<int>(places_.size());
+    return shape;
+  }
+
+  const CapturedRun& trace_;
+  Eviction eviction_;
+  const std::vector<Place>& places_;
+  HeadShape shape_;
+};
+
+// The heads `kv_heads` of `prompt`, whose heads stand at `places` in the trace.
+std::vector<DecodedSetting> decode(const CapturedRun& trace, const LayerSource& prompt,
+                                   const std::vector<Place>& places, const Eviction& eviction,
+                                   std::span<const Setting> settings, const std::vector<int>& kv_heads,
+                                   Index combination_bytes) {
   const TraceInfo& info = trace.info();
-  const TraceLayer prompt(trace, layer, eviction, projection);
   const HeadShape& shape = prompt.shape();
   const Index depth = shape.head_dim;
   const Index of_keys = shape.num_kv_heads * depth;
@@ -50,18 +102,21 @@ std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, co
   const int at_hand = looks ? queries_from(info.query_positions, eviction.position) : 0;
   for (Index first = eviction.position; first < info.num_tokens(); first += kTokens) {
     const Index count = std::min<Index>(kTokens, info.num_tokens() - first);
-    const auto spread = [&](HeadTensor tensor, Index begin, Index some, Index head, Buffer& to, Index width) {
-      trace.read_rows(layer, tensor, static_cast<int>(head), begin, some, rows.data());
-      for (Index i = 0; i < some; ++i)
-        std::copy_n(rows.data() + i * depth, depth, to.data() + i * width + head * depth);
+    const auto spread = [&](int layer, HeadTensor tensor, int head, Index begin, Index some, Buffer& to, Index width,
+                            Index column) {
+      trace.read_rows(layer, tensor, head, begin, some, rows.data());
+      for (Index i = 0; i < some; ++i) {
+        std::copy_n(rows.data() + i * depth, depth, to.data() + i * width + column * depth);
+      }
     };
     const Index known = std::clamp<Index>(eviction.position + at_hand - first, 0, count);
-    for (const int kv_head : kv_heads) {
-      spread(HeadTensor::keys, first, count, kv_head, keys, of_keys);
-      spread(HeadTensor::values, first, count, kv_head, values, of_keys);
+    for (const int index : kv_heads) {
+      const auto& [layer, kv_head] = places[static_cast<std::size_t>(index)];
+      spread(layer, HeadTensor::keys, kv_head, first, count, keys, of_keys, index);
+      spread(layer, HeadTensor::values, kv_head, first, count, values, of_keys, index);
       for (int member = 0; member < shape.group_size && known > 0; ++member) {
-        spread(HeadTensor::queries, first_query + first - eviction.position, known,
-               Index{kv_head} * shape.group_size + member, queries, of_queries);
+        spread(layer, HeadTensor::queries, kv_head * shape.group_size + member, first_query + first - eviction.position,
+               known, queries, of_queries, Index{index} * shape.group_size + member);
       }
     }
     for (Index i = 0; i < count; ++i) {
@@ -72,6 +127,36 @@ std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, co
     }
   }
   return decoding.take();
+}
+
+}  // namespace
+
+std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
+                                         std::span<const Setting> settings, const std::vector<int>& kv_heads,
+                                         const LayerProjection* projection, Index combination_bytes) {
+  const TraceLayer prompt(trace, layer, eviction, projection);
+  std::vector<Place> places;
+  for (int head = 0; head < prompt.shape().num_kv_heads; ++head) places.push_back({layer, head});
+  return decode(trace, prompt, places, eviction, settings, kv_heads, combination_bytes);
+}
+
+std::vector<CacheHistory> decode_across_layers(const CapturedRun& trace, const Eviction& eviction,
+                                               std::span<const Setting> settings, const std::vector<int>& kv_heads,
+                                               Index combination_bytes) {
+  std::vector<Place> places;
+  for (int layer = 0; layer < trace.info().model.num_layers; ++layer) {
+    for (const int head : kv_heads) places.push_back({layer, head});
+  }
+  std::vector<int> all(places.size());
+  std::iota(all.begin(), all.end(), 0);
+  std::vector<Setting> together(settings.begin(), settings.end());
+  for (Setting& setting : together) setting.granularity = Granularity::layer;
+  const LayersTogether prompt(trace, eviction, places);
+  std::vector<CacheHistory> histories;
+  for (DecodedSetting& decoded : decode(trace, prompt, places, eviction, together, all, combination_bytes)) {
+    histories.push_back(std::move(decoded.sets.front()));
+  }
+  return histories;
 }
 
 }  // namespace kvreplay

@@ -349,6 +349,42 @@ void ReplayEngine::complete_surveys(std::span<const ReplayUnit> units) const {
   }
 }
 
+// Settings that keep the same in all layers: once for all units of an outline, KV head by KV head or all together.
+void ReplayEngine::complete_decodings(std::span<const ReplayUnit> units, const Plan& plan) const {
+  for (const ReplayUnit& unit : units) {
+    if (across_layers_.contains(unit.replay)) continue;
+    const auto replay = static_cast<std::size_t>(unit.replay);
+    const int num_kv_heads = outlines_[replay].model.num_key_value_heads;
+    std::map<std::size_t, std::vector<CacheHistory>> found;
+    for (const Granularity granularity : {Granularity::kv, Granularity::layer}) {
+      std::vector<std::size_t> indices;
+      std::vector<Setting> settings;
+      for (std::size_t s = 0; s < settings_[replay].size(); ++s) {
+        const Setting& setting = settings_[replay][s];
+        if (!setting.policy->across_layers || setting.granularity != granularity) continue;
+        indices.push_back(s);
+        settings.push_back(setting);
+        found[s].resize(static_cast<std::size_t>(num_kv_heads));
+      }
+      if (settings.empty()) continue;
+      const bool apart = granularity == Granularity::kv;
+      parallel_for(
+          apart ? num_kv_heads : 1,
+          [&](int first) {
+            std::vector<int> kv_heads(apart ? 1 : static_cast<std::size_t>(num_kv_heads));
+            std::iota(kv_heads.begin(), kv_heads.end(), first);
+            const std::vector<CacheHistory> kept = decode_across_layers(trace_of(unit), outlines_[replay].eviction(),
+                                                                        settings, kv_heads, plan.combination_bytes);
+            for (std::size_t i = 0; i < indices.size(); ++i) {
+              for (const int kv_head : kv_heads) found.at(indices[i])[static_cast<std::size_t>(kv_head)] = kept[i];
+            }
+          },
+          plan.heads_at_once);
+    }
+    across_layers_.emplace(unit.replay, std::move(found));
+  }
+}
+
 std::vector<ReplayUnit> ReplayEngine::units() const {
   std::vector<ReplayUnit> units;
   std::vector<bool> listed(outlines_.size(), false);
@@ -594,6 +630,7 @@ template <class Work, class Done>
 void ReplayEngine::for_each_group(std::span<const ReplayUnit> units, const Work& work, const Done& done) const {
   const Plan plan = plan_for(memory_limit_);
   complete_surveys(units);
+  complete_decodings(units, plan);
   Projections known;
   const auto hand_out = [&](std::span<const ReplayUnit> group, auto results) {
     for (std::size_t i = 0; i < group.size(); ++i) done(group[i], std::move(results[i]));
@@ -760,7 +797,8 @@ std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const
   return results;
 }
 
-// The settings with a schedule: those whose heads do not depend on each other head by head, the others layer by layer.
+// The settings with a schedule, other than those that keep the same in all layers: those whose heads do not depend on
+// each other head by head, the others layer by layer.
 void ReplayEngine::decode_group(std::span<const ReplayUnit> group, const Plan& plan,
                                 const std::vector<std::shared_ptr<LayerProjection>>& projections,
                                 std::vector<std::vector<LayerResult>>& results) const {
@@ -778,6 +816,15 @@ void ReplayEngine::decode_group(std::span<const ReplayUnit> group, const Plan& p
     Piece apart = together;
     for (std::size_t s = 0; s < settings.size(); ++s) {
       if (!settings[s].policy->schedule) continue;
+      if (settings[s].policy->across_layers) {
+        const int prompt = outlines_[static_cast<std::size_t>(group[i].replay)].eviction_position;
+        LayerResidencies& kept = results[i][s].kept;
+        for (std::size_t set = 0; set < kept.size(); ++set) {
+          const CacheHistory& history = across_layers_.at(group[i].replay).at(s)[set];
+          kept[set] = Residency(history.positions, history.until, prompt);
+        }
+        continue;
+      }
       Piece& piece = LayerDecoding::is_local(settings[s]) ? apart : together;
       piece.indices.push_back(s);
       piece.settings.push_back(settings[s]);

@@ -13,6 +13,7 @@
 
 #include "base/work.h"
 #include "policy/decision.h"
+#include "policy/decoding.h"
 #include "replay/request.h"
 #include "replay/resolution.h"
 #include "replay/result.h"
@@ -135,6 +136,7 @@ class ReplayEngine {
   using AlikeSurveys = std::map<int, std::vector<std::vector<LayerSurvey>>>;
 
   void complete_surveys(std::span<const ReplayUnit> units) const;
+  void complete_decodings(std::span<const ReplayUnit> units, const Plan& plan) const;
   // Factors of output projections by projection_key(): those of the last group of units, which the next may share.
   using Projections = std::map<std::string, std::shared_ptr<LayerProjection>>;
 
@@ -169,9 +171,11 @@ class ReplayEngine {
   std::vector<TraceReplay> outlines_;
   std::vector<TraceNote> left_out_;
   std::vector<std::size_t> trace_of_outline_;
-  std::vector<std::vector<Setting>> settings_;                                     // per outline
-  std::vector<std::map<int, Sums>> sums_;                                          // the same: by what a layer holds
-  mutable std::map<int, AlikeSurveys> surveys_;                                    // of outlines
+  std::vector<std::vector<Setting>> settings_;   // per outline
+  std::vector<std::map<int, Sums>> sums_;        // the same: by what a layer holds
+  mutable std::map<int, AlikeSurveys> surveys_;  // of outlines
+  // Of outlines, by setting: what every KV head keeps where it is the same in all layers.
+  mutable std::map<int, std::map<std::size_t, std::vector<CacheHistory>>> across_layers_;
   mutable std::map<std::pair<std::size_t, int>, std::string> projection_digests_;  // of layers of traces, as asked for
   Index memory_limit_ = 0;                                                         // 0: none was given
 };

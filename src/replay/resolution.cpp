@@ -105,6 +105,13 @@ Holdings holdings_of(const CapturedRun& trace, int eviction_position) {
 
 // Why a policy cannot be replayed at any capacity that evicts something, because of how heads share; nothing if it can.
 std::optional<Obstacle> sharing_obstacle(const Policy& policy, Granularity granularity) {
+  if (policy.across_layers && granularity == Granularity::query) {
+    return Obstacle{.reason = fmt::format("{} keeps the same in all layers, of a KV head or of all, which granularity "
+                                          "query cannot show",
+                                          policy.canonical),
+                    .cure = "ask for --heads kv or layer",
+                    .shared = "they keep the same in all layers, which granularity query cannot show"};
+  }
   if (policy.pattern() && granularity > policy.pattern()->coarsest_granularity()) {
     return Obstacle{
         .reason = fmt::format("{} keeps a set per {} head, which granularity {} cannot show", policy.canonical,
@@ -226,6 +233,19 @@ std::optional<Obstacle> schedule_obstacle(const CapturedRun& trace, const Settin
   return refused(fmt::format("looks at the query of every step, and the trace lacks that at position {}",
                              holdings.next_position + at_hand),
                  "capture with --queries all, or window:N, which holds every query after the prompt");
+}
+
+// Why layers cannot keep the same positions, where a policy wants them to.
+std::optional<Obstacle> layers_obstacle(const EvictedLayers& layers, const Policy& policy) {
+  const auto sees_as_the_first = [&layers](const HeadShape& shape) {
+    return shape.rule.sliding_window == layers.shapes.front().rule.sliding_window &&
+           shape.rule.attention_chunk_size == layers.shapes.front().rule.attention_chunk_size;
+  };
+  if (!policy.across_layers || std::ranges::all_of(layers.shapes, sees_as_the_first)) return std::nullopt;
+  constexpr std::string_view kWhy = "the same in all layers, and these do not see as far back as each other";
+  return Obstacle{.reason = fmt::format("{} keeps {}", policy.canonical, kWhy),
+                  .cure = "replay a policy that goes layer by layer",
+                  .shared = fmt::format("they keep {}", kWhy)};
 }
 
 // Why a capacity is too small for a policy with a schedule.
@@ -352,7 +372,8 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
                .shared = "they evict while tokens come, and a live run evicts once"});
           break;
         }
-        const auto obstacle = schedule_obstacle(trace, setting, holdings);
+        const auto apart = layers_obstacle(layers, policy);
+        const auto obstacle = apart ? apart : schedule_obstacle(trace, setting, holdings);
         const auto too_small = schedule_capacity_obstacle(layers, setting);
         if (obstacle || missing) {
           left_out.add(policy.canonical, "", obstacle ? *obstacle : *missing);

@@ -52,6 +52,11 @@ class RunTranslation {
                          number("residual_length"), has("n_large") ? number("n_large") : 200,
                          has("rkv_lambda") ? real("rkv_lambda") : 0.5, flag("smooth"));
     }
+    if (method == "triattention") return triattention();
+    if (method == "lacache") {
+      return fmt::format("lacache@lacache(sinks={},span={},overlap={})", number("start_size"), number("span"),
+                         number("overlap"));
+    }
     return "";
   }
 
@@ -81,6 +86,18 @@ class RunTranslation {
     return fmt::format("rkv(window={},kernel={},lambda={},spared={},interval={}{})", number("window_size"),
                        number("kernel_size"), real("mix_lambda"),
                        text("retain_direction") == "first" ? "first" : "newest", number("divide_length"), order);
+  }
+
+  std::string triattention() const {
+    static const std::map<std::string, std::string> modes = {
+        {"per_layer_perhead", "layer-head"}, {"per_head", "per-head"}, {"global", "global"}};
+    const auto said = [this](const std::string& name, bool otherwise) { return has(name) ? flag(name) : otherwise; };
+    return fmt::format(
+        "triattention(mode={},share={},aggregation={},normalize={},prompt={},counted={},interval={},slack={})",
+        modes.at(text("mode")), has("layer_perhead_aggregation") ? text("layer_perhead_aggregation") : "max",
+        has("score_aggregation") ? text("score_aggregation") : "mean", said("normalize_scores", true),
+        flag("allow_prefill_compression") ? "evicted" : "stays", said("count_prompt_tokens", true),
+        number("divide_length"), said("use_slack_trigger", true));
   }
 
   std::string kvpress() const {

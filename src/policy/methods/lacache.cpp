@@ -10,6 +10,12 @@
 // over on what is left, and so on; there it can gather a position twice, which here is kept once. `span` is by default
 // half the layers (the authors' 16 of 32).
 //
+// Under a schedule, and as lacache@lacache, it goes on from what it left, as their class does: a cursor moves along the
+// cache, the rungs before it are left alone, and where what is behind it cannot save enough, it starts over at the
+// sinks. The capacity grows once, at the first eviction, by half of what a rung saves. Several rows may go at once, so
+// that there are steps without an eviction. Where no rung saves anything their code divides by zero; here sinks and
+// recent positions stay.
+//
 // A position can only be kept by neighbours that hold it: layers whose sliding window leaves them fewer positions draw
 // a ladder among themselves, over what they hold.
 #include <fmt/format.h>
@@ -23,6 +29,15 @@ namespace kvreplay {
 namespace {
 
 int divided_up(int a, int b) { return (a + b - 1) / b; }
+
+// Where the next rung begins.
+class Cursor : public PatternMemory {
+ public:
+  explicit Cursor(int sinks) : row(sinks) {}
+
+  int row;             // behind the rungs that were drawn since it last started over
+  bool grown = false;  // whether the capacity has grown
+};
 
 class LaCache : public Pattern {
  public:
@@ -45,32 +60,48 @@ class LaCache : public Pattern {
                             shape.layers_alike));
   }
 
-  std::vector<int> keep(const HeadShape& shape, int /*member*/, int capacity) const override {
-    const int prompt = shape.rows();
+  std::vector<int> keep(const HeadShape& shape, int member, int capacity) const override {
+    Cursor start(shape.held_of_first(sinks_));
+    return keep_again(shape, member, capacity, start);
+  }
+
+  std::unique_ptr<PatternMemory> memory(const HeadShape& shape) const override {
+    return std::make_unique<Cursor>(shape.held_of_first(sinks_));
+  }
+
+  std::vector<int> keep_again(const HeadShape& shape, int /*member*/, int capacity,
+                              PatternMemory& memory) const override {
+    auto& cursor = static_cast<Cursor&>(memory);
+    const int held = shape.rows();
     const int layers = shape.layers_alike;
     const int layer = shape.layer_among_alike;
     const int sinks = shape.held_of_first(sinks_);
-    if (capacity >= prompt) return range(0, prompt);
+    if (capacity >= held) return range(0, held);
     const auto [rung, kept] = rung_over(layers);
     const int saved = rung - kept;
-    if (saved == 0) return sinks_and_recent(sinks, prompt, capacity);
+    if (saved == 0) return sinks_and_recent(sinks, held, capacity);
     capacity += saved / 2;  // so that the mean over layers comes out near the capacity asked for
-    const int room = capacity - sinks - layers;
-    const int excess = std::max(0, prompt - capacity);
+    if (cursor.grown && capacity >= held) return range(0, held);
+    cursor.grown = true;
+    const int first = std::min(cursor.row, capacity - layers);
+    const int room = capacity - first - layers;
+    const int excess = std::max(0, held - capacity);
     const int saved_at_most = room / kept * saved;
     const int rungs = (excess > saved_at_most ? room : divided_up(excess, saved) * kept) / kept;
-    std::vector<int> positions = range(0, sinks);
-    add_ladder(positions, sinks, rungs, rung, kept, layer % (saved + 1), 1);
-    add_range(positions, sinks + rung * rungs, prompt);
+    std::vector<int> positions = range(0, first);
+    add_ladder(positions, first, rungs, rung, kept, layer % (saved + 1), 1);
+    add_range(positions, first + rung * rungs, held);
+    cursor.row = first + rungs * kept;
     if (excess <= saved_at_most) return positions;
 
-    // Once more over what is left, with rungs that are as many times longer as passes would be needed.
-    const int passes = divided_up(excess - saved_at_most, saved_at_most);
+    // Once more from the sinks over what is left, with rungs that are as many times longer as passes would be needed.
+    const int passes = divided_up(excess - saved_at_most, (capacity - sinks - layers) / kept * saved);
     const int long_rung = rung + (passes - 1) * (rung - 1);
     const int long_rungs = divided_up(excess - saved_at_most, long_rung - kept);
     std::vector<int> chosen = range(0, sinks);
     add_ladder(chosen, sinks, long_rungs, long_rung, kept, layer % (long_rung - kept + 1), passes);
     add_range(chosen, sinks + long_rung * long_rungs, static_cast<int>(positions.size()));
+    cursor.row = sinks + long_rungs * kept;
     std::vector<int> left;
     for (const int index : chosen) {
       if (index < static_cast<int>(positions.size())) left.push_back(positions[static_cast<std::size_t>(index)]);
@@ -125,6 +156,17 @@ class LaCache : public Pattern {
   int overlap_;
 };
 
+std::vector<Parameter> parameters() {
+  return {Parameter::integer("sinks", 4, 0, "first positions that are always kept").of(Parameter::Step::protection),
+          Parameter::integer("span", 0, 0, "layers that keep the same position; 0: half of the layers")
+              .of(Parameter::Step::selection),
+          Parameter::integer("overlap", 0, 0, "layers that two rungs have in common").of(Parameter::Step::selection)};
+}
+
+std::shared_ptr<const Pattern> pattern_of(const Arguments& a) {
+  return std::make_shared<LaCache>(a.integer("sinks"), a.integer("span"), a.integer("overlap"));
+}
+
 const MethodRegistration lacache([] {
   return Method{
       .name = "lacache",
@@ -132,16 +174,25 @@ const MethodRegistration lacache([] {
           "Keeps sinks, the most recent positions and between them a ladder: every position by a few neighbouring "
           "layers only.",
       .source = "arXiv 2507.14204, section 3",
-      .parameters =
-          {Parameter::integer("sinks", 4, 0, "first positions that are always kept").of(Parameter::Step::protection),
-           Parameter::integer("span", 0, 0, "layers that keep the same position; 0: half of the layers")
-               .of(Parameter::Step::selection),
-           Parameter::integer("overlap", 0, 0, "layers that two rungs have in common").of(Parameter::Step::selection)},
+      .parameters = parameters(),
+      .compose = [](const Arguments& a) { return Composition{.rule = pattern_of(a)}; },
+  };
+});
+
+const MethodRegistration authors_code([] {
+  return Method{
+      .name = "lacache@lacache",
+      .summary =
+          "Calls the ladder after every token: a cursor moves along the cache and starts over at the sinks. Keys and "
+          "queries are turned to their places in the cache.",
+      .source = "github.com/GATECH-EIC/LaCache, LongBench/lacache/kv_cache.py",
+      .parameters = parameters(),
       .compose =
           [](const Arguments& a) {
-            return Composition{
-                .rule = std::make_shared<LaCache>(a.integer("sinks"), a.integer("span"), a.integer("overlap"))};
+            return Composition{.rule = pattern_of(a), .schedule = Schedule{}, .row_positions = RowPositions::reindexed};
           },
+      .variant_of = "lacache",
+      .revision = "commit 0f27c33",
   };
 });
 

@@ -46,8 +46,9 @@ constexpr Index kRowsWorthPacking = 8 * kRows;
 // Columns that are brought together at a time, for the second-level cache.
 constexpr Index kColumnsPacked = 256;
 
-// One row has too few results in flight to keep the multipliers busy, unless more columns come along.
-constexpr int kVectorsOfOneRow = 8;
+// One row has too few results in flight to keep the multipliers busy, unless more columns come along: half of the
+// registers.
+constexpr int kVectorsOfOneRow = HWY_TARGET <= HWY_AVX3 ? 16 : 8;
 
 // Σ_k a[i·a_row + k·a_step] · b[k·b_row + j].
 struct Terms {
@@ -72,8 +73,8 @@ template <int rows, int vectors>
 HWY_INLINE void multiply_tile(const Terms& terms, const Sums& sums) {
   const Floats d;
   constexpr Index n = static_cast<Index>(kVectorLanes);
-  // What is written at the end comes into the cache meanwhile.
-  for (int i = 0; i < rows; ++i) {
+  // What is added to at the end comes into the cache meanwhile.
+  for (int i = 0; sums.add && i < rows; ++i) {
     for (Index j = 0; j < vectors * n; j += kLanes) hwy::Prefetch(sums.out + i * sums.out_row + j);
   }
   Vector sum[rows][vectors];

@@ -43,14 +43,15 @@ class RunTranslation {
       return fmt::format("morphkv(window={},fusion={},burst={})", number("window_size"),
                          text("morph_type") == "max_fused" ? "max" : "sum", real("evict_after"));
     }
+    if (method == "vase" && text("eviction_mode") == "attn_rkv") {
+      return fmt::format("rkv@vase(recent={},lambda={},smooth={})", number("residual_length"), real("rkv_lambda"),
+                         flag("smooth"));
+    }
     if (method == "vase") {
-      static const std::map<std::string, std::string> modes = {{"attn", "attention"},
-                                                               {"attn_rkv", "attention-redundancy"},
-                                                               {"range_attn", "range-attention"},
-                                                               {"evict_large_range", "narrow-range"}};
-      return fmt::format("vase(mode={},recent={},large={},lambda={},smooth={})", modes.at(text("eviction_mode")),
-                         number("residual_length"), has("n_large") ? number("n_large") : 200,
-                         has("rkv_lambda") ? real("rkv_lambda") : 0.5, flag("smooth"));
+      static const std::map<std::string, std::string> modes = {
+          {"attn", "attention"}, {"range_attn", "range-attention"}, {"evict_large_range", "narrow-range"}};
+      return fmt::format("vase(mode={},recent={},large={},smooth={})", modes.at(text("eviction_mode")),
+                         number("residual_length"), has("n_large") ? number("n_large") : 200, flag("smooth"));
     }
     if (method == "triattention") return triattention();
     if (method == "lacache") {

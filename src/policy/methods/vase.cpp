@@ -12,6 +12,8 @@
 //       without its threshold;
 //   narrow-range: the narrowest ranges.
 // It evicts when the cache holds more than the capacity and a multiple of `recent` rows; the prompt waits for that.
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -120,20 +122,35 @@ class VaSE : public Ranking {
   Rule rule_;
 };
 
+Composition compose(Rule rule) {
+  return {
+      .rule = std::make_shared<VaSE>(rule),
+      .granularity = Granularity::kv,
+      .share = Share::mean,
+      .schedule = Schedule{.interval = rule.recent, .phase = Schedule::Phase::rows, .prompt = Schedule::Prompt::wait},
+      .order = RowOrder::score};
+}
+
+Parameter recent_parameter() {
+  return Parameter::integer("recent", 64, 1, "last rows that are kept, and rows between evictions: residual_length")
+      .of(Parameter::Step::window);
+}
+
+constexpr const char* kSource = "github.com/terarachang/VaSE, modified/transformers/cache_utils.py";
+constexpr const char* kRevision = "commit bfa2692";
+
 const MethodRegistration vase([] {
   return Method{
       .name = "vase",
       .summary =
           "Keeps values of a wide range and, of the rest, what is drawn in proportion to attention; one seed is one "
           "draw. Evicts at multiples of so many rows.",
-      .source = "arXiv 2606.03928; github.com/terarachang/VaSE, modified/transformers/cache_utils.py, commit bfa2692",
+      .source = fmt::format("arXiv 2606.03928; {}, {}", kSource, kRevision),
       .parameters = {Parameter::choice(
                          "mode", {"sample", "range-attention", "attention", "attention-redundancy", "narrow-range"},
                          "how rows are chosen")
                          .of(Parameter::Step::score),
-                     Parameter::integer("recent", 64, 1,
-                                        "last rows that are kept, and rows between evictions: residual_length")
-                         .of(Parameter::Step::window),
+                     recent_parameter(),
                      Parameter::integer("large", 200, 0, "rows that are kept for their value's range: n_large")
                          .of(Parameter::Step::selection),
                      Parameter::real("lambda", 0.5, 0, 1, "mode=attention-redundancy: weight of attention: rkv_lambda")
@@ -145,16 +162,29 @@ const MethodRegistration vase([] {
             static const std::vector<std::string> modes = {"sample", "range-attention", "attention",
                                                            "attention-redundancy", "narrow-range"};
             const auto mode = static_cast<Mode>(std::ranges::find(modes, a.text("mode")) - modes.begin());
-            return Composition{
-                .rule = std::make_shared<VaSE>(Rule{mode, a.integer("recent"), a.integer("large"), a.real("lambda"),
-                                                    a.flag("smooth"), a.integer("seed")}),
-                .granularity = Granularity::kv,
-                .share = Share::mean,
-                .schedule = Schedule{.interval = a.integer("recent"),
-                                     .phase = Schedule::Phase::rows,
-                                     .prompt = Schedule::Prompt::wait},
-                .order = RowOrder::score};
+            return compose(
+                {mode, a.integer("recent"), a.integer("large"), a.real("lambda"), a.flag("smooth"), a.integer("seed")});
           },
+  };
+});
+
+const MethodRegistration rkv_of_repository([] {
+  return Method{
+      .name = "rkv@vase",
+      .summary =
+          "VaSE's rewrite of R-KV: redundancy is the mean cosine of the candidates' keys, without a threshold and "
+          "sparing none; softmax per query head, then the mean of the group; averages over neighbours; by the number "
+          "of rows.",
+      .source = kSource,
+      .parameters = {recent_parameter(),
+                     Parameter::real("lambda", 0.5, 0, 1, "weight of attention: rkv_lambda").of(Parameter::Step::score),
+                     Parameter::flag("smooth", true, "average attention over 5 neighbours").of(Parameter::Step::space)},
+      .compose =
+          [](const Arguments& a) {
+            return compose({Mode::attention_redundancy, a.integer("recent"), 0, a.real("lambda"), a.flag("smooth"), 0});
+          },
+      .variant_of = "rkv",
+      .revision = kRevision,
   };
 });
 

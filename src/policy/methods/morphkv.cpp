@@ -63,7 +63,9 @@ class LastLogits : public RankingMemory {
   void keep(std::span<const int> rows) override {
     for (std::deque<std::vector<float>>& queries : members_) {
       std::vector<int> own(rows.begin(), rows.end());
-      if (members_.size() > 1) {
+      // What a sliding window leaves behind is gone for all.
+      const bool is_chosen = !rows.empty() && rows.back() - rows.front() != static_cast<int>(rows.size()) - 1;
+      if (members_.size() > 1 && is_chosen) {
         // What this query head would keep by itself.
         const Matrix logits = as_matrix({&queries, 1});
         const std::vector<float> scores = fused(logits.topRows(window_), logits.cols() - window_ - 1, fusion_);

@@ -25,6 +25,7 @@ using testing::Contains;
 using testing::Each;
 using testing::ElementsAre;
 using testing::HasSubstr;
+using testing::Le;
 
 // Every policy that needs no file, and every step after one.
 std::vector<std::string> every_policy() {
@@ -93,8 +94,11 @@ TEST(SlidingWindow, EveryPolicyKeepsHeldPositionsAlone) {
         }
       }
       if (keeps_all) {
-        EXPECT_THAT(of_layer(result.measures[Measure::layer_error], layer), Each(0.0f));
-        EXPECT_THAT(of_layer(result.measures[Measure::head_error], layer), Each(0.0f));
+        // Keys that are turned to their places and back are rounded.
+        const bool turns = make_policy(result.policy).row_positions == RowPositions::reindexed;
+        const float rounding = turns ? 1e-4f : 0.0f;
+        EXPECT_THAT(of_layer(result.measures[Measure::layer_error], layer), Each(Le(rounding)));
+        EXPECT_THAT(of_layer(result.measures[Measure::head_error], layer), Each(Le(rounding)));
         EXPECT_THAT(of_layer(result.measures[Measure::attention_recall], layer), Each(1.0f));
       }
     }

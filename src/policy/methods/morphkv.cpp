@@ -42,8 +42,11 @@ std::vector<float> fused(const Matrix& logits, Index past, Fusion fusion) {
 // counts, and those of attention's logarithms are the same.
 class LastLogits : public RankingMemory {
  public:
-  LastLogits(int group_size, int window, Fusion fusion)
-      : window_(window), fusion_(fusion), members_(static_cast<std::size_t>(group_size)) {}
+  LastLogits(const HeadShape& shape, int window, Fusion fusion)
+      : window_(window),
+        fusion_(fusion),
+        forgets_(shape.rule.sliding_window > 0 || shape.rule.attention_chunk_size > 0),
+        members_(static_cast<std::size_t>(shape.group_size)) {}
 
   void begin(const Head& head) override {
     for (std::size_t member = 0; member < members_.size(); ++member) {
@@ -63,8 +66,9 @@ class LastLogits : public RankingMemory {
   void keep(std::span<const int> rows) override {
     for (std::deque<std::vector<float>>& queries : members_) {
       std::vector<int> own(rows.begin(), rows.end());
-      // What a sliding window leaves behind is gone for all.
-      const bool is_chosen = !rows.empty() && rows.back() - rows.front() != static_cast<int>(rows.size()) - 1;
+      // What a sliding window leaves behind, the first rows, is gone for all.
+      const bool is_chosen =
+          !forgets_ || (!rows.empty() && rows.back() - rows.front() != static_cast<int>(rows.size()) - 1);
       if (members_.size() > 1 && is_chosen) {
         // What this query head would keep by itself.
         const Matrix logits = as_matrix({&queries, 1});
@@ -119,6 +123,7 @@ class LastLogits : public RankingMemory {
 
   int window_;
   Fusion fusion_;
+  bool forgets_;                                         // rows that a window leaves behind
   std::vector<std::deque<std::vector<float>>> members_;  // [member][query], oldest first: a logit per row
 };
 
@@ -130,7 +135,7 @@ class MorphKV : public Ranking {
   Protection protection() const override { return {.window = window_ + 1}; }
   Requirements requirements() const override { return {.needs = {Need::window(window_)}}; }
   std::unique_ptr<RankingMemory> memory(const HeadShape& shape) const override {
-    return std::make_unique<LastLogits>(shape.group_size, window_, fusion_);
+    return std::make_unique<LastLogits>(shape, window_, fusion_);
   }
 
   void score(const Head& head, int /*member*/, std::span<float> scores) const override {
@@ -138,7 +143,7 @@ class MorphKV : public Ranking {
       const Index past = head.rows() - protection().window;
       const auto* const memory = dynamic_cast<const LastLogits*>(head.memory());
       if (memory != nullptr) return fused(memory->of_group(), past, fusion_);
-      LastLogits prompt(head.shape().group_size, window_, fusion_);
+      LastLogits prompt(head.shape(), window_, fusion_);
       prompt.begin(head);
       return fused(prompt.of_group(), past, fusion_);
     });

@@ -109,7 +109,8 @@ TEST_F(Completion, BashAsksTheProgram) {
   completed("repl", "replay");
   completed("replay tr", "trace.h5");
   completed("replay trace.h5 --pol", "--policy");
-  completed("replay trace.h5 -p snapk", "snapkv snapkv@kvcache-factory snapkv@kvpress snapkv@kvpress-decoding snapkv@r-kv snapkv@rest-kv");
+  completed("replay trace.h5 -p snapk",
+            "snapkv snapkv@kvcache-factory snapkv@kvpress snapkv@kvpress-decoding snapkv@r-kv snapkv@rest-kv");
   completed("replay trace.h5 --heads = q", "query");
   completed("replay trace.h5 --heads =", "query kv layer");
 }

@@ -43,12 +43,10 @@ std::vector<float> fused(const Matrix& logits, Index past, Fusion fusion) {
 class LastLogits : public RankingMemory {
  public:
   LastLogits(const HeadShape& shape, int window, Fusion fusion)
-      : window_(window),
-        fusion_(fusion),
-        forgets_(shape.rule.sliding_window > 0 || shape.rule.attention_chunk_size > 0),
-        members_(static_cast<std::size_t>(shape.group_size)) {}
+      : window_(window), fusion_(fusion), rule_(shape.rule), members_(static_cast<std::size_t>(shape.group_size)) {}
 
   void begin(const Head& head) override {
+    for (int row = 0; row < head.rows(); ++row) positions_.push_back(head.positions()[row]);
     for (std::size_t member = 0; member < members_.size(); ++member) {
       for (int age = window_ - 1; age >= 0; --age) {
         add(members_[member], head.attention(static_cast<int>(member), age));
@@ -57,6 +55,7 @@ class LastLogits : public RankingMemory {
   }
 
   void observe(const CacheStep& step) override {
+    positions_.push_back(step.position);
     for (std::size_t member = 0; member < members_.size(); ++member) {
       const float* row = step.attention->data() + static_cast<Index>(member) * step.attention->cols();
       add(members_[member], {row, static_cast<std::size_t>(step.attention->cols())});
@@ -64,11 +63,16 @@ class LastLogits : public RankingMemory {
   }
 
   void keep(std::span<const int> rows) override {
+    // What a sliding window leaves behind is gone for all, and nobody chose it.
+    std::vector<int> left;
+    for (const int row : rows) left.push_back(positions_[static_cast<std::size_t>(row)]);
+    const auto first_visible = static_cast<int>(rule_.first_visible(positions_.back() + 1));
+    const bool is_chosen = std::ranges::any_of(positions_, [&](int position) {
+      return position >= first_visible && !std::ranges::binary_search(left, position);
+    });
+    positions_ = std::move(left);
     for (std::deque<std::vector<float>>& queries : members_) {
       std::vector<int> own(rows.begin(), rows.end());
-      // What a sliding window leaves behind, the first rows, is gone for all.
-      const bool is_chosen =
-          !forgets_ || (!rows.empty() && rows.back() - rows.front() != static_cast<int>(rows.size()) - 1);
       if (members_.size() > 1 && is_chosen) {
         // What this query head would keep by itself.
         const Matrix logits = as_matrix({&queries, 1});

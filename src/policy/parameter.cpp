@@ -190,9 +190,9 @@ Arguments::Arguments(const SpecPart& part, const std::vector<Parameter>& paramet
   }
   for (const auto& [written, value] : part.arguments) {
     if (written.empty() && (parameters.empty() || !parameters.front().unnamed)) {
-      throw UsageError(fmt::format("{}: '{}' is no parameter=value; {}", part.name, value,
-                                   names.empty() ? "it has no parameters"
-                                                 : fmt::format("its parameters are: {}", fmt::join(names, ", "))));
+      throw UsageError(fmt::format(
+          "{}: '{}' is no parameter=value; {}", part.name, value,
+          names.empty() ? "it has no parameters" : fmt::format("its parameters are: {}", fmt::join(names, ", "))));
     }
     const std::string& key = written.empty() ? names.front() : written;
     const auto found = std::find(names.begin(), names.end(), key);

@@ -38,7 +38,7 @@ struct Parameter {
   double maximum = std::numeric_limits<double>::infinity();
   bool odd = false;  ///< integers only: even values are refused
   std::vector<std::string> choices;
-  bool unnamed = false;  ///< the first of a method's: may be given without its name
+  bool unnamed = false;     ///< the first of a method's: may be given without its name
   std::string description;  ///< one line, with the unit
 
   static Parameter integer(std::string name, int default_value, int minimum, std::string description);

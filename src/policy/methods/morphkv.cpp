@@ -64,13 +64,13 @@ class LastLogits : public RankingMemory {
 
   void keep(std::span<const int> rows) override {
     // What a sliding window leaves behind is gone for all, and nobody chose it.
-    std::vector<int> left;
-    for (const int row : rows) left.push_back(positions_[static_cast<std::size_t>(row)]);
+    std::vector<int> held;
+    for (const int row : rows) held.push_back(positions_[static_cast<std::size_t>(row)]);
     const auto first_visible = static_cast<int>(rule_.first_visible(positions_.back() + 1));
     const bool is_chosen = std::ranges::any_of(positions_, [&](int position) {
-      return position >= first_visible && !std::ranges::binary_search(left, position);
+      return position >= first_visible && !std::ranges::binary_search(held, position);
     });
-    positions_ = std::move(left);
+    positions_ = std::move(held);
     for (std::deque<std::vector<float>>& queries : members_) {
       std::vector<int> own(rows.begin(), rows.end());
       if (members_.size() > 1 && is_chosen) {
@@ -127,7 +127,8 @@ class LastLogits : public RankingMemory {
 
   int window_;
   Fusion fusion_;
-  bool forgets_;                                         // rows that a window leaves behind
+  AttentionRule rule_;
+  std::vector<int> positions_;                           // of the rows
   std::vector<std::deque<std::vector<float>>> members_;  // [member][query], oldest first: a logit per row
 };
 

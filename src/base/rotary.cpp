@@ -28,7 +28,7 @@ RotaryTable RotaryTable::plain(double theta, int head_dim) {
 namespace {
 
 // By the angles of `positions`, or back by them where `back`.
-void turn(const RotaryTable& table, std::span<const int> positions, Eigen::Ref<Matrix> rows, bool back) {
+void turn(const RotaryTable& table, std::span<const int> positions, Eigen::Ref<Matrix>& rows, bool back) {
   const double scale = back ? 1 / table.attention_scaling : table.attention_scaling;
   for (std::size_t pair = 0; pair < table.inverse_frequencies.size(); ++pair) {
     const auto [a, b] = table.dimensions_of(pair);

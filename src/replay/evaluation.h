@@ -27,9 +27,9 @@ class HeadEvaluation {
   /// adds to it: ô − o; and `numbers` (one per set) this head's part of the measures per head and query, whose
   /// vectors hold the layer's [H, E]. Reads keys and values up to the last evaluation query; throws Error as
   /// CapturedRun::read does, and, naming the query, where attention leaves float32's range.
-  /// `evicted`: of each set ô of the whole layer from the eviction position on, [steps, H · D], where it does not
+  /// `given`: of each set ô of the whole layer from the eviction position on, [steps, H · D], where it does not
   /// follow from the residency, or null.
-  void measure(std::span<const std::vector<const Residency*>> residencies, std::span<const Matrix* const> evicted,
+  void measure(std::span<const std::vector<const Residency*>> residencies, std::span<const Matrix* const> given,
                Eigen::Ref<Matrix> outputs, std::span<Eigen::Ref<Matrix>> differences,
                std::span<LayerNumbers> numbers) const;
 

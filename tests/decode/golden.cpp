@@ -152,7 +152,7 @@ std::vector<GoldenRun> golden_runs(const std::filesystem::path& path) {
     run.tie_dependent = translation.has("tie_dependent");
     run.masked_at_once = translation.text("attends") == "after eviction";
     const auto ints = [&](const std::string& name) {
-      const std::vector<std::int64_t> read = file.read_int64s(group + "/" + name);
+      const std::vector<std::int64_t> read = file.read_int64s(fmt::format("{}/{}", group, name));
       return std::vector<int>(read.begin(), read.end());
     };
     run.steps = ints("steps");
@@ -171,8 +171,8 @@ std::vector<GoldenRun> golden_runs(const std::filesystem::path& path) {
     for (const char* suffix : {"_reindexed", "_live"}) {
       if (file.exists(fmt::format("{}/head_error{}", group, suffix))) as_published = suffix;
     }
-    run.head_error = file.read_floats(group + "/head_error" + as_published);
-    run.layer_error = file.read_floats(group + "/layer_error" + as_published);
+    run.head_error = file.read_floats(fmt::format("{}/head_error{}", group, as_published));
+    run.layer_error = file.read_floats(fmt::format("{}/layer_error{}", group, as_published));
     run.attention_recall = file.read_floats(group + "/attention_recall");
     run.cache_size = ints("cache_size");
     runs.push_back(std::move(run));

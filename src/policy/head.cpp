@@ -67,8 +67,7 @@ int CachePositions::leading_before(int position) const {
 int CachePositions::count_before(int position) const {
   const int count = leading_before(position);
   if (!ascend()) {
-    const auto after = std::ranges::subrange(any_->begin() + count, any_->end());
-    if (std::ranges::any_of(after, [position](int p) { return p < position; })) {
+    if (std::any_of(any_->begin() + count, any_->end(), [position](int p) { return p < position; })) {
       throw Error(fmt::format("rows that stand by score are not all before those from position {} on", position));
     }
   }

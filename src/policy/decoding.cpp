@@ -208,8 +208,7 @@ struct LayerDecoding::Caches {
   std::vector<Lane> lanes;
   bool attends = false;  // somebody looks at what every step's query pays
   bool reindexed = false;
-  std::vector<int> evictions;
-  int last = 0;
+  int last = 0;                             // eviction, or the prompt's last token
   std::vector<std::vector<float>> outputs;  // [step][H · D]
 };
 
@@ -322,8 +321,6 @@ bool LayerDecoding::looks_at_queries(const Setting& setting) {
   const auto memory = policy.ranking()->memory({});
   return memory != nullptr && memory->observes_attention();
 }
-
-bool LayerDecoding::is_local(const Setting& setting) { return setting.is_local(); }
 
 LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting> settings, std::vector<int> kv_heads,
                              Index combination_bytes)
@@ -493,7 +490,6 @@ void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int last_que
   for (const Lane& lane : caches.lanes) decision.decide_head(lane.shape.kv_head);
   decision.decide_together(0);
   LayerSets kept = std::move(decision.take()[0]);
-  bool changes = only_order;
   if (observes) observe(caches);
   for (Lane& lane : caches.lanes) {
     const std::vector<int>& positions = kept[static_cast<std::size_t>(lane.shape.kv_head)];
@@ -503,29 +499,36 @@ void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int last_que
       if (only_order || (next < positions.size() && positions[next] == lane.positions[row])) {
         left.push_back(static_cast<int>(row));
         ++next;
-      } else {
-        changes = true;
-        lane.gone.emplace_back(lane.positions[row], last_query);
-        if (!lane.slots.empty()) rows_.at(lane.kv_head)->release(lane.slots[row]);
       }
     }
-    left = ordered(std::move(left), caches.policy.order.value_or(RowOrder::position), scores.of(lane.shape.kv_head),
-                   caches.policy.protection().held_by(lane.shape));
-    const auto gather = [&left](std::vector<int>& of) {
-      if (of.empty()) return;
-      std::vector<int> gathered;
-      gathered.reserve(left.size() + 1);
-      for (const int row : left) gathered.push_back(of[static_cast<std::size_t>(row)]);
-      of = std::move(gathered);
-    };
-    gather(lane.positions);
-    gather(lane.slots);
-    lane.shape.positions = CachePositions(lane.positions);
-    if (lane.memory) lane.memory->keep(left);
+    keep_rows(lane,
+              ordered(std::move(left), caches.policy.order.value_or(RowOrder::position), scores.of(lane.shape.kv_head),
+                      caches.policy.protection().held_by(lane.shape)),
+              last_query);
   }
-  // A pattern may find room for all of them.
-  if (changes) caches.evictions.push_back(position_);
   caches.last = position_;
+}
+
+// `left`: rows in the order in which they are to stand. All others are gone, and `last_query` saw them last.
+void LayerDecoding::keep_rows(Lane& lane, const std::vector<int>& left, int last_query) const {
+  std::vector<bool> stays(lane.positions.size(), false);
+  for (const int row : left) stays[static_cast<std::size_t>(row)] = true;
+  for (std::size_t row = 0; row < stays.size(); ++row) {
+    if (stays[row]) continue;
+    lane.gone.emplace_back(lane.positions[row], last_query);
+    if (!lane.slots.empty()) rows_.at(lane.kv_head)->release(lane.slots[row]);
+  }
+  const auto gather = [&left](std::vector<int>& of) {
+    if (of.empty()) return;
+    std::vector<int> gathered;
+    gathered.reserve(left.size() + 1);
+    for (const int row : left) gathered.push_back(of[static_cast<std::size_t>(row)]);
+    of = std::move(gathered);
+  };
+  gather(lane.positions);
+  gather(lane.slots);
+  lane.shape.positions = CachePositions(lane.positions);
+  if (lane.memory) lane.memory->keep(left);
 }
 
 void LayerDecoding::step(const TokenRows& token) {
@@ -571,27 +574,16 @@ void LayerDecoding::step(const TokenRows& token) {
 }
 
 // What a window leaves behind is gone, as far as the policy goes for ever.
-void LayerDecoding::leave_behind(Caches& caches) {
+void LayerDecoding::leave_behind(Caches& caches) const {
   const auto first_visible = static_cast<int>(shape_.rule.first_visible(position_ + 1));
   const auto is_behind = [first_visible](int position) { return position < first_visible; };
   for (Lane& lane : caches.lanes) {
     if (std::ranges::none_of(lane.positions, is_behind)) continue;
     std::vector<int> left;
-    std::vector<int> positions;
-    std::vector<int> held;
     for (std::size_t row = 0; row < lane.positions.size(); ++row) {
-      if (is_behind(lane.positions[row])) {
-        lane.gone.emplace_back(lane.positions[row], CacheHistory::kNever);
-        rows_.at(lane.kv_head)->release(lane.slots[row]);
-        continue;
-      }
-      left.push_back(static_cast<int>(row));
-      positions.push_back(lane.positions[row]);
-      held.push_back(lane.slots[row]);
+      if (!is_behind(lane.positions[row])) left.push_back(static_cast<int>(row));
     }
-    lane.positions = std::move(positions);
-    lane.slots = std::move(held);
-    if (lane.memory) lane.memory->keep(left);
+    keep_rows(lane, left, CacheHistory::kNever);
   }
 }
 
@@ -661,8 +653,6 @@ std::vector<DecodedSetting> LayerDecoding::take() {
     DecodedSetting& setting = all.emplace_back();
     const auto sets = static_cast<std::size_t>(shape_.num_kv_heads * caches->sets_per_head);
     setting.sets.resize(sets);
-    setting.rows.resize(sets);
-    setting.evictions = caches->evictions;
     for (Lane& lane : caches->lanes) {
       const auto index = static_cast<std::size_t>(lane.shape.kv_head);
       std::vector<std::pair<int, int>> history = std::move(lane.gone);
@@ -673,7 +663,6 @@ std::vector<DecodedSetting> LayerDecoding::take() {
         setting.sets[index].positions.push_back(position);
         setting.sets[index].until.push_back(until);
       }
-      setting.rows[index] = lane.positions;
     }
     if (!caches->outputs.empty()) {
       setting.outputs.resize(static_cast<Index>(caches->outputs.size()),

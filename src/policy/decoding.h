@@ -23,9 +23,7 @@ struct CacheHistory {
 
 /// What one setting did in one layer.
 struct DecodedSetting {
-  std::vector<CacheHistory> sets;      ///< [H] at granularity query, otherwise [K]
-  std::vector<int> evictions;          ///< positions after which there was one, ascending
-  std::vector<std::vector<int>> rows;  ///< [set]: positions in the order in which the cache holds them now
+  std::vector<CacheHistory> sets;  ///< [H] at granularity query, otherwise [K]
   /// Outputs of the queries since the prompt, where what they attend to is not told by positions alone: [steps, H · D],
   /// of the heads that were decoded; otherwise empty.
   Matrix outputs;
@@ -68,9 +66,6 @@ class LayerDecoding {
   /// Whether a setting looks at queries at all once the prompt is over.
   static bool looks_at_queries(const Setting& setting);
 
-  /// Whether a setting's heads can be decoded apart.
-  static bool is_local(const Setting& setting);
-
  private:
   class Rows;
   class LiveHead;
@@ -82,7 +77,8 @@ class LayerDecoding {
   void evict(Caches& caches, const LayerSource& layer, int last_query, bool observes = false);
   void attend(Caches& caches);
   void observe(Caches& caches) const;
-  void leave_behind(Caches& caches);
+  void leave_behind(Caches& caches) const;
+  void keep_rows(Lane& lane, const std::vector<int>& left, int last_query) const;
   int rows_of(const Caches& caches) const;
   bool is_full(const Caches& caches) const;
   int capacity_of(const Caches& caches) const;

@@ -12,7 +12,7 @@
 namespace kvreplay {
 
 /// What settings with a schedule do in some KV heads of a layer, from the eviction position to the trace's last token:
-/// all heads where LayerDecoding::is_local() is not true of every setting. Reads keys, values and queries block by
+/// all heads where Setting::is_local() is not true of every setting. Reads keys, values and queries block by
 /// block. Throws Error as LayerDecoding does.
 std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
                                          std::span<const Setting> settings, const std::vector<int>& kv_heads,

@@ -292,7 +292,7 @@ ReplayEngine::Sums ReplayEngine::sum_up(const CapturedRun& trace, const TraceRep
   const Index all_tokens = trace.info().num_tokens();
   for (const Setting& setting : settings) {
     if (!setting.policy->schedule) continue;
-    const Index heads = LayerDecoding::is_local(setting) ? 1 : outline.model.num_key_value_heads;
+    const Index heads = setting.is_local() ? 1 : outline.model.num_key_value_heads;
     sums.decoding_bytes = std::max(sums.decoding_bytes, decoding_memory(shape, all_tokens, heads) + sums.head_bytes);
     if (setting.policy->row_positions != RowPositions::reindexed) continue;
     sums.layer_bytes += (all_tokens - outline.eviction_position) * outline.model.num_attention_heads *
@@ -825,7 +825,7 @@ void ReplayEngine::decode_group(std::span<const ReplayUnit> group, const Plan& p
         }
         continue;
       }
-      Piece& piece = LayerDecoding::is_local(settings[s]) ? apart : together;
+      Piece& piece = settings[s].is_local() ? apart : together;
       piece.indices.push_back(s);
       piece.settings.push_back(settings[s]);
     }

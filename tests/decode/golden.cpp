@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "hdf5/hdf5.h"
+#include "support/golden_attributes.h"
 #include "support/places.h"
 #include "trace/reader.h"
 
@@ -16,9 +17,9 @@ namespace kvreplay::test {
 namespace {
 
 // The runs' arguments carry the names of the original codes; here they are said in our terms.
-class RunTranslation {
+class RunTranslation : public GoldenAttributes {
  public:
-  RunTranslation(const hdf5::File& file, std::string group) : file_(file), group_(std::move(group)) {}
+  using GoldenAttributes::GoldenAttributes;
 
   std::string spec() const {
     const std::string method = text("method");
@@ -33,7 +34,7 @@ class RunTranslation {
     if (method == "rkv") return rkv();
     if (method == "kvpress") return kvpress();
     if (method == "coldcompress") {
-      const std::string history = has("history_window_size") ? text_of("history_window_size") : "1";
+      const int history = has("history_window_size") ? number("history_window_size") : 1;
       return text("cache_strategy") == "l2" ? fmt::format("knorm@cold-compress(global={},recent={})",
                                                           number("global_tokens"), number("recent_window"))
                                             : fmt::format("cold-compress(global={},recent={},history={})",
@@ -71,9 +72,6 @@ class RunTranslation {
     return 1;
   }
 
-  std::string text(const std::string& name) const { return file_.read_string(group_, name); }
-  bool has(const std::string& name) const { return file_.has_attribute(group_, name); }
-
  private:
   std::string rkv() const {
     const std::string order = has("resorted") ? ",order=position" : "";
@@ -110,14 +108,6 @@ class RunTranslation {
     }
     return fmt::format("{}@kvpress-decoding(interval={})", base, number("compression_interval"));
   }
-
-  std::string text_of(const std::string& name) const { return fmt::format("{}", number(name)); }
-  int number(const std::string& name) const { return static_cast<int>(file_.read_int(group_, name)); }
-  double real(const std::string& name) const { return file_.read_double(group_, name); }
-  bool flag(const std::string& name) const { return has(name) && file_.read_int(group_, name) != 0; }
-
-  const hdf5::File& file_;
-  std::string group_;
 };
 
 }  // namespace

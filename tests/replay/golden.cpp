@@ -8,6 +8,7 @@
 #include <set>
 #include <stdexcept>
 
+#include "support/golden_attributes.h"
 #include "support/places.h"
 #include "trace/reader.h"
 
@@ -15,9 +16,9 @@ namespace kvreplay::test {
 namespace {
 
 // The calls' arguments carry the names of the original codes; here they are said in our terms.
-class CallTranslation {
+class CallTranslation : public GoldenAttributes {
  public:
-  CallTranslation(const hdf5::File& file, std::string group) : file_(file), group_(std::move(group)) {}
+  using GoldenAttributes::GoldenAttributes;
 
   // Empty where no method here is the call's.
   std::string spec(int capacity) const {
@@ -68,7 +69,7 @@ class CallTranslation {
         "capkv",   "chunkkv",   "compactor", "curdkv",    "entropy-gated-chunkkv", "kvcompose", "kvzip", "leverage",
         "merging", "noncausal", "qfilter",   "simlayerkv"};
     if (known_elsewhere.contains(method)) return "";
-    throw std::runtime_error(group_ + ": no translation for method " + method);
+    throw std::runtime_error(group() + ": no translation for method " + method);
   }
 
   int capacity(int prompt_length) const {
@@ -78,8 +79,6 @@ class CallTranslation {
     if (has("compression_ratio")) return static_cast<int>(prompt_length * (1 - real("compression_ratio")));
     return prompt_length;  // methods that have none
   }
-
-  std::string text(const std::string& name) const { return file_.read_string(group_, name); }
 
  private:
   std::string restkv() const {
@@ -107,7 +106,7 @@ class CallTranslation {
 
   // The call's lag is not among its attributes; its scores are the ranks 0/lag … (lag − 1)/lag and 1.
   int lag() const {
-    const std::vector<float> scores = file_.read_floats(group_ + "/scores");
+    const std::vector<float> scores = file().read_floats(group() + "/scores");
     return static_cast<int>(std::set<float>(scores.begin(), scores.end()).size()) - 1;
   }
 
@@ -116,14 +115,6 @@ class CallTranslation {
         {"avgpool", "avg"}, {"maxpool", "max"}, {"none", "none"}, {"adaptive", "adaptive"}};
     return names.at(text("pooling"));
   }
-
-  bool has(const std::string& name) const { return file_.has_attribute(group_, name); }
-  int number(const std::string& name) const { return static_cast<int>(file_.read_int(group_, name)); }
-  double real(const std::string& name) const { return file_.read_double(group_, name); }
-  bool flag(const std::string& name) const { return has(name) && file_.read_int(group_, name) != 0; }
-
-  const hdf5::File& file_;
-  std::string group_;
 };
 
 }  // namespace

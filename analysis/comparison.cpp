@@ -579,6 +579,9 @@ std::string why_lacking(const ResultSet& results, const MeasureTraits& measure) 
       if (any_has(Measure::layer_error)) {
         const bool of_residual_stream =
             measure.measure == Measure::residual_error || measure.measure == Measure::residual_sum;
+        if (of_residual_stream && any_has(Measure::residual_error)) {
+          return ": sweeps do not add up the changes of layers; replay the settings with kvreplay replay";
+        }
         return of_residual_stream ? ": their traces have no residual_norm; capture them again" : "";
       }
       return any_has(Measure::kl) ? ": only the model's own loss was measured, which --measure kl compares" : "";

@@ -42,7 +42,8 @@ struct LiveArguments {
   std::string model;
   std::vector<std::string> prompts;
   bool templated = false;
-  std::string continuation;  // empty: trace, or a number of tokens
+  std::string continuation;       // empty: trace, or a number of tokens
+  std::string continuation_text;  // where it is a file's name: what stands in it, read once, as pipes can be
   int generate = 0;
   std::vector<std::string> answers;
   bool no_offline = false;
@@ -76,6 +77,7 @@ struct Beginning {
   std::string name;  // of the file
   TraceInfo info;    // of all tokens that are given
   std::string digest;
+  std::string text;                    // of a prompt, read once
   std::unique_ptr<TraceReader> trace;  // null: a prompt
   std::unique_ptr<tracer::Tokenizer> tokenizer;
 };
@@ -96,12 +98,13 @@ tracer::PromptOptions prompt_options(const LiveArguments& arguments) {
 }
 
 Beginning begin_with_prompt(const LiveArguments& arguments, const tracer::Model& model, const std::string& file) {
-  tracer::PromptOptions options = prompt_options(arguments);
-  options.prompt_text = text_of(file);
-  options.prompt_name = file;
-  tracer::Prompt prompt = tracer::prepare_prompt(options, model.config);
   Beginning beginning;
   beginning.name = file;
+  beginning.text = text_of(file);
+  tracer::PromptOptions options = prompt_options(arguments);
+  options.prompt_text = beginning.text;
+  options.prompt_name = file;
+  tracer::Prompt prompt = tracer::prepare_prompt(options, model.config);
   beginning.info = tracer::describe(options, model, prompt, static_cast<Index>(prompt.ids.size()));
   beginning.tokenizer = std::move(prompt.tokenizer);
   return beginning;
@@ -204,9 +207,10 @@ void check_next_token(const TraceReader& trace, const tracer::LiveRun& run, cons
                            theirs->logit, ours));
 }
 
-// What the policies of a request look at before the eviction.
-tracer::HeldParts parts_for(const ReplayRequest& request, int eviction_position, int prompt_length) {
+// What the policies of a request look at before the eviction, and what a replay measures behind it.
+tracer::HeldParts parts_for(const ReplayRequest& request, int eviction_position, int prompt_length, bool offline) {
   tracer::HeldParts parts;
+  parts.outputs = offline;
   for (const Policy& policy : request.policies) {
     const Requirements needs = policy.requirements();
     bool all = needs.includes(Need::Kind::all_queries);
@@ -225,13 +229,14 @@ tracer::HeldParts parts_for(const ReplayRequest& request, int eviction_position,
 }
 
 // The tokens that a text adds to those before it, none of which it may change.
-std::vector<std::int32_t> ids_of_text(const Beginning& beginning, std::span<const std::int32_t> before,
-                                      const std::string& file) {
+std::vector<std::int32_t> ids_of_text(const LiveArguments& arguments, const Beginning& beginning,
+                                      std::span<const std::int32_t> before) {
+  const std::string& file = arguments.continuation;
+  const std::string& text = arguments.continuation_text;
   if (beginning.tokenizer == nullptr) {
     throw Error(
         fmt::format("{}: the model's folder has no tokenizer for this text; continue with a number of tokens", file));
   }
-  const std::string text = text_of(file);
   if (text.empty()) throw Error(fmt::format("{}: is empty; there is nothing to continue with", file));
   // A special token has no text, so that what stands before one cannot be written down; nothing joins across it.
   std::size_t own = before.size();
@@ -282,9 +287,9 @@ std::vector<std::int32_t> continuation_of(const LiveArguments& arguments, const 
     }
     return own;
   }
-  const std::vector<std::int32_t> more = ids_of_text(
-      beginning,
-      std::span(all).first(static_cast<std::size_t>(std::max(eviction_position, beginning.info.prompt_length))), asked);
+  const int known = std::max(eviction_position, beginning.info.prompt_length);
+  const std::vector<std::int32_t> more =
+      ids_of_text(arguments, beginning, std::span(all).first(static_cast<std::size_t>(known)));
   ids.insert(ids.end(), more.begin(), more.end());
   return ids;
 }
@@ -322,7 +327,7 @@ TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request
   TraceInfo info = beginning.info;
   tracer::HeldRun held(model, info, eviction, beginning.name,
                        beginning.digest.empty() ? digest_of(model.config, info.token_ids) : beginning.digest,
-                       parts_for(request, eviction, prompt_length));
+                       parts_for(request, eviction, prompt_length, !arguments.no_offline));
   tracer::LiveRun run(model, transformer, held, on_progress);
   run.read_prompt();
   if (beginning.trace != nullptr) {
@@ -353,16 +358,27 @@ TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request
   return found;
 }
 
+// As identity_of() of the file that the text was read from.
+FileIdentity identity_of_text(const std::string& file, const std::string& text) {
+  Digest digest;
+  digest.add_bytes(text.data(), text.size());
+  return {printable(file), static_cast<std::int64_t>(text.size()), digest.text()};
+}
+
 // All that the results follow from.
 SweepIdentity identity_of_run(const LiveArguments& arguments, const ReplayRequest& request,
-                              const std::vector<std::string>& traces) {
+                              const std::vector<std::string>& traces, const std::vector<Beginning>& beginnings) {
   const std::vector<TraceReader> readers(traces.begin(), traces.end());
   std::vector<std::filesystem::path> files(arguments.plugins.begin(), arguments.plugins.end());
   for (const std::string& file : policy_files(request)) files.emplace_back(file);
-  for (const std::string& prompt : arguments.prompts) files.emplace_back(prompt);
-  if (is_file(arguments.continuation)) files.emplace_back(arguments.continuation);
   // Weights take as long to read as to run; their sizes and times are looked at.
   SweepIdentity identity(request, readers, files);
+  for (const Beginning& beginning : beginnings) {
+    if (beginning.trace == nullptr) identity.files.push_back(identity_of_text(beginning.name, beginning.text));
+  }
+  if (is_file(arguments.continuation)) {
+    identity.files.push_back(identity_of_text(arguments.continuation, arguments.continuation_text));
+  }
   identity.live = {fmt::format("--continue {}", arguments.continuation),
                    fmt::format("--generate {}", arguments.generate),
                    arguments.no_offline ? "--no-offline" : "with what a replay measures",
@@ -396,6 +412,14 @@ std::vector<std::vector<int>> divided(const std::vector<Beginning>& beginnings, 
   return parts;
 }
 
+// A file's name without its folder, where that tells it from those of the other prompts.
+std::string short_name(const std::string& file, const std::vector<TraceReplay>& replays) {
+  const auto base = [](const std::string& path) { return std::filesystem::path(path).filename().string(); };
+  const auto same =
+      std::ranges::count_if(replays, [&](const TraceReplay& replay) { return base(replay.trace) == base(file); });
+  return printable(same > 1 ? file : base(file));
+}
+
 // What the model wrote, a line each, cut where a terminal's line ends.
 std::string written_texts(const std::vector<TraceReplay>& replays) {
   constexpr std::size_t kWidth = 80;
@@ -409,8 +433,7 @@ std::string written_texts(const std::vector<TraceReplay>& replays) {
   };
   for (const TraceReplay& replay : replays) {
     if (!replay.generation) continue;
-    const std::string prompt = std::filesystem::path(replay.trace).filename().string();
-    cells.push_back({prompt, "the full cache", "", line_of(*replay.generation)});
+    cells.push_back({short_name(replay.trace, replays), "the full cache", "", line_of(*replay.generation)});
     for (const ReplayResult& result : replay.results) {
       cells.push_back({"", result.policy, result.capacity_request, line_of(*result.generation)});
     }
@@ -461,9 +484,12 @@ void check_lengths(const LiveArguments& arguments, const tracer::ModelConfig& co
   for (const Beginning& beginning : beginnings) {
     const auto given = static_cast<Index>(beginning.info.token_ids.size());
     const Index prompt = beginning.info.prompt_length;
-    Index later = is_number(arguments.continuation) ? std::stoi(arguments.continuation)
-                  : given > prompt                  ? given - prompt
-                                                    : kTokensUnlessSaid;
+    Index later = given > prompt ? given - prompt : kTokensUnlessSaid;
+    if (is_number(arguments.continuation)) later = std::stoi(arguments.continuation);
+    if (is_file(arguments.continuation)) {
+      const auto before = std::span(beginning.info.token_ids).first(static_cast<std::size_t>(prompt));
+      later = static_cast<Index>(ids_of_text(arguments, beginning, before).size());
+    }
     later = std::max(later, Index{arguments.generate});
     if (const auto warning = tracer::length_warning(config, arguments.model, prompt, later)) {
       notes.push_back(fmt::format("{}: {}", beginning.name, *warning));
@@ -541,6 +567,7 @@ void run_live(const LiveArguments& given) {
     execution.threads = threads_of(arguments.replay.threads, *ranks);
     omp_set_num_threads(execution.threads);
     model = std::make_unique<const tracer::Model>(arguments.model);
+    if (is_file(arguments.continuation)) arguments.continuation_text = text_of(arguments.continuation);
     std::set<std::string> seen;
     for (const std::string& prompt : arguments.prompts) {
       if (seen.insert(prompt).second) {
@@ -553,7 +580,7 @@ void run_live(const LiveArguments& given) {
     check_lengths(arguments, model->config, beginnings, notes);
     done.resize(beginnings.size());
     if (arguments.replay.results.empty()) return;
-    store.emplace(arguments.replay.results, identity_of_run(arguments, request, traces));
+    store.emplace(arguments.replay.results, identity_of_run(arguments, request, traces, beginnings));
     if (ranks->is_first()) store->open(arguments.resume);
   });
   if (ranks->is_first()) {
@@ -648,8 +675,8 @@ void run_live(const LiveArguments& given) {
       failure = std::current_exception();
     }
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
-    fmt::print("{}\n\n{}\n{}", headline(replays), policy_table(rank_policies(replays)),
-               live_legend(replays, !arguments.no_offline, seconds));
+    fmt::print("{}\n\n{}\n{}", headline(replays, arguments.prompts.empty() ? "trace" : "prompt"),
+               policy_table(rank_policies(replays)), live_legend(replays, !arguments.no_offline, seconds));
     if (arguments.generate > 0) fmt::print("\n{}", written_texts(replays));
     for (const std::string& file : written) fmt::print("wrote {}\n", file);
     std::fflush(stdout);

@@ -268,7 +268,7 @@ void write_files(const ReplayOptions& options, const std::vector<TraceReplay>& r
   }
 }
 
-std::string headline(const std::vector<TraceReplay>& replays) {
+std::string headline(const std::vector<TraceReplay>& replays, const std::string& noun) {
   std::set<std::string> traces;
   std::set<int> evictions;
   std::set<int> later;  // where evaluation begins after the eviction
@@ -286,9 +286,8 @@ std::string headline(const std::vector<TraceReplay>& replays) {
       fmt::format("evicted at {}{}, {}", range_of(evictions),
                   later.empty() ? "" : fmt::format(", evaluated from {} on", range_of(later)),
                   queries.size() == 1 ? "1 evaluation query" : fmt::format("{} evaluation queries", queries.size()));
-  if (models.size() == 1) return fmt::format("{} of {}; {}", counted(traces.size(), "trace"), models.front(), work);
-  std::string text =
-      fmt::format("{} of {}; {}", counted(traces.size(), "trace"), counted(models.size(), "model"), work);
+  if (models.size() == 1) return fmt::format("{} of {}; {}", counted(traces.size(), noun), models.front(), work);
+  std::string text = fmt::format("{} of {}; {}", counted(traces.size(), noun), counted(models.size(), "model"), work);
   for (const std::string& model : models) text += fmt::format("\n  {}", model);
   return text;
 }

@@ -68,7 +68,8 @@ void write_files(const ReplayOptions& options, const std::vector<TraceReplay>& r
                  const std::vector<OverlapTable>& overlap_tables, std::vector<std::string>& written);
 
 /// What was replayed: a line, and where models differ another one for each.
-std::string headline(const std::vector<TraceReplay>& replays);
+/// `noun`: what each was a run of.
+std::string headline(const std::vector<TraceReplay>& replays, const std::string& noun = "trace");
 
 /// What the table's numbers are.
 std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, double seconds);

@@ -246,6 +246,36 @@ TEST_F(LiveCommand, ContinuesWithATextBehindThePromptsOwnTokens) {
   refuse(test::words(line + "more.txt --prompt second.txt --resume"), 1, {"more.txt"});
 }
 
+TEST_F(LiveCommand, TellsPromptsOfTheSameNameApart) {
+  const std::string demo = (test::project_folder() / "traces" / "demo-model").string();
+  for (const char* folder : {"one", "two"}) {
+    std::filesystem::create_directory(folder_ / folder);
+    test::write_file(folder_ / folder / "prompt.txt",
+                     fmt::format("The {} castle is old and the road is long.", folder));
+  }
+  const Outcome outcome = succeed(test::words(fmt::format(
+      "live --model {} --prompt one/prompt.txt two/prompt.txt -p recent -c 8 --continue 2 --generate 2 --no-offline",
+      demo)));
+  EXPECT_THAT(outcome.output, AllOf(HasSubstr("2 prompts of demo-model"), HasSubstr("\none/prompt.txt "),
+                                    HasSubstr("\ntwo/prompt.txt ")));
+}
+
+TEST_F(LiveCommand, SeesThatATextFromAPipeIsAnother) {
+  const std::string demo = (test::project_folder() / "traces" / "demo-model").string();
+  test::write_file(folder_ / "second.txt", "A second prompt that is read after the first one was done.");
+  const std::string line =
+      fmt::format("live --model {} --prompt /dev/stdin second.txt -p recent -c 8 --continue 4 -o live.h5", demo);
+  test::Invocation stopped{.arguments = test::words(line), .input = "The castle is old and the road is long."};
+  stopped.interrupt_when = "run-0.h5";
+  interrupt(stopped, "live.h5");
+  test::Invocation resumed{.arguments = test::words(line + " --resume"), .input = "The castle is new and the road is"};
+  const Outcome refused = run_in(folder_.path(), resumed);
+  EXPECT_EQ(refused.exit_code, 1);
+  EXPECT_THAT(refused.errors, HasSubstr("the size of /dev/stdin was 39 bytes, is 33"));
+  resumed.input = stopped.input;
+  EXPECT_EQ(run_in(folder_.path(), resumed).exit_code, 0);
+}
+
 TEST_F(LiveCommand, GoesOnWhereItWasInterrupted) {
   std::string ids = test::read_file(folder_ / "ids");
   for (const char* name : {"a", "b", "c"}) {

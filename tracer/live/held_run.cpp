@@ -66,7 +66,7 @@ void HeldRun::on_attention(const LayerAttention& attention, KvCache& /*cache*/) 
   Layer& layer = layers_[static_cast<std::size_t>(attention.layer)];
   if (after_ != nullptr) {
     layer.queries_after = copy_of(attention.queries);
-    layer.outputs_after = copy_of(attention.outputs);
+    if (parts_.outputs) layer.outputs_after = copy_of(attention.outputs);
     return;
   }
   const auto skipped = static_cast<std::size_t>((attention.count - held_before()) * query_width());
@@ -107,7 +107,7 @@ void HeldRun::read_rows(int layer, HeadTensor tensor, int head, Index first, Ind
     const float* from = nullptr;
     if (tensor == HeadTensor::outputs) {
       // Nobody asks for what is not evaluated, and nothing holds it.
-      if (later < 0) throw Error(fmt::format("{}: outputs before the eviction are not held", name_));
+      if (later < 0 || !parts_.outputs) throw Error(fmt::format("{}: these outputs are not held", name_));
       from = of.outputs_after.data() + later * query_width();
     } else {
       from = later < 0 ? of.queries_before.data() + (first + row) * query_width()

@@ -17,6 +17,7 @@ namespace kvreplay::tracer {
 struct HeldParts {
   Index prompt_queries = 0;     ///< the last so many queries before the eviction
   bool attention_mass = false;  ///< what each position received from all queries before the eviction
+  bool outputs = true;          ///< of the queries after the eviction
 };
 
 /// A run of `first` tokens, at whose end a cache is evicted, and of those that come after: watched in two passes of the

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <set>
 #include <utility>
@@ -569,6 +570,21 @@ bool has_numbers(const DataTable& table, const std::string& column) {
     const auto* number = std::get_if<double>(&row[place]);
     return number != nullptr && std::isfinite(*number);
   });
+}
+
+bool spans_magnitudes(double least, double most) { return least > 0 && most / least >= 20; }
+
+bool spans_magnitudes(const DataTable& table, const std::vector<std::string>& columns) {
+  double least = std::numeric_limits<double>::infinity();
+  double most = -least;
+  for (const std::string& column : columns) {
+    const auto place = static_cast<std::size_t>(std::ranges::find(table.columns(), column) - table.columns().begin());
+    for (const std::vector<Cell>& row : table.rows()) {
+      least = std::fmin(least, std::get<double>(row[place]));
+      most = std::fmax(most, std::get<double>(row[place]));
+    }
+  }
+  return spans_magnitudes(least, most);
 }
 
 int last_of(const DataTable& table, const std::string& column) {

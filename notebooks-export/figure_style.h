@@ -147,6 +147,13 @@ Json capacity_shapes(const std::vector<std::string>& capacities);
 /// Whether any row has a number in a column.
 bool has_numbers(const DataTable& table, const std::string& column);
 
+/// Whether numbers from `least` to `most` are so far apart that equal steps would crowd them together: all positive,
+/// and the ratio at least 20. Axes are logarithmic then.
+bool spans_magnitudes(double least, double most);
+
+/// The same of all the numbers in some columns.
+bool spans_magnitudes(const DataTable& table, const std::vector<std::string>& columns);
+
 /// The largest number in a column; 0 where there is none.
 int last_of(const DataTable& table, const std::string& column);
 

@@ -12,7 +12,6 @@ namespace kvreplay {
 namespace {
 
 constexpr std::size_t kCapacities = 4;
-constexpr double kLogFrom = 20;  // a ratio of numbers which equal steps would crowd together
 
 // The measure that ranks best and the layer error; where that is the best, the next one.
 std::vector<const Prediction*> shown_of(const std::vector<Prediction>& predictions) {
@@ -118,7 +117,7 @@ Figure draw(const Analysis& analysis, const FigureStyle& style) {
       panel["height"] = columns == 1 ? 0.5 * style.width() : 0.7 * width;
       Json& encoding = panel["encoding"];
       encoding["x"]["title"] = noun;
-      if (ranges[i].least > 0 && ranges[i].most / ranges[i].least >= kLogFrom) {
+      if (spans_magnitudes(ranges[i].least, ranges[i].most)) {
         encoding["x"]["scale"] = {{"type", "log"}, {"nice", false}};
       }
       encoding["x"]["scale"]["padding"] = style.font();

@@ -43,7 +43,12 @@ void draw_capacity_lines(Figure& figure, const FigureStyle& style, const std::st
   style.set_capacity_ticks(spec["encoding"]["x"]["axis"], distinct(figure.table, "capacity"));
   spec["encoding"]["x"]["scale"]["padding"] = style.font();
   spec["encoding"]["color"] = style.colour(policies);
-  spec["layer"][0]["encoding"]["y"]["title"] = title;
+  // An interval that reaches zero has no place on a logarithmic axis.
+  const bool logarithmic = spans_magnitudes(figure.table, {column, "low", "high"});
+  for (Json& layer : spec["layer"]) {
+    if (logarithmic) layer["encoding"]["y"]["scale"] = {{"type", "log"}, {"nice", false}, {"padding", style.font()}};
+  }
+  spec["layer"][0]["encoding"]["y"]["title"] = logarithmic ? title + " (log scale)" : title;
   spec["layer"][1]["encoding"]["y"]["field"] = column;
   spec["layer"][1]["encoding"]["strokeDash"] = style.dash(policies);
   Json& points = spec["layer"][2]["encoding"];

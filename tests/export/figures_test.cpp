@@ -579,6 +579,23 @@ TEST(FigureSetTest, CurvesAreThoseOfTheAnalysis) {
   }
 }
 
+TEST(FigureSetTest, CurvesThatAreFarApartHaveALogarithmicAxis) {
+  Analysis analysis = SampleAnalysis{}.make();
+  const auto kinds = figure_kinds();
+  const FigureKind* kind = *std::ranges::find(kinds, "error-against-capacity", &FigureKind::name);
+  const Json::json_pointer kind_of_scale("/scale/type");
+  const auto errors = [&] { return kind->draw(analysis, FigureStyle(analysis)).spec["layer"]; };
+  for (const Json& layer : errors()) EXPECT_NE(layer["encoding"]["y"].value(kind_of_scale, ""), "log");
+  CapacityPoint& point = analysis.curves.front().points.front();
+  point.mean *= 1000;
+  point.interval.high *= 1000;
+  const Json far_apart = errors();
+  for (const Json& layer : far_apart) EXPECT_EQ(layer["encoding"]["y"]["scale"]["type"], "log");
+  EXPECT_THAT(far_apart[0]["encoding"]["y"]["title"].get<std::string>(), testing::EndsWith(" (log scale)"));
+  point.interval.low = 0;
+  for (const Json& layer : errors()) EXPECT_NE(layer["encoding"]["y"].value(kind_of_scale, ""), "log");
+}
+
 TEST(FigureSetTest, PointsOfTheLossAreThoseOfTheAnalysis) {
   Analysis analysis = SampleAnalysis{}.make();
   LossPredictions& loss = analysis.loss_predictions;

@@ -40,8 +40,10 @@ constexpr Index kDepthAcross = HWY_TARGET <= HWY_AVX3 ? 128 : 256;
 // Rows of the left operand that stay in the second-level cache while the columns pass.
 constexpr Index kBlockRows = 20 * kRows;
 
-// From so many rows on, columns that lie apart are brought together first: they would share few places of the cache.
+// From so many rows on, columns whose rows lie so far apart are brought together first: they would share few places of
+// the cache.
 constexpr Index kRowsWorthPacking = 8 * kRows;
+constexpr Index kFarApart = 512;
 
 // Columns that are brought together at a time, for the second-level cache.
 constexpr Index kColumnsPacked = 256;
@@ -262,7 +264,7 @@ void multiply_chunks(Index rows, Index columns, const Terms& terms, const Sums& 
 }
 
 void multiply_all(Index rows, Index columns, const Terms& terms, const Sums& sums) {
-  if (rows >= kRowsWorthPacking && terms.depth > 0 && terms.b_row != kColumnsAtOnce) {
+  if (rows >= kRowsWorthPacking && terms.depth > 0 && terms.b_row >= kFarApart) {
     multiply_chunks(rows, columns, terms, sums);
   } else {
     multiply_blocks(rows, columns, terms, 1, sums);

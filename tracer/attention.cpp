@@ -149,6 +149,10 @@ void attend_many(const Execution& execution, const AttentionShape& shape, std::s
   Index first_token = 0;
   for (std::size_t s = 0; s < sequences.size(); ++s) {
     const auto& [cache, count] = sequences[s];
+    if (cache == nullptr) {
+      first_token += count;
+      continue;
+    }
     Index seen = 0;
     for (int set = 0; set < cache->sets_per_layer(); ++set) seen = std::max(seen, cache->length(layer, set));
     if (reach > 0) seen = std::min(seen, reach + kQueryBlock + kKeyBlock);
@@ -202,6 +206,7 @@ void attend_single(const Execution& execution, const AttentionShape& shape, std:
   std::vector<Piece> pieces;
   Index work_size = 0;
   for (std::size_t s = 0; s < sequences.size(); ++s) {
+    if (sequences[s].cache == nullptr) continue;
     const KvCache& cache = *sequences[s].cache;
     work_size += 2 * cache.length(layer, 0) * query_width;
     for (int set = 0; set < cache.sets_per_layer(); ++set) {

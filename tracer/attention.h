@@ -19,7 +19,7 @@ struct AttentionShape {
 
 /// The last tokens of a sequence, whose keys and values its cache holds already.
 struct NewTokens {
-  const KvCache* cache = nullptr;
+  const KvCache* cache = nullptr;  ///< null: they were attended already
   Index count = 0;
 };
 

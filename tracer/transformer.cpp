@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <iterator>
+#include <limits>
 #include <numeric>
 #include <string_view>
 
@@ -135,10 +136,10 @@ void Transformer::logits(std::span<const float> states, Index count, std::span<f
 Transformer::Pass Transformer::begin(std::span<const Sequence> sequences, LinearInput::SingleRow single_row,
                                      bool all_states, bool single_queries) const {
   Pass pass{sequences, single_row, all_states, single_queries, {}, {}, {}};
-  for (const auto& [ids, cache] : sequences) {
+  for (const Sequence& sequence : sequences) {
     pass.starts.push_back(pass.count());
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      pass.positions.push_back(cache->next_position() + static_cast<Index>(i));
+    for (std::size_t i = 0; i < sequence.ids.size(); ++i) {
+      pass.positions.push_back(sequence.next_position() + static_cast<Index>(i));
     }
   }
   const Index width = model_.config.hidden_size;
@@ -178,7 +179,9 @@ void Transformer::run_layers(Pass& pass, ForwardObserver* observer) {
   const Rotation rotation = rotation_of(pass.positions, inverse_frequencies_);
   Rotation local_rotation;
   std::vector<NewTokens> new_tokens;
-  for (const auto& [ids, cache] : pass.sequences) new_tokens.push_back({cache, static_cast<Index>(ids.size())});
+  for (const Sequence& sequence : pass.sequences) {
+    new_tokens.push_back({sequence.cache, static_cast<Index>(sequence.ids.size())});
+  }
   std::vector<double> mass;
   std::vector<float> norms;
   for (int number = 0; number < config.num_layers; ++number) {
@@ -196,7 +199,7 @@ void Transformer::run_layers(Pass& pass, ForwardObserver* observer) {
     for (Index first = 0, block = 0; first < count; first += block) {
       block = next_block(count - first);
       project(pass, number, first, block, local ? local_rotation : rotation,
-              block_of(queries, first, block, query_width));
+              block_of(queries, first, block, query_width), block_of(outputs, first, block, query_width));
       report(first + block, 0);
     }
 
@@ -233,16 +236,22 @@ void Transformer::run_layers(Pass& pass, ForwardObserver* observer) {
     finish(first_needed, count, true);
     if (wants_norms) observer->on_residual(number, pass.positions.front(), norms);
   }
-  for (const auto& [ids, cache] : pass.sequences) cache->advance(static_cast<Index>(ids.size()));
+  for (const Sequence& sequence : pass.sequences) {
+    if (sequence.attention != nullptr) {
+      sequence.attention->advance();
+    } else {
+      sequence.cache->advance(static_cast<Index>(sequence.ids.size()));
+    }
+  }
 }
 
 // No token is left for a block of its own: single ones are multiplied in another order, and the bits that come out must
 // not depend on how the prompt was divided.
 Index Transformer::next_block(Index left) const { return left <= block_tokens_ + 1 ? left : block_tokens_; }
 
-// Of `count` tokens of the pass from `first` on.
+// Of `count` tokens of the pass from `first` on; `outputs` of those that attend by themselves.
 void Transformer::project(const Pass& pass, int layer_number, Index first, Index count, const Rotation& rotation,
-                          std::span<float> queries) {
+                          std::span<float> queries, std::span<float> outputs) {
   const ModelConfig& config = model_.config;
   const LayerWeights& layer = model_.layers[static_cast<std::size_t>(layer_number)];
   const std::span positions = std::span(pass.positions).subspan(static_cast<std::size_t>(first));
@@ -271,12 +280,20 @@ void Transformer::project(const Pass& pass, int layer_number, Index first, Index
 
   // Each sequence's tokens among these go to its own cache.
   const auto sequences = static_cast<Index>(pass.sequences.size());
-  execution_.share(sequences, count * kv_width * 8, [&](Index sequence, int) {
-    const auto& [ids, cache] = pass.sequences[static_cast<std::size_t>(sequence)];
+  const bool attends = std::ranges::any_of(pass.sequences, [](const Sequence& s) { return s.attention != nullptr; });
+  const Index work = attends ? std::numeric_limits<Index>::max() : count * kv_width * 8;
+  execution_.share(sequences, work, [&](Index sequence, int) {
+    const auto& [ids, cache, attention] = pass.sequences[static_cast<std::size_t>(sequence)];
     const Index begin = pass.starts[static_cast<std::size_t>(sequence)];
     const Index from = std::max(first, begin);
     const Index end = std::min(first + count, begin + static_cast<Index>(ids.size()));
     if (from >= end) return;
+    if (attention != nullptr) {
+      const Index token = from - first;
+      attention->attend(layer_number, keys.data() + token * kv_width, values.data() + token * kv_width,
+                        queries.data() + token * query_width, outputs.data() + token * query_width);
+      return;
+    }
     for (int head = 0; head < config.num_key_value_heads; ++head) {
       const KvCache::Rows rows =
           cache->append(layer_number, head, pass.positions[static_cast<std::size_t>(from)], end - from);

@@ -53,10 +53,27 @@ class ForwardObserver {
   virtual void on_progress(double fraction) { static_cast<void>(fraction); }
 };
 
-/// Tokens that follow those in a cache.
+/// Attends to a sequence whose keys and values it holds itself, token by token.
+class TokenAttention {
+ public:
+  virtual ~TokenAttention() = default;
+
+  /// The position of the next token, which advance() moves on once it went through all layers.
+  virtual Index next_position() const = 0;
+  virtual void advance() = 0;
+
+  /// What the token's queries [H, D] get in a layer, `keys` and `values` [K, D] being its own: [H, D] into `outputs`.
+  /// Objects are called by several threads, each of them by one at a time. May throw Error.
+  virtual void attend(int layer, const float* keys, const float* values, const float* queries, float* outputs) = 0;
+};
+
+/// Tokens that follow those in a cache, or one that follows those of `attention`.
 struct Sequence {
   std::span<const std::int32_t> ids;  ///< not empty, in the vocabulary, and they fit the cache
   KvCache* cache = nullptr;
+  TokenAttention* attention = nullptr;  ///< in the place of a cache; then there is a single token
+
+  Index next_position() const { return attention != nullptr ? attention->next_position() : cache->next_position(); }
 };
 
 class Transformer {
@@ -121,7 +138,7 @@ class Transformer {
   Index next_block(Index left) const;
   Rotation rotation_of(std::span<const Index> positions, const std::vector<float>& frequencies) const;
   void project(const Pass& pass, int layer_number, Index first, Index count, const Rotation& rotation,
-               std::span<float> queries);
+               std::span<float> queries, std::span<float> outputs);
   void add_attention(const LayerWeights& layer, std::span<const float> attended, Index count,
                      LinearInput::SingleRow single_row, std::span<float> hidden) const;
   void feed_forward(const LayerWeights& layer, Index count, LinearInput::SingleRow single_row,

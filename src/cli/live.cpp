@@ -309,10 +309,23 @@ std::string_view stage_text(tracer::LiveProgress::Stage stage) {
       return "continuation";
     case tracer::LiveProgress::Stage::evicted:
       return "over what is kept";
+    case tracer::LiveProgress::Stage::decoding:
+      return "evicted token by token";
     case tracer::LiveProgress::Stage::generation:
       return "writing";
   }
   return "";
+}
+
+// Those of one prompt, about as long as each other.
+std::vector<tracer::LiveProgress::Stage> stages_of(const LiveArguments& arguments, const ReplayRequest& request) {
+  using Stage = tracer::LiveProgress::Stage;
+  const auto is_scheduled = [](const Policy& policy) { return policy.schedule.has_value(); };
+  std::vector<Stage> stages = {Stage::prompt, Stage::continuation};
+  if (!std::ranges::all_of(request.policies, is_scheduled)) stages.push_back(Stage::evicted);
+  if (std::ranges::any_of(request.policies, is_scheduled)) stages.push_back(Stage::decoding);
+  if (arguments.generate > 0) stages.push_back(Stage::generation);
+  return stages;
 }
 
 TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request, const tracer::Model& model,
@@ -345,7 +358,8 @@ TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request
     found.notes.push_back(
         fmt::format("the model ends the sequence after {} of the {} tokens that were asked for", ids.size(), asked));
   }
-  measure_live(run, found);
+  const std::span<const Setting> settings = engine.settings(0);
+  measure_live(run, settings, found);
   if (arguments.generate > 0) {
     std::vector<std::string> answers = beginning.info.answers;
     answers.insert(answers.end(), arguments.answers.begin(), arguments.answers.end());
@@ -353,7 +367,7 @@ TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request
       found.notes.push_back(
           "whether an answer is in what the model writes cannot be told: its folder has no tokenizer");
     }
-    generate_live(run, found, arguments.generate, beginning.tokenizer.get(), answers);
+    generate_live(run, settings, found, arguments.generate, beginning.tokenizer.get(), answers);
   }
   return found;
 }
@@ -552,7 +566,7 @@ void run_live(const LiveArguments& given) {
     for (const std::string& plugin : arguments.plugins) load_plugin(plugin);
     request = request_from(arguments.replay, notes);
     request.residual_sum = true;
-    request.evicts_once = true;
+    request.layer_by_layer = true;
     check_arguments(arguments, request);
     if (ranks->size() > 1 && arguments.replay.results.empty()) {
       throw UsageError("several processes work together on one output; name it with -o");
@@ -625,17 +639,17 @@ void run_live(const LiveArguments& given) {
     std::optional<Progress> line;
     if (ranks->is_first()) line.emplace();
     tell_interruption(0);
+    const std::vector<tracer::LiveProgress::Stage> stages = stages_of(arguments, request);
     try {
       with_advice([&]() {
         for (std::size_t i = 0; i < part.size() && !ranks->others_stopped(); ++i) {
           Beginning& beginning = beginnings[static_cast<std::size_t>(part[i])];
           const std::string name = std::filesystem::path(beginning.name).filename().string();
-          const double stages = arguments.generate > 0 ? 4 : 3;
           TraceReplay found = run_one(
               arguments, request, *model, transformer, std::move(beginning), [&](const tracer::LiveProgress& at) {
                 if (!line) return;
-                // The stages of one prompt, about as long as each other.
-                const double share = std::min(1.0, (static_cast<double>(at.stage) + at.fraction) / stages);
+                const auto done = std::ranges::find(stages, at.stage) - stages.begin();
+                const double share = (static_cast<double>(done) + at.fraction) / static_cast<double>(stages.size());
                 line->show(fmt::format("{}: {}", name, stage_text(at.stage)),
                            (static_cast<double>(i) + share) / static_cast<double>(part.size()));
               });

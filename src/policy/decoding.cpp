@@ -209,6 +209,7 @@ struct LayerDecoding::Caches {
   bool attends = false;  // somebody looks at what every step's query pays
   bool reindexed = false;
   int last = 0;                             // eviction, or the prompt's last token
+  std::vector<float> output;                // [H · D] of the newest query, where somebody asks for it
   std::vector<std::vector<float>> outputs;  // [step][H · D]
 };
 
@@ -323,13 +324,14 @@ bool LayerDecoding::looks_at_queries(const Setting& setting) {
 }
 
 LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting> settings, std::vector<int> kv_heads,
-                             Index combination_bytes)
+                             Index combination_bytes, bool outputs)
     : prompt_(prompt),
       kv_heads_(std::move(kv_heads)),
       combination_bytes_(combination_bytes),
       shape_(prompt.shape()),
       position_(shape_.next_position - 1),
-      window_(window_of(settings)) {
+      window_(window_of(settings)),
+      gives_outputs_(outputs) {
   for (const int kv_head : kv_heads_) {
     heads_[kv_head] = prompt.head(kv_head);
     rows_[kv_head] = std::make_unique<Rows>(shape_.head_dim, shape_.group_size, window_);
@@ -340,6 +342,9 @@ LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting>
     caches->schedule = *setting.policy->schedule;
     caches->policy.schedule.reset();
     caches->reindexed = setting.policy->row_positions == RowPositions::reindexed;
+    if (caches->reindexed || gives_outputs_) {
+      caches->output.resize(static_cast<std::size_t>(Index{shape_.num_kv_heads} * shape_.group_size * shape_.head_dim));
+    }
     const int held = shape_.rows();
     caches->capacity = setting.asked.resolve(held, setting.policy->share_rule) +
                        (caches->policy.pin.prompt && !caches->policy.pin.counted ? held : 0);
@@ -443,7 +448,7 @@ void LayerDecoding::begin(Caches& caches) {
     const PromptLane source(*heads_.at(lane.kv_head), lane.shape, lane.first_member, nullptr, nullptr);
     lane.memory->begin(Head(source, combination_bytes_));
   }
-  caches.attends = caches.attends || caches.reindexed;
+  caches.attends = caches.attends || !caches.output.empty();
   const Schedule& schedule = caches.schedule;
   if (schedule.prompt == Schedule::Prompt::wait) return;
   Schedule at_end = schedule;
@@ -551,6 +556,7 @@ void LayerDecoding::step(const TokenRows& token) {
     attend(*caches);
     const Schedule& schedule = caches->schedule;
     if (!schedule.joins_first) {
+      sum_values(*caches);
       observe(*caches);
       leave_behind(*caches);
     }
@@ -567,7 +573,12 @@ void LayerDecoding::step(const TokenRows& token) {
       caches->last = token.position;
     }
     if (!schedule.joins_first) continue;
-    if (!evicts) observe(*caches);
+    if (!evicts) {
+      observe(*caches);
+    } else if (!caches->output.empty()) {
+      attend(*caches);
+    }
+    sum_values(*caches);
     leave_behind(*caches);
   }
   for (const auto& [kv_head, slot] : slots) rows_.at(kv_head)->release(slot);
@@ -599,9 +610,6 @@ void LayerDecoding::observe(Caches& caches) const {
 void LayerDecoding::attend(Caches& caches) {
   if (!caches.attends) return;
   const Index depth = shape_.head_dim;
-  if (caches.reindexed) {
-    caches.outputs.emplace_back(static_cast<std::size_t>(Index{shape_.num_kv_heads} * shape_.group_size * depth));
-  }
   for (Lane& lane : caches.lanes) {
     Rows& rows = *rows_.at(lane.kv_head);
     const auto count = static_cast<Index>(lane.slots.size());
@@ -630,22 +638,33 @@ void LayerDecoding::attend(Caches& caches) {
       softmax(lane.attention.row(member), 0, count, lane.shape.rule.sink(lane.shape.query_head(member)));
     }
     count_exponentials(members * count);
-    if (caches.reindexed) {
-      for (int member = 0; member < members; ++member) {
-        Eigen::Map<Eigen::RowVectorXf> output(
-            caches.outputs.back().data() + (lane.kv_head * shape_.group_size + lane.first_member + member) * depth,
-            depth);
-        Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(depth);
-        for (Index row = 0; row < count; ++row) {
-          sum += static_cast<double>(lane.attention(member, row)) *
-                 Eigen::Map<const Eigen::RowVectorXf>(rows.value(lane.slots[static_cast<std::size_t>(row)]), depth)
-                     .cast<double>();
-        }
-        output = sum.cast<float>();
-      }
-    }
   }
 }
+
+// What that attention gets from the values, where somebody asks for it.
+void LayerDecoding::sum_values(Caches& caches) const {
+  if (caches.output.empty()) return;
+  const Index depth = shape_.head_dim;
+  for (const Lane& lane : caches.lanes) {
+    const Rows& rows = *rows_.at(lane.kv_head);
+    const auto count = static_cast<Index>(lane.slots.size());
+    for (int member = 0; member < lane.shape.group_size; ++member) {
+      Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(depth);
+      for (Index row = 0; row < count; ++row) {
+        sum += static_cast<double>(lane.attention(member, row)) *
+               Eigen::Map<const Eigen::RowVectorXf>(rows.value(lane.slots[static_cast<std::size_t>(row)]), depth)
+                   .cast<double>();
+      }
+      Eigen::Map<Eigen::RowVectorXf>(
+          caches.output.data() + (lane.kv_head * shape_.group_size + lane.first_member + member) * depth, depth) =
+          sum.cast<float>();
+    }
+    count_operations(2 * count * lane.shape.group_size * depth);
+  }
+  if (!gives_outputs_) caches.outputs.push_back(caches.output);
+}
+
+std::span<const float> LayerDecoding::output(std::size_t setting) const { return caches_[setting]->output; }
 
 std::vector<DecodedSetting> LayerDecoding::take() {
   std::vector<DecodedSetting> all;

@@ -47,15 +47,19 @@ class LayerDecoding {
  public:
   /// `prompt` delivers the layer's heads at the prompt's end, and must outlive it; so must the settings, all of which
   /// have a schedule. `kv_heads` are those that are decoded: all of them where a setting's heads depend on each other.
-  /// `combination_bytes`: see LayerDecision. Evicts the prompt where it is due. Throws Error as LayerDecision does.
+  /// `combination_bytes`: see LayerDecision. `outputs`: whether output() will be asked for; every step has to have
+  /// queries then. Evicts the prompt where it is due. Throws Error as LayerDecision does.
   LayerDecoding(const LayerSource& prompt, std::span<const Setting> settings, std::vector<int> kv_heads,
-                Index combination_bytes);
+                Index combination_bytes, bool outputs = false);
   ~LayerDecoding();
   LayerDecoding(const LayerDecoding&) = delete;
   LayerDecoding& operator=(const LayerDecoding&) = delete;
 
   /// The next token. Throws Error as LayerDecision does.
   void step(const TokenRows& token);
+
+  /// What the newest query gets from the cache of a setting: [H · D], of the heads that are decoded.
+  std::span<const float> output(std::size_t setting) const;
 
   /// What every setting did up to now: sets of the heads that were decoded are filled, all others empty.
   std::vector<DecodedSetting> take();
@@ -76,6 +80,7 @@ class LayerDecoding {
   void begin(Caches& caches);
   void evict(Caches& caches, const LayerSource& layer, int last_query, bool observes = false);
   void attend(Caches& caches);
+  void sum_values(Caches& caches) const;
   void observe(Caches& caches) const;
   void leave_behind(Caches& caches) const;
   void keep_rows(Lane& lane, const std::vector<int>& left, int last_query) const;
@@ -89,6 +94,7 @@ class LayerDecoding {
   HeadShape shape_;          // of the prompt's first head
   int position_;             // of the last token that came
   int window_;               // queries that stay at hand
+  bool gives_outputs_;       // of all settings
   bool cuts_apart_ = false;  // while a prompt is evicted: as by one eviction, without what is remembered of it
   std::map<int, std::unique_ptr<Rows>> rows_;         // [KV head]
   std::map<int, std::unique_ptr<HeadSource>> heads_;  // [KV head]: the prompt's

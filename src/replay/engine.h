@@ -59,6 +59,9 @@ class ReplayEngine {
   /// sets and numbers.
   const std::vector<TraceReplay>& outlines() const { return outlines_; }
 
+  /// The settings of an outline's results, in their order, for as long as the engine lives.
+  std::span<const Setting> settings(int replay) const { return settings_[static_cast<std::size_t>(replay)]; }
+
   /// What was asked of traces and is in no outline.
   const std::vector<TraceNote>& left_out() const { return left_out_; }
 

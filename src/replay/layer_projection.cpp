@@ -57,6 +57,13 @@ void LayerProjection::decompose(int query_head) {
   factors_[static_cast<std::size_t>(query_head)] = projection_factor_from(gram.leftCols(depth));
 }
 
+void LayerProjection::compute() {
+  const ModelInfo& model = trace_.info().model;
+  for (int slice = 0; slice < projection_slices(model); ++slice) read_slice(slice);
+  for (int head = 0; head < model.num_attention_heads; ++head) decompose(head);
+  finish();
+}
+
 Index LayerProjection::memory(const ModelInfo& model) {
   const Index head = Index{model.head_dim} * factor_width(model.head_dim) * static_cast<Index>(sizeof(float));
   return (projection_slices(model) + 1) * model.num_attention_heads * head;

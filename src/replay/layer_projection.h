@@ -32,6 +32,9 @@ class LayerProjection {
   /// projection_factor_of the head's part, to the bit.
   const Matrix& factor(int query_head) const { return factors_[static_cast<std::size_t>(query_head)]; }
 
+  /// All of it on the calling thread. Throws Error as read_slice() does.
+  void compute();
+
   /// Bytes that an object of this class takes.
   static Index memory(const ModelInfo& model);
 

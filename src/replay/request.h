@@ -27,8 +27,8 @@ struct ReplayRequest {
   /// Add up what all layers change in the residual stream, where traces tell its length: takes memory for a vector of
   /// the hidden size per setting and evaluation query.
   bool residual_sum = false;
-  bool evicts_once = false;  ///< leave out what evicts while tokens come: nothing stands behind the request that could
-  bool strict = false;       ///< refuse what cannot be replayed, instead of leaving it out with a note
+  bool layer_by_layer = false;  ///< leave out what decides over all layers at a step: a model runs one after the other
+  bool strict = false;          ///< refuse what cannot be replayed, instead of leaving it out with a note
 };
 
 /// The request of these specs at these capacities, written as on the command line. Throws UsageError.

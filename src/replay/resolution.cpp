@@ -364,12 +364,15 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
                  .share = request.share.value_or(policy.share.value_or(Share::mean))};
       if (own) setting.asked.count = std::max(*own, policy.minimum_capacity());
       if (policy.schedule) {
-        if (request.evicts_once) {
+        if (request.layer_by_layer && policy.across_layers) {
           left_out.add(
               policy.canonical, "",
-              {.reason = fmt::format("{} evicts while tokens come, and a live run evicts once", policy.canonical),
-               .cure = "replay it, or leave out the schedule",
-               .shared = "they evict while tokens come, and a live run evicts once"});
+              {.reason = fmt::format("{} keeps the same positions in all layers, and a running model has computed only "
+                                     "the first ones when it decides",
+                                     policy.canonical),
+               .cure = "replay it",
+               .shared = "they keep the same positions in all layers, and a running model has computed only the first "
+                         "ones when they decide"});
           break;
         }
         const auto apart = layers_obstacle(layers, policy);

@@ -64,7 +64,7 @@ double mean_kept(const ReplayResult& result, int layer) {
 }
 
 bool is_measured(const MeasureTraits& measure, const ReplayResult& result) {
-  if (measure.measure == Measure::cache_size) return result.replayed && result.scheduled;
+  if (measure.measure == Measure::cache_size) return (result.replayed || result.live) && result.scheduled;
   if (measure.measure == Measure::residual_sum) return result.replayed && result.residual_sum;
   if (!measure.is_of_layers()) return result.live;
   if (measure.measure == Measure::residual_error && !result.residual_norms) return false;

@@ -205,7 +205,7 @@ TEST(LiveRun, WritesFreelyWhatTheModelWritesWhereNothingIsEvicted) {
   EvictedRun run(demo_model(), reference_ids(), kReferencePrompt);
   const std::vector<std::int32_t> greedy = run.live.continue_greedily(12);
   const KeptSets little = run.sets([](int, int position) { return position >= kReferencePrompt - 8; });
-  const std::vector<Generation> texts = run.live.generate({nullptr, &little}, 12);
+  const std::vector<Generation> texts = run.live.generate({nullptr, &little}, {}, 12);
   EXPECT_EQ(texts[0].ids, greedy);
   EXPECT_NE(texts[1].ids, greedy);
   const std::vector<std::int32_t> all = reference_ids();
@@ -269,6 +269,140 @@ TEST(LiveRun, LosesNothingWithWhatNoQueryLooksAt) {
   });
   const auto outcomes = run.live.evict({&looked_at});
   for (const ModelOutcome& outcome : outcomes.front()) EXPECT_LT(outcome.divergence, 1e-6);
+}
+
+// Policies under schedules, as replay sets them up.
+struct ScheduledRun {
+  ScheduledRun(EvictedRun& run, const std::vector<std::string>& specs, const std::string& capacity,
+               Granularity granularity = Granularity::kv)
+      : engine({&run.held}, make_request(specs, {capacity}, granularity)),
+        replayed(replay(engine).front()),
+        decoded(run.live.decode(engine.settings(0))) {}
+
+  ReplayEngine engine;
+  TraceReplay replayed;
+  std::vector<LiveRun::Decoded> decoded;
+};
+
+TEST(LiveDecoding, LosesNothingWhereTheCapacityHoldsEverything) {
+  const TemporaryFolder folder;
+  grouped_model(folder.path());
+  EvictedRun run(folder.path(), some_ids(90, 97), 70);
+  const ScheduledRun scheduled(
+      run, {"h2o@h2o", "snapkv(window=8)+every(4)", "tova@tova", "restkv(window=8)+every(3)", "rkv(window=8)+every(5)"},
+      "200", Granularity::query);
+  ASSERT_EQ(scheduled.decoded.size(), 5U);
+  for (const LiveRun::Decoded& setting : scheduled.decoded) {
+    ASSERT_EQ(setting.outcomes.size(), 20U);
+    for (const ModelOutcome& outcome : setting.outcomes) EXPECT_LT(outcome.divergence, 1e-9);
+  }
+}
+
+// A cache of the runner that is cut by hand after every token.
+TEST(LiveDecoding, FindsWhatTheModelFindsOverACacheThatIsCutByHand) {
+  for (const char* family : {"", "gemma3", "qwen3"}) {
+    SCOPED_TRACE(family);
+    const TemporaryFolder folder;
+    grouped_model(folder.path());
+    const std::filesystem::path path =
+        *family == 0 ? folder.path() : test::project_folder() / "tests" / "tracer" / "families" / family;
+    const Model model(path);
+    const std::vector<std::int32_t> ids = some_ids(90, model.config.vocab_size);
+    EvictedRun run(path, ids, 70);
+    constexpr Index kCapacity = 12;
+    const ScheduledRun scheduled(run, {"recent+every(1)"}, fmt::format("{}", kCapacity));
+    Transformer transformer(model, {.threads = 1});
+    const auto cut = [&](KvCache& cache) {
+      for (int layer = 0; layer < model.config.num_layers; ++layer) {
+        for (int head = 0; head < model.config.num_key_value_heads; ++head) {
+          std::vector<Index> rows(static_cast<std::size_t>(std::min(kCapacity, cache.length(layer, head))));
+          std::iota(rows.begin(), rows.end(), cache.length(layer, head) - static_cast<Index>(rows.size()));
+          cache.keep(layer, head, rows);
+        }
+      }
+    };
+    const auto new_cache = [&] {
+      return KvCache(model.config.num_layers, model.config.num_key_value_heads, model.config.head_dim, 100);
+    };
+    KvCache full = new_cache();
+    KvCache evicted = new_cache();
+    transformer.forward(std::span(ids).first(70), full);
+    transformer.forward(std::span(ids).first(70), evicted);
+    cut(evicted);
+    double lost = 0;
+    for (std::size_t token = 70; token < ids.size(); ++token) {
+      const std::vector<float> expected = transformer.forward({&ids[token], 1}, full);
+      const std::vector<float> found = transformer.forward({&ids[token], 1}, evicted);
+      cut(evicted);
+      const auto log_sum = [](const std::vector<float>& logits) {
+        double sum = 0;
+        for (const float logit : logits) sum += std::exp(static_cast<double>(logit));
+        return std::log(sum);
+      };
+      double divergence = 0;
+      for (std::size_t i = 0; i < expected.size(); ++i) {
+        const double log_p = static_cast<double>(expected[i]) - log_sum(expected);
+        divergence += std::exp(log_p) * (log_p - (static_cast<double>(found[i]) - log_sum(found)));
+      }
+      const ModelOutcome& outcome = scheduled.decoded.front().outcomes[token - 70];
+      EXPECT_NEAR(outcome.divergence, divergence, 1e-6 + 1e-3 * divergence) << token;
+      lost += divergence;
+    }
+    EXPECT_GT(lost, 1e-3);
+  }
+}
+
+// What comes before the first layer's attention is the same with any cache.
+TEST(LiveDecoding, KeepsInTheFirstLayerWhatAReplayKeeps) {
+  EvictedRun run(demo_model(), reference_ids(), kReferencePrompt);
+  const ScheduledRun scheduled(run,
+                               {"h2o@h2o", "tova@tova", "snapkv+every(4)", "restkv+every(interval=2,slack=8)", "rkv",
+                                "streamingllm@streaming-llm", "h2o@h2o-rolled", "morphkv", "cold-compress"},
+                               "64", Granularity::query);
+  bool deeper = false;
+  for (std::size_t i = 0; i < scheduled.decoded.size(); ++i) {
+    const ReplayResult& replayed = scheduled.replayed.results[i];
+    SCOPED_TRACE(replayed.policy);
+    const std::vector<Residency>& found = scheduled.decoded[i].sets;
+    ASSERT_EQ(found.size(), replayed.kept.sets.size());
+    for (std::size_t set = 0; set < found.size(); ++set) {
+      if (set < static_cast<std::size_t>(replayed.kept.sets_per_layer)) {
+        EXPECT_EQ(found[set], replayed.kept.sets[set]) << set;
+      } else {
+        deeper = deeper || found[set] != replayed.kept.sets[set];
+      }
+    }
+  }
+  EXPECT_TRUE(deeper) << "layers above decide over other queries";
+}
+
+TEST(LiveDecoding, GivesTheSameBitsForAnyThreadsAndWhateverElseIsRun) {
+  const TemporaryFolder folder;
+  grouped_model(folder.path());
+  const std::vector<std::int32_t> ids = some_ids(100, 97);
+  const auto numbers = [&](int threads, const std::vector<std::string>& specs) {
+    EvictedRun run(folder.path(), ids, 80, threads);
+    const ScheduledRun scheduled(run, specs, "16");
+    std::vector<double> found;
+    for (const ModelOutcome& outcome : scheduled.decoded.front().outcomes) found.push_back(outcome.divergence);
+    return found;
+  };
+  const std::string first = "snapkv(window=4)+every(2)";
+  const std::vector<double> alone = numbers(1, {first});
+  EXPECT_GT(alone.back(), 0);
+  EXPECT_EQ(numbers(3, {first}), alone);
+  EXPECT_EQ(numbers(2, {first, "tova+every(1)", "knorm+every(5)"}), alone);
+}
+
+TEST(LiveDecoding, WritesFreelyUnderASchedule) {
+  EvictedRun run(demo_model(), reference_ids(), kReferencePrompt);
+  const ScheduledRun scheduled(run, {"snapkv+every(4)", "streamingllm+every(1)"}, "1000");
+  const ScheduledRun little(run, {"recent+every(1)"}, "8");
+  const std::vector<std::int32_t> greedy = run.live.continue_greedily(12);
+  const std::vector<Generation> texts = run.live.generate({nullptr}, scheduled.engine.settings(0), 12);
+  ASSERT_EQ(texts.size(), 3U);
+  for (const Generation& text : texts) EXPECT_EQ(text.ids, greedy);
+  EXPECT_NE(run.live.generate({}, little.engine.settings(0), 12).front().ids, greedy);
 }
 
 TEST(LiveRun, CountsRepeatedFourTokenSequences) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <numeric>
@@ -22,6 +23,9 @@ constexpr Index kTokensAtOnce = 1024;
 
 // Logits that are held together.
 constexpr Index kLogitsAtOnce = Index{16} << 20;
+
+// Settings with a schedule whose caches are held together.
+constexpr std::size_t kDecodedAtOnce = 16;
 
 // Which of the settings are worth a run: the first of equal ones, and for each setting the place of its own.
 struct Distinct {
@@ -122,7 +126,7 @@ KvCache LiveRun::view_of(const KeptSets* setting, Index capacity) const {
     sets_per_layer = setting->sets_per_layer;
     for (const Residency& set : setting->sets) {
       if (!set.is_one_eviction()) {
-        throw Error(fmt::format("{}: a live run evicts once, and a kept set tells of several evictions", run_.name()));
+        throw Error(fmt::format("{}: a kept set tells of several evictions, and a live run takes those of one", run_.name()));
       }
       kept.emplace_back(set.kept().begin(), set.kept().end());
     }
@@ -149,6 +153,7 @@ void LiveRun::follow(std::span<const std::int32_t> ids, const std::vector<std::s
 }
 
 std::vector<std::vector<ModelOutcome>> LiveRun::evict(const std::vector<const KeptSets*>& settings) {
+  if (settings.empty()) return {};
   const Distinct different = distinct(settings);
   const Index later = run_.later();
   const std::span ids = std::span(run_.info().token_ids).last(static_cast<std::size_t>(later));
@@ -171,6 +176,66 @@ std::vector<std::vector<ModelOutcome>> LiveRun::evict(const std::vector<const Ke
   std::vector<std::vector<ModelOutcome>> all;
   for (const std::size_t place : different.place) all.push_back(outcomes[place]);
   return all;
+}
+
+// At the prompt's end, layer by layer.
+std::vector<std::unique_ptr<DecodingCaches>> LiveRun::begin_decoding(std::span<const Setting> settings) {
+  const int layers = model_.config.num_layers;
+  const Execution& execution = transformer_.execution();
+  if (!settings.empty() && projections_.empty()) {
+    projections_.resize(static_cast<std::size_t>(layers));
+    const bool asked = std::ranges::any_of(settings, [](const Setting& setting) {
+      return RankingRequirements({&setting, 1}, std::numeric_limits<int>::max()).projected_distance;
+    });
+    if (asked) {
+      execution.share(layers, std::numeric_limits<Index>::max(), [&](Index layer, int) {
+        auto& projection = projections_[static_cast<std::size_t>(layer)];
+        projection = std::make_unique<LayerProjection>(run_, static_cast<int>(layer));
+        projection->compute();
+      });
+    }
+  }
+  std::vector<std::unique_ptr<DecodingCaches>> caches;
+  for (const Setting& setting : settings) {
+    caches.push_back(std::make_unique<DecodingCaches>(run_, setting, projections_));
+  }
+  const auto pieces = static_cast<Index>(caches.size()) * layers;
+  execution.share(pieces, std::numeric_limits<Index>::max(), [&](Index piece, int) {
+    caches[static_cast<std::size_t>(piece / layers)]->begin(static_cast<int>(piece % layers));
+  });
+  return caches;
+}
+
+std::vector<LiveRun::Decoded> LiveRun::decode(std::span<const Setting> settings) {
+  const Index later = run_.later();
+  const Index width = model_.config.hidden_size;
+  const std::span ids = std::span(run_.info().token_ids).last(static_cast<std::size_t>(later));
+  std::vector<Decoded> decoded(settings.size());
+  std::vector<std::vector<ModelOutcome>> outcomes(settings.size());
+  for (std::size_t first = 0; first < settings.size(); first += kDecodedAtOnce) {
+    const std::size_t count = std::min(kDecodedAtOnce, settings.size() - first);
+    const std::vector<std::unique_ptr<DecodingCaches>> caches = begin_decoding(settings.subspan(first, count));
+    Buffer states(static_cast<Index>(count) * later * width);
+    for (Index token = 0; token < later; ++token) {
+      const double done = static_cast<double>(first) + static_cast<double>(count * token) / static_cast<double>(later);
+      report(LiveProgress::Stage::decoding, done / static_cast<double>(settings.size()));
+      std::vector<Sequence> sequences;
+      for (const auto& of_setting : caches) {
+        sequences.push_back({ids.subspan(static_cast<std::size_t>(token), 1), nullptr, of_setting.get()});
+      }
+      const Buffer rows = transformer_.run(sequences);
+      for (std::size_t i = 0; i < count; ++i) {
+        const auto run = static_cast<Index>(i);
+        std::copy_n(rows.data() + run * width, width, states.data() + (run * later + token) * width);
+      }
+    }
+    std::vector<std::size_t> batch(count);
+    std::iota(batch.begin(), batch.end(), first);
+    compare(batch, states, outcomes);
+    for (std::size_t i = 0; i < count; ++i) decoded[first + i].sets = caches[i]->take();
+  }
+  for (std::size_t i = 0; i < decoded.size(); ++i) decoded[i].outcomes = std::move(outcomes[i]);
+  return decoded;
 }
 
 // The logits of some tokens at a time, of the full run and of all settings, so that the output head is read once for
@@ -221,15 +286,18 @@ void LiveRun::compare(std::span<const std::size_t> batch, const Buffer& states,
   }
 }
 
-std::vector<Generation> LiveRun::generate(const std::vector<const KeptSets*>& settings, Index count) {
-  const Distinct different = distinct(settings);
-  std::vector<Generation> texts(different.settings.size());
+std::vector<Generation> LiveRun::generate(const std::vector<const KeptSets*>& kept, std::span<const Setting> scheduled,
+                                          Index count) {
+  const Distinct different = distinct(kept);
+  const std::size_t views = different.settings.size();
   std::vector<KvCache> caches;
-  caches.reserve(texts.size());
-  for (std::size_t i = 0; i < texts.size(); ++i) {
-    caches.push_back(view_of(different.settings[i], count));
-    texts[i].ids.push_back(most_likely(prompt_logits_));
-    texts[i].ended = ends(model_.config, texts[i].ids.back());
+  caches.reserve(views);
+  for (const KeptSets* const setting : different.settings) caches.push_back(view_of(setting, count));
+  const std::vector<std::unique_ptr<DecodingCaches>> decoding = begin_decoding(scheduled);
+  std::vector<Generation> texts(views + scheduled.size());
+  for (Generation& text : texts) {
+    text.ids.push_back(most_likely(prompt_logits_));
+    text.ended = ends(model_.config, text.ids.back());
   }
   const Index vocabulary = model_.config.vocab_size;
   const Index at_once = std::max<Index>(1, kLogitsAtOnce / vocabulary);
@@ -245,7 +313,11 @@ std::vector<Generation> LiveRun::generate(const std::vector<const KeptSets*>& se
       const auto here =
           std::span(open).subspan(first, std::min(static_cast<std::size_t>(at_once), open.size() - first));
       std::vector<Sequence> sequences;
-      for (const std::size_t i : here) sequences.push_back({{&texts[i].ids.back(), 1}, &caches[i]});
+      for (const std::size_t i : here) {
+        const bool is_view = i < views;
+        sequences.push_back(
+            {{&texts[i].ids.back(), 1}, is_view ? &caches[i] : nullptr, is_view ? nullptr : decoding[i - views].get()});
+      }
       const Buffer states = transformer_.step(sequences);
       logits.resize(here.size() * static_cast<std::size_t>(vocabulary));
       transformer_.logits(states.part(0, states.size()), static_cast<Index>(here.size()), logits);
@@ -259,15 +331,65 @@ std::vector<Generation> LiveRun::generate(const std::vector<const KeptSets*>& se
   report(LiveProgress::Stage::generation, 1);
   std::vector<Generation> all;
   for (const std::size_t place : different.place) all.push_back(texts[place]);
+  std::ranges::move(texts.begin() + static_cast<std::ptrdiff_t>(views), texts.end(), std::back_inserter(all));
   return all;
 }
 
-void measure_live(LiveRun& run, TraceReplay& replay) {
-  std::vector<const KeptSets*> settings;
-  for (const ReplayResult& result : replay.results) settings.push_back(&result.kept);
-  const std::vector<std::vector<ModelOutcome>> outcomes = run.evict(settings);
-  for (std::size_t i = 0; i < settings.size(); ++i) {
-    ReplayResult& result = replay.results[i];
+namespace {
+
+// Results of settings that evict once, and of those with a schedule, which are settings themselves.
+struct Divided {
+  std::vector<const KeptSets*> kept;
+  std::vector<Setting> scheduled;
+  std::vector<ReplayResult*> results;  // of these and of those
+
+  Divided(std::span<const Setting> settings, TraceReplay& replay) {
+    std::vector<ReplayResult*> later;
+    for (std::size_t i = 0; i < settings.size(); ++i) {
+      ReplayResult& result = replay.results[i];
+      if (result.scheduled) {
+        scheduled.push_back(settings[i]);
+        later.push_back(&result);
+      } else {
+        kept.push_back(&result.kept);
+        results.push_back(&result);
+      }
+    }
+    std::ranges::copy(later, std::back_inserter(results));
+  }
+};
+
+// The positions that queries see of what the model's caches kept.
+void count_cached(const TraceInfo& info, const TraceReplay& replay, ReplayResult& result) {
+  Table& table = result.measures[Measure::cache_size];
+  table = Table::of_shape(table_shape(traits_of(Measure::cache_size), replay.model.num_layers, replay.extent()));
+  auto number = table.numbers.begin();
+  for (int layer = 0; layer < replay.model.num_layers; ++layer) {
+    const AttentionRule rule = head_shape(info, layer, 0, replay.eviction_position).rule;
+    for (int head = 0; head < replay.model.num_attention_heads; ++head) {
+      const Residency& set = result.kept.of_query_head(layer, head, replay.model.group_size());
+      for (const int position : replay.evaluation_positions) {
+        *number++ = static_cast<float>(
+            set.count_at(position, replay.eviction_position, static_cast<int>(rule.first_visible(position))));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void measure_live(LiveRun& run, std::span<const Setting> settings, TraceReplay& replay) {
+  const Divided divided(settings, replay);
+  std::vector<std::vector<ModelOutcome>> outcomes = run.evict(divided.kept);
+  std::vector<LiveRun::Decoded> decoded = run.decode(divided.scheduled);
+  for (LiveRun::Decoded& of_setting : decoded) {
+    ReplayResult& result = *divided.results[outcomes.size()];
+    result.kept.sets = std::move(of_setting.sets);
+    count_cached(run.run().info(), replay, result);
+    outcomes.push_back(std::move(of_setting.outcomes));
+  }
+  for (std::size_t i = 0; i < outcomes.size(); ++i) {
+    ReplayResult& result = *divided.results[i];
     result.live = true;
     for (const auto& [measure, calculate] : formulas<ModelOutcome>()) {
       Table& table = result.measures[measure];
@@ -279,11 +401,11 @@ void measure_live(LiveRun& run, TraceReplay& replay) {
   }
 }
 
-void generate_live(LiveRun& run, TraceReplay& replay, Index count, const Tokenizer* tokenizer,
-                   const std::vector<std::string>& answers) {
-  std::vector<const KeptSets*> settings = {nullptr};
-  for (const ReplayResult& result : replay.results) settings.push_back(&result.kept);
-  std::vector<Generation> texts = run.generate(settings, count);
+void generate_live(LiveRun& run, std::span<const Setting> settings, TraceReplay& replay, Index count,
+                   const Tokenizer* tokenizer, const std::vector<std::string>& answers) {
+  Divided divided(settings, replay);
+  divided.kept.insert(divided.kept.begin(), nullptr);
+  std::vector<Generation> texts = run.generate(divided.kept, divided.scheduled, count);
   const std::vector<std::int32_t>& ids = run.run().info().token_ids;
   const auto prompt = std::span(ids).first(static_cast<std::size_t>(run.run().eviction_position()));
   const std::vector<std::int32_t> full = texts.front().ids;
@@ -301,7 +423,7 @@ void generate_live(LiveRun& run, TraceReplay& replay, Index count, const Tokeniz
         return written.find(lower_case(answer)) != std::string::npos;
       });
     }
-    (i == 0 ? replay.generation : replay.results[i - 1].generation) = std::move(text);
+    (i == 0 ? replay.generation : divided.results[i - 1]->generation) = std::move(text);
   }
 }
 

@@ -3,11 +3,15 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "policy/setting.h"
+#include "replay/layer_projection.h"
 #include "replay/result.h"
+#include "tracer/live/decoding_caches.h"
 #include "tracer/live/held_run.h"
 #include "tracer/tokenizer/tokenizer.h"
 #include "tracer/transformer.h"
@@ -16,7 +20,7 @@ namespace kvreplay::tracer {
 
 /// How far a live run is.
 struct LiveProgress {
-  enum class Stage { prompt, continuation, evicted, generation };
+  enum class Stage { prompt, continuation, evicted, decoding, generation };
   Stage stage = Stage::prompt;
   double fraction = 0;  ///< of the stage
 };
@@ -50,13 +54,24 @@ class LiveRun {
   /// tells of several evictions.
   std::vector<std::vector<ModelOutcome>> evict(const std::vector<const KeptSets*>& settings);
 
-  /// What the model writes over each of `settings` after the prompt, most likely tokens, up to `count` each: without
-  /// text, answer and comparison. Equal ones are run once. Null: everything is kept.
-  std::vector<Generation> generate(const std::vector<const KeptSets*>& settings, Index count);
+  /// The same tokens one after the other over the caches of each of `settings`, all of which have a schedule: every
+  /// layer decides over what the model computes on what it kept before. Evaluated as evict() does. The same bits for
+  /// any number of threads and whatever else is run. Throws Error as LayerDecoding does.
+  struct Decoded {
+    std::vector<ModelOutcome> outcomes;  ///< [E]
+    std::vector<Residency> sets;         ///< layer-major
+  };
+  std::vector<Decoded> decode(std::span<const Setting> settings);
+
+  /// What the model writes over each of `kept`, then each of `scheduled`, after the prompt, most likely tokens, up to
+  /// `count` each: without text, answer and comparison. Equal sets are run once. Null: everything is kept.
+  std::vector<Generation> generate(const std::vector<const KeptSets*>& kept, std::span<const Setting> scheduled,
+                                   Index count);
 
  private:
   void report(LiveProgress::Stage stage, double fraction) const;
   KvCache view_of(const KeptSets* setting, Index capacity) const;
+  std::vector<std::unique_ptr<DecodingCaches>> begin_decoding(std::span<const Setting> settings);
   void compare(std::span<const std::size_t> batch, const Buffer& states,
                std::vector<std::vector<ModelOutcome>>& outcomes) const;
 
@@ -64,17 +79,20 @@ class LiveRun {
   Transformer& transformer_;
   HeldRun& run_;
   OnProgress on_progress_;
-  std::vector<float> prompt_logits_;  // after the last token before the eviction
-  Buffer full_states_;                // [E, C] of the run with everything
+  std::vector<float> prompt_logits_;                           // after the last token before the eviction
+  Buffer full_states_;                                         // [E, C] of the run with everything
+  std::vector<std::unique_ptr<LayerProjection>> projections_;  // [layer], once a schedule asks for them
 };
 
-/// Adds the measures of the whole model to the results of `replay`, whose kept sets are of `run`.
-void measure_live(LiveRun& run, TraceReplay& replay);
+/// Adds the measures of the whole model to the results of `replay`, which are of `settings` and whose kept sets are of
+/// `run`. Those of settings with a schedule become what the model's caches kept.
+void measure_live(LiveRun& run, std::span<const Setting> settings, TraceReplay& replay);
 
-/// Adds what the model writes freely, up to `count` tokens, to `replay` and its results. Texts are by `tokenizer`,
-/// which may be null; one that has one of `answers` in it, whatever the case of its letters, answered.
-void generate_live(LiveRun& run, TraceReplay& replay, Index count, const Tokenizer* tokenizer,
-                   const std::vector<std::string>& answers);
+/// Adds what the model writes freely, up to `count` tokens, to `replay` and its results, which are of `settings`. Texts
+/// are by `tokenizer`, which may be null; one that has one of `answers` in it, whatever the case of its letters,
+/// answered.
+void generate_live(LiveRun& run, std::span<const Setting> settings, TraceReplay& replay, Index count,
+                   const Tokenizer* tokenizer, const std::vector<std::string>& answers);
 
 /// The share of a text's four-token sequences that stood in it before; 0 for fewer than five tokens.
 double repeated_4grams(std::span<const std::int32_t> ids);

@@ -112,13 +112,13 @@ TEST_F(LiveCommand, GivesTheSameBytesForAnyNumberOfThreadsAndWithoutWhatAReplayM
 
 TEST_F(LiveCommand, EvictsWhileTokensComeWhereThereIsASchedule) {
   const std::string line =
-      "live --model tiny --trace run.h5 -p recent,h2o@h2o,snapkv(window=4)+every(2),triattention -c 16 --generate 6 ";
+      "live --model tiny --trace run.h5 -p recent,h2o@h2o,snapkv(window=4)+every(2),triattention -c 40 --generate 6 ";
   const Outcome outcome = run(line + "-o live.h5 --kept kept.h5");
   ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
   EXPECT_THAT(outcome.errors, HasSubstr("triattention keeps the same positions in all layers, and a running model has "
                                         "computed only the first ones when it decides; replay it"));
   const ResultsReader results(folder_ / "live.h5");
-  ASSERT_EQ(results.results().size(), 3U);
+  ASSERT_EQ(results.results().size(), 3U) << outcome.errors;
   for (std::size_t i = 0; i < results.results().size(); ++i) {
     const StoredResult& result = results.results()[i];
     SCOPED_TRACE(result.policy);
@@ -126,7 +126,7 @@ TEST_F(LiveCommand, EvictsWhileTokensComeWhereThereIsASchedule) {
     EXPECT_EQ(results.read(i, Measure::layer_error).numbers.size(), 16U);
     const bool scheduled = result.policy != "recent";
     EXPECT_EQ(results.read(i, Measure::cache_size).numbers.empty(), !scheduled);
-    for (const float size : results.read(i, Measure::cache_size).numbers) EXPECT_LE(size, 18.0f);
+    for (const float size : results.read(i, Measure::cache_size).numbers) EXPECT_LE(size, 42.0f);
   }
   const Outcome without = run(line + "-o without.h5 --no-offline");
   ASSERT_EQ(without.exit_code, 0) << without.errors;

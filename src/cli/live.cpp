@@ -648,8 +648,9 @@ void run_live(const LiveArguments& given) {
           TraceReplay found = run_one(
               arguments, request, *model, transformer, std::move(beginning), [&](const tracer::LiveProgress& at) {
                 if (!line) return;
-                const auto done = std::ranges::find(stages, at.stage) - stages.begin();
-                const double share = (static_cast<double>(done) + at.fraction) / static_cast<double>(stages.size());
+                const auto stages_done = std::ranges::find(stages, at.stage) - stages.begin();
+                const double share =
+                    (static_cast<double>(stages_done) + at.fraction) / static_cast<double>(stages.size());
                 line->show(fmt::format("{}: {}", name, stage_text(at.stage)),
                            (static_cast<double>(i) + share) / static_cast<double>(part.size()));
               });

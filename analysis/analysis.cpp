@@ -265,8 +265,9 @@ void note_lacking(const ResultSet& results, Measure measure, std::vector<std::st
   std::size_t lacking = 0;
   for (std::size_t i = 0; i < results.results().size(); ++i) {
     // Only policies that rank have a rank agreement, and only traces with spans a span recall.
-    if (const auto per = traits_of(measure).per;
-        per == MeasureTraits::Per::head || per == MeasureTraits::Per::head_and_span) {
+    if (const auto per = traits_of(measure).per; per == MeasureTraits::Per::head ||
+                                                 per == MeasureTraits::Per::head_and_span ||
+                                                 per == MeasureTraits::Per::span_and_query) {
       return;
     }
     if (results.has(i, measure)) continue;

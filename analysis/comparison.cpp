@@ -57,7 +57,7 @@ Numbers numbers_of(const ResultSet& results, std::size_t index, Measure measure)
   numbers.squared = traits.root_mean_square;
   if (traits.is_of_layers()) {
     numbers.of_layers = numbers.layers;
-    if (traits.per != MeasureTraits::Per::query) {
+    if (traits.per != MeasureTraits::Per::query && traits.per != MeasureTraits::Per::span_and_query) {
       numbers.heads = static_cast<std::size_t>(numbers.result->num_query_heads);
     }
   }
@@ -566,8 +566,11 @@ std::string why_lacking(const ResultSet& results, const MeasureTraits& measure) 
     }
     return false;
   };
+  const bool any_over_time = any_has(Measure::cache_size);
+  if (measure.over_time && !any_over_time) return ": replay policies with a schedule, such as snapkv+every(64)";
   switch (measure.per) {
     case MeasureTraits::Per::head_and_span:
+    case MeasureTraits::Per::span_and_query:
       return ": their traces have no spans";
     case MeasureTraits::Per::head:
       return ": replay with --rank-agreement policies that rank by scores";
@@ -598,9 +601,10 @@ std::vector<ComparisonRow> compare(const ResultSet& results, const ComparisonOpt
                                  measure.noun, options.grouping.head ? "heads" : "layers",
                                  traits_of(options.grouping.head ? Measure::head_error : Measure::layer_error).name));
   }
-  if (options.grouping.head && measure.per == MeasureTraits::Per::query) {
+  if (options.grouping.head &&
+      (measure.per == MeasureTraits::Per::query || measure.per == MeasureTraits::Per::span_and_query)) {
     throw UsageError(
-        fmt::format("{} has no heads: it is of the sum over all heads of a layer; choose another measure, "
+        fmt::format("{} has no heads: it is of all heads of a layer together; choose another measure, "
                     "such as head_error",
                     measure.noun));
   }

@@ -18,7 +18,7 @@ namespace {
 constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 
 // The means of a PolicyRow that are of a measure.
-constexpr std::array<std::pair<Measure, double PolicyRow::*>, 11> kMeasures = {{
+constexpr std::array<std::pair<Measure, double PolicyRow::*>, 12> kMeasures = {{
     {Measure::layer_error, &PolicyRow::layer_error},
     {Measure::residual_error, &PolicyRow::residual_error},
     {Measure::head_error, &PolicyRow::head_error},
@@ -30,6 +30,7 @@ constexpr std::array<std::pair<Measure, double PolicyRow::*>, 11> kMeasures = {{
     {Measure::kl, &PolicyRow::kl},
     {Measure::nll_increase, &PolicyRow::nll_increase},
     {Measure::agree, &PolicyRow::agree},
+    {Measure::turnover, &PolicyRow::turnover},
 }};
 
 // The layers that means over layers are of.
@@ -174,6 +175,8 @@ std::vector<MeasureSummary> summarize(const TraceReplay& replay, const ReplayRes
                      .capacity = result.capacity,
                      .kept = kept_in(result, layers),
                      .bytes_per_token = bytes_per_token(replay, result),
+                     .peak = peak_cache_size(result),
+                     .footprint = cache_footprint(result),
                      .eviction_position = result.eviction_position,
                      .evaluate_from = replay.evaluation_positions.front(),
                      .granularity = result.granularity,
@@ -260,6 +263,7 @@ void PolicyRanking::add(const TraceReplay& replay, const ReplayResult& result) {
   sum.kept_share.add(result.trace, held == 0 ? 1 : kept * static_cast<double>(layers.size()) / held);
   sum.bytes_per_token.add(result.trace, bytes_per_token(replay, result));
   sum.bytes_of_capacity.add(result.trace, bytes_per_token_of_capacity(replay, result));
+  sum.peak.add(result.trace, peak_cache_size(result));
   const std::vector<int> late = late_layers(layers, replay.model.num_layers);
   for (const auto& [measure, number] : kMeasures) {
     const bool of_late = measure == Measure::residual_error;
@@ -281,6 +285,7 @@ std::vector<PolicyRow> PolicyRanking::rows() const {
     row.kept = sum.kept.mean().value();
     row.kept_share = sum.kept_share.mean().value();
     row.bytes_per_token = sum.bytes_per_token.mean().value();
+    row.peak = sum.peak.mean().value();
     row.budget = row.bytes_per_token / sum.bytes_of_capacity.mean().value();
     for (const auto& [measure, number] : kMeasures) row.*number = sum.measures.at(measure).mean().value();
     row.same_tokens = sum.same_tokens.mean().value();

@@ -45,6 +45,8 @@ struct MeasureSummary {
   int capacity = 0;
   double kept = 0;  ///< mean positions per kept set that the capacity led to, over the layers of a mean over layers
   double bytes_per_token = 0;  ///< that the kept sets of all layers cost
+  double peak = 0;             ///< see peak_cache_size()
+  double footprint = 0;        ///< see cache_footprint()
   int eviction_position = 0;
   int evaluate_from = 0;  ///< position of the first evaluation query
   Granularity granularity = Granularity::kv;
@@ -87,6 +89,8 @@ struct PolicyRow {
   bool windowed = false;       ///< whether some of these layers hold less than the prompt
   double bytes_per_token = 0;  ///< that the kept sets of all layers cost
   double budget = 1;           ///< the same over what the capacity costs in every KV head
+  double peak = 0;             ///< see peak_cache_size(); NaN where nothing was measured over time, as is the next
+  double turnover = 0;
   double layer_error = 0;
   double residual_error =
       0;  ///< of late layers, root of the mean square; NaN where no trace tells of the residual stream
@@ -132,6 +136,7 @@ class PolicyRanking {
     MeanOverTraces kept_share;
     MeanOverTraces bytes_per_token;
     MeanOverTraces bytes_of_capacity;
+    MeanOverTraces peak;
     MeanOverTraces same_tokens;
     MeanOverTraces answered;
     std::map<Measure, MeanOverTraces> measures;

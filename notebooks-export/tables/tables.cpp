@@ -123,7 +123,9 @@ Json json_of(const MeasureSummary& row) {
           {"mean", row.distribution.mean},
           {"median", row.distribution.median},
           {"p90", row.distribution.p90},
-          {"worst", row.distribution.worst}};
+          {"worst", row.distribution.worst},
+          {"peak", row.peak},
+          {"footprint", row.footprint}};
 }
 
 std::string dump(const Json& json) { return json.dump(1, ' ', false, Json::error_handler_t::replace); }
@@ -251,6 +253,8 @@ std::string policy_table(const std::vector<PolicyRow>& rows) {
       {"head error", &PolicyRow::head_error, "{:.4f}", 1, !live},
       {"recall", &PolicyRow::attention_recall, "{:.4f}"},
       {"cosine", &PolicyRow::cosine, "{:.4f}", 1, !live},
+      {"peak", &PolicyRow::peak, "{:.0f}"},
+      {"turnover", &PolicyRow::turnover, "{:.2f} %", 100},
   };
   const Column last_columns[] = {
       {"spans kept", &PolicyRow::span_recall, "{:.1f} %", 100},
@@ -323,18 +327,19 @@ std::string parameter_table(const std::vector<ParameterEffect>& effects) {
 
 std::string summary_csv_head() {
   return "trace,policy,oracle,capacity_request,capacity,kept,bytes_per_token,evict_at,evaluate_from,heads,share,"
-         "nothing_to_choose,layer,measure,mean,median,p90,worst\n";
+         "nothing_to_choose,layer,measure,mean,median,p90,worst,peak,footprint\n";
 }
 
 std::string summary_csv_rows(const std::vector<MeasureSummary>& rows) {
   std::string text;
   for (const MeasureSummary& row : rows) {
-    text += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(row.trace),
+    text += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(row.trace),
                         csv_field(row.policy), row.oracle ? 1 : 0, csv_field(row.capacity_request), row.capacity,
                         row.kept, row.bytes_per_token, row.eviction_position, row.evaluate_from,
                         name_of(row.granularity), name_of(row.share), row.nothing_to_choose ? 1 : 0,
                         row.layer >= 0 ? fmt::format("{}", row.layer) : layers_text(row), row.measure,
-                        row.distribution.mean, row.distribution.median, row.distribution.p90, row.distribution.worst);
+                        row.distribution.mean, row.distribution.median, row.distribution.p90, row.distribution.worst,
+                        row.peak, row.footprint);
   }
   return text;
 }

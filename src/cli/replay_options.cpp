@@ -312,6 +312,8 @@ std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, do
   const bool nothing_to_choose = std::ranges::any_of(replays, [](const TraceReplay& replay) {
     return std::ranges::any_of(replay.results, &ReplayResult::nothing_to_choose);
   });
+  const bool scheduled = std::ranges::any_of(
+      replays, [](const TraceReplay& replay) { return std::ranges::any_of(replay.results, &ReplayResult::scheduled); });
   std::string over;
   if (traces.size() > 1) over = "; every trace weighs the same";
   if (evictions_of_one.size() > 1) {
@@ -327,7 +329,7 @@ std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, do
   return fmt::format(
       "{}layer error, head error: ‖ô−o‖/‖o‖ after and before the output projection; recall: attention mass still "
       "cached;\nB/token (KiB): keys and values of the kept sets per token of the prompt, 2 bytes a number; *: more or "
-      "less than\nthe capacity costs in every KV head, so not an equal budget;\n{}{}{}{}{}means over {}layers, heads "
+      "less than\nthe capacity costs in every KV head, so not an equal budget;\n{}{}{}{}{}{}means over {}layers, heads "
       "and evaluation queries{}.\nBest first at each capacity{}. Replayed in {:.1f} s.\n",
       residuals ? "residual error: by how much what a layer adds to the residual stream changes, over the stream's "
                   "length; root of\nthe mean square over the last two thirds of the layers;\n"
@@ -341,6 +343,10 @@ std::string legend(const std::vector<TraceReplay>& replays, bool full_layers, do
       partial,
       spans ? "spans kept: share of the annotated spans' positions that is kept, mean over layers and heads;\n" : "",
       ranks ? "Spearman, Kendall: how far scores rank positions as oracle-attention does;\n" : "",
+      scheduled
+          ? "peak: the most positions that a query sees; turnover: of what an eviction leaves, the share that the "
+            "next one takes;\n"
+          : "",
       full_layers ? "full " : "", over, residuals ? ", by the residual error" : "", seconds);
 }
 

@@ -483,9 +483,10 @@ ReplayEngine::Plan ReplayEngine::plan_of(int heads_at_once, int rounds, Index li
     const std::vector<ReplayUnit> layers(static_cast<std::size_t>(outline.model.num_layers),
                                          ReplayUnit{static_cast<int>(r), 0});
     const Index projections = sums.asked.projected_distance ? LayerProjection::memory(outline.model) : 0;
-    const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1);
+    const bool over_time = std::ranges::any_of(outline.results, &ReplayResult::scheduled);
+    const Index evaluated = HeadEvaluation::memory(outline.model, outline.evaluation_positions.back() + 1, over_time);
     const Index setting = LayerMeasurement::memory_per_setting(outline.model, queries, outline.extent().spans,
-                                                               outline.results.front().residual_sum);
+                                                               outline.results.front().residual_sum, over_time);
     auto layers_at_once = static_cast<Index>(units_at_once(layers, plan));
     Index waiting = 0;  // layers that are done and not handed out
     if (sums.refining > 0) {
@@ -887,12 +888,14 @@ void ReplayEngine::measure_group(std::span<const ReplayUnit> group, const Plan& 
     for (std::size_t i = 0; i < group.size(); ++i) {
       std::vector<const LayerResidencies*> sets;
       std::vector<const Matrix*> outputs;
+      std::vector<bool> over_time;
       for (std::size_t s = first; s < std::min(results[i].size(), first + step); ++s) {
         sets.push_back(&results[i][s].kept);
         outputs.push_back(results[i][s].outputs.size() > 0 ? &results[i][s].outputs : nullptr);
+        over_time.push_back(outline(i).results[s].scheduled);
       }
       measurements.emplace_back(trace_of(group[i]), group[i].layer, outline(i).eviction(), outline(i).spans, sets,
-                                outline(i).results.front().residual_sum, outputs);
+                                outline(i).results.front().residual_sum, outputs, over_time);
     }
     const auto is_open = [&](std::size_t i) { return results[i].size() > first; };
     for_each_piece(

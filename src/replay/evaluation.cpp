@@ -5,8 +5,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
+#include <limits>
 #include <map>
 #include <numeric>
+#include <optional>
+#include <utility>
 
 #include "base/error.h"
 #include "base/softmax.h"
@@ -59,6 +63,42 @@ struct HeadEvaluation::Sums {
   }
 };
 
+// What the queries of one query head attend to most.
+class HeadEvaluation::MostAttended {
+ public:
+  MostAttended(const Attention& attention, int member, Index tokens) : weights_(attention.count, tokens) {
+    const float* from = attention.weights.data() + (member - attention.first_member) * attention.columns;
+    for (Index n = 0; n < tokens; ++n, from += attention.row()) {
+      for (Index q = 0; q < attention.count; ++q) weights_(q, n) = from[q];
+    }
+    known_.resize(static_cast<std::size_t>(attention.count));
+  }
+
+  struct Top {
+    int most = 0;     // positions that were asked for
+    float above = 0;  // what the next one has of the query's weights
+    int count = 0;    // positions that have more
+  };
+
+  // Of the query `query` the `most` positions with the largest weights, but for those that have as much as the next.
+  const Top& of(Index query, int most) {
+    std::vector<Top>& known = known_[static_cast<std::size_t>(query)];
+    const auto found = std::ranges::find(known, most, &Top::most);
+    if (found != known.end()) return *found;
+    Top& top = known.emplace_back(Top{.most = most, .above = std::numeric_limits<float>::infinity()});
+    if (most >= weights_.cols()) return top;
+    float* const begin = weights_.data() + query * weights_.cols();
+    std::nth_element(begin, begin + most, begin + weights_.cols(), std::greater<>());
+    top.above = begin[most];
+    top.count = static_cast<int>(std::count_if(begin, begin + most, [&](float weight) { return weight > top.above; }));
+    return top;
+  }
+
+ private:
+  Matrix weights_;  // [queries, tokens], of each query in any order
+  std::vector<std::vector<Top>> known_;
+};
+
 HeadEvaluation::HeadEvaluation(const CapturedRun& trace, int layer, int kv_head, const Eviction& eviction)
     : trace_(trace),
       shape_(head_shape(trace.info(), layer, kv_head, eviction.position)),
@@ -66,13 +106,17 @@ HeadEvaluation::HeadEvaluation(const CapturedRun& trace, int layer, int kv_head,
       tokens_(queries_.positions.back() + 1),
       width_(kernels::rounded_up(shape_.head_dim, kernels::kLanes)) {}
 
-Index HeadEvaluation::memory(const ModelInfo& model, Index tokens) {
+Index HeadEvaluation::memory(const ModelInfo& model, Index tokens, bool over_time) {
   const Index width = kernels::rounded_up(model.head_dim, kernels::kLanes);
   // Values, weights, and what is gathered of them; keys whole where parts of them cannot be read alone.
   const Index floats =
       tokens * (width + kColumns) + kPositions * (3 * width + kColumns) + 2 * model.head_dim * kColumns;
   const Index sums = 5 * kColumns * (width + 1) * static_cast<Index>(sizeof(double));
-  return (floats + tokens * width) * static_cast<Index>(sizeof(float)) + sums;
+  const Index most_attended =
+      over_time
+          ? tokens * (kPanel * static_cast<Index>(sizeof(float)) + 2 * static_cast<Index>(sizeof(Residency::Stay)))
+          : 0;
+  return (floats + tokens * width) * static_cast<Index>(sizeof(float)) + sums + most_attended;
 }
 
 // Weights over all positions, block after block of keys, then the values that they weigh, before and after the
@@ -223,6 +267,30 @@ bool HeadEvaluation::add_residents(const Residency& residency, int member, const
   return true;
 }
 
+// How many of the positions that every query attends to most there are, and are still cached, where `steps`, one per
+// query, say how many are cached.
+void HeadEvaluation::count_top(const Residency& residency, int member, const Attention& attention,
+                               MostAttended& most_attended, std::span<StepOutcome> steps) const {
+  std::vector<float> above;
+  for (std::size_t q = 0; q < steps.size(); ++q) {
+    const MostAttended::Top& top = most_attended.of(static_cast<Index>(q), steps[q].cached);
+    above.push_back(top.above);
+    steps[q].top = top.count;
+  }
+  const std::span positions = std::span(attention.positions).first(steps.size());
+  std::vector<std::int32_t> counts(steps.size(), 0);
+  const float* const weights = attention.weights.data() + (member - attention.first_member) * attention.columns;
+  for (const auto& [position, from, until] :
+       residency.seen_between(positions.front(), positions.back(), shape_.next_position)) {
+    const float* const row = weights + position * attention.row();
+    for (std::size_t q = 0; q < counts.size(); ++q) {
+      counts[q] += static_cast<std::int32_t>(row[q] > above[q]) & static_cast<std::int32_t>(positions[q] >= from) &
+                   static_cast<std::int32_t>(positions[q] <= until);
+    }
+  }
+  for (std::size_t q = 0; q < steps.size(); ++q) steps[q].cached_top = counts[q];
+}
+
 // The output of one query whose attention on what is cached vanishes beside what was evicted: against its own maximum.
 Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, const Residency& residency,
                                                    const Buffer& values) const {
@@ -250,7 +318,8 @@ Eigen::RowVectorXd HeadEvaluation::attend_directly(int query_head, Index query, 
 
 void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> residencies,
                              std::span<const Matrix* const> given, Eigen::Ref<Matrix> outputs,
-                             std::span<Eigen::Ref<Matrix>> differences, std::span<LayerNumbers> numbers) const {
+                             std::span<Eigen::Ref<Matrix>> differences, std::span<LayerNumbers> numbers,
+                             std::span<std::vector<StepOutcome>* const> steps) const {
   const Index depth = shape_.head_dim;
   const auto group = static_cast<int>(residencies.size());
   const std::vector<Formula<HeadOutcome>>& measures = formulas<HeadOutcome>();
@@ -260,11 +329,16 @@ void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> resi
   std::vector<std::vector<std::size_t>> first_like;  // [member][set]: the first of those that are equal
   for (int member = 0; member < group; ++member) {
     const auto& sets = residencies[static_cast<std::size_t>(member)];
-    const auto less = [](const Residency* a, const Residency* b) { return *a < *b; };
-    std::map<const Residency*, std::size_t, decltype(less)> distinct(less);
+    // Those whose steps are asked for stand beside those without.
+    using Asked = std::pair<const Residency*, bool>;
+    const auto less = [](const Asked& a, const Asked& b) {
+      return a.second != b.second ? a.second < b.second : *a.first < *b.first;
+    };
+    std::map<Asked, std::size_t, decltype(less)> distinct(less);
     std::vector<std::size_t>& first = first_like.emplace_back();
     for (std::size_t set = 0; set < sets.size(); ++set) {
-      first.push_back(given[set] != nullptr ? set : distinct.try_emplace(sets[set], set).first->second);
+      const Asked asked(sets[set], steps[set] != nullptr);
+      first.push_back(given[set] != nullptr ? set : distinct.try_emplace(asked, set).first->second);
     }
   }
 
@@ -302,6 +376,7 @@ void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> resi
               trace_.name(), shape_.layer, shape_.query_head(member),
               attention.positions[static_cast<std::size_t>(q)]));
         }
+        std::optional<MostAttended> most_attended;
         outputs.block(attention.first, member * depth, attention.count, depth) = exact.cast<float>();
         for (std::size_t set = 0; set < sets.size(); ++set) {
           if (first_like[static_cast<std::size_t>(member)][set] != set) continue;
@@ -340,7 +415,17 @@ void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> resi
             for (const auto& [measure, calculate] : measures) {
               numbers[set][measure][place_of(member, attention.first + q)] = static_cast<float>(calculate(outcome));
             }
+            if (steps[set] == nullptr) continue;
+            StepOutcome& step = (*steps[set])[place_of(member, attention.first + q)];
+            step.cached = outcome.cached;
+            step.full_mass = outcome.full_mass;
+            step.cached_mass = outcome.cached_mass;
           }
+          if (steps[set] == nullptr) continue;
+          if (!most_attended) most_attended.emplace(attention, member, tokens_);
+          count_top(residency, member, attention, *most_attended,
+                    std::span(*steps[set])
+                        .subspan(place_of(member, attention.first), static_cast<std::size_t>(attention.count)));
         }
       }
     }
@@ -353,6 +438,10 @@ void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> resi
       for (const auto& [measure, calculate] : measures) {
         std::copy_n(numbers[like][measure].begin() + static_cast<std::ptrdiff_t>(place_of(member, 0)), queries_.count(),
                     numbers[set][measure].begin() + static_cast<std::ptrdiff_t>(place_of(member, 0)));
+      }
+      if (steps[set] != nullptr) {
+        const auto first_step = static_cast<std::ptrdiff_t>(place_of(member, 0));
+        std::copy_n(steps[like]->begin() + first_step, queries_.count(), steps[set]->begin() + first_step);
       }
       differences[set].middleCols(member * depth, depth) = differences[like].middleCols(member * depth, depth);
     }

@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <string>
 
@@ -15,6 +16,8 @@
 
 namespace kvreplay {
 namespace {
+
+constexpr double kNothing = std::numeric_limits<double>::quiet_NaN();
 
 // NaN where the reference is not known.
 double relative_error(double difference, double reference) {
@@ -51,6 +54,25 @@ double spearman(const RankCorrelation& agreement) { return agreement.spearman; }
 double kendall(const RankCorrelation& agreement) { return agreement.kendall; }
 
 double cache_size(const HeadOutcome& outcome) { return outcome.cached; }
+
+double late_hits(const StepOutcome& outcome) {
+  return outcome.full_mass > 0 ? std::max(0.0, 1 - outcome.cached_mass / outcome.full_mass) : 0.0;
+}
+
+double recurrence(const StepOutcome& outcome) {
+  return static_cast<double>(outcome.top - outcome.cached_top) / outcome.cached;
+}
+
+// What came and went between two evictions replaces nothing.
+double turnover(const StepOutcome& outcome) {
+  return outcome.evicted > 0 && outcome.left > 0 ? static_cast<double>(outcome.replaced) / outcome.left : kNothing;
+}
+
+double time_to_eviction(const StepOutcome& outcome) {
+  return outcome.evicted > 0 ? outcome.steps_stayed / outcome.evicted : kNothing;
+}
+
+double span_survival(const SpanStepOutcome& outcome) { return static_cast<double>(outcome.cached) / outcome.held; }
 
 double kl(const ModelOutcome& outcome) { return outcome.divergence; }
 
@@ -111,7 +133,41 @@ auto list_of_measures() {
        .noun = "cached positions",
        .unit = "positions",
        .definition = cache_size,
-       .lower_is_better = true},
+       .lower_is_better = true,
+       .over_time = true},
+      {.name = "late_hits",
+       .noun = "late hits",
+       .unit = "share of the mass",
+       .definition = late_hits,
+       .lower_is_better = true,
+       .over_time = true},
+      {.name = "recurrence",
+       .noun = "importance recurrence",
+       .unit = "share of the most attended",
+       .definition = recurrence,
+       .lower_is_better = true,
+       .over_time = true},
+      {.name = "turnover",
+       .noun = "turnover",
+       .unit = "share of what the last eviction left",
+       .definition = turnover,
+       .lower_is_better = true,
+       .may_be_missing = true,
+       .over_time = true},
+      {.name = "time_to_eviction",
+       .noun = "time to eviction",
+       .unit = "steps",
+       .definition = time_to_eviction,
+       .lower_is_better = false,
+       .may_be_missing = true,
+       .over_time = true},
+      {.name = "span_survival",
+       .noun = "span survival",
+       .unit = "share of positions",
+       .definition = span_survival,
+       .lower_is_better = false,
+       .may_be_missing = true,
+       .over_time = true},
       {.name = "kl", .noun = "KL divergence", .unit = "nats", .definition = kl, .lower_is_better = true},
       {.name = "nll",
        .noun = "loss",
@@ -166,6 +222,8 @@ std::vector<Index> layer_shape(const MeasureTraits& measure, const MeasureExtent
       return {extent.query_heads};
     case MeasureTraits::Per::model_query:
       return {extent.queries};
+    case MeasureTraits::Per::span_and_query:
+      return {extent.spans, extent.queries};
   }
   return {};
 }

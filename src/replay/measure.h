@@ -1,7 +1,7 @@
 // The measures of a result, as everything that calculates, writes or reads them goes through them.
 #pragma once
 
-#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <span>
 #include <string_view>
@@ -27,6 +27,11 @@ enum class Measure : int {
   residual_error,
   residual_sum,
   cache_size,
+  late_hits,
+  recurrence,
+  turnover,
+  time_to_eviction,
+  span_survival,
   kl,
   nll,
   nll_increase,
@@ -59,6 +64,26 @@ struct SpanOutcome {
   std::span<const int> queries;  ///< [E] positions of the evaluation queries
 };
 
+/// A step under a schedule: what its query finds in the cache of a query head, and what is evicted after it and before
+/// the next evaluation query.
+struct StepOutcome {
+  int cached = 0;           ///< positions that the query sees of what is still cached
+  double full_mass = 0;     ///< as in HeadOutcome
+  double cached_mass = 0;   ///< the same
+  int top = 0;              ///< positions to which it pays, with the full cache, more than to the (cached + 1)-th most
+  int cached_top = 0;       ///< those of them that are still cached
+  int evicted = 0;          ///< positions that it, or a token until the next evaluation query, was the last to see
+  double steps_stayed = 0;  ///< of them, from each one's arrival to the last query that saw it, summed
+  int left = 0;             ///< positions that the evictions before theirs left, one after the other
+  int replaced = 0;         ///< those of them that are evicted
+};
+
+/// What a query head's cache still holds of a span at a step under a schedule.
+struct SpanStepOutcome {
+  int held = 0;    ///< positions of the span that the layer held at the eviction: at least one
+  int cached = 0;  ///< those of them that the step's query sees
+};
+
 /// What becomes of the residual stream if the changes of all layers add up.
 struct StreamOutcome {
   double change;    ///< ‖Σ_l of what layer l adds, its change‖
@@ -80,13 +105,18 @@ using MeasureFunction = double (*)(const Outcome&);
 /// What there is to know about a measure. docs/measures.md defines them, docs/adding-a-measure.md adds one.
 struct MeasureTraits {
   /// What its numbers are per, beside layer and trace.
-  enum class Per { query, head_and_query, head_and_span, head, model_query };
+  enum class Per { query, head_and_query, head_and_span, head, model_query, span_and_query };
 
   /// Per query, per head and query, per head and span, or, of policies that rank and where rank agreement is asked for,
-  /// per head. Of the whole residual stream, and of the whole model in live runs, per query and of no layer.
+  /// per head. Of the whole residual stream, and of the whole model in live runs, per query and of no layer. Of steps
+  /// per query, and of spans at steps per span and query: the mean over the query heads.
   using Definition =
       std::variant<MeasureFunction<LayerOutcome>, MeasureFunction<HeadOutcome>, MeasureFunction<SpanOutcome>,
-                   MeasureFunction<RankCorrelation>, MeasureFunction<ModelOutcome>, MeasureFunction<StreamOutcome>>;
+                   MeasureFunction<RankCorrelation>, MeasureFunction<ModelOutcome>, MeasureFunction<StreamOutcome>,
+                   MeasureFunction<StepOutcome>, MeasureFunction<SpanStepOutcome>>;
+  static constexpr std::array kPerOfDefinition = {Per::query, Per::head_and_query, Per::head_and_span,
+                                                  Per::head,  Per::model_query,    Per::model_query,
+                                                  Per::query, Per::span_and_query};
 
   std::string_view name;       ///< in files and options: "layer_error"
   std::string_view noun;       ///< in sentences and on axes: "layer error"
@@ -97,8 +127,9 @@ struct MeasureTraits {
   bool may_be_missing = false;
   /// Whether a mean over layers and queries is the root of the mean of the squares.
   bool root_mean_square = false;
-  /// Both of the last two definitions are of the whole model.
-  Per per = static_cast<Per>(std::min(definition.index(), static_cast<std::size_t>(Per::model_query)));
+  /// Whether it is measured under a schedule alone, while a cache changes.
+  bool over_time = false;
+  Per per = kPerOfDefinition[definition.index()];
   Measure measure = {};  ///< set by measures()
 
   bool is_of_layers() const { return per != Per::model_query; }
@@ -145,11 +176,11 @@ class PerMeasure {
   std::vector<T> of_measures_;
 };
 
-/// The tables of a result: [L, E], [L, H, E], [L, H, S] or [L, H], of the whole model [E]; empty where it was not
-/// measured.
+/// The tables of a result: [L, E], [L, H, E], [L, H, S], [L, H] or [L, S, E], of the whole model [E]; empty where it
+/// was not measured.
 using MeasureTables = PerMeasure<Table>;
 
-/// The same of one layer: [E], [H, E], [H, S] or [H]; of the whole model none.
+/// The same of one layer: [E], [H, E], [H, S], [H] or [S, E]; of the whole model none.
 using LayerNumbers = PerMeasure<std::vector<float>>;
 
 /// How many heads, evaluation queries and spans a result's numbers are of.

@@ -22,10 +22,12 @@ namespace kvreplay {
 
 LayerMeasurement::LayerMeasurement(const CapturedRun& trace, int layer, const Eviction& eviction,
                                    std::span<const Span> spans, const std::vector<const LayerResidencies*>& settings,
-                                   bool keeps_changes, const std::vector<const Matrix*>& outputs)
+                                   bool keeps_changes, const std::vector<const Matrix*>& outputs,
+                                   const std::vector<bool>& over_time)
     : trace_(trace), layer_(layer), eviction_(eviction) {
   const auto less = [](const LayerResidencies* a, const LayerResidencies* b) { return *a < *b; };
   std::map<const LayerResidencies*, std::size_t, decltype(less)> kinds(less);
+  std::vector<bool> is_over_time;  // [kind]
   for (std::size_t s = 0; s < settings.size(); ++s) {
     const Matrix* const given = outputs.empty() ? nullptr : outputs[s];
     if (given != nullptr) {
@@ -33,9 +35,12 @@ LayerMeasurement::LayerMeasurement(const CapturedRun& trace, int layer, const Ev
     } else {
       kind_.push_back(kinds.try_emplace(settings[s], distinct_.size()).first->second);
     }
-    if (kind_.back() < distinct_.size()) continue;
-    distinct_.push_back(settings[s]);
-    evicted_.push_back(given);
+    if (kind_.back() == distinct_.size()) {
+      distinct_.push_back(settings[s]);
+      evicted_.push_back(given);
+      is_over_time.push_back(false);
+    }
+    if (!over_time.empty() && over_time[s]) is_over_time[kind_.back()] = true;
   }
   const ModelInfo& model = trace.info().model;
   const auto queries = static_cast<Index>(evaluation_queries(trace.info(), eviction).count());
@@ -52,7 +57,15 @@ LayerMeasurement::LayerMeasurement(const CapturedRun& trace, int layer, const Ev
   for (const MeasureTraits& measure : measures()) {
     if (measure.per == MeasureTraits::Per::head || !measure.is_of_layers()) continue;
     const std::size_t count = number_count(measure, extent);
-    for (LayerNumbers& numbers : numbers_) numbers[measure.measure].resize(count);
+    for (std::size_t kind = 0; kind < numbers_.size(); ++kind) {
+      if (measure.per == MeasureTraits::Per::head_and_query || !measure.over_time || is_over_time[kind]) {
+        numbers_[kind][measure.measure].resize(count);
+      }
+    }
+  }
+  steps_.resize(distinct_.size());
+  for (std::size_t kind = 0; kind < steps_.size(); ++kind) {
+    if (is_over_time[kind]) steps_[kind].resize(static_cast<std::size_t>(model.num_attention_heads * queries));
   }
   measure_spans(spans);
   output_errors_.resize(static_cast<std::size_t>(model.num_key_value_heads));
@@ -83,6 +96,76 @@ void LayerMeasurement::measure_spans(std::span<const Span> spans) {
                           : std::numeric_limits<float>::quiet_NaN();
         }
       }
+      if (!steps_[kind].empty()) measure_survival(kind, s, start, end);
+    }
+  }
+}
+
+// Of a span at every query, the mean over the query heads.
+void LayerMeasurement::measure_survival(std::size_t kind, std::size_t span, int first, int end) {
+  const std::span<const int> queries = evaluation_queries(trace_.info(), eviction_).positions;
+  const int heads = trace_.info().model.num_attention_heads;
+  for (const auto& [measure, calculate] : formulas<SpanStepOutcome>()) {
+    std::vector<double> sums(queries.size(), first < end ? 0 : std::numeric_limits<double>::quiet_NaN());
+    for (int head = 0; head < heads && first < end; ++head) {
+      const std::vector<int> cached = residency_of(kind, head).kept_at_each(first, end, queries);
+      for (std::size_t q = 0; q < sums.size(); ++q) sums[q] += calculate({.held = end - first, .cached = cached[q]});
+    }
+    for (std::size_t q = 0; q < sums.size(); ++q) {
+      numbers_[kind][measure][span * sums.size() + q] = static_cast<float>(sums[q] / heads);
+    }
+  }
+}
+
+// What is evicted after each evaluation query and before the next, of one query head.
+void LayerMeasurement::note_evictions(const Residency& residency, std::span<StepOutcome> steps) const {
+  const std::span<const int> queries = evaluation_queries(trace_.info(), eviction_).positions;
+  const AttentionRule& rule = head_shape(trace_.info(), layer_, 0, eviction_.position).rule;
+  const std::vector<Residency::Stay> evicted = residency.evicted_later(eviction_.position);
+  int before = eviction_.position - 1;  // the last query that saw what the eviction before this one took
+  for (auto first = evicted.begin(); first != evicted.end();) {
+    const int last_query = first->until;
+    if (last_query >= queries.back()) break;  // no query is there to miss it
+    const auto end =
+        std::ranges::find_if(first, evicted.end(), [&](const auto& stay) { return stay.until > last_query; });
+    // What the query behind the last eviction saw, but for its own.
+    const auto first_visible = static_cast<int>(rule.first_visible(before + 1));
+    const int left = residency.count_at(before + 1, eviction_.position, first_visible) - 1;
+    const auto step = std::ranges::upper_bound(queries, last_query) - queries.begin() - 1;
+    for (auto stay = first; stay != end && step >= 0; ++stay) {
+      if (stay->position < rule.first_visible(last_query)) continue;  // gone with the window before
+      StepOutcome& of = steps[static_cast<std::size_t>(step)];
+      ++of.evicted;
+      // The prompt arrives with its last token.
+      of.steps_stayed += last_query - (stay->from > stay->position ? stay->from - 1 : stay->from);
+      if (stay->from <= before + (stay->from > stay->position ? 1 : 0)) ++of.replaced;
+    }
+    if (step >= 0) steps[static_cast<std::size_t>(step)].left += left;
+    before = last_query;
+    first = end;
+  }
+}
+
+// Means over the query heads, of those that have a number.
+void LayerMeasurement::measure_steps(std::size_t kind) {
+  const auto heads = static_cast<std::size_t>(trace_.info().model.num_attention_heads);
+  const std::size_t queries = steps_[kind].size() / heads;
+  for (std::size_t head = 0; head < heads; ++head) {
+    note_evictions(residency_of(kind, static_cast<int>(head)),
+                   std::span(steps_[kind]).subspan(head * queries, queries));
+  }
+  for (const auto& [measure, calculate] : formulas<StepOutcome>()) {
+    for (std::size_t q = 0; q < queries; ++q) {
+      double sum = 0;
+      int count = 0;
+      for (std::size_t head = 0; head < heads; ++head) {
+        const double number = calculate(steps_[kind][head * queries + q]);
+        if (std::isnan(number)) continue;
+        sum += number;
+        ++count;
+      }
+      numbers_[kind][measure][q] =
+          count > 0 ? static_cast<float>(sum / count) : std::numeric_limits<float>::quiet_NaN();
     }
   }
 }
@@ -101,7 +184,9 @@ void LayerMeasurement::measure_head(int kv_head) {
     }
     differences.emplace_back(columns.middleRows((static_cast<Index>(kind) + 1) * queries, queries));
   }
-  evaluation.measure(residencies, evicted_, columns.topRows(queries), differences, numbers_);
+  std::vector<std::vector<StepOutcome>*> steps;
+  for (std::vector<StepOutcome>& of_kind : steps_) steps.push_back(of_kind.empty() ? nullptr : &of_kind);
+  evaluation.measure(residencies, evicted_, columns.topRows(queries), differences, numbers_, steps);
   const Index first = evaluation_queries(trace_.info(), eviction_).first;
   double& output_errors = output_errors_[static_cast<std::size_t>(kv_head)];
   for (int member = 0; member < group; ++member) {
@@ -247,6 +332,7 @@ std::vector<LayerMeasures> LayerMeasurement::take() {
   const bool has_residuals = !residuals.empty() && trace_.has_output_projection(layer_);
   const auto first = static_cast<std::size_t>(evaluation_queries(trace_.info(), eviction_).first);
   for (std::size_t kind = 0; kind < numbers_.size(); ++kind) {
+    if (!steps_[kind].empty()) measure_steps(kind);
     for (std::size_t query = 0; query < count; ++query) {
       const Sums& full = sums[query];
       const Sums& difference = sums[(kind + 1) * count + query];
@@ -279,7 +365,8 @@ std::vector<LayerMeasures> LayerMeasurement::take() {
   return measures;
 }
 
-Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries, Index spans, bool keeps_changes) {
+Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries, Index spans, bool keeps_changes,
+                                           bool over_time) {
   const Index width = Index{model.num_attention_heads} * model.head_dim;
   const Index numbers =
       numbers_per_layer({.query_heads = model.num_attention_heads, .queries = queries, .spans = spans}, false);
@@ -287,6 +374,7 @@ Index LayerMeasurement::memory_per_setting(const ModelInfo& model, Index queries
   // Outputs twice: as they come, and laid out for the projection; numbers twice where settings share them.
   return queries * (2 * width * static_cast<Index>(sizeof(float)) +
                     (projection_slices(model) + 1) * static_cast<Index>(sizeof(Sums))) +
+         (over_time ? queries * model.num_attention_heads * static_cast<Index>(sizeof(StepOutcome)) : 0) +
          (keeps_changes ? 2 * queries * model.hidden_size * static_cast<Index>(sizeof(float)) : 0) +
          2 * numbers * static_cast<Index>(sizeof(float)) + 2 * static_cast<Index>(measures().size()) * kVector;
 }
@@ -297,8 +385,9 @@ Index LayerMeasurement::memory(const ModelInfo& model) {
 
 std::vector<LayerMeasures> measure_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
                                          std::span<const Span> spans,
-                                         const std::vector<const LayerResidencies*>& settings, int threads) {
-  LayerMeasurement measurement(trace, layer, eviction, spans, settings);
+                                         const std::vector<const LayerResidencies*>& settings, int threads,
+                                         const std::vector<bool>& over_time) {
+  LayerMeasurement measurement(trace, layer, eviction, spans, settings, false, {}, over_time);
   parallel_for(
       trace.info().model.num_key_value_heads, [&](int kv_head) { measurement.measure_head(kv_head); }, threads);
   parallel_for(

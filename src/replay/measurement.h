@@ -28,11 +28,12 @@ class LayerMeasurement {
  public:
   /// The trace and the residencies must outlive it. `spans` are those whose recall is measured.
   /// `keeps_changes`: also give what is added to the residual stream, where the layer has an output projection.
+  /// `over_time`: of every setting whether it has a schedule, and so what it does is measured over time; empty: none.
   /// `outputs`: of every setting the evicted outputs, as in LayerResult, where residencies do not tell them, or null;
   /// empty: of none.
   LayerMeasurement(const CapturedRun& trace, int layer, const Eviction& eviction, std::span<const Span> spans,
                    const std::vector<const LayerResidencies*>& settings, bool keeps_changes = false,
-                   const std::vector<const Matrix*>& outputs = {});
+                   const std::vector<const Matrix*>& outputs = {}, const std::vector<bool>& over_time = {});
 
   /// Measures one KV head. Heads may be measured by different threads at once. Throws Error, naming the query, where
   /// attention leaves float32's range.
@@ -55,7 +56,8 @@ class LayerMeasurement {
 
   /// The most bytes that an object of this class takes per setting, and all that measure_head() and project_slice()
   /// take while they run excepted.
-  static Index memory_per_setting(const ModelInfo& model, Index queries, Index spans, bool keeps_changes = false);
+  static Index memory_per_setting(const ModelInfo& model, Index queries, Index spans, bool keeps_changes = false,
+                                  bool over_time = false);
 
   /// What comes to that once: the last panel may be nearly empty. The full cache is measured as one more setting.
   static Index memory(const ModelInfo& model);
@@ -81,6 +83,9 @@ class LayerMeasurement {
   double change_behind_norm(const Sums& full, const Sums& difference) const;
   std::vector<float> change_of(std::size_t kind, const std::vector<Sums>& sums) const;
   void measure_spans(std::span<const Span> spans);
+  void measure_survival(std::size_t kind, std::size_t span, int first, int end);
+  void note_evictions(const Residency& residency, std::span<StepOutcome> steps) const;
+  void measure_steps(std::size_t kind);
   const Residency& residency_of(std::size_t kind, int query_head) const;
 
   const CapturedRun& trace_;
@@ -91,16 +96,18 @@ class LayerMeasurement {
   std::vector<std::size_t> kind_;       // [setting]: which of the distinct ones
   Matrix outputs_;                      // [E, H · D], then the differences of every kind below each other
   bool keeps_changes_ = false;
-  Matrix projected_;                     // the same through the projection, [.., C], where changes are kept
-  Buffer panels_;                        // the same, transposed: [panel][H · D][kPanel], where there is a projection
-  std::vector<LayerNumbers> numbers_;    // [kind]
-  std::vector<double> output_errors_;    // [KV head]: summed over the group and the queries
-  std::vector<std::vector<Sums>> sums_;  // [slice][row of outputs_]
+  Matrix projected_;                   // the same through the projection, [.., C], where changes are kept
+  Buffer panels_;                      // the same, transposed: [panel][H · D][kPanel], where there is a projection
+  std::vector<LayerNumbers> numbers_;  // [kind]
+  std::vector<std::vector<StepOutcome>> steps_;  // [kind]: [H, E], or empty where nothing is measured over time
+  std::vector<double> output_errors_;            // [KV head]: summed over the group and the queries
+  std::vector<std::vector<Sums>> sums_;          // [slice][row of outputs_]
 };
 
 /// All of the above, by so many threads.
 std::vector<LayerMeasures> measure_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
                                          std::span<const Span> spans,
-                                         const std::vector<const LayerResidencies*>& settings, int threads);
+                                         const std::vector<const LayerResidencies*>& settings, int threads,
+                                         const std::vector<bool>& over_time = {});
 
 }  // namespace kvreplay

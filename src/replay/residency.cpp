@@ -64,6 +64,50 @@ double Residency::mean_kept(int first, int end, std::span<const int> queries) co
   return static_cast<double>(seen) / static_cast<double>(queries.size());
 }
 
+std::vector<int> Residency::kept_at_each(int first, int end, std::span<const int> queries) const {
+  const auto begin = static_cast<std::size_t>(std::ranges::lower_bound(kept(), first) - kept().begin());
+  const auto stop = static_cast<std::size_t>(std::ranges::lower_bound(kept(), end) - kept().begin());
+  std::vector<int> counts(queries.size(), 0);
+  std::vector<int> gone(queries.size() + 1, 0);  // by the first query that does not see it any more
+  for (std::size_t i = begin; i < stop; ++i) {
+    const bool stays = until_.empty() || until_[i] == kNever;
+    ++gone[stays ? queries.size()
+                 : static_cast<std::size_t>(std::ranges::upper_bound(queries, until_[i]) - queries.begin())];
+  }
+  int left = static_cast<int>(stop - begin);
+  for (std::size_t q = 0; q < queries.size(); ++q) {
+    left -= gone[q];
+    counts[q] = left;
+  }
+  return counts;
+}
+
+std::vector<Residency::Stay> Residency::evicted_later(int eviction_position) const {
+  std::vector<Stay> evicted;
+  for (std::size_t i = 0; i < until_.size(); ++i) {
+    if (until_[i] != kNever) {
+      evicted.push_back({positions_[i], std::max(positions_[i], eviction_position), until_[i]});
+    }
+  }
+  std::ranges::stable_sort(evicted, {}, &Stay::until);
+  return evicted;
+}
+
+std::vector<Residency::Stay> Residency::seen_between(int first, int last, int eviction_position) const {
+  std::vector<Stay> seen;
+  const auto until_of = [this](std::size_t i) { return until_.empty() ? kNever : until_[i]; };
+  for (std::size_t i = 0; i < num_kept_; ++i) {
+    if (until_of(i) >= first) seen.push_back({positions_[i], eviction_position, until_of(i)});
+  }
+  std::size_t next = num_kept_;
+  for (int n = eviction_position; n <= last; ++n) {
+    const bool is_listed = next < positions_.size() && positions_[next] == n;
+    const int until = is_listed ? until_of(next++) : kNever;
+    if (until >= first) seen.push_back({n, n, until});
+  }
+  return seen;
+}
+
 void FlatResidencies::add(std::span<const Residency> sets) {
   for (const Residency& set : sets) {
     if (!set.is_one_eviction() && until.empty()) until.assign(positions.size(), Residency::kNever);

@@ -51,6 +51,26 @@ class Residency {
   /// is before the eviction.
   double mean_kept(int first, int end, std::span<const int> queries) const;
 
+  /// How many positions of first … end − 1 in the kept set each of the queries, ascending, sees: [queries].
+  std::vector<int> kept_at_each(int first, int end, std::span<const int> queries) const;
+
+  /// A position, and the first and the last query after the eviction that see it: the first is its own where it came
+  /// since.
+  struct Stay {
+    int position = 0;
+    int from = 0;
+    int until = 0;
+
+    bool operator==(const Stay&) const = default;
+  };
+
+  /// What goes after an eviction at `eviction_position`: by the last queries, and of one query by positions.
+  std::vector<Stay> evicted_later(int eviction_position) const;
+
+  /// What at least one of the queries from `first` to `last` sees, ascending, of an eviction at `eviction_position`,
+  /// which is not after them.
+  std::vector<Stay> seen_between(int first, int last, int eviction_position) const;
+
   auto operator<=>(const Residency&) const = default;
 
  private:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -63,8 +64,20 @@ double mean_kept(const ReplayResult& result, int layer) {
                          std::span(table.numbers).subspan(static_cast<std::size_t>(layer) * of_layer, of_layer));
 }
 
+double peak_cache_size(const ReplayResult& result) {
+  const std::vector<float>& sizes = result.measures[Measure::cache_size].numbers;
+  return sizes.empty() ? std::numeric_limits<double>::quiet_NaN() : static_cast<double>(std::ranges::max(sizes));
+}
+
+double cache_footprint(const ReplayResult& result) {
+  const Table& sizes = result.measures[Measure::cache_size];
+  if (sizes.numbers.empty()) return std::numeric_limits<double>::quiet_NaN();
+  return mean_kept(result) * static_cast<double>(sizes.shape.back());
+}
+
 bool is_measured(const MeasureTraits& measure, const ReplayResult& result) {
   if (measure.measure == Measure::cache_size) return (result.replayed || result.live) && result.scheduled;
+  if (measure.over_time) return result.replayed && result.scheduled;
   if (measure.measure == Measure::residual_sum) return result.replayed && result.residual_sum;
   if (!measure.is_of_layers()) return result.live;
   if (measure.measure == Measure::residual_error && !result.residual_norms) return false;

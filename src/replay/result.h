@@ -97,6 +97,13 @@ double mean_kept(const ReplayResult& result);
 /// The same of one layer.
 double mean_kept(const ReplayResult& result, int layer);
 
+/// The most positions that an evaluation query of any head sees. NaN where caches were not measured over time.
+double peak_cache_size(const ReplayResult& result);
+
+/// What a head's cache holds over time, in positions × steps: the positions that each evaluation query sees, summed
+/// over these queries, mean over layers and query heads. Without eviction Σ_t (t + 1). NaN as above.
+double cache_footprint(const ReplayResult& result);
+
 /// Whether a result has numbers of a measure: rank agreement has to be asked for, and only live runs have those of the
 /// whole model.
 bool is_measured(const MeasureTraits& measure, const ReplayResult& result);

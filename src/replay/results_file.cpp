@@ -91,6 +91,10 @@ void ResultsWriter::add(const TraceReplay& replay, const ReplayResult& result) {
   file.write_int(group, "nothing_to_choose", result.nothing_to_choose ? 1 : 0);
   file.write_double(group, "kept", mean_kept(result));
   file.write_double(group, "bytes_per_token", bytes_per_token(replay, result));
+  if (!result.measures[Measure::cache_size].numbers.empty()) {
+    file.write_double(group, "peak", peak_cache_size(result));
+    file.write_double(group, "footprint", cache_footprint(result));
+  }
   std::vector<float> kept;
   for (int layer = 0; layer < replay.model.num_layers; ++layer) {
     kept.push_back(static_cast<float>(result.kept.mean_size(layer)));

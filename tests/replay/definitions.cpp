@@ -3,6 +3,7 @@
 #include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
 
 namespace kvreplay::test {
@@ -66,6 +67,15 @@ DefinedMeasures by_definition(const RandomTrace& shape, const RandomTrace::Tenso
       const double own = attend(cached, largest(cached), output);
       evicted.row(e).segment(head * d, d) = output;
       measures.attention_recall.push_back(own * std::exp(largest(cached) - largest(visible)) / all);
+      std::vector<double> ranked;
+      for (const int n : visible) ranked.push_back(logits(n));
+      std::ranges::sort(ranked, std::greater<>());
+      double missed = 0;
+      for (const int n : visible) {
+        const bool is_top = cached.size() < ranked.size() && logits(n) > ranked[cached.size()];
+        missed += is_top && !std::ranges::binary_search(cached, n) ? 1 : 0;
+      }
+      measures.recurrence.push_back(missed / static_cast<double>(cached.size()));
       const auto o = full.row(e).segment(head * d, d);
       const auto changed = evicted.row(e).segment(head * d, d);
       measures.head_error.push_back((changed - o).norm() / o.norm());

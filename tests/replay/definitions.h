@@ -12,6 +12,7 @@ namespace kvreplay::test {
 /// [H · E], [E], [H · E], [H · E] and, where the shape tells of the residual stream, [E].
 struct DefinedMeasures {
   std::vector<double> head_error, layer_error, attention_recall, cosine, residual_error;
+  std::vector<double> recurrence = {};       ///< [H · E]
   std::vector<Eigen::VectorXd> change = {};  ///< [E]: of what the layer adds to the residual stream
 };
 

@@ -36,6 +36,10 @@ double of_residual(double change, double residual) {
       {.full = 1, .difference = 1, .change = change, .residual = residual});
 }
 
+double of_step(Measure measure, const StepOutcome& outcome) {
+  return std::get<MeasureFunction<StepOutcome>>(traits_of(measure).definition)(outcome);
+}
+
 double of_model(Measure measure, const ModelOutcome& outcome) {
   return std::get<MeasureFunction<ModelOutcome>>(traits_of(measure).definition)(outcome);
 }
@@ -62,6 +66,27 @@ TEST(Measure, FollowsItsDefinition) {
   EXPECT_EQ(of_residual(0, 0), 0);
   EXPECT_EQ(of_residual(1, 0), 1);
   EXPECT_TRUE(std::isnan(of_residual(1, std::nan(""))));
+  const StepOutcome step{.cached = 8,
+                         .full_mass = 4,
+                         .cached_mass = 3,
+                         .top = 6,
+                         .cached_top = 4,
+                         .evicted = 3,
+                         .steps_stayed = 30,
+                         .left = 10,
+                         .replaced = 2};
+  EXPECT_EQ(of_step(Measure::late_hits, step), 0.25);
+  EXPECT_EQ(of_step(Measure::late_hits, {.cached = 1, .full_mass = 0, .cached_mass = 0}), 0);
+  EXPECT_EQ(of_step(Measure::late_hits, {.cached = 1, .full_mass = 1, .cached_mass = 1 + 1e-9}), 0);
+  EXPECT_EQ(of_step(Measure::recurrence, step), 0.25);
+  EXPECT_DOUBLE_EQ(of_step(Measure::turnover, step), 0.2);
+  EXPECT_EQ(of_step(Measure::turnover, {.cached = 1, .evicted = 1, .left = 4}), 0) << "only what came since went";
+  EXPECT_TRUE(std::isnan(of_step(Measure::turnover, {.cached = 1}))) << "nothing went";
+  EXPECT_EQ(of_step(Measure::time_to_eviction, step), 10);
+  EXPECT_TRUE(std::isnan(of_step(Measure::time_to_eviction, {.cached = 1})));
+  EXPECT_EQ(std::get<MeasureFunction<SpanStepOutcome>>(traits_of(Measure::span_survival).definition)(
+                {.held = 8, .cached = 2}),
+            0.25);
   const ModelOutcome outcome{.divergence = 0.5, .loss = 3, .full_loss = 1, .same_most_likely = true};
   EXPECT_EQ(of_model(Measure::kl, outcome), 0.5);
   EXPECT_EQ(of_model(Measure::nll, outcome), 3);
@@ -76,6 +101,8 @@ TEST(Measure, HasTheShapeOfWhatItIsCalculatedFrom) {
   EXPECT_THAT(layer_shape(traits_of(Measure::span_recall), extent), ElementsAre(4, 2));
   EXPECT_THAT(layer_shape(traits_of(Measure::kendall), extent), ElementsAre(4));
   EXPECT_THAT(layer_shape(traits_of(Measure::kl), extent), ElementsAre(9));
+  EXPECT_THAT(layer_shape(traits_of(Measure::turnover), extent), ElementsAre(9));
+  EXPECT_THAT(layer_shape(traits_of(Measure::span_survival), extent), ElementsAre(2, 9));
   EXPECT_THAT(table_shape(traits_of(Measure::kl), 3, extent), ElementsAre(9));
   EXPECT_THAT(table_shape(traits_of(Measure::layer_error), 3, extent), ElementsAre(3, 9));
   const Index without_ranks = numbers_per_layer(extent, false);
@@ -106,6 +133,12 @@ TEST(Measure, IsFoundByItsName) {
                                                 {"kendall", Measure::kendall},
                                                 {"residual_error", Measure::residual_error},
                                                 {"residual_sum", Measure::residual_sum},
+                                                {"cache_size", Measure::cache_size},
+                                                {"late_hits", Measure::late_hits},
+                                                {"recurrence", Measure::recurrence},
+                                                {"turnover", Measure::turnover},
+                                                {"time_to_eviction", Measure::time_to_eviction},
+                                                {"span_survival", Measure::span_survival},
                                                 {"kl", Measure::kl},
                                                 {"nll", Measure::nll},
                                                 {"nll_increase", Measure::nll_increase},
@@ -113,7 +146,8 @@ TEST(Measure, IsFoundByItsName) {
   for (const auto& [name, measure] : named) EXPECT_EQ(measure_named(name), measure) << name;
   EXPECT_THAT(formulas<LayerOutcome>(), Not(SizeIs(0)));
   EXPECT_EQ(formulas<LayerOutcome>().size() + formulas<HeadOutcome>().size() + formulas<SpanOutcome>().size() +
-                formulas<RankCorrelation>().size() + formulas<ModelOutcome>().size() + formulas<StreamOutcome>().size(),
+                formulas<RankCorrelation>().size() + formulas<ModelOutcome>().size() +
+                formulas<StreamOutcome>().size() + formulas<StepOutcome>().size() + formulas<SpanStepOutcome>().size(),
             measures().size())
       << "every measure is calculated from something";
   EXPECT_THROW(measure_named("layer_eror"), UsageError);

@@ -59,6 +59,24 @@ TEST(Residency, TellsWhatAQuerySees) {
   EXPECT_THAT(Residency(std::vector{1, 4}).cached_at(11, 10), ElementsAre(1, 4, 10, 11));
 }
 
+TEST(Residency, TellsWhatGoesAndWhen) {
+  using Stay = Residency::Stay;
+  const Residency residency({1, 4, 7, 11, 12}, {kNever, 12, 11, 12, 20}, 10);
+  EXPECT_THAT(residency.evicted_later(10),
+              ElementsAre(Stay{7, 10, 11}, Stay{4, 10, 12}, Stay{11, 11, 12}, Stay{12, 12, 20}));
+  EXPECT_THAT(residency.seen_between(12, 13, 10),
+              ElementsAre(Stay{1, 10, kNever}, Stay{4, 10, 12}, Stay{10, 10, kNever}, Stay{11, 11, 12},
+                          Stay{12, 12, 20}, Stay{13, 13, kNever}));
+  const std::vector<int> queries = {10, 11, 12, 15};
+  EXPECT_THAT(residency.kept_at_each(0, 10, queries), ElementsAre(3, 3, 2, 1));
+  EXPECT_THAT(residency.kept_at_each(2, 7, queries), ElementsAre(1, 1, 1, 0));
+  const Residency once(std::vector{1, 4});
+  EXPECT_THAT(once.evicted_later(10), IsEmpty());
+  EXPECT_THAT(once.kept_at_each(0, 3, queries), ElementsAre(1, 1, 1, 1));
+  EXPECT_THAT(once.seen_between(10, 11, 10),
+              ElementsAre(Stay{1, 10, kNever}, Stay{4, 10, kNever}, Stay{10, 10, kNever}, Stay{11, 11, kNever}));
+}
+
 TEST(Residency, WhatCannotBeIsRefused) {
   const auto message = [](const std::vector<int>& positions, const std::vector<int>& until) -> std::string {
     try {
@@ -140,7 +158,7 @@ class ResidencyMeasures : public testing::TestWithParam<Shape> {
 
   std::vector<LayerMeasures> measure(const std::vector<const std::vector<Residency>*>& settings,
                                      std::span<const Span> spans = {}) const {
-    return measure_layer(*trace_, 0, eviction(), spans, settings, 2);
+    return measure_layer(*trace_, 0, eviction(), spans, settings, 2, std::vector<bool>(settings.size(), true));
   }
   Eviction eviction() const { return {GetParam().eviction, GetParam().evaluate_from}; }
   int group() const { return trace_->info().model.group_size(); }
@@ -260,6 +278,107 @@ TEST_P(ResidencyMeasures, SpanRecallIsTheMeanOverTheQueries) {
     const double held = spans[0].end - spans[0].start;
     EXPECT_NEAR(found[Measure::span_recall].at(static_cast<std::size_t>(head)),
                 seen / held / static_cast<double>(queries.size()), 1e-6);
+  }
+}
+
+// Means over the heads that have a number, of each query.
+std::vector<double> means(const std::vector<std::vector<double>>& of_heads) {
+  std::vector<double> means;
+  for (std::size_t q = 0; q < of_heads.front().size(); ++q) {
+    double sum = 0;
+    double count = 0;
+    for (const std::vector<double>& head : of_heads) {
+      if (std::isnan(head[q])) continue;
+      sum += head[q];
+      ++count;
+    }
+    means.push_back(sum / count);
+  }
+  return means;
+}
+
+void expect_near_or_missing(const std::vector<float>& found, const std::vector<double>& expected, const char* what) {
+  ASSERT_EQ(found.size(), expected.size()) << what;
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    ASSERT_EQ(std::isnan(found[i]), std::isnan(expected[i])) << what << " " << i;
+    if (!std::isnan(found[i])) {
+      ASSERT_NEAR(found[i], expected[i], 2e-5 * std::max(1.0, expected[i])) << what << " " << i;
+    }
+  }
+}
+
+TEST_P(ResidencyMeasures, OverTimeFollowTheirDefinitionsAtEveryStep) {
+  const RandomTrace& shape = GetParam().trace;
+  const std::span<const int> queries = evaluation_queries(trace_->info(), eviction()).positions;
+  const auto steps = queries.size();
+  const auto first_visible = [&](int t) {
+    return shape.sliding_window == 0 ? 0 : std::max(0, t - shape.sliding_window + 1);
+  };
+  for (const bool per_query_head : {false, true}) {
+    const int sets = per_query_head ? shape.num_attention_heads : shape.num_key_value_heads;
+    const Drawn drawn(shape, sets, GetParam().eviction, first_held(), shape.num_tokens, 19);
+    const std::vector<Span> spans = {{first_held() + 1, GetParam().eviction - 2, "held"},
+                                     {first_held() + 3, first_held() + 5, "two"}};
+    const LayerNumbers found = measure({&drawn.heads}, spans)[0].numbers;
+
+    const int group = per_query_head ? 1 : this->group();
+    const test::DefinedMeasures defined =
+        test::by_definition(shape, shape.tensors(), 0, eviction().evaluate_from, drawn.cached(group));
+    const auto by_head = [&](const std::vector<double>& numbers, double from, double factor) {
+      std::vector<std::vector<double>> heads(static_cast<std::size_t>(shape.num_attention_heads));
+      for (std::size_t i = 0; i < numbers.size(); ++i) heads[i / steps].push_back(from + factor * numbers[i]);
+      return heads;
+    };
+    expect_near(found[Measure::late_hits], means(by_head(defined.attention_recall, 1, -1)), "late hits");
+    expect_near(found[Measure::recurrence], means(by_head(defined.recurrence, 0, 1)), "recurrence");
+
+    // Step by step: what stands there, what goes.
+    std::vector<std::vector<double>> turnover;
+    std::vector<std::vector<double>> time_to_eviction;
+    std::vector<std::vector<double>> survival;
+    for (int head = 0; head < shape.num_attention_heads; ++head) {
+      const std::vector<int>& until = drawn.until[static_cast<std::size_t>(head / group)];
+      const auto stands_at = [&](int n, int t) {
+        return n <= t && n >= first_visible(t) && until[static_cast<std::size_t>(n)] >= t;
+      };
+      std::vector<double>& replaced = turnover.emplace_back(steps, std::nan(""));
+      std::vector<double>& stayed = time_to_eviction.emplace_back(steps, std::nan(""));
+      std::vector<double>& survives = survival.emplace_back();
+      for (const Span& span : spans) {
+        for (const int t : queries) {
+          double seen = 0;
+          for (int n = span.start; n < span.end; ++n) seen += until[static_cast<std::size_t>(n)] >= t ? 1 : 0;
+          survives.push_back(seen / (span.end - span.start));
+        }
+      }
+      int before = GetParam().eviction - 1;
+      for (int t = GetParam().eviction; t < shape.num_tokens; ++t) {
+        double left = 0;
+        double gone_of_left = 0;
+        double gone = 0;
+        double age = 0;
+        bool evicts = false;
+        for (int n = 0; n < shape.num_tokens; ++n) {
+          left += n <= before && stands_at(n, before + 1) ? 1 : 0;
+          if (until[static_cast<std::size_t>(n)] != t) continue;
+          evicts = true;
+          if (!stands_at(n, t)) continue;
+          gone += 1;
+          gone_of_left += n <= before ? 1 : 0;
+          age += t - std::max(n, GetParam().eviction - 1);
+        }
+        if (!evicts) continue;
+        before = t;
+        const auto at = std::ranges::find(queries, t);
+        if (at == queries.end() || t == queries.back() || gone == 0) continue;
+        const auto step = static_cast<std::size_t>(at - queries.begin());
+        if (left > 0) replaced[step] = gone_of_left / left;
+        stayed[step] = age / gone;
+      }
+    }
+    expect_near_or_missing(found[Measure::turnover], means(turnover), "turnover");
+    expect_near_or_missing(found[Measure::time_to_eviction], means(time_to_eviction), "time to eviction");
+    expect_near(found[Measure::span_survival], means(survival), "span survival");
   }
 }
 

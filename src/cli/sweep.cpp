@@ -465,6 +465,7 @@ void run_sweep(CLI::App& command, const SweepOptions& options) {
     std::vector<TraceReplay> outlines = sweep.engine->outlines();
     with_advice(sweep, [&]() {
       note_stored_outputs(outlines, *sweep.store);
+      note_stored_frozen_caches(outlines, *sweep.store);
       written = write_outputs(options, sweep, outlines, ranking);
     });
     sweep.store->remove();

@@ -139,24 +139,32 @@ void settle_capacities(TraceReplay& replay) {
   }
 }
 
-void note_frozen_caches(TraceReplay& replay) {
-  SettingNames frozen;
-  for (const ReplayResult& result : replay.results) {
-    const int held = replay.held.empty() ? 0 : std::ranges::max(replay.held);
-    const auto has_frozen = [held](const Residency& set) {
-      const auto of_prompt = set.until().first(std::min(set.until().size(), set.kept().size()));
-      return !set.is_one_eviction() && std::ssize(of_prompt) < held &&
-             std::ranges::all_of(of_prompt, [](int until) { return until == Residency::kNever; });
-    };
-    if (result.scheduled && std::ranges::all_of(result.kept.sets, has_frozen)) {
-      frozen.add(result.policy, result.capacity_request);
+bool is_frozen_on_prompt(const Residency& cache, int held) {
+  if (cache.is_one_eviction() || std::ssize(cache.kept()) == held) return false;
+  const std::vector<int> last = {Residency::kNever};
+  return cache.kept_at_each(0, Residency::kNever, last).front() == static_cast<int>(cache.kept().size());
+}
+
+void note_frozen_caches(TraceReplay& replay, std::vector<bool> frozen) {
+  if (frozen.empty()) {
+    for (const ReplayResult& result : replay.results) {
+      bool everywhere = result.scheduled;
+      for (std::size_t set = 0; everywhere && set < result.kept.sets.size(); ++set) {
+        const std::size_t layer = set / static_cast<std::size_t>(result.kept.sets_per_layer);
+        everywhere = is_frozen_on_prompt(result.kept.sets[set], replay.held[layer]);
+      }
+      frozen.push_back(everywhere);
     }
   }
-  if (frozen.count() == 0) return;
+  SettingNames names;
+  for (std::size_t i = 0; i < frozen.size(); ++i) {
+    if (frozen[i]) names.add(replay.results[i].policy, replay.results[i].capacity_request);
+  }
+  if (names.count() == 0) return;
   replay.notes.push_back(
       fmt::format("frozen on the prompt: {}: no position of the prompt ever went, and only what was generated did; "
                   "protect recent positions, as +protect(last=32) does",
-                  frozen.text()));
+                  names.text()));
 }
 
 }  // namespace kvreplay

@@ -142,8 +142,12 @@ void note_outputs(TraceReplay& replay, std::span<const double> errors);
 /// Once all layers are stored: tells what patterns with a capacity of their own used.
 void settle_capacities(TraceReplay& replay);
 
-/// Tells, in the notes of `replay`, of policies that froze on the prompt: under a schedule they evict again and again,
-/// and in no head a position of the prompt that outlived its end.
-void note_frozen_caches(TraceReplay& replay);
+/// Whether a head's cache froze on the prompt: it is evicted again and again, and no position of the prompt that
+/// outlived its end ever goes, though some did then. Its turnover is 0. `held`: positions that its layer held.
+bool is_frozen_on_prompt(const Residency& cache, int held);
+
+/// Tells, in the notes of `replay`, of the policies with a schedule that froze in all heads; `frozen` says it of each
+/// result, or where it is empty, the kept sets do.
+void note_frozen_caches(TraceReplay& replay, std::vector<bool> frozen = {});
 
 }  // namespace kvreplay

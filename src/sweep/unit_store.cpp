@@ -151,6 +151,17 @@ std::vector<LayerResult> StoredUnit::read(std::size_t first, std::size_t count) 
   for (std::size_t i = 0; i < count; ++i) {
     to_float32(DType::float32, bytes.data() + i * sizeof(float), {&results[i].output_error, 1});
   }
+  read_kept(first, count, results);
+  return results;
+}
+
+std::vector<Residency> StoredUnit::read_kept(std::size_t setting) const {
+  std::vector<LayerResult> results(1);
+  read_kept(setting, 1, results);
+  return std::move(results.front().kept);
+}
+
+void StoredUnit::read_kept(std::size_t first, std::size_t count, std::vector<LayerResult>& results) const {
   const std::int64_t start = offsets_[first_set_[first]];
   const std::int64_t end = offsets_[first_set_[first + count]];
   std::vector<std::vector<std::int32_t>> columns(positions_.size());  // positions and, where they are told, until when
@@ -171,7 +182,6 @@ std::vector<LayerResult> StoredUnit::read(std::size_t first, std::size_t count) 
       }
     }
   }
-  return results;
 }
 
 UnitStore::UnitStore(const std::filesystem::path& output, const std::vector<TraceReplay>& outlines,
@@ -393,6 +403,25 @@ void note_stored_outputs(std::vector<TraceReplay>& outlines, const UnitStore& st
       errors.push_back(static_cast<double>(first.output_error));
     }
     note_outputs(outlines[r], errors);
+  }
+}
+
+void note_stored_frozen_caches(std::vector<TraceReplay>& outlines, const UnitStore& store) {
+  for (std::size_t r = 0; r < outlines.size(); ++r) {
+    TraceReplay& outline = outlines[r];
+    std::vector<bool> frozen;
+    for (const ReplayResult& result : outline.results) frozen.push_back(result.scheduled);
+    for (int layer = 0; layer < outline.model.num_layers; ++layer) {
+      if (std::ranges::find(frozen, true) == frozen.end()) break;
+      const StoredUnit unit = store.read({static_cast<int>(r), layer});
+      for (std::size_t i = 0; i < frozen.size(); ++i) {
+        if (!frozen[i]) continue;
+        frozen[i] = std::ranges::all_of(unit.read_kept(i), [&](const Residency& cache) {
+          return is_frozen_on_prompt(cache, outline.held[static_cast<std::size_t>(layer)]);
+        });
+      }
+    }
+    note_frozen_caches(outline, frozen);
   }
 }
 

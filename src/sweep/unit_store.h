@@ -28,7 +28,12 @@ class StoredUnit {
   /// The results of `count` settings, as the engine handed them out. Throws Error on damage that shows.
   std::vector<LayerResult> read(std::size_t first, std::size_t count) const;
 
+  /// What one setting keeps alone. Throws Error as read() does.
+  std::vector<Residency> read_kept(std::size_t setting) const;
+
  private:
+  void read_kept(std::size_t first, std::size_t count, std::vector<LayerResult>& results) const;
+
   hdf5::File file_;
   const TraceReplay& outline_;
   std::vector<std::size_t> first_set_;    // [R + 1]: of each setting among all sets
@@ -90,6 +95,9 @@ class UnitStore {
 /// Adds to the notes of `outlines`, which are those of the store, what their units tell of the traces' outputs. Every
 /// unit must be there. Throws Error.
 void note_stored_outputs(std::vector<TraceReplay>& outlines, const UnitStore& store);
+
+/// The same of policies that froze on the prompt, of whose settings one at a time is read.
+void note_stored_frozen_caches(std::vector<TraceReplay>& outlines, const UnitStore& store);
 
 /// Hands out every result of `outlines` whole, in the order of the outlines, with the outline that it belongs to. Reads
 /// as many at a time as `bytes` hold, or one. Every unit must be there. Throws Error.

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "base/file_text.h"
 #include "cli/sweep_commands.h"
 #include "hdf5/hdf5.h"
 #include "support/random_trace.h"
@@ -19,6 +20,7 @@ using test::RandomTrace;
 using test::Sweep;
 using testing::AllOf;
 using testing::AnyOf;
+using testing::Contains;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::Not;
@@ -157,6 +159,17 @@ TEST_F(Sweep, ImpossibleAndDegenerateSettingsDoNotEndOrDecideIt) {
   refuse_words(sweep + "--strict -o strict.h5", 1, {"a.h5: capacity 16 is below the 32 positions that snapkv always"});
   refuse_words("sweep a.h5 b.h5 --policy snapkv h2o(window=40) --capacity 16 -o none.h5", 1,
                {"a.h5: capacity 16 is below the 32 positions that snapkv always"});
+}
+
+TEST_F(Sweep, SaysWhereACacheFrozeAsAReplayDoes) {
+  const std::string policies = " a.h5 --policy knorm+protect(first=16)+every knorm+every --capacity 16 ";
+  const std::string note =
+      "note: a.h5: frozen on the prompt: knorm+protect(first=16)+every at 16: no position of the prompt ever went";
+  EXPECT_THAT(succeed(test::words("replay" + policies)).errors, HasSubstr(note));
+  EXPECT_THAT(succeed(test::words("sweep" + policies + "-o sweep.h5 --json sweep.json")).errors, HasSubstr(note));
+  EXPECT_THAT(file_text(folder_ / "sweep.json"), HasSubstr("frozen on the prompt"));
+  EXPECT_THAT(hdf5::File::open(folder_ / "sweep.h5").read_strings("/results/0/notes"),
+              Contains(HasSubstr("frozen on the prompt: knorm+protect(first=16)+every at 16")));
 }
 
 TEST_F(Sweep, SaysWhatEachParameterChanges) {

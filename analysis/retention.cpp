@@ -207,8 +207,9 @@ HeadPairs head_pairs(const StoredResult& result, const KeptSets& kept, const std
         const bool evicted_once = residencies[a].is_one_eviction() && residencies[b].is_one_eviction();
         (same_group ? within : between)
             .add(evicted_once ? sets[a].jaccard(sets[b])
-                              : static_cast<double>(
-                                    overlap(residencies[a], residencies[b], result.evaluation_positions).jaccard));
+                              : static_cast<double>(overlap(residencies[a], residencies[b], result.evaluation_positions,
+                                                            result.eviction_position)
+                                                        .jaccard));
       }
     }
     if (within.count() > 0) found.within.push_back(within.value());

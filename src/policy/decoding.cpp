@@ -258,6 +258,12 @@ class LayerDecoding::LiveHead : public HeadSource {
   Matrix output_projection(int member) const override { return prompt_.output_projection(lane_.first_member + member); }
   Matrix projection_factor(int member) const override { return prompt_.projection_factor(lane_.first_member + member); }
   std::optional<std::vector<float>> attention_mass(int /*member*/) const override { return std::nullopt; }
+  // Of the prompt: those that came since are among them.
+  std::span<const int> evaluation_positions() const override { return prompt_.evaluation_positions(); }
+  Matrix evaluation_queries(int member) const override {
+    return prompt_.evaluation_queries(lane_.first_member + member);
+  }
+  Matrix evaluation_keys() const override { return prompt_.evaluation_keys(); }
   const RankingMemory* memory() const override { return lane_.memory.get(); }
   PatternMemory* pattern_memory() const override { return lane_.pattern_memory.get(); }
 

@@ -310,6 +310,13 @@ class Head {
   /// Throws Error where the source cannot look ahead.
   const std::vector<float>& evaluation_attention(int member) const;
 
+  /// What comes from N on, for oracles that decide again and again: positions of the evaluation queries, those queries
+  /// [E, D], and all keys of the full cache that they can see [last position + 1, D]. Read anew at every call; nothing
+  /// where the source cannot look ahead.
+  std::span<const int> evaluation_positions() const { return source_.evaluation_positions(); }
+  Matrix evaluation_queries(int member) const { return source_.evaluation_queries(member); }
+  Matrix evaluation_keys() const { return source_.evaluation_keys(); }
+
   bool has_output_projection() const { return has_output_projection_; }
 
   /// The columns of the output projection that this query head goes through: [C, D]. Read anew at every call.

@@ -24,6 +24,13 @@ Index decoding_memory(const HeadShape& shape, Index tokens, Index heads) {
   return (cached + read) * static_cast<Index>(sizeof(float));
 }
 
+Index look_ahead_memory(const HeadShape& shape, Index tokens, Index queries, Index heads) {
+  constexpr Index kQueries = 64;  // whose attention stands at once
+  const Index sums = (queries / kQueries + 1) * static_cast<Index>(sizeof(double));
+  return heads * shape.group_size * tokens * (sums + kQueries * static_cast<Index>(sizeof(float))) +
+         Head::evaluation_memory(shape, tokens);
+}
+
 int queries_from(std::span<const int> query_positions, int position) {
   const auto first = std::ranges::lower_bound(query_positions, position) - query_positions.begin();
   int count = 0;

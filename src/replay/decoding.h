@@ -20,6 +20,11 @@ std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, co
 
 /// The most bytes that this takes for `heads` KV heads of a trace of `tokens` tokens, beside combinations and heads.
 Index decoding_memory(const HeadShape& shape, Index tokens, Index heads);
+
+/// What comes to that where a policy looks ahead over `queries` evaluation queries: it goes by sums behind some of
+/// them, and by the attention of those between.
+Index look_ahead_memory(const HeadShape& shape, Index tokens, Index queries, Index heads);
+
 /// The same of settings that keep the same positions in all layers: the KV heads `kv_heads` of all layers, layer by
 /// layer, decide as those of one layer that share a set. Of every setting, the set that they keep.
 std::vector<CacheHistory> decode_across_layers(const CapturedRun& trace, const Eviction& eviction,

@@ -293,7 +293,12 @@ ReplayEngine::Sums ReplayEngine::sum_up(const CapturedRun& trace, const TraceRep
   for (const Setting& setting : settings) {
     if (!setting.policy->schedule) continue;
     const Index heads = setting.is_local() ? 1 : outline.model.num_key_value_heads;
-    sums.decoding_bytes = std::max(sums.decoding_bytes, decoding_memory(shape, all_tokens, heads) + sums.head_bytes);
+    const Index looking_ahead =
+        setting.policy->oracle
+            ? look_ahead_memory(shape, tokens, static_cast<Index>(outline.evaluation_positions.size()), heads)
+            : 0;
+    sums.decoding_bytes =
+        std::max(sums.decoding_bytes, decoding_memory(shape, all_tokens, heads) + looking_ahead + sums.head_bytes);
     if (setting.policy->row_positions != RowPositions::reindexed) continue;
     sums.layer_bytes += (all_tokens - outline.eviction_position) * outline.model.num_attention_heads *
                         outline.model.head_dim * static_cast<Index>(sizeof(float));

@@ -1,6 +1,7 @@
 #include "replay/overlap.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/parallel.h"
 
@@ -22,33 +23,48 @@ SetOverlap overlap(std::span<const int> a, std::span<const int> b) {
           .containment = smaller == 0 ? 1.0f : shared / static_cast<float>(smaller)};
 }
 
-SetOverlap overlap(const Residency& a, const Residency& b, std::span<const int> queries) {
+SetOverlap overlap(const Residency& a, const Residency& b, std::span<const int> queries, int eviction_position) {
   if (a.is_one_eviction() && b.is_one_eviction()) return overlap(a.kept(), b.kept());
-  // What both have changes only after a last query of one of them.
-  SetOverlap now;
-  int unchanged_until = -1;
+  using Stay = Residency::Stay;
+  const std::vector<Stay> of_a = a.seen_between(queries.front(), queries.back(), eviction_position);
+  const std::vector<Stay> of_b = b.seen_between(queries.front(), queries.back(), eviction_position);
+  // By how much the sizes of the two, and of what they have in common, change at each query.
+  struct Change {
+    int a = 0;
+    int b = 0;
+    int both = 0;
+  };
+  std::vector<Change> changes(queries.size() + 1);
+  const auto count = [&](int Change::*what, int position, int from, int until) {
+    const auto first = std::ranges::lower_bound(queries, std::max(from, position + 1)) - queries.begin();
+    const auto end = std::ranges::upper_bound(queries, until) - queries.begin();
+    if (first >= end) return;
+    ++(changes[static_cast<std::size_t>(first)].*what);
+    --(changes[static_cast<std::size_t>(end)].*what);
+  };
+  for (const Stay& stay : of_a) count(&Change::a, stay.position, stay.from, stay.until);
+  for (const Stay& stay : of_b) count(&Change::b, stay.position, stay.from, stay.until);
+  auto first = of_b.begin();
+  for (const Stay& stay : of_a) {
+    while (first != of_b.end() && first->position < stay.position) ++first;
+    for (auto other = first; other != of_b.end() && other->position == stay.position; ++other) {
+      count(&Change::both, stay.position, std::max(stay.from, other->from), std::min(stay.until, other->until));
+    }
+  }
+  Change now;
   double jaccard = 0;
   double containment = 0;
-  for (const int query : queries) {
-    if (query > unchanged_until) {
-      unchanged_until = Residency::kNever;
-      const auto still_kept = [&](const Residency& residency) {
-        std::vector<int> kept;
-        for (std::size_t i = 0; i < residency.kept().size(); ++i) {
-          const int until = residency.is_one_eviction() ? Residency::kNever : residency.until()[i];
-          if (until < query) continue;
-          kept.push_back(residency.kept()[i]);
-          unchanged_until = std::min(unchanged_until, until);
-        }
-        return kept;
-      };
-      now = overlap(still_kept(a), still_kept(b));
-    }
-    jaccard += static_cast<double>(now.jaccard);
-    containment += static_cast<double>(now.containment);
+  for (std::size_t query = 0; query < queries.size(); ++query) {
+    now.a += changes[query].a;
+    now.b += changes[query].b;
+    now.both += changes[query].both;
+    const int either = now.a + now.b - now.both;
+    const int smaller = std::min(now.a, now.b);
+    jaccard += either == 0 ? 1 : static_cast<double>(now.both) / either;
+    containment += smaller == 0 ? 1 : static_cast<double>(now.both) / smaller;
   }
-  const auto count = static_cast<double>(queries.size());
-  return {.jaccard = static_cast<float>(jaccard / count), .containment = static_cast<float>(containment / count)};
+  const auto steps = static_cast<double>(queries.size());
+  return {.jaccard = static_cast<float>(jaccard / steps), .containment = static_cast<float>(containment / steps)};
 }
 
 std::vector<OverlapTable> overlaps(const TraceReplay& replay) {
@@ -82,16 +98,24 @@ std::vector<OverlapTable> overlaps(const TraceReplay& replay) {
     for (const ReplayResult* result : group) table.policies.push_back(result->policy);
     parallel_for(model.num_layers, [&](int layer) {
       for (Index a = 0; a < policies; ++a) {
-        for (Index b = 0; b < policies; ++b) {
+        for (Index b = a; b < policies; ++b) {
+          std::pair<const Residency*, const Residency*> before;
+          SetOverlap found;
           for (int head = 0; head < model.num_attention_heads; ++head) {
-            const auto kept = [&](Index policy) -> const Residency& {
-              return group[static_cast<std::size_t>(policy)]->kept.of_query_head(layer, head, model.group_size());
+            const auto kept = [&](Index policy) {
+              return &group[static_cast<std::size_t>(policy)]->kept.of_query_head(layer, head, model.group_size());
             };
-            const SetOverlap found = overlap(kept(a), kept(b), replay.evaluation_positions);
-            const auto at = static_cast<std::size_t>(
-                ((a * policies + b) * model.num_layers + layer) * model.num_attention_heads + head);
-            table.jaccard.numbers[at] = found.jaccard;
-            table.containment.numbers[at] = found.containment;
+            // Query heads that share both sets share what these have in common.
+            if (const std::pair sets(kept(a), kept(b)); sets != before) {
+              found = overlap(*sets.first, *sets.second, replay.evaluation_positions, replay.eviction_position);
+              before = sets;
+            }
+            for (const auto& [one, other] : {std::pair(a, b), std::pair(b, a)}) {
+              const auto at = static_cast<std::size_t>(
+                  ((one * policies + other) * model.num_layers + layer) * model.num_attention_heads + head);
+              table.jaccard.numbers[at] = found.jaccard;
+              table.containment.numbers[at] = found.containment;
+            }
           }
         }
       }

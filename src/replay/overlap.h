@@ -18,9 +18,9 @@ struct SetOverlap {
 /// Both sets ascending.
 SetOverlap overlap(std::span<const int> a, std::span<const int> b);
 
-/// Of the positions from before the eviction that both still have, mean over these queries, ascending and not before
-/// the eviction: after one eviction that of the kept sets.
-SetOverlap overlap(const Residency& a, const Residency& b, std::span<const int> queries);
+/// After one eviction, at `eviction_position`, that of the kept sets. Where one of the two was evicted more often, of
+/// all that each of the queries, ascending and not before the eviction, sees beside its own position, mean over them.
+SetOverlap overlap(const Residency& a, const Residency& b, std::span<const int> queries, int eviction_position);
 
 /// Overlap between all policies of a run at one capacity, mean over the evaluation queries.
 struct OverlapTable {

@@ -211,8 +211,8 @@ std::optional<Obstacle> schedule_obstacle(const CapturedRun& trace, const Settin
     return refused("divides positions by what is in the heads, which have unequal caches once it did so",
                    "use a budget that goes by layers alone, or leave out the schedule");
   }
-  if (policy.oracle) {
-    return refused("looks ahead of one eviction", "leave out the schedule");
+  if (policy.oracle && (policy.refinement || !policy.ranking()->memory({}))) {
+    return refused("looks ahead of one eviction", "leave out the schedule, or take oracle-residency");
   }
   for (const Need& need : policy.requirements().needs) {
     if (need.kind == Need::Kind::later_prompt) {
@@ -364,6 +364,16 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
                  .share = request.share.value_or(policy.share.value_or(Share::mean))};
       if (own) setting.asked.count = std::max(*own, policy.minimum_capacity());
       if (policy.schedule) {
+        if (request.layer_by_layer && policy.oracle) {
+          left_out.add(policy.canonical, "",
+                       {.reason = fmt::format("{} looks at the queries to come, and a running model has none of them "
+                                              "when it decides",
+                                              policy.canonical),
+                        .cure = "replay it",
+                        .shared = "they look at the queries to come, and a running model has none of them when they "
+                                  "decide"});
+          break;
+        }
         if (request.layer_by_layer && policy.across_layers) {
           left_out.add(
               policy.canonical, "",

@@ -112,11 +112,13 @@ TEST_F(LiveCommand, GivesTheSameBytesForAnyNumberOfThreadsAndWithoutWhatAReplayM
 
 TEST_F(LiveCommand, EvictsWhileTokensComeWhereThereIsASchedule) {
   const std::string line =
-      "live --model tiny --trace run.h5 -p recent,h2o@h2o,snapkv(window=4)+every(2),triattention -c 40 --generate 6 ";
+      "live --model tiny --trace run.h5 -p recent,h2o@h2o,snapkv(window=4)+every(2),triattention,oracle-residency "
+      "-c 40 --generate 6 ";
   const Outcome outcome = run(line + "-o live.h5 --kept kept.h5");
   ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
   EXPECT_THAT(outcome.errors, HasSubstr("triattention keeps the same positions in all layers, and a running model has "
                                         "computed only the first ones when it decides; replay it"));
+  EXPECT_THAT(outcome.errors, HasSubstr("oracle-residency looks at the queries to come, and a running model has none"));
   const ResultsReader results(folder_ / "live.h5");
   ASSERT_EQ(results.results().size(), 3U) << outcome.errors;
   for (std::size_t i = 0; i < results.results().size(); ++i) {

@@ -397,11 +397,13 @@ TEST(Residency, OverlapIsTheMeanOverTheQueries) {
   const std::vector<int> queries = {10, 11, 12, 13};
   const Residency a({1, 2, 3, 11}, {11, kNever, 12, 12}, 10);
   const Residency b({2, 3, 4}, {kNever, kNever, 10}, 10);
-  // {1, 2, 3} and {2, 3, 4}; {1, 2, 3} and {2, 3}; {2, 3} and {2, 3}; {2} and {2, 3}.
-  EXPECT_FLOAT_EQ(overlap(a, b, queries).jaccard, (0.5f + 2.0f / 3 + 1 + 0.5f) / 4);
-  EXPECT_FLOAT_EQ(overlap(a, b, queries).containment, (2.0f / 3 + 1 + 1 + 1) / 4);
+  // {1 2 3} and {2 3 4}; {1 2 3 10} and {2 3 10}; {2 3 10 11} and the same; {2 10 12} and {2 3 10 11 12}.
+  EXPECT_FLOAT_EQ(overlap(a, b, queries, 10).jaccard, (2.0f / 4 + 3.0f / 4 + 1 + 3.0f / 5) / 4);
+  EXPECT_FLOAT_EQ(overlap(a, b, queries, 10).containment, (2.0f / 3 + 1 + 1 + 1) / 4);
+  EXPECT_FLOAT_EQ(overlap(b, a, queries, 10).jaccard, overlap(a, b, queries, 10).jaccard);
+  EXPECT_EQ(overlap(a, a, queries, 10).jaccard, 1);
   const Residency once(std::vector{1, 2, 3});
-  EXPECT_EQ(overlap(once, Residency(std::vector{2, 3, 4}), queries).jaccard, 0.5f) << "at every query the same";
+  EXPECT_EQ(overlap(once, Residency(std::vector{2, 3, 4}), queries, 10).jaccard, 0.5f) << "at every query the same";
 }
 
 TEST(Residency, IsStoredWithTheKeptSets) {

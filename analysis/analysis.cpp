@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <iterator>
 #include <limits>
@@ -476,6 +477,13 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   comparison.bootstrap.resamples = 0;
   if (is_measured(comparison.measure)) analysis.by_head = compare(results, comparison);
   if (!input.kept.empty()) analysis.rasters = kept_rasters(input.results, input.kept, options.raster_bins, true);
+  constexpr std::array kOverTime = {Measure::layer_error, Measure::cache_size, Measure::late_hits};
+  analysis.time_courses = time_courses(results, kOverTime, options.step_bins);
+  if (!analysis.time_courses.empty()) {
+    analysis.span_survivals = span_survivals(results, options.step_bins);
+    constexpr int kStepsOfRasters = 64;
+    analysis.residency_rasters = residency_rasters(input.results, input.kept, kStepsOfRasters, options.raster_bins);
+  }
   add_importance(input, analysis);
   return analysis;
 }

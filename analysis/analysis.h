@@ -12,6 +12,7 @@
 #include "analysis/result_set.h"
 #include "analysis/retention.h"
 #include "analysis/step_effects.h"
+#include "analysis/time_course.h"
 
 namespace kvreplay {
 
@@ -22,7 +23,8 @@ struct AnalysisOptions {
   std::optional<double> goal;  ///< none: the baseline's mean at its middle capacity
   BootstrapOptions bootstrap;
   int raster_bins = 512;
-  bool details = true;  ///< also what no terminal shows: by_layer, by_head, rasters and importance
+  int step_bins = 128;
+  bool details = true;  ///< also what no terminal shows: by_layer, by_head, rasters, what is over time, and importance
 };
 
 /// What one trace is.
@@ -66,6 +68,9 @@ struct Analysis {
   std::vector<HeadOverlap> head_overlaps;
   std::vector<Stability> stabilities;
   std::vector<KeptRaster> rasters;
+  std::vector<TimeCourse> time_courses;  ///< layer error, cached positions and late hits; none without a schedule
+  std::vector<SpanSurvival> span_survivals;
+  std::vector<ResidencyRaster> residency_rasters;
   std::vector<ImportanceMap> importance;  ///< of the restkv setting's worst head, where the trace was found
   std::vector<std::string> notes;  ///< what could not be computed and what it takes; what whoever reads has to know
 };

@@ -42,6 +42,8 @@ struct FigureKind {
   int order = 0;      ///< place in the report
   /// The figure, or one with an empty table where the analysis has nothing for it.
   std::function<Figure(const Analysis&, const FigureStyle&)> draw;
+  /// Whether it is of results over time: where there are none a report does not speak of it, unless it is asked for.
+  bool over_time = false;
 };
 
 class FigureRegistration {

@@ -170,6 +170,7 @@ ReportOutcome write_report(const std::filesystem::path& folder, const Analysis& 
   std::vector<PageFigure> of_page;
   for (const FigureKind* kind : kinds) {
     Figure figure = kind->draw(analysis, style);
+    if (figure.table.empty() && kind->over_time && analysis.time_courses.empty() && options.only.empty()) continue;
     if (figure.table.empty()) {
       outcome.left_out.push_back(fmt::format("{}: {}", kind->name, kind->needs));
       content.left_out.push_back(fmt::format("{} It needs {}.", kind->question, kind->needs));

@@ -39,6 +39,7 @@ const std::vector<std::pair<std::string, Analysis>>& samples() {
     nothing_else.token_pieces = false;
     nothing_else.spans = false;
     nothing_else.live = false;
+    nothing_else.steps = 0;
     nothing_else.alphas = {};
     nothing_else.betas = {};
     SampleAnalysis odd;
@@ -245,7 +246,8 @@ TEST_P(Figures, StaySmallAndSayWhatTheyLeaveOut) {
     const Figure figure = kind().draw(analysis, FigureStyle(analysis));
     EXPECT_LT(figure.table.csv().size(), kMostBytes);
     EXPECT_LE(figure.table.rows().size(), kMostRows);
-    const std::set<std::string> rasters = {"error-by-head", "difference-by-head", "kept-positions", "importance"};
+    const std::set<std::string> rasters = {"error-by-head",    "difference-by-head", "kept-positions", "importance",
+                                           "residency-raster", "error-over-steps",   "span-survival"};
     if (name == "large" && !figure.table.empty() && rasters.contains(figure.name)) {
       EXPECT_THAT(figure.caption, HasSubstr("Thinned:"));
     }

@@ -136,6 +136,22 @@ TEST_F(Report, OfNothingMuchSaysWhatEachFigureNeeds) {
   EXPECT_THAT(file_text(folder_ / "report" / "index.html"), HasSubstr("It needs an oracle"));
 }
 
+TEST_F(Report, SpeaksOfStepsWhereThereAreSome) {
+  SampleAnalysis sample;
+  analysis_ = sample.make();
+  EXPECT_THAT(write().figures,
+              AllOf(Contains("error-over-steps"), Contains("cache-size-over-steps"), Contains("late-hits-over-steps"),
+                    Contains("residency-raster"), Contains("span-survival")));
+  sample.steps = 0;
+  analysis_ = sample.make();
+  const ReportOutcome without = write({.force = true});
+  EXPECT_THAT(without.figures, Not(Contains("error-over-steps")));
+  EXPECT_THAT(without.left_out, Not(Contains(HasSubstr("schedule"))));
+  EXPECT_THAT(file_text(folder_ / "report" / "index.html"), Not(HasSubstr("while tokens come")));
+  EXPECT_THAT(write({.only = {"error-over-steps", "ablation"}, .force = true}).left_out,
+              ElementsAre(StartsWith("error-over-steps: policies with a schedule")));
+}
+
 TEST_F(Report, OnlyWhatIsAskedFor) {
   const ReportOutcome outcome = write({.only = {"ablation", "error-by-layer"}});
   EXPECT_THAT(outcome.figures, ElementsAre("error-by-layer", "ablation"));

@@ -255,6 +255,59 @@ Analysis SampleAnalysis::make() const {
       mean -= 0.2;
     }
   }
+  if (steps > 0) {
+    const StepBins bins = StepBins::of(steps, 128);
+    std::vector<std::string> scheduled(policies.begin(),
+                                       policies.begin() + std::min<std::ptrdiff_t>(20, std::ssize(policies)));
+    if (!oracle.empty()) scheduled.push_back(oracle);
+    for (std::size_t p = 0; p < scheduled.size(); ++p) {
+      for (std::size_t c = 0; c < capacities.size(); ++c) {
+        for (const Measure measure : {Measure::layer_error, Measure::cache_size, Measure::late_hits}) {
+          TimeCourse course{
+              .policy = scheduled[p], .capacity_request = capacities[c], .measure = measure, .points = {}};
+          for (int bin = 0; bin < bins.count(); ++bin) {
+            const double mean = measure == Measure::cache_size ? 64.0 * static_cast<double>(c + 1) + bin % 8
+                                                               : error_of(p, c) + noise(0.02);
+            course.points.push_back({bins.first_step(bin), bins.last_step(bin), mean, 0.8 * mean, 1.3 * mean});
+          }
+          analysis.time_courses.push_back(std::move(course));
+        }
+        const auto survives = [&](const std::string& trace, const std::string& label, int start) {
+          SpanSurvival survival{.policy = scheduled[p],
+                                .capacity_request = capacities[c],
+                                .trace = trace,
+                                .label = label,
+                                .start = start,
+                                .points = {}};
+          for (int bin = 0; bin < bins.count(); ++bin) {
+            survival.points.push_back({bins.first_step(bin), bins.last_step(bin), std::exp(-0.02 * bin)});
+          }
+          analysis.span_survivals.push_back(std::move(survival));
+        };
+        if (spans) {
+          survives("", "", 0);
+          for (const std::string& trace : traces) survives(trace, "needle", 300);
+        }
+        for (const std::string& trace : traces) {
+          if (!kept_sets) continue;
+          ResidencyRaster raster{.trace = trace,
+                                 .policy = scheduled[p],
+                                 .capacity_request = capacities[c],
+                                 .eviction_position = prompt_length,
+                                 .steps = StepBins::of(steps, 64),
+                                 .positions = RasterBins::of(prompt_length + steps, 512),
+                                 .share = {}};
+          for (int step = 0; step < raster.steps.count(); ++step) {
+            for (int bin = 0; bin < raster.positions.count(); ++bin) {
+              const bool has_come = bin * raster.positions.width < prompt_length + raster.steps.last_step(step);
+              raster.share.push_back(has_come ? static_cast<float>(0.5 + noise(0.4)) : std::nanf(""));
+            }
+          }
+          analysis.residency_rasters.push_back(std::move(raster));
+        }
+      }
+    }
+  }
   analysis.notes.emplace_back("numbers of a test");
   return analysis;
 }

@@ -24,6 +24,7 @@ struct SampleAnalysis {
   bool token_pieces = true;
   bool spans = true;
   bool live = true;  ///< whether the model ran on
+  int steps = 900;   ///< of up to 20 of the policies and the oracle, which have a schedule; 0: none has
 
   Analysis make() const;
 };

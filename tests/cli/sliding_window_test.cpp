@@ -110,11 +110,11 @@ TEST_F(SlidingWindowCommands, Gemma3LosesNothingInLayersWhoseWindowTheCapacityHo
   const std::string csv = test::read_file(folder_ / "g.csv");
   for (const char* layer : {"0", "1", "3"}) {
     std::size_t found = 0;
-    const std::string exact = std::string(",") + layer + ",layer_error,0,0,0,0\n";
+    const std::string exact = std::string(",") + layer + ",layer_error,0,0,0,0,nan,nan\n";
     for (std::size_t at = csv.find(exact); at != std::string::npos; at = csv.find(exact, at + 1)) ++found;
     EXPECT_EQ(found, policies.size()) << "layer " << layer;
   }
-  EXPECT_THAT(csv, Not(HasSubstr(",2,layer_error,0,0,0,0\n"))) << "the layer that holds the whole prompt";
+  EXPECT_THAT(csv, Not(HasSubstr(",2,layer_error,0,0,0,0,nan,nan\n"))) << "the layer that holds the whole prompt";
 }
 
 TEST_F(SlidingWindowCommands, FullLayersAreRefusedWhereThereIsNone) {

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <functional>
 #include <limits>
 #include <map>
@@ -87,15 +89,29 @@ class HeadEvaluation::MostAttended {
     if (found != known.end()) return *found;
     Top& top = known.emplace_back(Top{.most = most, .above = std::numeric_limits<float>::infinity()});
     if (most >= weights_.cols()) return top;
-    float* const begin = weights_.data() + query * weights_.cols();
-    std::nth_element(begin, begin + most, begin + weights_.cols(), std::greater<>());
-    top.above = begin[most];
-    top.count = static_cast<int>(std::count_if(begin, begin + most, [&](float weight) { return weight > top.above; }));
+    // Weights are not negative, so that their bits order them: by the leading ones first, and where these of the next
+    // one are found, among the few that share them.
+    constexpr unsigned kShift = 20;
+    const std::span weights(weights_.data() + query * weights_.cols(), static_cast<std::size_t>(weights_.cols()));
+    const auto leading = [](float weight) { return std::bit_cast<std::uint32_t>(weight) >> kShift; };
+    std::array<int, (1U << (31 - kShift))> counts{};
+    for (const float weight : weights) ++counts[leading(weight)];
+    std::size_t bin = counts.size() - 1;
+    int more = 0;
+    while (more + counts[bin] <= most) more += counts[bin--];
+    std::vector<float> alike;
+    alike.reserve(static_cast<std::size_t>(counts[bin]));
+    for (const float weight : weights) {
+      if (leading(weight) == bin) alike.push_back(weight);
+    }
+    std::nth_element(alike.begin(), alike.begin() + (most - more), alike.end(), std::greater<>());
+    top.above = alike[static_cast<std::size_t>(most - more)];
+    top.count = more + static_cast<int>(std::ranges::count_if(alike, [&](float weight) { return weight > top.above; }));
     return top;
   }
 
  private:
-  Matrix weights_;  // [queries, tokens], of each query in any order
+  Matrix weights_;  // [queries, tokens]
   std::vector<std::vector<Top>> known_;
 };
 

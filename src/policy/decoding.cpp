@@ -186,6 +186,16 @@ class LayerDecoding::Rows {
 
 // Query heads that keep the same set, and what is cached for them.
 struct LayerDecoding::Lane {
+  // Queries that saw a position.
+  struct Span {
+    int position;
+    int from;  // or before: since it came
+    int until;
+
+    auto operator<=>(const Span&) const = default;
+  };
+  static constexpr int kHidden = std::numeric_limits<int>::max();
+
   int kv_head = 0;
   int first_member = 0;
   HeadShape shape;  // as a head of its own
@@ -193,8 +203,9 @@ struct LayerDecoding::Lane {
   std::vector<int> slots;
   std::unique_ptr<RankingMemory> memory;
   std::unique_ptr<PatternMemory> pattern_memory;
-  std::vector<std::pair<int, int>> gone;  // position, the last query that saw it
-  Matrix attention;                       // [members, R] of the newest query
+  std::vector<int> seen_since;  // of policies that mask: of each row the first query that sees it, or kHidden
+  std::vector<Span> gone;
+  Matrix attention;  // [members, R] of the newest query
 };
 
 // The caches of one setting.
@@ -204,6 +215,7 @@ struct LayerDecoding::Caches {
   Setting own;  // of one eviction: what is left after it
   std::optional<RankingRequirements> requirements;
   int capacity = 0;
+  int growth = 0;  // that every eviction adds to it
   int sets_per_head = 1;
   std::vector<Lane> lanes;
   bool attends = false;  // somebody looks at what every step's query pays
@@ -373,6 +385,7 @@ LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting>
           lane.shape.group_size = 1;
         }
         for (int row = 0; row < lane.shape.rows(); ++row) lane.positions.push_back(lane.shape.positions[row]);
+        if (caches->policy.masks) lane.seen_since = lane.positions;
       }
     }
     caches_.push_back(std::move(caches));
@@ -512,12 +525,33 @@ void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int last_que
         ++next;
       }
     }
+    if (caches.policy.masks) {
+      hide_rows(lane, left, last_query);
+      continue;
+    }
     keep_rows(lane,
               ordered(std::move(left), caches.policy.order.value_or(RowOrder::position), scores.of(lane.shape.kv_head),
                       caches.policy.protection().held_by(lane.shape)),
               last_query);
   }
   caches.last = position_;
+  caches.capacity += caches.growth;
+}
+
+// Queries after `last_query` see `seen`, ascending rows. All others stay in the cache.
+void LayerDecoding::hide_rows(Lane& lane, const std::vector<int>& seen, int last_query) {
+  auto next = seen.begin();
+  for (std::size_t row = 0; row < lane.positions.size(); ++row) {
+    int& since = lane.seen_since[row];
+    if (next != seen.end() && *next == static_cast<int>(row)) {
+      if (since == Lane::kHidden) since = last_query + 1;
+      ++next;
+    } else if (since != Lane::kHidden) {
+      lane.gone.push_back({lane.positions[row], since, last_query});
+      since = Lane::kHidden;
+    }
+  }
+  if (lane.memory) lane.memory->mask(seen);
 }
 
 // `left`: rows in the order in which they are to stand. All others are gone, and `last_query` saw them last.
@@ -526,7 +560,8 @@ void LayerDecoding::keep_rows(Lane& lane, const std::vector<int>& left, int last
   for (const int row : left) stays[static_cast<std::size_t>(row)] = true;
   for (std::size_t row = 0; row < stays.size(); ++row) {
     if (stays[row]) continue;
-    lane.gone.emplace_back(lane.positions[row], last_query);
+    const int since = lane.seen_since.empty() ? lane.positions[row] : lane.seen_since[row];
+    if (since != Lane::kHidden) lane.gone.push_back({lane.positions[row], since, last_query});
     if (!lane.slots.empty()) rows_.at(lane.kv_head)->release(lane.slots[row]);
   }
   const auto gather = [&left](std::vector<int>& of) {
@@ -538,6 +573,7 @@ void LayerDecoding::keep_rows(Lane& lane, const std::vector<int>& left, int last
   };
   gather(lane.positions);
   gather(lane.slots);
+  gather(lane.seen_since);
   lane.shape.positions = CachePositions(lane.positions);
   if (lane.memory) lane.memory->keep(left);
 }
@@ -556,6 +592,7 @@ void LayerDecoding::step(const TokenRows& token) {
   for (const auto& caches : caches_) {
     for (Lane& lane : caches->lanes) {
       lane.positions.push_back(token.position);
+      if (caches->policy.masks) lane.seen_since.push_back(token.position);
       lane.slots.push_back(slots.at(lane.kv_head));
       rows_.at(lane.kv_head)->hold(lane.slots.back());
     }
@@ -640,6 +677,10 @@ void LayerDecoding::attend(Caches& caches) {
       }
     }
     scale_logits(lane.attention, lane.shape.rule);
+    for (std::size_t row = 0; row < lane.seen_since.size(); ++row) {
+      if (lane.seen_since[row] != Lane::kHidden) continue;
+      lane.attention.col(static_cast<Index>(row)).setConstant(-std::numeric_limits<float>::infinity());
+    }
     for (int member = 0; member < members; ++member) {
       softmax(lane.attention.row(member), 0, count, lane.shape.rule.sink(lane.shape.query_head(member)));
     }
@@ -680,13 +721,18 @@ std::vector<DecodedSetting> LayerDecoding::take() {
     setting.sets.resize(sets);
     for (Lane& lane : caches->lanes) {
       const auto index = static_cast<std::size_t>(lane.shape.kv_head);
-      std::vector<std::pair<int, int>> history = std::move(lane.gone);
-      std::erase_if(history, [this](const auto& gone) { return gone.second < shape_.next_position; });
-      for (const int position : lane.positions) history.emplace_back(position, CacheHistory::kNever);
+      std::vector<Lane::Span> history = std::move(lane.gone);
+      std::erase_if(history, [this](const Lane::Span& gone) { return gone.until < shape_.next_position; });
+      for (std::size_t row = 0; row < lane.positions.size(); ++row) {
+        const int since = lane.seen_since.empty() ? lane.positions[row] : lane.seen_since[row];
+        if (since != Lane::kHidden) history.push_back({lane.positions[row], since, CacheHistory::kNever});
+      }
       std::ranges::sort(history);
-      for (const auto& [position, until] : history) {
-        setting.sets[index].positions.push_back(position);
-        setting.sets[index].until.push_back(until);
+      CacheHistory& told = setting.sets[index];
+      for (const auto& [position, from, until] : history) {
+        told.positions.push_back(position);
+        told.until.push_back(until);
+        if (caches->policy.masks) told.from.push_back(from);
       }
     }
     if (!caches->outputs.empty()) {

@@ -12,13 +12,16 @@
 
 namespace kvreplay {
 
-/// How long the positions of one cache were in it: all that was evicted, and all that stood there in the end.
+/// How long queries saw the positions of one cache: all that was evicted, and all that stood there in the end.
 struct CacheHistory {
   /// The last query of what is never evicted.
   static constexpr int kNever = std::numeric_limits<int>::max();
 
-  std::vector<int> positions;  ///< ascending
+  std::vector<int> positions;  ///< ascending; more than once where they were hidden and came back
   std::vector<int> until;      ///< of each, the last query that saw it
+  /// Of each, where rows may be hidden, the first query that saw it, no later than its own where it never was;
+  /// otherwise empty.
+  std::vector<int> from;
 };
 
 /// What one setting did in one layer.
@@ -84,6 +87,7 @@ class LayerDecoding {
   void observe(Caches& caches) const;
   void leave_behind(Caches& caches) const;
   void keep_rows(Lane& lane, const std::vector<int>& left, int last_query) const;
+  static void hide_rows(Lane& lane, const std::vector<int>& seen, int last_query);
   int rows_of(const Caches& caches) const;
   bool is_full(const Caches& caches) const;
   int capacity_of(const Caches& caches) const;

@@ -107,6 +107,9 @@ class RankingMemory {
 
   /// `rows` are left of the cache, in its order.
   virtual void keep(std::span<const int> rows) = 0;
+
+  /// Of policies that mask: the queries that come see `rows`, ascending, and all others stay.
+  virtual void mask(std::span<const int> /*rows*/) {}
 };
 
 /// The same of a pattern that draws anew what it drew before: state of its own, of which a pattern itself has none.

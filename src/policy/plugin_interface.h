@@ -13,7 +13,7 @@ namespace kvreplay {
 
 /// The version of what kvreplay and its plug-ins share, which is all that policy.h, parameter.h and head.h declare.
 /// Raised by every change after which plug-ins have to be compiled anew; a new virtual function is one.
-inline constexpr int kPolicyInterfaceVersion = 7;
+inline constexpr int kPolicyInterfaceVersion = 8;
 
 /// How a compilation lays out the types that kvreplay and its plug-ins exchange. Differs, whatever the version, where
 /// another Eigen or another mode of the standard library was compiled with.

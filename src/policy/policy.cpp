@@ -122,6 +122,10 @@ void check_schedule(const Policy& policy) {
                     "shift them; leave out the protection",
                     policy.canonical));
   }
+  if (policy.masks && (policy.order == RowOrder::score || policy.row_positions == RowPositions::reindexed)) {
+    throw UsageError(fmt::format("'{}' hides rows where they stand, and none moves; leave out '+{}'", policy.canonical,
+                                 policy.order == RowOrder::score ? "order" : "positions"));
+  }
   if (policy.across_layers) {
     const std::string_view unfit = policy.budget                                     ? "a budget"
                                    : policy.row_positions == RowPositions::reindexed ? "reindexed positions"

@@ -289,6 +289,9 @@ struct Policy {
   Pin pin = {};                                    ///< this and the next two go with a schedule
   std::optional<RowOrder> order = {};              ///< or none: by position
   std::optional<RowPositions> row_positions = {};  ///< or none: original
+  /// Rows that are not chosen stay and are hidden from the queries that come, and at the next eviction all rows are
+  /// there to be chosen: no memory is saved. Goes with a schedule.
+  bool masks = false;
   /// All layers keep the same positions, of each KV head or at granularity layer of all: their scores are put together
   /// as those of heads that share a set are. Goes with a schedule.
   bool across_layers = false;

@@ -827,7 +827,7 @@ void ReplayEngine::decode_group(std::span<const ReplayUnit> group, const Plan& p
         LayerResidencies& kept = results[i][s].kept;
         for (std::size_t set = 0; set < kept.size(); ++set) {
           const CacheHistory& history = across_layers_.at(group[i].replay).at(s)[set];
-          kept[set] = Residency(history.positions, history.until, prompt);
+          kept[set] = Residency(history.positions, history.until, prompt, history.from);
         }
         continue;
       }
@@ -870,7 +870,7 @@ void ReplayEngine::decode_group(std::span<const ReplayUnit> group, const Plan& p
             for (Index set = head * sets; set < (head + 1) * sets; ++set) {
               const CacheHistory& history = decoded[i].sets[static_cast<std::size_t>(set)];
               result.kept[static_cast<std::size_t>(set)] =
-                  Residency(history.positions, history.until, outline.eviction_position);
+                  Residency(history.positions, history.until, outline.eviction_position, history.from);
             }
             if (decoded[i].outputs.size() == 0) continue;
             result.outputs.middleCols(head * width, width) = decoded[i].outputs.middleCols(head * width, width);

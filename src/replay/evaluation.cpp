@@ -220,9 +220,11 @@ void HeadEvaluation::add_range(Index count, const Attention& attention, const fl
   count_operations(2 * count * attention.count * shape_.head_dim);
 }
 
-// Adds any positions, ascending: where `until` is given, to the queries at that position each and before.
-void HeadEvaluation::add(std::span<const int> positions, std::span<const int> until, int member,
-                         const Attention& attention, const Buffer& values, Sums& sums) const {
+// Adds any positions, ascending: where `until` is given, to the queries at that position each and before, but for those
+// in their `gaps`.
+void HeadEvaluation::add(std::span<const int> positions, std::span<const int> until,
+                         std::span<const Residency::Gap> gaps, int member, const Attention& attention,
+                         const Buffer& values, Sums& sums) const {
   const Index row = attention.row();
   const Index column = (member - attention.first_member) * attention.columns;
   Buffer weights(kPositions * attention.columns);
@@ -249,6 +251,15 @@ void HeadEvaluation::add(std::span<const int> positions, std::span<const int> un
       }
       std::copy_n(values.data() + position * width_, width_, rows.data() + k * width_);
     }
+    for (const Residency::Gap& gap : gaps) {
+      const auto hidden = std::ranges::lower_bound(here, gap.position);
+      if (hidden == here.end() || *hidden != gap.position) continue;
+      float* const of_hidden = weights.data() + (hidden - here.begin()) * attention.columns;
+      for (Index c = 0; c < attention.columns; ++c) {
+        const int query = attention.positions[static_cast<std::size_t>(column + c)];
+        if (query >= gap.first && query <= gap.last) of_hidden[c] = 0;
+      }
+    }
     add_range(count, attention, weights.data(), attention.columns, rows.data(), sums);
   }
 }
@@ -268,18 +279,25 @@ bool HeadEvaluation::add_residents(const Residency& residency, int member, const
     positions.push_back(listed[i]);
     until.push_back(residency.until()[i]);
   }
-  if (std::ranges::all_of(until, is_seen_by_all)) until.clear();
-  add(positions, until, member, attention, values, kept);
-
   const int first = shape_.next_position;
-  if (std::ranges::all_of(residency.until().subspan(num_kept), is_seen_by_all)) return false;
+  std::vector<Residency::Gap> gaps;  // that these queries feel
+  for (const Residency::Gap& gap : residency.gaps()) {
+    if (gap.first <= last_query && gap.last >= first_query) gaps.push_back(gap);
+  }
+  const auto since_eviction = std::ranges::lower_bound(gaps, first, {}, &Residency::Gap::position);
+  const std::span<const Residency::Gap> gaps_of_kept(gaps.begin(), since_eviction);
+  const std::span<const Residency::Gap> gaps_since(since_eviction, gaps.end());
+  if (gaps_of_kept.empty() && std::ranges::all_of(until, is_seen_by_all)) until.clear();
+  add(positions, until, gaps_of_kept, member, attention, values, kept);
+
+  if (gaps_since.empty() && std::ranges::all_of(residency.until().subspan(num_kept), is_seen_by_all)) return false;
   positions.resize(static_cast<std::size_t>(tokens_ - first));
   std::iota(positions.begin(), positions.end(), first);
   until.assign(positions.size(), Residency::kNever);
   for (std::size_t i = num_kept; i < listed.size() && listed[i] < tokens_; ++i) {
     until[static_cast<std::size_t>(listed[i] - first)] = residency.until()[i];
   }
-  add(positions, until, member, attention, values, since);
+  add(positions, until, gaps_since, member, attention, values, since);
   return true;
 }
 
@@ -400,7 +418,7 @@ void HeadEvaluation::measure(std::span<const std::vector<const Residency*>> resi
           const Sums* rest = &tail;
           kept.clear(attention.columns, width_);
           if (residency.is_one_eviction()) {
-            add(residency.kept(), {}, member, attention, values, kept);
+            add(residency.kept(), {}, {}, member, attention, values, kept);
           } else {
             since.clear(attention.columns, width_);
             if (add_residents(residency, member, attention, values, kept, since)) rest = &since;

@@ -43,8 +43,8 @@ class HeadEvaluation {
   struct Sums;
   class MostAttended;
   void attend(Attention& attention, Buffer& values, std::vector<Sums>& before, std::vector<Sums>& after) const;
-  void add(std::span<const int> positions, std::span<const int> until, int member, const Attention& attention,
-           const Buffer& values, Sums& sums) const;
+  void add(std::span<const int> positions, std::span<const int> until, std::span<const Residency::Gap> gaps, int member,
+           const Attention& attention, const Buffer& values, Sums& sums) const;
   bool add_residents(const Residency& residency, int member, const Attention& attention, const Buffer& values,
                      Sums& kept, Sums& since) const;
   void count_top(const Residency& residency, int member, const Attention& attention, MostAttended& most_attended,

@@ -134,13 +134,17 @@ void KeptSetsWriter::add(const TraceReplay& replay, const ReplayResult& result) 
                  {{"heads", std::string(name_of(result.kept.granularity))},
                   {"trace_digest", replay.trace_digest},
                   {"tokens_digest", replay.tokens_digest}});
-  const FlatResidencies flat(result.kept.sets);
+  const FlatResidencies flat(result.kept.sets, replay.eviction_position);
   const std::vector<std::int32_t>& kept = flat.positions;
   const std::vector<std::int64_t>& offsets = flat.offsets;
   file.write(group + "/kept", kept, {static_cast<Index>(kept.size())});
   if (!flat.until.empty()) {
     file.write(group + "/until", flat.until, {static_cast<Index>(kept.size())});
-    version_ = kResidencyFormatVersion;
+    version_ = std::max(version_, kResidencyFormatVersion);
+  }
+  if (!flat.from.empty()) {
+    file.write(group + "/from", flat.from, {static_cast<Index>(kept.size())});
+    version_ = std::max(version_, kHiddenRowsFormatVersion);
   }
   file.write(group + "/offsets", offsets, {static_cast<Index>(offsets.size())});
 }

@@ -14,10 +14,12 @@
 namespace kvreplay {
 
 /// The `format_version` of results and kept sets that are written, and the oldest that is read. Kept sets of which some
-/// were evicted more than once are of a newer one, so that no reader takes them for what one eviction left.
+/// were evicted more than once are of a newer one, so that no reader takes them for what one eviction left, and those
+/// of which some were hidden and came back of a newer one still.
 constexpr int kResultsFormatVersion = 3;
 constexpr int kOldestResultsFormatVersion = 2;
 constexpr int kResidencyFormatVersion = 4;
+constexpr int kHiddenRowsFormatVersion = 5;
 
 /// An HDF5 file in which results are stored one after the other, so that never more than one has to be in memory. It is
 /// complete or absent: destroyed before finish(), it leaves nothing behind. All members throw Error.
@@ -59,7 +61,7 @@ class ResultsWriter {
 
 /// Writes the kept sets of results: `/kept/<i>` with `kept` and `offsets`; set s (layer-major, then head) is
 /// `kept[offsets[s]:offsets[s+1]]`. Beside them `until`, the last query that sees each of these positions, where there
-/// was more than one eviction.
+/// was more than one eviction, and `from`, the first one, where some were hidden for a while.
 class KeptSetsWriter {
  public:
   explicit KeptSetsWriter(const std::filesystem::path& path) : stream_(path, "kvreplay-kept") {}

@@ -249,7 +249,7 @@ OverlapTable ResultsReader::read_overlap(std::size_t overlap) const {
 }
 
 KeptSetsReader::KeptSetsReader(const std::filesystem::path& path)
-    : file_(open_complete(path, "kvreplay-kept", "kept sets", kResidencyFormatVersion)) {
+    : file_(open_complete(path, "kvreplay-kept", "kept sets", kHiddenRowsFormatVersion)) {
   for (const std::string& group : numbered(file_, "/kept")) {
     file_.check_strings(group);
     StoredKeptSets& kept = kept_.emplace_back();
@@ -271,7 +271,13 @@ KeptSets KeptSetsReader::read(std::size_t index, int num_layers) const {
   const std::vector<std::int32_t> kept = file_.read_int32s(group + "/kept");
   std::vector<std::int32_t> until;
   if (file_.exists(group + "/until")) until = file_.read_int32s(group + "/until");
+  std::vector<std::int32_t> from;
+  if (file_.exists(group + "/from")) from = file_.read_int32s(group + "/from");
   const std::vector<std::int64_t> offsets = file_.read_int64s(group + "/offsets");
+  if (!from.empty() && (until.empty() || from.size() != kept.size())) {
+    fail(file_, group + "/from",
+         fmt::format("is not a first query beside a last one for each of {} positions", kept.size()));
+  }
   if (!until.empty() && until.size() != kept.size()) {
     fail(file_, group + "/until", fmt::format("is not a last query for each of {} positions", kept.size()));
   }
@@ -288,10 +294,12 @@ KeptSets KeptSetsReader::read(std::size_t index, int num_layers) const {
   for (std::size_t set = 0; set + 1 < offsets.size(); ++set) {
     std::vector<int> positions(kept.begin() + offsets[set], kept.begin() + offsets[set + 1]);
     if (!until.empty()) {
+      const auto part_of = [&](const std::vector<std::int32_t>& column) {
+        return column.empty() ? std::vector<int>()
+                              : std::vector<int>(column.begin() + offsets[set], column.begin() + offsets[set + 1]);
+      };
       try {
-        sets.sets.emplace_back(positions,
-                               std::vector<int>(until.begin() + offsets[set], until.begin() + offsets[set + 1]),
-                               stored.eviction_position);
+        sets.sets.emplace_back(positions, part_of(until), stored.eviction_position, part_of(from));
       } catch (const Error& error) {
         fail(file_, group, fmt::format("set {}: {}", set, error.what()));
       }

@@ -102,8 +102,8 @@ StoredUnit::StoredUnit(const std::filesystem::path& path, const TraceReplay& out
   if (offsets_.size() != first_set_.back() + 1 || offsets_.front() != 0 || !std::ranges::is_sorted(offsets_)) {
     throw refuse("/offsets does not fit the sweep");
   }
-  for (const char* name : {"/kept", "/until"}) {
-    if (offsets_.back() == 0 || (positions_.size() == 1 && !file_.exists(name))) break;
+  for (const char* name : {"/kept", "/until", "/from"}) {
+    if (offsets_.back() == 0 || (!positions_.empty() && !file_.exists(name))) break;
     positions_.push_back(file_.dataset(name));
     if (positions_.back().shape() != hdf5::Shape{offsets_.back()} ||
         positions_.back().element_size() != sizeof(std::int32_t)) {
@@ -164,7 +164,8 @@ std::vector<Residency> StoredUnit::read_kept(std::size_t setting) const {
 void StoredUnit::read_kept(std::size_t first, std::size_t count, std::vector<LayerResult>& results) const {
   const std::int64_t start = offsets_[first_set_[first]];
   const std::int64_t end = offsets_[first_set_[first + count]];
-  std::vector<std::vector<std::int32_t>> columns(positions_.size());  // positions and, where they are told, until when
+  // Positions and, where they are told, until when and from when on.
+  std::vector<std::vector<std::int32_t>> columns(positions_.size());
   for (std::size_t c = 0; c < columns.size(); ++c) {
     columns[c].resize(static_cast<std::size_t>(end - start));
     if (columns[c].empty()) continue;
@@ -175,8 +176,9 @@ void StoredUnit::read_kept(std::size_t first, std::size_t count, std::vector<Lay
       const auto part_of = [&](const std::vector<std::int32_t>& column) {
         return std::vector<int>(column.begin() + (offsets_[set] - start), column.begin() + (offsets_[set + 1] - start));
       };
-      if (columns.size() == 2) {
-        results[i].kept.emplace_back(part_of(columns[0]), part_of(columns[1]), outline_.eviction_position);
+      if (columns.size() >= 2) {
+        results[i].kept.emplace_back(part_of(columns[0]), part_of(columns[1]), outline_.eviction_position,
+                                     columns.size() == 3 ? part_of(columns[2]) : std::vector<int>());
       } else {
         results[i].kept.emplace_back(columns.empty() ? std::vector<int>() : part_of(columns[0]));
       }
@@ -367,7 +369,7 @@ void UnitStore::save(const ReplayUnit& unit, const std::vector<LayerResult>& res
   }
   write_table(kOutputError, {1}, [](const LayerResult& result) { return std::span(&result.output_error, 1); });
   FlatResidencies flat;
-  for (const LayerResult& result : results) flat.add(result.kept);
+  for (const LayerResult& result : results) flat.add(result.kept, outline.eviction_position);
   const auto write_column = [&file](const std::string& name, const auto& numbers) {
     if (numbers.empty()) return;
     const hdf5::Dataset dataset = file.write(name, numbers, {static_cast<Index>(numbers.size())});
@@ -375,6 +377,7 @@ void UnitStore::save(const ReplayUnit& unit, const std::vector<LayerResult>& res
   };
   write_column("/kept", flat.positions);
   write_column("/until", flat.until);
+  write_column("/from", flat.from);
   write_column("/offsets", flat.offsets);
   file.write_int("/", "complete", 1);
   file.close();

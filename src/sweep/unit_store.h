@@ -36,10 +36,11 @@ class StoredUnit {
 
   hdf5::File file_;
   const TraceReplay& outline_;
-  std::vector<std::size_t> first_set_;    // [R + 1]: of each setting among all sets
-  std::vector<std::int64_t> offsets_;     // [sets + 1]
-  std::vector<hdf5::Dataset> tables_;     // of the measures that are stored, then the outputs' error
-  std::vector<hdf5::Dataset> positions_;  // `kept`; `until` where it is stored; none where nothing is kept
+  std::vector<std::size_t> first_set_;  // [R + 1]: of each setting among all sets
+  std::vector<std::int64_t> offsets_;   // [sets + 1]
+  std::vector<hdf5::Dataset> tables_;   // of the measures that are stored, then the outputs' error
+  std::vector<hdf5::Dataset>
+      positions_;  // `kept`; `until` and `from` where they are stored; none where nothing is kept
 };
 
 /// A folder that holds one file per finished unit and the manifest of the sweep that they belong to.

@@ -77,10 +77,41 @@ TEST(Residency, TellsWhatGoesAndWhen) {
               ElementsAre(Stay{1, 10, kNever}, Stay{4, 10, kNever}, Stay{10, 10, kNever}, Stay{11, 11, kNever}));
 }
 
+TEST(Residency, TellsWhatIsHiddenForAWhile) {
+  // 1 is hidden from the query at 12, 4 from the first two after the eviction, 11 from 13 on but for 15; 12 from 14.
+  const Residency residency({1, 1, 4, 11, 11, 12, 12}, {11, kNever, kNever, 12, 15, 13, kNever}, 10,
+                            {0, 13, 12, 11, 15, 12, 15});
+  EXPECT_FALSE(residency.is_one_eviction());
+  EXPECT_THAT(residency.kept(), ElementsAre(1, 4));
+  EXPECT_THAT(residency.positions(), ElementsAre(1, 4, 11));
+  EXPECT_THAT(residency.until(), ElementsAre(kNever, kNever, 15));
+  EXPECT_THAT(residency.gaps(), ElementsAre(Residency::Gap{1, 12, 12}, Residency::Gap{4, 10, 11},
+                                            Residency::Gap{11, 13, 14}, Residency::Gap{12, 14, 14}));
+  const std::vector<std::vector<int>> seen = {
+      {1, 10}, {1, 10, 11}, {4, 10, 11, 12}, {1, 4, 10, 12, 13}, {1, 4, 10, 13, 14}, {1, 4, 10, 11, 12, 13, 14, 15}};
+  for (int query = 10; query < 16; ++query) {
+    const std::vector<int>& expected = seen[static_cast<std::size_t>(query - 10)];
+    EXPECT_EQ(residency.cached_at(query, 10), expected) << query;
+    EXPECT_EQ(residency.count_at(query, 10), static_cast<int>(expected.size())) << query;
+    EXPECT_EQ(residency.count_at(query, 10, 11),
+              static_cast<int>(std::ranges::count_if(expected, [](int position) { return position >= 11; })))
+        << query;
+  }
+  EXPECT_DOUBLE_EQ(residency.mean_kept(0, 10, std::vector{10, 11, 12, 13}), (1 + 1 + 1 + 2) / 4.0);
+  EXPECT_THAT(residency.kept_at_each(0, 10, std::vector{10, 11, 12, 13}), ElementsAre(1, 1, 1, 2));
+  using Stay = Residency::Stay;
+  EXPECT_THAT(residency.seen_between(12, 13, 10),
+              ElementsAre(Stay{1, 13, kNever}, Stay{4, 12, kNever}, Stay{10, 10, kNever}, Stay{11, 11, 12},
+                          Stay{12, 12, 13}, Stay{13, 13, kNever}));
+  EXPECT_EQ(Residency({1, 1, 4}, {11, kNever, kNever}, 10, {1, 12, 3}), Residency(std::vector{1, 4}))
+      << "spans that touch each other are one";
+}
+
 TEST(Residency, WhatCannotBeIsRefused) {
-  const auto message = [](const std::vector<int>& positions, const std::vector<int>& until) -> std::string {
+  const auto message = [](const std::vector<int>& positions, const std::vector<int>& until,
+                          const std::vector<int>& from = {}) -> std::string {
     try {
-      const Residency residency(positions, until, 10);
+      const Residency residency(positions, until, 10, from);
     } catch (const Error& error) {
       return error.what();
     }
@@ -93,21 +124,30 @@ TEST(Residency, WhatCannotBeIsRefused) {
   EXPECT_THAT(message({1}, {9}), HasSubstr("position 1 is listed up to the query at 9"));
   EXPECT_THAT(message({12}, {11}), HasSubstr("position 12 is listed up to the query at 11, which is before its own"));
   EXPECT_EQ(message({1, 12}, {10, 12}), "");
+  EXPECT_THAT(message({1, 1}, {11, 13}, {0}), HasSubstr("2 positions have 1 first queries"));
+  EXPECT_THAT(message({1, 1}, {12, 14}, {0, 12}), HasSubstr("position 1 is listed for the query at 12 twice"));
+  EXPECT_THAT(message({1}, {12}, {13}),
+              HasSubstr("position 1 is listed up to the query at 12, which is before its first"));
+  EXPECT_EQ(message({1, 1}, {11, 13}, {0, 13}), "");
 }
 
 // Random residencies beside the plainest form of the same: the last query of every position of the trace.
 struct Drawn {
   std::vector<Residency> heads;
-  std::vector<std::vector<int>> until;  // [head][position]; −1: gone with the eviction
+  std::vector<std::vector<int>> until;                     // [head][position]; −1: gone with the eviction
+  std::vector<std::map<int, std::pair<int, int>>> hidden;  // [head], by position: the queries that do not see it
 
-  // `latest`: what is evicted later is gone before this query.
-  Drawn(const RandomTrace& shape, int heads_drawn, int eviction, int first_held, int latest, unsigned seed) {
+  // `latest`: what is evicted later is gone before this query. `masked`: some positions are hidden for a while.
+  Drawn(const RandomTrace& shape, int heads_drawn, int eviction, int first_held, int latest, unsigned seed,
+        bool masked = false) {
     std::mt19937 random(seed);
     const auto chance = [&random](int of) { return static_cast<int>(random() % static_cast<unsigned>(of)); };
     for (int head = 0; head < heads_drawn; ++head) {
       std::vector<int>& of_head = until.emplace_back(static_cast<std::size_t>(shape.num_tokens), kNever);
       std::vector<int> positions;
       std::vector<int> last;
+      std::vector<int> from;
+      auto& gaps = hidden.emplace_back();
       for (int n = 0; n < shape.num_tokens; ++n) {
         int& each = of_head[static_cast<std::size_t>(n)];
         if (n < eviction && (n < first_held || chance(2) == 0)) {
@@ -116,10 +156,25 @@ struct Drawn {
         }
         const int first = std::max(n, eviction);
         if (chance(2) == 0 && first < latest) each = first + chance(latest - first);
+        if (masked && chance(2) == 0 && std::min(each, shape.num_tokens) > first + 2) {
+          const int begin = first + chance(std::min(each, shape.num_tokens) - first - 1);
+          const int end = begin + chance(std::min(each, shape.num_tokens) - begin - 1);
+          gaps[n] = {begin, end};
+          if (begin > first) {
+            positions.push_back(n);
+            last.push_back(begin - 1);
+            from.push_back(first);
+          }
+          positions.push_back(n);
+          last.push_back(each);
+          from.push_back(end + 1);
+          continue;
+        }
         positions.push_back(n);
         last.push_back(each);
+        from.push_back(n);
       }
-      heads.emplace_back(positions, last, eviction);
+      heads.emplace_back(positions, last, eviction, masked ? from : std::vector<int>());
     }
   }
 
@@ -128,6 +183,9 @@ struct Drawn {
       std::vector<int> seen;
       const std::vector<int>& of_head = until[static_cast<std::size_t>(query_head / group)];
       for (int n = 0; n <= position; ++n) {
+        const auto& gaps = hidden[static_cast<std::size_t>(query_head / group)];
+        const auto gap = gaps.find(n);
+        if (gap != gaps.end() && gap->second.first <= position && position <= gap->second.second) continue;
         if (of_head[static_cast<std::size_t>(n)] >= position) seen.push_back(n);
       }
       return seen;
@@ -175,10 +233,10 @@ TEST_P(ResidencyMeasures, FollowTheDefinitionsAtEveryQuery) {
   const RandomTrace& shape = GetParam().trace;
   const RandomTrace::Tensors tensors = shape.tensors();
   for (const bool per_query_head : {false, true}) {
-    for (unsigned seed = 1; seed <= 3; ++seed) {
+    for (unsigned seed = 1; seed <= 4; ++seed) {
       SCOPED_TRACE(fmt::format("seed {}, {}", seed, per_query_head ? "per query head" : "per KV head"));
       const Drawn drawn(shape, per_query_head ? shape.num_attention_heads : shape.num_key_value_heads,
-                        GetParam().eviction, first_held(), shape.num_tokens, seed);
+                        GetParam().eviction, first_held(), shape.num_tokens, seed, seed > 2);
       const LayerNumbers found = measure({&drawn.heads})[0].numbers;
       const test::DefinedMeasures expected =
           test::by_definition(shape, tensors, 0, eviction().evaluate_from, drawn.cached(per_query_head ? 1 : group()));
@@ -186,6 +244,19 @@ TEST_P(ResidencyMeasures, FollowTheDefinitionsAtEveryQuery) {
       expect_near(found[Measure::layer_error], expected.layer_error, "layer error");
       expect_near(found[Measure::attention_recall], expected.attention_recall, "attention recall");
       expect_near(found[Measure::cosine], expected.cosine, "cosine");
+      const std::vector<Span> spans = {{first_held() + 1, GetParam().eviction - 2, "held"}};
+      const LayerNumbers of_spans = measure({&drawn.heads}, spans)[0].numbers;
+      const std::span<const int> queries = evaluation_queries(trace_->info(), eviction()).positions;
+      for (int head = 0; head < shape.num_attention_heads; ++head) {
+        double seen = 0;
+        for (const int query : queries) {
+          for (const int n : drawn.cached(per_query_head ? 1 : group())(head, query)) {
+            seen += n >= spans[0].start && n < spans[0].end ? 1 : 0;
+          }
+        }
+        EXPECT_NEAR(of_spans[Measure::span_recall].at(static_cast<std::size_t>(head)),
+                    seen / (spans[0].end - spans[0].start) / static_cast<double>(queries.size()), 1e-6);
+      }
     }
   }
 }
@@ -402,6 +473,11 @@ TEST(Residency, OverlapIsTheMeanOverTheQueries) {
   EXPECT_FLOAT_EQ(overlap(a, b, queries, 10).containment, (2.0f / 3 + 1 + 1 + 1) / 4);
   EXPECT_FLOAT_EQ(overlap(b, a, queries, 10).jaccard, overlap(a, b, queries, 10).jaccard);
   EXPECT_EQ(overlap(a, a, queries, 10).jaccard, 1);
+  // The same with 2 hidden from 11 and 12: {1 2 3} and {2 3 4}; {1 2 3 10} and {3 10}; {2 3 10 11} and {3 10 11}; {2 10
+  // 12} and {2 3 10 11 12}.
+  const Residency masked({2, 2, 3, 4}, {10, kNever, kNever, 10}, 10, {0, 13, 0, 0});
+  EXPECT_FLOAT_EQ(overlap(a, masked, queries, 10).jaccard, (2.0f / 4 + 2.0f / 4 + 3.0f / 4 + 3.0f / 5) / 4);
+  EXPECT_FLOAT_EQ(overlap(masked, a, queries, 10).jaccard, overlap(a, masked, queries, 10).jaccard);
   const Residency once(std::vector{1, 2, 3});
   EXPECT_EQ(overlap(once, Residency(std::vector{2, 3, 4}), queries, 10).jaccard, 0.5f) << "at every query the same";
 }
@@ -422,6 +498,17 @@ TEST(Residency, IsStoredWithTheKeptSets) {
   EXPECT_EQ(file.read_int("/", "format_version"), 4) << "so that an older kvreplay does not take it for one eviction";
   EXPECT_TRUE(file.exists("/kept/0/until"));
   EXPECT_FALSE(file.exists("/kept/1/until")) << "where there was one eviction";
+  // Rows that are hidden and come back, once at the eviction itself.
+  TraceReplay with_gaps = replay;
+  std::vector<Residency>& sets = with_gaps.results[0].kept.sets;
+  sets[0] = Residency({3, 50, 50, 62, 62}, {kNever, 62, kNever, 63, 66}, 60, {61, 0, 65, 0, 65});
+  sets[2] = Residency({40, 61, 61}, {kNever, 61, kNever}, 60, {0, 61, 64});
+  write_kept_sets(folder / "masked.h5", {with_gaps});
+  EXPECT_EQ(KeptSetsReader(folder / "masked.h5").read(0, 2).sets, sets);
+  const hdf5::File masked = hdf5::File::open(folder / "masked.h5");
+  EXPECT_EQ(masked.read_int("/", "format_version"), 5) << "so that it is not taken for one that knows no gaps";
+  EXPECT_TRUE(masked.exists("/kept/0/from"));
+  EXPECT_FALSE(file.exists("/kept/0/from")) << "where nothing was hidden";
   // Which no pattern can tell.
   const std::string spec = fmt::format("kept(file={})", (folder / "kept.h5").string());
   try {

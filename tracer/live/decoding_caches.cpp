@@ -41,7 +41,7 @@ std::vector<Residency> DecodingCaches::take() {
   for (Layer& layer : layers_) {
     const std::vector<DecodedSetting> decoded = layer.decoding->take();
     for (const CacheHistory& history : decoded.front().sets) {
-      sets.emplace_back(history.positions, history.until, run_.eviction_position());
+      sets.emplace_back(history.positions, history.until, run_.eviction_position(), history.from);
     }
   }
   return sets;

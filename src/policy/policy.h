@@ -66,6 +66,11 @@ class Ranking {
 
   virtual Requirements requirements() const { return {}; }
 
+  /// Throws Error where it cannot rank the rows of a head of this shape, or of this run, as where it goes by what was
+  /// found out about another model. Both are asked before any work.
+  virtual void check(const HeadShape& /*shape*/) const {}
+  virtual void check_run(const RunIdentity& /*run*/) const {}
+
   /// A new memory of a head that is about to be filled token by token, for rankings that go by more than the cache
   /// still shows. score() finds it as Head::memory() then; null, as for most, where the cache is all that counts.
   virtual std::unique_ptr<RankingMemory> memory(const HeadShape& /*shape*/) const { return nullptr; }

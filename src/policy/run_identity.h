@@ -9,6 +9,8 @@ namespace kvreplay {
 struct RunIdentity {
   std::string trace_digest;   ///< the same for copies of a capture alone
   std::string tokens_digest;  ///< of the tokens before the eviction: the same for every run of them
+  std::string model = {};     ///< as the trace names it
+  int tokens = 0;             ///< of the prompt and of what came after it
 };
 
 }  // namespace kvreplay

@@ -225,7 +225,8 @@ ReplayEngine::ReplayEngine(std::vector<const CapturedRun*> runs, ReplayRequest r
       outline.tokens_digest = tokens_digest(std::span(info.token_ids).first(static_cast<std::size_t>(eviction)));
       LeftOut left_out;
       const std::vector<ReplaySetting> replayed = settings_for(
-          trace, request_, eviction, {outline.trace_digest, outline.tokens_digest}, outline.notes, left_out);
+          trace, request_, eviction, {outline.trace_digest, outline.tokens_digest, info.model.name, info.num_tokens()},
+          outline.notes, left_out);
       if (!left_out.first().empty() && (replayed.empty() || request_.strict)) {
         leave_out(left_out.first(), left_out.notes());
         continue;

@@ -191,6 +191,18 @@ std::optional<Obstacle> capacity_obstacle(const EvictedLayers& layers, const Set
   return std::nullopt;
 }
 
+// Why a ranking cannot rank what these layers hold, or what this run does; nothing if it can.
+std::optional<Obstacle> ranking_obstacle(const EvictedLayers& layers, const Policy& policy, const RunIdentity& run) {
+  if (!policy.ranking()) return std::nullopt;
+  try {
+    for (const HeadShape& shape : layers.shapes) policy.ranking()->check(shape);
+    policy.ranking()->check_run(run);
+  } catch (const Error& error) {
+    return Obstacle{.reason = error.what()};
+  }
+  return std::nullopt;
+}
+
 // Why a policy cannot evict while the trace's tokens come, at any capacity; nothing if it can.
 std::optional<Obstacle> schedule_obstacle(const CapturedRun& trace, const Setting& setting, const Holdings& holdings) {
   const TraceInfo& info = trace.info();
@@ -352,7 +364,8 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
       continue;
     }
     const Requirements needs = policy.requirements();
-    const std::optional<Obstacle> missing = missing_need(needs.needs, policy.canonical, holdings);
+    std::optional<Obstacle> missing = missing_need(needs.needs, policy.canonical, holdings);
+    if (!missing) missing = ranking_obstacle(layers, policy, run);
     bool replayed = false;
     bool is_missing = false;
     for (const CapacityRequest& asked : request.capacities) {

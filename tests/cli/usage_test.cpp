@@ -194,6 +194,8 @@ TEST_F(Usage, VariantsTellWhichStateOfTheirCodeTheyDescribe) {
   const std::string h2o = on_one_line(succeed({"variants", "h2o"}).output);
   EXPECT_THAT(h2o, AllOf(HasSubstr("commit c97f9d7 (2026-07-02)"), HasSubstr("the last one before 9f9aa2e"),
                          HasSubstr("release 0.5.5")));
+  EXPECT_THAT(on_one_line(succeed({"policies", "h2o@h2o-mask"}).output),
+              HasSubstr("hidden rows stay and may return, and memory does not fall"));
   for (const char* name : {"snapkv@kvpress", "tova@kvpress", "pyramidkv@kvpress", "criticalkv@kvpress"}) {
     EXPECT_THAT(on_one_line(succeed({"policies", name}).output), HasSubstr("as on kvpress's eager path. Under sdpa"));
   }

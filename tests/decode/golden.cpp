@@ -19,12 +19,18 @@ namespace {
 // The runs' arguments carry the names of the original codes; here they are said in our terms.
 class RunTranslation : public GoldenAttributes {
  public:
-  using GoldenAttributes::GoldenAttributes;
+  RunTranslation(const hdf5::File& file, std::string group, int prompt)
+      : GoldenAttributes(file, std::move(group)), prompt_(prompt) {}
 
   std::string spec() const {
     const std::string method = text("method");
     if (method == "h2o_real_drop") {
       return fmt::format("h2o@h2o{}(recent={})", flag("rolled") ? "-rolled" : "", number("recent_size"));
+    }
+    if (method == "h2o_mask") return fmt::format("h2o@h2o-mask(recent={})", of_prompt("recent_ratio", 1));
+    if (method == "keyformer") {
+      return fmt::format("keyformer(recent={},tau={},tau-step={},{})", recent_of_keyformer(), real("tau_init"),
+                         real("tau_delta"), has_noise() ? "file={noise}" : "noise=none");
     }
     if (method == "tova") return "tova@tova";
     if (method == "streamingllm") {
@@ -59,10 +65,14 @@ class RunTranslation : public GoldenAttributes {
       return fmt::format("lacache@lacache(sinks={},span={},overlap={})", number("start_size"), number("span"),
                          number("overlap"));
     }
-    return "";
+    throw std::runtime_error(fmt::format("{}: no policy is known for '{}'", group(), method));
   }
 
+  bool has_noise() const { return file().exists(group() + "/gumbel_noise"); }
+
   int capacity() const {
+    if (text("method") == "h2o_mask") return of_prompt("heavy_ratio", 1) + of_prompt("recent_ratio", 1);
+    if (text("method") == "keyformer") return of_prompt("kv_cache", 100);
     for (const char* name : {"budget", "target_size", "cache_size", "kv_budget", "token_budget", "max_cache_length"}) {
       if (has(name)) return number(name);
     }
@@ -73,6 +83,12 @@ class RunTranslation : public GoldenAttributes {
   }
 
  private:
+  // Shares of the prompt, as the codes cut them off.
+  int of_prompt(const std::string& share, double whole) const {
+    return static_cast<int>(prompt_ * real(share) / whole);
+  }
+  int recent_of_keyformer() const { return static_cast<int>(of_prompt("kv_cache", 100) * real("recent") / 100); }
+
   std::string rkv() const {
     const std::string order = has("resorted") ? ",order=position" : "";
     const std::string method = has("rkv_method") ? text("rkv_method") : "";
@@ -108,6 +124,8 @@ class RunTranslation : public GoldenAttributes {
     }
     return fmt::format("{}@kvpress-decoding(interval={})", base, number("compression_interval"));
   }
+
+  int prompt_;
 };
 
 }  // namespace
@@ -130,11 +148,12 @@ std::vector<GoldenRun> golden_runs(const std::filesystem::path& path) {
   std::vector<GoldenRun> runs;
   for (const std::string& id : file.list("/golden-decode")) {
     const std::string group = "/golden-decode/" + id;
-    const RunTranslation translation(file, group);
+    const RunTranslation translation(file, group, trace.info().prompt_length);
     GoldenRun run;
     run.file = path;
     run.id = id;
     run.spec = translation.spec();
+    if (translation.has_noise()) run.noise = group + "/gumbel_noise";
     run.capacity = translation.capacity();
     const std::string heads = translation.text("heads");
     run.granularity = heads == "query" ? Granularity::query : heads == "kv" ? Granularity::kv : Granularity::layer;

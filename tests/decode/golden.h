@@ -13,7 +13,8 @@ namespace kvreplay::test {
 struct GoldenRun {
   std::filesystem::path file;
   std::string id;
-  std::string spec;  ///< what the run is in our terms; empty where the method is not here
+  std::string spec;   ///< what the run is in our terms; with {noise} in place of a file of noise, where there is some
+  std::string noise;  ///< where it lies in `file`, or empty
   int capacity = 0;
   Granularity granularity = Granularity::kv;
   int sets_per_layer = 1;                  ///< that are stored: H, K or 1

@@ -157,6 +157,31 @@ TEST_P(Decoding, NeverEvictsAPinnedPrompt) {
   }
 }
 
+TEST_P(Decoding, LosesForGoodWhatIsNotMasked) {
+  std::vector<std::string> all;
+  for (const Method* method : registered_methods()) {
+    if (method->step != Method::Step::policy || method->name == "kept") continue;
+    // Windows and intervals that fit the trace.
+    std::string given;
+    for (const Parameter& parameter : method->parameters) {
+      for (const auto& [name, value] : {std::pair("window", 4), {"recent", 4}, {"interval", 5}, {"large", 4}}) {
+        if (parameter.name != name || parameter.kind != Parameter::Kind::integer) continue;
+        given += fmt::format("{}{}={}", given.empty() ? "" : ",", name, value);
+      }
+    }
+    const std::string spec = given.empty() ? method->name : fmt::format("{}({})", method->name, given);
+    if (make_policy(spec).schedule) all.push_back(spec);
+  }
+  const TraceReader trace(file_);
+  const TraceReplay found = replay({&trace, 1}, make_request(all, {"16"})).front();
+  EXPECT_GT(found.results.size(), 15U);
+  for (const ReplayResult& result : found.results) {
+    const bool has_gaps =
+        std::ranges::any_of(result.kept.sets, [](const Residency& set) { return !set.gaps().empty(); });
+    EXPECT_EQ(has_gaps, make_policy(result.policy).masks) << result.policy;
+  }
+}
+
 TEST_P(Decoding, TurnsKeysToTheirPlacesAndBack) {
   // Where nothing goes, places are positions.
   const ReplayResult result =

@@ -6,6 +6,8 @@
 //
 // mask=causal is the paper's sum. mask=window is what KVCache-Factory computed in the prefill until 9f9aa2e: only the
 // last `window` queries are masked causally, so that earlier queries also look at later keys.
+#include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "policy/policy.h"
@@ -69,7 +71,7 @@ class AttentionSums : public RankingMemory {
     return {sums.begin(), sums.end()};
   }
 
- private:
+ protected:
   std::vector<std::vector<double>> sums_;  // [member][row]
 };
 
@@ -154,6 +156,75 @@ const MethodRegistration authors_code([] {
       .source = "github.com/FMInference/H2O, utils_real_drop/modify_llama.py",
       .parameters = {recent_parameter()},
       .compose = [](const Arguments& a) { return real_drop(a, std::nullopt); },
+      .variant_of = "h2o",
+      .revision = kAuthorsRevision,
+  };
+});
+
+// Sums of the code that masks: those of hidden rows are 0 from then on, but that of the one which is hidden because it
+// is neither recent nor a candidate, the last `recent` rows' first.
+class MaskedAttentionSums : public AttentionSums {
+ public:
+  MaskedAttentionSums(int group_size, int recent) : AttentionSums(group_size), recent_(recent) {}
+
+  void mask(std::span<const int> rows) override {
+    for (std::vector<double>& sums : sums_) {
+      std::vector<double> left(sums.size(), 0.0);
+      for (const int row : rows) left[static_cast<std::size_t>(row)] = sums[static_cast<std::size_t>(row)];
+      std::copy(sums.end() - std::min(recent_, std::ssize(sums)), sums.end(),
+                left.end() - std::min(recent_, std::ssize(sums)));
+      sums = std::move(left);
+    }
+  }
+
+ private:
+  std::ptrdiff_t recent_;
+};
+
+class MaskingH2O : public Ranking {
+ public:
+  explicit MaskingH2O(int recent) : recent_(recent) {}
+
+  // The coming token is the last of the recent ones, and the row that they leave behind for it is not among the others
+  // yet.
+  Protection protection() const override { return {.window = recent_ - 1}; }
+  Requirements requirements() const override { return {.needs = {{Need::Kind::accumulated_attention}}}; }
+  std::unique_ptr<RankingMemory> memory(const HeadShape& shape) const override {
+    return std::make_unique<MaskedAttentionSums>(shape.group_size, recent_);
+  }
+
+  void score(const Head& head, int member, std::span<float> scores) const override {
+    const auto* const memory = dynamic_cast<const MaskedAttentionSums*>(head.memory());
+    std::ranges::copy(memory != nullptr ? memory->of(member) : head.accumulated_attention(member), scores.begin());
+    const int left_behind = head.rows() - recent_;
+    if (left_behind >= 0) scores[static_cast<std::size_t>(left_behind)] = -std::numeric_limits<float>::infinity();
+  }
+
+ private:
+  int recent_;
+};
+
+const MethodRegistration authors_masking_code([] {
+  return Method{
+      .name = "h2o@h2o-mask",
+      .summary =
+          "Masks, per query head: hidden rows stay and may return, and memory does not fall. The coming query sees the "
+          "heavy hitters and the recent positions, itself included. The row that leaves the recent ones is hidden for "
+          "one step before it may be a heavy hitter; all others that are hidden lose their sums. The code's budgets "
+          "are shares of the prompt, heavy_ratio and recent_ratio; the capacity is both together.",
+      .source = "github.com/FMInference/H2O, utils_hh/modify_llama.py",
+      .parameters = {Parameter::integer("recent", 32, 1, "recent positions: int(recent_ratio · prompt)")
+                         .of(Parameter::Step::window)},
+      .compose =
+          [](const Arguments& a) {
+            return Composition{.rule = std::make_shared<MaskingH2O>(a.integer("recent")),
+                               .granularity = Granularity::query,
+                               // Nothing is masked before there is one row more than the capacity.
+                               .schedule = Schedule{.slack = 2, .attend = Schedule::Attend::before},
+                               .masks = true,
+                               .notes = {"h2o@h2o-mask: hides positions and drops none, so that memory does not fall; "
+                                         "what it keeps, and what that costs, is what queries see"}};
+          },
       .variant_of = "h2o",
       .revision = kAuthorsRevision,
   };

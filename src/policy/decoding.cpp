@@ -366,6 +366,10 @@ LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting>
     const int held = shape_.rows();
     caches->capacity = setting.asked.resolve(held, setting.policy->share_rule) +
                        (caches->policy.pin.prompt && !caches->policy.pin.counted ? held : 0);
+    if (caches->schedule.compression > 0) {
+      caches->growth = setting.asked.resolve(held, setting.policy->share_rule) - caches->policy.protection().window;
+      caches->schedule.slack = (caches->schedule.compression - 1) * caches->growth;
+    }
     caches->own = setting;
     caches->own.policy = &caches->policy;
     const bool apart = setting.granularity == Granularity::query;

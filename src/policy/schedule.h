@@ -46,6 +46,10 @@ struct Schedule {
   /// memory then.
   bool cuts_prompt_apart = false;
 
+  /// Where it is not 0, the cache grows: an eviction leaves what the capacity holds beside the last rows that are
+  /// protected once more than the one before it did, once so many times as many tokens have come.
+  int compression = 0;
+
   /// Tokens that room is made for.
   int coming() const { return attend == Attend::before && interval != kOnce && !joins_first ? interval : 0; }
 

@@ -34,11 +34,12 @@ void run_query_statistics(const QueryStatisticsOptions& options) {
 void add_query_statistics_command(CLI::App& app) {
   auto options = std::make_shared<QueryStatisticsOptions>();
   CLI::App* command = app.add_subcommand(
-      "query-statistics", "Write what a model's queries are like over several traces, for expected-attention");
+      "query-statistics",
+      "Write what a model's queries are like over several traces, for expected-attention and triattention");
   command->add_option("traces", options->traces, "Traces of one model, with all prompt queries or a window of them")
       ->required()
       ->type_name("TRACE");
-  command->add_option("-o,--output", options->output, "Means and covariances of every query head (HDF5)")
+  command->add_option("-o,--output", options->output, "Means, covariances and magnitudes of every query head (HDF5)")
       ->required()
       ->check(names_a_file)
       ->type_name("FILE");

@@ -384,7 +384,7 @@ LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting>
         lane.first_member = set;
         lane.shape = heads_[kv_head]->shape();
         if (apart) {
-          lane.shape.kv_head = lane.shape.query_head(set);
+          lane.shape.kv_head = lane.shape.kv_head * lane.shape.group_size + set;
           lane.shape.num_kv_heads *= lane.shape.group_size;
           lane.shape.group_size = 1;
         }

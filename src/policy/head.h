@@ -58,6 +58,7 @@ struct HeadShape {
   int layers_alike = 1;       ///< layers that do, this one included: all where no sliding window is at work
   int kv_head = 0;
   int num_kv_heads = 1;
+  int kv_head_offset = 0;    ///< to the layer's own number, where heads of several layers decide together
   int group_size = 1;        ///< query heads that read this KV head
   int head_dim = 0;          ///< D
   int prompt_length = 0;     ///< P, tokens of the prompt
@@ -73,7 +74,7 @@ struct HeadShape {
   int held_of_first(int count) const { return positions.leading_before(count); }
 
   /// The model's number of the group's query head `member`.
-  int query_head(int member) const { return kv_head * group_size + member; }
+  int query_head(int member) const { return (kv_head + kv_head_offset) * group_size + member; }
 };
 
 /// The first position that a layer still holds when everything before `eviction_position` is in the cache: the first

@@ -77,6 +77,7 @@ class LayersTogether : public LayerSource {
   HeadShape shape_of(int index) const {
     const Place& place = places_[static_cast<std::size_t>(index)];
     HeadShape shape = head_shape(trace_.info(), place.layer, place.kv_head, eviction_.position);
+    shape.kv_head_offset = shape.kv_head - index;
     shape.kv_head = index;
     shape.num_kv_heads = static_cast<int>(places_.size());
     return shape;

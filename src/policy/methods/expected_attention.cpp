@@ -10,17 +10,13 @@
 //
 // statistics=FILE takes μ and Σ from other traces of the model, as `kvreplay query-statistics` writes them: then no
 // query of the trace is needed, and the score is a property of the keys and values alone.
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
-#include <optional>
 
-#include "base/error.h"
 #include "base/softmax.h"
-#include "hdf5/hdf5.h"
 #include "policy/policy.h"
 #include "policy/published_code.h"
+#include "policy/query_statistics.h"
 
 namespace kvreplay {
 namespace {
@@ -30,55 +26,13 @@ struct Statistics {
   Eigen::MatrixXd covariance;  // [D, D]
 };
 
-// Those of a model, from a file.
-class StoredStatistics {
- public:
-  explicit StoredStatistics(const std::string& path) : path_(path), file_(hdf5::File::open(path)) {
-    if (!file_.has_attribute("/", "format") || file_.read_string("/", "format") != "kvreplay-query-statistics") {
-      throw Error(fmt::format("{}: is no file of query statistics; write one with kvreplay query-statistics", path));
-    }
-  }
-
-  void check(const HeadShape& shape) const {
-    const Index heads = Index{shape.num_kv_heads} * shape.group_size;
-    const hdf5::Shape needed = {heads, shape.head_dim};
-    const std::string place = fmt::format("/layers/{}/mean", shape.layer);
-    if (!file_.exists(place)) throw Error(fmt::format("{}: {}: is missing", path_, place));
-    if (file_.dataset(place).shape() != needed) {
-      throw Error(fmt::format("{}: {}: is not of {} query heads of width {}", path_, place, heads, shape.head_dim));
-    }
-  }
-
-  Statistics of(const HeadShape& shape, int member) const {
-    check(shape);
-    const Index depth = shape.head_dim;
-    const Index head = shape.query_head(member);
-    Eigen::VectorXf mean(depth);
-    Matrix covariance(depth, depth);
-    const auto read = [&](const char* what, const hdf5::Shape& first, const hdf5::Shape& count, float* out) {
-      const hdf5::Dataset dataset = file_.dataset(fmt::format("/layers/{}/{}", shape.layer, what));
-      if (dataset.float_type() != DType::float32) {
-        throw Error(fmt::format("{}: {}: is not float32", path_, dataset.path()));
-      }
-      dataset.read_raw(first, count, reinterpret_cast<std::byte*>(out));
-    };
-    read("mean", {head, 0}, {1, depth}, mean.data());
-    read("covariance", {head, 0, 0}, {1, depth, depth}, covariance.data());
-    return {mean.cast<double>(), covariance.cast<double>()};
-  }
-
- private:
-  std::string path_;
-  hdf5::File file_;
-};
-
 struct ExpectedAttentionParameters {
   int future;
   int sinks;
   bool covariance;
   bool values;
   double epsilon;
-  std::shared_ptr<const StoredStatistics> statistics;  // null: the prompt's own
+  std::shared_ptr<const QueryStatistics> statistics;  // null: the prompt's own
 };
 
 class ExpectedAttention : public Ranking {
@@ -92,9 +46,18 @@ class ExpectedAttention : public Ranking {
     return requirements;
   }
 
+  void check(const HeadShape& shape) const override {
+    if (p_.statistics) p_.statistics->check(shape);
+  }
+  void check_run(const RunIdentity& run) const override {
+    if (p_.statistics) p_.statistics->check_run(run);
+  }
+
   void score(const Head& head, int member, std::span<float> scores) const override {
     const HeadShape& shape = head.shape();
-    const Statistics queries = p_.statistics ? p_.statistics->of(shape, member) : statistics_of(head, member);
+    const Statistics queries =
+        p_.statistics ? Statistics{p_.statistics->mean(shape, member), p_.statistics->covariance(shape, member)}
+                      : statistics_of(head, member);
     const Eigen::MatrixXd rotation = mean_rotation(*shape.rotary, shape.next_position, p_.future, shape.head_dim);
     const Eigen::VectorXd mean = rotation * queries.mean;
     const Eigen::MatrixXd covariance = rotation * queries.covariance * rotation.transpose();
@@ -167,7 +130,7 @@ const MethodRegistration expected_attention([] {
           [](const Arguments& a) {
             ExpectedAttentionParameters p = parameters_from(a);
             if (!a.text("statistics").empty()) {
-              p.statistics = std::make_shared<const StoredStatistics>(a.text("statistics"));
+              p.statistics = std::make_shared<const QueryStatistics>(a.text("statistics"));
             }
             return Composition{.rule = std::make_shared<ExpectedAttention>(std::move(p))};
           },

@@ -19,6 +19,9 @@
 // prompt are all that is kept, and whatever is generated goes. prompt=evicted lets it go like all else. count-prompt=
 // false: when the cache is full is counted without the prompt, what is left is not.
 //
+// statistics=FILE takes q̄ and m from other traces of the model, as `kvreplay query-statistics` writes them and the
+// paper calibrates; then no query of the trace is needed.
+//
 // Of the code's ties, which it breaks by noise below 1e-6, earlier rows win here. Its caches stand by score, which
 // nothing goes by; here by position.
 #include <algorithm>
@@ -27,6 +30,7 @@
 #include <numeric>
 
 #include "policy/policy.h"
+#include "policy/query_statistics.h"
 
 namespace kvreplay {
 namespace {
@@ -45,20 +49,6 @@ struct Rule {
 constexpr int kMostOffset = 65536;
 constexpr double kLeastDeviation = 1e-6;
 
-// Magnitudes of `rows` [n, D] as complex numbers, per frequency, and of dimensions that do not turn: [n, F].
-Eigen::MatrixXd magnitudes_of(const RotaryTable& rotary, const Matrix& rows) {
-  const auto pairs = static_cast<Index>(rotary.inverse_frequencies.size());
-  const Index still = rows.cols() - 2 * pairs;
-  Eigen::MatrixXd magnitudes(rows.rows(), pairs + still);
-  for (Index pair = 0; pair < pairs; ++pair) {
-    const auto [a, b] = rotary.dimensions_of(static_cast<std::size_t>(pair));
-    magnitudes.col(pair) =
-        (rows.col(a).cast<double>().array().square() + rows.col(b).cast<double>().array().square()).sqrt();
-  }
-  magnitudes.rightCols(still) = rows.rightCols(still).cast<double>().cwiseAbs();
-  return magnitudes;
-}
-
 // What queries of one query head are like before rotation.
 struct Calibration {
   Matrix mean;             // [1, D]
@@ -76,15 +66,30 @@ Calibration calibration_of(const Head& head, int member) {
   Calibration calibration;
   calibration.mean = queries.cast<double>().colwise().mean().cast<float>();
   calibration.excess =
-      (magnitudes_of(rotary, queries).colwise().mean() - magnitudes_of(rotary, calibration.mean).row(0)).transpose();
+      (frequency_magnitudes(rotary, queries).colwise().mean() - frequency_magnitudes(rotary, calibration.mean).row(0))
+          .transpose();
   return calibration;
 }
 
-// The prompt's calibration, of every query head of the group, for all that comes.
-class PromptCalibration : public RankingMemory {
+// By those of other traces.
+Calibration calibration_of(const QueryStatistics& statistics, const HeadShape& shape, int member) {
+  Calibration calibration;
+  calibration.mean = statistics.mean(shape, member).transpose().cast<float>();
+  calibration.excess =
+      statistics.magnitude(shape, member) - frequency_magnitudes(*shape.rotary, calibration.mean).row(0).transpose();
+  return calibration;
+}
+
+// The calibration of every query head of the group, for all that comes.
+class KnownCalibration : public RankingMemory {
  public:
+  explicit KnownCalibration(std::shared_ptr<const QueryStatistics> statistics) : statistics_(std::move(statistics)) {}
+
   void begin(const Head& head) override {
-    for (int member = 0; member < head.shape().group_size; ++member) members_.push_back(calibration_of(head, member));
+    for (int member = 0; member < head.shape().group_size; ++member) {
+      members_.push_back(statistics_ ? calibration_of(*statistics_, head.shape(), member)
+                                     : calibration_of(head, member));
+    }
   }
   bool observes_attention() const override { return false; }
   void observe(const CacheStep& /*step*/) override {}
@@ -93,6 +98,7 @@ class PromptCalibration : public RankingMemory {
   const Calibration& of(int member) const { return members_[static_cast<std::size_t>(member)]; }
 
  private:
+  std::shared_ptr<const QueryStatistics> statistics_;  // or null: by the prompt
   std::vector<Calibration> members_;
 };
 
@@ -110,13 +116,24 @@ enum class Known { key_magnitudes, group_scores };
 
 class TriAttention : public Ranking {
  public:
-  explicit TriAttention(Rule rule) : rule_(rule) {}
+  TriAttention(Rule rule, std::shared_ptr<const QueryStatistics> statistics)
+      : rule_(rule), statistics_(std::move(statistics)) {}
 
   Requirements requirements() const override {
-    return {.needs = {{Need::Kind::rotary}, {Need::Kind::all_queries}, {Need::Kind::keys_or_values}}};
+    Requirements requirements{.needs = {{Need::Kind::rotary}, {Need::Kind::keys_or_values}}};
+    if (!statistics_) requirements.needs.push_back({Need::Kind::all_queries});
+    return requirements;
+  }
+  void check(const HeadShape& shape) const override {
+    if (!statistics_) return;
+    statistics_->check(shape);
+    statistics_->check_magnitudes(shape);
+  }
+  void check_run(const RunIdentity& run) const override {
+    if (statistics_) statistics_->check_run(run);
   }
   std::unique_ptr<RankingMemory> memory(const HeadShape& /*shape*/) const override {
-    return std::make_unique<PromptCalibration>();
+    return std::make_unique<KnownCalibration>(statistics_);
   }
 
   void score(const Head& head, int member, std::span<float> scores) const override {
@@ -140,15 +157,17 @@ class TriAttention : public Ranking {
  private:
   void score_alone(const Head& head, int member, std::span<float> scores) const {
     const HeadShape& shape = head.shape();
-    const auto* const memory = dynamic_cast<const PromptCalibration*>(head.memory());
-    const Calibration calibration = memory != nullptr ? memory->of(member) : calibration_of(head, member);
+    const auto* const memory = dynamic_cast<const KnownCalibration*>(head.memory());
+    const Calibration calibration = memory != nullptr ? memory->of(member)
+                                    : statistics_     ? calibration_of(*statistics_, shape, member)
+                                                      : calibration_of(head, member);
     const Matrix queries = later_queries(shape, calibration.mean);
     const Eigen::MatrixXd keys = head.keys().cast<double>();
     Eigen::VectorXd expected = rule_.largest_offset
                                    ? (keys * queries.cast<double>().transpose()).rowwise().maxCoeff().eval()
                                    : (keys * queries.cast<double>().colwise().mean().transpose()).eval();
     const Eigen::MatrixXd& magnitudes =
-        head.once(Known::key_magnitudes, [&] { return magnitudes_of(*shape.rotary, head.keys()); });
+        head.once(Known::key_magnitudes, [&] { return frequency_magnitudes(*shape.rotary, head.keys()); });
     // Keys bring the scaling of their rotation along, queries before theirs do not.
     expected += shape.rotary->attention_scaling * (magnitudes * calibration.excess);
 
@@ -179,6 +198,7 @@ class TriAttention : public Ranking {
   }
 
   Rule rule_;
+  std::shared_ptr<const QueryStatistics> statistics_;  // or null: the prompt's own
 };
 
 const MethodRegistration triattention([] {
@@ -189,26 +209,27 @@ const MethodRegistration triattention([] {
           "prompt; as the authors' code does.",
       .source =
           "arXiv 2604.04921, section 4; github.com/WeianMao/triattention, methods/triattention.py, commit c3744ee",
-      .parameters = {Parameter::choice("mode", {"per-head", "layer-head", "global"},
-                                       "who keeps the same: a KV head of all layers, nobody, or all")
-                         .of(Parameter::Step::share),
-                     Parameter::choice("share", {"max", "mean"}, "mode=layer-head: how a group's scores become one")
-                         .of(Parameter::Step::share),
-                     Parameter::choice("aggregation", {"mean", "max"}, "over the distances").of(Parameter::Step::score),
-                     Parameter::flag("normalize", true, "each query head's scores to mean 0 and deviation 1")
-                         .of(Parameter::Step::score),
-                     Parameter::choice("prompt", {"stays", "evicted"}, "the prompt is kept, or goes like all else")
-                         .of(Parameter::Step::protection),
-                     Parameter::flag("counted", true,
-                                     "the prompt counts where the cache is found full: count_prompt_tokens")
-                         .of(Parameter::Step::schedule),
-                     Parameter::integer("interval", 128, 1, "tokens between evictions: divide_length")
-                         .of(Parameter::Step::schedule),
-                     Parameter::flag(
-                         "slack", true,
-                         "evicts interval rows above the capacity; false: from the capacity on, where the number of "
-                         "all tokens is a multiple of the interval")
-                         .of(Parameter::Step::schedule)},
+      .parameters =
+          {Parameter::choice("mode", {"per-head", "layer-head", "global"},
+                             "who keeps the same: a KV head of all layers, nobody, or all")
+               .of(Parameter::Step::share),
+           Parameter::choice("share", {"max", "mean"}, "mode=layer-head: how a group's scores become one")
+               .of(Parameter::Step::share),
+           Parameter::choice("aggregation", {"mean", "max"}, "over the distances").of(Parameter::Step::score),
+           Parameter::flag("normalize", true, "each query head's scores to mean 0 and deviation 1")
+               .of(Parameter::Step::score),
+           Parameter::choice("prompt", {"stays", "evicted"}, "the prompt is kept, or goes like all else")
+               .of(Parameter::Step::protection),
+           Parameter::flag("counted", true, "the prompt counts where the cache is found full: count_prompt_tokens")
+               .of(Parameter::Step::schedule),
+           Parameter::integer("interval", 128, 1, "tokens between evictions: divide_length")
+               .of(Parameter::Step::schedule),
+           Parameter::flag("slack", true,
+                           "evicts interval rows above the capacity; false: from the capacity on, where the number of "
+                           "all tokens is a multiple of the interval")
+               .of(Parameter::Step::schedule),
+           Parameter::file("statistics", "calibrates by other traces, as kvreplay query-statistics tells them")
+               .of(Parameter::Step::score)},
       .compose =
           [](const Arguments& a) {
             const Mode mode = a.text("mode") == "per-head" ? Mode::per_head
@@ -225,10 +246,13 @@ const MethodRegistration triattention([] {
             }
             const bool is_mean = mode == Mode::per_head || (mode == Mode::layer_head && a.text("share") == "mean");
             return Composition{
-                .rule = std::make_shared<TriAttention>(Rule{.mode = mode,
-                                                            .largest_offset = a.text("aggregation") == "max",
-                                                            .normalize = a.flag("normalize"),
-                                                            .pins_prompt = a.text("prompt") == "stays"}),
+                .rule = std::make_shared<TriAttention>(
+                    Rule{.mode = mode,
+                         .largest_offset = a.text("aggregation") == "max",
+                         .normalize = a.flag("normalize"),
+                         .pins_prompt = a.text("prompt") == "stays"},
+                    a.text("statistics").empty() ? nullptr
+                                                 : std::make_shared<const QueryStatistics>(a.text("statistics"))),
                 .granularity = mode == Mode::global ? Granularity::layer : Granularity::kv,
                 .share = is_mean ? Share::mean : Share::max,
                 .schedule = schedule,

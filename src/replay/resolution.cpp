@@ -260,8 +260,8 @@ std::optional<Obstacle> layers_obstacle(const EvictedLayers& layers, const Polic
                   .shared = fmt::format("they keep {}", kWhy)};
 }
 
-// Why a capacity is too small for a policy with a schedule.
-std::optional<Obstacle> schedule_capacity_obstacle(const EvictedLayers& layers, const Setting& setting) {
+// Why a policy with a schedule cannot evict at a capacity.
+std::optional<Obstacle> schedule_capacity_obstacle(const EvictedLayers& layers, const Setting& setting, int steps) {
   const Policy& policy = *setting.policy;
   for (const AlikeLayers& some : layers.alike) {
     const Protection protection = policy.protection().held_by(some.shape);
@@ -271,7 +271,20 @@ std::optional<Obstacle> schedule_capacity_obstacle(const EvictedLayers& layers, 
     int least = policy.pattern() ? policy.minimum_capacity(some.shape) : std::max(1, protection.count());
     if (policy.pin.prompt) least = std::max(least, protection.sinks + policy.protection().window + 1);
     least += room;
-    if (capacity >= least) continue;
+    if (capacity >= least) {
+      // What a cache above its capacity waits for may never come.
+      Schedule schedule = *policy.schedule;
+      if (schedule.compression > 0) {
+        schedule.slack = (schedule.compression - 1) * (capacity - pinned - policy.protection().window);
+      }
+      const int most = steps + (schedule.counts_prompt ? some.shape.rows() : 0);
+      if (!some.hold_everything() || most <= capacity || schedule.is_full(most, capacity)) continue;
+      return Obstacle{
+          .reason = fmt::format("{} at capacity {} waits for more rows than the {} that there are in the end",
+                                policy.canonical, setting.asked.text, most),
+          .cure = "ask for a smaller capacity or capture a longer run",
+          .shared = fmt::format("they wait for more rows than the {} that there are in the end", most)};
+    }
     return Obstacle{.reason = fmt::format("capacity {} is below the {} positions that {} needs: {}", setting.asked.text,
                                           least - pinned, policy.canonical,
                                           room > 0            ? "what it protects and room for the tokens that come"
@@ -400,7 +413,8 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
         }
         const auto apart = layers_obstacle(layers, policy);
         const auto obstacle = apart ? apart : schedule_obstacle(trace, setting, holdings);
-        const auto too_small = schedule_capacity_obstacle(layers, setting);
+        const auto too_small =
+            schedule_capacity_obstacle(layers, setting, trace.info().num_tokens() - eviction_position);
         if (obstacle || missing) {
           left_out.add(policy.canonical, "", obstacle ? *obstacle : *missing);
           break;

@@ -23,9 +23,31 @@
 namespace kvreplay::cli {
 namespace {
 
-void run_replay(const ReplayOptions& options) {
+// Kept sets alone, for programs that evict by them.
+void draw_sets(const ReplayOptions& options, const ReplayEngine& engine, const std::vector<std::string>& notes,
+               std::chrono::steady_clock::time_point started) {
+  std::vector<TraceReplay> replays;
+  {
+    Progress progress;
+    replays = decide(engine, [&](double share) { progress.show("deciding", share); });
+  }
+  std::vector<std::string> written;
+  write_files(options, replays, {}, written);
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  fmt::print("{}\nNothing was measured. {:.1f} s.\nwrote {}\n", headline(replays), seconds, options.kept);
+  std::fflush(stdout);
+  print_notes(notes, replays, engine.left_out());
+}
+
+void run_replay(const ReplayOptions& options, bool no_measures) {
   if (options.traces.empty()) {
     throw UsageError("no trace is named: kvreplay replay run.h5 --policy snapkv --capacity 25%");
+  }
+  if (no_measures && options.kept.empty()) {
+    throw UsageError("--no-measures draws kept sets alone: say where to with --kept FILE");
+  }
+  if (no_measures && !(options.results.empty() && options.csv.empty() && options.json.empty())) {
+    throw UsageError("--no-measures: -o, --csv and --json hold what is measured; leave them out, or measure");
   }
   std::vector<std::string> notes;
   ReplayRequest request = request_from(options, notes);
@@ -39,11 +61,12 @@ void run_replay(const ReplayOptions& options) {
   std::vector<TraceNote> left_out;
   std::vector<OverlapTable> overlap_tables;
   {
-    Progress progress;
     const std::vector<TraceReader> traces(files.begin(), files.end());
     check_full_layers(options, traces, request);
     const ReplayEngine engine(traces, request);
+    if (no_measures) return draw_sets(options, engine, notes, started);
     left_out = engine.left_out();
+    Progress progress;
     replays = replay(engine, [&](double share) { progress.show("replaying", share); });
   }
   for (const TraceReplay& replay : replays) std::ranges::move(overlaps(replay), std::back_inserter(overlap_tables));
@@ -73,7 +96,9 @@ void add_replay_command(CLI::App& app) {
   add_request_options(*command, *options, true);
   add_plugin_option(*command);
   add_output_options(*command, *options);
-  command->callback([options]() { run_replay(*options); });
+  const auto no_measures = std::make_shared<bool>(false);
+  command->add_flag("--no-measures", *no_measures, "Draw kept sets alone, for --kept, and measure nothing");
+  command->callback([options, no_measures]() { run_replay(*options, *no_measures); });
 }
 
 }  // namespace kvreplay::cli

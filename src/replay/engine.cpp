@@ -684,18 +684,16 @@ void ReplayEngine::run(std::span<const ReplayUnit> units,
 }
 
 void ReplayEngine::decide(std::span<const ReplayUnit> units,
-                          const std::function<void(const ReplayUnit&, std::vector<LayerSets>)>& done) const {
+                          const std::function<void(const ReplayUnit&, std::vector<LayerResidencies>)>& done) const {
   for_each_group(
       units,
       [this](std::span<const ReplayUnit> group, const Plan& plan, Projections& known) {
         return decide_group(group, plan, known);
       },
       [&done](const ReplayUnit& unit, std::vector<LayerResult> results) {
-        std::vector<LayerSets> kept(results.size());
-        for (std::size_t i = 0; i < results.size(); ++i) {
-          for (const Residency& set : results[i].kept) kept[i].emplace_back(set.kept().begin(), set.kept().end());
-          results[i] = {};
-        }
+        std::vector<LayerResidencies> kept;
+        for (LayerResult& result : results) kept.push_back(std::move(result.kept));
+        results.clear();
         done(unit, std::move(kept));
       });
 }

@@ -102,9 +102,9 @@ class ReplayEngine {
   void run(std::span<const ReplayUnit> units,
            const std::function<void(const ReplayUnit&, std::vector<LayerResult>)>& done) const;
 
-  /// Draws kept sets alone, without measuring what they do; `done` receives them, a LayerSets per setting.
+  /// Draws kept sets alone, without measuring what they do; `done` receives them, LayerResidencies per setting.
   void decide(std::span<const ReplayUnit> units,
-              const std::function<void(const ReplayUnit&, std::vector<LayerSets>)>& done) const;
+              const std::function<void(const ReplayUnit&, std::vector<LayerResidencies>)>& done) const;
 
  private:
   // How work is divided so that it fits into memory.

@@ -18,9 +18,6 @@ struct LayerMeasures {
   std::vector<float> change = {};  ///< see LayerResult
 };
 
-/// The residencies of a layer's heads, as in KeptSets.
-using LayerResidencies = std::vector<Residency>;
-
 /// Measures what several settings leave of a layer's cache against the same full outputs: head by head, then slice by
 /// slice of the output projection. Settings whose residencies are all equal are measured once. What passes the
 /// projection is summed in float32 over heads and dimensions, and its squares in double.

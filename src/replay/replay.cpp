@@ -1,6 +1,8 @@
 #include "replay/replay.h"
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <span>
 #include <utility>
 
@@ -74,16 +76,17 @@ std::vector<TraceReplay> replay(const ReplayEngine& engine, const std::function<
   return replays;
 }
 
-std::vector<TraceReplay> decide(const ReplayEngine& engine) {
+std::vector<TraceReplay> decide(const ReplayEngine& engine, const std::function<void(double)>& progress) {
   std::vector<TraceReplay> replays = engine.outlines();
   for (TraceReplay& replay : replays) {
     for (ReplayResult& result : replay.results) result.replayed = false;
   }
-  engine.decide(engine.units(), [&replays](const ReplayUnit& unit, std::vector<LayerSets> sets) {
+  const std::vector<ReplayUnit> units = engine.units();
+  std::size_t finished = 0;
+  engine.decide(units, [&](const ReplayUnit& unit, std::vector<LayerResidencies> sets) {
     std::vector<ReplayResult>& results = replays[static_cast<std::size_t>(unit.replay)].results;
-    for (std::size_t i = 0; i < sets.size(); ++i) {
-      for (std::vector<int>& kept : sets[i]) results[i].kept.sets.emplace_back(std::move(kept));
-    }
+    for (std::size_t i = 0; i < sets.size(); ++i) std::ranges::move(sets[i], std::back_inserter(results[i].kept.sets));
+    if (progress) progress(static_cast<double>(++finished) / static_cast<double>(units.size()));
   });
   for (TraceReplay& replay : replays) settle_capacities(replay);
   return replays;

@@ -17,7 +17,7 @@ namespace kvreplay {
 std::vector<TraceReplay> replay(const ReplayEngine& engine, const std::function<void(double)>& progress = {});
 
 /// The same without measuring what the kept sets do: these alone.
-std::vector<TraceReplay> decide(const ReplayEngine& engine);
+std::vector<TraceReplay> decide(const ReplayEngine& engine, const std::function<void(double)>& progress = {});
 
 /// Replays every policy at every capacity over every trace, once per eviction position: traces in the order given,
 /// eviction positions within. `progress` is told the share of the work that is done, in [0, 1]. For results that do not

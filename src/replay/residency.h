@@ -96,6 +96,9 @@ class Residency {
   std::vector<Gap> gaps_;
 };
 
+/// The residencies of a layer's heads, as in KeptSets.
+using LayerResidencies = std::vector<Residency>;
+
 /// Residencies one after the other, as files store them: set s is positions[offsets[s]:offsets[s+1]], and so is when
 /// these are last seen, where some were evicted more than once. Where some were hidden for a while, a position stands
 /// there once for every span in which it was seen, and beside it when that began.

@@ -184,9 +184,9 @@ std::vector<Stage> measure_stages(const TraceReader& trace, int capacity, int ru
   const auto select = [&](const std::string& name, const std::vector<std::string>& specs,
                           const std::vector<std::string>& capacities, Granularity granularity) {
     const ReplayEngine engine(traces, make_request(specs, capacities, granularity));
-    stages.push_back(
-        measure_stage(name, static_cast<int>(specs.size() * capacities.size()), model.num_layers, runs,
-                      [&] { engine.decide(engine.units(), [](const ReplayUnit&, const std::vector<LayerSets>&) {}); }));
+    stages.push_back(measure_stage(
+        name, static_cast<int>(specs.size() * capacities.size()), model.num_layers, runs,
+        [&] { engine.decide(engine.units(), [](const ReplayUnit&, const std::vector<LayerResidencies>&) {}); }));
   };
 
   const auto read = [&](int piece) {

@@ -141,6 +141,16 @@ TEST_F(ReplayCommand, EvictsAnywhereInTheTrace) {
   EXPECT_THAT(outcome.errors, HasSubstr("note: run.h5: evictions at 1, 30, 69 are evaluated on different queries"));
 }
 
+TEST_F(ReplayCommand, DrawsKeptSetsAlone) {
+  RandomTrace{}.write(folder_ / "run.h5");
+  const std::string line = "replay run.h5 -p recent,snapkv(window=4)+every(2),knorm -c 12,20 --kept ";
+  succeed(test::words(line + "all.h5"));
+  EXPECT_THAT(succeed(test::words(line + "sets.h5 --no-measures")).output, HasSubstr("Nothing was measured"));
+  EXPECT_EQ(test::read_file(folder_ / "sets.h5"), test::read_file(folder_ / "all.h5"));
+  refuse(test::words("replay run.h5 -p recent -c 12 --no-measures"), 2, {"--kept FILE"});
+  refuse(test::words("replay run.h5 -p recent -c 12 --no-measures --kept k.h5 -o r.h5"), 2, {"leave them out"});
+}
+
 TEST_F(ReplayCommand, EvaluatesWhereItIsTold) {
   RandomTrace{}.write(folder_ / "run.h5");
   const auto first_position = [this](const std::string& options) {

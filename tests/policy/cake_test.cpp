@@ -91,7 +91,7 @@ TEST(CakeBudget, LayersCanBeDoneOneByOneFromGivenSurveys) {
     const ReplayEngine engine(std::span(&trace, 1), request);
     engine.give_surveys(0, layers);
     const std::vector<ReplayUnit> units = {{0, layer}};
-    engine.decide(units, [&](const ReplayUnit&, const std::vector<LayerSets>& sets) {
+    engine.decide(units, [&](const ReplayUnit&, const std::vector<LayerResidencies>& sets) {
       for (std::size_t s = 0; s < sets.size(); ++s) {
         const KeptSets& kept = whole.at(0).results[s].kept;
         for (int set = 0; set < kept.sets_per_layer; ++set) {

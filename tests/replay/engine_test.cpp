@@ -198,12 +198,12 @@ TEST_P(EngineOn, SelectAndRunKeepTheSameSets) {
   std::vector<ReplayUnit> units = engine.units();
   std::ranges::reverse(units);
   std::size_t next = 0;
-  engine.decide(units, [&](const ReplayUnit& unit, const std::vector<LayerSets>& sets) {
+  engine.decide(units, [&](const ReplayUnit& unit, const std::vector<LayerResidencies>& sets) {
     EXPECT_EQ(unit, units.at(next++));
     const std::vector<LayerResult>& measured = results.at({unit.replay, unit.layer});
     ASSERT_EQ(sets.size(), measured.size());
     for (std::size_t i = 0; i < sets.size(); ++i) {
-      EXPECT_EQ(std::vector<Residency>(sets[i].begin(), sets[i].end()), measured[i].kept) << i;
+      EXPECT_EQ(sets[i], measured[i].kept) << i;
     }
   });
   EXPECT_EQ(next, units.size());

@@ -126,7 +126,8 @@ KvCache LiveRun::view_of(const KeptSets* setting, Index capacity) const {
     sets_per_layer = setting->sets_per_layer;
     for (const Residency& set : setting->sets) {
       if (!set.is_one_eviction()) {
-        throw Error(fmt::format("{}: a kept set tells of several evictions, and a live run takes those of one", run_.name()));
+        throw Error(
+            fmt::format("{}: a kept set tells of several evictions, and a live run takes those of one", run_.name()));
       }
       kept.emplace_back(set.kept().begin(), set.kept().end());
     }

@@ -72,7 +72,7 @@ class Layer:
 
     def __init__(self, file):
         with h5py.File(file) as trace:
-            self.prompt = int(trace.attrs["prompt_length"])
+            self.prompt = int(trace["tokens"].attrs["prompt_length"])
             read = lambda name: torch.from_numpy(numpy.asarray(trace[f"layers/0/{name}"], dtype=numpy.float32))[None]
             self.queries, self.keys, self.values = read("queries"), read("keys"), read("values")
         self.tokens = self.keys.shape[2]
@@ -153,7 +153,7 @@ def main():
     parser.add_argument("--runs", type=int, default=3, help="turns, of which the median is shown (default: 3)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    methods = {"h2o": ("h2o@h2o", "query", run_h2o, h2o_class(options.h2o)),
+    methods = {"h2o": (f"h2o@h2o(recent={options.budget // H2O_RECENT_SHARE})", "query", run_h2o, h2o_class(options.h2o)),
                "r-kv": ("rkv", "kv", run_rkv, rkv_class(options.rkv))}
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         folder = pathlib.Path(temporary)

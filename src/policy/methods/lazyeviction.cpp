@@ -119,7 +119,7 @@ const MethodRegistration lazyeviction([] {
       .name = "lazyeviction",
       .summary =
           "Drops what has not been used for longest, measured by the longest interval after which it was used again "
-          "before, every so many tokens. From the paper: its code could not be had.",
+          "before, every so many tokens. From the paper: its code could not be had, and the default window is ours.",
       .source = "arXiv 2506.15969, section 4",
       .parameters = {Parameter::integer("window", 32, 1,
                                         "steps between evictions, and last positions that are always kept")

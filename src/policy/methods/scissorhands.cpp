@@ -104,8 +104,7 @@ const MethodRegistration scissorhands([] {
       .name = "scissorhands",
       .summary =
           "Drops what the last queries paid less than an equal share most often, several at once. From the paper: "
-          "there "
-          "is no published code.",
+          "there is no published code, and the defaults are ours.",
       .source = "arXiv 2305.17118, algorithm 2",
       .parameters =
           {Parameter::integer("history", 400, 1, "last queries that are asked").of(Parameter::Step::time),

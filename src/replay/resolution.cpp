@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <string_view>
 #include <utility>
 
 #include "base/error.h"
@@ -260,6 +261,25 @@ std::optional<Obstacle> layers_obstacle(const EvictedLayers& layers, const Polic
                   .shared = fmt::format("they keep {}", kWhy)};
 }
 
+// Why a policy with a schedule cannot evict in a running model, which computes one layer after the other; nothing if it
+// can.
+std::optional<Obstacle> running_model_obstacle(const Policy& policy) {
+  const auto refused = [&policy](std::string_view does, std::string_view they_do, std::string_view has) {
+    return Obstacle{
+        .reason = fmt::format("{} {}, and a running model has {} when it decides", policy.canonical, does, has),
+        .cure = "replay it",
+        .shared = fmt::format("they {}, and a running model has {} when they decide", they_do, has)};
+  };
+  if (policy.oracle) {
+    return refused("looks at the queries to come", "look at the queries to come", "none of them");
+  }
+  if (policy.across_layers) {
+    return refused("keeps the same positions in all layers", "keep the same positions in all layers",
+                   "computed only the first ones");
+  }
+  return std::nullopt;
+}
+
 // Why a policy with a schedule cannot evict at a capacity.
 std::optional<Obstacle> schedule_capacity_obstacle(const EvictedLayers& layers, const Setting& setting, int steps) {
   const Policy& policy = *setting.policy;
@@ -390,29 +410,9 @@ std::vector<ReplaySetting> settings_for(const CapturedRun& trace, const ReplayRe
                  .share = request.share.value_or(policy.share.value_or(Share::mean))};
       if (own) setting.asked.count = std::max(*own, policy.minimum_capacity());
       if (policy.schedule) {
-        if (request.layer_by_layer && policy.oracle) {
-          left_out.add(policy.canonical, "",
-                       {.reason = fmt::format("{} looks at the queries to come, and a running model has none of them "
-                                              "when it decides",
-                                              policy.canonical),
-                        .cure = "replay it",
-                        .shared = "they look at the queries to come, and a running model has none of them when they "
-                                  "decide"});
-          break;
-        }
-        if (request.layer_by_layer && policy.across_layers) {
-          left_out.add(
-              policy.canonical, "",
-              {.reason = fmt::format("{} keeps the same positions in all layers, and a running model has computed only "
-                                     "the first ones when it decides",
-                                     policy.canonical),
-               .cure = "replay it",
-               .shared = "they keep the same positions in all layers, and a running model has computed only the first "
-                         "ones when they decide"});
-          break;
-        }
-        const auto apart = layers_obstacle(layers, policy);
-        const auto obstacle = apart ? apart : schedule_obstacle(trace, setting, holdings);
+        std::optional<Obstacle> obstacle = request.layer_by_layer ? running_model_obstacle(policy) : std::nullopt;
+        if (!obstacle) obstacle = layers_obstacle(layers, policy);
+        if (!obstacle) obstacle = schedule_obstacle(trace, setting, holdings);
         const auto too_small =
             schedule_capacity_obstacle(layers, setting, trace.info().num_tokens() - eviction_position);
         if (obstacle || missing) {

@@ -21,6 +21,18 @@ std::vector<int> at(const std::vector<int>& cache, const std::vector<int>& place
   return positions;
 }
 
+// Tells `observe` of every query of the prompt in every head, with what it sees.
+template <class Observe>
+void observe_prompt(const std::vector<PlainHead>& heads, const Observe& observe) {
+  for (const PlainHead& head : heads) {
+    for (int query = 0; query < kShape.prompt_length; ++query) {
+      std::vector<int> seen(static_cast<std::size_t>(query + 1));
+      std::iota(seen.begin(), seen.end(), 0);
+      observe(head, query, seen);
+    }
+  }
+}
+
 TEST(Scissorhands, DropsWhatWasUnimportantMostOften) {
   constexpr int kHistory = 12;
   constexpr int kRecent = 3;
@@ -44,13 +56,7 @@ TEST(Scissorhands, DropsWhatWasUnimportantMostOften) {
       kShape, "scissorhands(history=12,recent=3,burst=1.5)", std::to_string(kLeft),
       [&](const std::vector<PlainHead>& heads) {
         records.clear();
-        for (const PlainHead& head : heads) {
-          for (int query = 0; query < kShape.prompt_length; ++query) {
-            std::vector<int> seen(static_cast<std::size_t>(query + 1));
-            std::iota(seen.begin(), seen.end(), 0);
-            observe(head, query, seen);
-          }
-        }
+        observe_prompt(heads, observe);
       },
       [&](const std::vector<PlainHead>& heads, int t, PlainCaches& caches) {
         for (std::size_t h = 0; h < heads.size(); ++h) {
@@ -130,13 +136,7 @@ TEST(LazyEviction, DropsWhatIsOverdueByItsOwnInterval) {
       kShape, "lazyeviction(window=6,threshold=0.02)", std::to_string(kCapacity),
       [&](const std::vector<PlainHead>& heads) {
         uses.clear();
-        for (const PlainHead& head : heads) {
-          for (int query = 0; query < kShape.prompt_length; ++query) {
-            std::vector<int> seen(static_cast<std::size_t>(query + 1));
-            std::iota(seen.begin(), seen.end(), 0);
-            observe(head, query, seen);
-          }
-        }
+        observe_prompt(heads, observe);
       },
       [&](const std::vector<PlainHead>& heads, int t, PlainCaches& caches) {
         for (std::size_t h = 0; h < heads.size(); ++h) {

@@ -152,6 +152,7 @@ class Recorder final : public ForwardObserver {
 
 void check_options(const CaptureOptions& options) {
   if (options.generate < 0) throw UsageError("the number of tokens to generate must not be negative");
+  check_sampling(options.sampling);
   if (options.query_window && *options.query_window < 1) throw UsageError("the query window must be at least 1");
   if (options.execution.threads < 1) throw UsageError("the number of threads must be at least 1");
   if (options.execution.block_tokens < 1) throw UsageError("the number of tokens in a block must be at least 1");
@@ -159,6 +160,12 @@ void check_options(const CaptureOptions& options) {
 
 void warn(const CaptureOptions& options, const std::string& line) {
   if (options.on_warning) options.on_warning(line);
+}
+
+// How the run came about, beside its prompt.
+std::string provenance(const CaptureOptions& options) {
+  return fmt::format(", {} in float32{}", description(options.sampling),
+                     options.stop.by_model || options.generate == 0 ? "" : ", the model's stop tokens ignored");
 }
 
 }  // namespace
@@ -173,6 +180,10 @@ CaptureSummary capture(const CaptureOptions& options) {
       check_fits_float16(output_projection(model, layer), "output projection", layer);
     }
   }
+
+  const Tokenizer* const tokenizer = prompt.tokenizer.get();
+  std::vector<std::int32_t> ends;
+  if (options.generate > 0) ends = stop_ids(options.stop, options.model_folder, config, tokenizer);
 
   for (const std::string& warning : model.warnings) warn(options, warning);
   const auto prompt_length = static_cast<Index>(prompt.ids.size());
@@ -189,7 +200,9 @@ CaptureSummary capture(const CaptureOptions& options) {
   KvCache cache(config.num_layers, config.num_key_value_heads, config.head_dim, longest);
   Transformer transformer(model, options.execution);
   std::vector<std::int32_t> token_ids = prompt.ids;
-  TraceWriter writer(options.output, describe(options, model, prompt, first_captured), options.dtype, most_later);
+  TraceInfo info = describe(options, model, prompt, first_captured);
+  info.source += provenance(options);
+  TraceWriter writer(options.output, std::move(info), options.dtype, most_later);
   Recorder recorder(options, model, prompt_length, first_captured, writer);
 
   const auto prefill_start = Clock::now();
@@ -199,6 +212,7 @@ CaptureSummary capture(const CaptureOptions& options) {
   writer.write_next_token({next, static_cast<double>(logits[static_cast<std::size_t>(next)])});
   summary.prefill_seconds = seconds_since(prefill_start) - recorder.seconds();
 
+  Sampler sampler(options.sampling);
   const auto decode_start = Clock::now();
   const double written_before = recorder.seconds();
   while (static_cast<int>(summary.generated_ids.size()) < options.generate) {
@@ -206,27 +220,27 @@ CaptureSummary capture(const CaptureOptions& options) {
       token_ids.push_back(summary.generated_ids.back());
       logits = transformer.forward({&token_ids.back(), 1}, cache, &recorder);
     }
-    summary.generated_ids.push_back(most_likely(logits));
+    summary.generated_ids.push_back(sampler.next(logits));
     summary.decode_seconds = seconds_since(decode_start) - (recorder.seconds() - written_before);
     if (options.on_progress) {
       const auto done = static_cast<double>(summary.generated_ids.size());
       options.on_progress({CaptureProgress::Stage::decode, done / options.generate,
                            done > 1 ? (done - 1) / summary.decode_seconds : 0});
     }
-    summary.ended = std::find(config.eos_token_ids.begin(), config.eos_token_ids.end(), summary.generated_ids.back()) !=
-                    config.eos_token_ids.end();
+    summary.ended = is_over(ends, summary.generated_ids.back());
     if (summary.ended) break;
   }
 
   const auto later = std::span(token_ids).subspan(prompt.ids.size());
-  writer.finish(later, pieces_of(prompt.tokenizer.get(), later));
+  writer.finish(later, pieces_of(tokenizer, later));
   summary.output = options.output;
   summary.file_bytes = std::filesystem::file_size(options.output);
   summary.num_layers = config.num_layers;
   summary.prompt_tokens = static_cast<int>(prompt_length);
   summary.queries = static_cast<int>(static_cast<Index>(token_ids.size()) - first_captured);
-  if (prompt.tokenizer != nullptr) {
-    summary.generated_text = text_after(*prompt.tokenizer, prompt.ids, summary.generated_ids);
+  if (tokenizer != nullptr) {
+    summary.generated_text = text_after(*tokenizer, prompt.ids, summary.generated_ids);
+    if (summary.ended) summary.last_piece = tokenizer->piece(summary.generated_ids.back());
   }
   return summary;
 }

@@ -10,6 +10,8 @@
 
 #include "trace/trace.h"
 #include "tracer/prompt.h"
+#include "tracer/sampling.h"
+#include "tracer/stop_tokens.h"
 #include "tracer/transformer.h"
 
 namespace kvreplay::tracer {
@@ -23,7 +25,9 @@ struct CaptureProgress {
 };
 
 struct CaptureOptions : PromptOptions {
-  int generate = 0;                 ///< tokens to generate greedily, fewer if the sequence ends
+  int generate = 0;                 ///< tokens to generate, fewer if one of them is a stop token
+  SamplingOptions sampling;         ///< of these
+  StopOptions stop;                 ///< of these
   std::optional<int> query_window;  ///< capture only the last so many prompt queries and all after; nothing: all
   DType dtype = DType::float32;     ///< of the tensors in the file
   bool output_projection = true;    ///< whether the file holds the layers' output projections
@@ -42,7 +46,8 @@ struct CaptureSummary {
   int queries = 0;
   std::vector<std::int32_t> generated_ids;
   std::optional<std::string> generated_text;  ///< nothing where the model's folder has no tokenizer
-  bool ended = false;                         ///< the last generated token ends the sequence
+  bool ended = false;                         ///< the last generated token is a stop token
+  std::string last_piece;                     ///< that token's text; empty where it is not known
   double prefill_seconds = 0;                 ///< without what writing took
   double decode_seconds = 0;                  ///< the same, of all generated tokens but the first, which prefill gives
 };

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <fstream>
 #include <limits>
@@ -439,15 +440,19 @@ ModelConfig read_model_config(const std::filesystem::path& folder) {
   auto bos = top.token_ids("bos_token_id");
   if (bos.empty()) bos = config.token_ids("bos_token_id");
   if (!bos.empty()) model.bos_token_id = bos.front();
-  model.eos_token_ids = top.token_ids("eos_token_id");
-  if (model.eos_token_ids.empty()) model.eos_token_ids = config.token_ids("eos_token_id");
-  // Chat models end their turns with ids that only generation_config.json lists.
+  // Each of them may name what the others do not: chat models end their turns with ids that only one lists.
+  const auto add_ends = [&model](const Section& section) {
+    for (const std::int32_t id : section.token_ids("eos_token_id")) {
+      if (std::ranges::find(model.eos_token_ids, id) == model.eos_token_ids.end()) model.eos_token_ids.push_back(id);
+    }
+  };
   const auto generation_path = folder / "generation_config.json";
   if (std::filesystem::exists(generation_path)) {
     const json generation_content = read_json(generation_path);
-    const Section generation(generation_content, generation_path.string());
-    if (generation.has("eos_token_id")) model.eos_token_ids = generation.token_ids("eos_token_id");
+    add_ends({generation_content, generation_path.string()});
   }
+  add_ends(top);
+  add_ends(config);
   return model;
 }
 

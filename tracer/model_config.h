@@ -74,7 +74,7 @@ struct ModelConfig {
   int cache_limit = 0;
 
   std::optional<std::int32_t> bos_token_id;
-  std::vector<std::int32_t> eos_token_ids;  ///< generation stops after any of them
+  std::vector<std::int32_t> eos_token_ids;  ///< of all files; generation stops after any of them
 
   std::vector<std::string> warnings;  ///< what config.json says and transformers does not do, in sentences
 
@@ -85,7 +85,7 @@ struct ModelConfig {
   const RotaryEmbedding& rotary_of(int layer) const { return sliding_window(layer) > 0 ? local_rotary : rotary; }
 };
 
-/// Reads `folder`/config.json, and the end-of-sequence ids from generation_config.json where that has some.
+/// Reads `folder`/config.json, and end-of-sequence ids from generation_config.json besides.
 /// Throws Error, naming the file and the key, if something is missing, contradicts itself or is not supported.
 ModelConfig read_model_config(const std::filesystem::path& folder);
 

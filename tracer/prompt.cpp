@@ -115,7 +115,7 @@ TraceInfo describe(const PromptOptions& options, const Model& model, const Promp
   const auto& windows = config.sliding_windows;
   const bool all_alike = std::adjacent_find(windows.begin(), windows.end(), std::not_equal_to<>()) == windows.end();
   info.model.sliding_window = all_alike ? windows.front() : 0;
-  info.source = fmt::format("model {}, prompt {}{}, greedy decoding in float32", config.name, options.prompt_name,
+  info.source = fmt::format("model {}, prompt {}{}", config.name, options.prompt_name,
                             options.prompt_text ? fmt::format(" by {}", prompt.tokenizer->file_name()) : "");
   info.token_ids = prompt.ids;
   info.token_pieces = pieces_of(prompt.tokenizer.get(), prompt.ids);

@@ -14,6 +14,7 @@
 #include "base/file_text.h"
 #include "base/printable.h"
 #include "cli/commands.h"
+#include "cli/generation_options.h"
 #include "cli/options.h"
 #include "cli/progress.h"
 #include "tracer/capture.h"
@@ -28,6 +29,7 @@ struct CaptureArguments {
   std::string tokens;
   bool templated = false;
   int generate = 0;
+  GenerationOptions generation;
   std::string queries = "all";
   std::string dtype = "float32";
   bool no_projection = false;
@@ -83,6 +85,14 @@ void check_output(const CaptureArguments& arguments) {
   }
 }
 
+// The token that ended what was generated, if one did.
+std::string ending_of(const tracer::CaptureSummary& summary) {
+  if (!summary.ended) return "";
+  const std::int32_t id = summary.generated_ids.back();
+  return summary.last_piece.empty() ? fmt::format(", ended by token {}", id)
+                                    : fmt::format(", ended by {} (token {})", printable(summary.last_piece), id);
+}
+
 void run_capture(const CaptureArguments& arguments) {
   if (arguments.prompt.empty() == arguments.tokens.empty()) {
     throw UsageError("capture needs a prompt: either --prompt FILE or --tokens FILE (- reads standard input)");
@@ -92,6 +102,9 @@ void run_capture(const CaptureArguments& arguments) {
   }
   if (arguments.generate < 0) {
     throw UsageError(fmt::format("--generate {}: must not be negative", arguments.generate));
+  }
+  if (const std::string_view given = given_option(arguments.generation); !given.empty() && arguments.generate == 0) {
+    throw UsageError(fmt::format("{} is of what the model generates: ask for that with --generate N", given));
   }
   const auto dtype = dtype_named(arguments.dtype);
   if (!dtype) {
@@ -112,6 +125,8 @@ void run_capture(const CaptureArguments& arguments) {
     options.prompt_is_templated = arguments.templated;
   }
   options.generate = arguments.generate;
+  options.sampling = sampling_of(arguments.generation);
+  options.stop = stop_of(arguments.generation);
   options.dtype = *dtype;
   options.output_projection = !arguments.no_projection;
   if (!arguments.spans.empty()) options.spans = tracer::read_spans(arguments.spans);
@@ -143,8 +158,7 @@ void run_capture(const CaptureArguments& arguments) {
              count(summary.num_layers, "layer"), count(summary.prompt_tokens, "prompt token"),
              count(summary.queries, "captured query"));
   if (!summary.generated_ids.empty()) {
-    fmt::print("generated {}{}: ", counted(summary.generated_ids.size(), "token"),
-               summary.ended ? ", until the end of the sequence" : "");
+    fmt::print("generated {}{}: ", counted(summary.generated_ids.size(), "token"), ending_of(summary));
     if (summary.generated_text) {
       fmt::print("{}\n", *summary.generated_text);
     } else {
@@ -154,7 +168,7 @@ void run_capture(const CaptureArguments& arguments) {
   // The last generated token is not fed back, so one alone brings no query.
   if (summary.generated_ids.size() < 2) {
     fmt::print(stderr, "note: the trace has no query after the prompt, so eviction at its end cannot be measured; {}\n",
-               summary.ended ? "the model ended the sequence at once, so replay it with an earlier --evict-at"
+               summary.ended ? "the first token ended it, so replay it with an earlier --evict-at"
                              : "--generate 2 or more adds some");
   }
 }
@@ -179,9 +193,9 @@ void add_capture_command(CLI::App& app) {
   command->add_flag(
       "--templated", arguments->templated,
       "The prompt is a chat as the model's template writes it, its special tokens included: none is added");
-  command
-      ->add_option("-n,--generate", arguments->generate, "Tokens to generate after the prompt, greedily (default: 0)")
+  command->add_option("-n,--generate", arguments->generate, "Tokens to generate after the prompt (default: 0)")
       ->type_name("N");
+  add_generation_options(*command, arguments->generation);
   command
       ->add_option("--queries", arguments->queries,
                    "Queries to record: window:N for the last N of the prompt and all after it (default: all)")

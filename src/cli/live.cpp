@@ -20,6 +20,7 @@
 #include "base/file_text.h"
 #include "base/printable.h"
 #include "cli/commands.h"
+#include "cli/generation_options.h"
 #include "cli/interruption.h"
 #include "cli/launched_ranks.h"
 #include "cli/options.h"
@@ -45,6 +46,7 @@ struct LiveArguments {
   std::string continuation;       // empty: trace, or a number of tokens
   std::string continuation_text;  // where it is a file's name: what stands in it, read once, as pipes can be
   int generate = 0;
+  GenerationOptions generation;
   std::vector<std::string> answers;
   bool no_offline = false;
   bool resume = false;
@@ -81,6 +83,11 @@ struct Beginning {
   std::unique_ptr<TraceReader> trace;  // null: a prompt
   std::unique_ptr<tracer::Tokenizer> tokenizer;
 };
+
+// Where its cache is evicted.
+int eviction_of(const ReplayRequest& request, const Beginning& beginning) {
+  return request.eviction_positions.empty() ? beginning.info.prompt_length : request.eviction_positions.front();
+}
 
 std::string text_of(const std::string& file) {
   std::string text = file_text(file);
@@ -257,8 +264,8 @@ std::vector<std::int32_t> ids_of_text(const LiveArguments& arguments, const Begi
       file, beginning.name));
 }
 
-std::vector<std::int32_t> continuation_of(const LiveArguments& arguments, const Beginning& beginning,
-                                          tracer::LiveRun& run, int eviction_position) {
+std::vector<std::int32_t> continuation_of(const LiveArguments& arguments, const tracer::Writing& writing,
+                                          const Beginning& beginning, tracer::LiveRun& run, int eviction_position) {
   const std::vector<std::int32_t>& all = beginning.info.token_ids;
   const int given = static_cast<int>(all.size());
   const std::string& asked = arguments.continuation;
@@ -278,7 +285,7 @@ std::vector<std::int32_t> continuation_of(const LiveArguments& arguments, const 
     if (!ids.empty()) {
       throw UsageError("--continue N: the model continues at the prompt's end alone; leave out --evict-at");
     }
-    std::vector<std::int32_t> own = run.continue_greedily(to_write);
+    std::vector<std::int32_t> own = run.write(to_write, writing);
     if (own.empty()) {
       throw Error(
           fmt::format("{}: the model ends the sequence at once, so that nothing can be measured; continue with a "
@@ -328,11 +335,11 @@ std::vector<tracer::LiveProgress::Stage> stages_of(const LiveArguments& argument
   return stages;
 }
 
-TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request, const tracer::Model& model,
-                    tracer::Transformer& transformer, Beginning beginning,
+TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request, const tracer::Writing& writing,
+                    const tracer::Model& model, tracer::Transformer& transformer, Beginning beginning,
                     const tracer::LiveRun::OnProgress& on_progress) {
   const int prompt_length = beginning.info.prompt_length;
-  const int eviction = request.eviction_positions.empty() ? prompt_length : request.eviction_positions.front();
+  const int eviction = eviction_of(request, beginning);
   if (eviction > static_cast<int>(beginning.info.token_ids.size())) {
     throw Error(fmt::format("{}: eviction position {} is beyond its {} tokens", beginning.name, eviction,
                             beginning.info.token_ids.size()));
@@ -347,7 +354,7 @@ TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request
     check_keys(*beginning.trace, held, arguments.model);
     check_next_token(*beginning.trace, run, arguments.model);
   }
-  const std::vector<std::int32_t> ids = continuation_of(arguments, beginning, run, eviction);
+  const std::vector<std::int32_t> ids = continuation_of(arguments, writing, beginning, run, eviction);
   run.follow(ids, tracer::pieces_of(beginning.tokenizer.get(), ids));
 
   // One run that is evicted once.
@@ -358,6 +365,9 @@ TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request
     found.notes.push_back(
         fmt::format("the model ends the sequence after {} of the {} tokens that were asked for", ids.size(), asked));
   }
+  if ((asked > 0 || arguments.generate > 0) && writing.sampling.temperature > 0) {
+    found.notes.push_back(fmt::format("what the model writes is drawn: {}", description(writing.sampling)));
+  }
   const std::span<const Setting> settings = engine.settings(0);
   measure_live(run, settings, found);
   if (arguments.generate > 0) {
@@ -367,7 +377,7 @@ TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request
       found.notes.push_back(
           "whether an answer is in what the model writes cannot be told: its folder has no tokenizer");
     }
-    generate_live(run, settings, found, arguments.generate, beginning.tokenizer.get(), answers);
+    generate_live(run, settings, found, arguments.generate, writing, beginning.tokenizer.get(), answers);
   }
   return found;
 }
@@ -398,6 +408,11 @@ SweepIdentity identity_of_run(const LiveArguments& arguments, const ReplayReques
                    arguments.no_offline ? "--no-offline" : "with what a replay measures",
                    arguments.templated ? "--templated" : "as plain text"};
   for (const std::string& answer : arguments.answers) identity.live.push_back(printable("--answer " + answer));
+  if (!given_option(arguments.generation).empty()) {
+    identity.live.push_back(description(sampling_of(arguments.generation)));
+    if (arguments.generation.ignore_stop) identity.live.emplace_back("--ignore-stop");
+    for (const std::string& stop : arguments.generation.stops) identity.live.push_back(printable("--stop " + stop));
+  }
   std::vector<std::string> model;
   for (const auto& entry : std::filesystem::directory_iterator(arguments.model)) {
     if (!entry.is_regular_file()) continue;
@@ -533,12 +548,31 @@ void check_arguments(const LiveArguments& arguments, const ReplayRequest& reques
   if (std::ranges::find(arguments.answers, "") != arguments.answers.end()) {
     throw UsageError("--answer: an empty text is in every answer");
   }
+  sampling_of(arguments.generation);
+  stop_of(arguments.generation);
   if (!arguments.answers.empty() && arguments.generate == 0) {
     throw UsageError("--answer is looked for in what the model writes: ask for that with --generate N");
   }
   if (arguments.resume && arguments.replay.results.empty()) {
     throw UsageError("--resume goes on with what stands beside an output; name it with -o");
   }
+}
+
+// How the model writes what it is asked for, which all runs have alike.
+tracer::Writing writing_of(const LiveArguments& arguments, const ReplayRequest& request, const tracer::Model& model,
+                           const std::vector<Beginning>& beginnings) {
+  const bool writes = arguments.generate > 0 || std::ranges::any_of(beginnings, [&](const Beginning& beginning) {
+                        const std::size_t given = beginning.info.token_ids.size();
+                        return tokens_to_write(arguments.continuation, given, eviction_of(request, beginning)) > 0;
+                      });
+  const std::string_view said = given_option(arguments.generation);
+  if (!writes && !said.empty()) {
+    throw UsageError(
+        fmt::format("{} is of what the model writes: ask for that with --continue N or --generate N", said));
+  }
+  if (!writes) return {};
+  return {sampling_of(arguments.generation), tracer::stop_ids(stop_of(arguments.generation), arguments.model,
+                                                              model.config, beginnings.front().tokenizer.get())};
 }
 
 // The runs as text, for the other processes.
@@ -559,6 +593,7 @@ void run_live(const LiveArguments& given) {
   ReplayRequest request;
   std::unique_ptr<const tracer::Model> model;
   std::vector<Beginning> beginnings;
+  tracer::Writing writing;
   std::optional<FinishedRuns> store;
   std::vector<std::optional<TraceReplay>> done;
   tracer::Transformer::Options execution;
@@ -592,6 +627,7 @@ void run_live(const LiveArguments& given) {
     }
     for (const std::string& trace : traces) beginnings.push_back(begin_with_trace(arguments, *model, trace));
     check_lengths(arguments, model->config, beginnings, notes);
+    writing = writing_of(arguments, request, *model, beginnings);
     done.resize(beginnings.size());
     if (arguments.replay.results.empty()) return;
     store.emplace(arguments.replay.results, identity_of_run(arguments, request, traces, beginnings));
@@ -645,15 +681,15 @@ void run_live(const LiveArguments& given) {
         for (std::size_t i = 0; i < part.size() && !ranks->others_stopped(); ++i) {
           Beginning& beginning = beginnings[static_cast<std::size_t>(part[i])];
           const std::string name = std::filesystem::path(beginning.name).filename().string();
-          TraceReplay found = run_one(
-              arguments, request, *model, transformer, std::move(beginning), [&](const tracer::LiveProgress& at) {
-                if (!line) return;
-                const auto stages_done = std::ranges::find(stages, at.stage) - stages.begin();
-                const double share =
-                    (static_cast<double>(stages_done) + at.fraction) / static_cast<double>(stages.size());
-                line->show(fmt::format("{}: {}", name, stage_text(at.stage)),
-                           (static_cast<double>(i) + share) / static_cast<double>(part.size()));
-              });
+          TraceReplay found = run_one(arguments, request, writing, *model, transformer, std::move(beginning),
+                                      [&](const tracer::LiveProgress& at) {
+                                        if (!line) return;
+                                        const auto stages_done = std::ranges::find(stages, at.stage) - stages.begin();
+                                        const double share = (static_cast<double>(stages_done) + at.fraction) /
+                                                             static_cast<double>(stages.size());
+                                        line->show(fmt::format("{}: {}", name, stage_text(at.stage)),
+                                                   (static_cast<double>(i) + share) / static_cast<double>(part.size()));
+                                      });
           if (store) store->save(part[i], found);
           if (ranks->size() == 1) done[static_cast<std::size_t>(part[i])] = std::move(found);
           tell_interruption(i + 1);
@@ -733,6 +769,7 @@ void add_live_command(CLI::App& app) {
                    "Then let the model write so many tokens freely over what each policy keeps (default: 0)")
       ->check(integer_in(0, std::numeric_limits<int>::max(), "a number of tokens"))
       ->type_name("N");
+  add_generation_options(*command, arguments->generation);
   command
       ->add_option("--answer", arguments->answers,
                    "A text that counts as an answer when it is in what the model writes, beside those of a trace")

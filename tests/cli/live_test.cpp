@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -10,6 +11,7 @@
 #include "replay/results_reader.h"
 #include "support/places.h"
 #include "support/tiny_model.h"
+#include "trace/reader.h"
 
 namespace kvreplay {
 namespace {
@@ -184,6 +186,54 @@ TEST_F(LiveCommand, LetsTheModelWrite) {
   const Outcome answered = run(fmt::format(
       "live --model {} --prompt {} -p full -c 64 --continue 4 --generate 6 --answer {}", demo, prompt, answer));
   EXPECT_THAT(answered.output, HasSubstr(" 100 % ")) << answered.errors;
+}
+
+TEST_F(LiveCommand, DrawsWhatItWritesWhereAskedTo) {
+  ASSERT_EQ(run("capture --model tiny --tokens ids -o prompt.h5").exit_code, 0);
+  const std::string common = "live --model tiny --trace prompt.h5 -p full,recent -c 20 --continue 4 --generate 12 ";
+  const auto written = [&](const std::string& more) {
+    const Outcome outcome = run(common + more + " -o live.h5");
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+    const auto file = hdf5::File::open(folder_ / "live.h5");
+    return std::vector{file.read_int32s("/results/0/full_generation/ids"),
+                       file.read_int32s("/results/0/generation/ids"), file.read_int32s("/results/1/generation/ids")};
+  };
+  const auto greedy = written("");
+  const auto drawn = written("--temperature 2 --seed 5 --threads 1");
+  EXPECT_EQ(drawn, written("--temperature 2 --seed 5 --threads 2"));
+  EXPECT_NE(drawn, greedy);
+  EXPECT_NE(drawn, written("--temperature 2 --seed 6"));
+  EXPECT_EQ(drawn[0], drawn[1]) << "the same numbers for every text";
+  EXPECT_NE(drawn[0], drawn[2]);
+  EXPECT_EQ(written("--temperature 2 --top-k 1"), greedy);
+  // The continuation is drawn by the same numbers as a captured run's.
+  ASSERT_EQ(run("capture --model tiny --tokens ids --generate 5 --temperature 2 --seed 5").exit_code, 0);
+  const std::vector<std::int32_t> captured = TraceReader(folder_ / "run.h5").info().token_ids;
+  ASSERT_EQ(captured.size(), 84U);
+  EXPECT_TRUE(std::equal(captured.begin() + 80, captured.end(), drawn[0].begin()));
+  const Outcome told = run(common + "--temperature 2 --seed 5 --top-p 0.9 -o live.h5");
+  EXPECT_THAT(told.errors, HasSubstr("what the model writes is drawn: sampling at temperature 2, top-p 0.9, seed 5"));
+}
+
+TEST_F(LiveCommand, StopsWhereAskedTo) {
+  ASSERT_EQ(run("capture --model tiny --tokens ids -o prompt.h5").exit_code, 0);
+  const auto written = [&](const std::string& more) {
+    const Outcome outcome =
+        run("live --model tiny --trace prompt.h5 -p full -c 20 --continue 1 --generate 8 -o live.h5 " + more);
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+    return hdf5::File::open(folder_ / "live.h5").read_int32s("/results/0/full_generation/ids");
+  };
+  const std::vector<std::int32_t> free = written("");
+  ASSERT_EQ(free.size(), 8U);
+  const auto end = std::ranges::find(free, free[3]) + 1;
+  const std::vector<std::int32_t> stopped(free.begin(), end);
+  ASSERT_NE(free[0], free[3]) << "the continuation has the first token";
+  EXPECT_EQ(written(fmt::format("--stop {}", free[3])), stopped);
+  json config = json::parse(test::read_file(folder_ / "tiny" / "config.json"));
+  config["eos_token_id"] = free[3];
+  test::write_file(folder_ / "tiny" / "config.json", config.dump());
+  EXPECT_EQ(written(""), stopped);
+  EXPECT_EQ(written("--ignore-stop"), free);
 }
 
 TEST_F(LiveCommand, LeavesOutWhatCannotBeDecided) {
@@ -366,6 +416,11 @@ TEST_F(LiveCommand, TellsHowItIsUsed) {
   expect_refused("--model tiny --trace run.h5 -p recent -c 20 --answer x", "ask for that with --generate N", 2);
   refuse({"live", "--model", "tiny", "--trace", "run.h5", "-p", "recent", "-c", "20", "-n", "3", "--answer", ""}, 2,
          {"--answer: an empty text is in every answer"});
+  expect_refused("--model tiny --trace run.h5 -p recent -c 20 --temperature 1",
+                 "--temperature is of what the model writes: ask for that with --continue N or --generate N", 2);
+  expect_refused("--model tiny --trace run.h5 -p recent -c 20 --ignore-stop", "--ignore-stop is of what the model", 2);
+  expect_refused("--model tiny --trace run.h5 -p recent -c 20 -n 3 --seed 1", "--seed is of tokens that are drawn", 2);
+  expect_refused("--model tiny --trace run.h5 -p recent -c 20 -n 3 --stop 97", "--stop 97: is not in the model's", 1);
   expect_refused("--model nowhere --trace run.h5 -p recent -c 20", "nowhere", 1);
   expect_refused("--model tiny --trace missing.h5 -p recent -c 20", "missing.h5", 1);
 }

@@ -3,9 +3,11 @@
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "base/error.h"
 #include "support/places.h"
@@ -173,6 +175,74 @@ TEST_F(CaptureCommand, WarnsWhereAHeadIsNotTheEmbeddingsThatItIsSaidToBe) {
       << outcome.errors;
 }
 
+TEST_F(CaptureCommand, DrawsTheSameTokensForTheSameSeedOnAnyNumberOfThreads) {
+  const auto drawn = [&](const std::string& more) {
+    const Outcome outcome = run("--model tiny --tokens ids --generate 24 " + more);
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+    return TraceReader(folder_ / "run.h5").info();
+  };
+  const TraceInfo greedy = drawn("");
+  const TraceInfo one = drawn("--temperature 1.5 --seed 3 --threads 1");
+  EXPECT_EQ(one.token_ids, drawn("--temperature 1.5 --seed 3 --threads 2").token_ids);
+  EXPECT_NE(one.token_ids, greedy.token_ids);
+  EXPECT_NE(one.token_ids, drawn("--temperature 1.5 --seed 4").token_ids);
+  EXPECT_EQ(drawn("--temperature 1.5").token_ids, drawn("--temperature 1.5 --seed 0").token_ids);
+  EXPECT_EQ(drawn("--temperature 1.5 --top-k 1").token_ids, greedy.token_ids);
+  EXPECT_EQ(drawn("--temperature 1.5 --top-p 1e-9").token_ids, greedy.token_ids);
+  EXPECT_EQ(drawn("--temperature 0").token_ids, greedy.token_ids);
+  EXPECT_TRUE(greedy.source.ends_with("prompt ids, greedy decoding in float32")) << greedy.source;
+  const std::string source = drawn("--temperature 0.70 --top-k 40 --top-p 0.9 --seed 5 --ignore-stop").source;
+  EXPECT_TRUE(
+      source.ends_with("sampling at temperature 0.7, top-k 40, top-p 0.9, seed 5 in float32, the model's stop "
+                       "tokens ignored"))
+      << source;
+}
+
+TEST_F(CaptureCommand, StopsAtTheTokensThatAreAskedFor) {
+  const auto generated = [&](const std::string& more) {
+    const Outcome outcome = run("--model tiny --tokens ids --generate 6 " + more);
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+    return outcome.output.substr(outcome.output.find("generated"));
+  };
+  const std::string free = generated("");
+  ASSERT_TRUE(free.starts_with("generated 6 tokens: ")) << free;
+  std::istringstream text(free.substr(free.find(": ") + 2));
+  std::vector<int> ids(6);
+  for (int& id : ids) text >> id;
+  const auto third = std::find(ids.begin(), ids.end(), ids[2]) - ids.begin() + 1;
+  const std::string stopped =
+      fmt::format("generated {} token{}, ended by token {}: ", third, third == 1 ? "" : "s", ids[2]);
+  EXPECT_TRUE(generated(fmt::format("--stop {}", ids[2])).starts_with(stopped));
+  EXPECT_TRUE(generated(fmt::format("--stop 96 --stop {}", ids[2])).starts_with(stopped)) << "several";
+  nlohmann::json config = nlohmann::json::parse(read_file(folder_ / "tiny/config.json"));
+  config["eos_token_id"] = ids[2];
+  write_file(folder_ / "tiny/config.json", config.dump());
+  EXPECT_TRUE(generated("").starts_with(stopped));
+  EXPECT_EQ(generated("--ignore-stop"), free) << "the whole of it";
+  EXPECT_TRUE(generated(fmt::format("--ignore-stop --stop {}", ids[2])).starts_with(stopped)) << "but for one's own";
+}
+
+TEST_F(CaptureCommand, NamesTheTokenThatEndedTheText) {
+  const std::string demo = (test::bundled_traces() / "demo-model").string();
+  write_file(folder_ / "prompt", "The secret number of falcon is 48213. What is the secret number of falcon?");
+  const std::string arguments = fmt::format("--model '{}' --prompt prompt --generate 40", demo);
+  const std::string whole = run(arguments).output;
+  const std::size_t space = whole.find(' ', whole.find(": ", whole.find("generated")) + 3);
+  const std::string digit = whole.substr(whole.find_first_of("0123456789", space), 1);
+  TraceReader trace(folder_ / "run.h5");
+  std::int32_t id = -1;
+  for (std::size_t i = 0; i < trace.info().token_ids.size(); ++i) {
+    if (trace.info().token_pieces[i] == digit) id = trace.info().token_ids[i];
+  }
+  ASSERT_GE(id, 0) << whole;
+  const Outcome by_id = run(fmt::format("{} --stop {}", arguments, id));
+  EXPECT_NE(by_id.output.find(fmt::format(", ended by {} (token {}): ", digit, id)), std::string::npos) << by_id.output;
+  const Outcome unknown = run(arguments + " --stop 'falcon is'");
+  EXPECT_EQ(unknown.exit_code, 1);
+  EXPECT_NE(unknown.errors.find("--stop falcon is: is no single token of the model, but "), std::string::npos)
+      << unknown.errors;
+}
+
 TEST_F(CaptureCommand, InspectShowsAllOfTheSource) {
   const std::string name(200, 'p');
   write_file(folder_ / name, "5 25 59");
@@ -315,6 +385,22 @@ TEST_F(CaptureCommand, ExplainsWhatIsWrong) {
       {"--model tiny --tokens ids --templated", 2, "--templated says how a --prompt is written"},
       {"--model tiny --tokens ids --generate -1", 2, "--generate -1: must not be negative"},
       {"--model tiny --tokens ids --generate many", 2, "--generate"},
+      {"--model tiny --tokens ids -n 2 --temperature -1", 2, "--temperature: '-1' is not a temperature: a number, at"},
+      {"--model tiny --tokens ids -n 2 --temperature hot", 2, "--temperature: 'hot' is not a temperature"},
+      {"--model tiny --tokens ids -n 2 --temperature inf", 2, "--temperature: 'inf' is not a temperature"},
+      {"--model tiny --tokens ids -n 2 --temperature 1 --top-p 0", 2, "--top-p: '0' is not a share"},
+      {"--model tiny --tokens ids -n 2 --temperature 1 --top-p 1.1", 2, "--top-p: '1.1' is not a share"},
+      {"--model tiny --tokens ids -n 2 --temperature 1 --top-k 0", 2, "--top-k: '0' is not a number of tokens"},
+      {"--model tiny --tokens ids -n 2 --temperature 1 --seed -1", 2, "--seed: '-1' is not a seed"},
+      {"--model tiny --tokens ids -n 2 --seed 1", 2, "--seed is of tokens that are drawn: ask for that with --temp"},
+      {"--model tiny --tokens ids -n 2 --top-p 0.9", 2, "--top-p is of tokens that are drawn"},
+      {"--model tiny --tokens ids -n 2 --top-k 9 --temperature 0", 2, "--top-k is of tokens that are drawn"},
+      {"--model tiny --tokens ids --temperature 1", 2, "--temperature is of what the model generates: ask for that"},
+      {"--model tiny --tokens ids --stop 4", 2, "--stop is of what the model generates"},
+      {"--model tiny --tokens ids --ignore-stop", 2, "--ignore-stop is of what the model generates"},
+      {"--model tiny --tokens ids -n 2 --stop ''", 2, "--stop: an empty text is no token"},
+      {"--model tiny --tokens ids -n 2 --stop 97", 1, "--stop 97: is not in the model's vocabulary of 97"},
+      {"--model tiny --tokens ids -n 2 --stop END", 1, "--stop END: the model's folder has no tokenizer"},
       {"--model tiny --tokens ids --queries window:0", 2, "--queries window:0: must be"},
       {"--model tiny --tokens ids --queries window:3x", 2, "--queries window:3x: must be"},
       {"--model tiny --tokens ids --queries some", 2, "--queries some: must be \"all\" or \"window:N\""},

@@ -203,7 +203,7 @@ TEST(LiveRun, TakesSetsPerQueryHead) {
 
 TEST(LiveRun, WritesFreelyWhatTheModelWritesWhereNothingIsEvicted) {
   EvictedRun run(demo_model(), reference_ids(), kReferencePrompt);
-  const std::vector<std::int32_t> greedy = run.live.continue_greedily(12);
+  const std::vector<std::int32_t> greedy = run.live.write(12);
   const KeptSets little = run.sets([](int, int position) { return position >= kReferencePrompt - 8; });
   const std::vector<Generation> texts = run.live.generate({nullptr, &little}, {}, 12);
   EXPECT_EQ(texts[0].ids, greedy);
@@ -398,7 +398,7 @@ TEST(LiveDecoding, WritesFreelyUnderASchedule) {
   EvictedRun run(demo_model(), reference_ids(), kReferencePrompt);
   const ScheduledRun scheduled(run, {"snapkv+every(4)", "streamingllm+every(1)"}, "1000");
   const ScheduledRun little(run, {"recent+every(1)"}, "8");
-  const std::vector<std::int32_t> greedy = run.live.continue_greedily(12);
+  const std::vector<std::int32_t> greedy = run.live.write(12);
   const std::vector<Generation> texts = run.live.generate({nullptr}, scheduled.engine.settings(0), 12);
   ASSERT_EQ(texts.size(), 3U);
   for (const Generation& text : texts) EXPECT_EQ(text.ids, greedy);

@@ -70,12 +70,12 @@ TEST(ModelConfig, ReadsWhatIsSaid) {
   EXPECT_EQ(model.max_position_embeddings, 1024);
 }
 
-TEST(ModelConfig, TakesTheEndOfSequenceFromTheGenerationConfig) {
+TEST(ModelConfig, TakesTheEndOfSequenceFromAllFilesThatNameOne) {
   const TemporaryFolder folder;
   write_file(folder / "config.json", with({{"eos_token_id", 2}}).dump());
   EXPECT_EQ(read_model_config(folder.path()).eos_token_ids, std::vector<std::int32_t>{2});
-  write_file(folder / "generation_config.json", R"({"eos_token_id": [3, 4]})");
-  EXPECT_EQ(read_model_config(folder.path()).eos_token_ids, (std::vector<std::int32_t>{3, 4}));
+  write_file(folder / "generation_config.json", R"({"eos_token_id": [3, 2, 4]})");
+  EXPECT_EQ(read_model_config(folder.path()).eos_token_ids, (std::vector<std::int32_t>{3, 2, 4}));
   write_file(folder / "generation_config.json", R"({"temperature": 1})");
   EXPECT_EQ(read_model_config(folder.path()).eos_token_ids, std::vector<std::int32_t>{2});
 }

@@ -13,6 +13,7 @@
 
 #include "base/error.h"
 #include "tracer/prompt.h"
+#include "tracer/stop_tokens.h"
 
 namespace kvreplay::tracer {
 
@@ -93,10 +94,6 @@ std::string lower_case(std::string text) {
   return text;
 }
 
-bool ends(const ModelConfig& config, std::int32_t id) {
-  return std::ranges::find(config.eos_token_ids, id) != config.eos_token_ids.end();
-}
-
 }  // namespace
 
 LiveRun::LiveRun(const Model& model, Transformer& transformer, HeldRun& run, OnProgress on_progress)
@@ -135,16 +132,17 @@ KvCache LiveRun::view_of(const KeptSets* setting, Index capacity) const {
   return {run_.before(), kept, sets_per_layer, capacity};
 }
 
-std::vector<std::int32_t> LiveRun::continue_greedily(Index count) {
+std::vector<std::int32_t> LiveRun::write(Index count, const Writing& how) {
   if (count < 1) return {};
   KvCache cache = view_of(nullptr, count);
-  std::vector<std::int32_t> ids = {most_likely(prompt_logits_)};
-  while (static_cast<Index>(ids.size()) < count && !ends(model_.config, ids.back())) {
-    ids.push_back(most_likely(transformer_.forward({&ids.back(), 1}, cache)));
+  Sampler sampler(how.sampling);
+  std::vector<std::int32_t> ids = {sampler.next(prompt_logits_)};
+  while (static_cast<Index>(ids.size()) < count && !is_over(how.stop_ids, ids.back())) {
+    ids.push_back(sampler.next(transformer_.forward({&ids.back(), 1}, cache)));
     report(LiveProgress::Stage::continuation, static_cast<double>(ids.size()) / static_cast<double>(count));
   }
   // What follows the end is of no sequence.
-  if (ends(model_.config, ids.back())) ids.pop_back();
+  if (is_over(how.stop_ids, ids.back())) ids.pop_back();
   return ids;
 }
 
@@ -288,7 +286,7 @@ void LiveRun::compare(std::span<const std::size_t> batch, const Buffer& states,
 }
 
 std::vector<Generation> LiveRun::generate(const std::vector<const KeptSets*>& kept, std::span<const Setting> scheduled,
-                                          Index count) {
+                                          Index count, const Writing& how) {
   const Distinct different = distinct(kept);
   const std::size_t views = different.settings.size();
   std::vector<KvCache> caches;
@@ -296,10 +294,12 @@ std::vector<Generation> LiveRun::generate(const std::vector<const KeptSets*>& ke
   for (const KeptSets* const setting : different.settings) caches.push_back(view_of(setting, count));
   const std::vector<std::unique_ptr<DecodingCaches>> decoding = begin_decoding(scheduled);
   std::vector<Generation> texts(views + scheduled.size());
-  for (Generation& text : texts) {
-    text.ids.push_back(most_likely(prompt_logits_));
-    text.ended = ends(model_.config, text.ids.back());
-  }
+  std::vector<Sampler> samplers(texts.size(), Sampler(how.sampling));
+  const auto add_token = [&](std::size_t i, std::span<const float> token_logits) {
+    texts[i].ids.push_back(samplers[i].next(token_logits));
+    texts[i].ended = is_over(how.stop_ids, texts[i].ids.back());
+  };
+  for (std::size_t i = 0; i < texts.size(); ++i) add_token(i, prompt_logits_);
   const Index vocabulary = model_.config.vocab_size;
   const Index at_once = std::max<Index>(1, kLogitsAtOnce / vocabulary);
   std::vector<float> logits;
@@ -323,9 +323,7 @@ std::vector<Generation> LiveRun::generate(const std::vector<const KeptSets*>& ke
       logits.resize(here.size() * static_cast<std::size_t>(vocabulary));
       transformer_.logits(states.part(0, states.size()), static_cast<Index>(here.size()), logits);
       for (std::size_t row = 0; row < here.size(); ++row) {
-        Generation& text = texts[here[row]];
-        text.ids.push_back(most_likely(row_of(logits, static_cast<Index>(row), vocabulary)));
-        text.ended = ends(model_.config, text.ids.back());
+        add_token(here[row], row_of(logits, static_cast<Index>(row), vocabulary));
       }
     }
   }
@@ -403,10 +401,10 @@ void measure_live(LiveRun& run, std::span<const Setting> settings, TraceReplay& 
 }
 
 void generate_live(LiveRun& run, std::span<const Setting> settings, TraceReplay& replay, Index count,
-                   const Tokenizer* tokenizer, const std::vector<std::string>& answers) {
+                   const Writing& how, const Tokenizer* tokenizer, const std::vector<std::string>& answers) {
   Divided divided(settings, replay);
   divided.kept.insert(divided.kept.begin(), nullptr);
-  std::vector<Generation> texts = run.generate(divided.kept, divided.scheduled, count);
+  std::vector<Generation> texts = run.generate(divided.kept, divided.scheduled, count, how);
   const std::vector<std::int32_t>& ids = run.run().info().token_ids;
   const auto prompt = std::span(ids).first(static_cast<std::size_t>(run.run().eviction_position()));
   const std::vector<std::int32_t> full = texts.front().ids;

@@ -13,10 +13,17 @@
 #include "replay/result.h"
 #include "tracer/live/decoding_caches.h"
 #include "tracer/live/held_run.h"
+#include "tracer/sampling.h"
 #include "tracer/tokenizer/tokenizer.h"
 #include "tracer/transformer.h"
 
 namespace kvreplay::tracer {
+
+/// How the model writes: which token comes next, and after which ones, ascending, its text is over.
+struct Writing {
+  SamplingOptions sampling = {};
+  std::vector<std::int32_t> stop_ids = {};
+};
 
 /// How far a live run is.
 struct LiveProgress {
@@ -41,9 +48,8 @@ class LiveRun {
   /// [vocabulary] after the last token before the eviction, once it was read.
   std::span<const float> prompt_logits() const { return prompt_logits_; }
 
-  /// What the model would write after them, most likely tokens, up to `count`, without the one that ends the
-  /// sequence.
-  std::vector<std::int32_t> continue_greedily(Index count);
+  /// What the model would write after them, up to `count` tokens, without the one that ends its text.
+  std::vector<std::int32_t> write(Index count, const Writing& how = {});
 
   /// Runs over `ids` [E] and their texts, or none, with everything still cached: what the others are compared with.
   void follow(std::span<const std::int32_t> ids, const std::vector<std::string>& pieces);
@@ -63,10 +69,11 @@ class LiveRun {
   };
   std::vector<Decoded> decode(std::span<const Setting> settings);
 
-  /// What the model writes over each of `kept`, then each of `scheduled`, after the prompt, most likely tokens, up to
-  /// `count` each: without text, answer and comparison. Equal sets are run once. Null: everything is kept.
+  /// What the model writes over each of `kept`, then each of `scheduled`, after the prompt, up to `count` tokens each:
+  /// without text, answer and comparison. Where tokens are drawn, each text's are by the same numbers. Equal sets are
+  /// run once. Null: everything is kept.
   std::vector<Generation> generate(const std::vector<const KeptSets*>& kept, std::span<const Setting> scheduled,
-                                   Index count);
+                                   Index count, const Writing& how = {});
 
  private:
   void report(LiveProgress::Stage stage, double fraction) const;
@@ -92,7 +99,7 @@ void measure_live(LiveRun& run, std::span<const Setting> settings, TraceReplay& 
 /// are by `tokenizer`, which may be null; one that has one of `answers` in it, whatever the case of its letters,
 /// answered.
 void generate_live(LiveRun& run, std::span<const Setting> settings, TraceReplay& replay, Index count,
-                   const Tokenizer* tokenizer, const std::vector<std::string>& answers);
+                   const Writing& how, const Tokenizer* tokenizer, const std::vector<std::string>& answers);
 
 /// The share of a text's four-token sequences that stood in it before; 0 for fewer than five tokens.
 double repeated_4grams(std::span<const std::int32_t> ids);

@@ -168,6 +168,22 @@ std::string provenance(const CaptureOptions& options) {
                      options.stop.by_model || options.generate == 0 ? "" : ", the model's stop tokens ignored");
 }
 
+// Whether the prompt's last turn is one that the model goes on with: a chat whose other turns all end in a stop token
+// of the model, as templates write them, and that leaves the last one open.
+bool leaves_turn_open(const Prompt& prompt, const ModelConfig& config, std::span<const std::int32_t> ends) {
+  const auto has_end = [&](std::size_t first, std::size_t last) {
+    return std::any_of(prompt.ids.begin() + static_cast<std::ptrdiff_t>(first),
+                       prompt.ids.begin() + static_cast<std::ptrdiff_t>(last),
+                       [&](std::int32_t id) { return is_over(ends, id) && id != config.bos_token_id; });
+  };
+  const std::vector<Turn>& turns = prompt.turns;
+  if (turns.size() < 2) return false;
+  for (std::size_t i = 0; i + 1 < turns.size(); ++i) {
+    if (!has_end(static_cast<std::size_t>(turns[i].start), static_cast<std::size_t>(turns[i + 1].start))) return false;
+  }
+  return !has_end(static_cast<std::size_t>(turns.back().start), prompt.ids.size());
+}
+
 }  // namespace
 
 CaptureSummary capture(const CaptureOptions& options) {
@@ -182,8 +198,12 @@ CaptureSummary capture(const CaptureOptions& options) {
   }
 
   const Tokenizer* const tokenizer = prompt.tokenizer.get();
-  std::vector<std::int32_t> ends;
-  if (options.generate > 0) ends = stop_ids(options.stop, options.model_folder, config, tokenizer);
+  std::vector<std::int32_t> own_ends;  // of the model
+  std::vector<std::int32_t> ends;      // of this run
+  if (options.generate > 0) {
+    own_ends = stop_ids({}, options.model_folder, config, tokenizer);
+    ends = stop_ids(options.stop, options.model_folder, config, tokenizer);
+  }
 
   for (const std::string& warning : model.warnings) warn(options, warning);
   const auto prompt_length = static_cast<Index>(prompt.ids.size());
@@ -232,6 +252,9 @@ CaptureSummary capture(const CaptureOptions& options) {
   }
 
   const auto later = std::span(token_ids).subspan(prompt.ids.size());
+  if (!prompt.turns.empty() && !later.empty() && !leaves_turn_open(prompt, config, own_ends)) {
+    writer.write_turn(static_cast<std::int32_t>(prompt_length), "assistant");
+  }
   writer.finish(later, pieces_of(tokenizer, later));
   summary.output = options.output;
   summary.file_bytes = std::filesystem::file_size(options.output);

@@ -62,8 +62,8 @@ Prompt prepare_prompt(const PromptOptions& options, const ModelConfig& config) {
   }
   prompt.spans = locate_spans(options.spans, options.prompt_text.value_or(""), encoding ? &*encoding : nullptr,
                               static_cast<int>(prompt.ids.size()));
-  prompt.turn_starts = locate_turns(options.turns, options.prompt_text.value_or(""), encoding ? &*encoding : nullptr,
-                                    static_cast<int>(prompt.ids.size()));
+  prompt.turns = locate_turns(options.turns, options.prompt_text.value_or(""), encoding ? &*encoding : nullptr,
+                              static_cast<int>(prompt.ids.size()));
   return prompt;
 }
 
@@ -124,7 +124,10 @@ TraceInfo describe(const PromptOptions& options, const Model& model, const Promp
     info.query_positions.push_back(position);
   }
   info.spans = prompt.spans;
-  info.turn_starts = prompt.turn_starts;
+  for (const Turn& turn : prompt.turns) {
+    info.turn_starts.push_back(turn.start);
+    if (!turn.role.empty()) info.turn_roles.push_back(turn.role);
+  }
   info.layers = layers_with_windows(info.model, config.sliding_windows);
   for (int layer = 0; layer < config.num_layers && config.norm_after; ++layer) {
     info.layers[static_cast<std::size_t>(layer)].projection_output_norm = {

@@ -37,7 +37,7 @@ struct Prompt {
   std::unique_ptr<Tokenizer> tokenizer;  ///< null where the model's folder has none
   std::vector<std::int32_t> ids;
   std::vector<Span> spans;
-  std::vector<std::int32_t> turn_starts;
+  std::vector<Turn> turns;
 };
 
 /// Throws Error where the prompt is empty, is not in the model's vocabulary, or does not hold what is to be marked.

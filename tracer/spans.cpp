@@ -128,38 +128,55 @@ std::vector<TurnRequest> read_turns(const std::filesystem::path& path) {
   const auto is_number = [](const json& value, std::uint64_t most) {
     return value.is_number_unsigned() && value.get<std::uint64_t>() <= most;
   };
+  const auto is_text = [](const json& value) {
+    return value.is_string() && !value.get_ref<const std::string&>().empty();
+  };
   std::vector<TurnRequest> requests;
   for (const json& entry : content) {
     TurnRequest request;
+    const bool has_role = entry.is_object() && entry.contains("role") && is_text(entry["role"]);
+    const std::size_t keys = has_role ? 2 : 1;
+    const auto says = [&](const char* key) {
+      return entry.is_object() && entry.size() == keys && entry.contains(key) &&
+             (is_text(entry[key]) || is_number(entry[key], std::numeric_limits<int>::max()));
+    };
     if (is_number(entry, std::numeric_limits<int>::max())) {
       request.position = entry.get<int>();
-    } else if (entry.is_object() && entry.size() == 1 && entry.contains("text") && entry["text"].is_string() &&
-               !entry["text"].get_ref<const std::string&>().empty()) {
+    } else if (says("position") && entry["position"].is_number()) {
+      request.position = entry["position"].get<int>();
+    } else if (says("text") && entry["text"].is_string()) {
       request.text = entry["text"].get<std::string>();
-    } else if (entry.is_object() && entry.size() == 1 && entry.contains("character") &&
-               is_number(entry["character"], std::numeric_limits<int>::max())) {
+    } else if (says("character") && entry["character"].is_number()) {
       request.character = entry["character"].get<std::int64_t>();
     } else {
-      throw Error(
-          fmt::format("{}: entry {}: must be a token position, {{\"text\": ...}} that begins turns, or "
-                      "{{\"character\": ...}}, an offset into the prompt's text",
-                      path.string(), requests.size() + 1));
+      throw Error(fmt::format(
+          "{}: entry {}: must be a token position, {{\"text\": ...}} that begins turns, or "
+          "{{\"character\": ...}}, an offset into the prompt's text; a \"role\" may stand beside it, and the "
+          "position is then a \"position\"",
+          path.string(), requests.size() + 1));
     }
+    if (has_role) request.role = entry["role"].get<std::string>();
     requests.push_back(std::move(request));
   }
   if (requests.empty()) throw Error(fmt::format("{}: names no turns", path.string()));
+  const auto has_no_role = [](const TurnRequest& request) { return request.role.empty(); };
+  const auto without = std::ranges::find_if(requests, has_no_role);
+  if (without != requests.end() && !std::ranges::all_of(requests, has_no_role)) {
+    throw Error(fmt::format("{}: entry {}: has no \"role\", though others have; give it to all or to none",
+                            path.string(), without - requests.begin() + 1));
+  }
   return requests;
 }
 
-std::vector<std::int32_t> locate_turns(std::span<const TurnRequest> requests, std::string_view prompt,
-                                       const Encoding* encoding, int prompt_length) {
-  std::vector<std::int32_t> starts;
+std::vector<Turn> locate_turns(std::span<const TurnRequest> requests, std::string_view prompt, const Encoding* encoding,
+                               int prompt_length) {
+  std::vector<Turn> turns;
   for (const TurnRequest& request : requests) {
     if (request.position >= 0) {
       if (request.position >= prompt_length) {
         throw Error(fmt::format("turn at {}: is not in the prompt of {} tokens", request.position, prompt_length));
       }
-      starts.push_back(request.position);
+      turns.push_back({request.position, request.role});
       continue;
     }
     const std::string name = request.text.empty() ? fmt::format("turn at character {}", request.character)
@@ -170,21 +187,21 @@ std::vector<std::int32_t> locate_turns(std::span<const TurnRequest> requests, st
     const auto add = [&](std::size_t begin, std::size_t end) {
       const std::optional<Span> tokens = tokens_of(*encoding, begin, end);
       if (!tokens) throw Error(fmt::format("{}: no token stands for its text", name));
-      starts.push_back(tokens->start);
+      turns.push_back({tokens->start, request.role});
     };
-    const std::size_t before = starts.size();
+    const std::size_t before = turns.size();
     if (!request.text.empty()) {
       for_each_occurrence(prompt, request.text, [&](std::size_t at) { add(at, at + request.text.size()); });
     } else if (const auto at = byte_of_character(prompt, request.character)) {
       add(*at, *at + 1);
     }
-    if (starts.size() == before) throw Error(fmt::format("{}: does not occur in the prompt", name));
+    if (turns.size() == before) throw Error(fmt::format("{}: does not occur in the prompt", name));
   }
-  std::ranges::sort(starts);
-  if (const auto twice = std::ranges::adjacent_find(starts); twice != starts.end()) {
-    throw Error(fmt::format("two turns begin at token {}", *twice));
+  std::ranges::stable_sort(turns, {}, &Turn::start);
+  if (const auto twice = std::ranges::adjacent_find(turns, {}, &Turn::start); twice != turns.end()) {
+    throw Error(fmt::format("two turns begin at token {}", twice->start));
   }
-  return starts;
+  return turns;
 }
 
 }  // namespace kvreplay::tracer

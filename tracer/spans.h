@@ -37,15 +37,23 @@ struct TurnRequest {
   std::string text;             ///< every occurrence in the prompt begins one; empty: a position or an offset is given
   int position = -1;            ///< in tokens, BOS counted
   std::int64_t character = -1;  ///< into the prompt's text, counted in characters (Unicode code points)
+  std::string role = {};        ///< who speaks; empty: nobody is named, in any entry
 };
 
-/// Reads a JSON list of token positions, {"text": ...} and {"character": ...}. Throws Error.
+/// Where a turn of the conversation begins, and who speaks, where anybody is named.
+struct Turn {
+  std::int32_t start = 0;
+  std::string role;
+};
+
+/// Reads a JSON list of token positions, {"position": ...}, {"text": ...} and {"character": ...}, with a "role" in
+/// every entry or in none. Throws Error.
 std::vector<TurnRequest> read_turns(const std::filesystem::path& path);
 
-/// The first token position of every turn, ascending. `encoding` is the tokenized `prompt`, or null where the prompt
+/// The turns in the order of their first tokens. `encoding` is the tokenized `prompt`, or null where the prompt
 /// was given as token ids. Throws Error if a text does not occur, something is not in the prompt, or two turns begin at
 /// one token.
-std::vector<std::int32_t> locate_turns(std::span<const TurnRequest> requests, std::string_view prompt,
-                                       const Encoding* encoding, int prompt_length);
+std::vector<Turn> locate_turns(std::span<const TurnRequest> requests, std::string_view prompt, const Encoding* encoding,
+                               int prompt_length);
 
 }  // namespace kvreplay::tracer

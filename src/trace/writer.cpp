@@ -580,6 +580,12 @@ void TraceWriter::write_residual_norms(int layer, std::span<const float> norms) 
   all.insert(all.end(), norms.begin(), norms.end());
 }
 
+void TraceWriter::write_turn(std::int32_t start, const std::string& role) {
+  TraceInfo& info = state_->info;
+  if (!info.turn_roles.empty()) info.turn_roles.push_back(role);
+  info.turn_starts.push_back(start);
+}
+
 void TraceWriter::write_next_token(const NextToken& next) { state_->info.next_token = next; }
 
 void TraceWriter::finish(std::span<const std::int32_t> later_ids, std::span<const std::string> later_pieces) {

@@ -61,6 +61,10 @@ class TraceWriter {
   /// held in memory, and there are as many as queries in the end, or none. Throws Error.
   void write_residual_norms(int layer, std::span<const float> norms);
 
+  /// A further turn of the conversation, behind those of `info`: its first position, which may be that of a token that
+  /// follows, and who speaks, where `info` says so of the others.
+  void write_turn(std::int32_t start, const std::string& role);
+
   /// What the model finds most likely after the prompt.
   void write_next_token(const NextToken& next);
 

@@ -135,6 +135,12 @@ TEST_F(CaptureCommand, ExplainsTurnsThatCannotBe) {
                {R"([{"text": "The", "character": 0}])", "turns: entry 1: must be a token position"},
                {"[0, 5000]", "turn at 5000: is not in the prompt of"},
                {"[3, 3]", "two turns begin at token 3"},
+               {R"([{"position": 0, "role": "user"}, 3])", "turns: entry 2: has no \"role\", though others have"},
+               {R"([{"position": 0, "role": ""}])", "turns: entry 1: must be a token position"},
+               {R"([{"position": 0, "text": "The"}])", "turns: entry 1: must be a token position"},
+               {R"([{"position": "0"}])", "turns: entry 1: must be a token position"},
+               {R"([{"text": 3}])", "turns: entry 1: must be a token position"},
+               {R"([{"role": "user"}])", "turns: entry 1: must be a token position"},
                {R"([{"text": "owl"}])", "turn \"owl\": does not occur in the prompt"},
                {R"([{"character": 900}])", "turn at character 900: does not occur in the prompt"}};
   for (const auto& wrong : cases) {
@@ -146,6 +152,45 @@ TEST_F(CaptureCommand, ExplainsTurnsThatCannotBe) {
   write_file(folder_ / "turns", R"([{"text": "The"}])");
   EXPECT_NE(run("--model tiny --tokens ids --turns turns").errors.find("can only be found in a text prompt"),
             std::string::npos);
+}
+
+// What follows the prompt is the model's turn.
+TEST_F(CaptureCommand, MarksWhereTheGeneratedTurnBegins) {
+  const auto turns = [&](const std::string& content, const std::string& more) {
+    write_file(folder_ / "turns", content);
+    const Outcome outcome = run(fmt::format("--model tiny --tokens ids --turns turns {}", more));
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+    return TraceReader(folder_ / "run.h5").info();
+  };
+  using Starts = std::vector<std::int32_t>;
+  EXPECT_EQ(turns("[0, 3]", "--generate 4").turn_starts, (Starts{0, 3, 5}));
+  EXPECT_EQ(turns("[0, 3]", "--generate 1").turn_starts, (Starts{0, 3})) << "its token is not in the trace";
+  EXPECT_EQ(turns("[4]", "--generate 2 --temperature 1").turn_starts, (Starts{4, 5}));
+  EXPECT_TRUE(turns("[4]", "--generate 2").turn_roles.empty());
+  const TraceInfo named = turns(R"([{"position": 3, "role": "user"}, {"position": 0, "role": "system"}])", "-n 3");
+  EXPECT_EQ(named.turn_starts, (Starts{0, 3, 5}));
+  EXPECT_EQ(named.turn_roles, (std::vector<std::string>{"system", "user", "assistant"}));
+  ASSERT_EQ(run("--model tiny --tokens ids --generate 4").exit_code, 0);
+  EXPECT_TRUE(TraceReader(folder_ / "run.h5").info().turn_starts.empty()) << "nobody speaks of turns";
+}
+
+// As templates end a prompt with the beginning of the answer's turn: 59 ends turns here.
+TEST_F(CaptureCommand, GoesOnWithATurnThatTheChatLeavesOpen) {
+  nlohmann::json config = nlohmann::json::parse(read_file(folder_ / "tiny/config.json"));
+  config["eos_token_id"] = 59;
+  write_file(folder_ / "tiny/config.json", config.dump());
+  const auto starts = [&](const std::string& ids, const std::string& turns) {
+    write_file(folder_ / "ids", ids);
+    write_file(folder_ / "turns", turns);
+    const Outcome outcome = run("--model tiny --tokens ids --turns turns --generate 3 --ignore-stop");
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+    return TraceReader(folder_ / "run.h5").info().turn_starts;
+  };
+  using Starts = std::vector<std::int32_t>;
+  EXPECT_EQ(starts("5 25 59 10 72", "[0, 3]"), (Starts{0, 3}));
+  EXPECT_EQ(starts("5 25 59 10 59", "[0, 3]"), (Starts{0, 3, 5})) << "all turns are over";
+  EXPECT_EQ(starts("5 25 10 59 72", "[0, 2, 4]"), (Starts{0, 2, 4, 5})) << "turns end otherwise";
+  EXPECT_EQ(starts("5 25 59 10 72", "[3]"), (Starts{3, 5})) << "nothing says how turns end";
 }
 
 // transformers shortens the cache of a model without windows to a sliding_window in its config.json; the prompt sees

@@ -6,9 +6,9 @@ import torch
 _BLOCK_BYTES = 64 << 20
 
 
-def attention_mass(queries, keys, first_query, first_key, *, scale, softcap, window):
+def attention_mass(queries, keys, first_query, first_key, rule):
     """Attention summed over the queries: float64 [H, m] for `queries` [H, n, D] at positions `first_query`... over
-    `keys` [K, m, D] at positions `first_key`..., causal, the last `window` keys where that is not 0.
+    `keys` [K, m, D] at positions `first_key`..., by an AttentionRule.
 
     The logits and the softmax are in float32, whatever the type of the queries and keys.
     """
@@ -24,14 +24,8 @@ def attention_mass(queries, keys, first_query, first_key, *, scale, softcap, win
         of_group = slice(kv_head * group, (kv_head + 1) * group)
         for start in range(0, count, block):
             part = queries[of_group, start : start + block].float()
-            logits = (part @ head_keys).mul_(scale)
-            if softcap:
-                logits.div_(softcap).tanh_().mul_(softcap)
             first = first_query + start
             positions = torch.arange(first, first + part.shape[1], device=keys.device)[:, None]
-            hidden = key_positions > positions
-            if window:
-                hidden |= key_positions <= positions - window
-            logits.masked_fill_(hidden, float("-inf"))
-            mass[of_group] += torch.softmax(logits, -1).sum(1)
+            weights = rule.weights(part @ head_keys, rule.hidden(positions, key_positions), of_group)
+            mass[of_group] += weights.sum(1)
     return mass

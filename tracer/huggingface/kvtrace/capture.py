@@ -1,5 +1,6 @@
 """Records a run of a Hugging Face model into a kvtrace file."""
 
+import collections
 import contextlib
 import inspect
 import pathlib
@@ -11,11 +12,13 @@ import weakref
 import h5py
 import torch
 import transformers
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import __version__, checks, interface
 from .attention_mass import attention_mass as mass_of
+from .attention_rule import AttentionRule
+from .caches import NoCache, Storage, held_by
 from .errors import CaptureError, UsageError
+from .layers import Job, Layer
 from .masks import Masks
 from .modules import decoder_config, decoder_of, is_innermost, numbered, weight_shapes_digest
 from .plain_attention import plain_attention
@@ -37,7 +40,13 @@ _CACHES = ("cache", "past_key_values", "past_key_value")
 _ROUNDING = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 _SEVERAL_CALLS = "it calls attention several times for the same tokens, and a trace holds one attention for each layer"
-_SHARED = "it has no keys and values of its own in the cache; shared ones are not in this format yet"
+_UNCACHED = "it has no keys and values in the cache, and those that it reads are of no layer before"
+
+# What attention is handed learned logits as that stand in the softmax's denominator.
+_SINKS = ("s_aux", "sinks")
+
+# What of a layer's attributes is its AttentionRule.
+_RULE = ("softmax_scale", "attn_logit_softcapping", "sliding_window")
 
 
 def parse_queries(text):
@@ -107,9 +116,10 @@ class capture:
         self._last_position = None  # of what was checked
         self._prompt_length = self._given_prompt_length  # None while it is not known
         self._next_token = None  # the most likely id after the prompt, as far as it is known, and its logit
-        self._layers = [_Layer() for _ in range(self._num_layers)]
+        self._layers = [Layer() for _ in range(self._num_layers)]
         self._residuals = {}  # by the attention module's identity: a ResidualStream
-        self._common = None  # what must be the same in all layers
+        self._attending_kinds = set()  # of modules that called attention
+        self._numbers = {}  # by the identity of a module that serves several layers: the one that it runs as
         self._rotary = tables_of(self._decoder)  # what could turn keys
         self._masks = Masks(self._implementation)
         self._suspected = None  # the layer whose attention reads what its cache does not hold, and what that is
@@ -130,7 +140,9 @@ class capture:
                 if "Rotary" in type(module).__name__:
                     self._hooks.append(module.register_forward_pre_hook(self._on_rotary, with_kwargs=True))
             for module in self._modules:
-                if self._has(module.layer_idx):
+                if not self._has(module.layer_idx):
+                    self._hooks.append(module.register_forward_pre_hook(self._on_shared_module, with_kwargs=True))
+                else:
                     layer = self._layers[module.layer_idx]
                     layer.hooks.append(module.register_forward_pre_hook(self._on_cache, with_kwargs=True))
                     if self._rotary and layer.unturned is None:
@@ -172,9 +184,14 @@ class capture:
             self._record_tokens(arguments[0])
 
     def _on_pass(self, module, arguments, options):
+        """Of the decoder. Some compute their last layers for the last token alone where only its logits are asked for; a
+        trace needs all, and what comes behind takes the last of them."""
         with self._recording():
             self._passes += 1
             self._record_positions(options.get("position_ids"))
+        if type(options.get("logits_to_keep")) is int and options["logits_to_keep"] > 0:
+            return arguments, {**options, "logits_to_keep": 0}
+        return None
 
     def _on_logits(self, module, arguments, result):
         with self._recording(), torch.no_grad():
@@ -186,22 +203,31 @@ class capture:
                 if isinstance(value, torch.Tensor) and not value.dtype.is_floating_point:
                     self._record_positions(value)
 
+    def _on_shared_module(self, module, arguments, options):
+        """Before one that does not know its layer, but is told."""
+        with self._recording():
+            number = options.get("layer_idx")
+            self._numbers[id(module)] = number
+            return self._find_cache(self._layers[number], module, arguments, options) if self._has(number) else None
+
     def _on_cache(self, module, arguments, options):
+        with self._recording():
+            return self._find_cache(self._layers[module.layer_idx], module, arguments, options)
+
+    def _find_cache(self, layer, module, arguments, options):
         """Before a layer's first attention: which cache it is handed. Without one, one that keeps nothing: what the layer
         would have cached is what a trace holds."""
-        with self._recording():
-            layer = self._layers[module.layer_idx]
-            for value in (*arguments, *options.values()):
-                if isinstance(value, transformers.Cache):
-                    layer.cache = weakref.ref(value)  # not to be kept from being freed
-                    return None
-            taken = inspect.signature(module.forward).parameters
-            name = next((name for name in _CACHES if name in taken), None)
-            if name is None or list(taken).index(name) < len(arguments):
+        for value in (*arguments, *options.values()):
+            if isinstance(value, transformers.Cache):
+                layer.cache = weakref.ref(value)  # not to be kept from being freed
                 return None
-            cache = _NoCache()
-            layer.cache = weakref.ref(cache)
-            return arguments, {**options, name: cache}
+        taken = inspect.signature(module.forward).parameters
+        name = next((name for name in _CACHES if name in taken), None)
+        if name is None or list(taken).index(name) < len(arguments):
+            return None
+        cache = NoCache(self._config)
+        layer.cache = weakref.ref(cache)
+        return arguments, {**options, name: cache}
 
     def _on_attention(self, *call):
         with self._recording(), torch.no_grad():
@@ -265,31 +291,28 @@ class capture:
         self._checked_positions = len(self._positions)
 
     def _record_attention(self, module, query, key, value, mask, output, options):
-        number = module.layer_idx
+        number = module.layer_idx if self._has(module.layer_idx) else self._numbers.get(id(module))
         self._entering = None
         self._check_suspicion(number)
         if not self._has(number):
             raise CaptureError(f"an attention of the model does not say which of its {self._num_layers} layers it is "
-                               f"(layer_idx is {number}), as where layers without attention share one; such models cannot be "
-                               "captured yet")
+                               f"(layer_idx is {number}); such models cannot be captured")
         layer, count = self._layers[number], query.shape[2]
         first = layer.tokens
-        window = options.get("sliding_window") or 0
         self._check_first_call(number)
         if query.shape[0] != 1:
             raise CaptureError(f"layer {number}: a trace holds one sequence, but the batch has {query.shape[0]}; run with "
                                "batch size 1 and one beam")
-        if window == 1:
-            # The cache would keep the last 0 tokens, and does keep all.
-            raise CaptureError(f"layer {number}: a sliding window of 1 is not what transformers computes; 2 and more are "
-                               "supported")
         # Once for the prompt and once for what is generated, which may take other paths through the model's code.
         fresh = first == 0 or (count == 1 and not layer.checked_decoding)
         layer.checked_decoding = layer.checked_decoding or (first > 0 and count == 1)
         self._refuse(number, checks.options_fault(options))
+        rule = self._rule(number, query, options)
+        window = rule.sliding_window
         reason = checks.length_fault(first, count, key.shape[2], window, self._original_length())
-        if reason is not None:
-            self._refuse(number, self._shared_fault(number, key) or reason)
+        if reason is None and first + count != self._tokens:
+            reason = f"its attention was given queries of {count} of the {self._tokens - first} tokens that came in"
+        self._refuse(number, reason)
         self._refuse(number, self._masks.fault(module, mask, options, first, count, key.shape[2], window))
         if count > 1:  # those of tokens that run alone at the end: a GPU would have to be waited for
             self._check_positions()
@@ -298,17 +321,20 @@ class capture:
             if self._suspected is not None:
                 return  # what comes next tells whether that is all
         self._check_shapes(number, query, key, value, output)
-        self._check_kind(number, options)
         if fresh:
-            self._check_output(number, query, key, value, output, first, window)
+            self._check_output(number, query, key, value, output, first)
         if first == 0:
             self._find_rotary(layer, key[0])
-        layer.window, layer.tokens, layer.residual = window, first + count, self._residuals.get(id(module))
+        layer.tokens, layer.residual = first + count, self._residuals.get(id(module))
+        self._attending_kinds.add(type(module).__name__)
         self._device = query.device
 
-        job = _Job(self._file, number, layer, self._window)
-        job.rows("keys", first, key[0, :, -count:])
-        job.rows("values", first, value[0, :, -count:])
+        job = Job(self._file, number, layer, self._window)
+        if layer.cache_of is None:
+            job.rows("keys", first, key[0, :, -count:])
+            job.rows("values", first, value[0, :, -count:])
+        if first == 0 and rule.sinks is not None:
+            job.whole("sinks", rule.sinks)
         queries, outputs = query[0], output[0].transpose(0, 1)
         if self._window is None or self._prompt_length is not None:
             wanted = 0 if self._window is None else max(0, self._prompt_length - self._window)
@@ -323,7 +349,7 @@ class capture:
         if self._wants_projection and fresh:
             self._await_projection(number, module, output)
         if self._wants_mass and (self._prompt_length is None or first < self._prompt_length):
-            job.add_mass(*self._mass(queries, key[0], first, options, window))
+            job.add_mass(*self._mass(rule, queries, key[0], first))
             if layer.tokens >= (self._prompt_length or layer.tokens + 1):
                 job.write_mass()
         job.submit(self._transfer)
@@ -331,23 +357,21 @@ class capture:
     def _end_prompt(self, length):
         """The prompt is the first `length` tokens, all of which have been seen."""
         self._prompt_length = length
-        for number, layer in enumerate(self._layers):
-            job = _Job(self._file, number, layer, self._window)
+        for number, layer in self._attending():
+            job = Job(self._file, number, layer, self._window)
             if self._window is not None:
                 job.write_held(length)
             if self._wants_mass:
                 job.write_mass()
             job.submit(self._transfer)
 
-    def _mass(self, queries, keys, first, options, window):
+    def _mass(self, rule, queries, keys, first):
         """The attention that the prompt's queries among `queries` pay: where its keys begin, and [H, m] of it."""
         end = first + queries.shape[1]
         beyond = max(0, end - self._prompt_length) if self._prompt_length is not None else 0
         first_key = end - keys.shape[1]
-        mass = mass_of(queries[:, : queries.shape[1] - beyond], keys[:, : keys.shape[1] - beyond], first, first_key,
-                       scale=self._common["softmax_scale"], softcap=self._common["attn_logit_softcapping"],
-                       window=window)
-        return first_key, mass
+        return first_key, mass_of(queries[:, : queries.shape[1] - beyond], keys[:, : keys.shape[1] - beyond], first, first_key,
+                                  rule)
 
     # The output projection: stored where what enters it is what attention gave.
 
@@ -373,7 +397,7 @@ class capture:
         reason = _entry_fault(projection, arguments[0] if arguments else None, result, output, version)
         first = not layer.projection_written
         if reason is None and first:
-            job = _Job(self._file, number, layer, self._window)
+            job = Job(self._file, number, layer, self._window)
             job.whole("output_projection", projection.weight.detach())
             job.submit(self._transfer)
             layer.projection_written, layer.no_projection = True, None
@@ -386,7 +410,7 @@ class capture:
             layer.projection_hook = None
 
     def _tell_missing_projections(self):
-        self._tell_missing("output projections", {number: layer.no_projection for number, layer in enumerate(self._layers)
+        self._tell_missing("output projections", {number: layer.no_projection for number, layer in self._attending()
                                                   if not layer.projection_written})
 
     def _tell_missing(self, what, missing):
@@ -394,7 +418,7 @@ class capture:
         if not missing:
             return
         where = ""
-        if len(missing) < self._num_layers:
+        if len(missing) < len(self._attending()):
             where = f" in layer{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
         warnings.warn(f"the trace goes without {what}{where}: {next(iter(missing.values()))}", stacklevel=5)
 
@@ -403,11 +427,11 @@ class capture:
     def _write_residuals(self, start):
         """Of the queries from position `start` on, where it could be read."""
         missing = {}
-        for number, layer in enumerate(self._layers):
+        for number, layer in self._attending():
             residual = layer.residual
             norms = residual.norms(self._tokens) if residual is not None else None
             if norms is None:
-                missing[number] = residual.fault if residual is not None else "its attention is not known"
+                missing[number] = residual.fault if residual is not None else "its attention serves several layers"
                 continue
             self._file.write(number, "residual_norm", norms[start:])
             if residual.output_norm is not None:
@@ -419,6 +443,10 @@ class capture:
 
     def _has(self, number):
         return type(number) is int and 0 <= number < self._num_layers
+
+    def _attending(self):
+        """The layers that were seen to attend, by number."""
+        return [(number, layer) for number, layer in enumerate(self._layers) if layer.tokens > 0]
 
     def _refuse(self, number, reason):
         if reason is not None:
@@ -439,17 +467,25 @@ class capture:
             raise CaptureError("the model was given embeddings, and a trace needs token ids")
         layer.pass_ = self._passes
 
+    def _kinds(self):
+        """The kinds of modules in each layer that could have been seen."""
+        kinds = [set() for _ in self._layers]
+        for module in self._modules:
+            if self._has(module.layer_idx) and is_innermost(module):
+                kinds[module.layer_idx].add(type(module).__name__)
+        return kinds
+
     def _check_layers(self):
-        """Every layer has seen what ran so far."""
-        tokens = [layer.tokens for layer in self._layers]
-        if any(tokens) or self._passes > 0:
-            kinds = [set() for _ in self._layers]
-            for module in self._modules:
-                if self._has(module.layer_idx) and is_innermost(module):
-                    kinds[module.layer_idx].add(type(module).__name__)
-            reason = checks.unseen_fault(tokens, kinds)
-            if reason is not None:
-                raise CaptureError(reason)
+        """Layers that were not seen have no attention."""
+        tokens, kinds = [layer.tokens for layer in self._layers], self._kinds()
+        if not any(tokens) and self._passes == 0:
+            return
+        reason = checks.unseen_fault(tokens, kinds)
+        if reason is not None:
+            raise CaptureError(reason)
+        for number in checks.unattended(tokens, kinds, self._attending_kinds):
+            caches = (layer.cache() for layer in self._layers if layer.cache is not None)
+            self._refuse(number, checks.unseen_cache_fault([held_by(cache, number)[0] for cache in caches], kinds[number]))
 
     def _original_length(self):
         parameters = getattr(self._config, "rope_parameters", None) or {}
@@ -458,37 +494,34 @@ class capture:
         return parameters.get("original_max_position_embeddings",
                               getattr(self._config, "original_max_position_embeddings", None))
 
-    def _shared_fault(self, number, key):
-        """A reason where another layer has read these keys."""
-        for other, layer in enumerate(self._layers):
-            if other != number and layer.storage is not None and layer.storage.is_of(key):
-                return f"it reads the keys and values of layer {other}; shared ones are not in this format yet"
-        return None
+    def _owner(self, number, key):
+        """The layer before that has read these keys; None if none has."""
+        return next((other for other, layer in enumerate(self._layers[:number])
+                     if layer.storage is not None and layer.storage.is_of(key)), None)
 
     def _cache_fault(self, number, key, value, window):
-        """The layer's number and a reason where its attention reads anything but what its cache holds, and no other layer
-        reads; else None."""
+        """The layer's number and a reason where its attention reads anything but what its cache holds, or that of a layer
+        before, which becomes the layer's; else None."""
         layer, length = self._layers[number], key.shape[2]
-        shared = self._shared_fault(number, key)
-        if shared is not None:
-            return number, shared
-        layer.storage = _Storage(key)
+        owner = self._owner(number, key)
+        if layer.tokens > 0 and owner != layer.cache_of:
+            return number, "it reads another layer's keys and values while decoding than with the prompt"
+        layer.cache_of = owner
         cache = layer.cache() if layer.cache is not None else None
-        cache = getattr(cache, "self_attention_cache", cache)
         if layer.checked_decoding:
             for hook in layer.hooks:
                 hook.remove()
             layer.hooks.clear()
+        if owner is not None:
+            return None
+        layer.storage = Storage(key)
         if cache is None:
             return None
-        if isinstance(cache, _NoCache):
-            keys, values = cache.states.pop(number, (None, None))
-        else:
-            layers = getattr(cache, "layers", None) or []
-            held = layers[number] if number < len(layers) else None
-            keys, values = getattr(held, "keys", None), getattr(held, "values", None)
+        keys, values = held_by(cache, number)
+        if isinstance(cache, NoCache):
+            cache.states.pop(number, None)
         if keys is None or values is None or keys.dim() != 4 or values.dim() != 4:
-            return number, _SHARED
+            return number, _UNCACHED
         # A cache of a window holds what the next query sees beside itself.
         expected = length if keys.shape[2] == length or not window else min(length, window - 1)
         reason = checks.cache_fault(*(tuple((tensor.shape[1], tensor.shape[3]) for tensor in pair)
@@ -505,41 +538,55 @@ class capture:
     def _check_shapes(self, number, query, key, value, output):
         if query.dtype not in FLOAT_TYPES:
             self._refuse(number, f"a trace holds float32, float16 or bfloat16, and not {query.dtype}")
-        heads, dim = query.shape[1], query.shape[3]
-        if heads % key.shape[1] or key.shape[3] != dim or value.shape != key.shape:
+        heads, width = query.shape[1], query.shape[3]
+        if heads % key.shape[1] or key.shape[3] != width or value.shape[:3] != key.shape[:3]:
             self._refuse(number, f"queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)} are "
                                  "not those of grouped-query attention")
-        if tuple(output.shape) != (1, query.shape[2], heads, dim):
+        if tuple(output.shape) != (1, query.shape[2], heads, value.shape[3]):
             self._refuse(number, f"the attention's output has the shape {tuple(output.shape)} for queries "
-                                 f"{tuple(query.shape)}")
-        self._check_common(number, num_attention_heads=heads, num_key_value_heads=key.shape[1], head_dim=dim)
+                                 f"{tuple(query.shape)} and values {tuple(value.shape)}")
+        self._note(number, num_attention_heads=heads, num_key_value_heads=key.shape[1], key_dim=width, value_dim=value.shape[3])
 
-    def _check_common(self, number, **values):
-        self._common = self._common or {}
-        for name, value in values.items():
-            if self._common.setdefault(name, value) != value:
-                self._refuse(number, f"{name} is {value}, but {self._common[name]} in a layer before; the format has one for "
-                                     "all")
+    def _note(self, number, **attributes):
+        """What the trace says of the layer, for all of the run."""
+        noted = self._layers[number].attributes
+        for name, value in attributes.items():
+            if noted.setdefault(name, value) != value:
+                self._refuse(number, f"{name} is {value}, but was {noted[name]} before in the same run")
 
-    def _check_kind(self, number, options):
+    def _rule(self, number, query, options):
+        """The layer's AttentionRule."""
         if options.get("dropout"):
             raise CaptureError("attention drops out at random; call model.eval() before")
+        layer = self._layers[number]
         scale = options.get("scaling")
-        softcap = options.get("softcap") or 0.0
-        dim = self._common["head_dim"]
-        self._check_common(number, softmax_scale=dim**-0.5 if scale is None else float(scale),
-                           attn_logit_softcapping=float(softcap))
+        window = options.get("sliding_window") or 0
+        if window == 1:
+            # The cache would keep the last 0 tokens, and does keep all.
+            raise CaptureError(f"layer {number}: a sliding window of 1 is not what transformers computes; 2 and more are "
+                               "supported")
+        self._note(number, softmax_scale=query.shape[3]**-0.5 if scale is None else float(scale),
+                   attn_logit_softcapping=float(options.get("softcap") or 0.0), sliding_window=window)
+        sinks = next((options[name] for name in _SINKS if options.get(name) is not None), None)
+        if sinks is not None and sinks.numel() != query.shape[1]:
+            self._refuse(number, f"its softmax has {sinks.numel()} learned sinks for {query.shape[1]} heads, and a trace has "
+                                 "one for each")
+        if layer.rule is None:
+            sinks = None if sinks is None else sinks.detach().reshape(-1).float()
+            layer.rule = AttentionRule(**{name: layer.attributes[name] for name in _RULE}, sinks=sinks)
+        elif (sinks is None) != (layer.rule.sinks is None):
+            self._refuse(number, "its softmax has learned sinks in a part of the run alone")
+        return layer.rule
 
-    def _check_output(self, number, query, key, value, output, first, window):
+    def _check_output(self, number, query, key, value, output, first):
         """The first, the middle and the last query's output is that of their attention to keys and values."""
         count = query.shape[2]
         rows = torch.tensor(sorted({0, count // 2, count - 1}), device=query.device)
         expected = plain_attention(query[0][:, rows], key[0], value[0], first + rows, first + count - key.shape[2],
-                                   scale=self._common["softmax_scale"], softcap=self._common["attn_logit_softcapping"],
-                                   window=window).transpose(0, 1)
+                                   self._layers[number].rule).transpose(0, 1)
         given = output[0][rows].float()
         distance = float((given - expected).norm() / expected.norm())
-        if distance > _ROUNDING[query.dtype]:
+        if distance > _ROUNDING[query.dtype]:  # what is not finite is told by its place
             self._refuse(number, f"its attention's output is {distance:.0%} apart from what queries, keys and values give; "
                                  "it computes something that a trace has no place for")
 
@@ -558,14 +605,37 @@ class capture:
         """Those that turned the keys of layers, and of each layer its table's name or None."""
         # Some change with the length of what runs; of such keys no table tells.
         still = {(table.name, table.layout): table for table in tables_of(self._decoder)}
-        used = []
-        for layer in self._layers:
+        used = {}
+        for number, layer in self._attending():
             table = layer.rotary
             now = still.get((table.name, table.layout)) if table is not None else None
             same = now is not None and torch.equal(now.inverse_frequencies, table.inverse_frequencies)
-            used.append(table if same and now.attention_scaling == table.attention_scaling else None)
-        tables = {table.name: table for table in used if table is not None}
-        return tables.values(), [table.name if table is not None else None for table in used]
+            used[number] = table if same and now.attention_scaling == table.attention_scaling else None
+        for number, layer in self._attending():
+            if layer.cache_of is not None:
+                used[number] = used[layer.cache_of]
+        tables = {table.name: table for table in used.values() if table is not None}
+        return tables.values(), {number: table.name for number, table in used.items() if table is not None}
+
+    def _describe(self):
+        """The attributes of /model that layers have, and of each attending layer's group those that are others."""
+        turned_by = self._rotary_tables()[1]
+        described = {}
+        for number, layer in self._attending():
+            described[number] = {**layer.attributes, **({"rotary": turned_by[number]} if number in turned_by else {}),
+                                 **({"cache_of": layer.cache_of} if layer.cache_of is not None else {})}
+        most = {name: _most_common(each[name] for each in described.values())
+                for name in ("num_attention_heads", "num_key_value_heads", "softmax_scale", "attn_logit_softcapping")}
+        most["head_dim"] = _most_common(each["key_dim"] for each in described.values())
+        # What may be absent from a layer is only said of all.
+        for name in ("sliding_window", "rotary"):
+            values = {each.get(name) for each in described.values()}
+            if len(values) == 1 and None not in values:
+                most[name], = values
+        most.setdefault("sliding_window", 0)
+        of_model = {**most, "key_dim": most["head_dim"], "value_dim": most["head_dim"]}
+        return most, {number: {name: value for name, value in each.items() if of_model.get(name) != value}
+                      for number, each in described.items()}
 
     # The end.
 
@@ -581,8 +651,9 @@ class capture:
             raise CaptureError(f"the prompt should have {length} tokens, but only {self._tokens} ran")
         self._check_suspicion()
         self._check_layers()
+        without = checks.unattended([layer.tokens for layer in self._layers], self._kinds(), self._attending_kinds)
         for number, layer in enumerate(self._layers):
-            if layer.tokens != self._tokens:
+            if layer.tokens != self._tokens and number not in without:
                 raise CaptureError(f"layer {number} was seen at {layer.tokens} of {self._tokens} tokens; the run was cut short")
         self._check_positions()
         ids = torch.cat([ids.cpu() for ids in self._ids]).tolist()
@@ -598,10 +669,7 @@ class capture:
         self._write_residuals(start)
 
         shapes = weight_shapes_digest(self._decoder)
-        tables, turned_by = self._rotary_tables()
-        turns_all = turned_by[0] if len(set(turned_by)) == 1 else None
-        windows = [layer.window for layer in self._layers]
-        window = windows[0] if len(set(windows)) == 1 else 0
+        of_model, of_layers = self._describe()
         name = self._config._name_or_path or self._model.config._name_or_path or self._config.model_type
         if pathlib.Path(name).is_dir():
             name = pathlib.Path(name).resolve().name
@@ -610,12 +678,9 @@ class capture:
         self._file.finish(
             model={"name": name, "architecture": self._config.model_type, "num_layers": self._num_layers,
                    "hidden_size": self._config.hidden_size, "rope_theta": _rope_theta(self._config),
-                   "sliding_window": window, **({"rotary": turns_all} if turns_all else {}),
-                   **({"weight_shapes_digest": shapes} if shapes else {}), **self._common},
-            layers=[{**({"sliding_window": layer.window} if layer.window != window else {}),
-                     **({"rotary": name} if name and not turns_all else {})}
-                    for layer, name in zip(self._layers, turned_by)],
-            rotary=tables,
+                   **({"weight_shapes_digest": shapes} if shapes else {}), **of_model},
+            layers=of_layers,
+            rotary=self._rotary_tables()[0],
             ids=ids, prompt_length=length, next_token=self._next_token, pieces=pieces, spans=spans,
             turn_starts=turn_starts,
             query_positions=range(start, len(ids)),
@@ -624,6 +689,10 @@ class capture:
             provenance={"kvtrace": __version__, "transformers": transformers.__version__, "torch": str(torch.__version__),
                         "h5py": h5py.__version__, "python": platform.python_version(), "dtype": dtype,
                         "attn_implementation": self._implementation, "device": device, "queries": self._queries})
+
+
+def _most_common(values):
+    return collections.Counter(values).most_common(1)[0][0]
 
 
 def _rope_theta(config):
@@ -671,127 +740,3 @@ def _entry_fault(projection, entered, result, output, version):
     if given is None or not float((given - expected).float().norm()) <= 0.05 * float(expected.float().norm()):
         return f"it is no product with its weight alone ({name})"
     return None
-
-
-class _Storage:
-    """Tells whether a tensor begins where another did that may be gone."""
-
-    def __init__(self, tensor):
-        # The reference keeps its number from being given to others.
-        self._reference, self._place = StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr()
-
-    def is_of(self, tensor):
-        return tensor.untyped_storage()._cdata == self._reference.cdata and tensor.data_ptr() == self._place
-
-
-class _NoCache(transformers.DynamicCache):
-    """Takes the place of no cache, and holds of each layer what would have been cached until that has been looked at."""
-
-    def __init__(self):
-        super().__init__()
-        self.states = {}
-
-    def update(self, key_states, value_states, layer_idx, *arguments, **options):
-        self.states[layer_idx] = key_states, value_states
-        return key_states, value_states
-
-
-class _Layer:
-    """How far a layer is, and what of its run is not in the file yet. The latter belongs to the thread that writes."""
-
-    def __init__(self):
-        self.tokens = 0
-        self.window = 0
-        self.pass_ = 0  # of the decoder, in which it was seen last
-        self.checked_decoding = False
-        self.cache = None  # a reference to what it was handed last as such
-        self.storage = None  # of its keys at that attention
-        self.hooks = []  # that wait for the cache
-        self.unturned = None  # its first keys before they are turned
-        self.rotary = None  # the table that turned them
-        self.projection = None
-        self.projection_hook = None
-        self.projection_written = False
-        self.no_projection = None  # why it is not stored
-        self.residual = None  # a ResidualStream
-        self.held = {}  # the last queries and outputs of a prompt whose end has not come, by name: [H, n, D]
-        self.mass = None  # [H, tokens], float64
-
-    def all_hooks(self):
-        return [*self.hooks, *([self.projection_hook] if self.projection_hook is not None else []),
-                *(self.unturned.hooks if self.unturned is not None else [])]
-
-
-class _Job:
-    """What is to be done with one layer's tensors once they are on the host, in order."""
-
-    def __init__(self, file, number, layer, window):
-        self._file, self._number, self._layer, self._window = file, number, layer, window
-        self._tokens = layer.tokens
-        self._steps = []  # functions of the host copy of a tensor, and the tensor (None: there is none to copy)
-
-    def submit(self, transfer):
-        # What waits to be done holds the copies alone: the model's tensors are its own to free.
-        steps = [(step, tensor is not None) for step, tensor in self._steps]
-        tensors = [tensor for _, tensor in self._steps if tensor is not None]
-        self._steps = []
-
-        def run(copies):
-            copies = iter(copies)
-            for step, takes_copy in steps:
-                if takes_copy:
-                    step(next(copies))
-                else:
-                    step()
-
-        transfer.submit(run, tensors)
-
-    def rows(self, name, first, tensor):
-        """Writes the rows [heads, n, D] of the positions from `first` on."""
-        self._steps.append((lambda rows: self._write_rows(name, first, rows), tensor))
-
-    def whole(self, name, tensor):
-        """Writes a tensor that comes in one piece."""
-        self._steps.append((lambda rows: self._file.write(self._number, name, rows), tensor))
-
-    def hold(self, name, tensor):
-        """Keeps the last rows of the window, of which [heads, n, D] are the latest."""
-        def step(rows):
-            if name in self._layer.held:
-                rows = torch.cat([self._layer.held[name], rows], 1)[:, -self._window:]
-            self._layer.held[name] = rows.clone()
-
-        self._steps.append((step, tensor))
-
-    def write_held(self, prompt_length):
-        def step():
-            for name, rows in self._layer.held.items():
-                self._write_rows(name, prompt_length - rows.shape[1], rows)
-            self._layer.held = {}
-
-        self._steps.append((step, None))
-
-    def add_mass(self, first_key, tensor):
-        """Adds the attention [H, m] that the keys from `first_key` on received."""
-        def step(mass):
-            total = torch.zeros(mass.shape[0], first_key + mass.shape[1], dtype=torch.float64)
-            if self._layer.mass is not None:
-                total[:, : self._layer.mass.shape[1]] = self._layer.mass
-            total[:, first_key:] += mass
-            self._layer.mass = total
-
-        self._steps.append((step, tensor))
-
-    def write_mass(self):
-        """Writes it, unless that was done."""
-        def step():
-            if self._layer.mass is not None:
-                self._file.write(self._number, "attention_mass", self._layer.mass.float())
-                self._layer.mass = None
-
-        self._steps.append((step, None))
-
-    def _write_rows(self, name, first, rows):
-        captured = name in ("queries", "outputs") and self._window
-        expected = min(self._window, self._tokens) if captured else self._tokens
-        self._file.append(self._number, name, rows, first, expected)

@@ -11,8 +11,8 @@ import math
 _KNOWN_OPTIONS = frozenset((
     "cache", "cache_params", "cache_position", "deterministic", "dropout", "is_causal", "layer_idx", "logits_to_keep",
     "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "past_key_value",
-    "past_key_values", "position_embeddings", "position_ids", "return_dict", "scaling", "sliding_window", "softcap",
-    "use_cache"))
+    "past_key_values", "position_embeddings", "position_ids", "return_dict", "s_aux", "scaling", "sinks", "sliding_window",
+    "softcap", "use_cache"))
 _REASONS = {
     "block_indices": "reads only the blocks of keys that the model chose (block_indices)",
     "cu_seq_lens_k": "reads several sequences packed into one (cu_seq_lens_k); run one alone",
@@ -21,8 +21,6 @@ _REASONS = {
     "max_length_k": "reads several sequences packed into one (max_length_k); run one alone",
     "max_length_q": "reads several sequences packed into one (max_length_q); run one alone",
     "position_bias": "adds a bias of positions to its logits (position_bias), which a trace has no place for",
-    "s_aux": "has learned sinks in its softmax (s_aux), which a trace has no place for yet",
-    "sinks": "has learned sinks in its softmax (sinks), which a trace has no place for yet",
 }
 
 # Logits that are this much lower get no weight in any of the types.
@@ -157,21 +155,26 @@ def length_fault(first, count, length, window, original_length):
 
 def unseen_fault(tokens, kinds):
     """Of the tokens at which each layer was seen, and the kinds of modules in each layer that could have been seen."""
-    unseen = [number for number, count in enumerate(tokens) if count == 0]
-    if not unseen:
+    if any(tokens):
         return None
-    names = _listed(sorted({kind for number in unseen for kind in kinds[number]}))
-    if len(unseen) == len(tokens):
-        return ("none of its layers calls transformers' attention interface" + (f" (they are {names})" if names else "") +
-                "; only attention that goes through it can be recorded")
-    seen = {kind for number, count in enumerate(tokens) if count for kind in kinds[number]}
-    if all(set(kinds[number]) <= seen for number in unseen) and any(kinds[number] for number in unseen):
-        return None  # the same modules as others that were seen
-    layers = _listed([str(number) for number in unseen])
-    several = len(unseen) > 1
-    return (f"layer{'s' if several else ''} {layers} of {len(tokens)} {'have' if several else 'has'} no attention that goes "
-            f"through transformers' attention interface{f' ({names})' if names else ''}; layers without attention are not in "
-            "this format yet")
+    names = _listed(sorted(set().union(*kinds)))
+    return ("none of its layers calls transformers' attention interface" + (f" (they are {names})" if names else "") +
+            "; only attention that goes through it can be recorded")
+
+
+def unattended(tokens, kinds, attending):
+    """The layers that were not seen and have no module of a kind in `attending`, those that called attention: they have no
+    attention, or one of their own."""
+    return [number for number, count in enumerate(tokens) if count == 0 and not set(kinds[number]) & set(attending)]
+
+
+def unseen_cache_fault(keys, kinds):
+    """Of a layer that was not seen, and what caches hold as its keys (None: nothing)."""
+    if all(some is None or some.shape[-1] == 0 or some.shape[-2] == 0 for some in keys):
+        return None
+    names = _listed(sorted(kinds))
+    return (f"its keys are in the cache, but its attention{f' ({names})' if names else ''} does not go through transformers' "
+            "attention interface; only attention that does can be recorded")
 
 
 def _listed(names, most=6):

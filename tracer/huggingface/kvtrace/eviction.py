@@ -135,6 +135,7 @@ class evicted:
         self._masks = Masks(self._implementation)
         self._evicted = set()  # layers
         self._seen = set()  # layers whose attention was called
+        self._attending_kinds = set()  # of the modules that called it
         self._ran = 0  # tokens of the longest run
         self._ids = []  # of the tokens before the eviction that ran in the block
         self._passes = 0
@@ -180,9 +181,13 @@ class evicted:
         kinds = [{type(module).__name__ for module in self._modules
                   if is_innermost(module) and module.layer_idx == number}
                  for number in range(self._num_layers)]
-        reason = checks.unseen_fault([int(number in self._seen) for number in range(self._num_layers)], kinds)
+        seen = [int(number in self._seen) for number in range(self._num_layers)]
+        reason = checks.unseen_fault(seen, kinds)
         if reason is not None:
             raise EvictionError(reason)
+        for number in checks.unattended(seen, kinds, self._attending_kinds):
+            raise EvictionError(f"layer {number}: has no attention that goes through transformers' attention interface; kept "
+                                "sets of such models cannot be applied")
 
     # What the run tells.
 
@@ -245,6 +250,7 @@ class evicted:
             raise EvictionError(f"kept sets are of one sequence, but the batch has {query.shape[0]}; run with batch size 1 and "
                                 "one beam")
         self._seen.add(number)
+        self._attending_kinds.add(type(module).__name__)
         self._refuse(number, checks.options_fault(options))
         window = options.get("sliding_window") or 0
         if isinstance(held, EvictedLayer):
@@ -310,8 +316,11 @@ class evicted:
                 chosen = rows_seen.nonzero()[:, 0].to(key.device)
                 queries = slice(head * apart, (head + 1) * apart)
                 keys = slice(queries.start // group, (queries.stop - 1) // group + 1)
+                of_queries = {name: options[name].reshape(-1)[queries] for name in ("s_aux", "sinks")
+                              if options.get(name) is not None}
                 of_heads.append(function(module, query[:, queries, piece], key[:, keys].index_select(2, chosen),
-                                         value[:, keys].index_select(2, chosen), None, *arguments, **options)[0])
+                                         value[:, keys].index_select(2, chosen), None, *arguments,
+                                         **{**options, **of_queries})[0])
             outputs.append(torch.cat(of_heads, 2))
         return torch.cat(outputs, 1), None
 

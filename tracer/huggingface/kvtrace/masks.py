@@ -50,7 +50,7 @@ class Masks:
 def mask_rows(mask, count, length):
     """How many heads a mask of `count` queries tells apart, where it is, and a function of two numbers that gives its rows
     from one up to the other: [heads, n, length]."""
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[2] in (1, count):
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[2] in (1, count) and mask.shape[3] >= length:
         whole = mask[0, :, :, :length].expand(-1, count, -1)
         return whole.shape[0], mask.device, lambda start, end: whole[:, start:end]
     if hasattr(mask, "mask_mod"):  # flex attention's, which PyTorch has since 2.5
@@ -61,4 +61,5 @@ def mask_rows(mask, count, length):
             lambda batch, head, query, key: mask.mask_mod(batch, head, query + start, key), 1, heads, end - start, length,
             device=device)[0]
     shape = f" of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else ""
-    raise CaptureError(f"the attention's mask is a {type(mask).__name__}{shape}, of which is not known what it hides")
+    raise CaptureError(f"the attention's mask is a {type(mask).__name__}{shape}, of which is not known what it hides from "
+                       f"{count} queries of {length} keys")

@@ -19,7 +19,7 @@ def decoder_of(model):
     # What some models name their decoder is what comes after it.
     decoder = decoder if numbered(decoder) else model
     if not numbered(decoder):
-        raise CaptureError(checks.unseen_fault([0], [()]))
+        raise CaptureError(checks.unseen_fault([0], [set()]))
     return decoder
 
 

@@ -3,19 +3,15 @@
 import torch
 
 
-def plain_attention(queries, keys, values, positions, first_key, *, scale, softcap, window):
-    """Outputs [H, r, D] in float32 of `queries` [H, r, D] at `positions` [r] over `keys` and `values` [K, m, D] at
-    positions `first_key`..., causal, the last `window` keys where that is not 0."""
+def plain_attention(queries, keys, values, positions, first_key, rule):
+    """Outputs [H, r, Dv] in float32 of `queries` [H, r, Dk] at `positions` [r] over `keys` [K, m, Dk] and `values`
+    [K, m, Dv] at positions `first_key`..., by an AttentionRule."""
     group = queries.shape[0] // keys.shape[0]
-    key_positions = torch.arange(first_key, first_key + keys.shape[1], device=keys.device)
-    hidden = key_positions > positions[:, None]
-    if window:
-        hidden |= key_positions <= positions[:, None] - window
+    hidden = rule.hidden(positions[:, None], torch.arange(first_key, first_key + keys.shape[1], device=keys.device))
     outputs = []
     # One head of keys in float32 at a time.
     for head, (head_keys, head_values) in enumerate(zip(keys, values)):
-        logits = queries[head * group : (head + 1) * group].float() @ head_keys.float().T * scale
-        if softcap:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
-        outputs.append(torch.softmax(logits.masked_fill_(hidden, float("-inf")), -1) @ head_values.float())
+        of_group = slice(head * group, (head + 1) * group)
+        weights = rule.weights(queries[of_group].float() @ head_keys.float().T, hidden, of_group)
+        outputs.append(weights @ head_values.float())
     return torch.cat(outputs)

@@ -187,7 +187,7 @@ class TraceFile:
                source, provenance):
         """Writes everything but the tensors, marks the file complete and puts it in its place.
 
-        `model`: the attributes of /model; `layers`: those of each layer's group; `rotary`: tables; `next_token`: the most likely
+        `model`: the attributes of /model; `layers`: those of the groups of layers that attend, by number; `rotary`: tables; `next_token`: the most likely
         id after the prompt and its logit, or None; `spans`: (start, end, label); `turn_starts`: positions.
         """
         from . import __version__
@@ -204,7 +204,7 @@ class TraceFile:
             file.attrs["source"] = source
             file.create_group("model").attrs.update(model)
             file.create_group("provenance").attrs.update(provenance)
-            for layer, attributes in enumerate(layers):
+            for layer, attributes in layers.items():
                 file[f"layers/{layer}"].attrs.update(attributes)
             for table in rotary:
                 frequencies = table.inverse_frequencies.numpy().astype("<f4")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from plain_trace import read_layers
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 FAMILIES = ROOT / "tests/tracer/families"
@@ -36,6 +37,7 @@ class Trace:
     """A trace file, read into memory by h5py alone."""
 
     def __init__(self, path):
+        self.plain = read_layers(path)
         with h5py.File(path) as file:
             self.attributes = dict(file.attrs)
             self.model = dict(file["model"].attrs)
@@ -60,21 +62,8 @@ class Trace:
     def attention(self, number):
         """The layer's attention outputs and, for each key, the attention that the captured prompt queries pay it,
         recomputed from what is in the file, in float64."""
-        layer = self.layers[number]
-        queries, keys, values = layer["queries"], layer["keys"], layer["values"]
-        group = queries.shape[0] // keys.shape[0]
-        logits = queries @ np.repeat(keys, group, 0).transpose(0, 2, 1) * self.model["softmax_scale"]
-        cap = self.model["attn_logit_softcapping"]
-        if cap:
-            logits = cap * np.tanh(logits / cap)
-        distance = self.positions[:, None] - np.arange(len(self.ids))
-        hidden = distance < 0
-        if self.windows[number]:
-            hidden |= distance >= self.windows[number]
-        weights = np.exp(np.where(hidden, -np.inf, logits - logits.max(-1, keepdims=True)))
-        weights /= weights.sum(-1, keepdims=True)
-        mass = weights[:, self.positions < self.prompt_length].sum(1)[:, : self.prompt_length]
-        return weights @ np.repeat(values, group, 0), mass
+        outputs, weights = self.plain[number].attention()
+        return outputs, weights[:, self.positions < self.prompt_length].sum(1)[:, : self.prompt_length]
 
 
 def distance(ours, theirs):

@@ -135,12 +135,11 @@ class Positions(unittest.TestCase):
 class Options(unittest.TestCase):
     def test_known_ones_are_right(self):
         self.assertIsNone(checks.options_fault({"scaling": 0.1, "dropout": 0.0, "sliding_window": 16, "softcap": 30.0,
-                                                "position_ids": object(), "indices": None, "s_aux": None}))
+                                                "position_ids": object(), "indices": None, "s_aux": object()}))
 
-    def test_sparse_attention_and_sinks_are_told(self):
+    def test_sparse_attention_is_told(self):
         for name in ("indices", "block_indices"):
             self.assertIn("that the model chose", checks.options_fault({"scaling": 0.1, name: object()}))
-        self.assertIn("learned sinks", checks.options_fault({"s_aux": object()}))
         self.assertIn("packed", checks.options_fault({"cu_seq_lens_q": object()}))
 
     def test_unknown_ones_are_told(self):
@@ -150,16 +149,23 @@ class Options(unittest.TestCase):
 class Layers(unittest.TestCase):
     def test_all_seen_is_right(self):
         self.assertIsNone(checks.unseen_fault([40, 40], [{"Attention"}, {"Attention"}]))
+        self.assertEqual(checks.unattended([40, 40], [{"Attention"}, {"Attention"}], {"Attention"}), [])
 
     def test_run_that_is_cut_short_is_no_matter_of_layers(self):
-        self.assertIsNone(checks.unseen_fault([40, 0], [{"Attention"}, {"Attention"}]))
+        self.assertEqual(checks.unattended([40, 0], [{"Attention"}, {"Attention"}], {"Attention"}), [])
 
-    def test_hybrids_are_told(self):
-        reason = checks.unseen_fault([0, 40, 0, 40], [{"Mixer"}, {"Attention"}, {"Mixer"}, {"Attention"}])
-        self.assertIn("layers 0, 2 of 4 have no attention", reason)
-        self.assertIn("(Mixer)", reason)
-        self.assertIn("not in this format yet", reason)
-        self.assertIn("layer 0 of 2 has no attention", checks.unseen_fault([0, 9], [set(), {"Attention"}]))
+    def test_layers_without_attention_are_told(self):
+        kinds = [{"Mixer"}, {"Attention"}, {"Mixer"}, {"Attention"}]
+        self.assertIsNone(checks.unseen_fault([0, 40, 0, 40], kinds))
+        self.assertEqual(checks.unattended([0, 40, 0, 40], kinds, {"Attention"}), [0, 2])
+        # Layers that share their attention have it in none of them.
+        self.assertEqual(checks.unattended([0, 40], [{"Mixer"}, {"Mixer"}], {"Attention"}), [0])
+        self.assertEqual(checks.unattended([0, 9], [set(), {"Attention"}], {"Attention"}), [0])
+
+    def test_those_that_fill_the_cache_attend_in_their_own_way(self):
+        self.assertIsNone(checks.unseen_cache_fault([None, np.zeros((1, 2, 0, 8))], {"Mixer"}))
+        self.assertIn("keys are in the cache, but its attention (OwnAttention)",
+                      checks.unseen_cache_fault([None, np.zeros((1, 2, 5, 8))], {"OwnAttention"}))
 
     def test_attention_of_ones_own_is_told(self):
         self.assertIn("they are FalconAttention", checks.unseen_fault([0, 0], [{"FalconAttention"}] * 2))

@@ -46,7 +46,7 @@ def kept_of(name, model, evict_at, kind, path):
 @contextlib.contextmanager
 def plainly(kept, evict_at):
     """Eager attention that shows queries from the eviction on only what was kept, and what came since."""
-    def attention(module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, **options):
+    def attention(module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, s_aux=None, **options):
         group = query.shape[1] // key.shape[1]
         logits = query[0] @ key[0].repeat_interleave(group, 0).transpose(1, 2) * scaling
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -58,8 +58,10 @@ def plainly(kept, evict_at):
             left = (positions >= evict_at) | torch.isin(positions, torch.from_numpy(positions_kept).long())
             seen = seen & (left | (positions[:, None] < evict_at))
             logits[head] = logits[head].masked_fill(~seen, float("-inf"))
-        output = torch.softmax(logits, -1) @ value[0].repeat_interleave(group, 0)
-        return output.transpose(0, 1)[None], None
+        if s_aux is not None:
+            logits = torch.cat([logits, s_aux[:, None, None].expand(-1, logits.shape[1], 1)], -1)
+        weights = torch.softmax(logits, -1)[..., : len(positions)]
+        return (weights @ value[0].repeat_interleave(group, 0)).transpose(0, 1)[None], None
 
     ALL_ATTENTION_FUNCTIONS["eager"] = attention
     yield
@@ -111,6 +113,23 @@ def test_queries_see_what_was_kept_and_what_came_since(name, kind, attention, tm
         with kvtrace.evicted(model, path):
             logits, _ = run_on(model, tokens, evict_at, pieces)
         assert apart(logits, expected) < 2e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_sinks_stay_in_the_softmax(kind, tmp_path):
+    model, tokens = architectures.build("gpt_oss", "eager"), architectures.inputs("gpt_oss")["input_ids"]
+    evict_at = tokens.shape[1] - MORE
+    layers, heads, kv_heads = shape_of(model)
+    several = heads if kind == "query" else kv_heads
+    first = [max(0, evict_at - 23) if each == "sliding_attention" else 0 for each in model.config.layer_types]
+    sets = make_sets(layers, several, evict_at, unequal=kind != "equal", first=first)
+    path = write_kept(tmp_path / "kept.h5", (sets, {"evict_at": evict_at, "heads": "query" if kind == "query" else "kv"}))
+    kept = [[sets[layer * several + head * several // heads] for head in range(heads)] for layer in range(layers)]
+    with plainly(kept, evict_at), torch.no_grad():
+        expected = model(tokens, use_cache=False).logits[0, evict_at:]
+    with kvtrace.evicted(model, path):
+        logits, _ = run_on(model, tokens, evict_at, 2)
+    assert apart(logits, expected) < 2e-6
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
@@ -317,7 +336,8 @@ def test_models_that_cannot_be_evicted_are_refused(model, ids, path, tmp_path):
     model.config._attn_implementation = "flex_attention"
     refused(model, path, "attention by flex_attention cannot be evicted", lambda: None)
     model.config._attn_implementation = "sdpa"
-    for name, heads, reason in (("gpt_oss", 2, "learned sinks"), ("falcon", 1, "none of its layers calls"),
+    for name, heads, reason in (("bamba", 2, "layer 0: has no attention that goes through"),
+                                ("falcon", 1, "none of its layers calls"),
                                 ("gemma3n_text", 2, "no keys and values of its own|other keys"),
                                 ("glm4_moe_lite", 4, "heads of keys"),
                                 ("qwen2_moe with a window", 2, "sliding window that the model does not pass")):

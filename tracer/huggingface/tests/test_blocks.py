@@ -1,0 +1,189 @@
+"""Of one tiny model of every kind of attention: what the trace alone gives, computed plainly, is what the model's own
+attention block gave, with the prompt in one piece and in several, and of what was generated. The modules are found here by
+the models' own names."""
+
+import dataclasses
+import subprocess
+
+import check_architectures as architectures
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import distance
+from plain_trace import read_layers
+
+import kvtrace
+
+PIECES = 13
+IN_ONE_PIECE = {"recurrent_gemma"}  # what it returns has no cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What of a tiny model's trace is to be expected."""
+
+    attending: tuple  # layers
+    projection: str = "self_attn.o_proj"  # of a layer
+    tensors: tuple = ()  # that its layers have beside those of all
+    some: bool = False  # only some of its layers have them
+    cache_of: dict = dataclasses.field(default_factory=dict)
+    shapes: tuple = ()  # of each attending layer, where they differ: H, K, Dk, Dv
+
+
+KINDS = {
+    "llama": Kind((0, 1, 2, 3)),
+    # Layers that do not attend.
+    "bamba": Kind((1, 3)), "jamba": Kind((1, 3)), "lfm2": Kind((1, 3), "self_attn.out_proj"), "mllama": Kind((0, 2, 3)),
+    "nemotron_h": Kind((1, 3), "mixer.o_proj"), "olmo_hybrid": Kind((1, 3)), "recurrent_gemma": Kind((1, 3), "temporal_block.o_proj"),
+    # Learned sinks.
+    "flint": Kind((0, 1, 2, 3), tensors=("sinks",)), "gpt_oss": Kind((0, 1, 2, 3), tensors=("sinks",)),
+    "granite_swa": Kind((0, 1, 2, 3), tensors=("sinks",)),
+    "mimo_v2_flash": Kind((0, 1, 2, 3), tensors=("sinks",), some=True,
+                          shapes=((4, 2, 16, 16), (4, 4, 16, 16), (4, 4, 16, 16), (4, 4, 16, 16))),
+    # Shapes of layers, and caches that several read.
+    "gemma4_text": Kind((0, 1, 2, 3), cache_of={2: 0, 3: 1}, shapes=((4, 2, 16, 16), (4, 1, 32, 32)) * 2),
+    "gemma3n_text": Kind((0, 1, 2, 3, 4, 5), cache_of={4: 2, 5: 3}),
+}
+
+
+def layers_of(model):
+    """Its decoder layers, by number."""
+    decoder = next(part for part in (getattr(model, "backbone", None), getattr(model, "model", None), getattr(model, "decoder", None))
+                   if part is not None)
+    return (decoder.layers if hasattr(decoder, "layers") else decoder.model.layers)
+
+
+def build(name, attention, dtype):
+    try:
+        return architectures.build(name, attention).to(dtype)
+    except ValueError as problem:
+        assert attention == "sdpa" and "scaled_dot_product_attention" in str(problem)
+        pytest.skip("the model knows no sdpa")
+
+
+def captured(name, path, dtype=torch.float32, attention="eager", **options):
+    """The model, its layers in the trace, and what each one's projection gave, [T, C]."""
+    model, given = build(name, attention, dtype), architectures.inputs(name)
+    results = {}
+
+    def listen(number, projection):
+        def note(module, arguments, result):
+            bias = getattr(module, "bias", None)
+            rows = result if bias is None else result - bias
+            results.setdefault(number, []).append(rows.detach()[0].double())
+        return projection.register_forward_hook(note)
+
+    hooks = [listen(number, layers_of(model)[number].get_submodule(KINDS[name].projection)) for number in KINDS[name].attending]
+    alone = architectures.generate(model, given, **options).sequences
+    results.clear()
+    with kvtrace.capture(model, path, attention_mass=True, prompt_length=architectures.PROMPT):
+        run = architectures.generate(model, given, **options)
+    for hook in hooks:
+        hook.remove()
+    assert run.sequences.tolist() == alone.tolist()
+    return model, read_layers(path), {number: torch.cat(rows).numpy() for number, rows in results.items()}
+
+
+@pytest.mark.parametrize("pieces", [None, PIECES])
+@pytest.mark.parametrize("name", KINDS)
+def test_trace_gives_what_the_attention_block_gave(name, pieces, output):
+    if pieces is not None and name in IN_ONE_PIECE:
+        pytest.skip("the model cannot run a prompt in pieces")
+    options = {} if pieces is None else {"prefill_chunk_size": pieces}
+    _, layers, given = captured(name, output, **options)
+    kind = KINDS[name]
+    assert tuple(layers) == kind.attending
+    for number, layer in layers.items():
+        outputs, weights = layer.attention()
+        assert distance(layer.outputs, outputs) < 1e-5
+        assert layer.queries.shape[1] == given[number].shape[0] == architectures.PROMPT + architectures.GENERATED - 1
+        assert distance(layer.block_output(), given[number]) < 1e-5, number
+        prompt = slice(architectures.PROMPT)
+        assert distance(layer.tensors["attention_mass"], weights[:, prompt].sum(1)[:, prompt]) < 1e-5
+    if kind.shapes:
+        assert tuple((len(layer.queries), len(layer.keys), layer.keys.shape[2], layer.values.shape[2])
+                     for layer in layers.values()) == kind.shapes
+    for name in kind.tensors:
+        having = [name in layer.tensors for layer in layers.values()]
+        assert any(having) and (kind.some != all(having))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.cache_of])
+def test_shared_caches_are_stored_once(name, output):
+    _, layers, _ = captured(name, output)
+    assert {number: int(layer.attributes["cache_of"]) for number, layer in layers.items() if "cache_of" in layer.attributes
+            } == KINDS[name].cache_of
+    with h5py.File(output) as file:
+        for number in layers:
+            shares = number in KINDS[name].cache_of
+            assert ("keys" in file[f"layers/{number}"]) != shares and ("values" in file[f"layers/{number}"]) != shares
+
+
+def test_sinks_are_the_models(output):
+    model, layers, _ = captured("gpt_oss", output)
+    for number, layer in layers.items():
+        assert np.array_equal(layer.tensors["sinks"], layers_of(model)[number].self_attn.sinks.detach().numpy())
+        # Without them the outputs are others.
+        del layer.tensors["sinks"]
+        assert distance(layer.outputs, layer.attention()[0]) > 0.01
+
+
+@pytest.mark.parametrize("name", ["zamba", "zamba2"])
+def test_layers_that_share_their_attention_have_its_numbers_of_the_call(name, output):
+    """And one of the cache's layers each."""
+    model, given = architectures.build(name, "eager"), architectures.inputs(name)
+    with kvtrace.capture(model, output):
+        cache = architectures.generate(model, given).past_key_values
+    layers = read_layers(output)
+    assert tuple(layers) == tuple(number for number, kind in enumerate(model.config.layers_block_type) if kind == "hybrid")
+    for number, layer in layers.items():
+        assert distance(layer.keys, cache.layers[number].keys[0]) == 0
+        assert distance(layer.outputs, layer.attention()[0]) < 1e-5
+        assert "output_projection" in layer.tensors
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", KINDS)
+def test_bfloat16_is_within_its_rounding(name, attention, output):
+    if name == "jamba":
+        pytest.skip("its recurrent layers know no bfloat16 without their kernels")
+    _, layers, given = captured(name, output, torch.bfloat16, attention)
+    for number, layer in layers.items():
+        assert 1e-5 < distance(layer.outputs, layer.attention()[0]) < 0.02
+        assert distance(layer.block_output(), given[number]) < 0.02
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kvreplay_reads_it(name, kvreplay, output):
+    captured(name, output)
+    result = subprocess.run([kvreplay, "inspect", "--verify", output], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr
+
+
+def test_last_layers_of_a_prompt_see_all_of_it(output):
+    """Where generate() would compute them for its last token alone, as those of Gemma 4 that read another's cache."""
+    _, layers, _ = captured("gemma4_text", output)
+    assert {layer.queries.shape[1] for layer in layers.values()} == {architectures.PROMPT + architectures.GENERATED - 1}
+
+
+@pytest.mark.parametrize(("kind", "reason"), [
+    ("OwnAttention", r"layer 3: its keys are in the cache, but its attention \(OwnAttention\) does not go through"),
+    ("BambaAttention", "layer 3 was seen at 0 of 45 tokens; the run was cut short")])
+def test_layers_whose_attention_is_not_seen_are_told_from_those_without(kind, reason, output):
+    model, given = architectures.build("bamba", "eager"), architectures.inputs("bamba")
+    attention = model.model.layers[3].self_attn
+    attention.__class__ = type(kind, (type(attention),), {})
+    forward = attention.forward
+
+    def by_another_way(*arguments, **options):
+        attention.config._attn_implementation = "sdpa"
+        result = forward(*arguments, **options)
+        attention.config._attn_implementation = "eager"
+        return result
+
+    attention.forward = by_another_way
+    with pytest.raises(kvtrace.CaptureError, match=reason):
+        with kvtrace.capture(model, output):
+            architectures.generate(model, given)

@@ -47,6 +47,11 @@ struct TraceWriter::Tensor {
   std::optional<hdf5::Dataset> dataset;  // while it is being written
   std::unique_ptr<XXH64_state_t, decltype(&XXH64_freeState)> digest{nullptr, &XXH64_freeState};
   std::vector<Index> written;  // rows of each sequence
+
+  // The last rows of every head that came one by one, [heads, kWaitingRows, width] in the stored type: each would be a
+  // write of its own in every head.
+  std::vector<std::byte> waiting;
+  Index waiting_rows = 0;
 };
 
 struct TraceWriter::State {
@@ -281,13 +286,13 @@ struct TraceWriter::State {
   }
 
   // Large enough to be read at the disk's speed; small enough that the chunk at the end, which is stored whole, wastes
-  // little of what is there in any case where the run ends early; and no more of them than all HDF5s find fast, however
-  // far it goes.
+  // little of what is there in any case where the run ends early; and no more of them than all HDF5s find fast and than
+  // leave each head pages of its own to be read, however far it goes.
   static hdf5::Shape chunk_of(const Tensor& tensor, Index known_rows) {
     constexpr Index kBytes = Index{1} << 20;
     constexpr Index kLeastRows = 16;
     constexpr Index kPieces = 16;
-    constexpr Index kMostChunks = 256;
+    constexpr Index kMostChunks = 128;
     const auto divided = [](Index rows, Index by) { return (rows + by - 1) / by; };
     const Index row_bytes = tensor.heads() * tensor.width() * static_cast<Index>(size_of(tensor.type));
     const Index wanted = std::max(divided(known_rows, kPieces), divided(tensor.shape[1], kMostChunks));
@@ -428,8 +433,29 @@ struct TraceWriter::State {
       const Index head = static_cast<Index>(i) / tensor.width();
       return place_of_row(tensor, head * tensor.shape[1] + row);
     });
-    open(tensor).write_raw({0, row, 0}, {tensor.heads(), 1, tensor.width()}, bytes.data());
+    const std::size_t row_bytes = bytes.size() / static_cast<std::size_t>(tensor.heads());
+    tensor.waiting.resize(bytes.size() * static_cast<std::size_t>(kWaitingRows));
+    for (Index head = 0; head < tensor.heads(); ++head) {
+      const auto from = bytes.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(head) * row_bytes);
+      const auto place = static_cast<std::size_t>(head * kWaitingRows + tensor.waiting_rows) * row_bytes;
+      std::copy_n(from, row_bytes, tensor.waiting.begin() + static_cast<std::ptrdiff_t>(place));
+    }
+    ++tensor.waiting_rows;
     for (Index& written : tensor.written) ++written;
+    if (tensor.waiting_rows == kWaitingRows) write_waiting(tensor);
+  }
+
+  void write_waiting(Tensor& tensor) {
+    const Index rows = std::exchange(tensor.waiting_rows, 0);
+    if (rows == 0) return;
+    const std::size_t head_bytes = tensor.waiting.size() / static_cast<std::size_t>(tensor.heads());
+    const std::size_t used = head_bytes / static_cast<std::size_t>(kWaitingRows) * static_cast<std::size_t>(rows);
+    for (std::size_t head = 1; rows < kWaitingRows && head < static_cast<std::size_t>(tensor.heads()); ++head) {
+      std::copy_n(tensor.waiting.begin() + static_cast<std::ptrdiff_t>(head * head_bytes), used,
+                  tensor.waiting.begin() + static_cast<std::ptrdiff_t>(head * used));
+    }
+    open(tensor).write_raw({0, tensor.written.front() - rows, 0}, {tensor.heads(), rows, tensor.width()},
+                           tensor.waiting.data());
   }
 
   // Brings `values`, whose i-th stands at `place(i)`, to the stored type.
@@ -460,6 +486,7 @@ struct TraceWriter::State {
 
   // `rows` checked rows from `first` on, in as few boxes as they make: whole heads, or rows of one.
   void append(Tensor& tensor, Index first, Index rows, std::span<const std::byte> stored) {
+    write_waiting(tensor);
     hdf5::Dataset& dataset = open(tensor);
     // Of heads that grow side by side the bytes do not come in the order that the digest wants.
     if (!tensor.grows()) XXH64_update(tensor.digest.get(), stored.data(), stored.size());
@@ -517,10 +544,13 @@ struct TraceWriter::State {
       if (tensor.written[head] == shape[1]) continue;
       fail(tensor.path, fmt::format("head {} has {} rows, but the run has {}", head, tensor.written[head], shape[1]));
     }
+    write_waiting(tensor);
     if (shape != tensor.shape) tensor.dataset->resize(shape);
     finish_dataset(*tensor.dataset);
     tensor.dataset.reset();
   }
+
+  static constexpr Index kWaitingRows = 16;
 
   // Elements that are converted at a time: enough for a large write, little beside a head.
   static constexpr Index kSliceElements = Index{1} << 20;

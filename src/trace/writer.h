@@ -38,8 +38,8 @@ class TraceWriter {
   /// The same for rows that were brought to the trace's type before, by from_float32.
   void write_rows(int layer, HeadTensor tensor, int head, Index first, std::span<const std::byte> stored);
 
-  /// Writes one more row of every head, [K or H, Dk or Dv], of a run that may go on. Throws Error, also where heads
-  /// have different numbers of rows.
+  /// Writes one more row of every head, [K or H, Dk or Dv], of a run that may go on; some rows are held in memory and
+  /// written together. Throws Error, also where heads have different numbers of rows.
   void write_next(int layer, HeadTensor tensor, std::span<const float> rows);
 
   /// `weight` is [C, H·Dv], as PyTorch stores the layer's o_proj. Throws Error.

@@ -24,7 +24,8 @@ from .modules import decoder_config, decoder_of, is_innermost, numbered, weight_
 from .plain_attention import plain_attention
 from .residual import ResidualStream, layer_of
 from .rotary import UnturnedKeys, tables_of, turning_table
-from .spans import locate_spans, locate_turns, read_spans, read_turns
+from .spans import leaves_turn_open, locate_spans, locate_turns, read_spans, read_turns
+from .stop_tokens import model_stop_ids
 from .text import encode, token_pieces
 from .trace_file import FLOAT_TYPES, TraceFile
 from .transfer import Transfer
@@ -76,14 +77,17 @@ class capture:
     prompt_length      tokens of the prompt; by default those before the first token that runs alone
     tokenizer          stores the text of each token
     prompt             the prompt's text, with `tokenizer`, to find spans and turns in
+    templated          the text is a chat that a template has written out: the tokenizer added nothing to it
     spans              what to follow: a file as for `kvreplay capture --spans`, or the list that stands in it
     turn_starts        where the turns of a conversation begin: token positions, or what else `kvreplay capture --turns`
-                       takes, as a list or its file
+                       takes, as a list or its file; what is generated begins one too, unless one is given there or the
+                       prompt leaves its last turn open, the others having a stop token of the model in them
+    most_tokens        how many tokens may run at most, where that is known: what the file's chunks are laid out for
     source             a few words on where the prompt comes from
     """
 
     def __init__(self, model, path, *, queries="all", attention_mass=False, output_projection=True, prompt_length=None,
-                 tokenizer=None, prompt=None, spans=(), turn_starts=(), source=""):
+                 tokenizer=None, prompt=None, templated=False, spans=(), turn_starts=(), most_tokens=None, source=""):
         self._window = parse_queries(queries)
         if prompt_length is not None and prompt_length < 1:
             raise UsageError("the prompt's length must be at least 1")
@@ -94,7 +98,8 @@ class capture:
         self._given_prompt_length, self._tokenizer, self._source = prompt_length, tokenizer, source
         self._spans = read_spans(spans) if isinstance(spans, (str, pathlib.Path)) else list(spans)
         self._turns = read_turns(turn_starts) if isinstance(turn_starts, (str, pathlib.Path)) else list(turn_starts)
-        self._encoding = encode(tokenizer, prompt) if prompt is not None else None
+        self._most_tokens = most_tokens or 0
+        self._encoding = encode(tokenizer, prompt, templated) if prompt is not None else None
         if self._encoding and prompt_length is None:
             self._given_prompt_length = len(self._encoding.ids)
 
@@ -128,7 +133,7 @@ class capture:
         self._failure = None  # what recording ended with, though the block may have caught it
         self._hooks = []
         with contextlib.ExitStack() as undo:
-            self._file = TraceFile(self._path)
+            self._file = TraceFile(self._path, self._most_tokens)
             undo.callback(self._file.abandon)
             self._transfer = Transfer()
             undo.callback(self._transfer.abandon)
@@ -639,6 +644,16 @@ class capture:
 
     # The end.
 
+    def _located_turns(self, ids, length):
+        """The turns among `ids`, that of what follows the prompt included."""
+        turns = locate_turns(self._turns, self._encoding, len(ids))
+        if turns and turns[-1][0] < length < len(ids):
+            bos = self._model.config.get_text_config(decoder=True).bos_token_id
+            ends = {token for token in model_stop_ids(self._model, self._tokenizer) if token != bos}
+            if not leaves_turn_open(turns, ids[:length], ends):
+                turns.append((length, "assistant" if turns[0][1] is not None else None))
+        return turns
+
     def _finish(self):
         if self._failure is not None:
             raise CaptureError(self._failure)
@@ -660,7 +675,7 @@ class capture:
         if self._encoding is not None and self._encoding.ids != ids[:length]:
             raise CaptureError("the prompt's text does not give the token ids that the model was run on")
         spans = locate_spans(self._spans, self._encoding, length)
-        turn_starts = locate_turns(self._turns, self._encoding, len(ids))
+        turns = self._located_turns(ids, length)
         pieces = token_pieces(self._tokenizer, ids) if self._tokenizer is not None else None
         self._transfer.close()
         if self._wants_projection:
@@ -682,7 +697,7 @@ class capture:
             layers=of_layers,
             rotary=self._rotary_tables()[0],
             ids=ids, prompt_length=length, next_token=self._next_token, pieces=pieces, spans=spans,
-            turn_starts=turn_starts,
+            turns=turns,
             query_positions=range(start, len(ids)),
             source=f"model {name}" + (f", {self._source}" if self._source else "") +
                    f"; {dtype}, attention by {self._implementation}, transformers {transformers.__version__} on {device}",

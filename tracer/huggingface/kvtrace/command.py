@@ -1,6 +1,7 @@
 """kvtrace-capture: runs a Hugging Face model once and records what its attention saw into a trace."""
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -19,8 +20,20 @@ def _parser():
         help="text file to run the model on; - reads standard input")
     add("--tokens", metavar="FILE",
         help="instead of a text: a file of decimal token ids, taken as given; - reads standard input")
+    add("--templated", action="store_true",
+        help="the prompt is a chat as the model's template writes it, its special tokens included: none is added")
     add("-n", "--max-new-tokens", "--generate", dest="generate", type=int, default=0, metavar="N",
-        help="tokens to generate after the prompt, greedily (default: 0)")
+        help="tokens to generate after the prompt (default: 0)")
+    add("--temperature", type=float, default=0.0, metavar="T",
+        help="draw the tokens that are generated, at this temperature (default: 0, the most likely ones)")
+    add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens alone (default: from all)")
+    add("--top-p", type=float, metavar="P",
+        help="draw from the fewest most likely tokens whose probabilities come to P (default: 1, from all)")
+    add("--seed", type=int, metavar="N",
+        help="seed of what is drawn, by PyTorch's generator; the same one gives the same tokens (default: 0)")
+    add("--stop", action="append", default=[], metavar="ID|TEXT",
+        help="a further token to stop after, by id or by text that is a single token; may be repeated")
+    add("--ignore-stop", action="store_true", help="go on where the model would end its text")
     add("--queries", default="all", metavar="all|window:N",
         help="queries to record: window:N for the last N of the prompt and all after it (default: all)")
     add("--attention-mass", action="store_true",
@@ -86,6 +99,9 @@ def _check(arguments):
             raise UsageError(f"--{name}: the file's name is empty")
     if arguments.generate < 0:
         raise UsageError(f"--max-new-tokens {arguments.generate}: must not be negative")
+    if arguments.templated and arguments.prompt is None:
+        raise UsageError("--templated says how a --prompt-file is written; --tokens are taken as given")
+    _check_generation(arguments)
     if arguments.prefill_chunk is not None and arguments.prefill_chunk < 1:
         raise UsageError(f"--prefill-chunk {arguments.prefill_chunk}: must be at least 1")
     check_model_options(arguments)
@@ -98,6 +114,41 @@ def _check(arguments):
         folder = output.absolute().parent
         if os.path.isdir(arguments.model) and os.path.samefile(folder, arguments.model):
             raise UsageError(f"{output}: the trace would overwrite a file of the model; name another file with -o")
+
+
+def _check_generation(arguments):
+    """What is said of the tokens that are generated."""
+    if not (math.isfinite(arguments.temperature) and arguments.temperature >= 0):
+        raise UsageError(f"--temperature {arguments.temperature}: must be a number, at least 0")
+    if arguments.top_k is not None and arguments.top_k < 1:
+        raise UsageError(f"--top-k {arguments.top_k}: must be at least 1")
+    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
+        raise UsageError(f"--top-p {arguments.top_p}: must be above 0 and at most 1")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
+        raise UsageError(f"--seed {arguments.seed}: must be from 0 to {2**31 - 1}")
+    if "" in arguments.stop:
+        raise UsageError("--stop: an empty text is no token")
+    drawing = [name for name in ("top_k", "top_p", "seed") if getattr(arguments, name) is not None]
+    said = [*(["temperature"] if arguments.temperature > 0 else []), *drawing, *(["stop"] if arguments.stop else []),
+            *(["ignore_stop"] if arguments.ignore_stop else [])]
+    if said and arguments.generate == 0:
+        raise UsageError(f"--{said[0].replace('_', '-')} is of what the model generates: ask for that with --generate N")
+    if drawing and arguments.temperature == 0:
+        raise UsageError(f"--{drawing[0].replace('_', '-')} is of tokens that are drawn: ask for that with --temperature, as "
+                         "in --temperature 0.7")
+
+
+def _how(arguments):
+    """How tokens are chosen, in words."""
+    text = "greedy decoding"
+    if arguments.temperature > 0:
+        text = f"sampling at temperature {arguments.temperature:g}"
+        if arguments.top_k is not None:
+            text += f", top-k {arguments.top_k}"
+        if arguments.top_p is not None and arguments.top_p < 1:
+            text += f", top-p {arguments.top_p:g}"
+        text += f", seed {arguments.seed or 0}"
+    return text + (", the model's stop tokens ignored" if arguments.ignore_stop else "")
 
 
 def _load_tokenizer(model, needed):
@@ -117,9 +168,9 @@ def _load_tokenizer(model, needed):
     return None
 
 
-def _generate(model, ids, arguments):
-    """Runs the model greedily, without what its generation_config.json may ask for besides. The generated ids, and the
-    seconds until the first and the last."""
+def _generate(model, ids, ends, arguments):
+    """Runs the model up to one of the tokens `ends`, without what its generation_config.json may ask for besides. The
+    generated ids, and the seconds until the first and the last."""
     import torch
     import transformers
 
@@ -131,12 +182,21 @@ def _generate(model, ids, arguments):
         times.append(time.monotonic() - start)
         return torch.zeros(1, dtype=torch.bool, device=prompt.device)
 
-    ends = model.generation_config.eos_token_id
+    drawing = {}
+    if arguments.temperature > 0:
+        # None would stand for 50 most likely tokens.
+        drawing = {"temperature": arguments.temperature, "top_k": arguments.top_k or 0, "top_p": arguments.top_p or 1.0}
+        torch.manual_seed(arguments.seed or 0)
     settings = transformers.GenerationConfig(
-        max_new_tokens=max(1, arguments.generate), do_sample=False, num_beams=1, eos_token_id=ends,
-        pad_token_id=ends[0] if isinstance(ends, list) else ends, prefill_chunk_size=arguments.prefill_chunk)
-    result = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings,
-                            stopping_criteria=transformers.StoppingCriteriaList([note]))
+        max_new_tokens=max(1, arguments.generate), do_sample=arguments.temperature > 0, **drawing, num_beams=1,
+        eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, prefill_chunk_size=arguments.prefill_chunk)
+    # What these settings leave open, transformers would take from the model's own.
+    own, model.generation_config = model.generation_config, transformers.GenerationConfig()
+    try:
+        result = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings,
+                                stopping_criteria=transformers.StoppingCriteriaList([note]))
+    finally:
+        model.generation_config = own
     generated = result[0, len(ids):].tolist()
     return generated[: arguments.generate], times[0], times[-1]
 
@@ -163,7 +223,8 @@ def _capture(arguments):
     from .capture import capture
     from .output_file import OutputFile
     from .spans import locate_spans, locate_turns
-    from .text import encode
+    from .stop_tokens import model_stop_ids, named_stop_ids
+    from .text import encode, token_pieces
 
     # A long run should not end at a folder that cannot be written to.
     OutputFile(arguments.output).abandon()
@@ -172,7 +233,7 @@ def _capture(arguments):
     tokenizer = _load_tokenizer(arguments.model, needed=text is not None)
     encoding = None
     if text is not None:
-        encoding = encode(tokenizer, text)
+        encoding = encode(tokenizer, text, arguments.templated)
         ids = encoding.ids
     locate_spans(spans, encoding, len(ids))
     locate_turns(turns, encoding, len(ids))
@@ -182,6 +243,8 @@ def _capture(arguments):
         if token_id >= config.vocab_size:
             raise CaptureError(f"{name}: token id {token_id} at position {position} is not in the model's vocabulary of "
                                f"{config.vocab_size}")
+    own_ends = [] if arguments.ignore_stop else model_stop_ids(model, tokenizer)
+    ends = sorted({*own_ends, *named_stop_ids(arguments.stop, config.vocab_size, tokenizer)})
     most = len(ids) + max(0, arguments.generate - 1)
     context = getattr(config, "max_position_embeddings", None)
     if context and most > context:
@@ -190,8 +253,9 @@ def _capture(arguments):
 
     with capture(model, arguments.output, queries=arguments.queries, attention_mass=arguments.attention_mass,
                  output_projection=not arguments.no_projection, prompt_length=len(ids), tokenizer=tokenizer, prompt=text,
-                 spans=spans, turn_starts=turns, source=f"prompt {name}, greedy decoding"):
-        generated, prefill, total = _generate(model, ids, arguments)
+                 templated=arguments.templated, spans=spans, turn_starts=turns, most_tokens=most,
+                 source=f"prompt {name}, {_how(arguments)}"):
+        generated, prefill, total = _generate(model, ids, ends, arguments)
 
     line = f"prefill: {counted(len(ids), 'token')} in {prefill:.2f} s ({len(ids) / prefill:.1f} tokens/s)"
     if len(generated) > 1:
@@ -204,15 +268,20 @@ def _capture(arguments):
     print(f"{arguments.output}: {size_text(os.path.getsize(arguments.output))}, "
           f"{counted(config.num_hidden_layers, 'layer')}, {counted(len(ids), 'prompt token')}, "
           f"{counted(queries, 'captured query')}")
-    ends = model.generation_config.eos_token_id
-    ended = bool(generated) and generated[-1] in (ends if isinstance(ends, list) else [ends])
+    ended = bool(generated) and generated[-1] in ends
+    ending = ""
+    if ended:
+        [piece] = token_pieces(tokenizer, generated[-1:]) if tokenizer is not None else [""]
+        ending = f", ended by token {generated[-1]}"
+        if piece:
+            shown = piece.replace(chr(10), "\\n")
+            ending = f", ended by {shown} (token {generated[-1]})"
     if generated:
         shown = _text_after(tokenizer, ids, generated) if tokenizer is not None else " ".join(map(str, generated))
-        print(f"generated {counted(len(generated), 'token')}"
-              f"{', until the end of the sequence' if ended else ''}: {shown}")
+        print(f"generated {counted(len(generated), 'token')}{ending}: {shown}")
     if len(generated) < 2:
         # The last generated token is not fed back, so one alone brings no query.
-        remedy = ("the model ended the sequence at once, so replay it with an earlier --evict-at" if ended
+        remedy = ("the first token ended it, so replay it with an earlier --evict-at" if ended
                   else "--max-new-tokens 2 or more adds some")
         say(f"note: the trace has no query after the prompt, so eviction at its end cannot be measured; {remedy}")
 

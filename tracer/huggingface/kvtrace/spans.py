@@ -87,25 +87,49 @@ def _tokens_of(encoding, begin, end):
 
 
 def read_turns(path):
-    """A JSON list of token positions, {"text": ...} and {"character": ...}, checked."""
+    """A JSON list of token positions, {"position": ...}, {"text": ...} and {"character": ...}, with a "role" in every entry or
+    in none, checked."""
     content = _read_list(path, '[0, 45] or [{"text": "<|im_start|>"}]')
     for number, entry in enumerate(content, 1):
         if not _begins_turns(entry):
             raise CaptureError(f"{path}: entry {number}: {_TURN}")
     if not content:
         raise CaptureError(f"{path}: names no turns")
+    number = _first_without_role(content)
+    if number is not None:
+        raise CaptureError(f"{path}: entry {number}: {_NO_ROLE}")
     return content
 
 
 _TURN = ('must be a token position, {"text": ...} that begins turns, or {"character": ...}, an offset into the prompt\'s '
-         "text")
+         'text; a "role" may stand beside it, and the position is then a "position"')
+
+_NO_ROLE = 'has no "role", though others have; give it to all or to none'
 
 
 def _begins_turns(entry):
-    if isinstance(entry, dict) and len(entry) == 1:
-        [(key, value)] = entry.items()
-        return (isinstance(value, str) and value != "") if key == "text" else key == "character" and _is_position(value)
-    return _is_position(entry)
+    if not isinstance(entry, dict):
+        return _is_position(entry)
+    if "role" in entry and not _is_text(entry["role"]):
+        return False
+    keys = entry.keys() - {"role"}
+    if keys == {"text"}:
+        return _is_text(entry["text"])
+    return (keys == {"character"} or keys == {"position"}) and _is_position(*(entry[key] for key in keys))
+
+
+def _role(entry):
+    return entry.get("role") if isinstance(entry, dict) else None
+
+
+def _first_without_role(entries):
+    """The number of the first that has none where others have; None where all are alike."""
+    without = [number for number, entry in enumerate(entries, 1) if _role(entry) is None]
+    return without[0] if without and len(without) < len(entries) else None
+
+
+def _is_text(value):
+    return isinstance(value, str) and value != ""
 
 
 def _is_position(value):
@@ -113,16 +137,17 @@ def _is_position(value):
 
 
 def locate_turns(requests, encoding, length):
-    """Where turns begin among `length` tokens, ascending. `encoding` is the tokenized prompt, or None where only its ids
-    are known."""
-    starts = []
+    """Where turns begin among `length` tokens, and who speaks (None where nobody is named), in their order. `encoding` is the
+    tokenized prompt, or None where only its ids are known."""
+    turns = []
     for number, request in enumerate(requests, 1):
         if not _begins_turns(request):
             raise CaptureError(f"turn {number}: {_TURN}")
-        if _is_position(request):
-            if request >= length:
-                raise CaptureError(f"turn at {request}: is not one of the {length} tokens")
-            starts.append(request)
+        position = request.get("position") if isinstance(request, dict) else request
+        if position is not None:
+            if position >= length:
+                raise CaptureError(f"turn at {position}: is not one of the {length} tokens")
+            turns.append((position, _role(request)))
             continue
         text, character = request.get("text"), request.get("character")
         name = f"turn at character {character}" if text is None else f"turn {json.dumps(text, ensure_ascii=False)}"
@@ -139,9 +164,20 @@ def locate_turns(requests, encoding, length):
             tokens = _tokens_of(encoding, begin, end)
             if not tokens:
                 raise CaptureError(f"{name}: no token stands for its text")
-            starts.append(tokens[0])
-    starts.sort()
-    for one, other in zip(starts, starts[1:]):
+            turns.append((tokens[0], _role(request)))
+    number = _first_without_role(requests)
+    if number is not None:
+        raise CaptureError(f"turn {number}: {_NO_ROLE}")
+    turns.sort(key=lambda turn: turn[0])
+    for (one, _), (other, _) in zip(turns, turns[1:]):
         if one == other:
             raise CaptureError(f"two turns begin at token {one}")
-    return starts
+    return turns
+
+
+def leaves_turn_open(turns, ids, ends):
+    """Whether the last of `turns` in the prompt `ids` is one that the model goes on with: a chat whose other turns all have
+    one of the tokens `ends`, as templates write them, and that leaves the last one open."""
+    starts = [start for start, _ in turns]
+    *others, last = [any(token in ends for token in ids[begin:end]) for begin, end in zip(starts, [*starts[1:], len(ids)])]
+    return bool(others) and all(others) and not last

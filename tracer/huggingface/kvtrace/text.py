@@ -19,16 +19,17 @@ class Encoding:
     ranges: list | None  # for each token the characters [start, end) that it stands for; None: cannot be told
 
 
-def encode(tokenizer, text):
-    """Tokenizes as the model's own pipelines do: with BOS where the tokenizer adds it."""
+def encode(tokenizer, text, templated=False):
+    """Tokenizes as the model's own pipelines do: with BOS where the tokenizer adds it, and without any of that where the text
+    is a chat that a template has written out."""
     if not text:
         raise CaptureError("the prompt is empty")
     if tokenizer.is_fast:
-        result = tokenizer(text, return_offsets_mapping=True)
+        result = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
         encoding = Encoding(text, list(result["input_ids"]), [tuple(pair) for pair in result["offset_mapping"]])
         nothing = all(start == end for start, end in encoding.ranges)
     else:
-        encoding = Encoding(text, list(tokenizer(text)["input_ids"]), None)
+        encoding = Encoding(text, list(tokenizer(text, add_special_tokens=not templated)["input_ids"]), None)
         nothing = not encoding.ids
     if nothing:
         raise CaptureError("the tokenizer finds no token in the prompt")

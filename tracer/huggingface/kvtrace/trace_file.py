@@ -19,6 +19,9 @@ _CHUNK_BYTES = 1 << 20
 _LEAST_ROWS = 16
 _PIECES = 16
 
+# More of them make HDF5 slow, and leave less than pages of each head to be read together.
+_MOST_CHUNKS = 128
+
 
 def _bfloat16():
     kind = h5t.IEEE_F16LE.copy()
@@ -71,12 +74,13 @@ class _Disk(io.FileIO):
 class Rows:
     """A tensor [heads, n, D] that grows along n. Holds less than a chunk in memory."""
 
-    def __init__(self, file, path, heads, dim, dtype, expected):
-        """`expected`: about how many rows there will be."""
+    def __init__(self, file, path, heads, dim, dtype, expected, most):
+        """`expected`: about how many rows there will be; `most`: how many there may be, or 0."""
         kind, self._array_type = _TYPES[dtype]
         self.path, self.dtype, self.shape, self.count = path, dtype, (heads, dim), 0
         row_bytes = heads * dim * self._array_type.itemsize
-        self._rows = max(_LEAST_ROWS, min(-(-expected // _PIECES), _CHUNK_BYTES // row_bytes))
+        wanted = max(-(-expected // _PIECES), -(-most // _MOST_CHUNKS))
+        self._rows = max(_LEAST_ROWS, min(wanted, _CHUNK_BYTES // row_bytes))
         self._buffer = np.zeros((heads, self._rows, dim), self._array_type)
         self._filled = 0
         creation = h5p.create(h5p.DATASET_CREATE)
@@ -114,8 +118,10 @@ class Rows:
 class TraceFile:
     """A kvtrace file in the making: it gets its name when finish() succeeds; abandon() leaves nothing."""
 
-    def __init__(self, path):
+    def __init__(self, path, most_tokens=0):
+        """`most_tokens`: how many may run, or 0 where that is not known."""
         self._output = OutputFile(path)
+        self._most_tokens = most_tokens
         self._rows = {}
         try:
             self._disk = _Disk(self._output.temporary)
@@ -164,7 +170,8 @@ class TraceFile:
             rows = self._rows.get(path)
             if rows is None:
                 self._file.require_group(f"layers/{layer}")
-                rows = Rows(self._file, path, tensor.shape[0], tensor.shape[2], tensor.dtype, expected)
+                rows = Rows(self._file, path, tensor.shape[0], tensor.shape[2], tensor.dtype, expected,
+                            self._most_tokens)
                 self._rows[path] = rows
             if rows.shape != (tensor.shape[0], tensor.shape[2]) or rows.dtype != tensor.dtype:
                 self.fail(path, "changes its shape or type during the run")
@@ -183,12 +190,13 @@ class TraceFile:
             dataset.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(_bits(tensor)), kind)
             self._file[path].attrs.update(attributes)
 
-    def finish(self, *, model, layers, rotary, ids, prompt_length, next_token, pieces, query_positions, spans, turn_starts,
+    def finish(self, *, model, layers, rotary, ids, prompt_length, next_token, pieces, query_positions, spans, turns,
                source, provenance):
         """Writes everything but the tensors, marks the file complete and puts it in its place.
 
         `model`: the attributes of /model; `layers`: those of the groups of layers that attend, by number; `rotary`: tables; `next_token`: the most likely
-        id after the prompt and its logit, or None; `spans`: (start, end, label); `turn_starts`: positions.
+        id after the prompt and its logit, or None; `spans`: (start, end, label); `turns`: (start, who speaks), where
+        nobody is named None.
         """
         from . import __version__
 
@@ -220,8 +228,11 @@ class TraceFile:
                 file["tokens"].attrs["next_id"], file["tokens"].attrs["next_logit"] = np.int64(next_token[0]), next_token[1]
             if pieces is not None:
                 file.create_dataset("tokens/pieces", data=pieces, dtype=h5py.string_dtype())
-            if turn_starts:
-                file["tokens/turn_starts"] = np.asarray(turn_starts, "<i4")
+            if turns:
+                file["tokens/turn_starts"] = np.asarray([start for start, _ in turns], "<i4")
+                if turns[0][1] is not None:
+                    roles = np.array([role for _, role in turns], h5py.string_dtype())
+                    file["tokens/turn_starts"].attrs["roles"] = roles
             file["query_positions"] = np.asarray(query_positions, "<i4")
             if spans:
                 starts, ends, labels = zip(*spans)

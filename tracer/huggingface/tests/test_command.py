@@ -199,9 +199,145 @@ def test_end_of_the_sequence_at_once(tmp_path):
     (tmp_path / "model" / "generation_config.json").unlink(missing_ok=True)
     result = command("-m", tmp_path / "model", *options)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[1].startswith("generated 1 token, until the end of the sequence: ")
-    assert "ended the sequence at once, so replay it with an earlier --evict-at" in result.stderr
+    assert result.stdout.splitlines()[1].startswith(f"generated 1 token, ended by token {config['eos_token_id']}: ")
+    assert "the first token ended it, so replay it with an earlier --evict-at" in result.stderr
     assert "--max-new-tokens 2" not in result.stderr
+
+
+def ids_of(output):
+    with h5py.File(output) as file:
+        return file["tokens/ids"][:].tolist()
+
+
+def llama_capture(tmp_path, *options, model=FAMILIES / "llama"):
+    """Of 24 tokens behind its 47: what it says of them, and the ids in the trace."""
+    result = command("-m", model, "--tokens", FAMILIES / "llama" / "prompt.ids", "-n", 24, "-o", tmp_path / "run.h5", *options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[1], ids_of(tmp_path / "run.h5")
+
+
+def test_tokens_are_drawn_where_asked_to(tmp_path):
+    def drawn(*options):
+        return llama_capture(tmp_path, *options)[1]
+
+    greedy = drawn()
+    assert len(greedy) == 47 + 23
+    one = drawn("--temperature", 1.5, "--seed", 3)
+    assert one == drawn("--temperature", 1.5, "--seed", 3) != greedy
+    assert one != drawn("--temperature", 1.5, "--seed", 4)
+    assert drawn("--temperature", 1.5) == drawn("--temperature", 1.5, "--seed", 0)
+    assert drawn("--temperature", 1.5, "--top-k", 1) == greedy == drawn("--temperature", 1.5, "--top-p", 1e-9)
+    assert drawn("--temperature", 1e4) != drawn("--temperature", 1e4, "--top-k", 50), "all tokens unless said otherwise"
+    drawn("--temperature", 0.7, "--top-k", 40, "--top-p", 0.9, "--seed", 5, "--ignore-stop")
+    assert ("prompt prompt.ids, sampling at temperature 0.7, top-k 40, top-p 0.9, seed 5, the model's stop tokens ignored; "
+            in Trace(tmp_path / "run.h5").attributes["source"])
+
+
+def model_with_stops(tmp_path, **stops):
+    """The tiny llama, of whose files these name those ids."""
+    shutil.copytree(FAMILIES / "llama", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink(missing_ok=True)
+    for name, ids in stops.items():
+        path = tmp_path / "model" / f"{name}.json"
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**content, "eos_token_id": ids}))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("place", ["config", "generation_config"])
+def test_all_files_say_where_a_model_stops(place, tmp_path):
+    _, free = llama_capture(tmp_path)
+    end = free[47 + 3]
+    stopped = free[: free.index(end, 47)]  # what ends it is not fed back
+    ids = {"config": 5, "generation_config": 5, place: [6, end]}
+    assert not {5, 6} & set(free[47:])
+    model = model_with_stops(tmp_path, **ids)
+    said, found = llama_capture(tmp_path, model=model)
+    assert found == stopped
+    assert said.startswith(f"generated {len(stopped) - 46} token") and f", ended by token {end}: " in said
+    assert llama_capture(tmp_path, "--ignore-stop", model=model)[1] == free
+    assert llama_capture(tmp_path, "--ignore-stop", "--stop", end, model=model)[1] == stopped
+
+
+def test_what_else_a_model_asks_for_is_not_done(tmp_path):
+    _, free = llama_capture(tmp_path)
+    model = model_with_stops(tmp_path)
+    content = {"repetition_penalty": 5.0, "do_sample": True, "temperature": 9.0, "min_new_tokens": 24}
+    (model / "generation_config.json").write_text(json.dumps(content))
+    assert llama_capture(tmp_path, model=model)[1] == free
+    assert llama_capture(tmp_path, "--stop", free[49], model=model)[1] == free[: free.index(free[49], 47)]
+
+
+def test_further_tokens_to_stop_after(tmp_path):
+    _, free = llama_capture(tmp_path)
+    assert llama_capture(tmp_path, "--stop", free[50])[1] == free[: free.index(free[50], 47)]
+    options = ["-m", DEMO, "-p", PROMPTS / "needle.txt", "-n", 12, "-o", tmp_path / "run.h5"]
+    assert command(*options).returncode == 0
+    trace = Trace(tmp_path / "run.h5")
+    at = next(at for at in range(trace.prompt_length, len(trace.ids)) if trace.pieces[at].strip().isalpha())
+    result = command(*options, "--stop", trace.pieces[at])
+    assert result.returncode == 0, result.stderr
+    assert f", ended by {trace.pieces[at]} (token {trace.ids[at]}): " in result.stdout
+    message = one_line(command(*options, "--stop", "falcon is"), 1)
+    assert message.startswith("--stop falcon is: is no single token of the model, but ")
+    message = one_line(command(*options, "--stop", 2048), 1)
+    assert message == "--stop 2048: is not in the model's vocabulary of 2048"
+
+
+def test_both_roads_stop_alike(kvreplay, tmp_path):
+    """At the end of a turn that nothing but the tokenizer's files names."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=905, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, eos_token_id=None, bos_token_id=None, pad_token_id=None)
+    model = transformers.LlamaForCausalLM(config)
+    folder, output = tmp_path / "model", tmp_path / "run.h5"
+    (tmp_path / "ids").write_text("5 6 7 8 9")
+    prompt = torch.tensor([[5, 6, 7, 8, 9]])
+    free = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)[0].tolist()
+    # What ends turns is then more likely than the seventh token that was generated.
+    end = 902
+    with torch.no_grad():
+        model.lm_head.weight[end] = 1.01 * model.lm_head.weight[free[11]]
+    model.save_pretrained(folder)
+    shutil.copy(ROOT / "tests/tracer/tokenizer/qwen2/tokenizer.json", folder)
+    roads = ((command, "--max-new-tokens"), (lambda *options: subprocess.run(
+        [kvreplay, "capture", *map(str, options)], capture_output=True, text=True), "--generate"))
+    expected = free[: free.index(free[11], 5)]
+    for content, stops in (({}, False), ({"chat_template": "{{ message['content'] + '<|im_end|>' }}"}, True),
+                           ({"eos_token": "<|im_end|>"}, True)):
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **content}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        for road, tokens in roads:
+            result = road("--model", folder, "--tokens", tmp_path / "ids", tokens, 12, "-o", output)
+            assert result.returncode == 0, result.stderr
+            assert (", ended by <|im_end|> (token 902): " in result.stdout) == stops
+            assert (ids_of(output) == expected) == stops
+
+
+def test_what_is_generated_is_a_turn(tmp_path):
+    def turns(*entries):
+        (tmp_path / "turns.json").write_text(json.dumps(entries))
+        llama_capture(tmp_path, "--turns", tmp_path / "turns.json")
+        with h5py.File(tmp_path / "run.h5") as file:
+            starts = file["tokens/turn_starts"]
+            return starts[:].tolist(), list(starts.attrs.get("roles", ()))
+
+    assert turns(0, 9) == ([0, 9, 47], [])
+    assert turns({"position": 9, "role": "user"}, {"position": 0, "role": "system"}) == (
+        [0, 9, 47], ["system", "user", "assistant"])
+
+
+def test_a_chat_may_leave_its_last_turn_open(tmp_path):
+    prompt = [int(word) for word in (FAMILIES / "llama" / "prompt.ids").read_text().split()]
+    end = prompt[8]
+    last = len(prompt) - prompt[::-1].index(end)
+    model = model_with_stops(tmp_path, config=end)
+    for starts, found in (([0, last], [0, last]), ([0, 1, last], [0, 1, last, 47])):
+        (tmp_path / "turns.json").write_text(json.dumps(starts))
+        llama_capture(tmp_path, "--turns", tmp_path / "turns.json", "--ignore-stop", model=model)
+        with h5py.File(tmp_path / "run.h5") as file:
+            assert file["tokens/turn_starts"][:].tolist() == found
 
 
 def test_longer_than_the_context_is_a_warning(tmp_path):
@@ -221,6 +357,17 @@ USAGE = {
                 '--queries window:0: must be "all" or "window:N" with N at least 1'),
     "dtype": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "--dtype", "float64"], "--dtype float64"),
     "generate": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "-n", "-1"], "must not be negative"),
+    "temperature": (["-m", DEMO, "-p", "a", "-n", "2", "--temperature", "-1"], "--temperature -1.0: must be a number"),
+    "temperature nan": (["-m", DEMO, "-p", "a", "-n", "2", "--temperature", "nan"], "--temperature nan: must be a number"),
+    "top-p": (["-m", DEMO, "-p", "a", "-n", "2", "--temperature", "1", "--top-p", "1.1"], "--top-p 1.1: must be above 0"),
+    "top-k": (["-m", DEMO, "-p", "a", "-n", "2", "--temperature", "1", "--top-k", "0"], "--top-k 0: must be at least 1"),
+    "seed": (["-m", DEMO, "-p", "a", "-n", "2", "--temperature", "1", "--seed", "-1"], "--seed -1: must be from 0"),
+    "seed alone": (["-m", DEMO, "-p", "a", "-n", "2", "--seed", "1"], "--seed is of tokens that are drawn: ask for that with"),
+    "top-p alone": (["-m", DEMO, "-p", "a", "-n", "2", "--top-p", "0.9"], "--top-p is of tokens that are drawn"),
+    "nothing drawn": (["-m", DEMO, "-p", "a", "--temperature", "1"], "--temperature is of what the model generates"),
+    "nothing stopped": (["-m", DEMO, "-p", "a", "--stop", "4"], "--stop is of what the model generates: ask for that with"),
+    "no stop": (["-m", DEMO, "-p", "a", "-n", "2", "--stop", ""], "--stop: an empty text is no token"),
+    "templated": (["-m", DEMO, "--tokens", "a", "--templated"], "--templated says how a --prompt-file is written"),
     "chunk": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "--prefill-chunk", "0"], "--prefill-chunk 0"),
     "no number": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "-n", "many"], "many"),
     "unknown option": (["-m", DEMO, "-p", PROMPTS / "facts.txt", "--quantize"], "--quantize"),

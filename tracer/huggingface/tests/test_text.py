@@ -90,11 +90,19 @@ def test_wrong_span_files_are_refused(tmp_path):
         read_spans(tmp_path / "missing.json")
 
 
+def test_nothing_is_added_to_a_chat_that_a_template_wrote(sentencepiece):
+    plain = encode(sentencepiece, TEXT)
+    assert plain.ids[0] == sentencepiece.bos_token_id
+    assert encode(sentencepiece, TEXT, templated=True).ids == plain.ids[1:]
+    assert encode(sentencepiece, f"{sentencepiece.bos_token}{TEXT}", templated=True).ids[0] == sentencepiece.bos_token_id
+
+
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
 def test_turns_begin_where_their_text_does(kind, request):
     tokenizer = request.getfixturevalue(kind)
     encoding = encode(tokenizer, TEXT)
-    starts = locate_turns([{"character": TEXT.index("and  two")}, 0, {"text": "needle"}], encoding, len(encoding.ids))
+    turns = locate_turns([{"character": TEXT.index("and  two")}, 0, {"text": "needle"}], encoding, len(encoding.ids))
+    starts = [start for start, role in turns if role is None]
     assert len(starts) == 4 and starts == sorted(starts) and starts[0] == 0
     assert [start for start, _, _ in locate_spans([{"label": "", "text": "needle"}], encoding, len(encoding.ids))] == [
         starts[1], starts[3]]
@@ -111,6 +119,10 @@ def test_turns_begin_where_their_text_does(kind, request):
     ({"text": "a", "character": 1}, "must be a token position"),
     (-1, "must be a token position"),
     (True, "must be a token position"),
+    ({"position": "1"}, "must be a token position"),
+    ({"role": "user"}, "must be a token position"),
+    ({"position": 1, "role": ""}, "must be a token position"),
+    ({"position": 99999, "role": "user"}, "turn at 99999: is not one of the"),
     ("needle", "must be a token position"),
 ])
 def test_wrong_turns_are_refused(request_, message, sentencepiece):
@@ -124,11 +136,16 @@ def test_turns_that_begin_at_one_token_are_refused():
         locate_turns([4, 2, 4], None, 9)
     with pytest.raises(kvtrace.CaptureError, match="can only be found in a text prompt"):
         locate_turns([{"text": "a"}], None, 9)
+    with pytest.raises(kvtrace.CaptureError, match='turn 2: has no "role", though others have'):
+        locate_turns([{"position": 4, "role": "user"}, 2], None, 9)
+    turns = locate_turns([{"position": 4, "role": "user"}, {"position": 2, "role": "system"}], None, 9)
+    assert turns == [(2, "system"), (4, "user")]
 
 
 def test_wrong_turn_files_are_refused(tmp_path):
     path = tmp_path / "turns.json"
-    for content, message in (("{", "is not a JSON list"), ("[]", "names no turns"), ("[0, {}]", "entry 2: must be a token")):
+    for content, message in (("{", "is not a JSON list"), ("[]", "names no turns"), ("[0, {}]", "entry 2: must be a token"),
+                             ('[{"position": 0, "role": "user"}, 4]', 'entry 2: has no "role"')):
         path.write_text(content)
         with pytest.raises(kvtrace.CaptureError, match=message):
             read_turns(path)

@@ -18,6 +18,7 @@ from .attention_mass import attention_mass as mass_of
 from .attention_rule import AttentionRule
 from .caches import NoCache, Storage, held_by
 from .errors import CaptureError, UsageError
+from .growing import GrowingTensor
 from .layers import Job, Layer
 from .masks import Masks
 from .modules import decoder_config, decoder_of, is_innermost, numbered, weight_shapes_digest
@@ -112,12 +113,12 @@ class capture:
     # The block.
 
     def __enter__(self):
-        self._ids = []  # one tensor [n] for each forward pass
+        self._ids = GrowingTensor()
         self._tokens = 0  # in them
         self._passes = 0  # of the decoder
-        self._positions = []  # of each pass that told some, one tensor [n]
+        self._positions = GrowingTensor()  # of each pass that told some
         self._positions_of = None  # the pass that told the last of them
-        self._checked_positions = 0  # of those tensors
+        self._checked_positions = 0  # of those
         self._last_position = None  # of what was checked
         self._prompt_length = self._given_prompt_length  # None while it is not known
         self._next_token = None  # the most likely id after the prompt, as far as it is known, and its logit
@@ -263,7 +264,7 @@ class capture:
         count = ids.shape[1]
         if self._prompt_length is None and count == 1 and self._tokens > 0:
             self._end_prompt(self._tokens)
-        self._ids.append(ids[0].detach().clone())
+        self._ids.append(ids[0])
         self._tokens += count
 
     def _record_logits(self, logits):
@@ -284,15 +285,16 @@ class capture:
         if axes.shape[0] > 1 and not bool((axes == axes[:1]).all()):
             return  # an image's
         self._positions_of = self._passes
-        self._positions.append(axes[0].detach().clone())
+        self._positions.append(axes[0])
 
     def _check_positions(self):
-        for positions in self._positions[self._checked_positions :]:
-            positions = positions.tolist()
-            reason = checks.positions_fault(positions, self._last_position)
-            if reason:
-                raise CaptureError(reason)
-            self._last_position = positions[-1]
+        positions = self._positions.tensor(self._checked_positions).tolist()
+        if not positions:
+            return
+        reason = checks.positions_fault(positions, self._last_position)
+        if reason:
+            raise CaptureError(reason)
+        self._last_position = positions[-1]
         self._checked_positions = len(self._positions)
 
     def _record_attention(self, module, query, key, value, mask, output, options):
@@ -671,7 +673,7 @@ class capture:
             if layer.tokens != self._tokens and number not in without:
                 raise CaptureError(f"layer {number} was seen at {layer.tokens} of {self._tokens} tokens; the run was cut short")
         self._check_positions()
-        ids = torch.cat([ids.cpu() for ids in self._ids]).tolist()
+        ids = self._ids.tensor().tolist()
         if self._encoding is not None and self._encoding.ids != ids[:length]:
             raise CaptureError("the prompt's text does not give the token ids that the model was run on")
         spans = locate_spans(self._spans, self._encoding, length)

@@ -4,6 +4,8 @@ import dataclasses
 
 import torch
 
+from .growing import GrowingTensor
+
 # How many roundings of the type may lie between what a model computes of two or three numbers and what is computed of them
 # here, and what rounding in float32 may make up besides where a norm goes over many.
 _ROUNDINGS = 2
@@ -47,7 +49,7 @@ class ResidualStream:
         self.fault = None if layer is not None else "its attention is in no list of layers"
         self.output_norm = None  # the RmsNorm that the attention's output goes through before it is added
         self._recording = recording
-        self._norms = []  # of each pass, float32 [n]
+        self._norms = GrowingTensor()  # of all passes, float32
         self._place = None  # where x is read: a module, and whether it enters or leaves it
         self._passes = 0
         self._entered = None  # the layer's input [1, n, C] while it runs
@@ -65,9 +67,9 @@ class ResidualStream:
 
     def norms(self, count):
         """‖x‖ of the `count` tokens that ran, float32 [count] on the CPU; None, with `fault` set, where it is not known."""
-        if self.fault is None and sum(len(norms) for norms in self._norms) != count:
+        if self.fault is None and len(self._norms) != count:
             self.fault = "not all of its passes could be read"
-        return torch.cat([norms.cpu() for norms in self._norms]) if self.fault is None else None
+        return self._norms.tensor() if self.fault is None else None
 
     def remove_hooks(self):
         for hook in self._hooks:

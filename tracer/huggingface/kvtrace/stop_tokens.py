@@ -44,7 +44,8 @@ def named_stop_ids(stops, vocab_size, tokenizer):
     if not texts:
         return sorted(ids)
     if tokenizer is None:
-        raise CaptureError(f"--stop {_shown(min(texts))}: the model has no tokenizer that could read it; give the token's id")
+        raise CaptureError(f"--stop {_shown(min(texts))}: the model has no tokenizer that could read it; give the token's "
+                           "id")
     known = range(min(vocab_size, len(tokenizer)))
     pieces = token_pieces(tokenizer, known)
     for text in sorted(texts):

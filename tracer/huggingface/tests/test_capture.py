@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import gc
 import threading
 
 import h5py
@@ -354,6 +355,19 @@ def test_conversation_goes_on_in_the_same_trace(model, ids, output):
     assert trace.prompt_length == ids.shape[1]
     for number, layer in enumerate(trace.layers):
         assert np.allclose(layer["outputs"], trace.attention(number)[0], atol=1e-5)
+
+
+def test_a_long_run_holds_no_tensors_of_its_own(model, ids, output):
+    """But for what waits to be written: small ones between the model's would keep their memory from being used again."""
+    alive = []
+
+    def count(*_, **__):
+        alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+        return torch.zeros(1, dtype=torch.bool)
+
+    with kvtrace.capture(model, output, prompt_length=ids.shape[1]):
+        generate(model, ids, 80, stopping_criteria=transformers.StoppingCriteriaList([count]))
+    assert alive[79] - alive[39] < 40
 
 
 def test_turns_may_begin_behind_the_prompt(model, ids, output):

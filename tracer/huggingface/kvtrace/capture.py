@@ -23,6 +23,7 @@ from .layers import Job, Layer
 from .masks import Masks
 from .modules import decoder_config, decoder_of, is_innermost, numbered, weight_shapes_digest
 from .plain_attention import plain_attention
+from .projections import Projection, scope_of
 from .residual import ResidualStream, layer_of
 from .rotary import UnturnedKeys, tables_of, turning_table
 from .spans import leaves_turn_open, locate_spans, locate_turns, read_spans, read_turns
@@ -30,9 +31,6 @@ from .stop_tokens import model_stop_ids
 from .text import encode, token_pieces
 from .trace_file import FLOAT_TYPES, TraceFile
 from .transfer import Transfer
-
-# Names that attention modules give to what follows the heads.
-_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "Wo")
 
 # Names that modules give to the cache they are handed.
 _CACHES = ("cache", "past_key_values", "past_key_value")
@@ -74,7 +72,7 @@ class capture:
     queries            "all", or "window:N" for the last N of the prompt and all after it
     attention_mass     also how much attention each key received from all prompt queries, for policies that accumulate
                        it (h2o); computed anew in float32, which takes time quadratic in the prompt
-    output_projection  also every layer's o_proj weight
+    output_projection  also every layer's output projection
     prompt_length      tokens of the prompt; by default those before the first token that runs alone
     tokenizer          stores the text of each token
     prompt             the prompt's text, with `tokenizer`, to find spans and turns in
@@ -125,11 +123,12 @@ class capture:
         self._layers = [Layer() for _ in range(self._num_layers)]
         self._residuals = {}  # by the attention module's identity: a ResidualStream
         self._attending_kinds = set()  # of modules that called attention
+        self._scopes = {}  # by the attention module's identity: where its output projection is
         self._numbers = {}  # by the identity of a module that serves several layers: the one that it runs as
         self._rotary = tables_of(self._decoder)  # what could turn keys
         self._masks = Masks(self._implementation)
         self._suspected = None  # the layer whose attention reads what its cache does not hold, and what that is
-        self._entering = None  # what should enter the projection next: layer number, output, its version
+        self._followed = None  # the Projection that a layer's outputs are on the way to
         self._device = None
         self._failure = None  # what recording ended with, though the block may have caught it
         self._hooks = []
@@ -145,6 +144,10 @@ class capture:
             for module in self._decoder.modules():
                 if "Rotary" in type(module).__name__:
                     self._hooks.append(module.register_forward_pre_hook(self._on_rotary, with_kwargs=True))
+            for module in self._modules:
+                scope = scope_of(module, layer_of(self._decoder, module))
+                self._scopes[id(module)] = scope
+                self._hooks.append(scope.register_forward_hook(self._on_scope_end, always_call=True))
             for module in self._modules:
                 if not self._has(module.layer_idx):
                     self._hooks.append(module.register_forward_pre_hook(self._on_shared_module, with_kwargs=True))
@@ -178,8 +181,12 @@ class capture:
         return False
 
     def _remove_hooks(self):
+        self._end_following()
         for hook in (*self._hooks, *(hook for layer in self._layers for hook in layer.all_hooks())):
             hook.remove()
+        for layer in self._layers:
+            if layer.projection is not None:
+                layer.projection.remove_hooks()
         for residual in self._residuals.values():
             residual.remove_hooks()
 
@@ -239,16 +246,17 @@ class capture:
         with self._recording(), torch.no_grad():
             self._record_attention(*call)
 
-    def _on_projection(self, projection, arguments, result):
-        with self._recording(), torch.no_grad():
-            self._record_projection(projection, arguments, result)
+    def _on_scope_end(self, scope, *_):
+        if self._followed is not None and self._followed.scope is scope:
+            self._end_following()
 
     @contextlib.contextmanager
     def _recording(self):
         if self._failure is not None:
             raise CaptureError(self._failure)
         try:
-            yield
+            with self._followed.pause() if self._followed is not None else contextlib.nullcontext():
+                yield
         except BaseException as problem:
             self._failure = (str(problem) if isinstance(problem, CaptureError)
                              else f"the run was cut short by {type(problem).__name__}")
@@ -299,7 +307,7 @@ class capture:
 
     def _record_attention(self, module, query, key, value, mask, output, options):
         number = module.layer_idx if self._has(module.layer_idx) else self._numbers.get(id(module))
-        self._entering = None
+        self._end_following()
         self._check_suspicion(number)
         if not self._has(number):
             raise CaptureError(f"an attention of the model does not say which of its {self._num_layers} layers it is "
@@ -343,23 +351,26 @@ class capture:
         if first == 0 and rule.sinks is not None:
             job.whole("sinks", rule.sinks)
         queries, outputs = query[0], output[0].transpose(0, 1)
-        if self._window is None or self._prompt_length is not None:
-            wanted = 0 if self._window is None else max(0, self._prompt_length - self._window)
-            skipped = max(0, wanted - first)
-            if skipped < count:
-                job.rows("queries", first + skipped, queries[:, skipped:])
-                job.rows("outputs", first + skipped, outputs[:, skipped:])
-        else:
-            # Any piece may be the prompt's last.
-            job.hold("queries", queries[:, -self._window:])
-            job.hold("outputs", outputs[:, -self._window:])
-        if self._wants_projection and fresh:
-            self._await_projection(number, module, output)
+        self._of_queries(job, first, queries=queries, outputs=outputs)
         if self._wants_mass and (self._prompt_length is None or first < self._prompt_length):
             job.add_mass(*self._mass(rule, queries, key[0], first))
             if layer.tokens >= (self._prompt_length or layer.tokens + 1):
                 job.write_mass()
         job.submit(self._transfer)
+        if fresh or layer.projection.follows_all:
+            self._follow(number, module, output, first, fresh)
+
+    def _of_queries(self, job, first, **tensors):
+        """What is stored of captured queries alone: [H, n, ...] of those at positions `first`..., by name."""
+        for name, tensor in tensors.items():
+            if self._window is None or self._prompt_length is not None:
+                wanted = 0 if self._window is None else max(0, self._prompt_length - self._window)
+                skipped = max(0, wanted - first)
+                if skipped < tensor.shape[1]:
+                    job.rows(name, first + skipped, tensor[:, skipped:])
+            else:
+                # Any piece may be the prompt's last.
+                job.hold(name, tensor[:, -self._window:])
 
     def _end_prompt(self, length):
         """The prompt is the first `length` tokens, all of which have been seen."""
@@ -380,45 +391,47 @@ class capture:
         return first_key, mass_of(queries[:, : queries.shape[1] - beyond], keys[:, : keys.shape[1] - beyond], first, first_key,
                                   rule)
 
-    # The output projection: stored where what enters it is what attention gave.
+    # The output projection, and what stands before it.
 
-    def _await_projection(self, number, module, output):
+    def _follow(self, number, module, output, first, fresh):
+        """The heads' outputs to the projection."""
         layer = self._layers[number]
         if layer.projection is None:
-            projection = next((getattr(module, name) for name in _PROJECTIONS if hasattr(module, name)), None)
-            layer.no_projection = _projection_fault(module, projection, output.shape[2] * output.shape[3])
-            if layer.no_projection is not None:
-                return
-            layer.projection = projection
-            layer.projection_hook = projection.register_forward_hook(self._on_projection)
-            layer.no_projection = "its attention does not call it as a module"
-        if layer.projection_hook is not None:
-            self._entering = number, output, _version(output)
+            layer.projection = Projection(self._scopes[id(module)], self._recording, lambda gate, fault:
+                                          self._record_passage(number, gate, fault))
+        layer.following = first
+        self._followed = layer.projection
+        layer.projection.follow(output, fresh)
 
-    def _record_projection(self, projection, arguments, result):
-        if self._entering is None or self._layers[self._entering[0]].projection is not projection:
-            return
-        number, output, version = self._entering
-        self._entering = None
+    def _end_following(self):
+        if self._followed is not None:
+            followed, self._followed = self._followed, None
+            followed.end()
+
+    def _record_passage(self, number, gate, fault):
+        """Of the outputs that came to the projection, or did not."""
         layer = self._layers[number]
-        reason = _entry_fault(projection, arguments[0] if arguments else None, result, output, version)
-        first = not layer.projection_written
-        if reason is None and first:
-            job = Job(self._file, number, layer, self._window)
-            job.whole("output_projection", projection.weight.detach())
-            job.submit(self._transfer)
-            layer.projection_written, layer.no_projection = True, None
-        elif reason is not None and first:
-            layer.no_projection = reason
-        elif reason is not None:
-            raise CaptureError(f"layer {number}: {reason}, though it was with the prompt")
-        if reason is not None or layer.checked_decoding:
-            layer.projection_hook.remove()
-            layer.projection_hook = None
+        if fault is not None:
+            raise CaptureError(f"layer {number}: {fault}, though it was otherwise with the prompt")
+        projection = layer.projection
+        if projection.fault is not None:
+            return
+        job = Job(self._file, number, layer, self._window)
+        if not layer.passed:
+            layer.passed = True
+            if projection.passage.norm is not None:
+                job.whole("projection_norm", projection.passage.norm.weight, epsilon=projection.passage.norm.epsilon)
+            if self._wants_projection:
+                job.whole("output_projection", projection.weight)
+        if gate is not None:
+            self._of_queries(job, layer.following, output_gate=gate)
+        job.submit(self._transfer)
+        if layer.checked_decoding and not projection.follows_all:
+            projection.remove_hooks()
 
     def _tell_missing_projections(self):
-        self._tell_missing("output projections", {number: layer.no_projection for number, layer in self._attending()
-                                                  if not layer.projection_written})
+        self._tell_missing("output projections", {number: layer.projection.fault for number, layer in self._attending()
+                                                  if layer.projection.fault is not None})
 
     def _tell_missing(self, what, missing):
         """`missing`: why, by the layer's number."""
@@ -666,6 +679,7 @@ class capture:
         length = self._prompt_length
         if length > self._tokens:
             raise CaptureError(f"the prompt should have {length} tokens, but only {self._tokens} ran")
+        self._end_following()
         self._check_suspicion()
         self._check_layers()
         without = checks.unattended([layer.tokens for layer in self._layers], self._kinds(), self._attending_kinds)
@@ -718,42 +732,3 @@ def _rope_theta(config):
     if "full_attention" in parameters:
         parameters = parameters["full_attention"] or {}  # None: those layers have no rotary embedding
     return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 0.0)
-
-
-def _version(tensor):
-    """Changes when the tensor is written over."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _projection_fault(module, projection, width):
-    """Why the weight [C, H·D] cannot be had, or None."""
-    weight = getattr(projection, "weight", None)
-    if weight is None:
-        return f"{type(module).__name__} has none under a known name"
-    if hasattr(projection, "base_layer"):
-        return "it has an adapter; merge it into the model first"
-    if weight.device.type == "meta":
-        return "it is not in memory"
-    if weight.dtype not in FLOAT_TYPES or weight.dim() != 2 or weight.shape[1] != width:
-        return f"it is {weight.dtype} of shape {tuple(weight.shape)}"
-    return None
-
-
-def _entry_fault(projection, entered, result, output, version):
-    """Why a projection that turned `entered` into `result` is not what follows the attention's `output`, or None."""
-    name = type(projection).__name__
-    if not isinstance(entered, torch.Tensor) or entered.numel() != output.numel():
-        return f"what enters it ({name}) is not the heads' outputs"
-    given = output.reshape(-1)
-    same = version == _version(output) and torch.equal(entered.reshape(-1).to(given), given)
-    if not same:
-        apart = float((entered.reshape(-1).to(given) - given).float().norm() / given.float().norm())
-        if version != _version(output) or apart > _ROUNDING[output.dtype] / 10:
-            return (f"what enters it is not what attention gave{f' ({apart:.0%} apart)' if apart else ''}: a gate, a norm or "
-                    "something else stands between, which a trace has no place for yet")
-    row = entered.reshape(-1, projection.weight.shape[1])[-1:].to(projection.weight.dtype)
-    expected = torch.nn.functional.linear(row, projection.weight, getattr(projection, "bias", None))
-    given = result.reshape(-1, expected.shape[1])[-1:] if isinstance(result, torch.Tensor) else None
-    if given is None or not float((given - expected).float().norm()) <= 0.05 * float(expected.float().norm()):
-        return f"it is no product with its weight alone ({name})"
-    return None

@@ -18,17 +18,15 @@ class Layer:
         self.hooks = []  # that wait for the cache
         self.unturned = None  # its first keys before they are turned
         self.rotary = None  # the table that turned them
-        self.projection = None
-        self.projection_hook = None
-        self.projection_written = False
-        self.no_projection = None  # why it is not stored
+        self.projection = None  # a Projection
+        self.following = 0  # the position of the first of the outputs that are on the way there
+        self.passed = False  # whether some came there
         self.residual = None  # a ResidualStream
-        self.held = {}  # the last queries and outputs of a prompt whose end has not come, by name: [H, n, D]
+        self.held = {}  # the last rows of what is stored of queries, of a prompt whose end has not come, by name
         self.mass = None  # [H, tokens], float64
 
     def all_hooks(self):
-        return [*self.hooks, *([self.projection_hook] if self.projection_hook is not None else []),
-                *(self.unturned.hooks if self.unturned is not None else [])]
+        return [*self.hooks, *(self.unturned.hooks if self.unturned is not None else [])]
 
 
 class Job:
@@ -56,15 +54,15 @@ class Job:
         transfer.submit(run, tensors)
 
     def rows(self, name, first, tensor):
-        """Writes the rows [heads, n, D] of the positions from `first` on."""
+        """Writes the rows [heads, n, ...] of the positions from `first` on."""
         self._steps.append((lambda rows: self._write_rows(name, first, rows), tensor))
 
-    def whole(self, name, tensor):
+    def whole(self, name, tensor, **attributes):
         """Writes a tensor that comes in one piece."""
-        self._steps.append((lambda rows: self._file.write(self._number, name, rows), tensor))
+        self._steps.append((lambda rows: self._file.write(self._number, name, rows, **attributes), tensor))
 
     def hold(self, name, tensor):
-        """Keeps the last rows of the window, of which [heads, n, D] are the latest."""
+        """Keeps the last rows of the window, of which [heads, n, ...] are the latest."""
         def step(rows):
             if name in self._layer.held:
                 rows = torch.cat([self._layer.held[name], rows], 1)[:, -self._window:]
@@ -101,6 +99,6 @@ class Job:
         self._steps.append((step, None))
 
     def _write_rows(self, name, first, rows):
-        captured = name in ("queries", "outputs") and self._window
+        captured = name in ("queries", "outputs", "output_gate") and self._window
         expected = min(self._window, self._tokens) if captured else self._tokens
         self._file.append(self._number, name, rows, first, expected)

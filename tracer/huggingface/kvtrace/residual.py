@@ -142,7 +142,7 @@ class ResidualStream:
 
     def _find(self, place, states, added, norm):
         self._found = place
-        output_norm = _rms_norm(norm, self._attention, added, self._roundings) if norm is not None else None
+        output_norm = rms_norm(norm, self._attention, added, self._roundings) if norm is not None else None
         if norm is not None and output_norm is None:
             self._fail(f"what the attention gives goes through {type(norm).__name__} before it is added, which is no norm by "
                        "the root mean square that is known")
@@ -194,7 +194,7 @@ def _first_floats(values):
     return next((value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()), None)
 
 
-def _rms_norm(norm, before, after, roundings):
+def rms_norm(norm, before, after, roundings):
     """The RmsNorm that turned the rows `before` into `after`; None where the module is none."""
     epsilon = next((getattr(norm, name) for name in _EPSILONS if isinstance(getattr(norm, name, None), float)), None)
     weight = getattr(norm, "weight", None)

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import io
+import math
 import os
 
 import h5py
@@ -72,27 +73,28 @@ class _Disk(io.FileIO):
 
 
 class Rows:
-    """A tensor [heads, n, D] that grows along n. Holds less than a chunk in memory."""
+    """A tensor [heads, n, ...] that grows along n. Holds less than a chunk in memory."""
 
-    def __init__(self, file, path, heads, dim, dtype, expected, most):
-        """`expected`: about how many rows there will be; `most`: how many there may be, or 0."""
+    def __init__(self, file, path, heads, of_row, dtype, expected, most):
+        """`of_row`: the shape of a head's row; `expected`: about how many rows there will be; `most`: how many there may be,
+        or 0."""
         kind, self._array_type = _TYPES[dtype]
-        self.path, self.dtype, self.shape, self.count = path, dtype, (heads, dim), 0
-        row_bytes = heads * dim * self._array_type.itemsize
+        self.path, self.dtype, self.shape, self.count = path, dtype, (heads, *of_row), 0
+        row_bytes = math.prod(self.shape) * self._array_type.itemsize
         wanted = max(-(-expected // _PIECES), -(-most // _MOST_CHUNKS))
         self._rows = max(_LEAST_ROWS, min(wanted, _CHUNK_BYTES // row_bytes))
-        self._buffer = np.zeros((heads, self._rows, dim), self._array_type)
+        self._buffer = np.zeros((heads, self._rows, *of_row), self._array_type)
         self._filled = 0
         creation = h5p.create(h5p.DATASET_CREATE)
-        creation.set_chunk((heads, self._rows, dim))
+        creation.set_chunk((heads, self._rows, *of_row))
         creation.set_fill_time(h5d.FILL_TIME_NEVER)
         creation.set_obj_track_times(False)  # the same run gives the same bytes
         # Two axes without a limit, though only one grows: HDF5 1.10 misnames the chunks where it is one.
-        space = h5s.create_simple((heads, 0, dim), (h5s.UNLIMITED, h5s.UNLIMITED, dim))
+        space = h5s.create_simple((heads, 0, *of_row), (h5s.UNLIMITED, h5s.UNLIMITED, *of_row))
         self._dataset = h5d.create(file.id, path.encode(), kind, space, creation)
 
     def append(self, tensor):
-        """`tensor`: [heads, n, D], on the CPU."""
+        """`tensor`: [heads, n, ...], on the CPU."""
         values = _bits(tensor)
         done = 0
         while done < values.shape[1]:
@@ -108,9 +110,10 @@ class Rows:
         """Writes what is in memory. Only the last piece may be less than a chunk."""
         if self._filled == 0:
             return
-        self._dataset.set_extent((self.shape[0], self.count, self.shape[1]))
+        heads, *of_row = self.shape
+        self._dataset.set_extent((heads, self.count, *of_row))
         # HDF5 would pass every value through its own buffers; the bytes are right as they are.
-        self._dataset.write_direct_chunk((0, self.count - self._filled, 0), self._buffer.tobytes(), 0)
+        self._dataset.write_direct_chunk((0, self.count - self._filled, *(0 for _ in of_row)), self._buffer.tobytes(), 0)
         self._buffer[:] = 0
         self._filled = 0
 
@@ -163,17 +166,17 @@ class TraceFile:
         self.fail(path, f"{what} at {place(at)}; the run itself produced it")
 
     def append(self, layer, name, tensor, first, expected):
-        """The next rows [heads, n, D] of a layer's tensor, whose first is that of position `first`."""
+        """The next rows [heads, n, ...] of a layer's tensor, whose first is that of position `first`."""
         path = f"/layers/{layer}/{name}"
         self._check_finite(tensor, path, lambda at: f"layer {layer}, head {at[0]}, position {first + at[1]}")
         with self._writing():
             rows = self._rows.get(path)
             if rows is None:
                 self._file.require_group(f"layers/{layer}")
-                rows = Rows(self._file, path, tensor.shape[0], tensor.shape[2], tensor.dtype, expected,
+                rows = Rows(self._file, path, tensor.shape[0], tensor.shape[2:], tensor.dtype, expected,
                             self._most_tokens)
                 self._rows[path] = rows
-            if rows.shape != (tensor.shape[0], tensor.shape[2]) or rows.dtype != tensor.dtype:
+            if rows.shape != (tensor.shape[0], *tensor.shape[2:]) or rows.dtype != tensor.dtype:
                 self.fail(path, "changes its shape or type during the run")
             rows.append(tensor)
 

@@ -22,29 +22,90 @@ def runs(name, **options):
     return model, lambda: architectures.generate(model, given, **options)
 
 
-@pytest.mark.parametrize(("name", "between"), [("afmoe", "gate"), ("laguna", "gate"), ("bitnet", "norm"), ("beam", "gate")])
-def test_projection_is_left_out_where_something_stands_before_it(name, between, output):
-    model, run = runs(name)
-    with pytest.warns(UserWarning, match=f"goes without output projections: what enters it is not .*{between}"):
-        with kvtrace.capture(model, output):
-            run()
-    trace = Trace(output)
-    for number, layer in enumerate(trace.layers):
-        assert "output_projection" not in layer
-        assert np.allclose(layer["outputs"], trace.attention(number)[0], atol=1e-5)
+def between(change, layer=1):
+    """A model with something between a layer's outputs and its projection."""
+    model = load("llama")
+    model.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(lambda _, arguments: (change(arguments[0]),))
+    return model
 
 
-def test_projection_of_some_layers_is_left_out_alone(output):
-    model, ids = load("llama"), prompt_of("llama")
-    projection = model.model.layers[1].self_attn.o_proj
-    hook = projection.register_forward_pre_hook(lambda _, arguments: (arguments[0] * 1.5,))
-    # The hook of the capture sees what the module is given in the end.
-    with pytest.warns(UserWarning, match="goes without output projections in layer 1: what enters it is not .*50% apart"):
+def test_what_outputs_are_multiplied_by_is_a_gate(output):
+    model, ids = between(lambda rows: rows * 1.5), prompt_of("llama")
+    with kvtrace.capture(model, output):
+        generate(model, ids)
+    layers = Trace(output).layers
+    assert "output_gate" not in layers[0]
+    assert layers[1]["output_gate"].shape == layers[1]["outputs"].shape[:2]
+    assert (layers[1]["output_gate"] == 1.5).all()
+    assert "output_projection" in layers[1]
+
+
+def rms(rows):
+    return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def written_over(rows):
+    return rows.mul_(1.5)
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (torch.tanh, "gives enters no module"),
+    (lambda rows: rows + 1, "gives enters no module"),
+    (rms, "gives enters no module"),  # in no module of its own
+    (lambda rows: rows * torch.sigmoid(rows), "gives enters no module"),
+    (lambda rows: rows * rows.mean(-1, keepdim=True), "gives enters no module"),
+    (lambda rows: torch.nn.functional.layer_norm(rows, rows.shape[-1:]), "gives enters no module"),
+    (lambda rows: rows.flip(-1), "gives enters no module"),
+    (written_over, "what attention gave is written over"),
+])
+def test_projection_is_left_out_where_something_else_stands_before_it(change, reason, output):
+    model, ids = between(change), prompt_of("llama")
+    with pytest.warns(UserWarning, match=f"goes without output projections in layer 1: .*{reason}"):
         with kvtrace.capture(model, output):
             generate(model, ids)
-    hook.remove()
     layers = Trace(output).layers
-    assert "output_projection" in layers[0] and "output_projection" not in layers[1]
+    assert "output_projection" in layers[0]
+    assert "output_projection" not in layers[1] and "output_gate" not in layers[1]
+
+
+def test_projection_is_left_out_where_it_is_not_the_only_one(output):
+    """As where a gate is made of the outputs, or an adapter takes them too."""
+    model, ids = load("llama"), prompt_of("llama")
+    projection = model.model.layers[0].self_attn.o_proj
+    attention = model.model.layers[0].self_attn
+    attention.other = torch.nn.Linear(*reversed(projection.weight.shape), bias=False)
+    projection.register_forward_hook(lambda _, arguments, result: result + attention.other(arguments[0]))
+    with pytest.warns(UserWarning, match="in layer 0: it is not the only one that takes what attention gives|no product"):
+        with kvtrace.capture(model, output):
+            generate(model, ids)
+
+    attention.gate = torch.nn.Linear(*[projection.weight.shape[1]] * 2, bias=False)
+    with pytest.warns(UserWarning, match="in layer 0: it is not the only one that takes what attention gives"):
+        model = between(lambda rows: rows * attention.gate(rows), layer=0)
+        model.model.layers[0].self_attn.gate = attention.gate
+        with kvtrace.capture(model, output):
+            generate(model, ids)
+
+
+@pytest.mark.parametrize(("norms", "reason"), [
+    ([torch.nn.LayerNorm(64)], "goes through LayerNorm, which is no norm by the root mean square"),
+    ([torch.nn.RMSNorm(64, eps=1e-6), torch.nn.RMSNorm(64, eps=1e-6)], "several norms"),
+])
+def test_norms_that_a_trace_has_no_place_for_are_told(norms, reason, output):
+    model, ids = load("llama"), prompt_of("llama")
+    attention = model.model.layers[0].self_attn
+    attention.norms = torch.nn.Sequential(*norms)
+    projection = attention.o_proj.forward
+    width = attention.o_proj.weight.shape[1]
+    for norm in norms:
+        norm.weight = torch.nn.Parameter(torch.rand(width) + 0.5)
+        norm.normalized_shape = (width,)
+        if getattr(norm, "bias", None) is not None:
+            norm.bias = torch.nn.Parameter(torch.rand(width))
+    attention.o_proj.register_forward_pre_hook(lambda _, arguments: (attention.norms(arguments[0]),))
+    with pytest.warns(UserWarning, match=f"goes without output projections in layer 0: .*{reason}"):
+        with kvtrace.capture(model, output):
+            generate(model, ids)
 
 
 def test_projection_that_changes_its_input_otherwise_is_left_out(output):
@@ -57,15 +118,12 @@ def test_projection_that_changes_its_input_otherwise_is_left_out(output):
             generate(model, ids)
 
 
-def test_projection_by_another_way_while_decoding_is_refused(output):
-    model, ids = load("llama"), prompt_of("llama")
-    projection = model.model.layers[0].self_attn.o_proj
-    hook = projection.register_forward_pre_hook(
-        lambda _, arguments: (arguments[0] * 1.5,) if arguments[0].shape[1] == 1 else None)
-    with pytest.raises(kvtrace.CaptureError, match="layer 0: what enters it is not .*, though it was with the prompt"):
+@pytest.mark.parametrize("change", [lambda rows: rows * 1.5, torch.tanh])
+def test_projection_by_another_way_while_decoding_is_refused(change, output):
+    model = between(lambda rows: change(rows) if rows.shape[1] == 1 else rows, layer=0)
+    with pytest.raises(kvtrace.CaptureError, match="layer 0: .*, though it was otherwise with the prompt"):
         with kvtrace.capture(model, output):
-            generate(model, ids)
-    hook.remove()
+            generate(model, prompt_of("llama"))
 
 
 @pytest.mark.parametrize(("name", "reason"), [

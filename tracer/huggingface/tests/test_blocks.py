@@ -25,9 +25,11 @@ class Kind:
 
     attending: tuple  # layers
     projection: str = "self_attn.o_proj"  # of a layer
+    layers: str = "model.layers"
     tensors: tuple = ()  # that its layers have beside those of all
     some: bool = False  # only some of its layers have them
     cache_of: dict = dataclasses.field(default_factory=dict)
+    gate_width: int = 0  # factors of a head's output
     shapes: tuple = ()  # of each attending layer, where they differ: H, K, Dk, Dv
 
 
@@ -35,23 +37,34 @@ KINDS = {
     "llama": Kind((0, 1, 2, 3)),
     # Layers that do not attend.
     "bamba": Kind((1, 3)), "jamba": Kind((1, 3)), "lfm2": Kind((1, 3), "self_attn.out_proj"), "mllama": Kind((0, 2, 3)),
-    "nemotron_h": Kind((1, 3), "mixer.o_proj"), "olmo_hybrid": Kind((1, 3)), "recurrent_gemma": Kind((1, 3), "temporal_block.o_proj"),
+    "nemotron_h": Kind((1, 3), "mixer.o_proj", "model.layers"), "olmo_hybrid": Kind((1, 3)),
+    "recurrent_gemma": Kind((1, 3), "temporal_block.o_proj"),
     # Learned sinks.
     "flint": Kind((0, 1, 2, 3), tensors=("sinks",)), "gpt_oss": Kind((0, 1, 2, 3), tensors=("sinks",)),
     "granite_swa": Kind((0, 1, 2, 3), tensors=("sinks",)),
     "mimo_v2_flash": Kind((0, 1, 2, 3), tensors=("sinks",), some=True,
                           shapes=((4, 2, 16, 16), (4, 4, 16, 16), (4, 4, 16, 16), (4, 4, 16, 16))),
+    # Gates and norms between outputs and projection.
+    "afmoe": Kind((0, 1, 2, 3), tensors=("output_gate",), gate_width=16),
+    "beam": Kind((0, 1, 2, 3), tensors=("output_gate",), gate_width=16),
+    "laguna": Kind((0, 1, 2, 3), tensors=("output_gate",), gate_width=1),
+    "lfm3": Kind((2,), tensors=("output_gate",), gate_width=1),
+    "qwen3_next": Kind((1, 3), tensors=("output_gate",), gate_width=16),
+    "qwen3_5_text": Kind((1, 3), tensors=("output_gate",), gate_width=16),
+    "bitnet": Kind((0, 1, 2, 3), tensors=("projection_norm",)),
+    # Projections that are transposed, or in another module.
+    "gpt2": Kind((0, 1, 2, 3), "attn.c_proj", "transformer.h"),
+    "gpt_bigcode": Kind((0, 1, 2, 3), "attn.c_proj", "transformer.h"),
+    "bert": Kind((0, 1, 2, 3), "attention.output.dense", "bert.encoder.layer"),
     # Shapes of layers, and caches that several read.
     "gemma4_text": Kind((0, 1, 2, 3), cache_of={2: 0, 3: 1}, shapes=((4, 2, 16, 16), (4, 1, 32, 32)) * 2),
     "gemma3n_text": Kind((0, 1, 2, 3, 4, 5), cache_of={4: 2, 5: 3}),
 }
 
 
-def layers_of(model):
+def layers_of(name, model):
     """Its decoder layers, by number."""
-    decoder = next(part for part in (getattr(model, "backbone", None), getattr(model, "model", None), getattr(model, "decoder", None))
-                   if part is not None)
-    return (decoder.layers if hasattr(decoder, "layers") else decoder.model.layers)
+    return model.get_submodule(KINDS[name].layers)
 
 
 def build(name, attention, dtype):
@@ -74,13 +87,15 @@ def captured(name, path, dtype=torch.float32, attention="eager", **options):
             results.setdefault(number, []).append(rows.detach()[0].double())
         return projection.register_forward_hook(note)
 
-    hooks = [listen(number, layers_of(model)[number].get_submodule(KINDS[name].projection)) for number in KINDS[name].attending]
+    hooks = [listen(number, layers_of(name, model)[number].get_submodule(KINDS[name].projection))
+             for number in KINDS[name].attending]
     alone = architectures.generate(model, given, **options).sequences
     results.clear()
     with kvtrace.capture(model, path, attention_mass=True, prompt_length=architectures.PROMPT):
         run = architectures.generate(model, given, **options)
     for hook in hooks:
         hook.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert run.sequences.tolist() == alone.tolist()
     return model, read_layers(path), {number: torch.cat(rows).numpy() for number, rows in results.items()}
 
@@ -104,6 +119,9 @@ def test_trace_gives_what_the_attention_block_gave(name, pieces, output):
     if kind.shapes:
         assert tuple((len(layer.queries), len(layer.keys), layer.keys.shape[2], layer.values.shape[2])
                      for layer in layers.values()) == kind.shapes
+    if kind.gate_width:
+        assert all(layer.tensors["output_gate"].shape[2:] == ((kind.gate_width,) if kind.gate_width > 1 else ())
+                   for layer in layers.values())
     for name in kind.tensors:
         having = [name in layer.tensors for layer in layers.values()]
         assert any(having) and (kind.some != all(having))
@@ -123,10 +141,46 @@ def test_shared_caches_are_stored_once(name, output):
 def test_sinks_are_the_models(output):
     model, layers, _ = captured("gpt_oss", output)
     for number, layer in layers.items():
-        assert np.array_equal(layer.tensors["sinks"], layers_of(model)[number].self_attn.sinks.detach().numpy())
+        assert np.array_equal(layer.tensors["sinks"], layers_of("gpt_oss", model)[number].self_attn.sinks.detach().numpy())
         # Without them the outputs are others.
         del layer.tensors["sinks"]
         assert distance(layer.outputs, layer.attention()[0]) > 0.01
+
+
+@pytest.mark.parametrize("queries", ["window:7", "window:45"])
+def test_gates_are_those_of_the_captured_queries(queries, tmp_path):
+    """Also where the end of the prompt is not known before, and the prompt comes in pieces."""
+    model, given = build("qwen3_next", "eager", torch.float32), architectures.inputs("qwen3_next")
+    with kvtrace.capture(model, tmp_path / "all.h5"):
+        architectures.generate(model, given)
+    with kvtrace.capture(model, tmp_path / "window.h5", queries=queries):
+        architectures.generate(model, given, prefill_chunk_size=12)
+    everything, window = read_layers(tmp_path / "all.h5"), read_layers(tmp_path / "window.h5")
+    for number, layer in window.items():
+        rows = slice(len(everything[number].positions) - len(layer.positions), None)
+        assert layer.positions.tolist() == everything[number].positions[rows].tolist()
+        assert distance(layer.tensors["output_gate"], everything[number].tensors["output_gate"][:, rows]) < 1e-5
+
+
+def test_gates_are_the_models(output):
+    """q_proj gives them beside the queries."""
+    model, given = build("qwen3_next", "eager", torch.float32), architectures.inputs("qwen3_next")
+    rows = []
+    attention = model.model.layers[1].self_attn
+    hook = attention.q_proj.register_forward_hook(lambda _, arguments, result: rows.append(result[0].detach()))
+    with kvtrace.capture(model, output):
+        architectures.generate(model, given)
+    hook.remove()
+    gates = torch.sigmoid(torch.cat(rows).unflatten(1, (4, 2, 16))[:, :, 1]).transpose(0, 1).numpy()
+    assert distance(read_layers(output)[1].tensors["output_gate"], gates) < 1e-6
+
+
+def test_norms_are_the_models(output):
+    model, layers, _ = captured("bitnet", output)
+    for number, layer in layers.items():
+        norm = model.model.layers[number].self_attn.attn_sub_norm
+        assert np.array_equal(layer.tensors["projection_norm"], norm.weight.detach().numpy())
+        assert layer.epsilons["projection_norm"] == norm.variance_epsilon
 
 
 @pytest.mark.parametrize("name", ["zamba", "zamba2"])

@@ -73,7 +73,6 @@ SIZES = {name: value for value, names in (
          "hidden_size_per_layer_input laurel_rank q_lora_rank"),
     (1, "n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace num_dense_layers zero_expert_num "
         "mamba_n_groups n_groups bos_token_id"),
-    # Latent attention with values as wide as keys: what the attention function sees has the shape of grouped-query attention.
     (24, "kv_lora_rank sliding_window sliding_window_size attention_window_size"),
     (8, "qk_rope_head_dim qk_nope_head_dim mamba_n_heads mamba_num_heads"),
     (16, "qk_head_dim v_head_dim mamba_d_head mamba_d_state mamba_head_dim ssm_state_size state_size linear_key_head_dim "
@@ -260,7 +259,10 @@ def faults(path, passing, cache):
         if not apart <= TOLERANCE:
             found.append(f"layer {number}: outputs are {apart:.0e} from what the trace gives")
         held = cache.layers[int(layer.attributes.get("cache_of", number))]
-        for name, ours, cached in (("keys", layer.keys, held.keys), ("values", layer.values, held.values)):
+        pairs = [("keys", layer.keys, held.keys), ("values", layer.values, held.values)]
+        if "values_in_keys" in layer.attributes:  # latent rows and rotary keys side by side
+            pairs = [("keys", layer.keys, torch.cat([held.keys, held.values], -1)), ("values", layer.values, held.keys)]
+        for name, ours, cached in pairs:
             apart = distance(ours[:, -cached.shape[2]:], cached[0])
             if not apart <= TOLERANCE:
                 found.append(f"layer {number}: {name} {ours.shape} are not the cache's {tuple(cached.shape)}")

@@ -20,8 +20,9 @@ class PlainLayer:
     tensors: dict  # all that its group has
     epsilons: dict  # of norms, by name
 
-    def attention(self):
-        """Outputs [H, Q, Dv], and the weights [H, Q, T] that they come of."""
+    def attention(self, evicted=None):
+        """Outputs [H, Q, Dv], and the weights [H, Q, T] that they come of; `evicted`: what queries do not see besides, bool
+        [Q, T]."""
         group = self.queries.shape[0] // self.keys.shape[0]
         logits = self.queries @ np.repeat(self.keys, group, 0).transpose(0, 2, 1) * self.attributes["softmax_scale"]
         cap = self.attributes["attn_logit_softcapping"]
@@ -34,24 +35,25 @@ class PlainLayer:
             hidden |= behind >= window
         if size := int(self.attributes.get("attention_chunk_size", 0)):
             hidden |= positions < self.positions[:, None] // size * size
+        if evicted is not None:
+            hidden |= evicted
         sinks = self.tensors.get("sinks", np.full(len(logits), -np.inf))[:, None, None]
         highest = np.maximum(np.where(hidden, -np.inf, logits).max(-1, keepdims=True), sinks)
         weights = np.exp(np.where(hidden, -np.inf, logits - highest))
         weights /= weights.sum(-1, keepdims=True) + np.exp(sinks - highest)
         return weights @ np.repeat(self.values, group, 0), weights
 
-    def entering(self, outputs=None):
-        """What enters the projection: heads' outputs (by default those of attention()) through gate and norm, [Q, H·Dv]."""
-        outputs = self.attention()[0] if outputs is None else outputs
+    def entering(self, outputs):
+        """What enters the projection of heads' outputs [H, Q, Dv], through gate and norm: [Q, H·Dv]."""
         if "output_gate" in self.tensors:
             gate = self.tensors["output_gate"]
             outputs = outputs * (gate[..., None] if gate.ndim == 2 else gate)
         rows = outputs.transpose(1, 0, 2).reshape(outputs.shape[1], -1)
         return self._normed(rows, "projection_norm")
 
-    def block_output(self):
+    def block_output(self, evicted=None):
         """What the projection gives but for a bias, [Q, C]."""
-        return self.entering() @ self.tensors["output_projection"].T
+        return self.entering(self.attention(evicted)[0]) @ self.tensors["output_projection"].T
 
     def _normed(self, rows, name):
         if name not in self.tensors:

@@ -16,6 +16,7 @@ import transformers
 from . import __version__, checks, interface
 from .attention_mass import attention_mass as mass_of
 from .attention_rule import AttentionRule
+from .cache_forms import AsCached, Copied, form_of
 from .caches import NoCache, Storage, held_by
 from .errors import CaptureError, UsageError
 from .growing import GrowingTensor
@@ -332,45 +333,60 @@ class capture:
         if count > 1:  # those of tokens that run alone at the end: a GPU would have to be waited for
             self._check_positions()
         if fresh:
-            self._suspected = self._cache_fault(number, key, value, window)
+            self._suspected = self._cache_fault(number, module, query, key, value, window)
             if self._suspected is not None:
                 return  # what comes next tells whether that is all
         self._check_shapes(number, query, key, value, output)
+        cached = self._cached(number, layer) if layer.form.reads_cache else None
+        keys, values = layer.form.rows(key, value, cached)
+        first_key = first + count - keys.shape[1]
         if fresh:
-            self._check_output(number, query, key, value, output, first)
+            self._check_output(number, query, keys, values, output, first, first_key)
         if first == 0:
-            self._find_rotary(layer, key[0])
+            self._find_rotary(layer, keys)
         layer.tokens, layer.residual = first + count, self._residuals.get(id(module))
         self._attending_kinds.add(type(module).__name__)
         self._device = query.device
 
         job = Job(self._file, number, layer, self._window)
         if layer.cache_of is None:
-            job.rows("keys", first, key[0, :, -count:])
-            job.rows("values", first, value[0, :, -count:])
+            job.rows("keys", first, keys[:, -count:])
+            if "values_in_keys" not in layer.attributes:
+                job.rows("values", first, values[:, -count:])
         if first == 0 and rule.sinks is not None:
             job.whole("sinks", rule.sinks)
-        queries, outputs = query[0], output[0].transpose(0, 1)
-        self._of_queries(job, first, queries=queries, outputs=outputs)
+        skipped = self._not_captured(first, count)
+        if skipped < count:
+            queries = layer.form.queries(query[:, :, skipped:])
+            positions = torch.arange(first + skipped, first + count, device=query.device)
+            outputs = layer.form.outputs(output[:, skipped:], queries, keys, values, positions, first_key, rule)
+            self._of_queries(job, first + skipped, queries=queries, outputs=outputs)
         if self._wants_mass and (self._prompt_length is None or first < self._prompt_length):
-            job.add_mass(*self._mass(rule, queries, key[0], first))
+            job.add_mass(*self._mass(layer, query[0], key[0], first))
             if layer.tokens >= (self._prompt_length or layer.tokens + 1):
                 job.write_mass()
         job.submit(self._transfer)
         if fresh or layer.projection.follows_all:
             self._follow(number, module, output, first, fresh)
 
+    def _not_captured(self, first, count):
+        """How many of `count` tokens from position `first` on come before the captured queries, as far as that is known."""
+        if self._window is None:
+            return 0
+        if self._prompt_length is None:
+            return max(0, count - self._window)  # any piece may be the prompt's last
+        return max(0, self._prompt_length - self._window - first)
+
     def _of_queries(self, job, first, **tensors):
         """What is stored of captured queries alone: [H, n, ...] of those at positions `first`..., by name."""
         for name, tensor in tensors.items():
+            skipped = self._not_captured(first, tensor.shape[1])
+            if skipped >= tensor.shape[1]:
+                continue
             if self._window is None or self._prompt_length is not None:
-                wanted = 0 if self._window is None else max(0, self._prompt_length - self._window)
-                skipped = max(0, wanted - first)
-                if skipped < tensor.shape[1]:
-                    job.rows(name, first + skipped, tensor[:, skipped:])
+                job.rows(name, first + skipped, tensor[:, skipped:])
             else:
-                # Any piece may be the prompt's last.
-                job.hold(name, tensor[:, -self._window:])
+                job.hold(name, tensor[:, skipped:])
 
     def _end_prompt(self, length):
         """The prompt is the first `length` tokens, all of which have been seen."""
@@ -383,13 +399,13 @@ class capture:
                 job.write_mass()
             job.submit(self._transfer)
 
-    def _mass(self, rule, queries, keys, first):
+    def _mass(self, layer, queries, keys, first):
         """The attention that the prompt's queries among `queries` pay: where its keys begin, and [H, m] of it."""
         end = first + queries.shape[1]
         beyond = max(0, end - self._prompt_length) if self._prompt_length is not None else 0
         first_key = end - keys.shape[1]
-        return first_key, mass_of(queries[:, : queries.shape[1] - beyond], keys[:, : keys.shape[1] - beyond], first, first_key,
-                                  rule)
+        mass = mass_of(queries[:, : queries.shape[1] - beyond], keys[:, : keys.shape[1] - beyond], first, first_key, layer.rule)
+        return first_key, layer.form.of_heads(mass)
 
     # The output projection, and what stands before it.
 
@@ -414,7 +430,10 @@ class capture:
         if fault is not None:
             raise CaptureError(f"layer {number}: {fault}, though it was otherwise with the prompt")
         projection = layer.projection
+        if projection.fault is None:
+            projection.fault = layer.form.gate_fault(projection.passage.gate_width, projection.passage.norm is not None)
         if projection.fault is not None:
+            projection.remove_hooks()
             return
         job = Job(self._file, number, layer, self._window)
         if not layer.passed:
@@ -422,9 +441,9 @@ class capture:
             if projection.passage.norm is not None:
                 job.whole("projection_norm", projection.passage.norm.weight, epsilon=projection.passage.norm.epsilon)
             if self._wants_projection:
-                job.whole("output_projection", projection.weight)
+                job.whole("output_projection", layer.form.projection(projection.weight))
         if gate is not None:
-            self._of_queries(job, layer.following, output_gate=gate)
+            self._of_queries(job, layer.following, output_gate=layer.form.of_heads(gate))
         job.submit(self._transfer)
         if layer.checked_decoding and not projection.follows_all:
             projection.remove_hooks()
@@ -519,40 +538,52 @@ class capture:
         return next((other for other, layer in enumerate(self._layers[:number])
                      if layer.storage is not None and layer.storage.is_of(key)), None)
 
-    def _cache_fault(self, number, key, value, window):
-        """The layer's number and a reason where its attention reads anything but what its cache holds, or that of a layer
-        before, which becomes the layer's; else None."""
+    def _cached(self, number, layer):
+        """What the layer's cache holds as its keys and values."""
+        cache = layer.cache() if layer.cache is not None else None
+        keys, values = held_by(cache, number)
+        if keys is None:
+            self._refuse(number, _UNCACHED)
+        return keys, values
+
+    def _cache_fault(self, number, module, query, key, value, window):
+        """The layer's number and a reason where its attention reads anything but what its cache holds, what is made of it in
+        a known way, or what that of a layer before holds; else None. What it reads becomes the layer's."""
         layer, length = self._layers[number], key.shape[2]
         owner = self._owner(number, key)
         if layer.tokens > 0 and owner != layer.cache_of:
             return number, "it reads another layer's keys and values while decoding than with the prompt"
         layer.cache_of = owner
-        cache = layer.cache() if layer.cache is not None else None
-        if layer.checked_decoding:
-            for hook in layer.hooks:
-                hook.remove()
-            layer.hooks.clear()
+        if layer.checked_decoding and not layer.form.reads_cache:
+            layer.remove_cache_hooks()
         if owner is not None:
+            layer.form = self._layers[owner].form
             return None
         layer.storage = Storage(key)
+        cache = layer.cache() if layer.cache is not None else None
         if cache is None:
             return None
         keys, values = held_by(cache, number)
-        if isinstance(cache, NoCache):
-            cache.states.pop(number, None)
         if keys is None or values is None or keys.dim() != 4 or values.dim() != 4:
             return number, _UNCACHED
         # A cache of a window holds what the next query sees beside itself.
         expected = length if keys.shape[2] == length or not window else min(length, window - 1)
-        reason = checks.cache_fault(*(tuple((tensor.shape[1], tensor.shape[3]) for tensor in pair)
-                                      for pair in ((key, value), (keys, values))), expected, keys.shape[2])
-        if reason is not None:
-            return number, reason
-        for given, kept in ((key, keys), (value, values)):
-            if given.untyped_storage().data_ptr() != kept.untyped_storage().data_ptr() and not torch.equal(
-                    given[:, :, -1], kept[:, :, -1]):
-                return number, ("its attention reads other keys and values than its cache holds, of which they were made; a "
-                                "trace holds the cache's")
+        widths = [tuple((tensor.shape[1], tensor.shape[3]) for tensor in pair) for pair in ((key, value), (keys, values))]
+        form = form_of(module, query.shape[1], key, value, keys, values)
+        if isinstance(form, Copied) and layer.rule.sinks is not None:
+            form = None
+        if form is None or keys.shape[2] != expected:
+            return number, checks.cache_fault(*widths, expected, keys.shape[2])
+        if layer.tokens == 0:
+            layer.form = form
+        elif type(form) is not type(layer.form):
+            return number, "its attention reads its cache in another way while decoding than with the prompt"
+        if type(form) is AsCached:
+            for given, kept in ((key, keys), (value, values)):
+                if given.untyped_storage().data_ptr() != kept.untyped_storage().data_ptr() and not torch.equal(
+                        given[:, :, -1], kept[:, :, -1]):
+                    return number, ("its attention reads other keys and values than its cache holds, of which they were made; a "
+                                    "trace holds the cache's")
         return None
 
     def _check_shapes(self, number, query, key, value, output):
@@ -565,7 +596,8 @@ class capture:
         if tuple(output.shape) != (1, query.shape[2], heads, value.shape[3]):
             self._refuse(number, f"the attention's output has the shape {tuple(output.shape)} for queries "
                                  f"{tuple(query.shape)} and values {tuple(value.shape)}")
-        self._note(number, num_attention_heads=heads, num_key_value_heads=key.shape[1], key_dim=width, value_dim=value.shape[3])
+        self._note(number, **{"num_attention_heads": heads, "num_key_value_heads": key.shape[1], "key_dim": width,
+                              "value_dim": value.shape[3], **self._layers[number].form.attributes})
 
     def _note(self, number, **attributes):
         """What the trace says of the layer, for all of the run."""
@@ -598,13 +630,12 @@ class capture:
             self._refuse(number, "its softmax has learned sinks in a part of the run alone")
         return layer.rule
 
-    def _check_output(self, number, query, key, value, output, first):
+    def _check_output(self, number, query, keys, values, output, first, first_key):
         """The first, the middle and the last query's output is that of their attention to keys and values."""
-        count = query.shape[2]
+        layer, count = self._layers[number], query.shape[2]
         rows = torch.tensor(sorted({0, count // 2, count - 1}), device=query.device)
-        expected = plain_attention(query[0][:, rows], key[0], value[0], first + rows, first + count - key.shape[2],
-                                   self._layers[number].rule).transpose(0, 1)
-        given = output[0][rows].float()
+        outputs = plain_attention(layer.form.queries(query[:, :, rows]), keys, values, first + rows, first_key, layer.rule)
+        expected, given = layer.form.expand(outputs), output[0][rows].float()
         distance = float((given - expected).norm() / expected.norm())
         if distance > _ROUNDING[query.dtype]:  # what is not finite is told by its place
             self._refuse(number, f"its attention's output is {distance:.0%} apart from what queries, keys and values give; "

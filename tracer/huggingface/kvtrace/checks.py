@@ -112,7 +112,7 @@ def cache_fault(attention, cached, length, held):
     (cached_heads, cached_width), (cached_value_heads, cached_value_width) = cached
     if cached_heads == cached_value_heads == 1 < heads and (key_width, value_width) != (cached_width, cached_value_width):
         return (f"its cache holds one latent row of {cached_width} and {cached_value_width} values for each token (MLA), and "
-                f"no keys and values of its {heads} heads; latent rows are not in this format yet")
+                f"what its {heads} heads read is not made of it by one matrix alone; such latent attention cannot be captured")
     if attention != cached:
         return (f"its attention reads {heads} heads of keys ({key_width} wide) and values ({value_width}), but the cache "
                 f"holds {cached_heads} ({cached_width}) and {cached_value_heads} ({cached_value_width}), of which they were "

@@ -2,6 +2,8 @@
 
 import torch
 
+from .cache_forms import AsCached
+
 
 class Layer:
     """How far a layer is, and what of its run is not in the file yet. The latter belongs to the thread that writes."""
@@ -10,6 +12,7 @@ class Layer:
         self.tokens = 0
         self.attributes = {}  # of its group in the file
         self.rule = None  # its AttentionRule
+        self.form = AsCached()
         self.cache_of = None  # the number of the layer before whose keys and values it reads
         self.pass_ = 0  # of the decoder, in which it was seen last
         self.checked_decoding = False
@@ -24,6 +27,11 @@ class Layer:
         self.residual = None  # a ResidualStream
         self.held = {}  # the last rows of what is stored of queries, of a prompt whose end has not come, by name
         self.mass = None  # [H, tokens], float64
+
+    def remove_cache_hooks(self):
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
 
     def all_hooks(self):
         return [*self.hooks, *(self.unturned.hooks if self.unturned is not None else [])]

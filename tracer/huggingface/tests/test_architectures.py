@@ -127,9 +127,6 @@ def test_projection_by_another_way_while_decoding_is_refused(change, output):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("deepseek_v3", r"layer 0: its cache holds one latent row of 24 and 8 values .*\(MLA\)"),
-    ("glm4_moe_lite", "layer 0: its cache holds one latent row"),
-    ("jetmoe", "layer 0: its attention reads 4 heads of keys .*, but the cache holds 2 "),
     (architectures.IMAGE, "shows position 14 to the query at 11, which comes before it, as with images"),
     ("llama4_text", "its mask shows chunks of 16 positions"),
     ("qwen2_moe with a window", "shows the last 24 positions, a sliding window that the model does not pass"),
@@ -151,14 +148,47 @@ def test_what_a_trace_has_no_place_for_is_refused_for_what_it_is(name, reason, o
         pytest.fail(str(problem))
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "jetmoe"])
-def test_caches_are_compared_where_there_is_none(name, output):
-    model = architectures.build(name, "eager")
-    refused(model, output, "latent row|but the cache holds 2",
-            lambda: model(**architectures.inputs(name), use_cache=False))
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_latent_attention_of_more_than_a_matrix_is_refused(use_cache, output):
+    model, given = architectures.build("deepseek_v3", "eager"), architectures.inputs("deepseek_v3")
+    model.model.layers[2].self_attn.kv_b_proj.register_forward_hook(lambda _, arguments, result: result + 1)
+    with pytest.raises(kvtrace.CaptureError, match=r"layer 2: its cache holds one latent row of 24 and 8 values .*\(MLA\), and "
+                                                   "what its 4 heads read is not made of it by one matrix"):
+        with kvtrace.capture(model, output):
+            model(**given, use_cache=use_cache)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3n_text", "gpt_oss", "bamba"])
+@pytest.mark.parametrize(("stands", "reason"), [
+    (lambda rows: rows * torch.linspace(0.5, 1.5, rows.shape[-1]), "a gate with a factor for each value of its heads' outputs"),
+    (torch.nn.RMSNorm(64), "a norm of its heads' outputs"),
+])
+def test_latent_outputs_go_through_gates_of_heads_alone(stands, reason, output):
+    model, given = architectures.build("deepseek_v3", "eager"), architectures.inputs("deepseek_v3")
+    attention = model.model.layers[1].self_attn
+    if isinstance(stands, torch.nn.Module):
+        stands.eps = 1e-6
+        attention.norm = stands
+    attention.o_proj.register_forward_pre_hook(lambda _, arguments: (stands(arguments[0]),))
+    with pytest.warns(UserWarning, match=f"goes without output projections in layer 1: {reason}"):
+        with kvtrace.capture(model, output):
+            architectures.generate(model, given)
+    layers = read_layers(output)
+    assert "output_projection" in layers[0].tensors
+    assert not {"output_projection", "output_gate", "projection_norm"} & set(layers[1].tensors)
+
+
+class DoublingCache(transformers.DynamicCache):
+    def update(self, *arguments, **options):
+        return tuple(2 * states for states in super().update(*arguments, **options))
+
+
+def test_keys_that_the_cache_does_not_hold_are_refused(output):
+    model, ids = load("llama"), prompt_of("llama")
+    refused(model, output, "layer 0: its attention reads other keys and values than its cache holds",
+            lambda: model(ids, past_key_values=DoublingCache(), use_cache=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3n_text", "gpt_oss", "bamba", "deepseek_v3", "kimi_linear", "jetmoe"])
 def test_run_without_a_cache_is_captured(name, tmp_path):
     model, given = architectures.build(name, "eager"), architectures.inputs(name)
     for use_cache in (True, False):

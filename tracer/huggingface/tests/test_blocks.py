@@ -56,6 +56,12 @@ KINDS = {
     "gpt2": Kind((0, 1, 2, 3), "attn.c_proj", "transformer.h"),
     "gpt_bigcode": Kind((0, 1, 2, 3), "attn.c_proj", "transformer.h"),
     "bert": Kind((0, 1, 2, 3), "attention.output.dense", "bert.encoder.layer"),
+    # Latent attention, in two with layers that do not attend, in one of those with a gate.
+    **{name: Kind((0, 1, 2, 3), shapes=((4, 1, 32, 24),) * 4) for name in (
+        "axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu")},
+    "longcat_flash": Kind((0, 1, 2, 3), shapes=((4, 1, 32, 24),) * 4),
+    "kimi_linear": Kind((1, 3), shapes=((4, 1, 32, 24),) * 2),
+    "bailing_hybrid": Kind((1, 3), tensors=("output_gate",), gate_width=1, shapes=((4, 1, 32, 24),) * 2),
     # Shapes of layers, and caches that several read.
     "gemma4_text": Kind((0, 1, 2, 3), cache_of={2: 0, 3: 1}, shapes=((4, 2, 16, 16), (4, 1, 32, 32)) * 2),
     "gemma3n_text": Kind((0, 1, 2, 3, 4, 5), cache_of={4: 2, 5: 3}),
@@ -65,6 +71,14 @@ KINDS = {
 def layers_of(name, model):
     """Its decoder layers, by number."""
     return model.get_submodule(KINDS[name].layers)
+
+
+def projections_of(name, model):
+    """The output projection of each attending layer, by number."""
+    if name == "longcat_flash":  # two attentions in a layer
+        return {2 * number + half: layer.self_attn[half].o_proj for number, layer in enumerate(model.model.layers)
+                for half in range(2)}
+    return {number: layers_of(name, model)[number].get_submodule(KINDS[name].projection) for number in KINDS[name].attending}
 
 
 def build(name, attention, dtype):
@@ -87,8 +101,7 @@ def captured(name, path, dtype=torch.float32, attention="eager", **options):
             results.setdefault(number, []).append(rows.detach()[0].double())
         return projection.register_forward_hook(note)
 
-    hooks = [listen(number, layers_of(name, model)[number].get_submodule(KINDS[name].projection))
-             for number in KINDS[name].attending]
+    hooks = [listen(*each) for each in projections_of(name, model).items()]
     alone = architectures.generate(model, given, **options).sequences
     results.clear()
     with kvtrace.capture(model, path, attention_mass=True, prompt_length=architectures.PROMPT):
@@ -125,6 +138,42 @@ def test_trace_gives_what_the_attention_block_gave(name, pieces, output):
     for name in kind.tensors:
         having = [name in layer.tensors for layer in layers.values()]
         assert any(having) and (kind.some != all(having))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "bailing_hybrid"])
+def test_latent_rows_that_are_evicted_are_those_that_the_model_does_not_see(name, output):
+    """In a layer alone, whose input is as before."""
+    model, layers, _ = captured(name, output)
+    number = max(layers)
+    queries, evict_at = architectures.PROMPT + architectures.GENERATED - 1, 30
+    evicted = np.zeros((queries, queries), bool)
+    evicted[evict_at:, 3:evict_at:2] = True
+    rows = []
+
+    def hide(module, arguments, options):
+        lowest = torch.finfo(torch.float32).min
+        return arguments, {**options, "attention_mask": options["attention_mask"].masked_fill(torch.from_numpy(evicted), lowest)}
+
+    attention = layers_of(name, model)[number].self_attn
+    attention.register_forward_pre_hook(hide, with_kwargs=True)
+    attention.o_proj.register_forward_hook(lambda _, arguments, result: rows.append(result[0].detach()))
+    with h5py.File(output) as file, torch.no_grad():
+        model(torch.from_numpy(file["tokens/ids"][:]).long()[None])
+    expected, full = rows[0].double().numpy(), layers[number].block_output()
+    assert distance(layers[number].block_output(evicted), expected) < 1e-5
+    assert distance(full[evict_at:], expected[evict_at:]) > 0.01
+
+
+def test_latent_rows_are_those_of_the_cache(output):
+    model, given = build("deepseek_v3", "eager", torch.float32), architectures.inputs("deepseek_v3")
+    with kvtrace.capture(model, output):
+        cache = architectures.generate(model, given).past_key_values
+    with h5py.File(output) as file:
+        for number, held in enumerate(cache.layers):
+            group = file[f"layers/{number}"]
+            assert np.array_equal(group["keys"][:], torch.cat([held.keys, held.values], -1)[0].numpy())
+            assert "values" not in group and group.attrs["values_in_keys"] == 24
+            assert group["output_projection"].shape == (64, 4 * 24)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.cache_of])
@@ -181,6 +230,21 @@ def test_norms_are_the_models(output):
         norm = model.model.layers[number].self_attn.attn_sub_norm
         assert np.array_equal(layer.tensors["projection_norm"], norm.weight.detach().numpy())
         assert layer.epsilons["projection_norm"] == norm.variance_epsilon
+
+
+def test_copied_heads_are_stored_once(output):
+    """Those of JetMoE, of which each is copied behind all others. Its projection is one of the experts'."""
+    model, given = architectures.build("jetmoe", "eager"), architectures.inputs("jetmoe")
+    with pytest.warns(UserWarning, match="goes without output projections"):
+        with kvtrace.capture(model, output, attention_mass=True):
+            cache = architectures.generate(model, given).past_key_values
+    for number, layer in read_layers(output).items():
+        outputs, weights = layer.attention()
+        assert np.array_equal(layer.keys, cache.layers[number].keys[0].numpy())
+        assert layer.keys.shape[0] == 2 and layer.queries.shape[0] == 4
+        assert distance(layer.outputs, outputs) < 1e-5
+        prompt = slice(architectures.PROMPT)
+        assert distance(layer.tensors["attention_mass"], weights[:, prompt].sum(1)[:, prompt]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["zamba", "zamba2"])

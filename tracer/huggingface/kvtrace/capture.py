@@ -22,7 +22,7 @@ from .errors import CaptureError, UsageError
 from .growing import GrowingTensor
 from .layers import Job, Layer
 from .masks import Masks
-from .modules import decoder_config, decoder_of, is_innermost, numbered, weight_shapes_digest
+from .modules import decoder_config, decoder_of, is_innermost, numbered, visibilities, weight_shapes_digest
 from .plain_attention import plain_attention
 from .projections import Projection, scope_of
 from .residual import ResidualStream, layer_of
@@ -47,7 +47,7 @@ _UNCACHED = "it has no keys and values in the cache, and those that it reads are
 _SINKS = ("s_aux", "sinks")
 
 # What of a layer's attributes is its AttentionRule.
-_RULE = ("softmax_scale", "attn_logit_softcapping", "sliding_window")
+_RULE = ("softmax_scale", "attn_logit_softcapping", "sliding_window", "attention_chunk_size")
 
 
 def parse_queries(text):
@@ -108,6 +108,7 @@ class capture:
         self._modules = numbered(self._decoder)
         self._implementation = self._config._attn_implementation
         self._num_layers = self._config.num_hidden_layers
+        self._visibilities = visibilities(self._config, self._num_layers)
 
     # The block.
 
@@ -324,16 +325,16 @@ class capture:
         layer.checked_decoding = layer.checked_decoding or (first > 0 and count == 1)
         self._refuse(number, checks.options_fault(options))
         rule = self._rule(number, query, options)
-        window = rule.sliding_window
-        reason = checks.length_fault(first, count, key.shape[2], window, self._original_length())
+        window, chunk = rule.sliding_window, rule.attention_chunk_size
+        reason = checks.length_fault(first, count, key.shape[2], window or chunk, self._original_length())
         if reason is None and first + count != self._tokens:
             reason = f"its attention was given queries of {count} of the {self._tokens - first} tokens that came in"
         self._refuse(number, reason)
-        self._refuse(number, self._masks.fault(module, mask, options, first, count, key.shape[2], window))
+        self._refuse(number, self._masks.fault(module, mask, options, first, count, key.shape[2], window, chunk))
         if count > 1:  # those of tokens that run alone at the end: a GPU would have to be waited for
             self._check_positions()
         if fresh:
-            self._suspected = self._cache_fault(number, module, query, key, value, window)
+            self._suspected = self._cache_fault(number, module, query, key, value, window or chunk)
             if self._suspected is not None:
                 return  # what comes next tells whether that is all
         self._check_shapes(number, query, key, value, output)
@@ -612,20 +613,23 @@ class capture:
             raise CaptureError("attention drops out at random; call model.eval() before")
         layer = self._layers[number]
         scale = options.get("scaling")
-        window = options.get("sliding_window") or 0
+        window, chunk = options.get("sliding_window") or 0, 0
+        if not window:  # not all models pass it
+            window, chunk = self._visibilities[number]
         if window == 1:
             # The cache would keep the last 0 tokens, and does keep all.
             raise CaptureError(f"layer {number}: a sliding window of 1 is not what transformers computes; 2 and more are "
                                "supported")
         self._note(number, softmax_scale=query.shape[3]**-0.5 if scale is None else float(scale),
-                   attn_logit_softcapping=float(options.get("softcap") or 0.0), sliding_window=window)
+                   attn_logit_softcapping=float(options.get("softcap") or 0.0), sliding_window=window,
+                   **({"attention_chunk_size": chunk} if chunk else {}))
         sinks = next((options[name] for name in _SINKS if options.get(name) is not None), None)
         if sinks is not None and sinks.numel() != query.shape[1]:
             self._refuse(number, f"its softmax has {sinks.numel()} learned sinks for {query.shape[1]} heads, and a trace has "
                                  "one for each")
         if layer.rule is None:
             sinks = None if sinks is None else sinks.detach().reshape(-1).float()
-            layer.rule = AttentionRule(**{name: layer.attributes[name] for name in _RULE}, sinks=sinks)
+            layer.rule = AttentionRule(**{name: layer.attributes[name] for name in _RULE if name in layer.attributes}, sinks=sinks)
         elif (sinks is None) != (layer.rule.sinks is None):
             self._refuse(number, "its softmax has learned sinks in a part of the run alone")
         return layer.rule

@@ -38,10 +38,10 @@ def options_fault(options):
     return None
 
 
-def mask_fault(mask, queries, keys, window):
+def mask_fault(mask, queries, keys, window, chunk=0):
     """Of a mask [heads, n, m], True or 0 where a query sees a key and False or very negative where it does not, for
-    queries at the positions [n, 1] and keys at [m]: each should see those up to itself, the last `window` of them where
-    that is not 0."""
+    queries at the positions [n, 1] and keys at [m]: each should see those up to itself, the last `window` of them, and
+    those of its own chunk of `chunk` positions, where that is not 0."""
     if str(mask.dtype).endswith("bool"):
         seen = mask
     else:
@@ -51,6 +51,8 @@ def mask_fault(mask, queries, keys, window):
     expected = keys <= queries
     if window:
         expected = expected & (keys > queries - window)
+    if chunk:
+        expected = expected & (keys >= queries // chunk * chunk)
     if bool((seen == expected).all()):
         return None
     if bool((seen != seen[:1]).any()):
@@ -61,6 +63,11 @@ def mask_fault(mask, queries, keys, window):
         if row and row[-1] > query:
             return (f"its mask shows position {row[-1]} to the query at {query}, which comes before it, as with images "
                     "whose tokens see each other; a trace holds causal attention")
+    for query, row in zip(positions, rows):
+        if window and row and row[0] <= query - window or chunk and row and row[0] < query // chunk * chunk:
+            outside = f"its sliding window of {window}" if window else f"its chunk of {chunk}"
+            return (f"its mask shows position {row[0]} to the query at {query}, which is outside {outside} that the model's "
+                    "configuration gives it")
     return _hidden_fault(positions, rows, int(keys[0]), window)
 
 
@@ -76,24 +83,25 @@ def _hidden_fault(positions, rows, first_key, window):
                     "piece, or with another version")
         if several and all(start == max(first_key, query + 1 - span) for query, start in zip(positions, starts)):
             passed = f" (that is {window})" if window else ""
-            return (f"its mask shows the last {span} positions, a sliding window that the model does not pass to its "
-                    f"attention as an option{passed}; such models cannot be captured yet")
+            return (f"its mask shows the last {span} positions, a sliding window that neither an option of its attention nor "
+                    f"the model's configuration gives it{passed}")
         chunk = math.gcd(*starts)
         if len(set(starts)) > 1 and all(start == query // chunk * chunk for query, start in zip(positions, starts)):
-            return f"its mask shows chunks of {chunk} positions, which a trace has no place for yet"
+            return f"its mask shows chunks of {chunk} positions, which the model's configuration does not give it"
         if all(start == starts[-1] for start, row in zip(starts, rows) if row):
-            what = "run without padding" if several else (
-                "run without padding; models whose window or chunk is not an option of their attention cannot be captured")
-            return f"its mask hides the positions before {starts[-1]} from the query at {positions[-1]}; {what}"
+            return (f"its mask hides the positions before {starts[-1]} from the query at {positions[-1]}; run without padding")
     return ("its mask hides positions between those that it shows, as attention that chooses its keys does, which a trace "
             "has no place for; if that is padding, run without padding")
 
 
-def no_mask_fault(implementation, is_causal, count, length, window):
-    """Of attention without a mask, for the last `count` of `length` positions: what the implementation shows then. Those
-    that are not transformers' own are taken at their word."""
+def no_mask_fault(implementation, is_causal, count, length, window, chunk=0, first=0):
+    """Of attention without a mask, for the `count` positions from `first` on and the last `length`: what the implementation
+    shows then. Those that are not transformers' own are taken at their word, but for chunks, of which they are not told."""
     if count > 1 and not is_causal:
         return "its attention is not causal"
+    end = first + count
+    if chunk and (end - 1) // chunk * chunk > end - length:
+        return f"its attention has no mask that would hide what lies outside its chunk of {chunk}"
     if implementation not in ("eager", "sdpa"):
         return None
     if count > 1 and (implementation == "eager" or length != count):
@@ -117,9 +125,8 @@ def cache_fault(attention, cached, length, held):
         return (f"its attention reads {heads} heads of keys ({key_width} wide) and values ({value_width}), but the cache "
                 f"holds {cached_heads} ({cached_width}) and {cached_value_heads} ({cached_value_width}), of which they were "
                 "made; a trace holds the cache's")
-    return (f"its attention reads {length} keys, of which the cache holds {held}: a sliding window that the model does not "
-            "pass to its attention as an option, or another cache than transformers' default (DynamicCache); neither can be "
-            "captured")
+    return (f"its attention reads {length} keys, of which the cache holds {held}: another cache than transformers' default "
+            "(DynamicCache), which cannot be captured")
 
 
 def positions_fault(positions, previous=None):

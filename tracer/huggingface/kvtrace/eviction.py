@@ -12,7 +12,7 @@ from . import checks, interface
 from .errors import EvictionError
 from .kept_sets import KeptSets, read_kept_sets
 from .masks import Masks
-from .modules import decoder_config, decoder_of, is_innermost, numbered
+from .modules import decoder_config, decoder_of, is_innermost, numbered, visibilities
 from .trace_digest import tokens_digest
 
 # A row that a head does not see.
@@ -113,6 +113,7 @@ class evicted:
         self._modules = numbered(self._decoder)
         self._implementation = config._attn_implementation
         self._num_layers = config.num_hidden_layers
+        self._visibilities = visibilities(config, self._num_layers)
         self._sets = self._kept.of_layers(self._num_layers)
         self._is_flash = "flash" in self._implementation
         if not self._is_flash and self._implementation not in ("eager", "sdpa"):
@@ -252,7 +253,11 @@ class evicted:
         self._seen.add(number)
         self._attending_kinds.add(type(module).__name__)
         self._refuse(number, checks.options_fault(options))
-        window = options.get("sliding_window") or 0
+        window, chunk = options.get("sliding_window") or 0, 0
+        if not window:  # not all models pass it
+            window, chunk = self._visibilities[number]
+        if chunk:
+            raise EvictionError(f"layer {number}: sees chunks of {chunk} positions; such models cannot be evicted")
         if isinstance(held, EvictedLayer):
             return self._attend_to_rest(function, held, module, query, key, value, mask, arguments, options, window)
         self._check_cache(number, held)
@@ -281,8 +286,8 @@ class evicted:
         if key.shape != held.keys.shape:
             raise EvictionError(f"layer {number}: its attention reads other keys than its cache holds, of which they were made")
         if held.is_sliding and window != held.sliding_window:
-            raise EvictionError(f"layer {number}: has a sliding window that the model does not pass to its attention as an "
-                                "option; such models cannot be evicted")
+            raise EvictionError(f"layer {number}: its cache keeps a sliding window of {int(held.sliding_window)}, and its "
+                                f"attention sees {window or 'everything'}; such models cannot be evicted")
         seen = held.seen(count, window)
         if self._is_flash:
             return self._attend_without_masks(function, seen, module, query, key, value, arguments, options)
@@ -378,8 +383,8 @@ class evicted:
         if sets != (heads if self._kept.heads == "kv" else query.shape[1]):
             self._refuse_heads(number, heads if self._kept.heads == "kv" else query.shape[1])
         if isinstance(held, DynamicSlidingWindowLayer) and window != int(held.sliding_window):
-            raise EvictionError(f"layer {number}: has a sliding window that the model does not pass to its attention as an "
-                                "option; such models cannot be evicted")
+            raise EvictionError(f"layer {number}: its cache keeps a sliding window of {int(held.sliding_window)}, and its "
+                                f"attention sees {window or 'everything'}; such models cannot be evicted")
 
     def _refuse_heads(self, number, heads):
         kind = "KV" if self._kept.heads == "kv" else "query"

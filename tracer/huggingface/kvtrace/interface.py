@@ -3,13 +3,13 @@
 import sys
 import threading
 
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from .errors import CaptureError
 
 _lock = threading.RLock()
 _in_place = {}  # by the attention module's identity: a function that is called in the place of its attention
-_users = {}  # by the name of an attention implementation: how many stand there, and what stood there before
+_users = {}  # by the identity of a table and the name of an implementation: how many stand there, and what stood there before
 
 
 def _eager(module):
@@ -36,21 +36,30 @@ def _dispatch(name, previous, inherited):
     return attention
 
 
+def _interfaces(modules):
+    """Where modules ask for their attention: transformers' table, and those of the models that have their own."""
+    own = (getattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS", None)
+           for kind in {type(module) for module in modules})
+    found = {id(table): table for table in own if isinstance(table, AttentionInterface)}
+    return [ALL_ATTENTION_FUNCTIONS, *(table for table in found.values() if table is not ALL_ATTENTION_FUNCTIONS)]
+
+
 def stand_in(name, modules, function):
     """Has `function` called in the place of every attention of one of `modules`, whose implementation is `name`: with that
     implementation, and with what it would have been called with."""
     with _lock:
         if any(id(module) in _in_place for module in modules):
             raise CaptureError("the model is being captured already, or its cache evicted; leave that block first")
-        count, previous = _users.get(name, (0, None))
-        if count == 0:
-            # What was set on this object and not for all; what it stands before is found again by its absence.
-            previous = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
-            inherited = ALL_ATTENTION_FUNCTIONS._global_mapping.get(name)
-            if previous is None and inherited is None and name != "eager":
-                raise CaptureError(f"transformers has no attention implementation named {name}")
-            ALL_ATTENTION_FUNCTIONS[name] = _dispatch(name, previous, inherited)
-        _users[name] = (count + 1, previous)
+        inherited = ALL_ATTENTION_FUNCTIONS._global_mapping.get(name)
+        if inherited is None and name != "eager" and name not in ALL_ATTENTION_FUNCTIONS:
+            raise CaptureError(f"transformers has no attention implementation named {name}")
+        for table in _interfaces(modules):
+            count, previous = _users.get((id(table), name), (0, None))
+            if count == 0:
+                # What was set on this object and not for all; what it stands before is found again by its absence.
+                previous = table._local_mapping.get(name)
+                table[name] = _dispatch(name, previous, inherited)
+            _users[id(table), name] = (count + 1, previous)
         for module in modules:
             _in_place[id(module)] = function
 
@@ -71,10 +80,11 @@ def leave(name, modules):
     with _lock:
         for module in modules:
             _in_place.pop(id(module), None)
-        count, previous = _users.pop(name)
-        if count > 1:
-            _users[name] = (count - 1, previous)
-        elif previous is not None:
-            ALL_ATTENTION_FUNCTIONS[name] = previous
-        else:
-            del ALL_ATTENTION_FUNCTIONS[name]
+        for table in _interfaces(modules):
+            count, previous = _users.pop((id(table), name))
+            if count > 1:
+                _users[id(table), name] = (count - 1, previous)
+            elif previous is not None:
+                table[name] = previous
+            else:
+                del table[name]

@@ -19,15 +19,15 @@ class Masks:
         self._implementation = implementation
         self._last = None  # what was looked at last, and of what run
 
-    def fault(self, module, mask, options, first, count, length, window):
-        """Why not every query of every head sees what causal attention with this window shows it, or None; of `count`
-        queries from position `first` on, over the last `length` positions."""
+    def fault(self, module, mask, options, first, count, length, window, chunk=0):
+        """Why not every query of every head sees what causal attention with this window or chunk shows it, or None; of
+        `count` queries from position `first` on, over the last `length` positions."""
         is_causal = options.get("is_causal")
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        without = checks.no_mask_fault(self._implementation, is_causal, count, length, window)
+        without = checks.no_mask_fault(self._implementation, is_causal, count, length, window, chunk, first)
         if mask is None:
             return without
-        run = (window, first, count, length)
+        run = (window, chunk, first, count, length)
         if self._last is not None and self._last[0]() is mask and self._last[1] == run:
             return None
         reason = None
@@ -41,7 +41,8 @@ class Masks:
             rows = max(1, _BLOCK // (length * heads))
             for start in range(0, count, rows):
                 queries = torch.arange(first + start, first + min(count, start + rows), device=device)[:, None]
-                reason = reason or checks.mask_fault(part(start, start + len(queries)), queries, keys, window)
+                reason = reason or checks.mask_fault(part(start, start + len(queries)), queries, keys, window,
+                                                     chunk)
         if reason is None:
             self._last = weakref.ref(mask), run
         return reason
@@ -50,8 +51,9 @@ class Masks:
 def mask_rows(mask, count, length):
     """How many heads a mask of `count` queries tells apart, where it is, and a function of two numbers that gives its rows
     from one up to the other: [heads, n, length]."""
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[2] in (1, count) and mask.shape[3] >= length:
-        whole = mask[0, :, :, :length].expand(-1, count, -1)
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[2] in (1, count) and (
+            mask.shape[3] == 1 or mask.shape[3] >= length):
+        whole = mask[0, :, :, :length].expand(-1, count, length)
         return whole.shape[0], mask.device, lambda start, end: whole[:, start:end]
     if hasattr(mask, "mask_mod"):  # flex attention's, which PyTorch has since 2.5
         from torch.nn.attention.flex_attention import create_mask

@@ -1,5 +1,6 @@
 """Which parts of a model are its decoder and its attention."""
 
+import transformers
 import xxhash
 
 from . import checks
@@ -21,6 +22,19 @@ def decoder_of(model):
     if not numbered(decoder):
         raise CaptureError(checks.unseen_fault([0], [set()]))
     return decoder
+
+
+def visibilities(config, number_of_layers):
+    """Of each layer what the configuration says of what a query sees: its sliding window and the size of its chunks, 0 where
+    there are none. As transformers makes its caches by them."""
+    kinds = getattr(config, "layer_types", None)
+    has_windows = getattr(config, "sliding_window", None) is not None
+    found = []
+    for number, layer in enumerate(transformers.DynamicCache(config=config).layers[:number_of_layers]):
+        size = int(getattr(layer, "sliding_window", None) or 0)
+        in_chunks = kinds[number] == "chunked_attention" if kinds is not None else not has_windows
+        found.append((0, size) if in_chunks else (size, 0))
+    return found + [(0, 0)] * (number_of_layers - len(found))
 
 
 def weight_shapes_digest(decoder):

@@ -128,10 +128,8 @@ def test_projection_by_another_way_while_decoding_is_refused(change, output):
 
 @pytest.mark.parametrize(("name", "reason"), [
     (architectures.IMAGE, "shows position 14 to the query at 11, which comes before it, as with images"),
-    ("llama4_text", "its mask shows chunks of 16 positions"),
-    ("qwen2_moe with a window", "shows the last 24 positions, a sliding window that the model does not pass"),
-    ("phimoe with a window", "shows the last 24 positions, a sliding window that the model does not pass"),
-    ("moshi", "reads 40 keys, of which the cache holds 23: a sliding window"),
+    ("moshi", "its mask shows position 0 to the query at 24, which is outside its sliding window of 24"),
+    ("doge", "its mask adds to logits"),
     ("diffllama", "layer 0: it calls attention several times for the same tokens"),
     ("hrm_text", "layer 0: it calls attention several times for the same tokens"),
     ("deepseek_v32", "hides positions between those that it shows, as attention that chooses its keys does"),

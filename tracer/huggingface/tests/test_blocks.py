@@ -29,6 +29,7 @@ class Kind:
     tensors: tuple = ()  # that its layers have beside those of all
     some: bool = False  # only some of its layers have them
     cache_of: dict = dataclasses.field(default_factory=dict)
+    sees: tuple = ()  # what of each attending layer hides positions
     gate_width: int = 0  # factors of a head's output
     shapes: tuple = ()  # of each attending layer, where they differ: H, K, Dk, Dv
 
@@ -62,6 +63,10 @@ KINDS = {
     "longcat_flash": Kind((0, 1, 2, 3), shapes=((4, 1, 32, 24),) * 4),
     "kimi_linear": Kind((1, 3), shapes=((4, 1, 32, 24),) * 2),
     "bailing_hybrid": Kind((1, 3), tensors=("output_gate",), gate_width=1, shapes=((4, 1, 32, 24),) * 2),
+    # Chunks, and windows that attention is not told.
+    "llama4_text": Kind((0, 1, 2, 3), sees=({"attention_chunk_size": 16},) * 3 + ({},)),
+    "qwen2_moe with a window": Kind((0, 1, 2, 3), sees=({"sliding_window": 24}, {}, {}, {})),
+    "phimoe with a window": Kind((0, 1, 2, 3), sees=({"sliding_window": 24},) * 4),
     # Shapes of layers, and caches that several read.
     "gemma4_text": Kind((0, 1, 2, 3), cache_of={2: 0, 3: 1}, shapes=((4, 2, 16, 16), (4, 1, 32, 32)) * 2),
     "gemma3n_text": Kind((0, 1, 2, 3, 4, 5), cache_of={4: 2, 5: 3}),
@@ -132,6 +137,9 @@ def test_trace_gives_what_the_attention_block_gave(name, pieces, output):
     if kind.shapes:
         assert tuple((len(layer.queries), len(layer.keys), layer.keys.shape[2], layer.values.shape[2])
                      for layer in layers.values()) == kind.shapes
+    if kind.sees:
+        assert tuple({name: size for name in ("sliding_window", "attention_chunk_size")
+                      if (size := int(layer.attributes.get(name, 0)))} for layer in layers.values()) == kind.sees
     if kind.gate_width:
         assert all(layer.tensors["output_gate"].shape[2:] == ((kind.gate_width,) if kind.gate_width > 1 else ())
                    for layer in layers.values())
@@ -230,6 +238,15 @@ def test_norms_are_the_models(output):
         norm = model.model.layers[number].self_attn.attn_sub_norm
         assert np.array_equal(layer.tensors["projection_norm"], norm.weight.detach().numpy())
         assert layer.epsilons["projection_norm"] == norm.variance_epsilon
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_chunks_begin_while_decoding(attention, output, monkeypatch):
+    monkeypatch.setattr(architectures, "GENERATED", 30)  # beyond position 64, and so into two chunks
+    _, layers, given = captured("llama4_text", output, attention=attention)
+    for number, layer in layers.items():
+        assert distance(layer.outputs, layer.attention()[0]) < 1e-5
+        assert distance(layer.block_output(), given[number]) < 1e-5
 
 
 def test_copied_heads_are_stored_once(output):

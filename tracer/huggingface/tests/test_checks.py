@@ -21,9 +21,9 @@ def seen(queries, keys, window=0):
     return ((behind >= 0) & ((behind < window) if window else True))[None]
 
 
-def fault(mask, first=0, first_key=0, window=0):
+def fault(mask, first=0, first_key=0, window=0, chunk=0):
     count, length = mask.shape[1:]
-    return checks.mask_fault(mask, first + np.arange(count)[:, None], first_key + np.arange(length), window)
+    return checks.mask_fault(mask, first + np.arange(count)[:, None], first_key + np.arange(length), window, chunk)
 
 
 class Masks(unittest.TestCase):
@@ -64,11 +64,16 @@ class Masks(unittest.TestCase):
 
     def test_windows_chunks_and_padding_are_told_apart(self):
         self.assertIn("the last 24 positions, a sliding window", fault(seen(range(40), range(40), 24)))
-        self.assertIn("the last 24 positions, a sliding window", fault(seen(range(40), range(40), 24), window=16))
+        self.assertIn("the last 12 positions, a sliding window", fault(seen(range(40), range(40), 12), window=16))
         positions = np.arange(40)
         chunks = seen(positions, positions) & (positions[:, None] // 16 == positions // 16)
         self.assertIn("chunks of 16 positions", fault(chunks))
         self.assertIn("chunks of 16 positions", fault(chunks[:, 20:], first=20))
+        self.assertIsNone(fault(chunks, chunk=16))
+        self.assertIsNone(fault(chunks[:, 39:, 25:], first=39, first_key=25, chunk=16))
+        self.assertIn("shows position 0 to the query at 8, which is outside its chunk of 8", fault(chunks, chunk=8))
+        self.assertIn("shows position 0 to the query at 16, which is outside its sliding window of 16",
+                      fault(seen(range(40), range(40)), window=16))
         self.assertIn("hides the positions before 3", fault(seen(positions, positions) & (positions >= 3)))
         self.assertIn("hides the positions before 32 from the query at 39", fault(chunks[:, 39:], first=39))
 
@@ -86,6 +91,10 @@ class Masks(unittest.TestCase):
         self.assertIn("see later positions", checks.no_mask_fault("eager", True, 40, 40, 0))
         self.assertIn("see later positions", checks.no_mask_fault("sdpa", True, 10, 40, 0))
         self.assertIn("outside its sliding window of 16", checks.no_mask_fault("sdpa", True, 40, 40, 16))
+        self.assertIn("outside its chunk of 16", checks.no_mask_fault("sdpa", True, 40, 40, 0, 16))
+        self.assertIn("outside its chunk of 16", checks.no_mask_fault("flash_attention_2", True, 1, 16, 0, 16, 40))
+        self.assertIsNone(checks.no_mask_fault("sdpa", True, 16, 16, 0, 16))
+        self.assertIsNone(checks.no_mask_fault("eager", True, 1, 9, 0, 16, 40))
         self.assertIn("outside its sliding window of 16", checks.no_mask_fault("eager", True, 1, 40, 16))
 
 

@@ -44,13 +44,14 @@ def kept_of(name, model, evict_at, kind, path):
 
 
 @contextlib.contextmanager
-def plainly(kept, evict_at):
-    """Eager attention that shows queries from the eviction on only what was kept, and what came since."""
+def plainly(kept, evict_at, windows=None):
+    """`windows`: of the layers, where the model does not pass them. Eager attention that shows queries from the eviction on only what was kept, and what came since."""
     def attention(module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, s_aux=None, **options):
         group = query.shape[1] // key.shape[1]
         logits = query[0] @ key[0].repeat_interleave(group, 0).transpose(1, 2) * scaling
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         positions = torch.arange(query.shape[2])
+        sliding_window = sliding_window or (windows[module.layer_idx] if windows else None)
         for head, positions_kept in enumerate(kept[module.layer_idx]):
             seen = positions <= positions[:, None]
             if sliding_window:
@@ -116,16 +117,19 @@ def test_queries_see_what_was_kept_and_what_came_since(name, kind, attention, tm
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_learned_sinks_stay_in_the_softmax(kind, tmp_path):
-    model, tokens = architectures.build("gpt_oss", "eager"), architectures.inputs("gpt_oss")["input_ids"]
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe with a window"])
+def test_learned_sinks_and_windows_that_attention_is_not_told_stay(name, kind, tmp_path):
+    model, tokens = architectures.build(name, "eager"), architectures.inputs(name)["input_ids"]
     evict_at = tokens.shape[1] - MORE
     layers, heads, kv_heads = shape_of(model)
     several = heads if kind == "query" else kv_heads
-    first = [max(0, evict_at - 23) if each == "sliding_attention" else 0 for each in model.config.layer_types]
+    windows = [24 if each == "sliding_attention" else 0 for each in model.config.layer_types]
+    assert any(windows)
+    first = [max(0, evict_at - 23) if window else 0 for window in windows]
     sets = make_sets(layers, several, evict_at, unequal=kind != "equal", first=first)
     path = write_kept(tmp_path / "kept.h5", (sets, {"evict_at": evict_at, "heads": "query" if kind == "query" else "kv"}))
     kept = [[sets[layer * several + head * several // heads] for head in range(heads)] for layer in range(layers)]
-    with plainly(kept, evict_at), torch.no_grad():
+    with plainly(kept, evict_at, windows), torch.no_grad():
         expected = model(tokens, use_cache=False).logits[0, evict_at:]
     with kvtrace.evicted(model, path):
         logits, _ = run_on(model, tokens, evict_at, 2)
@@ -340,7 +344,7 @@ def test_models_that_cannot_be_evicted_are_refused(model, ids, path, tmp_path):
                                 ("falcon", 1, "none of its layers calls"),
                                 ("gemma3n_text", 2, "no keys and values of its own|other keys"),
                                 ("glm4_moe_lite", 4, "heads of keys"),
-                                ("qwen2_moe with a window", 2, "sliding window that the model does not pass")):
+                                ("llama4_text", 2, "sees chunks of 16 positions")):
         other, given = architectures.build(name, "eager"), architectures.inputs(name)
         layers, length = other.config.num_hidden_layers, given["input_ids"].shape[1]
         sets = make_sets(layers, heads, length)

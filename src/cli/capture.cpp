@@ -212,9 +212,11 @@ void add_capture_command(CLI::App& app) {
       ->check(names_a_file)
       ->type_name("FILE");
   command
-      ->add_option("--turns", arguments->turns,
-                   "JSON list of where turns of the conversation begin: token positions, {\"text\": ...}, every "
-                   "occurrence in the prompt, or {\"character\": ...}, an offset into its text")
+      ->add_option(
+          "--turns", arguments->turns,
+          "JSON list of where turns of the conversation begin: token positions, {\"text\": ...}, every "
+          "occurrence in the prompt, or {\"character\": ...}, an offset into its text; a \"role\" beside it says "
+          "who speaks")
       ->check(names_a_file)
       ->type_name("FILE");
   add_threads_option(*command, arguments->threads);

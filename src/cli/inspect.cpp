@@ -150,8 +150,13 @@ void print_tokens(const Inspection& inspection) {
              info.token_pieces.empty() ? "; no pieces" : "");
   if (!info.turn_starts.empty()) {
     const std::size_t shown = std::min(info.turn_starts.size(), kTurnsShown);
-    fmt::print("turns      {}, beginning at {}{}\n", info.turn_starts.size(),
-               fmt::join(info.turn_starts.begin(), info.turn_starts.begin() + static_cast<std::ptrdiff_t>(shown), ", "),
+    std::vector<std::string> turns;
+    for (std::size_t i = 0; i < shown; ++i) {
+      turns.push_back(info.turn_roles.empty()
+                          ? fmt::format("{}", info.turn_starts[i])
+                          : fmt::format("{} ({})", info.turn_starts[i], printable(info.turn_roles[i])));
+    }
+    fmt::print("turns      {}, beginning at {}{}\n", info.turn_starts.size(), fmt::join(turns, ", "),
                shown < info.turn_starts.size() ? ", …; --json has all" : "");
   }
   fmt::print("queries    {} captured, positions {} to {}: {} in the prompt (its last {} without a gap), {} after it\n",

@@ -170,6 +170,8 @@ TEST_F(CaptureCommand, MarksWhereTheGeneratedTurnBegins) {
   const TraceInfo named = turns(R"([{"position": 3, "role": "user"}, {"position": 0, "role": "system"}])", "-n 3");
   EXPECT_EQ(named.turn_starts, (Starts{0, 3, 5}));
   EXPECT_EQ(named.turn_roles, (std::vector<std::string>{"system", "user", "assistant"}));
+  EXPECT_NE(run("run.h5", "inspect").output.find("turns      3, beginning at 0 (system), 3 (user), 5 (assistant)\n"),
+            std::string::npos);
   ASSERT_EQ(run("--model tiny --tokens ids --generate 4").exit_code, 0);
   EXPECT_TRUE(TraceReader(folder_ / "run.h5").info().turn_starts.empty()) << "nobody speaks of turns";
 }

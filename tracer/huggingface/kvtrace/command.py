@@ -44,7 +44,7 @@ def _parser():
         '{"label": ..., "start": ..., "end": ...} in token positions')
     add("--turns", metavar="FILE",
         help='JSON list of where turns of the conversation begin: token positions, {"text": ...}, every occurrence in the '
-        'prompt, or {"character": ...}, an offset into its text')
+        'prompt, or {"character": ...}, an offset into its text; a "role" beside it says who speaks')
     add("--prefill-chunk", type=int, metavar="N", help="run the prompt in pieces of N tokens (default: in one)")
     add("-o", "--output", default="run.h5", metavar="FILE", help="trace to write, replaced if it exists (default: run.h5)")
     return parser

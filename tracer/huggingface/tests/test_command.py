@@ -284,6 +284,22 @@ def test_further_tokens_to_stop_after(tmp_path):
     assert message == "--stop 2048: is not in the model's vocabulary of 2048"
 
 
+def test_chunks_are_laid_out_for_the_longest_run(kvreplay, tmp_path):
+    """So that they are few where the run goes on to its end, and waste little where it does not."""
+    _, free = llama_capture(tmp_path)
+    with h5py.File(tmp_path / "run.h5") as file:
+        assert file["layers/0/keys"].chunks[1] == 16
+    options = ["-m", FAMILIES / "llama", "--tokens", FAMILIES / "llama" / "prompt.ids", "-n", 6000, "--stop", free[50], "-o",
+               tmp_path / "run.h5"]
+    for road in (command, lambda *given: subprocess.run([kvreplay, "capture", *map(str, given)], capture_output=True, text=True)):
+        assert road(*options).returncode == 0
+        with h5py.File(tmp_path / "run.h5") as file:
+            for name in ("keys", "values", "queries", "outputs"):
+                tensor = file[f"layers/0/{name}"]
+                assert tensor.shape[1] < 60
+                assert 40 <= tensor.chunks[1] <= 60, "128 of them at most"
+
+
 def test_both_roads_stop_alike(kvreplay, tmp_path):
     """At the end of a turn that nothing but the tokenizer's files names."""
     torch.manual_seed(0)

@@ -329,8 +329,10 @@ class capture:
         reason = checks.length_fault(first, count, key.shape[2], window or chunk, self._original_length())
         if reason is None and first + count != self._tokens:
             reason = f"its attention was given queries of {count} of the {self._tokens - first} tokens that came in"
-        self._refuse(number, reason)
-        self._refuse(number, self._masks.fault(module, mask, options, first, count, key.shape[2], window, chunk))
+        reason = reason or self._masks.fault(module, mask, options, first, count, key.shape[2], window, chunk)
+        if reason is not None:
+            kinds = {type(part).__name__ for part in module.modules()}
+            self._refuse(number, checks.parts_fault(kinds, reason))
         if count > 1:  # those of tokens that run alone at the end: a GPU would have to be waited for
             self._check_positions()
         if fresh:

@@ -129,6 +129,19 @@ def cache_fault(attention, cached, length, held):
             "(DynamicCache), which cannot be captured")
 
 
+def parts_fault(kinds, reason):
+    """`reason`, why a trace cannot hold what an attention reads, by what its masks and keys look like, or a better one by the
+    kinds of modules that it and its parts are."""
+    for what, looks, better in (
+            ("CrossAttention", "", "reads other states than those of the tokens, such as an image's ({})"),
+            ("Compressor", "attention reads", "reads keys of several tokens together beside those of single ones ({})"),
+            ("Indexer", "hides positions between", "reads only the keys that the model chooses ({})")):
+        named = next((kind for kind in sorted(kinds) if what in kind), None)
+        if named is not None and looks in reason:
+            return f"its attention {better.format(named)}, which a trace has no place for"
+    return reason
+
+
 def positions_fault(positions, previous=None):
     """Of the positions of a piece of the run, as the model was told them; `previous`: the last one of the piece before."""
     for position in positions:
@@ -165,6 +178,8 @@ def unseen_fault(tokens, kinds):
     if any(tokens):
         return None
     names = _listed(sorted(set().union(*kinds)))
+    if not any("attention" in kind.lower() for kind in set().union(*kinds)):
+        return f"it has no attention{f' (its layers have {names})' if names else ''}, and a trace holds what attention saw"
     return ("none of its layers calls transformers' attention interface" + (f" (they are {names})" if names else "") +
             "; only attention that goes through it can be recorded")
 

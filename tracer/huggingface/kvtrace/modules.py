@@ -20,8 +20,14 @@ def decoder_of(model):
     # What some models name their decoder is what comes after it.
     decoder = decoder if numbered(decoder) else model
     if not numbered(decoder):
-        raise CaptureError(checks.unseen_fault([0], [set()]))
+        raise CaptureError(checks.unseen_fault([0], [_attentions(decoder)]))
     return decoder
+
+
+def _attentions(module):
+    """The kinds of modules in it that are named attention and have no such parts."""
+    named = [part for part in module.modules() if "attention" in type(part).__name__.lower()]
+    return {type(part).__name__ for part in named if not any(other in named for other in part.modules() if other is not part)}
 
 
 def visibilities(config, number_of_layers):

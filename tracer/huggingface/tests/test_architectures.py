@@ -132,11 +132,16 @@ def test_projection_by_another_way_while_decoding_is_refused(change, output):
     ("doge", "its mask adds to logits"),
     ("diffllama", "layer 0: it calls attention several times for the same tokens"),
     ("hrm_text", "layer 0: it calls attention several times for the same tokens"),
-    ("deepseek_v32", "hides positions between those that it shows, as attention that chooses its keys does"),
+    ("deepseek_v32", r"layer 0: its attention reads only the keys that the model chooses \(DeepseekV32Indexer\)"),
+    ("hy_v4", r"reads only the keys that the model chooses \(HYV4Indexer\)"),
+    ("deepseek_v4", r"reads keys of several tokens together .*\(DeepseekV4.*Compressor\)"),
     ("minimax_m3_vl_text with sparse layers", r"reads only the blocks of keys that the model chose \(block_indices\)"),
     ("inkling_text", "adds a bias of positions"),
     ("falcon", r"none of its layers calls transformers' attention interface \(they are FalconAttention\)"),
-    ("xlnet", "none of its layers calls transformers' attention interface"),
+    ("xlnet", r"none of its layers calls transformers' attention interface \(they are XLNetRelativeAttention\)"),
+    ("gpt_neo", r"none of its layers calls transformers' attention interface \(they are GPTNeoSelfAttention\)"),
+    ("mamba", r"it has no attention \(its layers have MambaMixer\), and a trace holds what attention saw"),
+    ("xlstm", "it has no attention, and a trace holds what attention saw"),
 ])
 def test_what_a_trace_has_no_place_for_is_refused_for_what_it_is(name, reason, output):
     try:
@@ -198,6 +203,14 @@ def test_run_without_a_cache_is_captured(name, tmp_path):
         ours, theirs = one[number].tensors, other[number].tensors
         assert ours.keys() == theirs.keys()
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_attention_to_an_image_is_refused(output):
+    """Where there is none, those layers do not attend."""
+    model, given = architectures.build("mllama", "eager"), architectures.inputs("mllama")
+    image = torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(1))
+    refused(model, output, r"layer 1: its attention reads other states than those of the tokens.*\(MllamaTextCrossAttention\)",
+            lambda: model(**given, cross_attention_states=image))
 
 
 def per_head(mask, query):

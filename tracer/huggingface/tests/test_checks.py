@@ -176,6 +176,19 @@ class Layers(unittest.TestCase):
         self.assertIn("keys are in the cache, but its attention (OwnAttention)",
                       checks.unseen_cache_fault([None, np.zeros((1, 2, 5, 8))], {"OwnAttention"}))
 
+    def test_those_without_any_are_told(self):
+        self.assertIn("it has no attention (its layers have Mixer)", checks.unseen_fault([0, 0], [{"Mixer"}] * 2))
+        self.assertIn("it has no attention, and", checks.unseen_fault([0], [set()]))
+
+    def test_parts_say_more_than_masks(self):
+        mask, length = "its mask hides positions between those that it shows", "attention reads 50 keys after 40 tokens"
+        self.assertEqual(checks.parts_fault({"Attention", "Linear"}, mask), mask)
+        self.assertIn("that the model chooses (SomeIndexer)", checks.parts_fault({"Attention", "SomeIndexer"}, mask))
+        self.assertIn("several tokens together", checks.parts_fault({"SomeIndexer", "SomeCompressor"}, length))
+        self.assertIn("such as an image's", checks.parts_fault({"TextCrossAttention"}, length))
+        padding = "its mask hides the positions before 3"
+        self.assertEqual(checks.parts_fault({"SomeIndexer"}, padding), padding)
+
     def test_attention_of_ones_own_is_told(self):
         self.assertIn("they are FalconAttention", checks.unseen_fault([0, 0], [{"FalconAttention"}] * 2))
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
+#include <vector>
 
 #include "base/error.h"
 #include "tracer/transformer.h"
@@ -13,6 +15,7 @@ namespace kvreplay::tracer {
 
 namespace {
 
+// A probability before it is divided by the sum of all, and an id.
 using Candidate = std::pair<double, std::int32_t>;
 
 bool is_more_likely(const Candidate& a, const Candidate& b) {
@@ -22,6 +25,28 @@ bool is_more_likely(const Candidate& a, const Candidate& b) {
 double sum_of(std::span<const Candidate> candidates) {
   return std::accumulate(candidates.begin(), candidates.end(), 0.0,
                          [](double sum, const Candidate& candidate) { return sum + candidate.first; });
+}
+
+// Leaves them in the order of ids. The most likely ones come first out of a heap, as few of them are left mostly.
+void keep_most_likely(const SamplingOptions& options, std::vector<Candidate>& candidates) {
+  const auto less = [](const Candidate& a, const Candidate& b) { return is_more_likely(b, a); };
+  if (options.top_k > 0 && static_cast<std::size_t>(options.top_k) < candidates.size()) {
+    const auto end = candidates.begin() + options.top_k;
+    std::nth_element(candidates.begin(), end, candidates.end(), is_more_likely);
+    candidates.erase(end, candidates.end());
+    std::ranges::sort(candidates, {}, &Candidate::second);
+  }
+  if (options.top_p == 1) return;
+  const double enough = options.top_p * sum_of(candidates);
+  std::ranges::make_heap(candidates, less);
+  double reached = 0;
+  auto heap_end = candidates.end();
+  while (reached < enough && heap_end != candidates.begin()) {
+    std::pop_heap(candidates.begin(), heap_end, less);
+    reached += (--heap_end)->first;
+  }
+  candidates.erase(candidates.begin(), heap_end);
+  std::ranges::sort(candidates, {}, &Candidate::second);
 }
 
 }  // namespace
@@ -44,43 +69,19 @@ std::string description(const SamplingOptions& options) {
   return text + fmt::format(", seed {}", options.seed);
 }
 
-// Leaves them in the order of ids. The most likely ones come first out of a heap, as few of them are left mostly.
-void Sampler::keep_most_likely() {
-  const auto less = [](const Candidate& a, const Candidate& b) { return is_more_likely(b, a); };
-  const auto all = candidates_.size();
-  const std::size_t most = options_.top_k > 0 ? std::min(all, static_cast<std::size_t>(options_.top_k)) : all;
-  if (most < all) {
-    const auto end = candidates_.begin() + static_cast<std::ptrdiff_t>(most);
-    std::nth_element(candidates_.begin(), end, candidates_.end(), is_more_likely);
-    candidates_.erase(end, candidates_.end());
-    std::ranges::sort(candidates_, {}, &Candidate::second);
-  }
-  if (options_.top_p == 1) return;
-  const double enough = options_.top_p * sum_of(candidates_);
-  std::ranges::make_heap(candidates_, less);
-  double reached = 0;
-  auto heap_end = candidates_.end();
-  while (reached < enough && heap_end != candidates_.begin()) {
-    std::pop_heap(candidates_.begin(), heap_end, less);
-    reached += (--heap_end)->first;
-  }
-  candidates_.erase(candidates_.begin(), heap_end);
-  std::ranges::sort(candidates_, {}, &Candidate::second);
-}
-
 std::int32_t Sampler::next(std::span<const float> logits) {
   const std::int32_t first = most_likely(logits);
   if (options_.temperature == 0) return first;
   const auto highest = static_cast<double>(logits[static_cast<std::size_t>(first)]);
-  candidates_.resize(logits.size());
+  std::vector<Candidate> candidates(logits.size());
   for (std::size_t id = 0; id < logits.size(); ++id) {
     const double weight = std::exp((static_cast<double>(logits[id]) - highest) / options_.temperature);
-    candidates_[id] = {weight, static_cast<std::int32_t>(id)};
+    candidates[id] = {weight, static_cast<std::int32_t>(id)};
   }
-  keep_most_likely();
-  const double drawn = static_cast<double>(generator_() >> 11) * 0x1p-53 * sum_of(candidates_);
+  keep_most_likely(options_, candidates);
+  const double drawn = static_cast<double>(generator_() >> 11) * 0x1p-53 * sum_of(candidates);
   double reached = 0;
-  for (const auto& [weight, id] : candidates_) {
+  for (const auto& [weight, id] : candidates) {
     reached += weight;
     if (drawn < reached) return id;
   }

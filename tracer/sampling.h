@@ -5,8 +5,6 @@
 #include <random>
 #include <span>
 #include <string>
-#include <utility>
-#include <vector>
 
 namespace kvreplay::tracer {
 
@@ -37,11 +35,8 @@ class Sampler {
   std::int32_t next(std::span<const float> logits);
 
  private:
-  void keep_most_likely();
-
   SamplingOptions options_;
   std::mt19937_64 generator_;
-  std::vector<std::pair<double, std::int32_t>> candidates_;  // weights, of which all sum up to no 1, and ids
 };
 
 }  // namespace kvreplay::tracer

@@ -168,8 +168,9 @@ void run_capture(const CaptureArguments& arguments) {
   // The last generated token is not fed back, so one alone brings no query.
   if (summary.generated_ids.size() < 2) {
     fmt::print(stderr, "note: the trace has no query after the prompt, so eviction at its end cannot be measured; {}\n",
-               summary.ended ? "the first token ended it, so replay it with an earlier --evict-at"
-                             : "--generate 2 or more adds some");
+               summary.ended
+                   ? "the first token ended the text; go on with --ignore-stop, or replay it with an earlier --evict-at"
+                   : "--generate 2 or more adds some");
   }
 }
 

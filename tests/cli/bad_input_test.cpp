@@ -396,7 +396,7 @@ TEST_F(BadModel, TooFewTokensGeneratedToMeasureWithIsTold) {
   const auto ended = succeed(test::words("capture --model model --tokens ids --generate 500"));
   EXPECT_THAT(ended.errors,
               AllOf(HasSubstr("note: the trace has no query after the prompt"),
-                    HasSubstr("the model ended the sequence at once, so replay it with an earlier --evict-at"),
+                    HasSubstr("the first token ended the text; go on with --ignore-stop, or replay it with an"),
                     Not(HasSubstr("--generate 2"))));
 }
 

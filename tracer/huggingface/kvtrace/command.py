@@ -281,7 +281,7 @@ def _capture(arguments):
         print(f"generated {counted(len(generated), 'token')}{ending}: {shown}")
     if len(generated) < 2:
         # The last generated token is not fed back, so one alone brings no query.
-        remedy = ("the first token ended it, so replay it with an earlier --evict-at" if ended
+        remedy = ("the first token ended the text; go on with --ignore-stop, or replay it with an earlier --evict-at" if ended
                   else "--max-new-tokens 2 or more adds some")
         say(f"note: the trace has no query after the prompt, so eviction at its end cannot be measured; {remedy}")
 

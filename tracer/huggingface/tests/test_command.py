@@ -200,7 +200,7 @@ def test_end_of_the_sequence_at_once(tmp_path):
     result = command("-m", tmp_path / "model", *options)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[1].startswith(f"generated 1 token, ended by token {config['eos_token_id']}: ")
-    assert "the first token ended it, so replay it with an earlier --evict-at" in result.stderr
+    assert "the first token ended the text; go on with --ignore-stop, or replay it with an earlier --evict-at" in result.stderr
     assert "--max-new-tokens 2" not in result.stderr
 
 
@@ -291,7 +291,8 @@ def test_chunks_are_laid_out_for_the_longest_run(kvreplay, tmp_path):
         assert file["layers/0/keys"].chunks[1] == 16
     options = ["-m", FAMILIES / "llama", "--tokens", FAMILIES / "llama" / "prompt.ids", "-n", 6000, "--stop", free[50], "-o",
                tmp_path / "run.h5"]
-    for road in (command, lambda *given: subprocess.run([kvreplay, "capture", *map(str, given)], capture_output=True, text=True)):
+    roads = (command, lambda *given: subprocess.run([kvreplay, "capture", *map(str, given)], capture_output=True, text=True))
+    for road in roads:
         assert road(*options).returncode == 0
         with h5py.File(tmp_path / "run.h5") as file:
             for name in ("keys", "values", "queries", "outputs"):

@@ -249,19 +249,29 @@ def distance(ours, theirs):
     return np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30)
 
 
+def states(cache):
+    """The keys and values that a cache holds, by layer."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    if hasattr(cache, "key_cache"):  # those that some hybrids had before transformers 5.2
+        held = dict(enumerate(zip(cache.key_cache, cache.value_cache)))
+    else:
+        held = {number: (getattr(layer, "keys", None), getattr(layer, "values", None))
+                for number, layer in enumerate(cache.layers)}
+    return {number: pair for number, pair in held.items() if pair[0] is not None and pair[0].numel() and pair[0].dim() == 4}
+
+
 def faults(path, passing, cache):
     """What of a trace is not what the model did, in words; and whether every layer has its projection."""
     found = []
-    cache = getattr(cache, "self_attention_cache", cache)
-    layers = read_layers(path)
+    layers, held = read_layers(path), states(cache)
     for number, layer in layers.items():
         apart = distance(layer.outputs, layer.attention()[0])
         if not apart <= TOLERANCE:
             found.append(f"layer {number}: outputs are {apart:.0e} from what the trace gives")
-        held = cache.layers[int(layer.attributes.get("cache_of", number))]
-        pairs = [("keys", layer.keys, held.keys), ("values", layer.values, held.values)]
+        keys, values = held[int(layer.attributes.get("cache_of", number))]
         if "values_in_keys" in layer.attributes:  # latent rows and rotary keys side by side
-            pairs = [("keys", layer.keys, torch.cat([held.keys, held.values], -1)), ("values", layer.values, held.keys)]
+            keys, values = torch.cat([keys, values], -1), keys
+        pairs = [("keys", layer.keys, keys), ("values", layer.values, values)]
         for name, ours, cached in pairs:
             apart = distance(ours[:, -cached.shape[2]:], cached[0])
             if not apart <= TOLERANCE:
@@ -270,8 +280,7 @@ def faults(path, passing, cache):
             apart = passing.apart(layer.block_output())
             if not apart <= TOLERANCE:
                 found.append(f"layer {number}: the projection gives something else ({apart:.0e} apart)")
-    holding = {number: held.keys.untyped_storage().data_ptr() for number, held in enumerate(cache.layers)
-               if getattr(held, "keys", None) is not None and held.keys.numel()}
+    holding = {number: keys.untyped_storage().data_ptr() for number, (keys, _) in held.items()}
     if set(holding) != {number for number, layer in layers.items() if "cache_of" not in layer.attributes}:
         found.append(f"the cache holds keys of the layers {', '.join(map(str, holding))}")
     if len(set(holding.values())) < len(holding):
@@ -286,12 +295,6 @@ def same(path, other):
         one.visititems(lambda name, thing: names.append(name) if isinstance(thing, h5py.Dataset) else None)
         return all(name in two and distance(one[name][()], two[name][()]) <= TOLERANCE for name in names
                    if one[name].dtype.kind in "fi")
-
-
-def states(cache):
-    """What a cache holds as keys, layer by layer."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    return [held.keys for held in cache.layers if getattr(held, "keys", None) is not None]
 
 
 def capture(model, given, path, **options):
@@ -325,8 +328,8 @@ def examine(name, attention_name):
             other, passing = capture(model, given, pieces, prefill_chunk_size=PIECE)
             found += [f"the prompt in pieces: {fault}" for fault in faults(pieces, passing, other.past_key_values)[0]]
             # The states of some recurrent layers are others where the prompt comes in pieces.
-            alike = all(distance(*pair) <= TOLERANCE for pair in zip(states(result.past_key_values),
-                                                                     states(other.past_key_values)))
+            whole, parts = states(result.past_key_values), states(other.past_key_values)
+            alike = all(distance(keys, parts[number][0]) <= TOLERANCE for number, (keys, _) in whole.items())
             if alike and not found and not same(path, pieces):
                 found.append("the prompt in pieces gives another trace")
         except kvtrace.CaptureError as problem:
@@ -356,7 +359,7 @@ def main():
     signal.signal(signal.SIGALRM, too_slow)
     types = arguments.types or [*(name for name in CLASSES if name not in OTHERS), *VARIANTS]
     print("| model type | result | why |\n|---|---|---|")
-    counts = collections.Counter()
+    counts, of_variants = collections.Counter(), collections.Counter()
     for name in types:
         signal.alarm(SECONDS)
         try:
@@ -366,10 +369,14 @@ def main():
             traceback.print_exc()
             verdict, why = "CRASH", f"{type(problem).__name__}: {problem}"
         signal.alarm(0)
-        counts[verdict] += 1
+        (of_variants if name in VARIANTS else counts)[verdict] += 1
         print(f"| {name} | {verdict} | {why.replace('|', '/')} |", flush=True)
-    print(f"\n{len(types)} with transformers {transformers.__version__}: " +
-          ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
+    print(f"\nWith transformers {transformers.__version__} and attention by {arguments.attention}:")
+    for what, counted in (("model types", counts), ("besides", of_variants)):
+        if counted:
+            verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common())
+            print(f"- {sum(counted.values())} {what}: {verdicts}")
+    counts += of_variants
     sys.exit(1 if counts["WRONG"] or counts["CRASH"] or (counts["does not run"] and arguments.attention == "eager") else 0)
 
 

@@ -32,6 +32,8 @@ def held_by(cache, number):
     cache = getattr(cache, "self_attention_cache", cache)
     if isinstance(cache, NoCache):
         return cache.states.get(number, (None, None))
+    if hasattr(cache, "key_cache"):  # those that some hybrids had before transformers 5.2
+        return cache.key_cache[number], cache.value_cache[number]
     layers = getattr(cache, "layers", None) or []
     held = layers[number] if number < len(layers) else None
     return getattr(held, "keys", None), getattr(held, "values", None)

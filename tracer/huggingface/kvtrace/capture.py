@@ -232,8 +232,9 @@ class capture:
     def _find_cache(self, layer, module, arguments, options):
         """Before a layer's first attention: which cache it is handed. Without one, one that keeps nothing: what the layer
         would have cached is what a trace holds."""
+        known = [options[name] for name in _CACHES if options.get(name) is not None]
         for value in (*arguments, *options.values()):
-            if isinstance(value, transformers.Cache):
+            if isinstance(value, transformers.Cache) or any(value is one for one in known):
                 layer.cache = weakref.ref(value)  # not to be kept from being freed
                 return None
         taken = inspect.signature(module.forward).parameters

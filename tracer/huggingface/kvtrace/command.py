@@ -202,9 +202,9 @@ def _generate(model, ids, ends, arguments):
 
 
 def _text_after(tokenizer, ids, generated):
-    """What the run generated, with the space that a text's first word would lose."""
-    before, whole = tokenizer.decode(ids), tokenizer.decode(ids + generated)
-    return whole[len(before):] if whole.startswith(before) else tokenizer.decode(generated)
+    """What the run generated, without special tokens and with the space that a text's first word would lose."""
+    before, whole, alone = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids + generated, generated))
+    return whole[len(before):] if whole.startswith(before) else alone
 
 
 def _capture(arguments):

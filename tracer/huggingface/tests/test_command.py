@@ -329,6 +329,7 @@ def test_both_roads_stop_alike(kvreplay, tmp_path):
             result = road("--model", folder, "--tokens", tmp_path / "ids", tokens, 12, "-o", output)
             assert result.returncode == 0, result.stderr
             assert (", ended by <|im_end|> (token 902): " in result.stdout) == stops
+            assert result.stdout.count("<|im_end|>") == stops, "the text is without it"
             assert (ids_of(output) == expected) == stops
 
 

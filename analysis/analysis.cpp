@@ -421,6 +421,7 @@ Analysis analyze(const AnalysisInput& input, AnalysisOptions options) {
   comparison.baseline = options.baseline;
   comparison.bootstrap = options.bootstrap;
   analysis.comparison = compare(results, comparison);
+  analysis.draws = draw_summaries(analysis.comparison);
   analysis.apart = settings_apart(results, options.baseline);
   note_apart(analysis.apart, analysis.notes);
   note_nothing_to_choose(analysis.comparison, analysis.notes);

@@ -7,6 +7,7 @@
 
 #include "analysis/capacity_curve.h"
 #include "analysis/comparison.h"
+#include "analysis/draws.h"
 #include "analysis/importance.h"
 #include "analysis/prediction.h"
 #include "analysis/result_set.h"
@@ -55,6 +56,7 @@ struct Analysis {
   std::vector<ComparisonRow> beside;      ///< the same of `layer_measure`, where that is another: without a baseline
   std::vector<ComparisonRow> by_layer;    ///< `layer_measure` by policy, capacity and layer
   std::vector<ComparisonRow> by_head;     ///< head error by policy, capacity, layer and head; intervals in closed form
+  std::vector<DrawSummary> draws;         ///< of policies that differ in their seeds alone
   std::vector<CapacityCurve> curves;
   std::vector<StepEffect> step_effects;  ///< those of single layers are of `layer_measure`
   std::vector<ParameterPoint> parameter_points;

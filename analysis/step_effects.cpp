@@ -71,6 +71,9 @@ std::optional<Change> change_of(const Setting& reference, const Setting& changed
     // Of a method that is not known here, parameters at their defaults are not known either.
     if (names.size() != 1 || a.parameters.size() != b.parameters.size()) return std::nullopt;
     const std::string& name = names.front();
+    // Chance is no step: what draws differ in is told apart (analysis/draws.h).
+    const auto declared = a.declared.find(name);
+    if (declared != a.declared.end() && declared->second->step == Parameter::Step::draw) return std::nullopt;
     return Change{
         reference.policy, changed.policy, step_of(a, name),
         fmt::format("{}: {} → {}", name, value_text(a.parameters.at(name)), value_text(b.parameters.at(name)))};

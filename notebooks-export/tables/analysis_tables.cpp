@@ -229,6 +229,18 @@ std::string curve_text(const Analysis& analysis) {
                   points == 0 ? "" : fmt::format(" {} of one capacity are left out.", points)));
 }
 
+std::string draws_text(const Analysis& analysis) {
+  TextTable table({"policy", "capacity", "draws", "mean", "deviation", "smallest", "largest"});
+  for (const DrawSummary& summary : analysis.draws) {
+    table.add(printable(summary.policy),
+              {printable(summary.capacity_request), std::to_string(summary.draws), plain(summary.mean),
+               plain(summary.deviation), plain(summary.smallest), plain(summary.largest)});
+  }
+  if (table.empty()) return "";
+  return table.text(fmt::format("What chance does to the {}: draws of one policy, which differ in the seed alone.",
+                                traits_of(analysis.options.measure).noun));
+}
+
 std::string steps_text(const Analysis& analysis) {
   TextTable table({"change", "step", "capacity", fmt::format("difference [{}]", sure(analysis.options)), "of it",
                    "wins", "p", "p (Holm)"});
@@ -798,8 +810,9 @@ std::string analysis_text(const Analysis& analysis) {
     beside.means[{row.key.policy, row.key.capacity_request}] = row.distribution.mean;
   }
   text += comparison_text(analysis.comparison, Grouping{}, analysis.options, analysis.apart, beside);
-  for (const auto& section : {prediction_text, curve_text, steps_text, regret_text, overlap_text, heads_text,
-                              stability_text, span_excess_text, span_label_text, span_depth_text, rank_text}) {
+  for (const auto& section :
+       {draws_text, prediction_text, curve_text, steps_text, regret_text, overlap_text, heads_text, stability_text,
+        span_excess_text, span_label_text, span_depth_text, rank_text}) {
     text += section(analysis);
   }
   return text;
@@ -836,6 +849,15 @@ DataTable analysis_numbers(const Analysis& analysis) {
     if (analysis.options.goal) numbers.add(key, "goal", *analysis.options.goal);
     if (curve.kept_for_goal)
       numbers.add(key, curve.reached_at_smallest ? "most kept for goal" : "kept for goal", *curve.kept_for_goal);
+  }
+  for (const DrawSummary& summary : analysis.draws) {
+    Numbers::Key key{"draws", summary.policy, "", measure};
+    key.capacity_request = summary.capacity_request;
+    numbers.add(key, "draws", summary.draws);
+    numbers.add(key, "mean", summary.mean);
+    numbers.add(key, "standard deviation", summary.deviation);
+    numbers.add(key, "smallest", summary.smallest);
+    numbers.add(key, "largest", summary.largest);
   }
   for (const StepEffect& effect : analysis.step_effects) {
     Numbers::Key key{"step", effect.changed, effect.reference, fmt::format("{}: {}", effect.step, effect.change)};

@@ -118,6 +118,8 @@ std::string_view name_of(Parameter::Step step) {
       return "protection";
     case Parameter::Step::schedule:
       return "schedule";
+    case Parameter::Step::draw:
+      return "draw";
     case Parameter::Step::none:
     case Parameter::Step::other:
       return "";

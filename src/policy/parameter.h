@@ -27,7 +27,8 @@ struct Parameter {
     selection,   ///< which positions a set holds
     protection,  ///< which positions are kept whatever their score
     schedule,    ///< when it is evicted
-    other,       ///< none of them, such as a seed
+    draw,        ///< which draw of what is left to chance: a seed
+    other,       ///< none of them
   };
 
   std::string name;
@@ -65,7 +66,7 @@ struct Parameter {
 };
 
 /// A step in words: "indicator", "temporal smoothing", "spatial smoothing", "observation window", "sharing", "budget",
-/// "selection", "protection"; empty for none and other.
+/// "selection", "protection", "schedule", "draw"; empty for none and other.
 std::string_view name_of(Parameter::Step step);
 
 /// A method's parameters with their values: given ones checked and canonical, the others at their defaults.

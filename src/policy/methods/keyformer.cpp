@@ -264,7 +264,7 @@ const MethodRegistration keyformer([] {
                .of(Parameter::Step::score),
            Parameter::real("tau-step", 0.01, 0, 1e3, "added by every token: tau_delta").of(Parameter::Step::score),
            Parameter::choice("noise", {"gumbel", "none"}, "on the logits").of(Parameter::Step::score),
-           Parameter::integer("seed", 0, 0, "of the noise").of(Parameter::Step::other),
+           Parameter::integer("seed", 0, 0, "of the noise").of(Parameter::Step::draw),
            Parameter::file("file", "noise that is given: /gumbel_noise [layers, query heads, queries, keys]")
                .of(Parameter::Step::other)},
       .compose =

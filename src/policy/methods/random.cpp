@@ -36,7 +36,7 @@ const MethodRegistration random([] {
       .name = "random",
       .summary = "Keeps positions drawn uniformly, each head its own; the same seed draws the same positions.",
       .source = "baseline",
-      .parameters = {Parameter::integer("seed", 0, 0, "which draw").of(Parameter::Step::other)},
+      .parameters = {Parameter::integer("seed", 0, 0, "which draw").of(Parameter::Step::draw)},
       .compose = [](const Arguments& a) { return Composition{.rule = std::make_shared<Random>(a.integer("seed"))}; },
       .baseline = Method::Baseline::floor,
   };

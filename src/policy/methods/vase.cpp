@@ -156,7 +156,7 @@ const MethodRegistration vase([] {
                      Parameter::real("lambda", 0.5, 0, 1, "mode=attention-redundancy: weight of attention: rkv_lambda")
                          .of(Parameter::Step::score),
                      Parameter::flag("smooth", false, "average attention over 5 neighbours").of(Parameter::Step::space),
-                     Parameter::integer("seed", 0, 0, "mode=sample: of the draw").of(Parameter::Step::other)},
+                     Parameter::integer("seed", 0, 0, "mode=sample: of the draw").of(Parameter::Step::draw)},
       .compose =
           [](const Arguments& a) {
             static const std::vector<std::string> modes = {"sample", "range-attention", "attention",

@@ -42,6 +42,28 @@ void unrotate(const RotaryTable& table, std::span<const int> positions, Eigen::R
 /// Turns `rows` [n, D] as the model does, row i at positions[i], in place: the inverse of unrotate().
 void rotate(const RotaryTable& table, std::span<const int> positions, Eigen::Ref<Matrix> rows);
 
+/// The same for who turns vectors to the same positions again and again: what a position does is calculated once. Not
+/// for use by several threads at once.
+class RotaryAngles {
+ public:
+  /// Of a pair, its attention scaling included.
+  struct Turn {
+    double cosine;
+    double sine;
+  };
+
+  explicit RotaryAngles(RotaryTable table) : table_(std::move(table)) {}
+
+  /// Turns a vector of D dimensions at `position`, not below 0, into `to`.
+  void rotate(int position, const float* from, Index head_dim, float* to);
+
+ private:
+  const std::vector<Turn>& turns_of(int position);
+
+  RotaryTable table_;
+  std::vector<std::vector<Turn>> turns_;  // [position][pair]; none: not asked for yet
+};
+
 /// The mean of what positions first … first + count − 1 do to a vector of D dimensions, as a matrix [D, D]. It is no
 /// rotation: cosines and sines are averaged.
 Eigen::MatrixXd mean_rotation(const RotaryTable& table, int first, int count, int head_dim);

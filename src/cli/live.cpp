@@ -370,6 +370,7 @@ TraceReplay run_one(const LiveArguments& arguments, const ReplayRequest& request
   }
   const std::span<const Setting> settings = engine.settings(0);
   measure_live(run, settings, found);
+  settle_capacities(found);
   if (arguments.generate > 0) {
     std::vector<std::string> answers = beginning.info.answers;
     answers.insert(answers.end(), arguments.answers.begin(), arguments.answers.end());

@@ -57,6 +57,7 @@ LayerDecision::LayerDecision(const LayerSource& layer, std::span<const Setting> 
       requirements_(requirements),
       shape_(layer.shape()),
       held_(shape_.rows()),
+      head_shapes_(static_cast<std::size_t>(shape_.num_kv_heads)),
       combination_bytes_(combination_bytes),
       observer_(observer) {
   const auto kv_heads = static_cast<std::size_t>(shape_.num_kv_heads);
@@ -110,6 +111,7 @@ void LayerDecision::decide_head(int kv_head) {
   const std::unique_ptr<HeadSource> source = layer_.head(kv_head);
   const Head head(*source, combination_bytes_);
   if (observer_ != nullptr) observer_->begin_head(head);
+  head_shapes_[static_cast<std::size_t>(kv_head)] = head.shape();
   HeadScores scores;
   Matrix raw(shape_.group_size, head.rows());
   std::size_t prepared = 0;  // settings whose combinations were prepared
@@ -181,7 +183,7 @@ void LayerDecision::smooth_and_share(const Setting& setting, const Head& head, c
                                      HeadScores& scores) const {
   const Ranking& ranking = *setting.policy->ranking();
   const bool compare_all = compares_all(setting);
-  const int capacity = setting.capacity(held_);
+  const int capacity = std::min(setting.capacity(held_), static_cast<int>(head.rows()));
   scores.query = raw;
   std::vector<int> members(static_cast<std::size_t>(shape_.group_size));
   std::iota(members.begin(), members.end(), 0);
@@ -268,11 +270,12 @@ void LayerDecision::decide_together(int index) {
     const std::vector<int> capacities = allocate(setting, parts);
     const int sets = s.sets_per_kv_head(shape_.group_size);
     for (std::size_t set = 0; set < kept_[setting].size(); ++set) {
-      const HeadScores& part = parts[set / static_cast<std::size_t>(sets)];
+      const std::size_t kv_head = set / static_cast<std::size_t>(sets);
+      const HeadScores& part = parts[kv_head];
       const std::span<const float> scores = s.granularity == Granularity::query
                                                 ? row_of(part.query, static_cast<Index>(set) % sets)
                                                 : row_of(part.shared, 0);
-      kept_[setting][set] = choose(s, shape_, scores, capacities[set]);
+      kept_[setting][set] = choose(s, head_shapes_[kv_head], scores, capacities[set]);
     }
   } catch (const Error& error) {
     throw in_context(s, -1, error);
@@ -298,6 +301,8 @@ std::vector<int> LayerDecision::choose(const Setting& setting, const HeadShape& 
                                        int capacity) const {
   const Policy& policy = *setting.policy;
   const Protection protection = policy.protection().held_by(shape);
+  // A head whose cache is shorter than others may be granted more than it holds.
+  capacity = std::min(capacity, shape.rows());
   return positions_of(policy.selection ? policy.selection->select(scores, protection, capacity)
                                        : select_top(scores, protection, capacity),
                       shape, shape.rows() == 0);

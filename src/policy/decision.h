@@ -124,8 +124,9 @@ class LayerDecision {
   const LayerSource& layer_;
   std::span<const Setting> settings_;
   const RankingRequirements& requirements_;
-  const HeadShape& shape_;  // of the layer's first head
-  int held_;                // rows
+  const HeadShape& shape_;              // of the layer's first head
+  int held_;                            // rows
+  std::vector<HeadShape> head_shapes_;  // [KV head], once it is ranked: heads of an evicted cache hold unequal rows
   Index combination_bytes_;
   ScoreObserver* observer_;
   std::map<std::size_t, std::vector<HeadScores>> deferred_;  // [setting][KV head]: scores that wait for other heads

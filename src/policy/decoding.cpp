@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/buffer.h"
+#include "base/rotary.h"
 #include "base/softmax.h"
 #include "base/work.h"
 #include "kernels/kernels.h"
@@ -81,6 +82,19 @@ class PromptLane : public HeadSource {
   PatternMemory* pattern_memory_;
 };
 
+// What a survey of the prompt gave to every kept set of a layer.
+class DividedBudget : public Budget {
+ public:
+  DividedBudget(std::vector<int> capacities, int asked) : capacities_(std::move(capacities)), asked_(asked) {}
+
+  std::optional<int> own_capacity() const override { return asked_; }
+  std::vector<int> allocate(const BudgetRequest& /*request*/) const override { return capacities_; }
+
+ private:
+  std::vector<int> capacities_;
+  int asked_;
+};
+
 // Rows in the order in which they are to stand, of `kept`, ascending rows.
 std::vector<int> ordered(std::vector<int> kept, RowOrder order, const std::vector<float>& scores,
                          Protection protection) {
@@ -111,6 +125,7 @@ class LayerDecoding::Rows {
     }
     const int slot = free_.back();
     free_.pop_back();
+    if (static_cast<std::size_t>(slot) < is_unturned_.size()) is_unturned_[static_cast<std::size_t>(slot)] = false;
     std::copy_n(key, depth_, row(slot, 0));
     std::copy_n(value, depth_, row(slot, 1));
     float* const panel = blocks_[static_cast<std::size_t>(slot / kPanel)].data() + 2 * kPanel * depth_;
@@ -121,6 +136,22 @@ class LayerDecoding::Rows {
   void hold(int slot) { ++holders_[static_cast<std::size_t>(slot)]; }
   void release(int slot) {
     if (--holders_[static_cast<std::size_t>(slot)] == 0) free_.push_back(slot);
+  }
+
+  // A key before its position turned it.
+  const float* unturned_key(int slot, int position, const RotaryTable& rotary) {
+    const auto block = static_cast<std::size_t>(slot / kPanel);
+    if (unturned_.size() <= block) unturned_.resize(block + 1);
+    if (is_unturned_.size() < holders_.size()) is_unturned_.resize(holders_.size(), false);
+    if (unturned_[block].size() == 0) unturned_[block] = Buffer(kPanel * depth_);
+    float* const key = unturned_[block].data() + slot % kPanel * depth_;
+    if (!is_unturned_[static_cast<std::size_t>(slot)]) {
+      Matrix turned = MatrixView(row(slot, 0), 1, depth_);
+      unrotate(rotary, {&position, 1}, turned);
+      std::copy_n(turned.data(), depth_, key);
+      is_unturned_[static_cast<std::size_t>(slot)] = true;
+    }
+    return key;
   }
 
   const float* key(int slot) const { return row(slot, 0); }
@@ -178,6 +209,8 @@ class LayerDecoding::Rows {
   std::vector<Buffer> blocks_;  // of kPanel slots: keys and values by rows, and keys as a panel
   std::vector<int> holders_;    // [slot]
   std::vector<int> free_;
+  std::vector<Buffer> unturned_;   // of kPanel slots, where somebody asked for one
+  std::vector<bool> is_unturned_;  // [slot]: it is there
   std::vector<int> query_positions_;
   std::vector<std::vector<float>> queries_;  // [query][group · D]
   std::vector<Buffer> products_;             // [block][group][kPanel]
@@ -205,7 +238,10 @@ struct LayerDecoding::Lane {
   std::unique_ptr<PatternMemory> pattern_memory;
   std::vector<int> seen_since;  // of policies that mask: of each row the first query that sees it, or kHidden
   std::vector<Span> gone;
-  Matrix attention;  // [members, R] of the newest query
+  bool pays_to_all = false;                     // attention is that of the full run: what is gone stays in still_paid
+  std::vector<std::pair<int, int>> still_paid;  // (position, slot), the newest first
+  Matrix attention;                             // [members, R] of the newest query
+  bool has_newest = false;                      // the policy that decides may go by it
 };
 
 // The caches of one setting.
@@ -217,22 +253,31 @@ struct LayerDecoding::Caches {
   int capacity = 0;
   int growth = 0;  // that every eviction adds to it
   int sets_per_head = 1;
+  std::vector<int> shares;  // of every set of the layer, where a survey of the prompt divides them; otherwise empty
   std::vector<Lane> lanes;
-  bool attends = false;  // somebody looks at what every step's query pays
+  bool looks_at_newest = false;  // the ranking looks at the attention of the newest query, and at no other's
+  bool observes = false;         // a memory looks at what every step's query pays
+  bool attends = false;          // it does, or somebody asks for the output
   bool reindexed = false;
-  int last = 0;                             // eviction, or the prompt's last token
-  std::vector<float> output;                // [H · D] of the newest query, where somebody asks for it
-  std::vector<std::vector<float>> outputs;  // [step][H · D]
+  int last = 0;                // eviction, or the prompt's last token
+  std::vector<float> output;   // [H · D] of the newest query, where somebody asks for it
+  std::vector<float> outputs;  // [step][heads that are decoded · group · D]
 };
 
 // A lane's cache as policies see it.
 class LayerDecoding::LiveHead : public HeadSource {
  public:
   LiveHead(const Lane& lane, const Rows& rows, const HeadSource& prompt, const RotaryTable* reindexed)
-      : lane_(lane), rows_(rows), prompt_(prompt), reindexed_(reindexed) {}
+      : lane_(lane), rows_(rows), prompt_(prompt), reindexed_(reindexed), entries_(lane.shape.positions) {
+    if (lane.still_paid.empty()) return;
+    std::vector<int> positions;
+    for (const auto& [position, slot] : lane.still_paid) positions.push_back(position);
+    positions.insert(positions.end(), lane.positions.begin(), lane.positions.end());
+    entries_ = CachePositions(std::move(positions));
+  }
 
   const HeadShape& shape() const override { return lane_.shape; }
-  const CachePositions& entries() const override { return lane_.shape.positions; }
+  const CachePositions& entries() const override { return entries_; }
   void read_keys(Index first, Index count, float* rows) const override {
     for (Index i = 0; i < count; ++i) std::copy_n(rows_.key(slot(first + i)), rows_.depth(), rows + i * rows_.depth());
     if (reindexed_ == nullptr) return;
@@ -266,6 +311,10 @@ class LayerDecoding::LiveHead : public HeadSource {
     rotate(*reindexed_, positions, rows);
     return rows;
   }
+  std::span<const float> newest_attention(int member) const override {
+    if (!lane_.has_newest) return {};
+    return {lane_.attention.data() + member * lane_.attention.cols(), static_cast<std::size_t>(lane_.attention.cols())};
+  }
   bool has_output_projection() const override { return prompt_.has_output_projection(); }
   Matrix output_projection(int member) const override { return prompt_.output_projection(lane_.first_member + member); }
   Matrix projection_factor(int member) const override { return prompt_.projection_factor(lane_.first_member + member); }
@@ -280,12 +329,17 @@ class LayerDecoding::LiveHead : public HeadSource {
   PatternMemory* pattern_memory() const override { return lane_.pattern_memory.get(); }
 
  private:
-  int slot(Index row) const { return lane_.slots[static_cast<std::size_t>(row)]; }
+  int slot(Index entry) const {
+    const auto gone = std::ssize(lane_.still_paid);
+    return entry < gone ? lane_.still_paid[static_cast<std::size_t>(entry)].second
+                        : lane_.slots[static_cast<std::size_t>(entry - gone)];
+  }
 
   const Lane& lane_;
   const Rows& rows_;
   const HeadSource& prompt_;
   const RotaryTable* reindexed_;
+  CachePositions entries_;
 };
 
 // The caches of a setting as a layer, at the prompt's end or later.
@@ -342,40 +396,40 @@ bool LayerDecoding::looks_at_queries(const Setting& setting) {
 }
 
 LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting> settings, std::vector<int> kv_heads,
-                             Index combination_bytes, bool outputs)
+                             Index combination_bytes, Outputs outputs)
     : prompt_(prompt),
       kv_heads_(std::move(kv_heads)),
       combination_bytes_(combination_bytes),
       shape_(prompt.shape()),
       position_(shape_.next_position - 1),
       window_(window_of(settings)),
-      gives_outputs_(outputs) {
+      outputs_(outputs) {
   for (const int kv_head : kv_heads_) {
     heads_[kv_head] = prompt.head(kv_head);
     rows_[kv_head] = std::make_unique<Rows>(shape_.head_dim, shape_.group_size, window_);
   }
-  for (const Setting& setting : settings) {
+  for (std::size_t i = 0; i < settings.size(); ++i) {
+    const Setting& setting = settings[i];
     auto caches = std::make_unique<Caches>();
     caches->policy = *setting.policy;
     caches->schedule = *setting.policy->schedule;
     caches->policy.schedule.reset();
     caches->reindexed = setting.policy->row_positions == RowPositions::reindexed;
-    if (caches->reindexed || gives_outputs_) {
+    if (outputs_ == Outputs::newest || (outputs_ == Outputs::untold && caches->reindexed)) {
       caches->output.resize(static_cast<std::size_t>(Index{shape_.num_kv_heads} * shape_.group_size * shape_.head_dim));
     }
     const int held = shape_.rows();
-    caches->capacity = setting.asked.resolve(held, setting.policy->share_rule) +
-                       (caches->policy.pin.prompt && !caches->policy.pin.counted ? held : 0);
-    if (caches->schedule.compression > 0) {
-      caches->growth = setting.asked.resolve(held, setting.policy->share_rule) - caches->policy.protection().window;
-      caches->schedule.slack = (caches->schedule.compression - 1) * caches->growth;
-    }
+    const int asked = setting.asked.resolve(held, setting.policy->share_rule);
+    caches->capacity = asked + (caches->policy.pin.prompt && !caches->policy.pin.counted ? held : 0);
+    caches->growth = caches->schedule.grow(asked, caches->policy.protection().window);
     caches->own = setting;
     caches->own.policy = &caches->policy;
+    divide(*caches, i);
     const bool apart = setting.granularity == Granularity::query;
     if (apart) caches->own.granularity = Granularity::kv;
     caches->own.asked = {.text = setting.asked.text, .count = 1};
     caches->requirements.emplace(std::span<const Setting>(&caches->own, 1), std::numeric_limits<int>::max());
+    caches->looks_at_newest = window_of({&caches->own, 1}) == 1;
     caches->sets_per_head = apart ? shape_.group_size : 1;
     for (const int kv_head : kv_heads_) {
       for (int set = 0; set < caches->sets_per_head; ++set) {
@@ -383,6 +437,7 @@ LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting>
         lane.kv_head = kv_head;
         lane.first_member = set;
         lane.shape = heads_[kv_head]->shape();
+        lane.pays_to_all = caches->schedule.attention == Schedule::Attention::full;
         if (apart) {
           lane.shape.kv_head = lane.shape.kv_head * lane.shape.group_size + set;
           lane.shape.num_kv_heads *= lane.shape.group_size;
@@ -403,6 +458,7 @@ LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting>
       for (const Lane& lane : caches->lanes) {
         if (lane.kv_head != kv_head) continue;
         for (const int position : lane.positions) slots[position] = -1;
+        for (const auto& [position, slot] : lane.still_paid) slots[position] = -1;
       }
     }
     const HeadSource& head = *heads_[kv_head];
@@ -430,6 +486,10 @@ LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting>
         for (const int position : lane.positions) {
           lane.slots.push_back(slots[position]);
           rows_[kv_head]->hold(lane.slots.back());
+        }
+        for (auto& [position, slot] : lane.still_paid) {
+          slot = slots[position];
+          rows_[kv_head]->hold(slot);
         }
       }
     }
@@ -467,11 +527,11 @@ void LayerDecoding::begin(Caches& caches) {
     }
     lane.memory = ranking->memory(lane.shape);
     if (!lane.memory) continue;
-    caches.attends = caches.attends || lane.memory->observes_attention();
+    caches.observes = caches.observes || lane.memory->observes_attention();
     const PromptLane source(*heads_.at(lane.kv_head), lane.shape, lane.first_member, nullptr, nullptr);
     lane.memory->begin(Head(source, combination_bytes_));
   }
-  caches.attends = caches.attends || !caches.output.empty();
+  caches.attends = caches.observes || !caches.output.empty();
   const Schedule& schedule = caches.schedule;
   if (schedule.prompt == Schedule::Prompt::wait) return;
   Schedule at_end = schedule;
@@ -482,15 +542,42 @@ void LayerDecoding::begin(Caches& caches) {
   std::swap(caches.schedule, at_end);
 }
 
-bool LayerDecoding::is_full(const Caches& caches) const {
-  const int rows = rows_of(caches) - (caches.schedule.counts_prompt ? 0 : shape_.rows());
-  return caches.schedule.is_full(rows, capacity_of(caches));
+// Where a budget surveys, the prompt is divided among all layers, and stays so: what all of a layer's sets get. A
+// capacity that holds the whole prompt is the same for all.
+void LayerDecoding::divide(Caches& caches, std::size_t setting) const {
+  if (!caches.policy.budget || !caches.policy.budget->surveys()) return;
+  const int capacity = std::max(1, caches.capacity - caches.schedule.coming());
+  BudgetRequest request = caches.own.budget_request(shape_);
+  const auto sets = static_cast<std::size_t>(sets_per_layer(request));
+  if (capacity >= shape_.rows()) {
+    caches.shares.assign(sets, capacity);
+  } else {
+    request.capacity = capacity;
+    request.surveys = prompt_.surveys(setting, caches.own);
+    caches.shares = caches.policy.budget->allocate(request);
+  }
+  caches.policy.budget = std::make_shared<DividedBudget>(caches.shares, capacity);
 }
 
+bool LayerDecoding::is_full(const Caches& caches) const {
+  const int apart = caches.schedule.counts_prompt ? 0 : shape_.rows();
+  if (caches.shares.empty()) return caches.schedule.is_full(rows_of(caches) - apart, capacity_of(caches));
+  return std::ranges::any_of(caches.lanes, [&](const Lane& lane) {
+    const int share = caches.shares[caches.shares.size() == 1 ? 0 : static_cast<std::size_t>(lane.shape.kv_head)];
+    return caches.schedule.is_full(static_cast<int>(lane.positions.size()) - apart, share + caches.schedule.coming());
+  });
+}
+
+// What is held against the capacity: the longest cache, and where a budget makes them unequal their mean, rounded down.
 int LayerDecoding::rows_of(const Caches& caches) const {
-  int most = 0;
-  for (const Lane& lane : caches.lanes) most = std::max(most, static_cast<int>(lane.positions.size()));
-  return most;
+  std::size_t most = 0;
+  std::size_t sum = 0;
+  for (const Lane& lane : caches.lanes) {
+    most = std::max(most, lane.positions.size());
+    sum += lane.positions.size();
+  }
+  const bool is_mean = caches.policy.budget && caches.policy.budget->needs_scores();
+  return static_cast<int>(is_mean ? sum / caches.lanes.size() : most);
 }
 
 // What the layer's caches may hold: by a budget over layers, the layer's own share.
@@ -540,6 +627,10 @@ void LayerDecoding::evict(Caches& caches, const LayerSource& layer, int last_que
   }
   caches.last = position_;
   caches.capacity += caches.growth;
+  if (caches.shares.empty() || caches.growth == 0) return;
+  for (int& share : caches.shares) share += caches.growth;
+  caches.policy.budget =
+      std::make_shared<DividedBudget>(caches.shares, std::max(1, caches.capacity - caches.schedule.coming()));
 }
 
 // Queries after `last_query` see `seen`, ascending rows. All others stay in the cache.
@@ -566,8 +657,13 @@ void LayerDecoding::keep_rows(Lane& lane, const std::vector<int>& left, int last
     if (stays[row]) continue;
     const int since = lane.seen_since.empty() ? lane.positions[row] : lane.seen_since[row];
     if (since != Lane::kHidden) lane.gone.push_back({lane.positions[row], since, last_query});
-    if (!lane.slots.empty()) rows_.at(lane.kv_head)->release(lane.slots[row]);
+    if (lane.pays_to_all) {
+      lane.still_paid.emplace_back(lane.positions[row], lane.slots.empty() ? -1 : lane.slots[row]);
+    } else if (!lane.slots.empty()) {
+      rows_.at(lane.kv_head)->release(lane.slots[row]);
+    }
   }
+  std::ranges::sort(lane.still_paid, std::greater<>());
   const auto gather = [&left](std::vector<int>& of) {
     if (of.empty()) return;
     std::vector<int> gathered;
@@ -600,31 +696,34 @@ void LayerDecoding::step(const TokenRows& token) {
       lane.slots.push_back(slots.at(lane.kv_head));
       rows_.at(lane.kv_head)->hold(lane.slots.back());
     }
-    attend(*caches);
     const Schedule& schedule = caches->schedule;
+    const bool gives_output = !caches->output.empty();
+    const bool attended = caches->observes || (caches->attends && !schedule.joins_first);
+    if (attended) attend(*caches);
     if (!schedule.joins_first) {
       sum_values(*caches);
       observe(*caches);
       leave_behind(*caches);
     }
-    const bool due = schedule.is_due(token.position, caches->last, rows_of(*caches));
+    const bool due = schedule.is_due(token.position, caches->last, rows_of(*caches), token.ends_turn);
     const bool evicts = due && is_full(*caches);
     if (evicts) {
       for (Lane& lane : caches->lanes) {
         lane.shape.next_position = token.position + 1;
         lane.shape.positions = CachePositions(lane.positions);
       }
+      const bool offers = caches->looks_at_newest && token.queries != nullptr;
+      if (offers && !attended) attend(*caches);
+      for (Lane& lane : caches->lanes) lane.has_newest = offers;
       evict(*caches, LiveLayer(*this, *caches, false), token.position - (schedule.joins_first ? 1 : 0),
             schedule.joins_first);
+      for (Lane& lane : caches->lanes) lane.has_newest = false;
     } else if (due && schedule.starts_over) {
       caches->last = token.position;
     }
     if (!schedule.joins_first) continue;
-    if (!evicts) {
-      observe(*caches);
-    } else if (!caches->output.empty()) {
-      attend(*caches);
-    }
+    if (!evicts) observe(*caches);
+    if (gives_output && (evicts || !attended)) attend(*caches);
     sum_values(*caches);
     leave_behind(*caches);
   }
@@ -648,47 +747,66 @@ void LayerDecoding::leave_behind(Caches& caches) const {
 void LayerDecoding::observe(Caches& caches) const {
   for (Lane& lane : caches.lanes) {
     if (lane.memory) {
-      lane.memory->observe({.position = position_, .attention = caches.attends ? &lane.attention : nullptr});
+      lane.memory->observe({.position = position_, .attention = caches.observes ? &lane.attention : nullptr});
     }
   }
 }
 
 // What the newest query pays to the rows of every cache, where somebody looks at it.
 void LayerDecoding::attend(Caches& caches) {
-  if (!caches.attends) return;
-  const Index depth = shape_.head_dim;
   for (Lane& lane : caches.lanes) {
     Rows& rows = *rows_.at(lane.kv_head);
+    const auto gone = std::ssize(lane.still_paid);
     const auto count = static_cast<Index>(lane.slots.size());
     const int members = lane.shape.group_size;
-    lane.attention.resize(members, count);
+    Matrix& attention = lane.attention;
+    attention.resize(members, gone + count);
     if (caches.reindexed) {
-      lane.shape.next_position = position_ + 1;
-      lane.shape.positions = CachePositions(lane.positions);
-      const LiveHead live(lane, rows, *heads_.at(lane.kv_head), lane.shape.rotary.get());
-      Matrix keys(count, depth);
-      live.read_keys(0, count, keys.data());
-      const auto newest = static_cast<Index>(rows.query_positions().size()) - 1;
-      for (int member = 0; member < members; ++member) {
-        lane.attention.row(member).noalias() = live.queries(member, newest, 1) * keys.transpose();
-      }
+      multiply_reindexed(lane);
     } else {
       for (int member = 0; member < members; ++member) {
+        const int of_group = lane.first_member + member;
+        for (Index i = 0; i < gone; ++i) {
+          attention(member, i) = rows.product(of_group, lane.still_paid[static_cast<std::size_t>(i)].second);
+        }
         for (Index row = 0; row < count; ++row) {
-          lane.attention(member, row) =
-              rows.product(lane.first_member + member, lane.slots[static_cast<std::size_t>(row)]);
+          attention(member, gone + row) = rows.product(of_group, lane.slots[static_cast<std::size_t>(row)]);
         }
       }
     }
-    scale_logits(lane.attention, lane.shape.rule);
-    for (std::size_t row = 0; row < lane.seen_since.size(); ++row) {
+    scale_logits(attention, lane.shape.rule);
+    const bool hides = caches.schedule.attention == Schedule::Attention::live;
+    for (std::size_t row = 0; hides && row < lane.seen_since.size(); ++row) {
       if (lane.seen_since[row] != Lane::kHidden) continue;
-      lane.attention.col(static_cast<Index>(row)).setConstant(-std::numeric_limits<float>::infinity());
+      attention.col(static_cast<Index>(row)).setConstant(-std::numeric_limits<float>::infinity());
     }
     for (int member = 0; member < members; ++member) {
-      softmax(lane.attention.row(member), 0, count, lane.shape.rule.sink(lane.shape.query_head(member)));
+      softmax(attention.row(member), 0, gone + count, lane.shape.rule.sink(lane.shape.query_head(member)));
     }
-    count_exponentials(members * count);
+    count_exponentials(members * (gone + count));
+    if (gone > 0) attention = Matrix(attention.rightCols(count));
+  }
+}
+
+// Products of a cache's keys at their places and the newest query at the last one, which they become the attention of.
+void LayerDecoding::multiply_reindexed(Lane& lane) {
+  Rows& rows = *rows_.at(lane.kv_head);
+  const Index depth = shape_.head_dim;
+  const RotaryTable& rotary = *lane.shape.rotary;
+  if (!angles_) angles_ = std::make_unique<RotaryAngles>(rotary);
+  const auto count = static_cast<Index>(lane.slots.size());
+  Matrix keys(count, depth);
+  for (Index row = 0; row < count; ++row) {
+    const auto place = static_cast<std::size_t>(row);
+    angles_->rotate(static_cast<int>(row), rows.unturned_key(lane.slots[place], lane.positions[place], rotary), depth,
+                    keys.data() + row * depth);
+  }
+  Matrix query(1, depth);
+  for (int member = 0; member < lane.shape.group_size; ++member) {
+    std::copy_n(rows.newest_query(lane.first_member + member), depth, query.data());
+    unrotate(rotary, {&position_, 1}, query);
+    angles_->rotate(static_cast<int>(count) - 1, query.data(), depth, query.data());
+    lane.attention.row(member).noalias() = query * keys.transpose();
   }
 }
 
@@ -712,7 +830,12 @@ void LayerDecoding::sum_values(Caches& caches) const {
     }
     count_operations(2 * count * lane.shape.group_size * depth);
   }
-  if (!gives_outputs_) caches.outputs.push_back(caches.output);
+  if (outputs_ == Outputs::newest) return;
+  const auto width = static_cast<std::ptrdiff_t>(Index{shape_.group_size} * depth);
+  for (const int kv_head : kv_heads_) {
+    const auto first = caches.output.begin() + kv_head * width;
+    caches.outputs.insert(caches.outputs.end(), first, first + width);
+  }
 }
 
 std::span<const float> LayerDecoding::output(std::size_t setting) const { return caches_[setting]->output; }
@@ -739,13 +862,10 @@ std::vector<DecodedSetting> LayerDecoding::take() {
         if (caches->policy.masks) told.from.push_back(from);
       }
     }
-    if (!caches->outputs.empty()) {
-      setting.outputs.resize(static_cast<Index>(caches->outputs.size()),
-                             static_cast<Index>(caches->outputs.front().size()));
-      for (std::size_t i = 0; i < caches->outputs.size(); ++i) {
-        std::ranges::copy(caches->outputs[i], setting.outputs.data() + static_cast<Index>(i) * setting.outputs.cols());
-      }
-    }
+    if (caches->outputs.empty()) continue;
+    const Index width = std::ssize(kv_heads_) * shape_.group_size * shape_.head_dim;
+    setting.outputs = MatrixView(caches->outputs.data(), std::ssize(caches->outputs) / width, width);
+    caches->outputs = {};
   }
   return all;
 }

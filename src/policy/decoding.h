@@ -27,8 +27,8 @@ struct CacheHistory {
 /// What one setting did in one layer.
 struct DecodedSetting {
   std::vector<CacheHistory> sets;  ///< [H] at granularity query, otherwise [K]
-  /// Outputs of the queries since the prompt, where what they attend to is not told by positions alone: [steps, H · D],
-  /// of the heads that were decoded; otherwise empty.
+  /// Outputs of the queries since the prompt, where they were asked for and what queries attend to is not told by
+  /// positions alone: [steps, heads that were decoded · group · D]; otherwise empty.
   Matrix outputs;
 };
 
@@ -38,6 +38,7 @@ struct TokenRows {
   const float* keys = nullptr;     ///< [K, D]
   const float* values = nullptr;   ///< [K, D]
   const float* queries = nullptr;  ///< [H, D]; null where they were not captured
+  bool ends_turn = false;          ///< the next token begins another turn of the conversation
 };
 
 /// The caches of some KV heads of a layer, of every setting that has a schedule. Settings share what they hold alike:
@@ -48,12 +49,18 @@ struct TokenRows {
 /// schedules say so. Attention is softmax in float32 over the rows of a cache, in its order.
 class LayerDecoding {
  public:
+  /// Which outputs of the queries will be asked for.
+  enum class Outputs {
+    none,
+    untold,  ///< those that kept positions do not tell: of every step, by take()
+    newest,  ///< of all settings, step by step, by output(); every step has to have queries then
+  };
+
   /// `prompt` delivers the layer's heads at the prompt's end, and must outlive it; so must the settings, all of which
   /// have a schedule. `kv_heads` are those that are decoded: all of them where a setting's heads depend on each other.
-  /// `combination_bytes`: see LayerDecision. `outputs`: whether output() will be asked for; every step has to have
-  /// queries then. Evicts the prompt where it is due. Throws Error as LayerDecision does.
+  /// `combination_bytes`: see LayerDecision. Evicts the prompt where it is due. Throws Error as LayerDecision does.
   LayerDecoding(const LayerSource& prompt, std::span<const Setting> settings, std::vector<int> kv_heads,
-                Index combination_bytes, bool outputs = false);
+                Index combination_bytes, Outputs outputs);
   ~LayerDecoding();
   LayerDecoding(const LayerDecoding&) = delete;
   LayerDecoding& operator=(const LayerDecoding&) = delete;
@@ -80,9 +87,11 @@ class LayerDecoding {
   struct Lane;
   struct Caches;
 
+  void divide(Caches& caches, std::size_t setting) const;
   void begin(Caches& caches);
   void evict(Caches& caches, const LayerSource& layer, int last_query, bool observes = false);
   void attend(Caches& caches);
+  void multiply_reindexed(Lane& lane);
   void sum_values(Caches& caches) const;
   void observe(Caches& caches) const;
   void leave_behind(Caches& caches) const;
@@ -95,14 +104,15 @@ class LayerDecoding {
   const LayerSource& prompt_;
   std::vector<int> kv_heads_;
   Index combination_bytes_;
-  HeadShape shape_;          // of the prompt's first head
-  int position_;             // of the last token that came
-  int window_;               // queries that stay at hand
-  bool gives_outputs_;       // of all settings
+  HeadShape shape_;  // of the prompt's first head
+  int position_;     // of the last token that came
+  int window_;       // queries that stay at hand
+  Outputs outputs_;
   bool cuts_apart_ = false;  // while a prompt is evicted: as by one eviction, without what is remembered of it
   std::map<int, std::unique_ptr<Rows>> rows_;         // [KV head]
   std::map<int, std::unique_ptr<HeadSource>> heads_;  // [KV head]: the prompt's
   std::vector<std::unique_ptr<Caches>> caches_;       // [setting]
+  std::unique_ptr<RotaryAngles> angles_;              // of places in caches, where they are reindexed
 };
 
 }  // namespace kvreplay

@@ -47,8 +47,16 @@ Index seen_by(const HeadShape& shape, Index window) {
 }
 
 // The entries [first, end) that the query at `position` sees.
-std::pair<Index, Index> visible_entries(const CachePositions& entries, int position, const AttentionRule& rule) {
-  return {entries.count_before(static_cast<int>(rule.first_visible(position))), entries.count_before(position + 1)};
+std::pair<Index, Index> visible_entries(const CachePositions& entries, int position, const HeadShape& shape) {
+  const int gone = entries.size() - shape.rows();
+  if (gone > 0 && !entries.ascend()) {
+    // The newest of them come first, and no window hides any.
+    int first = 0;
+    while (first < gone && entries[first] > position) ++first;
+    return {first, gone + shape.positions.count_before(position + 1)};
+  }
+  return {entries.count_before(static_cast<int>(shape.rule.first_visible(position))),
+          entries.count_before(position + 1)};
 }
 
 }  // namespace
@@ -137,9 +145,9 @@ Head::WindowPass::WindowPass(const HeadSource& source, int window) : window_(win
   const Index depth = shape.head_dim;
   const CachePositions& entries = source.entries();
   const auto visible = [&](Index query) {
-    return visible_entries(entries, shape.next_position - window + static_cast<int>(query), shape.rule);
+    return visible_entries(entries, shape.next_position - window + static_cast<int>(query), shape);
   };
-  origin_ = visible(0).first / kBlock * kBlock;
+  origin_ = std::min(visible(0).first, visible(window - 1).first) / kBlock * kBlock;
   const Index seen = entries.size() - origin_;
   const auto at_hand = static_cast<Index>(source.query_positions().size());
   rows_ = static_cast<Index>(shape.group_size) * window;
@@ -229,6 +237,8 @@ struct Head::Shared {
   Buffer projected_lengths;  // [member] ‖W v‖²
 };
 
+std::span<const float> HeadSource::newest_attention(int /*member*/) const { return {}; }
+
 Matrix HeadSource::projection_factor(int member) const { return projection_factor_of(output_projection(member)); }
 
 Matrix HeadSource::later_queries(int /*member*/) const { return {}; }
@@ -283,11 +293,11 @@ int contiguous_window(std::span<const int> query_positions, int next_position) {
   return count;
 }
 
-Head::Head(const HeadSource& source, Index kept_bytes, const RankingMemory* memory)
+Head::Head(const HeadSource& source, Index kept_bytes)
     : source_(source),
       shape_(source.shape()),
       kept_bytes_(kept_bytes),
-      memory_(memory != nullptr ? memory : source.memory()),
+      memory_(source.memory()),
       has_output_projection_(source.has_output_projection()),
       entries_(source.entries().size()),
       first_row_(entries_ - shape_.rows()),
@@ -344,7 +354,7 @@ Matrix Head::later_queries(int member) const {
 }
 
 std::pair<Index, Index> Head::visible(int position) const {
-  return visible_entries(source_.entries(), position, shape_.rule);
+  return visible_entries(source_.entries(), position, shape_);
 }
 
 void Head::attend(int member, const Matrix& queries, const Matrix& keys,
@@ -634,10 +644,14 @@ CombinedAttention Head::combined_attention(int member, const WindowCombination& 
 // The first entry that o = Σ a_n v_n does not run over.
 Index Head::output_end(const WindowCombination& combination) const {
   if (combination.whole_cache) return entries_;
-  return source_.entries().count_before(shape_.next_position - static_cast<int>(combination.weights.size()));
+  return visible(shape_.next_position - static_cast<int>(combination.weights.size()) - 1).second;
 }
 
 std::span<const float> Head::attention(int member, int age) const {
+  if (age == 0) {
+    const std::span<const float> newest = source_.newest_attention(member);
+    if (!newest.empty()) return newest;
+  }
   const WindowPass& pass = window_pass(age + 1);
   Buffer& row = shared_->rows[{member, age}];
   if (row.size() == 0) {
@@ -648,6 +662,13 @@ std::span<const float> Head::attention(int member, int age) const {
 }
 
 void Head::copy_attention(int member, int age, std::span<float> out) const {
+  if (age == 0) {
+    const std::span<const float> newest = source_.newest_attention(member);
+    if (!newest.empty()) {
+      std::ranges::copy(newest, out.begin());
+      return;
+    }
+  }
   window_pass(age + 1).copy_row(member, age, first_row_, out);
 }
 

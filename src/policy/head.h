@@ -127,8 +127,9 @@ class HeadSource {
 
   virtual const HeadShape& shape() const = 0;
 
-  /// The entries that the queries at hand paid their attention to: last of all the R rows, before them those that a
-  /// sliding window has dropped since. E of them.
+  /// The entries that the queries at hand paid their attention to: last of all the R rows, before them those that are
+  /// gone since, in ascending order if a sliding window has dropped them, or the newest first if a policy has. E of
+  /// them.
   virtual const CachePositions& entries() const = 0;
 
   /// Entries first … first + count − 1 as `count` rows of D floats that follow each other.
@@ -140,6 +141,9 @@ class HeadSource {
 
   /// Queries first … first + count − 1 of those at query_positions(): [count, D].
   virtual Matrix queries(int member, Index first, Index count) const = 0;
+
+  /// [R] what the newest query paid to the rows, where the source has it at hand; otherwise empty.
+  virtual std::span<const float> newest_attention(int member) const;
 
   virtual bool has_output_projection() const = 0;
   virtual Matrix output_projection(int member) const = 0;  ///< [C, D], the columns of W_O that this head goes through
@@ -253,8 +257,7 @@ struct CombinedAttention {
 class Head {
  public:
   /// `kept_bytes`: how much memory combinations may keep; what exceeds it is computed again when asked for again.
-  /// `memory`: what the ranking that will be asked remembers of this head, or null.
-  explicit Head(const HeadSource& source, Index kept_bytes = Index{1} << 28, const RankingMemory* memory = nullptr);
+  explicit Head(const HeadSource& source, Index kept_bytes = Index{1} << 28);
   ~Head();
   Head(const Head&) = delete;
   Head& operator=(const Head&) = delete;

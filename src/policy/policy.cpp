@@ -122,6 +122,13 @@ void check_schedule(const Policy& policy) {
                     "shift them; leave out the protection",
                     policy.canonical));
   }
+  if (policy.schedule && policy.schedule->attention == Schedule::Attention::full &&
+      policy.row_positions == RowPositions::reindexed) {
+    throw UsageError(
+        fmt::format("'{}': attention=full is that of the run without eviction, in which no position is another; leave "
+                    "out one of the two",
+                    policy.canonical));
+  }
   if (policy.masks && (policy.order == RowOrder::score || policy.row_positions == RowPositions::reindexed)) {
     throw UsageError(fmt::format("'{}' hides rows where they stand, and none moves; leave out '+{}'", policy.canonical,
                                  policy.order == RowOrder::score ? "order" : "positions"));
@@ -302,6 +309,7 @@ const Method* find_method(std::string_view written_name) {
 Policy make_policy(std::string_view spec) {
   const std::vector<SpecPart> parts = parse_spec(spec);
   Policy policy;
+  bool scheduled = false;  // by a step, which replaces a published code's own
   for (std::size_t i = 0; i < parts.size(); ++i) {
     const Method& method = method_for(parts[i], i == 0);
     const Arguments arguments(parts[i], method.parameters);
@@ -315,6 +323,9 @@ Policy make_policy(std::string_view spec) {
           std::any_of(parts.begin() + 1, parts.begin() + static_cast<std::ptrdiff_t>(i), is_again)) {
         throw UsageError(fmt::format("'{}' is given twice; a policy has one", parts[i].name));
       }
+      if (step.schedule && scheduled)
+        throw UsageError(fmt::format("'{}' is a second schedule; a policy has one", parts[i].name));
+      scheduled = scheduled || step.schedule;
       add_step(policy, parts[i], std::move(step));
       policy.canonical += fmt::format("+{}", arguments.canonical());
     }

@@ -171,7 +171,7 @@ struct BudgetRequest {
   int num_layers = 1;
   int layer_among_alike = 0;  ///< the layer's place among those that hold as many positions; see HeadShape
   int layers_alike = 1;
-  int rows = 0;                   ///< R, what each head of the layer holds
+  int rows = 0;                   ///< R, what each head of the layer holds, or once it was evicted the longest
   int capacity = 0;               ///< asked for, per kept set, on average over the layers alike; at most R
   double unrounded_capacity = 0;  ///< the same before a share became whole positions
   Protection protection;          ///< of the rows, counted in the capacity; of a Pattern, its smallest capacity
@@ -179,7 +179,7 @@ struct BudgetRequest {
   int num_query_heads = 1;
   int num_kv_heads = 1;
   /// Scores [R] of every query head of the layer, and of every KV head as its group shares them. Only there for
-  /// budgets that need scores.
+  /// budgets that need scores. Heads of an evicted cache hold different numbers of rows, and have as many scores.
   std::vector<std::span<const float>> query_head_scores;
   std::vector<std::span<const float>> kv_head_scores;
   /// What was found out about every layer alike, for budgets that survey: [layers_alike]. Otherwise empty.
@@ -194,7 +194,8 @@ class Budget {
   /// Whether allocate() looks at the scores (an adaptive budget cannot be put on a pattern).
   virtual bool needs_scores() const { return false; }
 
-  /// Whether allocate() looks at surveys of all layers that hold as much.
+  /// Whether allocate() looks at surveys of all layers that hold as much, and at nothing else of what is in the heads.
+  /// Under a schedule they are of the prompt, and what they divide stays divided.
   virtual bool surveys() const { return false; }
 
   /// One cheap pass over a KV head, before any layer is divided: what allocate() will have to know of it, as few

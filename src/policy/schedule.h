@@ -13,6 +13,13 @@ struct Schedule {
     since_last,  ///< steps since the last eviction, or since the prompt's end
     position,    ///< tokens of all: evicts where (t + 1) mod interval is `remainder`
     rows,        ///< rows: evicts where their number is a multiple of the interval
+    turns,       ///< nothing: evicts before every turn of the conversation
+  };
+
+  /// What policies see of what queries pay.
+  enum class Attention {
+    live,  ///< over the rows that are left, as published codes see it
+    full,  ///< over all tokens, as in the run without eviction: what it pays to rows that are left
   };
 
   /// Whether the tokens that come until the next eviction find room, or are above the capacity until then.
@@ -35,6 +42,7 @@ struct Schedule {
   Phase phase = Phase::since_last;
   Attend attend = Attend::after;
   Prompt prompt = Prompt::cut;
+  Attention attention = Attention::live;
   int remainder = 0;          ///< of Phase::position
   bool starts_over = false;   ///< of Phase::since_last: an interval that ends below the capacity is followed by another
   bool when_full = false;     ///< evicts at the capacity already: nothing goes, but its order may change
@@ -50,6 +58,10 @@ struct Schedule {
   /// protected once more than the one before it did, once so many times as many tokens have come.
   int compression = 0;
 
+  /// How many rows every eviction of a cache that grows adds, where the capacity asked for and the last rows that are
+  /// protected are these; 0 where none grows. The slack follows from it.
+  int grow(int asked, int protected_last);
+
   /// Tokens that room is made for.
   int coming() const { return attend == Attend::before && interval != kOnce && !joins_first ? interval : 0; }
 
@@ -57,8 +69,8 @@ struct Schedule {
   bool is_full(int rows, int capacity) const;
 
   /// Whether there is an eviction after the token at `position`, which leaves `rows` in the cache; `last` is where the
-  /// last one was, or the prompt's last token.
-  bool is_due(int position, int last, int rows) const;
+  /// last one was, or the prompt's last token. `ends_turn`: the next token begins another turn.
+  bool is_due(int position, int last, int rows, bool ends_turn = false) const;
 
   bool operator==(const Schedule&) const = default;
 };

@@ -41,7 +41,7 @@ BudgetRequest Setting::budget_request(const HeadShape& shape) const {
           .layer_among_alike = shape.layer_among_alike,
           .layers_alike = shape.layers_alike,
           .rows = shape.rows(),
-          .capacity = capacity(shape.rows()),
+          .capacity = std::min(capacity(shape.rows()), shape.rows()),
           .unrounded_capacity =
               std::min(asked.unrounded(shape.rows(), policy->share_rule), static_cast<double>(shape.rows())),
           .protection = policy->ranking() ? policy->protection().held_by(shape)

@@ -93,13 +93,13 @@ class LayersTogether : public LayerSource {
 std::vector<DecodedSetting> decode(const CapturedRun& trace, const LayerSource& prompt,
                                    const std::vector<Place>& places, const Eviction& eviction,
                                    std::span<const Setting> settings, const std::vector<int>& kv_heads,
-                                   Index combination_bytes) {
+                                   Index combination_bytes, LayerDecoding::Outputs outputs) {
   const TraceInfo& info = trace.info();
   const HeadShape& shape = prompt.shape();
   const Index depth = shape.head_dim;
   const Index of_keys = shape.num_kv_heads * depth;
   const Index of_queries = of_keys * shape.group_size;
-  LayerDecoding decoding(prompt, settings, kv_heads, combination_bytes);
+  LayerDecoding decoding(prompt, settings, kv_heads, combination_bytes, outputs);
   const bool looks = std::ranges::any_of(settings, &LayerDecoding::looks_at_queries);
   const Index first_query =
       std::ranges::lower_bound(info.query_positions, eviction.position) - info.query_positions.begin();
@@ -131,7 +131,8 @@ std::vector<DecodedSetting> decode(const CapturedRun& trace, const LayerSource& 
       decoding.step({.position = static_cast<int>(first + i),
                      .keys = keys.data() + i * of_keys,
                      .values = values.data() + i * of_keys,
-                     .queries = i < known ? queries.data() + i * of_queries : nullptr});
+                     .queries = i < known ? queries.data() + i * of_queries : nullptr,
+                     .ends_turn = std::ranges::binary_search(info.turn_starts, static_cast<int>(first + i) + 1)});
     }
   }
   return decoding.take();
@@ -139,13 +140,12 @@ std::vector<DecodedSetting> decode(const CapturedRun& trace, const LayerSource& 
 
 }  // namespace
 
-std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
+std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, const TraceLayer& prompt, const Eviction& eviction,
                                          std::span<const Setting> settings, const std::vector<int>& kv_heads,
-                                         const LayerProjection* projection, Index combination_bytes) {
-  const TraceLayer prompt(trace, layer, eviction, projection);
+                                         Index combination_bytes, LayerDecoding::Outputs outputs) {
   std::vector<Place> places;
-  for (int head = 0; head < prompt.shape().num_kv_heads; ++head) places.push_back({layer, head});
-  return decode(trace, prompt, places, eviction, settings, kv_heads, combination_bytes);
+  for (int head = 0; head < prompt.shape().num_kv_heads; ++head) places.push_back({prompt.shape().layer, head});
+  return decode(trace, prompt, places, eviction, settings, kv_heads, combination_bytes, outputs);
 }
 
 std::vector<CacheHistory> decode_across_layers(const CapturedRun& trace, const Eviction& eviction,
@@ -161,7 +161,8 @@ std::vector<CacheHistory> decode_across_layers(const CapturedRun& trace, const E
   for (Setting& setting : together) setting.granularity = Granularity::layer;
   const LayersTogether prompt(trace, eviction, places);
   std::vector<CacheHistory> histories;
-  for (DecodedSetting& decoded : decode(trace, prompt, places, eviction, together, all, combination_bytes)) {
+  for (DecodedSetting& decoded :
+       decode(trace, prompt, places, eviction, together, all, combination_bytes, LayerDecoding::Outputs::none)) {
     histories.push_back(std::move(decoded.sets.front()));
   }
   return histories;

@@ -6,17 +6,17 @@
 
 #include "policy/decoding.h"
 #include "replay/eviction.h"
-#include "replay/layer_projection.h"
+#include "replay/trace_source.h"
 #include "trace/captured_run.h"
 
 namespace kvreplay {
 
 /// What settings with a schedule do in some KV heads of a layer, from the eviction position to the trace's last token:
 /// all heads where Setting::is_local() is not true of every setting. Reads keys, values and queries block by
-/// block. Throws Error as LayerDecoding does.
-std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, int layer, const Eviction& eviction,
+/// block. `prompt` is the layer at the eviction. Throws Error as LayerDecoding does.
+std::vector<DecodedSetting> decode_layer(const CapturedRun& trace, const TraceLayer& prompt, const Eviction& eviction,
                                          std::span<const Setting> settings, const std::vector<int>& kv_heads,
-                                         const LayerProjection* projection, Index combination_bytes);
+                                         Index combination_bytes, LayerDecoding::Outputs outputs);
 
 /// The most bytes that this takes for `heads` KV heads of a trace of `tokens` tokens, beside combinations and heads.
 Index decoding_memory(const HeadShape& shape, Index tokens, Index heads);

@@ -291,9 +291,15 @@ ReplayEngine::Sums ReplayEngine::sum_up(const CapturedRun& trace, const TraceRep
     if (sums.setting_bytes > 0) sums.setting_bytes += LayerRankAgreement::memory_of_setting(shape);
   }
   const Index all_tokens = trace.info().num_tokens();
+  Index caches = 0;  // of all settings, while they are decoded together
   for (const Setting& setting : settings) {
     if (!setting.policy->schedule) continue;
     const Index heads = setting.is_local() ? 1 : outline.model.num_key_value_heads;
+    const Index sets = setting.sets_per_kv_head(outline.model.group_size());
+    // Of every position when it was seen last; masks tell of gaps as well.
+    const Index told = all_tokens * (setting.policy->masks ? 8 : 2) * static_cast<Index>(sizeof(int));
+    sums.layer_bytes += outline.model.num_key_value_heads * sets * told;
+    caches += heads * sets * 2 * told;
     const Index looking_ahead =
         setting.policy->oracle
             ? look_ahead_memory(shape, tokens, static_cast<Index>(outline.evaluation_positions.size()), heads)
@@ -304,6 +310,7 @@ ReplayEngine::Sums ReplayEngine::sum_up(const CapturedRun& trace, const TraceRep
     sums.layer_bytes += (all_tokens - outline.eviction_position) * outline.model.num_attention_heads *
                         outline.model.head_dim * static_cast<Index>(sizeof(float));
   }
+  if (sums.decoding_bytes > 0) sums.decoding_bytes += caches;
   sums.least_combinations = LayerDecision::least_combination_bytes(shape, sums.asked);
   sums.all_combinations = LayerDecision::all_combination_bytes(shape, sums.asked);
   return sums;
@@ -342,6 +349,15 @@ void ReplayEngine::give_surveys(int replay, const std::vector<std::vector<LayerS
     alike.resize(layers[layer].size());
     for (std::size_t s = 0; s < alike.size(); ++s) alike[s].push_back(layers[layer][s]);
   }
+}
+
+// Of every setting, what is known of the layers that hold as much as a unit's; none where nothing is.
+std::vector<std::span<const LayerSurvey>> ReplayEngine::surveys_of(const ReplayUnit& unit) const {
+  const auto found = surveys_.find(unit.replay);
+  if (found == surveys_.end()) return {};
+  const int held = outlines_[static_cast<std::size_t>(unit.replay)].held[static_cast<std::size_t>(unit.layer)];
+  const std::vector<std::vector<LayerSurvey>>& surveys = found->second.at(held);
+  return {surveys.begin(), surveys.end()};
 }
 
 // What was not given is found out here.
@@ -676,7 +692,8 @@ void ReplayEngine::run(std::span<const ReplayUnit> units,
   for_each_group(
       units,
       [this](std::span<const ReplayUnit> group, const Plan& plan, Projections& known) {
-        std::vector<std::vector<LayerResult>> results = decide_group(group, plan, known);
+        std::vector<std::vector<LayerResult>> results =
+            decide_group(group, plan, known, LayerDecoding::Outputs::untold);
         measure_group(group, plan, results);
         return results;
       },
@@ -688,7 +705,7 @@ void ReplayEngine::decide(std::span<const ReplayUnit> units,
   for_each_group(
       units,
       [this](std::span<const ReplayUnit> group, const Plan& plan, Projections& known) {
-        return decide_group(group, plan, known);
+        return decide_group(group, plan, known, LayerDecoding::Outputs::none);
       },
       [&done](const ReplayUnit& unit, std::vector<LayerResult> results) {
         std::vector<LayerResidencies> kept;
@@ -746,7 +763,8 @@ std::vector<std::shared_ptr<LayerProjection>> ReplayEngine::projections_of(std::
 
 // Kept sets and rank agreement; what the kept sets do is left open.
 std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const ReplayUnit> group, const Plan& plan,
-                                                                 Projections& known) const {
+                                                                 Projections& known,
+                                                                 LayerDecoding::Outputs outputs) const {
   const auto outline = [&](std::size_t i) -> const TraceReplay& {
     return outlines_[static_cast<std::size_t>(group[i].replay)];
   };
@@ -759,11 +777,8 @@ std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const
   std::vector<std::unique_ptr<LayerRankAgreement>> agreements(group.size());
   std::vector<LayerDecision> decisions;
   for (std::size_t i = 0; i < group.size(); ++i) {
-    const auto surveys = surveys_.find(group[i].replay);
-    const int held = outline(i).held[static_cast<std::size_t>(group[i].layer)];
     layers.push_back(std::make_unique<TraceLayer>(trace_of(group[i]), group[i].layer, outline(i).eviction(),
-                                                  projections[i].get(),
-                                                  surveys == surveys_.end() ? nullptr : &surveys->second.at(held)));
+                                                  projections[i].get(), surveys_of(group[i])));
     if (sums_of(group[i]).compared > 0) {
       std::vector<bool> is_compared;
       for (const ReplayResult& result : outline(i).results) is_compared.push_back(result.rank_agreement);
@@ -798,7 +813,15 @@ std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const
     refine_sets(trace_of(group[i]), *layers[i], outline(i).eviction(), settings(i), results.back(),
                 plan.settings_at_once, plan.heads_at_once);
   }
-  decode_group(group, plan, projections, results);
+  if (outputs == LayerDecoding::Outputs::none && request_.layer_by_layer) {
+    for (std::size_t i = 0; i < group.size(); ++i) {
+      for (std::size_t s = 0; s < settings(i).size(); ++s) {
+        if (settings(i)[s].policy->schedule) results[i][s].kept.clear();
+      }
+    }
+    return results;
+  }
+  decode_group(group, plan, projections, outputs, results);
   return results;
 }
 
@@ -806,7 +829,7 @@ std::vector<std::vector<LayerResult>> ReplayEngine::decide_group(std::span<const
 // each other head by head, the others layer by layer.
 void ReplayEngine::decode_group(std::span<const ReplayUnit> group, const Plan& plan,
                                 const std::vector<std::shared_ptr<LayerProjection>>& projections,
-                                std::vector<std::vector<LayerResult>>& results) const {
+                                LayerDecoding::Outputs outputs, std::vector<std::vector<LayerResult>>& results) const {
   struct Piece {
     std::size_t unit;
     std::vector<int> kv_heads;
@@ -846,6 +869,7 @@ void ReplayEngine::decode_group(std::span<const ReplayUnit> group, const Plan& p
     const ReplayUnit& unit = group[piece.unit];
     const TraceReplay& outline = outlines_[static_cast<std::size_t>(unit.replay)];
     for (std::size_t i = 0; i < piece.settings.size(); ++i) {
+      if (outputs == LayerDecoding::Outputs::none) continue;
       if (piece.settings[i].policy->row_positions != RowPositions::reindexed) continue;
       results[piece.unit][piece.indices[i]].outputs.resize(
           trace_of(unit).info().num_tokens() - outline.eviction_position,
@@ -858,21 +882,28 @@ void ReplayEngine::decode_group(std::span<const ReplayUnit> group, const Plan& p
         const Piece& piece = pieces[static_cast<std::size_t>(p)];
         const ReplayUnit& unit = group[piece.unit];
         const TraceReplay& outline = outlines_[static_cast<std::size_t>(unit.replay)];
-        std::vector<DecodedSetting> decoded =
-            decode_layer(trace_of(unit), unit.layer, outline.eviction(), piece.settings, piece.kv_heads,
-                         projections[piece.unit].get(), plan.combination_bytes);
+        std::vector<std::span<const LayerSurvey>> surveys;
+        const std::vector<std::span<const LayerSurvey>> of_layer = surveys_of(unit);
+        for (const std::size_t s : piece.indices) {
+          surveys.push_back(of_layer.empty() ? std::span<const LayerSurvey>() : of_layer[s]);
+        }
+        const TraceLayer prompt(trace_of(unit), unit.layer, outline.eviction(), projections[piece.unit].get(),
+                                std::move(surveys));
+        std::vector<DecodedSetting> decoded = decode_layer(trace_of(unit), prompt, outline.eviction(), piece.settings,
+                                                           piece.kv_heads, plan.combination_bytes, outputs);
         for (std::size_t i = 0; i < decoded.size(); ++i) {
           LayerResult& result = results[piece.unit][piece.indices[i]];
           const Index sets = static_cast<Index>(decoded[i].sets.size()) / outline.model.num_key_value_heads;
           const Index width = Index{outline.model.group_size()} * outline.model.head_dim;
-          for (const int head : piece.kv_heads) {
+          for (Index place = 0; place < std::ssize(piece.kv_heads); ++place) {
+            const int head = piece.kv_heads[static_cast<std::size_t>(place)];
             for (Index set = head * sets; set < (head + 1) * sets; ++set) {
               const CacheHistory& history = decoded[i].sets[static_cast<std::size_t>(set)];
               result.kept[static_cast<std::size_t>(set)] =
                   Residency(history.positions, history.until, outline.eviction_position, history.from);
             }
             if (decoded[i].outputs.size() == 0) continue;
-            result.outputs.middleCols(head * width, width) = decoded[i].outputs.middleCols(head * width, width);
+            result.outputs.middleCols(head * width, width) = decoded[i].outputs.middleCols(place * width, width);
           }
         }
       },

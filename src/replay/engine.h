@@ -138,6 +138,7 @@ class ReplayEngine {
   // By what layers hold, of every setting: the surveys of the layers that hold as much.
   using AlikeSurveys = std::map<int, std::vector<std::vector<LayerSurvey>>>;
 
+  std::vector<std::span<const LayerSurvey>> surveys_of(const ReplayUnit& unit) const;
   void complete_surveys(std::span<const ReplayUnit> units) const;
   void complete_decodings(std::span<const ReplayUnit> units, const Plan& plan) const;
   // Factors of output projections by projection_key(): those of the last group of units, which the next may share.
@@ -146,11 +147,11 @@ class ReplayEngine {
   Plan plan_for(Index limit) const;
   Plan plan_of(int heads_at_once, int rounds, Index limit) const;
   std::vector<std::vector<LayerResult>> decide_group(std::span<const ReplayUnit> group, const Plan& plan,
-                                                     Projections& known) const;
+                                                     Projections& known, LayerDecoding::Outputs outputs) const;
   std::vector<std::shared_ptr<LayerProjection>> projections_of(std::span<const ReplayUnit> group, const Plan& plan,
                                                                Projections& known) const;
   void decode_group(std::span<const ReplayUnit> group, const Plan& plan,
-                    const std::vector<std::shared_ptr<LayerProjection>>& projections,
+                    const std::vector<std::shared_ptr<LayerProjection>>& projections, LayerDecoding::Outputs outputs,
                     std::vector<std::vector<LayerResult>>& results) const;
   void measure_group(std::span<const ReplayUnit> group, const Plan& plan,
                      std::vector<std::vector<LayerResult>>& results) const;

@@ -27,7 +27,9 @@ struct ReplayRequest {
   /// Add up what all layers change in the residual stream, where traces tell its length: takes memory for a vector of
   /// the hidden size per setting and evaluation query.
   bool residual_sum = false;
-  bool layer_by_layer = false;  ///< leave out what decides over all layers at a step: a model runs one after the other
+  /// For a running model, whose layers come one after the other: leave out what decides over all of them at a step. It
+  /// evicts under schedules itself, so that decide() leaves the sets of settings with one empty.
+  bool layer_by_layer = false;
   bool strict = false;          ///< refuse what cannot be replayed, instead of leaving it out with a note
 };
 

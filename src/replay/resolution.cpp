@@ -220,9 +220,13 @@ std::optional<Obstacle> schedule_obstacle(const CapturedRun& trace, const Settin
                                count_or_none(steps), steps == 1 ? "s" : "", holdings.next_position),
                    "choose a shorter interval, capture a longer run, or leave out +every");
   }
-  if (policy.budget && policy.budget->looks_at_heads()) {
-    return refused("divides positions by what is in the heads, which have unequal caches once it did so",
-                   "use a budget that goes by layers alone, or leave out the schedule");
+  if (schedule.phase == Schedule::Phase::turns &&
+      std::ranges::none_of(info.turn_starts, [&](int start) { return start >= holdings.next_position; })) {
+    const auto second = std::ranges::find_if(info.turn_starts, [](int start) { return start > 0; });
+    return refused(
+        fmt::format("evicts where turns begin, and the trace marks none from position {} on", holdings.next_position),
+        second == info.turn_starts.end() ? "capture with --turns"
+                                         : fmt::format("evict where one begins, as with --evict-at {}", *second));
   }
   if (policy.oracle && (policy.refinement || !policy.ranking()->memory({}))) {
     return refused("looks ahead of one eviction", "leave out the schedule, or take oracle-residency");
@@ -248,8 +252,18 @@ std::optional<Obstacle> schedule_obstacle(const CapturedRun& trace, const Settin
                  "capture with --queries all, or window:N, which holds every query after the prompt");
 }
 
-// Why layers cannot keep the same positions, where a policy wants them to.
+// Why layers do not see what a policy with a schedule wants them to see.
 std::optional<Obstacle> layers_obstacle(const EvictedLayers& layers, const Policy& policy) {
+  const auto sees_all = [](const HeadShape& shape) {
+    return shape.rule.sliding_window == 0 && shape.rule.attention_chunk_size == 0;
+  };
+  if (policy.schedule->attention == Schedule::Attention::full && !std::ranges::all_of(layers.shapes, sees_all)) {
+    constexpr std::string_view kDoes =
+        "by the attention of the run without eviction, and some layers do not see all of it";
+    return Obstacle{.reason = fmt::format("{} goes {}", policy.canonical, kDoes),
+                    .cure = "leave out attention=full",
+                    .shared = fmt::format("they go {}", kDoes)};
+  }
   const auto sees_as_the_first = [&layers](const HeadShape& shape) {
     return shape.rule.sliding_window == layers.shapes.front().rule.sliding_window &&
            shape.rule.attention_chunk_size == layers.shapes.front().rule.attention_chunk_size;
@@ -273,6 +287,10 @@ std::optional<Obstacle> running_model_obstacle(const Policy& policy) {
   if (policy.oracle) {
     return refused("looks at the queries to come", "look at the queries to come", "none of them");
   }
+  if (policy.schedule->attention == Schedule::Attention::full) {
+    return refused("goes by the attention of the run without eviction",
+                   "go by the attention of the run without eviction", "evicted what that is over");
+  }
   if (policy.across_layers) {
     return refused("keeps the same positions in all layers", "keep the same positions in all layers",
                    "computed only the first ones");
@@ -294,9 +312,7 @@ std::optional<Obstacle> schedule_capacity_obstacle(const EvictedLayers& layers, 
     if (capacity >= least) {
       // What a cache above its capacity waits for may never come.
       Schedule schedule = *policy.schedule;
-      if (schedule.compression > 0) {
-        schedule.slack = (schedule.compression - 1) * (capacity - pinned - policy.protection().window);
-      }
+      schedule.grow(capacity - pinned, policy.protection().window);
       const int most = steps + (schedule.counts_prompt ? some.shape.rows() : 0);
       if (!some.hold_everything() || most <= capacity || schedule.is_full(most, capacity)) continue;
       return Obstacle{

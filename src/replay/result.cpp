@@ -130,6 +130,7 @@ void note_outputs(TraceReplay& replay, std::span<const double> errors) {
 
 void settle_capacities(TraceReplay& replay) {
   for (ReplayResult& result : replay.results) {
+    if (result.kept.sets.empty()) continue;  // a running model's are yet to come
     // A pattern with a capacity of its own is compared with those that were asked for as many positions.
     const double kept = result.kept.mean_size();
     const double held = std::accumulate(replay.held.begin(), replay.held.end(), 0.0);

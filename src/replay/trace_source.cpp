@@ -1,6 +1,7 @@
 #include "replay/trace_source.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace kvreplay {
 namespace {
@@ -44,11 +45,11 @@ std::vector<int> held_positions(const TraceInfo& info, int eviction_position) {
 }
 
 TraceLayer::TraceLayer(const CapturedRun& trace, int layer, const Eviction& eviction, const LayerProjection* projection,
-                       const std::vector<std::vector<LayerSurvey>>* surveys)
+                       std::vector<std::span<const LayerSurvey>> surveys)
     : trace_(trace),
       eviction_(eviction),
       projection_(projection),
-      surveys_(surveys),
+      surveys_(std::move(surveys)),
       shape_(head_shape(trace.info(), layer, 0, eviction.position)) {}
 
 std::unique_ptr<HeadSource> TraceLayer::head(int kv_head) const {
@@ -56,7 +57,7 @@ std::unique_ptr<HeadSource> TraceLayer::head(int kv_head) const {
 }
 
 std::span<const LayerSurvey> TraceLayer::surveys(std::size_t setting, const Setting& of) const {
-  return surveys_ != nullptr ? (*surveys_)[setting] : LayerSource::surveys(setting, of);
+  return surveys_.empty() ? LayerSource::surveys(setting, of) : surveys_[setting];
 }
 
 Index TraceLayer::memory_of_head(const CapturedRun& trace, int eviction_position) {

@@ -58,9 +58,9 @@ class TraceHead : public HeadSource {
 class TraceLayer : public LayerSource {
  public:
   /// The reader must outlive it, and so must `projection`, which may be null and is decomposed before heads are used.
-  /// So must `surveys`, of every setting those of the layers alike, or null.
+  /// So must what `surveys` show: of every setting those of the layers alike, or none at all.
   TraceLayer(const CapturedRun& trace, int layer, const Eviction& eviction, const LayerProjection* projection = nullptr,
-             const std::vector<std::vector<LayerSurvey>>* surveys = nullptr);
+             std::vector<std::span<const LayerSurvey>> surveys = {});
 
   const HeadShape& shape() const override { return shape_; }
   std::unique_ptr<HeadSource> head(int kv_head) const override;
@@ -74,7 +74,7 @@ class TraceLayer : public LayerSource {
   const CapturedRun& trace_;
   Eviction eviction_;
   const LayerProjection* projection_;
-  const std::vector<std::vector<LayerSurvey>>* surveys_;
+  std::vector<std::span<const LayerSurvey>> surveys_;
   HeadShape shape_;
 };
 

@@ -2,6 +2,8 @@
 #include <gtest/gtest.h>
 
 #include <numeric>
+#include <utility>
+#include <vector>
 
 #include "policy/matrix_head.h"
 
@@ -32,6 +34,18 @@ class Memory : public testing::Test {
   test::MatrixHead whole_;
 };
 
+// Rows of a head that is remembered.
+class Remembered : public EvictedHead {
+ public:
+  Remembered(const HeadSource& whole, std::vector<int> rows, const RankingMemory& memory)
+      : EvictedHead(whole, std::move(rows)), memory_(memory) {}
+
+  const RankingMemory* memory() const override { return &memory_; }
+
+ private:
+  const RankingMemory& memory_;
+};
+
 TEST_F(Memory, OfAnUnevictedHeadIsWhatTheHeadTells) {
   for (const std::string spec : {"h2o(window=3)", "h2o(window=3,normalize=true)"}) {
     const Policy policy = make_policy(spec);
@@ -41,7 +55,10 @@ TEST_F(Memory, OfAnUnevictedHeadIsWhatTheHeadTells) {
       const Matrix attention = attention_of(whole_, position, position + 1);
       memory->observe({.position = position, .attention = &attention});
     }
-    const Head remembered(whole_, Index{1} << 20, memory.get());
+    std::vector<int> all(kTokens);
+    std::iota(all.begin(), all.end(), 0);
+    const Remembered source(whole_, all, *memory);
+    const Head remembered(source);
     const Head told(whole_);
     std::vector<float> a(kTokens);
     std::vector<float> b(kTokens);
@@ -84,8 +101,8 @@ TEST_F(Memory, GoesWithTheRowsThatStay) {
     rows = left;
     for (int member = 0; member < 2; ++member) expected[member] = sums[member];
   }
-  const EvictedHead live(whole_, rows);
-  const Head head(live, Index{1} << 20, memory.get());
+  const Remembered live(whole_, rows, *memory);
+  const Head head(live);
   std::vector<float> scores(rows.size());
   for (int member = 0; member < 2; ++member) {
     policy.ranking()->score(head, member, scores);

@@ -39,6 +39,7 @@ TraceInfo RandomTrace::info() const {
   const int first = captured_prompt_queries < 0 ? 0 : prompt_length - captured_prompt_queries;
   for (int position = first; position < num_tokens; ++position) info.query_positions.push_back(position);
   info.spans = spans;
+  info.turn_starts.assign(turn_starts.begin(), turn_starts.end());
   std::vector<int> windows = layer_windows;
   windows.resize(static_cast<std::size_t>(num_layers), sliding_window);
   info.layers = layers_with_windows(info.model, windows);

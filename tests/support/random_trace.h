@@ -35,6 +35,7 @@ struct RandomTrace {
   bool own_outputs = true;                ///< the attention of the tensors; else some constant
   bool representable_in_float16 = false;  ///< round all tensors to float16 first
   std::vector<Span> spans = {};
+  std::vector<int> turn_starts = {};
   std::vector<int> head_order = {};  ///< of KV heads with their groups; empty: as drawn
   unsigned seed = 1;
 

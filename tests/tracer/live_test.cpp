@@ -357,7 +357,8 @@ TEST(LiveDecoding, KeepsInTheFirstLayerWhatAReplayKeeps) {
   EvictedRun run(demo_model(), reference_ids(), kReferencePrompt);
   const ScheduledRun scheduled(run,
                                {"h2o@h2o", "tova@tova", "snapkv+every(4)", "restkv+every(interval=2,slack=8)", "rkv",
-                                "streamingllm@streaming-llm", "h2o@h2o-rolled", "morphkv", "cold-compress"},
+                                "streamingllm@streaming-llm", "h2o@h2o-rolled", "morphkv", "cold-compress",
+                                "snapkv+adakv+every(4)", "cake+every(4)"},
                                "64", Granularity::query);
   bool deeper = false;
   for (std::size_t i = 0; i < scheduled.decoded.size(); ++i) {

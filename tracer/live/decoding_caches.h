@@ -19,7 +19,7 @@ namespace kvreplay::tracer {
 class DecodingCaches final : public TokenAttention {
  public:
   /// `run` has read its prompt, and `setting` has a schedule; both must outlive it, and so must `projections`, of every
-  /// layer its factors or null.
+  /// layer its factors or null. Surveys the prompt where the setting's budget does.
   DecodingCaches(const HeldRun& run, const Setting& setting,
                  std::span<const std::unique_ptr<LayerProjection>> projections);
 
@@ -36,6 +36,7 @@ class DecodingCaches final : public TokenAttention {
 
  private:
   struct Layer {
+    std::vector<LayerSurvey> alike;  // surveys of the layers that hold as much
     std::unique_ptr<TraceLayer> prompt;
     std::unique_ptr<LayerDecoding> decoding;
   };
@@ -44,6 +45,7 @@ class DecodingCaches final : public TokenAttention {
   const Setting& setting_;
   std::span<const std::unique_ptr<LayerProjection>> projections_;
   Index next_position_;
+  std::vector<LayerSurvey> surveys_;  // [L], where the budget surveys
   std::vector<Layer> layers_;
 };
 

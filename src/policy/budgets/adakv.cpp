@@ -50,29 +50,30 @@ class AdaKV : public Budget {
  private:
   std::vector<int> compete(const std::vector<std::span<const float>>& scores, const BudgetRequest& request) const {
     const auto first = static_cast<std::size_t>(request.protection.sinks);
-    const std::size_t rankable =
-        static_cast<std::size_t>(request.rows) - static_cast<std::size_t>(request.protection.count());
-    const auto ranked = std::min(static_cast<std::size_t>(request.capacity - request.protection.count()), rankable);
+    const auto is_protected = static_cast<std::size_t>(request.protection.count());
+    const auto ranked = static_cast<std::size_t>(request.capacity) - is_protected;
     struct Entry {
       float score;
       std::uint32_t head;
     };
     std::vector<Entry> best;  // each head's own best suffice: no head can get more than all of them
     const std::size_t heads = scores.size();
-    const std::size_t places = heads * ranked;
-    best.reserve(heads * std::min(places, rankable));
+    const std::size_t wanted = heads * ranked;
+    best.reserve(heads * std::min(wanted, static_cast<std::size_t>(request.rows) - is_protected));
     for (std::uint32_t head = 0; head < heads; ++head) {
+      const std::size_t rankable = scores[head].size() - is_protected;
       std::vector<float> own(scores[head].begin() + static_cast<std::ptrdiff_t>(first),
                              scores[head].begin() + static_cast<std::ptrdiff_t>(first + rankable));
-      const std::size_t contenders = std::min(places, rankable);
+      const std::size_t contenders = std::min(wanted, rankable);
       std::ranges::partial_sort(own, own.begin() + static_cast<std::ptrdiff_t>(contenders), std::greater<>());
       const auto sum = [&own](std::size_t count) {
         return std::accumulate(own.begin(), own.begin() + static_cast<std::ptrdiff_t>(count), 0.0);
       };
       const double mass = sum(rankable);
-      const auto weight = static_cast<float>(normalize_ && mass > 0 ? sum(ranked) / mass : 1.0);
+      const auto weight = static_cast<float>(normalize_ && mass > 0 ? sum(std::min(ranked, rankable)) / mass : 1.0);
       for (std::size_t i = 0; i < contenders; ++i) best.push_back({own[i] * weight, head});
     }
+    const std::size_t places = std::min(wanted, best.size());
     // Among equal scores the lower head wins.
     std::ranges::nth_element(
         best, best.begin() + static_cast<std::ptrdiff_t>(places),
@@ -117,15 +118,17 @@ class AdaKVOfKvpress : public Budget {
     contenders.reserve(request.kv_head_scores.size() *
                        static_cast<std::size_t>(request.rows - std::min(safe, request.rows)));
     for (std::uint32_t head = 0; head < request.kv_head_scores.size(); ++head) {
-      const std::span<const float> ranked = request.kv_head_scores[head].subspan(
-          static_cast<std::size_t>(request.protection.sinks), static_cast<std::size_t>(request.rows - protected_count));
+      const std::span<const float> scores = request.kv_head_scores[head];
+      const std::span<const float> ranked = scores.subspan(static_cast<std::size_t>(request.protection.sinks),
+                                                           scores.size() - static_cast<std::size_t>(protected_count));
       std::vector<float> own(ranked.begin(), ranked.end());
       std::ranges::sort(own, std::greater<>());
-      for (auto score = own.begin() + (safe - protected_count); score != own.end(); ++score) {
-        contenders.push_back({*score, head});
+      for (auto rank = static_cast<std::size_t>(safe - protected_count); rank < own.size(); ++rank) {
+        contenders.push_back({own[rank], head});
       }
     }
-    const std::size_t places = request.kv_head_scores.size() * static_cast<std::size_t>(request.capacity - safe);
+    const std::size_t places =
+        std::min(request.kv_head_scores.size() * static_cast<std::size_t>(request.capacity - safe), contenders.size());
     // Among equal scores the lower head wins.
     std::ranges::nth_element(
         contenders, contenders.begin() + static_cast<std::ptrdiff_t>(places),

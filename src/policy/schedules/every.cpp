@@ -5,6 +5,9 @@
 // at least one row more than the capacity, `slack` if that is more. attend=after leaves the capacity: queries attend
 // to up to interval rows more. attend=before makes room for the interval tokens that come, so that no query attends to
 // more than the capacity. The prompt is evicted at its end, or with prompt=wait stays whole for the first interval.
+//
+// What policies see of a query's attention is over the rows that are left, as in published codes. With attention=full
+// it is what the query pays to these in the run without eviction: what ranking by all keys would change.
 #include "base/error.h"
 #include "policy/policy.h"
 
@@ -28,6 +31,9 @@ const MethodRegistration every([] {
                              "queries attend, then the policy evicts; or it makes room before tokens come")
                .of(Parameter::Step::schedule),
            Parameter::choice("prompt", {"cut", "wait"}, "evicted at its end, or whole for the first interval")
+               .of(Parameter::Step::schedule),
+           Parameter::choice("attention", {"live", "full"},
+                             "what queries pay to the rows: over these alone, or as in the run without eviction")
                .of(Parameter::Step::schedule)},
       .compose =
           [](const Arguments& a) {
@@ -37,7 +43,8 @@ const MethodRegistration every([] {
                 .slack = a.integer("slack"),
                 .phase = a.text("phase") == "position" ? Schedule::Phase::position : Schedule::Phase::since_last,
                 .attend = a.text("attend") == "before" ? Schedule::Attend::before : Schedule::Attend::after,
-                .prompt = a.text("prompt") == "wait" ? Schedule::Prompt::wait : Schedule::Prompt::cut};
+                .prompt = a.text("prompt") == "wait" ? Schedule::Prompt::wait : Schedule::Prompt::cut,
+                .attention = a.text("attention") == "full" ? Schedule::Attention::full : Schedule::Attention::live};
             if (step.schedule->slack > 0 && step.schedule->attend == Schedule::Attend::before) {
               throw UsageError("every: attend=before never lets a cache grow above its capacity; leave out slack");
             }

@@ -21,7 +21,7 @@ RANDOM=${SEED-1}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 sweep=("$kvreplay" sweep "${traces[@]}" --policy 'restkv(alpha={0.1:0.9:0.2},window={16,32})' --policy snapkv --policy h2o
-  --policy random --capacity '64,256')
+  --policy random 'snapkv+every(16)' 'cake+every(interval=16,slack=8)' --capacity '64,256')
 
 start=$(date +%s%N)
 "${sweep[@]}" -o "$folder/whole.h5" >"$folder/log" 2>&1 || {

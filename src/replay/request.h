@@ -30,7 +30,7 @@ struct ReplayRequest {
   /// For a running model, whose layers come one after the other: leave out what decides over all of them at a step. It
   /// evicts under schedules itself, so that decide() leaves the sets of settings with one empty.
   bool layer_by_layer = false;
-  bool strict = false;          ///< refuse what cannot be replayed, instead of leaving it out with a note
+  bool strict = false;  ///< refuse what cannot be replayed, instead of leaving it out with a note
 };
 
 /// The request of these specs at these capacities, written as on the command line. Throws UsageError.

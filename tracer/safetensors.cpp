@@ -1,14 +1,9 @@
 #include "tracer/safetensors.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <fstream>
@@ -154,39 +149,6 @@ std::map<std::string, TensorEntry> parse_safetensors(std::span<const std::byte> 
   }
   return tensors;
 }
-
-class SafeTensors::MappedFile {
- public:
-  explicit MappedFile(const std::filesystem::path& path) {
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (file < 0) throw Error(fmt::format("{}: cannot be read: {}", path.string(), std::strerror(errno)));
-    struct stat status {};
-    if (::fstat(file, &status) != 0 || !S_ISREG(status.st_mode)) {
-      ::close(file);
-      throw Error(fmt::format("{}: is not a file", path.string()));
-    }
-    size_ = static_cast<std::size_t>(status.st_size);
-    if (size_ > 0) data_ = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
-    const int reason = errno;
-    ::close(file);
-    if (data_ == MAP_FAILED) {
-      throw Error(fmt::format("{}: cannot be mapped into memory: {}", path.string(), std::strerror(reason)));
-    }
-  }
-
-  ~MappedFile() {
-    if (data_ != nullptr) ::munmap(data_, size_);
-  }
-
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-
-  std::span<const std::byte> bytes() const { return {static_cast<const std::byte*>(data_), size_}; }
-
- private:
-  void* data_ = nullptr;
-  std::size_t size_ = 0;
-};
 
 SafeTensors::SafeTensors(const std::filesystem::path& folder) : folder_(folder) {
   const auto single = folder / "model.safetensors";

@@ -15,6 +15,7 @@
 
 #include "base/dtype.h"
 #include "base/matrix.h"
+#include "tracer/mapped_file.h"
 
 namespace kvreplay::tracer {
 
@@ -54,7 +55,6 @@ class SafeTensors {
   Tensor get(const std::string& name, std::initializer_list<Index> shape) const;
 
  private:
-  class MappedFile;
   struct Located {
     TensorEntry entry;
     std::string file;

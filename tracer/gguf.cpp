@@ -12,6 +12,7 @@
 
 #include "base/error.h"
 #include "base/printable.h"
+#include "tracer/dequantize.h"
 
 namespace kvreplay::tracer {
 
@@ -358,6 +359,12 @@ const GgufTensor& GgufFile::get(std::string_view name, std::initializer_list<Ind
   if (!std::equal(shape.begin(), shape.end(), tensor.shape.begin(), tensor.shape.end())) {
     throw Error(fmt::format("{}: tensor {} has shape [{}]; expected [{}] from its metadata", path_, name,
                             fmt::join(tensor.shape, ", "), fmt::join(shape, ", ")));
+  }
+  if (!can_dequantize(tensor.type)) {
+    throw Error(
+        fmt::format("{}: tensor {} is stored as {}; supported are F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, "
+                    "Q2_K to Q6_K and MXFP4",
+                    path_, name, block_of(tensor.type)->name));
   }
   return tensor;
 }

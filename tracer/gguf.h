@@ -79,7 +79,8 @@ class GgufFile {
 
   const GgufContents& contents() const { return contents_; }
 
-  /// Throws Error, with what was found and what was expected, unless there is such a tensor of this shape.
+  /// Throws Error, with what was found and what was expected, unless there is such a tensor of this shape
+  /// in a type that can be dequantised.
   const GgufTensor& get(std::string_view name, std::initializer_list<Index> shape) const;
 
  private:

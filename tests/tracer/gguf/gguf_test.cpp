@@ -52,6 +52,7 @@ constexpr std::uint32_t kF32 = 0;
 constexpr std::uint32_t kF16 = 1;
 constexpr std::uint32_t kQ4_0 = 2;
 constexpr std::uint32_t kQ6_K = 14;
+constexpr std::uint32_t kI32 = 26;
 
 // A file as its writer may make it.
 struct Written {
@@ -325,16 +326,16 @@ TEST(Gguf, SurvivesTruncationAndDamage) {
   EXPECT_GT(accepted, 100) << "changes to names, values and data are harmless";
 }
 
-TEST(Gguf, GivesTensorsOfExpectedShape) {
+TEST(Gguf, GivesTensorsOfKnownTypeAndExpectedShape) {
   const TemporaryFolder folder;
   Written written;
-  written.tensors = {description("a", {2, 1}, kF16, 0)};
-  written.data = "abcd";
+  written.tensors = {description("a", {2, 1}, kF16, 0), description("i", {1}, kI32, 32)};
+  written.data = "abcd" + std::string(32, 'i');
   write_file(folder / "model.gguf", written.bytes());
   const std::string path = (folder / "model.gguf").string();
   const GgufFile file(path);
   EXPECT_EQ(text_of(file.get("a", {1, 2})), "abcd");
-  EXPECT_EQ(file.contents().tensors.size(), 1u);
+  EXPECT_EQ(file.contents().tensors.size(), 2u);
   EXPECT_EQ(message_of<Error>([&] {
               file.get("a", {2, 1});
             }),
@@ -343,6 +344,11 @@ TEST(Gguf, GivesTensorsOfExpectedShape) {
               file.get("b", {2, 1});
             }),
             fmt::format("{}: tensor b is missing; expected shape [2, 1]", path));
+  EXPECT_EQ(
+      message_of<Error>([&] { file.get("i", {1}); }),
+      fmt::format("{}: tensor i is stored as I32; supported are F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to "
+                  "Q6_K and MXFP4",
+                  path));
   EXPECT_EQ(message_of<Error>([&] { GgufFile{folder.path()}; }),
             fmt::format("{}: is not a file", folder.path().string()));
   EXPECT_THAT(message_of<Error>([&] { GgufFile{folder / "none.gguf"}; }),

@@ -56,7 +56,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         write(folder)
-        different = [path.name for path in sorted(folder.iterdir()) if path.read_bytes() != (HERE / path.name).read_bytes()]
+        different = [made.name for made in sorted(folder.iterdir())
+                     if made.read_bytes() != (HERE / made.name).read_bytes()]
     for name in different:
         print(f"{name} differs", file=sys.stderr)
     return 1 if different else 0

@@ -56,7 +56,7 @@ void check_sampling(const SamplingOptions& options) {
     throw UsageError(fmt::format("the temperature must be a number of at least 0, not {}", options.temperature));
   }
   if (options.top_k < 0) throw UsageError(fmt::format("top-k must be at least 1, not {}", options.top_k));
-  if (!(options.top_p > 0 && options.top_p <= 1)) {
+  if (std::isnan(options.top_p) || options.top_p <= 0 || options.top_p > 1) {
     throw UsageError(fmt::format("top-p must be above 0 and at most 1, not {}", options.top_p));
   }
 }

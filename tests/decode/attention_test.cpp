@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "base/error.h"
 #include "decode/plain_decoding.h"
@@ -28,7 +29,7 @@ void cut(std::vector<int>& cache, std::vector<double> scores, int window) {
     left.push_back(cache[static_cast<std::size_t>(place)]);
   }
   left.insert(left.end(), cache.end() - window, cache.end());
-  cache = left;
+  cache = std::move(left);
 }
 
 TEST(FullAttention, IsThatOfTheRunWithoutEviction) {

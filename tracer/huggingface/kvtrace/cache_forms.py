@@ -149,8 +149,8 @@ class Latent(AsCached):
     def projection(self, weight):
         heads, width = self._of_values.shape[:2]
         of_heads = weight.unflatten(1, (heads, width))
-        absorbed = [of_heads[:, head].float() @ self._of_values[head].float() for head in range(heads)]
-        return torch.cat(absorbed, 1).to(weight.dtype)
+        absorbed = [(of_heads[:, head].float() @ self._of_values[head].float()).to(weight.dtype) for head in range(heads)]
+        return torch.cat(absorbed, 1)
 
 
 def form_of(module, heads, key, value, keys, values):

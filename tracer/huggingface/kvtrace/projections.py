@@ -49,7 +49,8 @@ class Projection:
         return self.passage is not None and self.passage.gate_width > 0
 
     def follow(self, output, fully):
-        """From `output` [1, n, H, Dv], which attention gave just now; `fully`: also whether the projection alone takes it."""
+        """From `output` [1, n, H, Dv], which attention gave just now; `fully`: checking the numbers, and that the projection
+        alone takes it."""
         if self.fault is not None:
             return
         if not self._watched:
@@ -128,11 +129,10 @@ class Projection:
     def _judge(self, part, reached, entered, result, output):
         """The Passage, or None and why there is none, and the gate where there is one."""
         heads, width = output.shape[2:]
-        fault = reached.fault or self._weight_fault(part, heads * width)
-        gate = None
-        if fault is None and reached.factor is not None:
-            gate = reached.factor.reshape(-1, heads, width)
-        fault = fault or self._entry_fault(part, reached, gate, entered, result, output)
+        fault = reached.fault
+        gate = reached.factor.reshape(-1, heads, width) if reached.factor is not None else None
+        if fault is None and self._fully:
+            fault = self._weight_fault(part, heads * width) or self._entry_fault(part, reached, gate, entered, result, output)
         if fault is not None:
             return None, fault, None
         if gate is None:

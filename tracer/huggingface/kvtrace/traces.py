@@ -59,6 +59,8 @@ def _read(path, file):
         group = file.get(f"layers/{number}")
         if not isinstance(group, h5py.Group) or "keys" not in group:
             raise Error(f"{path}: layer {number} has no keys of its own; runs of such models cannot be evicted")
+        if "values_in_keys" in group.attrs:
+            raise Error(f"{path}: layer {number} holds latent rows (MLA); runs of such models cannot be evicted")
         window = int(group.attrs.get("sliding_window", model.get("sliding_window", 0)))
         chunk = int(group.attrs.get("attention_chunk_size", model.get("attention_chunk_size", 0)))
         held.append(min(length, window - 1 if window else length, length % chunk if chunk else length))

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import check_architectures as architectures
 import h5py
 import numpy as np
 import pytest
@@ -58,6 +59,17 @@ def test_reference(needle):
             assert np.allclose(full, expected["nll_full"][:], rtol=1e-4, atol=1e-5)
             assert np.isnan(result["nll"][-1]) and np.isnan(result["nll_increase"][-1])
             assert all(result[name].dtype == np.float32 for name in ("kl", "nll", "nll_increase", "agree"))
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("bamba", "layer 0 has no keys of its own"), ("gemma3n_text", "layer 4 has no keys of its own"),
+    ("deepseek_v3", r"layer 0 holds latent rows \(MLA\)")])
+def test_traces_of_models_that_cannot_be_evicted_are_refused(name, reason, tmp_path):
+    model, given = architectures.build(name, "eager"), architectures.inputs(name)
+    with kvtrace.capture(model, tmp_path / "run.h5"):
+        architectures.generate(model, given)
+    with pytest.raises(kvtrace.Error, match=f"{reason}.*; runs of such models cannot be evicted"):
+        read_trace(tmp_path / "run.h5")
 
 
 def test_table_begins_with_the_smallest_loss(needle):

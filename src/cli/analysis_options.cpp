@@ -4,7 +4,6 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <charconv>
 #include <iterator>
 #include <limits>
 #include <system_error>
@@ -21,13 +20,7 @@ namespace {
 
 // A number between the two, ends apart.
 Check number_between(double low, double high, std::string what) {
-  return [low, high, what = std::move(what)](const std::string& value) -> std::string {
-    double number = 0;
-    const char* end = value.data() + value.size();
-    const auto [stop, failure] = std::from_chars(value.data(), end, number);
-    if (failure == std::errc() && stop == end && number > low && number < high) return "";
-    return fmt::format("'{}' is not {}", value, what);
-  };
+  return number_that([low, high](double number) { return number > low && number < high; }, std::move(what));
 }
 
 // Few resamples have no tails, and their intervals would be of chance.

@@ -3,37 +3,19 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
-#include <charconv>
-#include <cmath>
 #include <limits>
-#include <utility>
 
 #include "base/error.h"
 #include "cli/options.h"
 
 namespace kvreplay::cli {
 
-namespace {
-
-// Of a finite number, which `fits`.
-Check number(std::string what, bool (*fits)(double)) {
-  return [what = std::move(what), fits](const std::string& value) -> std::string {
-    double parsed = 0;
-    const char* const end = value.data() + value.size();
-    const auto [stop, failure] = std::from_chars(value.data(), end, parsed);
-    if (failure == std::errc() && stop == end && std::isfinite(parsed) && fits(parsed)) return "";
-    return fmt::format("'{}' is not {}", value, what);
-  };
-}
-
-}  // namespace
-
 void add_generation_options(CLI::App& command, GenerationOptions& options) {
   constexpr int kMost = std::numeric_limits<int>::max();
   command
       .add_option("--temperature", options.temperature,
                   "Draw the tokens that are generated, at this temperature (default: 0, the most likely ones)")
-      ->check(number("a temperature: a number, at least 0", [](double value) { return value >= 0; }))
+      ->check(number_that([](double value) { return value >= 0; }, "a temperature: a number, at least 0"))
       ->type_name("T");
   command.add_option("--top-k", options.top_k, "Draw from the K most likely tokens alone (default: from all)")
       ->check(integer_in(1, kMost, "a number of tokens"))
@@ -41,7 +23,7 @@ void add_generation_options(CLI::App& command, GenerationOptions& options) {
   command
       .add_option("--top-p", options.top_p,
                   "Draw from the fewest most likely tokens whose probabilities come to P (default: 1, from all)")
-      ->check(number("a share: a number above 0, at most 1", [](double value) { return value > 0 && value <= 1; }))
+      ->check(number_that([](double value) { return value > 0 && value <= 1; }, "a share: a number above 0, at most 1"))
       ->type_name("P");
   command.add_option("--seed", options.seed, "Seed of what is drawn; the same one gives the same tokens (default: 0)")
       ->check(integer_in(0, kMost, "a seed"))

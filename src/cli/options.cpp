@@ -49,6 +49,16 @@ Check integer_in(int minimum, int maximum, std::string what) {
   };
 }
 
+Check number_that(std::function<bool(double number)> fits, std::string what) {
+  return [fits = std::move(fits), what = std::move(what)](const std::string& value) -> std::string {
+    double number = 0;
+    const char* end = value.data() + value.size();
+    const auto [stop, failure] = std::from_chars(value.data(), end, number);
+    if (failure == std::errc() && stop == end && std::isfinite(number) && fits(number)) return "";
+    return fmt::format("'{}' is not {}", value, what);
+  };
+}
+
 std::int64_t memory_size(const std::string& value) {
   double number = 0;
   const char* end = value.data() + value.size();

@@ -32,6 +32,9 @@ Check one_of(std::vector<std::string> choices);
 /// The value is an integer in [minimum, maximum]; `what` is the noun of the message, as in "a position".
 Check integer_in(int minimum, int maximum, std::string what);
 
+/// The value is a finite number that `fits`; `what` describes it, as in "a goal: a number above 0".
+Check number_that(std::function<bool(double number)> fits, std::string what);
+
 /// The value is an amount of memory: a number of bytes, or one with K, M, G or T for powers of 1024, as in 1.5G.
 std::string is_memory_size(const std::string& value);
 

@@ -267,7 +267,8 @@ struct LayerDecoding::Caches {
 // A lane's cache as policies see it.
 class LayerDecoding::LiveHead : public HeadSource {
  public:
-  LiveHead(const Lane& lane, const Rows& rows, const HeadSource& prompt, const RotaryTable* reindexed)
+  // `reindexed`: what positions do, where keys are turned to their places; otherwise null.
+  LiveHead(const Lane& lane, Rows& rows, const HeadSource& prompt, RotaryAngles* reindexed)
       : lane_(lane), rows_(rows), prompt_(prompt), reindexed_(reindexed), entries_(lane.shape.positions) {
     if (lane.still_paid.empty()) return;
     std::vector<int> positions;
@@ -279,17 +280,16 @@ class LayerDecoding::LiveHead : public HeadSource {
   const HeadShape& shape() const override { return lane_.shape; }
   const CachePositions& entries() const override { return entries_; }
   void read_keys(Index first, Index count, float* rows) const override {
-    for (Index i = 0; i < count; ++i) std::copy_n(rows_.key(slot(first + i)), rows_.depth(), rows + i * rows_.depth());
-    if (reindexed_ == nullptr) return;
-    Matrix turned = MatrixView(rows, count, rows_.depth());
-    std::vector<int> positions(static_cast<std::size_t>(count));
-    for (Index i = 0; i < count; ++i) {
-      positions[static_cast<std::size_t>(i)] = lane_.positions[static_cast<std::size_t>(first + i)];
+    const Index depth = rows_.depth();
+    for (Index row = first; row < first + count; ++row, rows += depth) {
+      if (reindexed_ == nullptr) {
+        std::copy_n(rows_.key(slot(row)), depth, rows);
+        continue;
+      }
+      const int position = lane_.positions[static_cast<std::size_t>(row)];
+      const float* const key = rows_.unturned_key(slot(row), position, *lane_.shape.rotary);
+      reindexed_->rotate(static_cast<int>(row), key, depth, rows);
     }
-    unrotate(*reindexed_, positions, turned);
-    std::iota(positions.begin(), positions.end(), static_cast<int>(first));
-    rotate(*reindexed_, positions, turned);
-    std::copy_n(turned.data(), turned.size(), rows);
   }
   void read_values(Index first, Index count, float* rows) const override {
     for (Index i = 0; i < count; ++i)
@@ -306,9 +306,9 @@ class LayerDecoding::LiveHead : public HeadSource {
     const std::span<const int> all =
         rows_.query_positions().subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
     std::vector<int> positions(all.begin(), all.end());
-    unrotate(*reindexed_, positions, rows);
+    unrotate(*lane_.shape.rotary, positions, rows);
     for (int& position : positions) position = std::max(0, lane_.shape.rows() - (lane_.shape.next_position - position));
-    rotate(*reindexed_, positions, rows);
+    rotate(*lane_.shape.rotary, positions, rows);
     return rows;
   }
   std::span<const float> newest_attention(int member) const override {
@@ -336,9 +336,9 @@ class LayerDecoding::LiveHead : public HeadSource {
   }
 
   const Lane& lane_;
-  const Rows& rows_;
+  Rows& rows_;
   const HeadSource& prompt_;
-  const RotaryTable* reindexed_;
+  RotaryAngles* reindexed_;
   CachePositions entries_;
 };
 
@@ -363,7 +363,7 @@ class LayerDecoding::LiveLayer : public LayerSource {
                                           decoding_.cuts_apart_ ? nullptr : found->pattern_memory.get());
     }
     return std::make_unique<LiveHead>(*found, *decoding_.rows_.at(found->kv_head), prompt,
-                                      caches_.reindexed ? found->shape.rotary.get() : nullptr);
+                                      caches_.reindexed ? decoding_.angles_.get() : nullptr);
   }
   std::string name() const override { return decoding_.prompt_.name(); }
 
@@ -415,6 +415,7 @@ LayerDecoding::LayerDecoding(const LayerSource& prompt, std::span<const Setting>
     caches->schedule = *setting.policy->schedule;
     caches->policy.schedule.reset();
     caches->reindexed = setting.policy->row_positions == RowPositions::reindexed;
+    if (caches->reindexed && !angles_) angles_ = std::make_unique<RotaryAngles>(*shape_.rotary);
     if (outputs_ == Outputs::newest || (outputs_ == Outputs::untold && caches->reindexed)) {
       caches->output.resize(static_cast<std::size_t>(Index{shape_.num_kv_heads} * shape_.group_size * shape_.head_dim));
     }
@@ -791,22 +792,14 @@ void LayerDecoding::attend(Caches& caches) {
 // Products of a cache's keys at their places and the newest query at the last one, which they become the attention of.
 void LayerDecoding::multiply_reindexed(Lane& lane) {
   Rows& rows = *rows_.at(lane.kv_head);
-  const Index depth = shape_.head_dim;
-  const RotaryTable& rotary = *lane.shape.rotary;
-  if (!angles_) angles_ = std::make_unique<RotaryAngles>(rotary);
-  const auto count = static_cast<Index>(lane.slots.size());
-  Matrix keys(count, depth);
-  for (Index row = 0; row < count; ++row) {
-    const auto place = static_cast<std::size_t>(row);
-    angles_->rotate(static_cast<int>(row), rows.unturned_key(lane.slots[place], lane.positions[place], rotary), depth,
-                    keys.data() + row * depth);
-  }
-  Matrix query(1, depth);
+  lane.shape.next_position = position_ + 1;
+  lane.shape.positions = CachePositions(lane.positions);
+  const LiveHead live(lane, rows, *heads_.at(lane.kv_head), angles_.get());
+  Matrix keys(std::ssize(lane.slots), rows.depth());
+  live.read_keys(0, keys.rows(), keys.data());
+  const auto newest = static_cast<Index>(rows.query_positions().size()) - 1;
   for (int member = 0; member < lane.shape.group_size; ++member) {
-    std::copy_n(rows.newest_query(lane.first_member + member), depth, query.data());
-    unrotate(rotary, {&position_, 1}, query);
-    angles_->rotate(static_cast<int>(count) - 1, query.data(), depth, query.data());
-    lane.attention.row(member).noalias() = query * keys.transpose();
+    lane.attention.row(member).noalias() = live.queries(member, newest, 1) * keys.transpose();
   }
 }
 
